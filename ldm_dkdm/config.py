@@ -1,0 +1,171 @@
+"""Configuration files: load, merge, validate, build."""
+
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from ldm_dkdm import registry
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.schema import DistillRun
+
+T = TypeVar("T")
+
+
+def load_config(
+    base: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), schema: type[T] = DistillRun
+) -> T:
+    """Merge YAML files left to right, then `key=value` overrides, and validate.
+
+    Args:
+        base: one path or several.
+        overrides: dotted, such as `distill.batch_size=8`.
+        schema: the dataclass of the expected sections; default: a distillation run.
+
+    Raises:
+        UserError: a missing or unreadable file, an unknown key, a value of the wrong type or range.
+    """
+    files = [base] if isinstance(base, (str, Path)) else list(base)
+    merged = OmegaConf.merge(*[_read_yaml(Path(f)) for f in files], _dotlist(overrides))
+    try:
+        tree = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{files[-1]}: {error}") from error
+    return parse(schema, tree, "")
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file")
+    try:
+        node = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{path}: a config is a mapping of sections, this file is not")
+    return node
+
+
+def _dotlist(overrides: Sequence[str]) -> DictConfig:
+    for item in overrides:
+        if "=" not in item or item.startswith(("=", "-")):
+            raise UserError(f"'{item}': overrides look like key=value, for example trainer.max_steps=1000")
+    return OmegaConf.from_dotlist(list(overrides))
+
+
+def read_card(path: Path, schema: type[T]) -> T:
+    """Read and validate the config.yaml of a model folder."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a model folder holds config.yaml and its weights")
+    return load_config(path, schema=schema)
+
+
+def to_yaml(config: Any) -> str:
+    """A validated config as YAML text."""
+    return OmegaConf.to_yaml(dataclasses.asdict(config))
+
+
+def parse(schema: type[T], node: Any, where: str) -> T:
+    """Turn a tree of plain values into the dataclass `schema`; `where` prefixes keys in messages."""
+    if not isinstance(node, Mapping):
+        raise UserError(f"{where or 'config'}: expected a section with keys, got {node!r}")
+    node = _hoist_unet_config(node)
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    for key in node:
+        if key not in fields:
+            raise UserError(f"{_join(where, key)}: unknown key{nearest(str(key), fields)}")
+    hints = typing.get_type_hints(schema)
+    values = {}
+    for name, field in fields.items():
+        if name in node:
+            values[name] = _convert(hints[name], node[name], _join(where, name))
+            _check_range(values[name], field.metadata, _join(where, name))
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{_join(where, name)}: missing; set it in a --base file or as {_join(where, name)}=...")
+    return schema(**values)
+
+
+def _hoist_unet_config(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Accept CompVis's `unet_config: {target, params}` in place of target and params."""
+    inner = node.get("unet_config")
+    if not isinstance(inner, Mapping):
+        return node
+    return {**{k: v for k, v in node.items() if k != "unet_config"}, **inner}
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    options = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(o for o in options if o is not type(None)), value, where)
+    if typing.get_origin(hint) is typing.Literal:
+        if str(value) not in options:
+            raise UserError(f"{where}: '{value}' is not one of {', '.join(options)}")
+        return str(value)
+    if dataclasses.is_dataclass(hint):
+        return parse(hint, value, where)
+    kind = typing.get_origin(hint) or hint
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{where}: expected {_NAMES[kind]}, got {value!r}")
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a section with keys"}
+
+
+def _check_range(value: Any, limits: Mapping[str, float], where: str) -> None:
+    if value is None:
+        return
+    if "above" in limits and not value > limits["above"]:
+        raise UserError(f"{where}: must be above {limits['above']}, got {value}")
+    if "min" in limits and not value >= limits["min"]:
+        raise UserError(f"{where}: must be at least {limits['min']}, got {value}")
+    if "max" in limits and not value <= limits["max"]:
+        raise UserError(f"{where}: must be at most {limits['max']}, got {value}")
+
+
+def nearest(key: str, valid: Mapping[str, Any]) -> str:
+    """A hint that names the nearest valid key, or all of them."""
+    close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; valid keys: {', '.join(valid)}"
+
+
+def _join(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def build(node: Any, where: str = "params") -> nn.Module:
+    """Build the network or first stage that a node with `target` and `params` describes.
+
+    Args:
+        node: a config section or a mapping.
+        where: prefix of the keys in messages.
+
+    Raises:
+        UserError: an unknown target, an unknown or missing parameter, or one of the wrong kind.
+    """
+    get = node.get if isinstance(node, Mapping) else lambda key: getattr(node, key, None)
+    factory, params = registry.resolve(get("target"), dict(get("params") or {}), where)
+    accepted = inspect.signature(factory).parameters
+    for key in params:
+        if key not in accepted:
+            raise UserError(f"{where}.{key}: unknown key of {factory.__name__}{nearest(key, accepted)}")
+    for name, parameter in accepted.items():
+        if parameter.default is inspect.Parameter.empty and name not in params:
+            raise UserError(f"{where}.{name}: missing; {factory.__name__} needs it")
+    try:
+        return factory(**params)
+    except (TypeError, KeyError, AttributeError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: {factory.__name__} cannot be built from these values: {error}") from error

@@ -1,0 +1,56 @@
+"""Noise schedules, in float64."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_dkdm.errors import UserError
+
+
+class NoiseSchedule:
+    """The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), t = 0 ... T-1.
+
+    Args:
+        name: `scaled_linear` (linear in sqrt(beta); CompVis calls it "linear"), `linear`
+            (Ho et al. 2020) or `cosine` (Nichol & Dhariwal 2021, Eq. 17).
+        num_timesteps: T.
+        beta_start, beta_end: ends of the two linear schedules; `cosine` does not use them.
+
+    Attributes:
+        betas, alphas_cumprod: float64 tensors (T,) on the CPU.
+    """
+
+    def __init__(
+        self,
+        name: str = "scaled_linear",
+        num_timesteps: int = 1000,
+        beta_start: float = 0.0015,
+        beta_end: float = 0.0195,
+    ) -> None:
+        if num_timesteps < 1:
+            raise UserError(f"diffusion.num_timesteps: {num_timesteps} is not at least 1")
+        if name != "cosine" and not 0 < beta_start <= beta_end < 1:
+            raise UserError(f"diffusion: 0 < beta_start <= beta_end < 1 is not so for {beta_start}, {beta_end}")
+        self.name = name
+        self.num_timesteps = num_timesteps
+        self.betas = _betas(name, num_timesteps, beta_start, beta_end)
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
+
+    def alpha_bar(self, t: Tensor, like: Tensor) -> Tensor:
+        """abar_t for timesteps t (B,) in [-1, T-1], abar_{-1} = 1, float64, shaped to broadcast with `like`."""
+        padded = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
+        values = padded[t.cpu().long() + 1].to(like.device if like.device.type != "mps" else "cpu")
+        return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _betas(name: str, num_timesteps: int, start: float, end: float) -> Tensor:
+    if name == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, num_timesteps, dtype=torch.float64) ** 2
+    if name == "linear":
+        return torch.linspace(start, end, num_timesteps, dtype=torch.float64)
+    if name == "cosine":
+        abar = [math.cos((i / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_timesteps + 1)]
+        return torch.from_numpy(np.minimum(1 - np.divide(abar[1:], abar[:-1]), 0.999))
+    raise UserError(f"diffusion.schedule: '{name}' is not one of scaled_linear, linear, cosine")

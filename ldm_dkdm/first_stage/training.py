@@ -1,0 +1,159 @@
+"""Training of the first stage: reconstruction + codebook + optional PatchGAN and LPIPS (VQGAN, Eq. 4-7)."""
+
+import math
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from kornia.augmentation import AugmentationSequential, ColorJiggle, RandomHorizontalFlip
+from kornia.metrics import psnr
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+
+from ldm_dkdm.first_stage.losses import Discriminator, lpips_loss
+from ldm_dkdm.first_stage.vq import VQModel
+from ldm_dkdm.schema import FirstStageLoss
+
+
+KMEANS_BATCHES = 16
+
+
+class FirstStageModule(L.LightningModule):
+    """Trains a `VQModel` on images uint8 (B,H,W,3).
+
+    The first `continuous_steps` pass latents unquantised; the codebook then starts as the k-means
+    centres of a batch, and codes that went unused since the last check restart as encoder outputs.
+
+    Args:
+        vq: the autoencoder.
+        loss: weights of the loss terms.
+        learning_rate: peak of a cosine schedule with 200 warm-up steps.
+        max_steps: length of that schedule in optimizer steps.
+        continuous_steps: steps before quantisation begins.
+        restart_every: steps between restarts of dead codes; they stop at 70% of `max_steps`.
+        hue: largest hue shift of the colour augmentation, as a fraction of the colour circle.
+    """
+
+    def __init__(
+        self,
+        vq: VQModel,
+        loss: FirstStageLoss,
+        learning_rate: float,
+        max_steps: int,
+        continuous_steps: int = 500,
+        restart_every: int = 100,
+        hue: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.vq, self.loss = vq, loss
+        self.learning_rate, self.max_steps = learning_rate, max_steps
+        self.continuous_steps, self.restart_every = continuous_steps, restart_every
+        self.recent_latents: list[Tensor] = []
+        self.register_buffer("code_uses", torch.zeros(vq.quantize.n_e, dtype=torch.long))
+        self.discriminator = Discriminator(vq.in_channels) if loss.adversarial else None
+        self.perceptual = lpips_loss(loss.perceptual_backbone) if loss.perceptual else None
+        jitter = [ColorJiggle(hue=hue, p=0.3)] if hue else []
+        self.augment = AugmentationSequential(RandomHorizontalFlip(), *jitter)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        optimizers = [torch.optim.AdamW(self.vq.parameters(), self.learning_rate, betas=(0.9, 0.99))]
+        if self.discriminator is not None:
+            parameters = self.discriminator.parameters()
+            optimizers.append(torch.optim.AdamW(parameters, self.learning_rate / 4, betas=(0.5, 0.9)))
+        return optimizers
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        images = self.augment(to_unit(batch)) * 2 - 1
+        latents = self.vq.encode(images)
+        step = self.global_step
+        codebook_loss = torch.zeros((), device=images.device)
+        if step < self.continuous_steps:
+            self._start_codebook(latents, self.continuous_steps - 1 - step)
+        else:
+            continuous = latents
+            latents, codebook_loss, indices = self.vq.quantise(continuous)
+            self._restart_dead_codes(continuous, latents, indices, step)
+        reconstructions = self.vq.decode(latents, force_not_quantize=True).float()
+        total = self.reconstruction_loss(images, reconstructions) + self.loss.codebook * codebook_loss
+        if self.discriminator is not None and step >= self.loss.adversarial_start:
+            last_layer = self.vq.decoder.conv_out.weight
+            total = total + self.loss.adversarial * self.discriminator.generator_loss(
+                total, reconstructions, last_layer
+            )
+        self._optimise(total, images, reconstructions.detach(), step)
+        self.log("loss", total.detach(), prog_bar=True)
+
+    def reconstruction_loss(self, images: Tensor, reconstructions: Tensor) -> Tensor:
+        """Weighted L1, L2, colour and LPIPS distance of images (B,C,H,W) in [-1,1]; a scalar."""
+        w = self.loss
+        total = w.l1 * F.l1_loss(reconstructions, images) + w.l2 * F.mse_loss(reconstructions, images)
+        if w.color:
+            total = total + w.color * F.l1_loss(F.avg_pool2d(reconstructions, 8), F.avg_pool2d(images, 8))
+        if self.perceptual is not None:
+            total = total + w.perceptual * self.perceptual(reconstructions, images).mean()
+        return total
+
+    def _optimise(self, total: Tensor, images: Tensor, reconstructions: Tensor, step: int) -> None:
+        optimizers = self.optimizers()
+        optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate * warmup_cosine(step, self.max_steps)
+        optimizer.zero_grad()
+        self.manual_backward(total)
+        self.clip_gradients(optimizer, 1.0, "norm")
+        optimizer.step()
+        if self.discriminator is not None and step >= self.loss.adversarial_start:
+            critic = optimizers[1].optimizer  # stepped unwrapped: global_step counts the autoencoder's steps
+            critic.zero_grad()
+            self.manual_backward(self.discriminator.discriminator_loss(images, reconstructions))
+            critic.step()
+
+    @torch.no_grad()
+    def _start_codebook(self, latents: Tensor, steps_left: int) -> None:
+        """Collect the last batches before quantisation begins; their k-means centres are the codes."""
+        if steps_left < KMEANS_BATCHES:
+            self.recent_latents.append(as_vectors(latents).cpu())
+        if steps_left == 0:
+            codes = self.vq.quantize.embedding.weight
+            vectors = torch.cat(self.recent_latents).numpy()
+            centres, _ = kmeans2(vectors, len(codes), iter=4, minit="points", rng=0)
+            codes.copy_(torch.as_tensor(centres))
+            self.recent_latents.clear()
+
+    @torch.no_grad()
+    def _restart_dead_codes(self, latents: Tensor, quantised: Tensor, indices: Tensor, step: int) -> None:
+        """Move codes unused since the last check to latents (B,C,h,w) that the codebook serves worst."""
+        self.code_uses += torch.bincount(indices.flatten(), minlength=len(self.code_uses))
+        if step % self.restart_every or step > 0.7 * self.max_steps:
+            return
+        dead = (self.code_uses == 0).nonzero().flatten()
+        vectors = as_vectors(latents)
+        squared_error = (vectors - as_vectors(quantised)).square().sum(1)
+        if len(dead):
+            chosen = torch.multinomial(squared_error + 1e-12, len(dead), replacement=True)
+            self.vq.quantize.embedding.weight[dead] = vectors[chosen]
+        self.log("dead_codes", float(len(dead)), prog_bar=True)
+        self.code_uses.zero_()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        images = to_unit(batch)
+        decoded = self.vq.decode(self.vq.encode(images * 2 - 1)).float()
+        each = [psnr((d.clamp(-1, 1) + 1) / 2, x, 1.0) for d, x in zip(decoded, images, strict=True)]
+        self.log("psnr", torch.stack(each).mean(), prog_bar=True, batch_size=len(images))
+
+
+def as_vectors(latents: Tensor) -> Tensor:
+    """Latents (B,C,h,w) -> float32 (B*h*w,C), detached."""
+    return latents.detach().float().movedim(1, -1).flatten(0, -2)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Images uint8 (B,H,W,C) -> float (B,C,H,W) in [0,1]."""
+    return images.movedim(-1, 1).float() / 255
+
+
+def warmup_cosine(step: int, max_steps: int, warmup: int = 200) -> float:
+    """Learning-rate factor in [0.01,1]: linear warm-up, then half a cosine."""
+    decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max_steps)))
+    return min(1.0, (step + 1) / warmup) * decay

@@ -1,0 +1,138 @@
+"""Building blocks of the UNet, with the parameter names that CompVis and guided-diffusion share."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SMALL_CPU_ATTENTION = 256  # tokens up to which plain matmuls train faster on a CPU (benchmarks/attention.py)
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+    """Sinusoids (B,dim), cosines first, of timesteps t (B,) (Vaswani et al. 2017; Ho et al. 2020)."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device) / half)
+    args = t[:, None].float() * freqs
+    embedding = torch.cat([args.cos(), args.sin()], dim=-1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(c)) v for contiguous (B,heads,L,c) tensors."""
+    if q.device.type == "cpu" and q.requires_grad and q.shape[-2] <= SMALL_CPU_ATTENTION:
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return weights.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """Zero a module's parameters, so that a residual branch starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """The field's GroupNorm; it takes its statistics in float32 whatever the input's type."""
+    return nn.GroupNorm(32, channels)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour 2x, then a 3x3 convolution if `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """2x smaller, by a strided 3x3 convolution if `use_conv`, else by averaging."""
+
+    def __init__(self, channels: int, use_conv: bool) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Residual block conditioned on the timestep embedding (ADM, Sec. 3).
+
+    Args:
+        channels, out_channels: of x (B,channels,H,W) and of the result.
+        emb_channels: of the embedding (B,emb_channels).
+        dropout: probability.
+        scale_shift: condition by FiLM after the second norm instead of by addition.
+        resample: `up` or `down` for BigGAN's resampling blocks.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        resample: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.in_layers = nn.Sequential(
+            group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        resamplers = {"up": Upsample, "down": Downsample}
+        self.resample = resamplers[resample](channels, use_conv=False) if resample else nn.Identity()
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels * (1 + scale_shift)))
+        self.out_layers = nn.Sequential(
+            group_norm(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h = conv(self.resample(activation(norm(x))))
+        condition = self.emb_layers(emb)[..., None, None].to(h.dtype)
+        if self.scale_shift:
+            scale, shift = condition.chunk(2, dim=1)
+            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + condition)
+        return self.skip_connection(self.resample(x)) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the H*W positions of x (B,C,H,W).
+
+    Args:
+        channels: C.
+        heads: number of heads.
+        new_order: qkv is laid out [q of all heads, k ..., v ...] instead of CompVis's
+            [q, k, v of the first head, ...].
+    """
+
+    def __init__(self, channels: int, heads: int, new_order: bool = False) -> None:
+        super().__init__()
+        self.heads, self.new_order = heads, new_order
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, height, width = x.shape
+        qkv = self.qkv(self.norm(x).flatten(2))
+        if self.new_order:
+            qkv = qkv.view(b, 3, self.heads, c // self.heads, -1).transpose(1, 2)
+        else:
+            qkv = qkv.view(b, self.heads, 3, c // self.heads, -1)
+        q, k, v = qkv.transpose(-1, -2).movedim(2, 0).contiguous()  # each (B,heads,H*W,C/heads)
+        h = attend(q, k, v).transpose(-1, -2).reshape(b, c, -1)
+        return x + self.proj_out(h).view(b, c, height, width)

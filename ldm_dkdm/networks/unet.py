@@ -1,0 +1,137 @@
+"""The UNet of latent diffusion and ADM: one class whose state dict fits both code bases' files."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.networks.layers import (
+    AttentionBlock,
+    Downsample,
+    ResBlock,
+    Upsample,
+    group_norm,
+    timestep_embedding,
+    zero_init,
+)
+
+
+class UNet(nn.Module):
+    """CompVis's unconditional `UNetModel` and guided-diffusion's, name for name.
+
+    Args:
+        image_size: side of x in pixels or latent positions.
+        in_channels, out_channels: of x and of the output; twice `in_channels` out for a learned variance.
+        model_channels: base width.
+        num_res_blocks: residual blocks per level.
+        attention_resolutions: DOWNSAMPLING FACTORS at which attention acts (CompVis's convention).
+        channel_mult: width of each level in units of `model_channels`.
+        dropout: in the residual blocks.
+        num_heads, num_head_channels: heads per attention block, or channels per head (which wins).
+        conv_resample: convolve when resampling. resblock_updown: resample by residual blocks.
+        use_scale_shift_norm: FiLM conditioning. use_new_attention_order: layout of qkv.
+        num_classes: size of the label table; None for an unconditional network.
+        use_checkpoint: recompute activations in the backward pass to save memory.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        dropout: float = 0.0,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        conv_resample: bool = True,
+        resblock_updown: bool = False,
+        use_scale_shift_norm: bool = False,
+        use_new_attention_order: bool = False,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_widths(model_channels, channel_mult, num_heads, num_head_channels)
+        self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
+        self.model_channels, self.num_classes = model_channels, num_classes
+        self.use_checkpoint = use_checkpoint
+        emb = 4 * model_channels
+        self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb)
+
+        def res(channels: int, out: int, resample: str | None = None) -> ResBlock:
+            return ResBlock(channels, emb, out, dropout, use_scale_shift_norm, resample)
+
+        def attention(channels: int) -> AttentionBlock:
+            heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+            return AttentionBlock(channels, heads, use_new_attention_order)
+
+        def resampler(channels: int, direction: str) -> nn.Module:
+            if resblock_updown:
+                return res(channels, channels, direction)
+            return {"up": Upsample, "down": Downsample}[direction](channels, conv_resample)
+
+        channels = model_channels * channel_mult[0]
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, channels, 3, padding=1)])])
+        skips, factor = [channels], 1
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                block = [res(channels, mult * model_channels)]
+                channels = mult * model_channels
+                block += [attention(channels)] if factor in attention_resolutions else []
+                self.input_blocks.append(nn.ModuleList(block))
+                skips.append(channels)
+            if level < len(channel_mult) - 1:
+                self.input_blocks.append(nn.ModuleList([resampler(channels, "down")]))
+                skips.append(channels)
+                factor *= 2
+        self.middle_block = nn.ModuleList([res(channels, channels), attention(channels), res(channels, channels)])
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for i in range(num_res_blocks + 1):
+                block = [res(channels + skips.pop(), mult * model_channels)]
+                channels = mult * model_channels
+                block += [attention(channels)] if factor in attention_resolutions else []
+                if level and i == num_res_blocks:
+                    block.append(resampler(channels, "up"))
+                    factor //= 2
+                self.output_blocks.append(nn.ModuleList(block))
+        self.out = nn.Sequential(
+            group_norm(channels), nn.SiLU(), zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
+        )
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """x (B,in_channels,H,W), timesteps t (B,), labels (B,) -> (B,out_channels,H,W)."""
+        emb = self.time_embed(timestep_embedding(t, self.model_channels))
+        if self.num_classes is not None:
+            emb = emb + self.label_emb(label)
+        h, skips = x, []
+        for block in self.input_blocks:
+            h = self._run(block, h, emb)
+            skips.append(h)
+        h = self._run(self.middle_block, h, emb)
+        for block in self.output_blocks:
+            h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h)
+
+    def _run(self, block: nn.ModuleList, h: Tensor, emb: Tensor) -> Tensor:
+        for layer in block:
+            args = (h, emb) if isinstance(layer, ResBlock) else (h,)
+            recompute = self.use_checkpoint and torch.is_grad_enabled()
+            h = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
+        return h
+
+
+def _check_widths(width: int, mults: Sequence[int], heads: int, head_channels: int) -> None:
+    for mult in mults:
+        channels = width * mult
+        if channels % 32:
+            raise UserError(f"model_channels: {width} x channel_mult {mult} is no multiple of 32 (GroupNorm)")
+        if channels % (heads if head_channels == -1 else head_channels):
+            raise UserError(f"num_head_channels: {channels} channels do not divide into the heads asked for")

@@ -1,0 +1,44 @@
+"""The only classes that a config may name: a config, like a checkpoint, cannot run other code."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.first_stage.vq import VQModel
+from ldm_dkdm.networks import UNet
+
+TARGETS: dict[str, Callable[..., nn.Module]] = {
+    "ldm_dkdm.networks.UNet": UNet,
+    "ldm_dkdm.first_stage.VQModel": VQModel,
+    "ldm.modules.diffusionmodules.openaimodel.UNetModel": UNet,
+    "guided_diffusion.unet.UNetModel": UNet,
+    "ldm.models.autoencoder.VQModel": VQModel,
+    "ldm.models.autoencoder.VQModelInterface": VQModel,
+    "taming.models.vqgan.VQModel": VQModel,
+}
+
+# Keys of the foreign classes that we do without, and the values at which they change nothing.
+IGNORED: dict[str, tuple[Any, ...]] = {
+    "dims": (2,),
+    "use_fp16": (False, True),  # precision is the trainer's business
+    "use_spatial_transformer": (False,),
+    "legacy": (False, True),
+    "num_heads_upsample": (-1,),
+    "monitor": (),
+    "lossconfig": (),
+    "ckpt_path": (None, ""),
+}
+
+
+def resolve(target: Any, params: dict[str, Any], where: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """The class that `target` names and its parameters without those that mean nothing here."""
+    if target not in TARGETS:
+        raise UserError(f"{where.rpartition('.')[0] or 'config'}: target '{target}' is not one of {', '.join(TARGETS)}")
+    if not target.startswith("ldm_dkdm."):
+        for key in [k for k in params if k in IGNORED]:
+            if IGNORED[key] and params[key] not in IGNORED[key]:
+                raise UserError(f"{where}.{key}: {params[key]!r} is not supported; remove the key")
+            del params[key]
+    return TARGETS[target], params
