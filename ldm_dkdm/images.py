@@ -1,14 +1,16 @@
 """Images in and out of files: folders and ADM-style .npz in; PNG, .npz and labelled grids out."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import replacing
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -23,7 +25,7 @@ def load_images(path: str | Path, size: int) -> Tensor:
         files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
         if not files:
             raise UserError(f"{path}: the folder holds no images ({', '.join(sorted(SUFFIXES))})")
-        return torch.stack([_read_image(f, size) for f in files])
+        return torch.stack([read_image(f, size) for f in files])
     if path.suffix == ".npz" and path.is_file():
         with np.load(path, allow_pickle=False) as archive:
             array = archive["arr_0"]
@@ -33,7 +35,8 @@ def load_images(path: str | Path, size: int) -> Tensor:
     raise UserError(f"{path}: no such folder of images or .npz file")
 
 
-def _read_image(path: Path, size: int) -> Tensor:
+def read_image(path: Path, size: int) -> Tensor:
+    """One image file -> uint8 (size,size,3), on white, centred square, Lanczos."""
     image = Image.open(path).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image)
@@ -53,3 +56,44 @@ def endless_batches(data: Tensor, batch_size: int, seed: int, first_step: int = 
         for i in range(offset, per_epoch):
             yield data[torch.from_numpy(order[i * batch_size : (i + 1) * batch_size])]
         epoch, offset = epoch + 1, 0
+
+
+def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Lay images uint8 (N,H,W,3) out in rows, on white; nearly square unless `columns` is given."""
+    count, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, image in enumerate(images):
+        sheet.paste(Image.fromarray(image.numpy()), (i % columns * (width + gap), i // columns * (height + gap)))
+    return sheet
+
+
+def side_by_side(panels: Sequence[tuple[str, Image.Image]], margin: int = 16) -> Image.Image:
+    """Set labelled pictures of one size next to each other."""
+    font = ImageFont.load_default(size=18)
+    width = sum(panel.width for _, panel in panels) + margin * (len(panels) + 1)
+    sheet = Image.new("RGB", (width, max(panel.height for _, panel in panels) + 3 * margin + 8), "white")
+    draw, left = ImageDraw.Draw(sheet), margin
+    for label, panel in panels:
+        draw.text((left, margin // 2), label, fill="black", font=font)
+        sheet.paste(panel, (left, 2 * margin + 8))
+        left += panel.width + margin
+    return sheet
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """Write images uint8 (N,H,W,3) as one PNG."""
+    save_image(grid(images), path)
+
+
+def save_npz(images: Tensor, path: Path) -> None:
+    """Write an ADM-style .npz: arr_0 uint8 (N,H,W,3)."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, arr_0=images.numpy())

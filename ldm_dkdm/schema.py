@@ -106,6 +106,7 @@ class LoggingConfig:
     sample_every: int = field(default=5000, metadata=AT_LEAST_ONE)
     sample_count: int = field(default=16, metadata=AT_LEAST_ONE)
     sample_steps: int = field(default=50, metadata=AT_LEAST_ONE)  # DDIM
+    export_dtype: Literal["float32", "float16"] = "float32"  # of the model's folder
 
 
 @dataclass(frozen=True)
@@ -182,10 +183,12 @@ class FirstStageRun:
 
 @dataclass(frozen=True)
 class FirstStagePointer:
-    """Where a model's first stage lies, relative to the model's folder."""
+    """Where a model's first stage lies, relative to the model's folder; what it is, if it is no folder of ours."""
 
     path: str
     scale_factor: float = field(metadata=POSITIVE)
+    target: str | None = None
+    params: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

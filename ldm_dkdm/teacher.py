@@ -32,13 +32,13 @@ class Teacher:
         self.network.to(device)
         return self
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
         """eps of states x (B,C,H,W) at timesteps t (B,), one network call."""
         with autocast(self.precision, x.device):
             return self.denoiser(x, t, label)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, batch: NoisyBatch, noise: Tensor, stride: int = 1) -> tuple[Prediction, Tensor]:
         """The prediction at x_t and, from the SAME call, x_{t-stride} (DKDM, dynamic iterative distillation)."""
         prediction = self.predict(batch.x, batch.t, batch.label)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm_dkdm.first_stage.losses import Discriminator, lpips_loss
 from ldm_dkdm.first_stage.vq import VQModel
-from ldm_dkdm.schema import FirstStageLoss
+from ldm_dkdm.schema import FirstStageRun
 
 
 KMEANS_BATCHES = 16
@@ -21,40 +21,27 @@ KMEANS_BATCHES = 16
 class FirstStageModule(L.LightningModule):
     """Trains a `VQModel` on images uint8 (B,H,W,3).
 
-    The first `continuous_steps` pass latents unquantised; the codebook then starts as the k-means
+    The first `codebook.continuous_steps` steps pass latents unquantised; the codebook then starts as the k-means
     centres of a batch, and codes that went unused since the last check restart as encoder outputs.
 
     Args:
         vq: the autoencoder.
-        loss: weights of the loss terms.
-        learning_rate: peak of a cosine schedule with 200 warm-up steps.
-        max_steps: length of that schedule in optimizer steps.
-        continuous_steps: steps before quantisation begins.
-        restart_every: steps between restarts of dead codes; they stop at 70% of `max_steps`.
-        hue: largest hue shift of the colour augmentation, as a fraction of the colour circle.
+        config: weights of the loss, learning rate (peak of a cosine schedule with 200 warm-up steps),
+            steps, augmentation.
     """
 
-    def __init__(
-        self,
-        vq: VQModel,
-        loss: FirstStageLoss,
-        learning_rate: float,
-        max_steps: int,
-        continuous_steps: int = 500,
-        restart_every: int = 100,
-        hue: float = 0.0,
-    ) -> None:
+    def __init__(self, vq: VQModel, config: FirstStageRun) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.vq, self.loss = vq, loss
-        self.learning_rate, self.max_steps = learning_rate, max_steps
-        self.continuous_steps, self.restart_every = continuous_steps, restart_every
+        self.vq, self.loss, self.codebook = vq, config.loss, config.codebook
+        self.learning_rate, self.max_steps = config.trainer.learning_rate, config.trainer.max_steps
         self.recent_latents: list[Tensor] = []
         self.register_buffer("code_uses", torch.zeros(vq.quantize.n_e, dtype=torch.long))
-        self.discriminator = Discriminator(vq.in_channels) if loss.adversarial else None
-        self.perceptual = lpips_loss(loss.perceptual_backbone) if loss.perceptual else None
-        jitter = [ColorJiggle(hue=hue, p=0.3)] if hue else []
-        self.augment = AugmentationSequential(RandomHorizontalFlip(), *jitter)
+        self.discriminator = Discriminator(vq.in_channels) if self.loss.adversarial else None
+        self.perceptual = lpips_loss(self.loss.perceptual_backbone) if self.loss.perceptual else None
+        flip = [RandomHorizontalFlip()] if config.data.flip else []
+        jitter = [ColorJiggle(hue=config.hue, p=0.3)] if config.hue else []
+        self.augment = AugmentationSequential(*flip, *jitter) if flip or jitter else torch.nn.Identity()
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         optimizers = [torch.optim.AdamW(self.vq.parameters(), self.learning_rate, betas=(0.9, 0.99))]
@@ -68,8 +55,8 @@ class FirstStageModule(L.LightningModule):
         latents = self.vq.encode(images)
         step = self.global_step
         codebook_loss = torch.zeros((), device=images.device)
-        if step < self.continuous_steps:
-            self._start_codebook(latents, self.continuous_steps - 1 - step)
+        if step < self.codebook.continuous_steps:
+            self._start_codebook(latents, self.codebook.continuous_steps - 1 - step)
         else:
             continuous = latents
             latents, codebook_loss, indices = self.vq.quantise(continuous)
@@ -125,7 +112,7 @@ class FirstStageModule(L.LightningModule):
     def _restart_dead_codes(self, latents: Tensor, quantised: Tensor, indices: Tensor, step: int) -> None:
         """Move codes unused since the last check to latents (B,C,h,w) that the codebook serves worst."""
         self.code_uses += torch.bincount(indices.flatten(), minlength=len(self.code_uses))
-        if step % self.restart_every or step > 0.7 * self.max_steps:
+        if step % self.codebook.restart_every or step > 0.7 * self.max_steps:
             return
         dead = (self.code_uses == 0).nonzero().flatten()
         vectors = as_vectors(latents)
@@ -136,11 +123,25 @@ class FirstStageModule(L.LightningModule):
         self.log("dead_codes", float(len(dead)), prog_bar=True)
         self.code_uses.zero_()
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        images = to_unit(batch)
-        decoded = self.vq.decode(self.vq.encode(images * 2 - 1)).float()
-        each = [psnr((d.clamp(-1, 1) + 1) / 2, x, 1.0) for d, x in zip(decoded, images, strict=True)]
-        self.log("psnr", torch.stack(each).mean(), prog_bar=True, batch_size=len(images))
+
+@torch.no_grad()
+def held_out_psnr(vq: VQModel, images: Tensor, batch_size: int = 64) -> float:
+    """Mean over images uint8 (N,H,W,3) of the PSNR in dB of their quantised reconstruction."""
+    device = next(vq.parameters()).device
+    each = []
+    for batch in images.split(batch_size):
+        x = to_unit(batch.to(device))
+        decoded = ((vq.decode(vq.encode(x * 2 - 1)) + 1) / 2).clamp(0, 1)
+        each += [psnr(d, original, 1.0) for d, original in zip(decoded, x, strict=True)]
+    return torch.stack(each).mean().item()
+
+
+@torch.no_grad()
+def latent_scale(vq: VQModel, images: Tensor, batch_size: int = 64) -> float:
+    """1 / std of the latents of images uint8 (N,H,W,3) (LDM, Sec. G: component-wise rescaling)."""
+    device = next(vq.parameters()).device
+    latents = [vq.encode(to_unit(batch.to(device)) * 2 - 1) for batch in images.split(batch_size)]
+    return 1 / torch.cat(latents).std().item()
 
 
 def as_vectors(latents: Tensor) -> Tensor:

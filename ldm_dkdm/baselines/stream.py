@@ -1,0 +1,62 @@
+"""Training examples from data (Alg. 2): the target is the noise that was added."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ldm_dkdm.diffusion.process import q_sample
+from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.first_stage.codec import LatentCodec
+from ldm_dkdm.records import DistillBatch, Prediction
+from ldm_dkdm.rng import torch_generator
+
+
+class DataStream(IterableDataset[DistillBatch]):
+    """Noises clean latents to random t (Alg. 2, lines 2-3).
+
+    Args:
+        latents: x_0 (N,C,H,W), scaled.
+        schedule: the forward process.
+        batch_size, max_steps: as in `DistillStream`, and so are seed, rank, device, first_step.
+    """
+
+    def __init__(
+        self,
+        latents: Tensor,
+        schedule: NoiseSchedule,
+        batch_size: int,
+        max_steps: int,
+        seed: int = 0,
+        rank: int = 0,
+        device: torch.device | str = "cpu",
+        first_step: int = 0,
+    ) -> None:
+        self.latents, self.schedule = latents, schedule
+        self.batch_size, self.max_steps = batch_size, max_steps
+        self.seed, self.rank, self.device, self.step = seed, rank, device, first_step
+
+    def __len__(self) -> int:
+        return self.max_steps
+
+    def __iter__(self) -> Iterator[DistillBatch]:
+        while self.step < self.max_steps:
+            yield self.next_batch()
+
+    def next_batch(self) -> DistillBatch:
+        """Draw B latents with replacement, t ~ U[0, T-1], eps ~ N(0, I)."""
+        generator = torch_generator(self.seed, self.rank, self.step, "data")
+        x_0 = self.latents[torch.randint(len(self.latents), (self.batch_size,), generator=generator)]
+        t = torch.randint(self.schedule.num_timesteps, (self.batch_size,), generator=generator)
+        noise = torch.randn(x_0.shape, generator=generator)
+        x_t = q_sample(self.schedule, x_0, t, noise)
+        self.step += 1
+        return DistillBatch(x_t.to(self.device), t.to(self.device), Prediction(noise.to(self.device)))
+
+
+@torch.no_grad()
+def encode_images(codec: LatentCodec, images: Tensor, flip: bool, batch_size: int = 64) -> Tensor:
+    """Images uint8 (N,H,W,C) -> scaled latents (N or 2N,C,h,w), mirrored images included if `flip`."""
+    sets = [images, images.flip(2)] if flip else [images]
+    return torch.cat([codec.encode(part) for whole in sets for part in whole.split(batch_size)])

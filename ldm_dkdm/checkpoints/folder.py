@@ -1,0 +1,52 @@
+"""Our own model folders: config.yaml and a safetensors file; the config describes the model whole."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm_dkdm.checkpoints.reading import read_tensors
+from ldm_dkdm.config import read_card, to_yaml
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import replacing, write_text
+from ldm_dkdm.schema import FirstStageCard, ModelCard
+
+Card = TypeVar("Card", ModelCard, FirstStageCard)
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether the path is a folder of ours."""
+    return (path / "config.yaml").is_file()
+
+
+def read_folder(folder: Path, schema: type[Card]) -> tuple[Card, dict[str, Tensor]]:
+    """Read a model folder -> its card and its tensors."""
+    card = read_card(folder / "config.yaml", schema)
+    weights = folder / card.weights
+    if Path(card.weights).name != card.weights:
+        raise UserError(f"{folder}/config.yaml: weights: '{card.weights}' must be a file name in the same folder")
+    if not weights.is_file():
+        raise UserError(f"{weights}: missing; the folder {folder} has a config but no weights")
+    return card, read_tensors(weights)
+
+
+def write_folder(
+    folder: Path,
+    card: ModelCard | FirstStageCard,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a model folder, each file whole or not at all; the config comes last."""
+    stored = {k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()}
+    with replacing(folder / card.weights) as temporary:
+        save_file(stored, temporary)
+    write_text(folder / "config.yaml", to_yaml(card))
+
+
+def relative_to_folder(path: Path, folder: Path) -> str:
+    """How a card in `folder` points to `path`."""
+    return os.path.relpath(path.resolve(), folder.resolve())

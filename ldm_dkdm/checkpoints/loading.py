@@ -1,0 +1,30 @@
+"""Strict loading: every key fits, or the error lists those that do not."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ldm_dkdm.errors import UserError
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy tensors into the module's parameters and buffers, casting to their type.
+
+    Raises:
+        UserError: missing, unexpected or mis-shaped keys, of which it lists the first few.
+    """
+    own = module.state_dict()
+    problems = {
+        "missing": [k for k in own if k not in tensors],
+        "unexpected": [k for k in tensors if k not in own],
+        "of another shape": [
+            f"{k} {tuple(tensors[k].shape)} instead of {tuple(own[k].shape)}"
+            for k in own
+            if k in tensors and tensors[k].shape != own[k].shape
+        ],
+    }
+    found = [f"{len(keys)} keys {kind}: {', '.join(keys[:4])}" for kind, keys in problems.items() if keys]
+    if found:
+        raise UserError(f"{source}: does not fit this {type(module).__name__}; {'; '.join(found)}")
+    module.load_state_dict(dict(tensors))

@@ -1,0 +1,1 @@
+"""Pure maths of diffusion: schedules, one step, samplers, objectives."""

@@ -1,0 +1,1 @@
+"""Distillation: pool, warm-up, stream and the student's Lightning module."""

@@ -1,0 +1,72 @@
+"""Filling the pool: every slot gets a state of the teacher's chain at a random t."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ldm_dkdm.diffusion.process import q_sample
+from ldm_dkdm.diffusion.samplers import ddim, last
+from ldm_dkdm.distill.pool import NoisyPool
+from ldm_dkdm.records import NoisyBatch
+from ldm_dkdm.rng import numpy_generator, torch_generator
+from ldm_dkdm.schema import WarmupConfig
+from ldm_dkdm.teacher import Teacher
+
+
+def warm_up(
+    pool: NoisyPool, teacher: Teacher, config: WarmupConfig, seed: int, rank: int, device: torch.device | str
+) -> Iterator[int]:
+    """Fill the slots that are still empty; yields the number of filled slots after every batch.
+
+    A batch follows from (seed, rank, first slot), so an interrupted warm-up goes on exactly.
+    """
+    while pool.filled < len(pool):
+        generator = torch_generator(seed, rank, pool.filled, "warmup", device)
+        if config.mode == "ancestral":
+            x, t = _ancestral(pool, teacher, config, seed, rank, generator)
+        else:
+            x, t = _ddim(pool, teacher, config, seed, rank, generator)
+        pool.fill(x, t)
+        yield pool.filled
+
+
+def warmup_calls(config: WarmupConfig, slots: int, num_timesteps: int) -> int:
+    """Teacher evaluations (of one sample) that a warm-up needs; for `ancestral` the expected number."""
+    if config.mode == "ancestral":
+        return slots * (num_timesteps - 1) // 2
+    return min(config.images, slots) * len(range(0, num_timesteps, num_timesteps // config.steps))
+
+
+def _ancestral(
+    pool: NoisyPool, teacher: Teacher, config: WarmupConfig, seed: int, rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Walk fresh noise from T down to each slot's own t, one reverse step a call; finished slots wait."""
+    steps = teacher.schedule.num_timesteps
+    # One stratified permutation of timesteps for the whole pool, in ascending runs of a batch: the slots
+    # of a batch stop at nearly the same t, so hardly a call is spent on a slot that has arrived.
+    targets = torch.from_numpy(numpy_generator(seed, rank, 0, "warmup").integers(0, steps, len(pool))).sort().values
+    target = targets[pool.filled : pool.filled + config.batch_size].to(generator.device)
+    x = _noise((len(target), *pool.x.shape[1:]), generator)
+    for step in range(steps - 1, int(target.min()), -1):
+        t = torch.full_like(target, step)
+        moved = teacher.step(NoisyBatch(x, t), _noise(x.shape, generator))[1]
+        x = torch.where((t > target).view(-1, 1, 1, 1), moved, x)
+    return x, target
+
+
+def _ddim(
+    pool: NoisyPool, teacher: Teacher, config: WarmupConfig, seed: int, rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Noise each DDIM sample of the teacher to several random t."""
+    copies = -(-len(pool) // config.images)
+    count = min(config.batch_size, -(-(len(pool) - pool.filled) // copies))
+    noise = _noise((count, *pool.x.shape[1:]), generator)
+    samples = last(ddim(teacher.schedule, teacher.predict, noise, lambda: noise, config.steps))
+    t = torch.randint(teacher.schedule.num_timesteps, (count * copies,), generator=generator, device=generator.device)
+    x_0 = samples.repeat_interleave(copies, 0)
+    return q_sample(teacher.schedule, x_0, t, _noise(x_0.shape, generator)), t
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)

@@ -1,0 +1,46 @@
+"""Between latents and pictures."""
+
+import torch
+from torch import Tensor
+
+from ldm_dkdm.first_stage.vq import VQModel
+from ldm_dkdm.precision import autocast
+
+
+class LatentCodec:
+    """A frozen first stage: uint8 images to scaled latents and back.
+
+    Args:
+        vq: the autoencoder; it is put in eval mode and frozen.
+        scale_factor: the diffusion model's latents are `scale_factor` times the encoder's.
+        precision: `bf16` or `32`.
+    """
+
+    def __init__(self, vq: VQModel, scale_factor: float = 1.0, precision: str = "32") -> None:
+        self.vq = vq.eval().requires_grad_(False)
+        self.scale_factor, self.precision = scale_factor, precision
+
+    def to(self, device: torch.device | str) -> "LatentCodec":
+        """Move the autoencoder; returns self."""
+        self.vq.to(device)
+        return self
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return self.vq.embed_dim
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images uint8 (B,H,W,3) -> latents (B,C,h,w), float32."""
+        device = next(self.vq.parameters()).device
+        x = images.to(device).movedim(-1, 1).float() / 127.5 - 1
+        with autocast(self.precision, device):
+            return self.vq.encode(x).float() * self.scale_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, force_not_quantize: bool = False) -> Tensor:
+        """Latents (B,C,h,w) -> images uint8 (B,H,W,3)."""
+        with autocast(self.precision, latents.device):
+            x = self.vq.decode(latents / self.scale_factor, force_not_quantize)
+        return ((x.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).movedim(1, -1)

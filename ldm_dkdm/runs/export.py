@@ -1,0 +1,27 @@
+"""The model that a run makes, as a folder that describes itself."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from ldm_dkdm.checkpoints.folder import relative_to_folder, write_folder
+from ldm_dkdm.runs.ema import averaged
+from ldm_dkdm.schema import FirstStagePointer, ModelCard
+
+
+def export_on_save(
+    folder: Path, card: ModelCard, pointer: FirstStagePointer, dtype: str
+) -> Callable[[L.Trainer], None]:
+    """A function that writes the EMA weights of a trainer and the card into `folder`."""
+    relative = replace(pointer, path=relative_to_folder(Path(pointer.path), folder))
+
+    def export(trainer: L.Trainer) -> None:
+        info = {**card.info, "step": trainer.global_step, "max_steps": trainer.max_steps}
+        network = averaged(trainer.callbacks).network
+        described = replace(card, first_stage=relative, info=info)
+        write_folder(folder, described, network.state_dict(), getattr(torch, dtype))
+
+    return export

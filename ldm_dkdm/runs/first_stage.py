@@ -1,0 +1,78 @@
+"""Training a first stage on images."""
+
+from collections.abc import Callable, Iterator
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ldm_dkdm.checkpoints.folder import write_folder
+from ldm_dkdm.config import build
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.first_stage.training import FirstStageModule, held_out_psnr, latent_scale
+from ldm_dkdm.first_stage.vq import VQModel
+from ldm_dkdm.images import endless_batches, load_images
+from ldm_dkdm.precision import resolve_precision
+from ldm_dkdm.runs.ema import averaged
+from ldm_dkdm.runs.interrupt import GracefulStop
+from ldm_dkdm.runs.loop import RunFolder, default_device, fit, open_run
+from ldm_dkdm.runs.saving import RunCheckpoint, step_of
+from ldm_dkdm.schema import FirstStageCard, FirstStageRun
+
+
+class _ImageStream(IterableDataset[Tensor]):
+    """Image batches uint8 (B,H,W,3), the same after a resume."""
+
+    def __init__(self, images: Tensor, batch_size: int, max_steps: int, seed: int, first_step: int) -> None:
+        self.arguments = (images, batch_size, seed, first_step)
+        self.max_steps = max_steps
+
+    def __len__(self) -> int:
+        return self.max_steps
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return endless_batches(*self.arguments)
+
+
+def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
+    """Train to `trainer.max_steps`; a second call goes on where the first stopped."""
+    device = default_device(config.trainer.accelerator)
+    precision = resolve_precision(config.trainer.precision, device)
+    vq = build(config.first_stage, "first_stage.params")
+    if config.trainer.grad_clip is not None:
+        raise UserError("trainer.grad_clip: the first stage's training clips at 1.0 by itself; remove the key")
+    images = load_images(config.data.path, config.data.image_size)
+    held_out = load_images(config.data.held_out, config.data.image_size) if config.data.held_out else None
+    module = FirstStageModule(vq, config)
+    folder = open_run(config, config.logging, default_name)
+
+    def stream_for(trainer: L.Trainer) -> _ImageStream:
+        latest = folder.latest()
+        seed = config.trainer.seed + trainer.global_rank
+        first_step = step_of(latest) if latest else 0
+        return _ImageStream(images, config.data.batch_size, config.trainer.max_steps, seed, first_step)
+
+    with GracefulStop() as stop:
+        export = _export_on_save(config, folder, images, held_out)
+        saving = RunCheckpoint(folder.checkpoints, config.logging.save_every, None, export)
+        fit(module, stream_for, config.trainer, config.logging, folder, [saving], stop, precision)
+    return folder
+
+
+def _export_on_save(
+    config: FirstStageRun, folder: RunFolder, images: Tensor, held_out: Tensor | None
+) -> Callable[[L.Trainer], None]:
+    def export(trainer: L.Trainer) -> None:
+        vq: VQModel = averaged(trainer.callbacks).vq.eval()
+        info = {"step": trainer.global_step}
+        if held_out is not None:
+            info["held_out_psnr_db"] = round(held_out_psnr(vq, held_out), 2)
+            print(f"step {trainer.global_step}: held-out PSNR {info['held_out_psnr_db']} dB")
+        scale = latent_scale(vq, images[:: max(1, len(images) // 512)])
+        card = FirstStageCard(
+            "model.safetensors", config.first_stage.target, config.first_stage.params, round(scale, 6), info
+        )
+        write_folder(folder.model, card, vq.state_dict(), getattr(torch, config.logging.export_dtype))
+
+    return export

@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM end a run at the next whole iteration, so that what is saved is exact."""
+
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+
+import lightning as L
+
+
+class GracefulStop(L.Callback):
+    """Context manager and Lightning callback: the first signal asks for a stop, a second one forces it."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "GracefulStop":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this iteration and saving (once more: stop at once)", file=sys.stderr)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+        if trainer.strategy.reduce_boolean_decision(self.requested, all=False):
+            trainer.should_stop = True

@@ -1,0 +1,126 @@
+"""One Lightning run: the same for distillation and for training on data."""
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, IterableDataset
+
+from ldm_dkdm.config import to_yaml
+from ldm_dkdm.runs.ema import StudentEMA
+from ldm_dkdm.runs.interrupt import GracefulStop
+from ldm_dkdm.runs.saving import checkpoints
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import write_text
+from ldm_dkdm.schema import LoggingConfig, TrainerConfig
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """logs/<run>: config.yaml, checkpoints/, samples/, metrics.csv, student/."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints and pools lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The model's folder, with the EMA weights."""
+        return self.path / "student"
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint."""
+        found = checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+
+def open_run(config: object, log: LoggingConfig, default_name: str) -> RunFolder:
+    """Create logs/<name>, or go on in it if it was made with the same configuration."""
+    folder = RunFolder(Path(log.dir) / (log.name or default_name))
+    stored, text = folder.path / "config.yaml", to_yaml(config)
+    if stored.is_file() and stored.read_text() != text:
+        raise UserError(
+            f"{folder.path}: made with another configuration; choose logging.name=NEW, go on with "
+            f"--resume {folder.path}, or delete the folder"
+        )
+    write_text(stored, text)
+    return folder
+
+
+def fit(
+    module: L.LightningModule,
+    stream_for: Callable[[L.Trainer], IterableDataset],
+    config: TrainerConfig,
+    log: LoggingConfig,
+    folder: RunFolder,
+    callbacks: list[L.Callback],
+    stop: GracefulStop,
+    precision: str,
+) -> L.Trainer:
+    """Train to `config.max_steps` from the newest checkpoint, if there is one.
+
+    Args:
+        module: ends up with the EMA weights.
+        stream_for: makes the stream of batches once the device and the rank are known.
+        callbacks: among them one `RunCheckpoint`, which must come after whatever changes the state.
+        precision: `bf16` or `32`.
+    """
+    quiet_lightning()
+    trainer = L.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        max_steps=config.max_steps,
+        logger=CSVLogger(folder.path, name="", version="metrics"),
+        log_every_n_steps=10,
+        callbacks=[
+            StudentEMA(config.ema_decay),
+            TQDMProgressBar(refresh_rate=10),
+            stop,
+            *callbacks,
+        ],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    data = _StreamModule(stream_for)
+    trainer.fit(module, datamodule=data, ckpt_path=folder.latest(), weights_only=True)
+    return trainer
+
+
+class _StreamModule(L.LightningDataModule):
+    """Makes the stream when Lightning knows the device; the stream starts at the resumed step."""
+
+    def __init__(self, stream_for: Callable[[L.Trainer], IterableDataset]) -> None:
+        super().__init__()
+        self.stream_for = stream_for
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.stream_for(self.trainer), batch_size=None, num_workers=0)
+
+
+
+
+def quiet_lightning() -> None:
+    """Leave out Lightning's advertisements and the advice that does not fit a stream."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for message in (".*does not have many workers.*", ".*IterableDataset.*__len__.*", ".*GPU available.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def default_device(accelerator: str) -> torch.device:
+    """The device that Lightning will choose for one process."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")

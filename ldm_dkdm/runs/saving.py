@@ -1,0 +1,78 @@
+"""Run folders: checkpoints with their pools, found again after a stop."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+
+from ldm_dkdm.distill.pool import NoisyPool
+from ldm_dkdm.files import replacing
+
+KEPT = 2
+_NAME = re.compile(r"step=(\d+)\.ckpt")
+
+
+class RunCheckpoint(L.Callback):
+    """Saves student, EMA, optimizer and step, and each rank's pool beside them; keeps the last two.
+
+    A checkpoint counts once its `.ckpt` has its name; the pools are written before it.
+
+    Args:
+        folder: logs/<run>/checkpoints.
+        every: steps between saves; a stop and the end save too.
+        pool: this rank's pool, or None where a run has none.
+        on_saved: called after each save on rank 0, with the trainer.
+    """
+
+    def __init__(
+        self, folder: Path, every: int, pool: NoisyPool | None, on_saved: Callable[[L.Trainer], None]
+    ) -> None:
+        self.folder, self.every, self.pool, self.on_saved = folder, every, pool, on_saved
+        self.last_saved = -1
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+        step = trainer.global_step
+        if step % self.every == 0 or step >= trainer.max_steps or trainer.should_stop:
+            self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write this step's checkpoint unless it is there already."""
+        step = trainer.global_step
+        if step == self.last_saved:
+            return
+        if self.pool is not None:
+            self.pool.save(pool_path(self.folder, step, trainer.global_rank), step)
+        trainer.strategy.barrier()
+        with replacing(self.folder / f"step={step:08d}.ckpt") as temporary:
+            trainer.save_checkpoint(temporary)
+        self.last_saved = step
+        if trainer.is_global_zero:
+            self._forget_old()
+            self.on_saved(trainer)
+
+    def _forget_old(self) -> None:
+        for checkpoint in checkpoints(self.folder)[:-KEPT]:
+            checkpoint.unlink()
+            for side_car in self.folder.glob(f"{checkpoint.stem}.pool-rank*.safetensors"):
+                side_car.unlink()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(f for f in folder.glob("step=*.ckpt") if _NAME.fullmatch(f.name))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(_NAME.fullmatch(checkpoint.name).group(1))
+
+
+def pool_path(folder: Path, step: int, rank: int) -> Path:
+    """The side-car of a checkpoint: one rank's pool."""
+    return folder / f"step={step:08d}.pool-rank{rank}.safetensors"
+
+
+def warmup_path(folder: Path, rank: int) -> Path:
+    """The pool of a warm-up, whole or interrupted."""
+    return folder / f"warmup.pool-rank{rank}.safetensors"
