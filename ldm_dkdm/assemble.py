@@ -68,7 +68,9 @@ def load_teacher(config: DistillRun) -> Model:
     if not path.is_file():
         raise UserError(f"teacher.ckpt: {path} is missing; {how_to_get(path)}")
     if teacher.target is None or config.diffusion is None:
-        raise UserError(f"teacher: {path} is no model folder of ours, so teacher.target, teacher.params and diffusion must be given")
+        raise UserError(
+            f"teacher: {path} is no model folder of ours, so teacher.target, teacher.params and diffusion must be given"
+        )
     node = NetworkConfig(teacher.target, teacher.params, teacher.parameterization)
     network = build(node, "teacher.params")
     compvis.load_unet(network, read_tensors(path), teacher.use_ema, path)

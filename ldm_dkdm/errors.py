@@ -4,17 +4,24 @@ import sys
 from collections.abc import Callable
 
 
+class Stopped(Exception):
+    """A signal ended a run early; all is saved, and the message says how to go on."""
+
+
 class UserError(ValueError):
     """A mistake in a file, a key or an option; the message names it and says what to do."""
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run an entry point: a `UserError` becomes one line on stderr and exit code 2."""
+    """Run an entry point: a `UserError` is one line on stderr and exit code 2, a stop is 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(130)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -43,5 +43,3 @@ class Teacher:
         """The prediction at x_t and, from the SAME call, x_{t-stride} (DKDM, dynamic iterative distillation)."""
         prediction = self.predict(batch.x, batch.t, batch.label)
         return prediction, reverse_step(self.schedule, batch.x, batch.t, prediction.eps, noise, stride)
-
-

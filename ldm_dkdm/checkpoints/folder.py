@@ -41,7 +41,9 @@ def write_folder(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a model folder, each file whole or not at all; the config comes last."""
-    stored = {k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()}
+    stored = {
+        k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()
+    }
     with replacing(folder / card.weights) as temporary:
         save_file(stored, temporary)
     write_text(folder / "config.yaml", to_yaml(card))

@@ -41,9 +41,7 @@ def eps_to_v(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Te
     return _mix(abar.rsqrt(), eps, -((1 - abar) / abar).sqrt(), x_t)
 
 
-def posterior(
-    schedule: NoiseSchedule, x_0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor
-) -> tuple[Tensor, Tensor]:
+def posterior(schedule: NoiseSchedule, x_0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (B,C,H,W) and variance (B,1,1,1) of q(x_{t_next} | x_t, x_0) for any t_next < t.
 
     DDPM, Eq. 7, with alpha_t replaced by abar_t / abar_{t_next}; t_next = -1 is x_0 itself.

@@ -41,7 +41,9 @@ def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
     return [t + (stride > 1) for t in range(0, num_timesteps, stride)]
 
 
-def ddpm(schedule: NoiseSchedule, denoise: Denoise, x: Tensor, noise: Noise, label: Tensor | None = None) -> Iterator[Tensor]:
+def ddpm(
+    schedule: NoiseSchedule, denoise: Denoise, x: Tensor, noise: Noise, label: Tensor | None = None
+) -> Iterator[Tensor]:
     """Ancestral sampling from x_T (B,C,H,W) through all T steps (Alg. 3, fixed variance); last yields x_0."""
     for step in reversed(range(schedule.num_timesteps)):
         t = torch.full((len(x),), step, device=x.device)

@@ -14,7 +14,6 @@ from ldm_dkdm.first_stage.losses import Discriminator, lpips_loss
 from ldm_dkdm.first_stage.vq import VQModel
 from ldm_dkdm.schema import FirstStageRun
 
-
 KMEANS_BATCHES = 16
 
 

@@ -5,16 +5,16 @@ import lightning as L
 from ldm_dkdm.assemble import Model, load_first_stage, make_schedule
 from ldm_dkdm.baselines.stream import DataStream, encode_images
 from ldm_dkdm.config import build
-from ldm_dkdm.runs.export import export_on_save
-from ldm_dkdm.runs.interrupt import GracefulStop
-from ldm_dkdm.runs.loop import RunFolder, default_device, fit, open_run
 from ldm_dkdm.distill.module import StudentModule
-from ldm_dkdm.runs.samples import SampleGrid
-from ldm_dkdm.runs.saving import RunCheckpoint, step_of
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.generate import SamplerConfig
 from ldm_dkdm.images import load_images, save_grid
 from ldm_dkdm.precision import resolve_precision
+from ldm_dkdm.runs.export import export_on_save
+from ldm_dkdm.runs.interrupt import GracefulStop
+from ldm_dkdm.runs.loop import RunFolder, default_device, fit, open_run, run_folder
+from ldm_dkdm.runs.samples import SampleGrid
+from ldm_dkdm.runs.saving import RunCheckpoint, step_of
 from ldm_dkdm.schema import DiffusionRun, ModelCard
 
 
@@ -28,8 +28,10 @@ def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:
     images = load_images(config.data.path, config.data.image_size)
     latents = encode_images(codec.to(device), images, config.data.flip).cpu()
     if latents.shape[1:] != model.latent_shape:
-        raise UserError(f"model.params: states of {model.latent_shape}, but the first stage makes {tuple(latents.shape[1:])}")
-    folder = open_run(config, config.logging, default_name)
+        raise UserError(
+            f"model.params: states of {model.latent_shape}, but the first stage makes {tuple(latents.shape[1:])}"
+        )
+    folder = open_run(config, run_folder(config.logging, default_name))
     schedule = make_schedule(config.diffusion)
     module = StudentModule(network, schedule, config.model.parameterization, config.loss, config.trainer)
 

@@ -16,7 +16,7 @@ from ldm_dkdm.images import endless_batches, load_images
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.runs.ema import averaged
 from ldm_dkdm.runs.interrupt import GracefulStop
-from ldm_dkdm.runs.loop import RunFolder, default_device, fit, open_run
+from ldm_dkdm.runs.loop import RunFolder, default_device, fit, open_run, run_folder
 from ldm_dkdm.runs.saving import RunCheckpoint, step_of
 from ldm_dkdm.schema import FirstStageCard, FirstStageRun
 
@@ -45,7 +45,7 @@ def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
     images = load_images(config.data.path, config.data.image_size)
     held_out = load_images(config.data.held_out, config.data.image_size) if config.data.held_out else None
     module = FirstStageModule(vq, config)
-    folder = open_run(config, config.logging, default_name)
+    folder = open_run(config, run_folder(config.logging, default_name))
 
     def stream_for(trainer: L.Trainer) -> _ImageStream:
         latest = folder.latest()

@@ -13,11 +13,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset
 
 from ldm_dkdm.config import to_yaml
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import write_text
 from ldm_dkdm.runs.ema import StudentEMA
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.saving import checkpoints
-from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import write_text
 from ldm_dkdm.schema import LoggingConfig, TrainerConfig
 
 
@@ -43,17 +43,39 @@ class RunFolder:
         return found[-1] if found else None
 
 
-def open_run(config: object, log: LoggingConfig, default_name: str) -> RunFolder:
-    """Create logs/<name>, or go on in it if it was made with the same configuration."""
-    folder = RunFolder(Path(log.dir) / (log.name or default_name))
+def open_run(config: object, folder: RunFolder, resumed: bool = False) -> RunFolder:
+    """Create the folder, or go on in it if it was made with the same configuration or is asked for by name."""
     stored, text = folder.path / "config.yaml", to_yaml(config)
-    if stored.is_file() and stored.read_text() != text:
+    if not resumed and stored.is_file() and stored.read_text() != text:
         raise UserError(
             f"{folder.path}: made with another configuration; choose logging.name=NEW, go on with "
             f"--resume {folder.path}, or delete the folder"
         )
     write_text(stored, text)
     return folder
+
+
+def run_folder(log: LoggingConfig, default_name: str) -> RunFolder:
+    """logs/<name>; the name is that of the last --base file unless the config gives one."""
+    return RunFolder(Path(log.dir) / (log.name or default_name))
+
+
+def find_run(name: str, logs: Path = Path("logs")) -> RunFolder:
+    """The folder of a run to resume; `last` is the one in logs/ that was written to last."""
+    if name == "last":
+        found = sorted(logs.glob("*/config.yaml"), key=lambda f: newest_change(f.parent))
+        if not found:
+            raise UserError(f"--resume last: {logs}/ holds no run")
+        return RunFolder(found[-1].parent)
+    folder = RunFolder(Path(name))
+    if not (folder.path / "config.yaml").is_file():
+        raise UserError(f"--resume: {name} is no run folder (it has no config.yaml)")
+    return folder
+
+
+def newest_change(folder: Path) -> float:
+    """When a run last saved something."""
+    return max(f.stat().st_mtime for f in [folder / "config.yaml", *folder.glob("checkpoints/*")])
 
 
 def fit(
@@ -106,8 +128,6 @@ class _StreamModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.stream_for(self.trainer), batch_size=None, num_workers=0)
-
-
 
 
 def quiet_lightning() -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from ldm_dkdm.runs.ema import averaged
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.generate import SamplerConfig, sample_images
 from ldm_dkdm.images import save_grid
+from ldm_dkdm.runs.ema import averaged
 
 
 class SampleGrid(L.Callback):

@@ -25,9 +25,7 @@ class RunCheckpoint(L.Callback):
         on_saved: called after each save on rank 0, with the trainer.
     """
 
-    def __init__(
-        self, folder: Path, every: int, pool: NoisyPool | None, on_saved: Callable[[L.Trainer], None]
-    ) -> None:
+    def __init__(self, folder: Path, every: int, pool: NoisyPool | None, on_saved: Callable[[L.Trainer], None]) -> None:
         self.folder, self.every, self.pool, self.on_saved = folder, every, pool, on_saved
         self.last_saved = -1
 

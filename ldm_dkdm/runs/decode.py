@@ -1,0 +1,59 @@
+"""Latents in files to pictures in files."""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm_dkdm.assemble import load_codec
+from ldm_dkdm.checkpoints import read_tensors
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.images import save_grid, save_image, save_npz
+from ldm_dkdm.precision import resolve_precision
+from ldm_dkdm.runs.loop import default_device
+from ldm_dkdm.schema import FirstStageConfig
+
+
+def read_latents(path: Path) -> Tensor:
+    """The one tensor (N,C,h,w) in an .npz (`arr_0`), .pt or .safetensors file."""
+    if path.suffix == ".npz":
+        tensors = _read_npz(path)
+    else:
+        tensors = read_tensors(path)
+    if len(tensors) != 1:
+        raise UserError(f"{path}: expected one tensor of latents, found {', '.join(tensors) or 'none'}")
+    latents = next(iter(tensors.values())).float()
+    if latents.ndim != 4:
+        raise UserError(f"{path}: latents are (N,C,h,w), found {tuple(latents.shape)}")
+    return latents
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {"arr_0": torch.from_numpy(archive["arr_0"])}
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not an .npz of latents with arr_0: {error}") from error
+
+
+def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | None, batch_size: int) -> int:
+    """Decode a file of latents into `out`: grid.png, img/*.png, samples.npz; returns how many images."""
+    latents = read_latents(path)
+    device = default_device("auto")
+    config = FirstStageConfig(scale_factor=scale_factor)
+    codec = load_codec(first_stage, config, resolve_precision("auto", device)).to(device)
+    if latents.shape[1] != codec.latent_channels:
+        raise UserError(f"{path}: {latents.shape[1]} channels, but {first_stage} decodes {codec.latent_channels}")
+    batches = tqdm(latents.split(batch_size), desc="decoding", unit="batch")
+    images = torch.cat([codec.decode(batch.to(device)).cpu() for batch in batches])
+    for i, image in enumerate(images):
+        save_image(Image.fromarray(image.numpy()), out / "img" / f"{i:06d}.png")
+    save_grid(images, out / "grid.png")
+    save_npz(images, out / "samples.npz")
+    return len(images)

@@ -1,0 +1,125 @@
+"""What a distillation will cost, before it starts."""
+
+import math
+import time
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm_dkdm.distill.module import StudentModule
+from ldm_dkdm.distill.pool import NoisyPool
+from ldm_dkdm.distill.stream import DistillStream
+from ldm_dkdm.distill.warmup import warmup_calls
+from ldm_dkdm.precision import autocast
+from ldm_dkdm.runs.distill import Parts, assemble
+from ldm_dkdm.runs.loop import default_device
+from ldm_dkdm.runs.saving import KEPT
+from ldm_dkdm.schema import DistillRun, TrainerConfig
+
+TIMED_ITERATIONS = 3
+MAX_TIMED_BATCH = 8  # a plan shall take seconds: the time of an iteration is scaled from this batch
+
+
+def gflops(network: nn.Module, shape: tuple[int, int, int]) -> float:
+    """GFLOPs (multiplications and additions) of one forward pass of one sample of (C,H,W)."""
+    device = next(network.parameters()).device
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, *shape, device=device), torch.zeros(1, device=device))
+    return counter.get_total_flops() / 1e9
+
+
+def parameters(network: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def plan(config: DistillRun, parts: Parts) -> dict[str, str]:
+    """The lines of a plan, in order: what is meant and how much."""
+    shape = parts.model.latent_shape
+    steps, batch = config.trainer.max_steps, config.distill.batch_size
+    itemsize = getattr(torch, config.distill.pool_dtype).itemsize
+    pool_bytes = parts.slots * (math.prod(shape) * itemsize + 4)
+    warm = warmup_calls(config.distill.warmup, parts.slots, parts.schedule.num_timesteps)
+    student, teacher = parameters(parts.student), parameters(parts.teacher.network)
+    # student in float32: weights, gradients, two Adam moments, EMA; teacher and first stage: weights
+    resident = 4 * (5 * student + teacher + parameters(parts.codec.vq))
+    device = default_device(config.trainer.accelerator)
+    seconds, teacher_seconds = time_iteration(config, parts)
+    eta = steps * seconds + warm * teacher_seconds
+    return {
+        "teacher": f"{teacher / 1e6:.6f} M parameters, {gflops(parts.teacher.network, shape):.2f} GFLOPs a sample",
+        "student": f"{student / 1e6:.6f} M parameters, {gflops(parts.student, shape):.2f} GFLOPs a sample",
+        "pool": f"{parts.slots:,} slots (rho {config.distill.rho:g}), {size(pool_bytes)} of host "
+        + ("disk, memory-mapped" if config.distill.pool_storage == "mmap" else "memory"),
+        "teacher calls, warm-up": f"{warm:,} samples ({config.distill.warmup.mode})",
+        "teacher calls, training": f"{steps * batch:,} samples ({steps:,} steps of {batch})",
+        "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({parts.precision})",
+        "memory, host": size(0 if config.distill.pool_storage == "mmap" else pool_bytes) + " for the pool",
+        "disk": f"{size(KEPT * (pool_bytes + 16 * student) + 4 * student)} for {KEPT} checkpoints and the student",
+        "time": f"about {duration(eta)}: {seconds:.2f} s an iteration, {duration(warm * teacher_seconds)} of warm-up "
+        f"(from {TIMED_ITERATIONS} timed iterations at batch {min(batch, MAX_TIMED_BATCH)})",
+    }
+
+
+def time_iteration(config: DistillRun, parts: Parts) -> tuple[float, float]:
+    """Seconds of one training iteration at the configured batch, and of one teacher sample."""
+    device = default_device(config.trainer.accelerator)
+    batch = min(config.distill.batch_size, MAX_TIMED_BATCH)
+    pool = NoisyPool(batch, parts.model.latent_shape)
+    pool.fill(torch.randn(pool.x.shape), torch.randint(parts.schedule.num_timesteps, (batch,)))
+    stream = DistillStream(parts.teacher.to(device), pool, batch, TIMED_ITERATIONS + 1, device=device)
+    trainer = TrainerConfig(max_steps=1, learning_rate=1e-9)
+    module = StudentModule(
+        parts.student.to(device), parts.schedule, config.student.parameterization, config.distill.loss, trainer
+    )
+    module.log = lambda *args, **kwargs: None  # no trainer is attached
+    optimizer = module.configure_optimizers()["optimizer"]
+    times, teacher_times = [], []
+    for _ in range(TIMED_ITERATIONS + 1):
+        started = time.perf_counter()
+        example = stream.next_batch()
+        _synchronise(device)
+        teacher_times.append(time.perf_counter() - started)
+        with autocast(parts.precision, device):
+            loss = module.training_step(example, 0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        _synchronise(device)
+        times.append(time.perf_counter() - started)
+    scale = config.distill.batch_size / batch
+    return min(times[1:]) * scale, min(teacher_times[1:]) / batch
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def print_plan(config: DistillRun) -> None:
+    """Print the plan of a configuration, one line a subject."""
+    lines = plan(config, assemble(config))
+    width = max(map(len, lines))
+    for subject, value in lines.items():
+        print(f"{subject:<{width}}  {value}")
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """A time span for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 172800:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"

@@ -1,0 +1,41 @@
+"""Measure a student against its teacher, without data: python scripts/evaluate.py -r STUDENT --teacher TEACHER"""
+
+import argparse
+import json
+from pathlib import Path
+
+from ldm_dkdm.errors import UserError, run_cli
+
+
+def main() -> None:
+    """Parse, measure, print and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "-r", "--resume", type=Path, required=True, metavar="RUN", help="run or model folder of the student"
+    )
+    parser.add_argument("--teacher", type=Path, required=True, help="the teacher's model folder")
+    parser.add_argument(
+        "-n", "--n_samples", type=int, default=1000, help="pictures for the Frechet distance; 0 leaves it out"
+    )
+    parser.add_argument("-c", "--custom_steps", type=int, default=20, help="DDIM steps")
+    parser.add_argument("--chains", type=int, default=32, help="held-out ancestral chains of the teacher")
+    parser.add_argument("--seed", type=int, default=1_000_000)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("-o", "--out", type=Path, help="JSON file; default: evaluation.json beside the student")
+    arguments = parser.parse_args()
+    if arguments.chains < 1 or arguments.batch_size < 1:
+        raise UserError("--chains and --batch_size: must be at least 1")
+    if arguments.n_samples != 0 and arguments.n_samples < 65:
+        raise UserError("--n_samples: at least 65, the distance uses 64 principal components; or 0")
+
+    from ldm_dkdm.files import write_text
+    from ldm_dkdm.runs.evaluate import evaluate
+
+    figures, home = evaluate(arguments)
+    for name, value in figures.items():
+        print(f"{name}: {value}")
+    write_text(arguments.out or home / "evaluation.json", json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,58 @@
+"""Sample pictures: python scripts/txt-free_sample.py -r RUN_OR_STUDENT_OR_CKPT -n 64 [-c STEPS] [-e ETA] [-v]"""
+
+import argparse
+from pathlib import Path
+
+from ldm_dkdm.errors import UserError, run_cli
+
+
+def parse() -> argparse.Namespace:
+    """-r -n -c -e -v -l mean what they mean in CompVis's sample script."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "-r",
+        "--resume",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="run, model folder or Lightning .ckpt; two make a comparison",
+    )
+    parser.add_argument("-n", "--n_samples", type=int, default=64, help="number of images")
+    parser.add_argument("-c", "--custom_steps", type=int, default=200, help="DDIM steps")
+    parser.add_argument("-e", "--eta", type=float, default=0.0, help="DDIM's eta: 0 deterministic, 1 ancestral")
+    parser.add_argument("-v", "--vanilla_sample", action="store_true", help="DDPM: every timestep")
+    parser.add_argument("-l", "--logdir", type=Path, help="output folder; default: samples/ beside the model")
+    parser.add_argument("--seed", type=int, default=0, help="image i depends on seed + i only")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
+    parser.add_argument("--latents", action="store_true", help="also write latents.safetensors")
+    parser.add_argument("--no_png", action="store_true", help="no PNG per image, only the grid")
+    parser.add_argument("--compare", type=Path, metavar="PNG", help="write a labelled grid of all -r beside each other")
+    parser.add_argument("--precision", choices=["auto", "bf16", "32"], default="auto")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, sample, say where the pictures lie."""
+    arguments = parse()
+    for name in ("n_samples", "custom_steps", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name}: must be at least 1, got {getattr(arguments, name)}")
+    if not 0 <= arguments.eta <= 1:
+        raise UserError(f"--eta: must lie between 0 and 1, got {arguments.eta}")
+    if arguments.seed < 0:
+        raise UserError(f"--seed: must be at least 0, got {arguments.seed}")
+
+    from ldm_dkdm.runs.sample import compare, sample
+
+    outputs = [sample(Path(path), arguments) for path in arguments.resume]
+    for output in outputs:
+        print(f"samples: {output.folder}")
+    if arguments.compare:
+        compare(outputs, arguments.compare)
+        print(arguments.compare)
+
+
+if __name__ == "__main__":
+    run_cli(main)
