@@ -138,6 +138,8 @@ def make_student(node: NetworkConfig, teacher: Model) -> nn.Module:
         own, teachers = getattr(student, key), getattr(teacher.network, key)
         if own != teachers:
             raise UserError(f"student.params.{key}: {own} differs from the teacher's {teachers}")
+    if student.num_classes is not None:
+        raise UserError("student.params.num_classes: the teachers of latent diffusion take no labels; remove the key")
     if student.out_channels != student.in_channels:
         raise UserError(
             f"student.params.out_channels: {student.out_channels} must equal in_channels ({student.in_channels}) in latent space"

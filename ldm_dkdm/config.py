@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -35,9 +36,9 @@ def load_config(
         UserError: a missing or unreadable file, an unknown key, a value of the wrong type or range.
     """
     files = [base] if isinstance(base, (str, Path)) else list(base)
-    merged = OmegaConf.merge(*[_read_yaml(Path(f)) for f in files], _dotlist(overrides))
+    parts = [*[_read_yaml(Path(f)) for f in files], _dotlist(overrides)]
     try:
-        tree = OmegaConf.to_container(merged, resolve=True)
+        tree = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{files[-1]}: {error}") from error
     return parse(schema, tree, "")
@@ -59,7 +60,10 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
     for item in overrides:
         if "=" not in item or item.startswith(("=", "-")):
             raise UserError(f"'{item}': overrides look like key=value, for example trainer.max_steps=1000")
-    return OmegaConf.from_dotlist(list(overrides))
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"overrides {' '.join(overrides)}: {error}") from error
 
 
 def read_card(path: Path, schema: type[T]) -> T:
@@ -128,6 +132,8 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 def _check_range(value: Any, limits: Mapping[str, float], where: str) -> None:
     if value is None:
         return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: must be a finite number, got {value}")
     if "above" in limits and not value > limits["above"]:
         raise UserError(f"{where}: must be above {limits['above']}, got {value}")
     if "min" in limits and not value >= limits["min"]:
@@ -167,5 +173,7 @@ def build(node: Any, where: str = "params") -> nn.Module:
             raise UserError(f"{where}.{name}: missing; {factory.__name__} needs it")
     try:
         return factory(**params)
-    except (TypeError, KeyError, AttributeError, RuntimeError, IndexError, ZeroDivisionError) as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{where}: {factory.__name__} cannot be built from these values: {error}") from error

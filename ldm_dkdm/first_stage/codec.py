@@ -34,7 +34,7 @@ class LatentCodec:
     def encode(self, images: Tensor) -> Tensor:
         """Images uint8 (B,H,W,3) -> latents (B,C,h,w), float32."""
         device = next(self.vq.parameters()).device
-        x = images.to(device).movedim(-1, 1).float() / 127.5 - 1
+        x = images.to(device).movedim(-1, 1).contiguous().float() / 127.5 - 1  # channels_last is slow on a CPU
         with autocast(self.precision, device):
             return self.vq.encode(x).float() * self.scale_factor
 

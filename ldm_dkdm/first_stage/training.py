@@ -150,7 +150,7 @@ def as_vectors(latents: Tensor) -> Tensor:
 
 def to_unit(images: Tensor) -> Tensor:
     """Images uint8 (B,H,W,C) -> float (B,C,H,W) in [0,1]."""
-    return images.movedim(-1, 1).float() / 255
+    return images.movedim(-1, 1).contiguous().float() / 255
 
 
 def warmup_cosine(step: int, max_steps: int, warmup: int = 200) -> float:

@@ -1,12 +1,13 @@
 """Training a latent diffusion model on images (Alg. 2 with L_simple)."""
 
 import lightning as L
+import torch
 
 from ldm_dkdm.assemble import Model, load_first_stage, make_schedule
 from ldm_dkdm.baselines.stream import DataStream, encode_images
 from ldm_dkdm.config import build
 from ldm_dkdm.distill.module import StudentModule
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.generate import SamplerConfig
 from ldm_dkdm.images import load_images, save_grid
 from ldm_dkdm.precision import resolve_precision
@@ -22,6 +23,7 @@ def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:
     """Encode the images once, then train to `trainer.max_steps`; a second call goes on where the first stopped."""
     device = default_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
+    torch.manual_seed(config.trainer.seed)  # of the first weights
     network = build(config.model, "model.params")
     model = Model(network, ModelCard("model.safetensors", config.model, config.diffusion), None)
     codec, pointer = load_first_stage(config.first_stage, model, precision)
@@ -58,5 +60,7 @@ def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:
             SampleGrid(samples, codec, model.latent_shape, log.sample_every, sampling),
             RunCheckpoint(folder.checkpoints, log.save_every, None, export),
         ]
-        fit(module, stream_for, config.trainer, log, folder, callbacks, stop, precision)
+        trainer = fit(module, stream_for, config.trainer, log, folder, callbacks, stop, precision)
+    if trainer.global_step < config.trainer.max_steps:
+        raise Stopped(f"stopped and saved at step {trainer.global_step}; the same command goes on")
     return folder

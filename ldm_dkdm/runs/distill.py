@@ -50,6 +50,7 @@ def assemble(config: DistillRun) -> Parts:
     precision = resolve_precision(config.trainer.precision, device)
     model = load_teacher(config)
     codec, pointer = load_first_stage(config.first_stage, model, precision)
+    torch.manual_seed(config.trainer.seed)  # of the student's first weights
     student = make_student(config.student, model)
     schedule = make_schedule(model.card.diffusion)
     teacher = Teacher(model.network, schedule, model.card.network.parameterization, precision)
@@ -59,16 +60,18 @@ def assemble(config: DistillRun) -> Parts:
             f"distill.rho: {config.distill.rho} makes a pool of {slots} slots, fewer than a batch of "
             f"{config.distill.batch_size}; raise rho"
         )
-    for key, value in (("stride", config.distill.stride), ("warmup.steps", config.distill.warmup.steps)):
+    for key, value in (
+        ("distill.stride", config.distill.stride),
+        ("distill.warmup.steps", config.distill.warmup.steps),
+        ("logging.sample_steps", config.logging.sample_steps),
+    ):
         if value > schedule.num_timesteps:
-            raise UserError(f"distill.{key}: {value} is more than the {schedule.num_timesteps} diffusion steps")
+            raise UserError(f"{key}: {value} is more than the {schedule.num_timesteps} diffusion steps")
     return Parts(model, teacher, student, codec, pointer, schedule, precision, slots)
 
 
 def check(config: DistillRun) -> None:
     """Refuse what can be refused before any file is read."""
-    if config.logging.sample_steps > (config.diffusion.num_timesteps if config.diffusion else 1000):
-        raise UserError(f"logging.sample_steps: {config.logging.sample_steps} is more than the diffusion steps")
     if config.distill.loss.space == "eps" and config.distill.loss.weight_cap is not None:
         raise UserError("distill.loss.weight_cap: has no effect with loss.space=eps; remove it or choose v or x0")
 
@@ -92,7 +95,6 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
         print(f"{folder.path}: already distilled to step {step_of(latest)}")
         return
     log = config.logging
-    torch.manual_seed(config.trainer.seed)
     module = StudentModule(
         parts.student, parts.schedule, config.student.parameterization, config.distill.loss, config.trainer
     )

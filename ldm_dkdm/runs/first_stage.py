@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 
 from ldm_dkdm.checkpoints.folder import write_folder
 from ldm_dkdm.config import build
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.first_stage.training import FirstStageModule, held_out_psnr, latent_scale
 from ldm_dkdm.first_stage.vq import VQModel
 from ldm_dkdm.images import endless_batches, load_images
@@ -39,10 +39,13 @@ def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
     """Train to `trainer.max_steps`; a second call goes on where the first stopped."""
     device = default_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
+    torch.manual_seed(config.trainer.seed)  # of the first weights
     vq = build(config.first_stage, "first_stage.params")
     if config.trainer.grad_clip is not None:
         raise UserError("trainer.grad_clip: the first stage's training clips at 1.0 by itself; remove the key")
     images = load_images(config.data.path, config.data.image_size)
+    if config.data.batch_size > len(images):
+        raise UserError(f"data.batch_size: {config.data.batch_size} is more than the {len(images)} images")
     held_out = load_images(config.data.held_out, config.data.image_size) if config.data.held_out else None
     module = FirstStageModule(vq, config)
     folder = open_run(config, run_folder(config.logging, default_name))
@@ -56,7 +59,9 @@ def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
     with GracefulStop() as stop:
         export = _export_on_save(config, folder, images, held_out)
         saving = RunCheckpoint(folder.checkpoints, config.logging.save_every, None, export)
-        fit(module, stream_for, config.trainer, config.logging, folder, [saving], stop, precision)
+        trainer = fit(module, stream_for, config.trainer, config.logging, folder, [saving], stop, precision)
+    if trainer.global_step < config.trainer.max_steps:
+        raise Stopped(f"stopped and saved at step {trainer.global_step}; the same command goes on")
     return folder
 
 

@@ -51,7 +51,8 @@ def open_run(config: object, folder: RunFolder, resumed: bool = False) -> RunFol
             f"{folder.path}: made with another configuration; choose logging.name=NEW, go on with "
             f"--resume {folder.path}, or delete the folder"
         )
-    write_text(stored, text)
+    if not stored.is_file() or stored.read_text() != text:
+        write_text(stored, text)
     return folder
 
 
@@ -143,4 +144,6 @@ def default_device(accelerator: str) -> torch.device:
         return torch.device("cuda")
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")
+    if accelerator not in ("auto", "cpu"):
+        raise UserError(f"trainer.accelerator: PyTorch finds no {accelerator} device here; set it to auto or cpu")
     return torch.device("cpu")

@@ -16,6 +16,7 @@ from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.config import build
+from ldm_dkdm.diffusion.samplers import ddim_timesteps
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing
 from ldm_dkdm.generate import SamplerConfig, sample_latents
@@ -38,7 +39,7 @@ class Sampled:
 def sample(path: Path, arguments: argparse.Namespace) -> Sampled:
     """Sample as the command line of `txt-free_sample.py` asks, and write the files."""
     model, home = find_model(path)
-    device = default_device("auto") if arguments.device == "auto" else torch.device(arguments.device)
+    device = _device(arguments.device)
     precision = resolve_precision(arguments.precision, device)
     codec, _ = load_first_stage(FirstStageConfig(), model, precision)
     schedule = make_schedule(model.card.diffusion)
@@ -51,6 +52,8 @@ def sample(path: Path, arguments: argparse.Namespace) -> Sampled:
         arguments.eta,
         arguments.vanilla_sample,
     )
+    if not config.vanilla:
+        ddim_timesteps(schedule.num_timesteps, config.steps)  # refuses what does not fit before anything runs
     started = time.monotonic()
     latents, images = [], []
     with tqdm(total=config.count, desc=f"sampling {home.name}", unit="image") as bar:
@@ -70,6 +73,15 @@ def sample(path: Path, arguments: argparse.Namespace) -> Sampled:
     label = f"{home.name}: {parameters:.1f}M parameters, {len(pictures) / seconds:.1f} images/s"
     print(label)
     return Sampled(out, label, pictures)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return default_device("auto")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def write(folder: Path, images: Tensor, latents: Tensor, arguments: argparse.Namespace) -> None:

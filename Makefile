@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+QUICK := logs/quickstart
+
+.PHONY: demo test setup quickstart-teacher
+
+# Distil the shipped teacher and let both paint from the same noise; a second call reuses what is there.
+demo: setup
+	$(RUN) scripts/dkdm_ldm.py --base configs/quickstart.yaml
+	$(RUN) scripts/txt-free_sample.py -r models/teachers/emoji64 $(QUICK) -n 64 -c 50 --no_png \
+	  -l $(QUICK)/samples/final --compare $(QUICK)/teacher_vs_student.png
+
+test: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(RUN) -m pytest
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# Repeat the training of the shipped autoencoder and teacher (hours; needs npm for the pictures).
+quickstart-teacher: setup data/emoji64/teacher.npz
+	$(RUN) scripts/train_first_stage.py --base configs/emoji64_first_stage.yaml
+	cp logs/emoji64_first_stage/student/* models/first_stage/vq-f4-emoji64/
+	$(RUN) scripts/train_ldm.py --base configs/emoji64_teacher.yaml
+	cp logs/emoji64_teacher/student/* models/teachers/emoji64/
+
+data/emoji64/teacher.npz:
+	mkdir -p data
+	cd data && npm pack --silent @lobehub/fluent-emoji-3d@1.1.0 && tar xzf lobehub-fluent-emoji-3d-1.1.0.tgz
+	$(RUN) scripts/prepare_emoji.py data/package/assets data/emoji64

@@ -1,0 +1,54 @@
+"""Real distillation steps of the paper's recipes at full size: python benchmarks/full_size.py ffhq256 celebahq256
+
+Writes a checkpoint with random weights in CompVis's layout (2.4 GB, in a temporary folder), runs
+`scripts/dkdm_ldm.py` on the recipe at batch 2 for two steps, and prints seconds and peak memory.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from ldm_dkdm import build, load_config  # noqa: E402
+from ldm_dkdm.assemble import make_schedule  # noqa: E402
+from tests.parts import write_compvis_checkpoint  # noqa: E402
+
+
+def main() -> None:
+    """Run each recipe in turn."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipes", nargs="+", help="names of files in configs/")
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2)
+    arguments = parser.parse_args()
+    for recipe in arguments.recipes:
+        with tempfile.TemporaryDirectory() as folder:
+            run(recipe, Path(folder), arguments.batch_size, arguments.steps)
+
+
+def run(recipe: str, folder: Path, batch: int, steps: int) -> None:
+    """Distil from a random teacher for a few steps."""
+    base = ROOT / "configs" / f"{recipe}.yaml"
+    config = load_config(base)
+    unet, vq = build(config.teacher), build(config.first_stage)
+    checkpoint = write_compvis_checkpoint(folder / "model.ckpt", unet, vq, make_schedule(config.diffusion))
+    del unet, vq
+    command = [sys.executable, str(ROOT / "scripts" / "dkdm_ldm.py"), "--base", str(base)]
+    command += [f"teacher.ckpt={checkpoint}", f"logging.dir={folder}/logs", f"distill.batch_size={batch}"]
+    command += [f"trainer.max_steps={steps}", "distill.warmup.images=2", "distill.warmup.steps=2"]
+    started = time.perf_counter()
+    subprocess.run(command, check=True)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    metrics = (folder / "logs" / recipe / "metrics" / "metrics.csv").read_text().strip()
+    print(f"{recipe}: {steps} steps at batch {batch}: {seconds:.0f} s in all, peak memory {peak:.1f} GB\n{metrics}")
+
+
+if __name__ == "__main__":
+    main()

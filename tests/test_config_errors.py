@@ -1,0 +1,135 @@
+"""Bad configurations of a distillation: one line that names the mistake, exit code 2, nothing written."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli import distil, write_yaml
+from tests.parts import distill_config
+
+GONE = object()  # an edit that removes the key
+
+
+def edited(config: dict, edits: dict[str, object]) -> dict:
+    """A copy of the configuration with dotted keys set, or removed where the value is GONE."""
+    config = copy.deepcopy(config)
+    for dotted, value in edits.items():
+        *parents, key = dotted.split(".")
+        section = config
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        if value is GONE:
+            del section[key]
+        else:
+            section[key] = value
+    return config
+
+
+def assert_one_error_line(capsys: pytest.CaptureFixture, code: int, words: tuple[str, ...]) -> None:
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+EDITS = {
+    "unknown_section": ({"zzz": {}}, ("zzz: unknown key", "valid keys", "distill")),
+    "misspelt_section": ({"studnet": {}}, ("studnet", "'student'")),
+    "misspelt_key": ({"trainer.lerning_rate": 1.0}, ("trainer.lerning_rate", "'learning_rate'")),
+    "unknown_nested_key": ({"distill.warmup.qqq": 1}, ("distill.warmup.qqq: unknown key",)),
+    "fraction_for_whole_number": ({"trainer.max_steps": 2.5}, ("trainer.max_steps", "whole number", "2.5")),
+    "bool_for_whole_number": ({"distill.batch_size": True}, ("distill.batch_size", "whole number")),
+    "text_for_number": ({"distill.rho": "much"}, ("distill.rho", "number", "much")),
+    "text_for_bool": ({"teacher.use_ema": "perhaps"}, ("teacher.use_ema", "true or false")),
+    "number_for_text": ({"teacher.ckpt": 7}, ("teacher.ckpt", "text")),
+    "number_for_section": ({"trainer": 3}, ("trainer", "section")),
+    "number_for_params": ({"student.params": 3}, ("student.params", "section")),
+    "section_missing": ({"trainer": GONE}, ("trainer: missing",)),
+    "key_missing": ({"distill.rho": GONE}, ("distill.rho: missing",)),
+    "rho_zero": ({"distill.rho": 0}, ("distill.rho", "above 0")),
+    "rho_negative": ({"distill.rho": -0.5}, ("distill.rho", "above 0")),
+    "rho_not_a_number": ({"distill.rho": float("nan")}, ("distill.rho",)),
+    "rho_infinite": ({"distill.rho": float("inf")}, ("distill.rho",)),
+    "pool_smaller_than_batch": ({"distill.rho": 0.02}, ("distill.rho", "fewer than a batch")),
+    "batch_size_zero": ({"distill.batch_size": 0}, ("distill.batch_size", "at least 1")),
+    "stride_zero": ({"distill.stride": 0}, ("distill.stride", "at least 1")),
+    "stride_beyond_T": ({"distill.stride": 21}, ("distill.stride", "20")),
+    "warmup_mode": ({"distill.warmup.mode": "dance"}, ("distill.warmup.mode", "dance", "ancestral")),
+    "warmup_steps_beyond_T": ({"distill.warmup.steps": 21}, ("distill.warmup.steps", "20")),
+    "sample_steps_beyond_T": ({"logging.sample_steps": 21}, ("logging.sample_steps", "20")),
+    "learning_rate_zero": ({"trainer.learning_rate": 0}, ("trainer.learning_rate", "above 0")),
+    "ema_decay": ({"trainer.ema_decay": 2}, ("trainer.ema_decay", "at most 1")),
+    "precision": ({"trainer.precision": "fp8"}, ("trainer.precision", "fp8", "bf16")),
+    "no_gpu_here": ({"trainer.accelerator": "cuda"}, ("trainer.accelerator", "cuda")),
+    "student_target": ({"student.target": "os.system"}, ("student", "os.system", "ldm_dkdm.networks.UNet")),
+    "student_param_misspelt": ({"student.params.model_chanels": 32}, ("student.params.model_chanels", "'model_ch")),
+    "student_param_missing": ({"student.params.num_res_blocks": GONE}, ("student.params.num_res_blocks: missing",)),
+    "student_width": ({"student.params.model_channels": 40}, ("model_channels", "40", "32")),
+    "student_mults": ({"student.params.channel_mult": 3}, ("student.params",)),
+    "student_dropout": ({"student.params.dropout": 2.0}, ("student.params", "dropout")),
+    "student_in_channels": ({"student.params.in_channels": 4}, ("student.params.in_channels", "4", "teacher")),
+    "student_image_size": ({"student.params.image_size": 16}, ("student.params.image_size", "16", "teacher")),
+    "student_out_channels": ({"student.params.out_channels": 6}, ("student.params.out_channels", "6")),
+    "student_with_labels": ({"student.params.num_classes": 10}, ("student.params.num_classes",)),
+    "student_parameterization": ({"student.parameterization": "x0"}, ("student.parameterization", "x0", "eps")),
+    "unsupported_compvis_key": (
+        {
+            "student.target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+            "student.params.use_spatial_transformer": True,
+        },
+        ("student.params.use_spatial_transformer", "not supported"),
+    ),
+    "folder_with_target": ({"teacher.target": "ldm_dkdm.networks.UNet"}, ("teacher.target", "describes itself")),
+    "other_diffusion": ({"diffusion": {"num_timesteps": 30}}, ("diffusion", "30", "teacher")),
+    "teacher_missing": ({"teacher.ckpt": "/nowhere/model.ckpt"}, ("teacher.ckpt", "/nowhere/model.ckpt", "missing")),
+    "first_stage_missing": ({"first_stage": {"ckpt": "/nowhere/vq"}}, ("first_stage", "/nowhere/vq", "missing")),
+    "weight_cap_without_effect": (
+        {"distill.loss": {"space": "eps", "weight_cap": 5.0}},
+        ("distill.loss.weight_cap", "eps"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("edits", "words"), EDITS.values(), ids=EDITS)
+def test_a_bad_value_is_named_in_one_line_and_nothing_is_written(
+    edits, words, teacher_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    logs = tmp_path / "logs"
+    base = write_yaml(tmp_path / "bad.yaml", edited(distill_config(teacher_folder, logs), edits))
+    assert_one_error_line(capsys, distil("--base", base), words)
+    assert not logs.exists()
+
+
+def test_the_unedited_configuration_is_accepted(teacher_folder: Path, tmp_path: Path) -> None:
+    base = write_yaml(tmp_path / "good.yaml", distill_config(teacher_folder, tmp_path / "logs"))
+    assert distil("--base", base, "--plan") == 0
+
+
+COMMAND_LINES = {
+    "no_base": ([], ("--base",)),
+    "base_missing": (["--base", "BASE", "other.yaml"], ("other.yaml", "no such config file")),
+    "override_without_equals": (["trainer.max_steps", "--base", "BASE"], ("trainer.max_steps", "key=value")),
+    "override_after_an_option": (["--base", "BASE", "--plan", "distill.rho=-1"], ("distill.rho", "above 0")),
+    "override_without_key": (["--base", "BASE", "=3"], ("'=3'", "key=value")),
+    "override_of_unknown_key": (["--base", "BASE", "trainer.speed=3"], ("trainer.speed: unknown key",)),
+    "override_not_yaml": (["--base", "BASE", "distill.rho=[1"], ("distill.rho=[1",)),
+    "override_to_nothing": (["--base", "BASE", "distill.rho="], ("distill.rho", "number")),
+    "override_through_a_value": (["--base", "BASE", "distill.rho.x=3"], ("distill.rho", "number")),
+    "interpolation_of_nothing": (["--base", "BASE", "distill.rho=${nowhere}"], ("nowhere",)),
+    "resume_of_no_run": (["--resume", "nowhere"], ("--resume", "nowhere")),
+    "resume_last_without_runs": (["--resume", "last"], ("--resume last", "logs")),
+    "resume_and_base": (["--resume", "nowhere", "--base", "BASE"], ("--resume", "--base")),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), COMMAND_LINES.values(), ids=COMMAND_LINES)
+def test_a_bad_command_line_is_named_in_one_line_and_nothing_is_written(
+    arguments, words, teacher_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = write_yaml(tmp_path / "good.yaml", distill_config(teacher_folder, tmp_path / "logs"))
+    assert_one_error_line(capsys, distil(*[str(base) if a == "BASE" else a for a in arguments]), words)
+    assert not (tmp_path / "logs").exists()

@@ -1,0 +1,150 @@
+"""A distillation from teacher to pictures, through the scripts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ldm_dkdm.assemble import load_model
+from ldm_dkdm.config import load_config, to_yaml
+from tests.cli import contents, distil, run_script, sample, write_yaml
+from tests.parts import UNET_PARAMS, distill_config
+
+
+@pytest.fixture(scope="module")
+def base(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distilled")
+    config = distill_config(teacher_folder, folder / "logs", logging={"save_every": 2})
+    return write_yaml(folder / "quick.yaml", config)
+
+
+@pytest.fixture(scope="module")
+def run(base: Path) -> Path:
+    """A finished run of 6 steps that saved at 2, 4 and 6."""
+    assert distil("--base", base) == 0
+    return base.parent / "logs" / "run"
+
+
+def pixels(folder: Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(file)) for file in sorted((folder / "img").iterdir())]
+
+
+def test_the_student_folder_describes_itself_and_loads_strictly(run: Path) -> None:
+    model = load_model(run / "student")
+    assert model.card.network.parameterization == "v" and model.card.diffusion.num_timesteps == 20
+    assert model.card.info["step"] == model.card.info["max_steps"] == 6
+    assert model.network.image_size == UNET_PARAMS["image_size"]
+
+
+def test_the_written_config_is_the_config(run: Path, base: Path) -> None:
+    assert load_config(run / "config.yaml") == load_config(base)
+    assert to_yaml(load_config(run / "config.yaml")) == (run / "config.yaml").read_text()
+
+
+def test_the_last_two_checkpoints_stay_with_their_pools(run: Path) -> None:
+    names = {f.name for f in (run / "checkpoints").iterdir() if not f.name.startswith("warmup")}
+    assert names == {f"step=0000000{n}.{part}" for n in (4, 6) for part in ("ckpt", "pool-rank0.safetensors")}
+    assert (run / "samples" / "step=00000006.png").is_file()
+
+
+def test_the_checkpoint_holds_the_student_alone_and_runs_no_code(run: Path) -> None:
+    checkpoint = torch.load(run / "checkpoints" / "step=00000006.ckpt", weights_only=True)
+    student = load_model(run / "student").network.state_dict()
+    assert set(checkpoint["state_dict"]) == {f"network.{name}" for name in student}
+    averaged = {name.removeprefix("network."): value for name, value in checkpoint["state_dict"].items()}
+    assert all(torch.equal(averaged[name], student[name]) for name in student)
+
+
+def test_the_exported_weights_are_the_average_not_the_last(run: Path) -> None:
+    checkpoint = torch.load(run / "checkpoints" / "step=00000006.ckpt", weights_only=True)
+    last, averaged = checkpoint["current_model_state"], checkpoint["state_dict"]
+    assert any(not torch.equal(last[name], averaged[name]) for name in averaged)
+
+
+def test_a_second_call_says_that_it_is_done_and_changes_no_file(run: Path, base: Path, capsys) -> None:
+    before = contents(run), {f: f.stat().st_mtime_ns for f in run.rglob("*")}
+    assert distil("--base", base) == 0
+    assert "already distilled to step 6" in capsys.readouterr().out
+    assert (contents(run), {f: f.stat().st_mtime_ns for f in run.rglob("*")}) == before
+
+
+def test_run_student_and_checkpoint_paint_the_same(run: Path, tmp_path: Path) -> None:
+    painted = []
+    for i, path in enumerate((run, run / "student", run / "checkpoints" / "step=00000006.ckpt")):
+        out = tmp_path / str(i)
+        assert sample("-r", path, "-n", 3, "-c", 4, "-l", out, "--precision", "32") == 0
+        painted.append(contents(out))
+    assert len(painted[0]) == 4
+    assert painted[0] == painted[1] == painted[2]
+
+
+def latents(run: Path, out: Path, *arguments: object) -> torch.Tensor:
+    code = sample("-r", run, "-c", 4, "-l", out, "--latents", "--precision", "32", *arguments)
+    assert code == 0
+    return load_file(out / "latents.safetensors")["latents"]
+
+
+@pytest.mark.parametrize("mode", [["-e", 0], ["-e", 1], ["-v"]])
+def test_image_i_depends_on_seed_plus_i_only(mode: list, run: Path, tmp_path: Path) -> None:
+    whole = latents(run, tmp_path / "a", "-n", 4, "--seed", 5, *mode)
+    pairs = latents(run, tmp_path / "b", "-n", 4, "--seed", 5, "--batch_size", 2, *mode)
+    shifted = latents(run, tmp_path / "c", "-n", 2, "--seed", 7, *mode)
+    torch.testing.assert_close(pairs, whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(shifted, whole[2:], rtol=0, atol=1e-4)
+    assert (whole[0] - whole[1]).abs().max() > 0.1
+    names = [f"{seed:06d}.png" for seed in (7, 8)]  # batches of the same make-up: equal to the last bit
+    assert all((tmp_path / "b" / "img" / n).read_bytes() == (tmp_path / "c" / "img" / n).read_bytes() for n in names)
+
+
+def test_ddpm_differs_from_ddim(run: Path, tmp_path: Path) -> None:
+    plain = latents(run, tmp_path / "ddim", "-n", 1)
+    vanilla = latents(run, tmp_path / "ddpm", "-n", 1, "-v")
+    assert not torch.allclose(plain, vanilla, atol=1e-2)
+
+
+def test_npz_holds_the_pictures_as_uint8_nhwc(run: Path, tmp_path: Path) -> None:
+    assert sample("-r", run, "-n", 3, "-c", 2, "-l", tmp_path, "--npz") == 0
+    array = np.load(tmp_path / "samples.npz")["arr_0"]
+    assert array.dtype == np.uint8 and array.shape == (3, 32, 32, 3)
+    assert np.array_equal(array, np.stack(pixels(tmp_path)))
+
+
+def test_no_png_leaves_the_grid(run: Path, tmp_path: Path) -> None:
+    assert sample("-r", run, "-n", 2, "-c", 2, "-l", tmp_path, "--no_png") == 0
+    assert set(contents(tmp_path)) == {"grid.png"}
+
+
+def test_latents_decode_to_the_pictures_that_were_painted(run: Path, first_stage: Path, tmp_path: Path) -> None:
+    latents(run, tmp_path / "painted", "-n", 3)
+    file, out = tmp_path / "painted" / "latents.safetensors", tmp_path / "decoded"
+    code = run_script("decode_latents.py", file, "--first_stage", first_stage, "-o", out, "--batch_size", 3)
+    assert code == 0
+    difference = np.stack(pixels(out)).astype(int) - np.stack(pixels(tmp_path / "painted"))
+    assert abs(difference).max() <= 2  # decoding may be in bf16, sampling was not
+
+
+def test_a_comparison_is_one_picture_of_all_models(
+    run: Path, teacher_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    picture = tmp_path / "both.png"
+    models = ("-r", teacher_folder, run)
+    assert sample(*models, "-n", 4, "-c", 2, "-l", tmp_path / "out", "--compare", picture) == 0
+    grids = [Image.open(tmp_path / "out" / name / "grid.png") for name in ("teacher", "student")]
+    assert Image.open(picture).width > sum(grid.width for grid in grids)
+
+
+def test_a_plan_counts_parameters_and_slots_and_writes_nothing(
+    teacher_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = write_yaml(tmp_path / "quick.yaml", distill_config(teacher_folder, tmp_path / "logs"))
+    before = contents(tmp_path)
+    assert distil("--base", base, "--plan") == 0
+    printed = capsys.readouterr().out
+    count = sum(p.numel() for p in load_model(teacher_folder).network.parameters()) / 1e6
+    assert printed.count(f"{count:.6f} M parameters") == 2  # teacher and student are of one size
+    assert "40 slots" in printed and "24 samples (6 steps of 4)" in printed
+    assert contents(tmp_path) == before

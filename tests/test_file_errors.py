@@ -1,0 +1,138 @@
+"""Files that are missing, damaged or do not fit: one line that names the file, exit code 2, nothing written."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ldm_dkdm.checkpoints.folder import write_folder
+from ldm_dkdm.first_stage import VQModel
+from ldm_dkdm.schema import FirstStageCard
+from tests.cli import ROOT, contents, distil, run_script, sample, write_yaml
+from tests.parts import UNET_PARAMS, VQ_PARAMS, distill_config
+from tests.test_config_errors import assert_one_error_line
+
+
+@pytest.mark.parametrize("text", ["a: [1,\n b: }", "- teacher\n- student\n", "", "just words", "a: ${b"])
+def test_a_config_file_must_be_a_mapping_of_sections(text: str, tmp_path: Path, capsys) -> None:
+    base = tmp_path / "bad.yaml"
+    base.write_text(text)
+    assert_one_error_line(capsys, distil("--base", base), ("bad.yaml",) if text else ("teacher: missing",))
+
+
+@pytest.mark.parametrize(("name", "release"), [("ffhq256", "ffhq.zip"), ("celebahq256", "celeba.zip")])
+def test_a_missing_release_says_what_to_download_and_where_to_put_it(
+    name: str, release: str, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = distil("--base", ROOT / "configs" / f"{name}.yaml")
+    assert_one_error_line(capsys, code, ("teacher.ckpt", f"models/ldm/{name}/model.ckpt", release, "download"))
+    assert not contents(tmp_path)
+
+
+def test_a_teacher_that_is_a_text_file_is_refused(tmp_path: Path, capsys) -> None:
+    checkpoint = tmp_path / "model.ckpt"
+    checkpoint.write_text("<html>404</html>\n")
+    teacher = {"target": "ldm_dkdm.networks.UNet", "params": UNET_PARAMS}
+    config = distill_config(checkpoint, tmp_path / "logs", teacher=teacher, diffusion={"num_timesteps": 20})
+    assert_one_error_line(capsys, distil("--base", write_yaml(tmp_path / "c.yaml", config)), (str(checkpoint),))
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("what", ["weights", "config.yaml"])
+def test_a_teacher_folder_must_be_whole(what: str, teacher_folder: Path, tmp_path: Path, capsys) -> None:
+    folder = shutil.copytree(teacher_folder, tmp_path / "half")
+    (folder / ("model.safetensors" if what == "weights" else what)).unlink()
+    base = write_yaml(tmp_path / "c.yaml", distill_config(folder, tmp_path / "logs"))
+    assert_one_error_line(capsys, distil("--base", base), (str(folder), "missing"))
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_first_stage_of_other_latents_is_refused(teacher_folder: Path, tmp_path: Path, capsys) -> None:
+    params = {**VQ_PARAMS, "embed_dim": 4}
+    card = FirstStageCard("model.safetensors", "ldm_dkdm.first_stage.VQModel", params)
+    write_folder(tmp_path / "vq", card, VQModel(**params).state_dict())
+    config = distill_config(teacher_folder, tmp_path / "logs", first_stage={"ckpt": str(tmp_path / "vq")})
+    code = distil("--base", write_yaml(tmp_path / "c.yaml", config))
+    assert_one_error_line(capsys, code, ("first_stage", "4 latent channels", "3"))
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_run_folder_of_another_configuration_is_left_alone(teacher_folder: Path, tmp_path: Path, capsys) -> None:
+    base = write_yaml(tmp_path / "c.yaml", distill_config(teacher_folder, tmp_path / "logs"))
+    write_yaml(tmp_path / "logs" / "run" / "config.yaml", {"made": "by another configuration"})
+    before = contents(tmp_path)
+    code = distil("--base", base)
+    assert_one_error_line(capsys, code, (str(tmp_path / "logs" / "run"), "logging.name", "--resume"))
+    assert contents(tmp_path) == before
+
+
+SAMPLING = {
+    "no_images": (["-r", "TEACHER", "-n", "0"], ("--n_samples", "0")),
+    "no_steps": (["-r", "TEACHER", "-c", "0"], ("--custom_steps", "0")),
+    "steps_beyond_T": (["-r", "TEACHER", "-n", "1", "-c", "21"], ("21", "20")),
+    "eta": (["-r", "TEACHER", "-c", "2", "-e", "2"], ("--eta", "2")),
+    "eta_not_a_number": (["-r", "TEACHER", "-c", "2", "-e", "nan"], ("--eta", "nan")),
+    "seed": (["-r", "TEACHER", "-c", "2", "--seed", "-1"], ("--seed", "-1")),
+    "device": (["-r", "TEACHER", "-n", "1", "-c", "2", "--device", "abacus"], ("--device", "abacus")),
+    "no_model": (["-r", "nowhere"], ("nowhere",)),
+    "no_weights": (["-r", "HALF"], ("half", "no weights")),
+    "run_without_student": (["-r", "EMPTY_RUN"], ("empty_run", "--resume")),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), SAMPLING.values(), ids=SAMPLING)
+def test_bad_sampling_is_named_in_one_line_and_nothing_is_written(
+    arguments, words, teacher_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    half = shutil.copytree(teacher_folder, tmp_path / "half")
+    (half / "model.safetensors").unlink()
+    run = tmp_path / "empty_run"
+    write_yaml(run / "config.yaml", distill_config(teacher_folder, tmp_path))
+    (run / "checkpoints").mkdir()
+    places = {"TEACHER": teacher_folder, "HALF": half, "EMPTY_RUN": run}
+    before = contents(tmp_path)
+    code = sample(*[places.get(a, a) for a in arguments], "-l", tmp_path / "out")
+    assert_one_error_line(capsys, code, words)
+    assert contents(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def write_latents(name: str, folder: Path) -> Path:
+    path = folder / name
+    if name == "flat.npz":
+        np.savez(path, arr_0=np.zeros((3, 8, 8), np.float32))
+    elif name == "channels.safetensors":
+        save_file({"latents": torch.zeros(1, 4, 8, 8)}, path)
+    elif name == "two.safetensors":
+        save_file({"a": torch.zeros(1, 3, 8, 8), "b": torch.zeros(1)}, path)
+    elif name == "array.npz":
+        with path.open("wb") as file:
+            np.save(file, np.zeros((1, 3, 8, 8), np.float32))
+    elif name == "text.npz":
+        path.write_text("no archive")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing.npz", ("no such file",)),
+        ("missing.pt", ("no such",)),
+        ("flat.npz", ("(3, 8, 8)",)),
+        ("channels.safetensors", ("4 channels", "3")),
+        ("two.safetensors", ("a, b",)),
+        ("array.npz", ("not an .npz",)),
+        ("text.npz", ("not an .npz",)),
+    ],
+)
+def test_bad_latents_are_named_in_one_line_and_nothing_is_written(
+    name: str, words: tuple[str, ...], first_stage: Path, tmp_path: Path, capsys
+) -> None:
+    path, out = write_latents(name, tmp_path), tmp_path / "out"
+    code = run_script("decode_latents.py", path, "--first_stage", first_stage, "-o", out)
+    assert_one_error_line(capsys, code, (name, *words))
+    assert not out.exists()

@@ -1,0 +1,235 @@
+"""The UNet: its size, its names, and its outputs against diffusers'."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from ldm_dkdm import UserError
+from ldm_dkdm.networks import UNet
+from ldm_dkdm.networks.layers import SMALL_CPU_ATTENTION, AttentionBlock, Downsample, ResBlock, Upsample, attend
+from tests.parts import UNET_PARAMS, randomised
+
+LDM = {
+    "image_size": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "num_res_blocks": 2,
+    "attention_resolutions": [2, 4, 8],
+    "channel_mult": [1, 2, 3, 4],
+    "num_head_channels": 32,
+}
+ADM = {
+    "in_channels": 3,
+    "out_channels": 6,
+    "num_head_channels": 32,
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+    "use_new_attention_order": True,
+}
+ADM32 = {**ADM, "image_size": 32, "attention_resolutions": [2, 4], "channel_mult": [1, 2, 2, 2]}
+ADM64 = {**ADM, "image_size": 64, "attention_resolutions": [2, 4, 8], "channel_mult": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("count", "params"),
+    [
+        (274_056_163, {**LDM, "model_channels": 224}),
+        (89_535_619, {**LDM, "model_channels": 128}),
+        (57_094_662, {**ADM32, "model_channels": 128, "num_res_blocks": 3}),
+        (44_177_286, {**ADM32, "model_channels": 128, "num_res_blocks": 2}),
+        (32_136_582, {**ADM32, "model_channels": 96, "num_res_blocks": 3}),
+        (24_866_214, {**ADM32, "model_channels": 96, "num_res_blocks": 2}),
+        (14_301_446, {**ADM32, "model_channels": 64, "num_res_blocks": 3}),
+        (295_136_454, {**ADM64, "model_channels": 192, "num_res_blocks": 3, "num_head_channels": 64}),
+        (57_213_606, {**ADM64, "model_channels": 96, "num_res_blocks": 2}),
+    ],
+)
+def test_parameter_count_is_the_reference_implementations(count: int, params: dict[str, object]) -> None:
+    with torch.device("meta"):
+        network = UNet(**params)
+    assert sum(parameter.numel() for parameter in network.parameters()) == count
+
+
+def _keys(**params: object) -> set[str]:
+    with torch.device("meta"):
+        return set(UNet(**params).state_dict())
+
+
+COMPVIS_KEYS = re.compile(
+    r"(time_embed\.[02]|input_blocks\.0\.0|out\.[02]"
+    r"|(input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d\."
+    r"(in_layers\.[02]|emb_layers\.1|out_layers\.[03]|skip_connection|norm|qkv|proj_out|op|conv))\.(weight|bias)"
+)
+
+
+def test_keys_are_those_of_compvis() -> None:
+    keys = _keys(**LDM, model_channels=224)
+    assert [key for key in keys if not COMPVIS_KEYS.fullmatch(key)] == []
+    samplers = {key for key in keys if re.search(r"\.(op|conv)\.weight", key)}
+    downs, ups = [f"input_blocks.{i}.0.op.weight" for i in (3, 6, 9)], [(2, 2), (5, 2), (8, 2)]
+    assert samplers == {*downs, *(f"output_blocks.{i}.{j}.conv.weight" for i, j in ups)}
+    attentions = {key.removesuffix(".qkv.weight") for key in keys if key.endswith(".qkv.weight")}
+    inputs, outputs = (4, 5, 7, 8, 10, 11), range(9)
+    assert attentions == {f"input_blocks.{i}.1" for i in inputs} | {"middle_block.1"} | {
+        f"output_blocks.{i}.1" for i in outputs
+    }
+
+
+def test_an_upsampler_without_attention_is_the_second_layer() -> None:
+    assert "output_blocks.2.1.conv.weight" in _keys(**{**LDM, "attention_resolutions": []}, model_channels=32)
+
+
+def test_blocks_that_resample_have_no_op_and_no_conv() -> None:
+    keys = _keys(**ADM32, model_channels=64, num_res_blocks=3)
+    assert not [key for key in keys if ".op." in key or ".conv." in key]
+
+
+def _copy(ours: nn.Module, theirs: nn.Module) -> None:
+    theirs.weight.copy_(ours.weight.view_as(theirs.weight))
+    theirs.bias.copy_(ours.bias)
+
+
+def _copy_resblock(ours: ResBlock, theirs: nn.Module) -> None:
+    _copy(ours.in_layers[0], theirs.norm1)
+    _copy(ours.in_layers[2], theirs.conv1)
+    _copy(ours.emb_layers[1], theirs.time_emb_proj)
+    _copy(ours.out_layers[0], theirs.norm2)
+    _copy(ours.out_layers[3], theirs.conv2)
+    assert (theirs.conv_shortcut is None) == isinstance(ours.skip_connection, nn.Identity)
+    if theirs.conv_shortcut is not None:
+        _copy(ours.skip_connection, theirs.conv_shortcut)
+
+
+def _copy_attention(ours: AttentionBlock, theirs: nn.Module) -> None:
+    _copy(ours.norm, theirs.group_norm)
+    _copy(ours.proj_out, theirs.to_out[0])
+    layout = (3, ours.heads, -1) if ours.new_order else (ours.heads, 3, -1)
+    weight = ours.qkv.weight.squeeze(-1).unflatten(0, layout).movedim(0 if ours.new_order else 1, 0).flatten(1, 2)
+    bias = ours.qkv.bias.unflatten(0, layout).movedim(0 if ours.new_order else 1, 0).flatten(1, 2)
+    for i, linear in enumerate((theirs.to_q, theirs.to_k, theirs.to_v)):
+        linear.weight.copy_(weight[i])
+        linear.bias.copy_(bias[i])
+
+
+def _copy_sampler(ours: nn.Module, theirs: nn.Module) -> None:
+    if isinstance(ours, ResBlock):
+        _copy_resblock(ours, theirs)
+    else:
+        _copy(ours.op if isinstance(ours, Downsample) else ours.conv, theirs.conv)
+
+
+def _kind(layer: nn.Module) -> str:
+    if isinstance(layer, AttentionBlock):
+        return "attention"
+    resamples = isinstance(layer, Downsample | Upsample) or not isinstance(layer.resample, nn.Identity)
+    return "sampler" if resamples else "resblock"
+
+
+@torch.no_grad()
+def _copy_unet(ours: UNet, theirs: UNet2DModel) -> None:
+    """Our weights under diffusers' names; both sides list their layers in the order in which they run."""
+    _copy(ours.time_embed[0], theirs.time_embedding.linear_1)
+    _copy(ours.time_embed[2], theirs.time_embedding.linear_2)
+    _copy(ours.input_blocks[0][0], theirs.conv_in)
+    _copy(ours.out[0], theirs.conv_norm_out)
+    _copy(ours.out[2], theirs.conv_out)
+    layers = [layer for block in ours.input_blocks[1:] for layer in block]
+    layers += [*ours.middle_block, *(layer for block in ours.output_blocks for layer in block)]
+    blocks = [*theirs.down_blocks, theirs.mid_block, *theirs.up_blocks]
+    names = {"resblock": ("resnets",), "attention": ("attentions",), "sampler": ("downsamplers", "upsamplers")}
+    copies = {"resblock": _copy_resblock, "attention": _copy_attention, "sampler": _copy_sampler}
+    for kind, attributes in names.items():
+        own = [layer for layer in layers if _kind(layer) == kind]
+        found = [layer for block in blocks for name in attributes for layer in getattr(block, name, None) or []]
+        for pair in zip(own, found, strict=True):
+            copies[kind](*pair)
+
+
+LDM_STYLE = (
+    {**UNET_PARAMS, "num_res_blocks": 2, "channel_mult": [1, 2, 4], "attention_resolutions": [2, 4]},
+    {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (32, 64, 128),
+        "layers_per_block": 2,
+    },
+)
+ADM_STYLE = (
+    {**UNET_PARAMS, **ADM, "attention_resolutions": [1, 2]},
+    {
+        "down_block_types": ("AttnDownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D"),
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "out_channels": 6,
+    },
+)
+
+
+@pytest.mark.parametrize(("params", "theirs"), [LDM_STYLE, ADM_STYLE], ids=["ldm", "adm"])
+def test_outputs_equal_diffusers(params: dict[str, object], theirs: dict[str, object]) -> None:
+    ours = randomised(UNet(**params)).eval()
+    other = UNet2DModel(sample_size=8, attention_head_dim=32, freq_shift=0, flip_sin_to_cos=True, **theirs).eval()
+    _copy_unet(ours, other)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 977])
+    with torch.no_grad():
+        output = ours(x, t)
+        torch.testing.assert_close(output, other(x, t).sample, rtol=1e-4, atol=1e-4 * output.abs().max().item())
+
+
+def _qkv(tokens: int) -> list[Tensor]:
+    return [torch.randn(2, 3, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+
+@pytest.mark.parametrize("tokens", [5, SMALL_CPU_ATTENTION, SMALL_CPU_ATTENTION + 1])
+def test_attention_equals_pytorchs_in_value_and_gradient(tokens: int) -> None:
+    qkv = _qkv(tokens)
+    ours, theirs = attend(*qkv), F.scaled_dot_product_attention(*qkv)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    towards = torch.randn_like(ours)
+    for own, other in zip(torch.autograd.grad(ours, qkv, towards), torch.autograd.grad(theirs, qkv, towards)):
+        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-10)
+
+
+def test_attention_orders_differ_by_a_permutation_of_rows() -> None:
+    old, new = randomised(AttentionBlock(64, 2)), AttentionBlock(64, 2, new_order=True)
+    new.load_state_dict(old.state_dict())
+    x = torch.randn(2, 64, 4, 4)
+    assert not torch.allclose(old(x), new(x), atol=1e-3)
+    rows = torch.arange(3 * 64).view(2, 3, 32).transpose(0, 1).flatten()
+    with torch.no_grad():
+        new.qkv.weight.copy_(old.qkv.weight[rows])
+        new.qkv.bias.copy_(old.qkv.bias[rows])
+    torch.testing.assert_close(old(x), new(x))
+
+
+def test_use_checkpoint_changes_neither_output_nor_gradients() -> None:
+    results = []
+    for use_checkpoint in (False, True):
+        network = randomised(UNet(**UNET_PARAMS, use_checkpoint=use_checkpoint))
+        x = torch.linspace(-1, 1, 192).view(1, 3, 8, 8).requires_grad_()
+        output = network(x, torch.tensor([7]))
+        gradients = torch.autograd.grad(output.square().mean(), [x, *network.parameters()])
+        results.append((output, *gradients))
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize(
+    ("key", "params"),
+    [
+        ("model_channels", {"model_channels": 24}),
+        ("num_head_channels", {"num_head_channels": 48}),
+        ("num_head", {"num_head_channels": -1, "num_heads": 5}),
+    ],
+)
+def test_widths_that_do_not_divide_are_refused(key: str, params: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=key):
+        UNet(**{**UNET_PARAMS, **params})

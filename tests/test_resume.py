@@ -1,0 +1,154 @@
+"""A run that was stopped and resumed equals, to the last bit, the run that was not."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import ldm_dkdm.runs.distill as runs
+from ldm_dkdm.distill.stream import DistillStream
+from ldm_dkdm.records import DistillBatch
+from tests.cli import distil, write_yaml
+from tests.parts import distill_config
+
+
+def write_config(teacher: Path, folder: Path, name: str, **sections: dict[str, object]) -> Path:
+    """A configuration whose run is <folder>/logs/<name>."""
+    config = distill_config(teacher, folder / "logs", **sections)
+    config["logging"]["name"] = name
+    return write_yaml(folder / f"{name}.yaml", config)
+
+
+def result(folder: Path, step: int = 6) -> tuple[bytes, bytes]:
+    """The student's and the pool's files."""
+    pool = folder / "checkpoints" / f"step={step:08d}.pool-rank0.safetensors"
+    return (folder / "student" / "student.safetensors").read_bytes(), pool.read_bytes()
+
+
+def whole_run(teacher: Path, folder: Path, name: str = "whole", **sections: dict[str, object]) -> tuple[bytes, bytes]:
+    assert distil("--base", write_config(teacher, folder, name, **sections)) == 0
+    return result(folder / "logs" / name, sections.get("trainer", {}).get("max_steps", 6))
+
+
+@pytest.fixture
+def signal_in_training(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Numbers put in the list are sent to this process when the third batch of a stream is made."""
+    numbers: list[int] = []
+    next_batch = DistillStream.next_batch
+
+    def signalling(self: DistillStream) -> DistillBatch:
+        if self.step == 2 and numbers:
+            os.kill(os.getpid(), numbers.pop())
+        return next_batch(self)
+
+    monkeypatch.setattr(DistillStream, "next_batch", signalling)
+    return numbers
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_a_signal_stopped_resumes_exactly(
+    number: int, teacher_folder: Path, tmp_path: Path, signal_in_training: list[int], capsys
+) -> None:
+    whole = whole_run(teacher_folder, tmp_path, logging={"save_every": 100})
+    base = write_config(teacher_folder, tmp_path, "stopped", logging={"save_every": 100})
+    run = tmp_path / "logs" / "stopped"
+    signal_in_training.append(number)
+    assert distil("--base", base) == 130
+    assert f"stopped and saved at step 3; go on with: --resume {run}" in capsys.readouterr().err
+    assert [f.name for f in run.glob("checkpoints/*.ckpt")] == ["step=00000003.ckpt"]
+    assert result(run, 3)[0] != whole[0]
+    assert distil("--resume", run) == 0
+    assert result(run) == whole
+
+
+def test_the_same_command_goes_on_too(teacher_folder: Path, tmp_path: Path, signal_in_training: list[int]) -> None:
+    whole = whole_run(teacher_folder, tmp_path)
+    base = write_config(teacher_folder, tmp_path, "stopped")
+    signal_in_training.append(signal.SIGINT)
+    assert distil("--base", base) == 130
+    assert distil("--base", base) == 0
+    assert result(tmp_path / "logs" / "stopped") == whole
+
+
+def test_dropout_resumes_exactly(teacher_folder: Path, tmp_path: Path, signal_in_training: list[int]) -> None:
+    student = distill_config(teacher_folder, tmp_path)["student"]
+    student["params"]["dropout"] = 0.1
+    whole = whole_run(teacher_folder, tmp_path, student=student)
+    assert whole != whole_run(teacher_folder, tmp_path, "without")
+    base = write_config(teacher_folder, tmp_path, "stopped", student=student)
+    signal_in_training.append(signal.SIGINT)
+    assert distil("--base", base) == 130
+    assert distil("--resume", tmp_path / "logs" / "stopped") == 0
+    assert result(tmp_path / "logs" / "stopped") == whole
+
+
+@pytest.mark.parametrize("mode", ["ddim", "ancestral"])
+def test_a_warm_up_that_was_stopped_resumes_exactly(
+    mode: str, teacher_folder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    warmup = {"mode": mode, "steps": 5, "images": 8, "batch_size": 4}
+    distill = {"distill": {"batch_size": 4, "rho": 0.5, "warmup": warmup}}
+    whole = whole_run(teacher_folder, tmp_path, **distill)
+    base = write_config(teacher_folder, tmp_path, "stopped", **distill)
+    run = tmp_path / "logs" / "stopped"
+    warm_up = runs.warm_up
+
+    def stopped_after_a_batch(*arguments: object) -> Iterator[int]:
+        for filled in warm_up(*arguments):
+            os.kill(os.getpid(), signal.SIGINT)
+            yield filled
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "warm_up", stopped_after_a_batch)
+        assert distil("--base", base) == 130
+    assert f"in the warm-up; go on with: --resume {run}" in capsys.readouterr().err
+    assert not list(run.glob("checkpoints/*.ckpt"))
+    assert distil("--resume", run) == 0
+    assert result(run) == whole
+
+
+def test_resume_last_finds_the_run_that_was_written_to_last(
+    teacher_folder: Path, tmp_path: Path, signal_in_training: list[int], monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = write_config(teacher_folder, tmp_path, "stopped")
+    signal_in_training.append(signal.SIGINT)
+    assert distil("--base", base) == 130
+    write_yaml(tmp_path / "logs" / "older" / "config.yaml", {})
+    os.utime(tmp_path / "logs" / "older" / "config.yaml", (1, 1))
+    assert distil("--resume", "last") == 0
+    assert "student: logs/stopped/student" in capsys.readouterr().out
+    assert len(result(tmp_path / "logs" / "stopped")) == 2
+
+
+def test_a_finished_run_goes_on_to_more_steps_exactly(teacher_folder: Path, tmp_path: Path) -> None:
+    whole = whole_run(teacher_folder, tmp_path, trainer={"max_steps": 9})
+    whole_run(teacher_folder, tmp_path, "short")
+    run = tmp_path / "logs" / "short"
+    assert distil("--resume", run, "trainer.max_steps=9") == 0
+    assert result(run, 9) == whole
+
+
+def test_one_seed_gives_equal_runs_and_another_does_not(teacher_folder: Path, tmp_path: Path) -> None:
+    first = whole_run(teacher_folder, tmp_path, "first")
+    torch.rand(1)  # the state of torch's own generator must not matter
+    assert whole_run(teacher_folder, tmp_path, "second") == first
+    other = whole_run(teacher_folder, tmp_path, "other", trainer={"seed": 1})
+    assert other[0] != first[0] and other[1] != first[1]
+
+
+def test_a_memory_mapped_pool_gives_the_same_run(teacher_folder: Path, tmp_path: Path) -> None:
+    mapped = whole_run(teacher_folder, tmp_path, "mapped", distill={"pool_storage": "mmap"})
+    assert mapped == whole_run(teacher_folder, tmp_path, "memory")
+
+
+def test_a_resume_without_the_pool_is_refused(teacher_folder: Path, tmp_path: Path, capsys) -> None:
+    whole_run(teacher_folder, tmp_path, "short")
+    run = tmp_path / "logs" / "short"
+    (run / "checkpoints" / "step=00000006.pool-rank0.safetensors").unlink()
+    capsys.readouterr()
+    assert distil("--resume", run, "trainer.max_steps=9") == 2
+    assert "step=00000006.pool-rank0.safetensors: missing" in capsys.readouterr().err

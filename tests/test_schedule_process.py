@@ -1,0 +1,138 @@
+"""Schedules and one-step formulas against closed forms, in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ldm_dkdm import NoiseSchedule, UserError
+from ldm_dkdm.diffusion.process import (
+    eps_to_v,
+    eps_to_x0,
+    posterior,
+    q_sample,
+    reverse_step,
+    v_to_eps,
+    x0_to_eps,
+)
+
+SCHEDULES = [NoiseSchedule(name) for name in ("scaled_linear", "linear", "cosine")]
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.name)
+TIMES = torch.tensor([0, 1, 17, 500, 998, 999])
+
+
+def _normal(seed: int) -> Tensor:
+    return torch.randn(len(TIMES), 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def _cosine_beta(i: int) -> float:
+    def abar(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return min(0.999, 1 - abar((i + 1) / 1000) / abar(i / 1000))
+
+
+@pytest.mark.parametrize(
+    ("name", "betas"),
+    [
+        ("scaled_linear", np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2),
+        ("linear", np.linspace(0.0015, 0.0195, 1000)),
+        ("cosine", np.array([_cosine_beta(i) for i in range(1000)])),
+    ],
+)
+def test_betas_are_the_closed_form(name: str, betas: np.ndarray) -> None:
+    schedule = NoiseSchedule(name)
+    np.testing.assert_allclose(schedule.betas.numpy(), betas, rtol=1e-12)
+    np.testing.assert_allclose(schedule.alphas_cumprod.numpy(), np.cumprod(1 - betas), rtol=1e-11)
+
+
+def test_the_cosine_schedule_is_capped_at_its_end() -> None:
+    assert NoiseSchedule("cosine").betas[-1].item() == 0.999
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"name": "sigmoid"},
+        {"num_timesteps": 0},
+        {"beta_start": 0.02, "beta_end": 0.01},
+        {"beta_start": 0.0},
+        {"beta_end": 1.0},
+    ],
+)
+def test_impossible_schedules_are_refused(arguments: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="diffusion"):
+        NoiseSchedule(**arguments)
+
+
+@every_schedule
+def test_eps_x0_and_v_describe_one_state(schedule: NoiseSchedule) -> None:
+    x_0, eps = _normal(1), _normal(2)
+    x_t = q_sample(schedule, x_0, TIMES, eps)
+    abar = schedule.alphas_cumprod[TIMES].view(-1, 1, 1, 1)
+    v = abar.sqrt() * eps - (1 - abar).sqrt() * x_0
+    _close(x_t, abar.sqrt() * x_0 + (1 - abar).sqrt() * eps)
+    _close(v_to_eps(schedule, x_t, TIMES, v), eps)
+    _close(x0_to_eps(schedule, x_t, TIMES, x_0), eps)
+
+
+@every_schedule
+def test_round_trips_return_what_went_in(schedule: NoiseSchedule) -> None:
+    x_t, eps = _normal(3), _normal(4)
+    _close(x0_to_eps(schedule, x_t, TIMES, eps_to_x0(schedule, x_t, TIMES, eps)), eps)
+    _close(v_to_eps(schedule, x_t, TIMES, eps_to_v(schedule, x_t, TIMES, eps)), eps)
+
+
+@every_schedule
+def test_posterior_is_the_textbook_one_at_stride_1(schedule: NoiseSchedule) -> None:
+    x_0, x_t = _normal(5), _normal(6)
+    beta = schedule.betas[TIMES].view(-1, 1, 1, 1)
+    abar = schedule.alphas_cumprod[TIMES].view(-1, 1, 1, 1)
+    before = abar / (1 - beta)  # abar_{t-1}, also at t = 0
+    mean, variance = posterior(schedule, x_0, x_t, TIMES, TIMES - 1)
+    expected = before.sqrt() * beta / (1 - abar) * x_0 + (1 - beta).sqrt() * (1 - before) / (1 - abar) * x_t
+    _close(mean, expected)
+    _close(variance, (1 - before) / (1 - abar) * beta)
+
+
+@settings(deadline=None, max_examples=60)
+@given(schedule=st.sampled_from(SCHEDULES), times=st.lists(st.integers(-1, 999), min_size=2, max_size=2, unique=True))
+def test_a_jump_of_any_stride_lands_on_the_marginal(schedule: NoiseSchedule, times: list[int]) -> None:
+    t_next, t = (torch.tensor([time]) for time in sorted(times))
+    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    to_x0, variance = posterior(schedule, one, zero, t, t_next)
+    to_xt, _ = posterior(schedule, zero, one, t, t_next)
+    abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+    target = schedule.alphas_cumprod[t_next].view(-1, 1, 1, 1) if t_next >= 0 else one
+    _close(to_x0 + to_xt * abar.sqrt(), target.sqrt())
+    _close(variance + to_xt**2 * (1 - abar), 1 - target)
+
+
+@pytest.mark.parametrize("stride", [1, 7, 1000])
+def test_reverse_step_is_a_draw_from_the_posterior(stride: int) -> None:
+    schedule, x_t, eps, noise = SCHEDULES[0], _normal(7), _normal(8), _normal(9)
+    x_0 = eps_to_x0(schedule, x_t, TIMES, eps)
+    mean, variance = posterior(schedule, x_0, x_t, TIMES, (TIMES - stride).clamp(min=-1))
+    _close(reverse_step(schedule, x_t, TIMES, eps, noise, stride), mean + variance.sqrt() * noise)
+
+
+@every_schedule
+def test_a_step_past_zero_ends_at_x0_exactly(schedule: NoiseSchedule) -> None:
+    x_t, eps, t = _normal(10).float(), _normal(11).float(), TIMES.clamp(max=4)
+    arrived = reverse_step(schedule, x_t, t, eps, _normal(12).float(), stride=5)
+    assert torch.equal(arrived, eps_to_x0(schedule, x_t, t, eps))
+
+
+def test_float32_states_get_float64_coefficients() -> None:
+    schedule, x_t, eps, noise = SCHEDULES[0], _normal(13), _normal(14), _normal(15)
+    single = reverse_step(schedule, x_t.float(), TIMES, eps.float(), noise.float())
+    assert single.dtype == torch.float32
+    _close(single.double(), reverse_step(schedule, x_t, TIMES, eps, noise), 1e-5)
