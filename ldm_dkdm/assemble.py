@@ -142,6 +142,7 @@ def make_student(node: NetworkConfig, teacher: Model) -> nn.Module:
         raise UserError("student.params.num_classes: the teachers of latent diffusion take no labels; remove the key")
     if student.out_channels != student.in_channels:
         raise UserError(
-            f"student.params.out_channels: {student.out_channels} must equal in_channels ({student.in_channels}) in latent space"
+            f"student.params.out_channels: {student.out_channels} must equal in_channels "
+            f"({student.in_channels}) in latent space"
         )
     return student

@@ -13,6 +13,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        temporary.chmod(0o644)  # some writers make files that only their owner reads
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -10,15 +10,10 @@ def resolve_precision(choice: str, device: torch.device | str) -> str:
         return choice
     kind = torch.device(device).type
     if kind == "cpu":
-        flags = torch.backends.cpu.get_cpu_capability()
-        fast = flags in ("AMX",) or _cpu_has_bf16()
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     else:
         fast = kind == "cuda" and torch.cuda.is_bf16_supported()
     return "bf16" if fast else "32"
-
-
-def _cpu_has_bf16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast(precision: str, device: torch.device | str) -> torch_autocast:

@@ -1,6 +1,5 @@
 """Denoisers whose answers are known in closed form."""
 
-import torch
 from torch import Tensor, nn
 
 from ldm_dkdm.diffusion.schedule import NoiseSchedule

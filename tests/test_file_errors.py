@@ -16,11 +16,20 @@ from tests.parts import UNET_PARAMS, VQ_PARAMS, distill_config
 from tests.test_config_errors import assert_one_error_line
 
 
-@pytest.mark.parametrize("text", ["a: [1,\n b: }", "- teacher\n- student\n", "", "just words", "a: ${b"])
-def test_a_config_file_must_be_a_mapping_of_sections(text: str, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1,\n b: }", ("bad.yaml", "not valid YAML")),
+        ("- teacher\n- student\n", ("bad.yaml", "mapping of sections")),
+        ("a: ${b", ("bad.yaml",)),
+        ("only words", ("only words: unknown key",)),
+        ("", ("teacher: missing",)),
+    ],
+)
+def test_a_config_file_must_be_a_mapping_of_sections(text: str, words: tuple[str, ...], tmp_path: Path, capsys) -> None:
     base = tmp_path / "bad.yaml"
     base.write_text(text)
-    assert_one_error_line(capsys, distil("--base", base), ("bad.yaml",) if text else ("teacher: missing",))
+    assert_one_error_line(capsys, distil("--base", base), words)
 
 
 @pytest.mark.parametrize(("name", "release"), [("ffhq256", "ffhq.zip"), ("celebahq256", "celeba.zip")])
@@ -36,8 +45,8 @@ def test_a_missing_release_says_what_to_download_and_where_to_put_it(
 def test_a_teacher_that_is_a_text_file_is_refused(tmp_path: Path, capsys) -> None:
     checkpoint = tmp_path / "model.ckpt"
     checkpoint.write_text("<html>404</html>\n")
-    teacher = {"target": "ldm_dkdm.networks.UNet", "params": UNET_PARAMS}
-    config = distill_config(checkpoint, tmp_path / "logs", teacher=teacher, diffusion={"num_timesteps": 20})
+    config = distill_config(checkpoint, tmp_path / "logs", diffusion={"num_timesteps": 20})
+    config["teacher"] |= {"target": "ldm_dkdm.networks.UNet", "params": UNET_PARAMS}
     assert_one_error_line(capsys, distil("--base", write_yaml(tmp_path / "c.yaml", config)), (str(checkpoint),))
     assert not (tmp_path / "logs").exists()
 

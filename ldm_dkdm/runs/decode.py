@@ -20,10 +20,7 @@ from ldm_dkdm.schema import FirstStageConfig
 
 def read_latents(path: Path) -> Tensor:
     """The one tensor (N,C,h,w) in an .npz (`arr_0`), .pt or .safetensors file."""
-    if path.suffix == ".npz":
-        tensors = _read_npz(path)
-    else:
-        tensors = read_tensors(path)
+    tensors = _read_npz(path) if path.suffix == ".npz" else read_tensors(path)
     if len(tensors) != 1:
         raise UserError(f"{path}: expected one tensor of latents, found {', '.join(tensors) or 'none'}")
     latents = next(iter(tensors.values())).float()

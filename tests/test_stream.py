@@ -1,0 +1,104 @@
+"""The stream of training examples: one teacher call each, and every choice from (seed, rank, step)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher
+from ldm_dkdm.diffusion.process import eps_to_x0, posterior
+from ldm_dkdm.distill.stream import DistillStream
+from ldm_dkdm.records import DistillBatch
+from tests.analytic import GaussianNetwork
+
+SCHEDULE = NoiseSchedule(num_timesteps=20)
+SHAPE = (2, 3, 3)
+
+
+def _pool(t: Tensor, storage: Path | None = None, shape: tuple[int, ...] = SHAPE) -> NoisyPool:
+    pool = NoisyPool(len(t), shape, torch.float32, storage)
+    pool.fill(torch.randn(len(t), *shape, generator=torch.Generator().manual_seed(1)), t)
+    return pool
+
+
+def _stream(pool: NoisyPool, mean: float = 0.3, **options: object) -> DistillStream:
+    teacher = Teacher(GaussianNetwork(SCHEDULE, mean, std=0.5), SCHEDULE)
+    return DistillStream(teacher, pool, **{"batch_size": 4, "max_steps": 6, **options})
+
+
+def _same(ours: list[DistillBatch], theirs: list[DistillBatch]) -> bool:
+    return len(ours) == len(theirs) and all(
+        torch.equal(a.x, b.x) and torch.equal(a.t, b.t) and torch.equal(a.target.eps, b.target.eps)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def test_an_iteration_calls_the_teacher_exactly_once() -> None:
+    stream = _stream(_pool(torch.arange(8)), max_steps=5)
+    for done, batch in enumerate(stream, start=1):
+        network = stream.teacher.network
+        assert (network.calls, network.samples) == (done, 4 * done)
+        torch.testing.assert_close(batch.target.eps, GaussianNetwork(SCHEDULE, 0.3, 0.5)(batch.x, batch.t))
+    assert done == 5
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_a_drawn_slot_is_put_back_before_the_batch_is_handed_over(stride: int) -> None:
+    pool = _pool(torch.arange(20))
+    before_x, before_t = pool.take(torch.arange(20))
+    batch = next(iter(_stream(pool, stride=stride, batch_size=8)))
+    drawn = batch.t  # slot i was at t = i
+    assert torch.equal(batch.x, before_x[drawn])
+    after_x, after_t = pool.take(torch.arange(20))
+    moved = before_t.clone()
+    moved[drawn] -= stride
+    assert torch.equal(after_t, torch.where(moved < 0, 19, moved))
+    assert (after_x != before_x).flatten(1).all(1).nonzero().flatten().tolist() == sorted(drawn.tolist())
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_the_next_state_is_a_posterior_draw_of_the_same_prediction(stride: int) -> None:
+    pool = _pool(torch.full((1,), 10), shape=(4, 64, 64))
+    batch = _stream(pool, stride=stride, batch_size=1).next_batch()
+    x_0 = eps_to_x0(SCHEDULE, batch.x, batch.t, batch.target.eps)
+    mean, variance = posterior(SCHEDULE, x_0, batch.x, batch.t, batch.t - stride)
+    noise = (pool.x - mean) / variance.sqrt()
+    assert noise.mean().item() == pytest.approx(0, abs=0.03)
+    assert noise.std().item() == pytest.approx(1, abs=0.03)
+
+
+def test_a_finished_slot_restarts_from_noise_that_is_fresh() -> None:
+    pools = [_pool(torch.zeros(4), shape=(4, 16, 16)) for _ in range(2)]
+    for pool, mean in zip(pools, (0.3, 50.0)):
+        stream = _stream(pool, mean)
+        stream.next_batch()
+        assert pool.t.tolist() == [19] * 4
+    restarted = pools[0].x.clone()
+    torch.testing.assert_close(pools[1].x, restarted)
+    assert restarted.std().item() == pytest.approx(1, abs=0.06)
+    assert not torch.equal(restarted[0], restarted[1])
+    pools[1].t.zero_()
+    stream.next_batch()
+    assert not torch.isclose(pools[1].x.sort(0).values, restarted.sort(0).values).any(dim=0).all()
+
+
+def test_one_seed_gives_one_stream_and_another_rank_another(tmp_path: Path) -> None:
+    run = [list(_stream(_pool(torch.arange(8)), seed=5)) for _ in range(2)]
+    mapped = list(_stream(_pool(torch.arange(8), tmp_path / "pool.bin"), seed=5))
+    assert len(run[0]) == 6
+    assert _same(run[0], run[1])
+    assert _same(run[0], mapped)
+    assert not _same(run[0], list(_stream(_pool(torch.arange(8)), seed=5, rank=1)))
+    assert not _same(run[0], list(_stream(_pool(torch.arange(8)), seed=6)))
+
+
+def test_a_resumed_stream_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole_pool, first_pool, second_pool = (_pool(torch.arange(8)) for _ in range(3))
+    whole = list(_stream(whole_pool, stride=2))
+    first = list(_stream(first_pool, stride=2, max_steps=3))
+    first_pool.save(tmp_path / "pool", step=3)
+    second = list(_stream(second_pool, stride=2, first_step=second_pool.load(tmp_path / "pool")))
+    assert _same(whole, first + second)
+    assert torch.equal(whole_pool.x, second_pool.x)
+    assert torch.equal(whole_pool.t, second_pool.t)

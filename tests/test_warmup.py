@@ -1,0 +1,92 @@
+"""Filling the pool: its marginals, its cost, its exact resume."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher
+from ldm_dkdm.distill.warmup import warm_up, warmup_calls
+from ldm_dkdm.schema import WarmupConfig
+from tests.analytic import GaussianNetwork
+
+SHORT = NoiseSchedule(num_timesteps=20)
+STEEP = NoiseSchedule(num_timesteps=100, beta_start=0.015, beta_end=0.195)  # abar falls to 1e-4 in 100 steps
+MODES = {
+    "ancestral": WarmupConfig("ancestral", batch_size=16),
+    "ddim": WarmupConfig("ddim", steps=5, images=24, batch_size=8),
+}
+both_modes = pytest.mark.parametrize("config", MODES.values(), ids=MODES)
+
+
+def _warm(
+    config: WarmupConfig, slots: int, schedule: NoiseSchedule = SHORT, shape: tuple[int, ...] = (2, 2, 2), seed: int = 0
+) -> tuple[NoisyPool, GaussianNetwork]:
+    pool, network = NoisyPool(slots, shape, torch.float32), GaussianNetwork(schedule, mean=2.0, std=0.5)
+    for filled in warm_up(pool, Teacher(network, schedule), config, seed, 0, "cpu"):
+        assert filled == pool.filled
+    return pool, network
+
+
+@both_modes
+def test_all_slots_are_filled_with_distinct_states(config: WarmupConfig) -> None:
+    pool, _ = _warm(config, 50)
+    assert pool.filled == 50
+    assert len(pool.x.flatten(1).unique(dim=0)) == 50
+    assert pool.t.min() >= 0
+    assert pool.t.max() <= 19
+
+
+@both_modes
+def test_t_is_uniform(config: WarmupConfig) -> None:
+    pool, _ = _warm(config, 2000, shape=(1, 1, 1))
+    assert chisquare(pool.t.bincount(minlength=20)).pvalue > 0.01
+
+
+@both_modes
+def test_an_interrupted_warm_up_goes_on_exactly(config: WarmupConfig, tmp_path: Path) -> None:
+    whole, network = _warm(config, 50)
+    teacher = Teacher(network, SHORT)
+    first, second = NoisyPool(50, (2, 2, 2), torch.float32), NoisyPool(50, (2, 2, 2), torch.float32)
+    next(warm_up(first, teacher, config, 0, 0, "cpu"))
+    assert 0 < first.filled < 50
+    first.save(tmp_path / "pool", step=0)
+    second.load(tmp_path / "pool")
+    list(warm_up(second, teacher, config, 0, 0, "cpu"))
+    assert torch.equal(second.x, whole.x)
+    assert torch.equal(second.t, whole.t)
+
+
+@both_modes
+def test_the_seed_decides_the_pool(config: WarmupConfig) -> None:
+    assert torch.equal(_warm(config, 20)[0].x, _warm(config, 20)[0].x)
+    assert not torch.equal(_warm(config, 20)[0].x, _warm(config, 20, seed=1)[0].x)
+
+
+def test_ancestral_cost_is_what_the_plan_says() -> None:
+    config = WarmupConfig("ancestral", batch_size=16)
+    _, network = _warm(config, 800, STEEP, (1, 1, 1))
+    assert network.samples == pytest.approx(warmup_calls(config, 800, 100), rel=0.06)
+
+
+@pytest.mark.parametrize(("slots", "images"), [(40, 8), (8, 40), (10, 8)])
+def test_ddim_cost_is_what_the_plan_says(slots: int, images: int) -> None:
+    config = WarmupConfig("ddim", steps=5, images=images, batch_size=3)
+    _, network = _warm(config, slots)
+    assert network.samples == warmup_calls(config, slots, 20)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [WarmupConfig("ancestral", batch_size=64), WarmupConfig("ddim", steps=100, images=1000, batch_size=100)],
+    ids=MODES,
+)
+def test_states_have_the_moments_of_their_t(config: WarmupConfig) -> None:
+    pool, network = _warm(config, 1000, STEEP, (1, 8, 8))
+    moments = torch.tensor([network.moments(t) for t in pool.t.tolist()])
+    standardised = (pool.x - moments[:, 0].view(-1, 1, 1, 1)) / moments[:, 1].view(-1, 1, 1, 1)
+    for low in range(0, 100, 20):
+        group = standardised[(pool.t >= low) & (pool.t < low + 20)]
+        assert group.mean().item() == pytest.approx(0, abs=0.05)
+        assert group.std().item() == pytest.approx(1, abs=0.06)
