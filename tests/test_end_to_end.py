@@ -117,11 +117,6 @@ def test_npz_holds_the_pictures_as_uint8_nhwc(run: Path, tmp_path: Path) -> None
     assert np.array_equal(array, pixels(tmp_path))
 
 
-def test_no_png_leaves_the_grid(run: Path, tmp_path: Path) -> None:
-    assert sample("-r", run, "-n", 2, "-c", 2, "-l", tmp_path, "--no_png") == 0
-    assert set(contents(tmp_path)) == {"grid.png"}
-
-
 def test_latents_decode_to_the_pictures_that_were_painted(run: Path, first_stage: Path, tmp_path: Path) -> None:
     latents(run, tmp_path / "painted", "-n", 3)
     file, out = tmp_path / "painted" / "latents.safetensors", tmp_path / "decoded"
@@ -131,9 +126,7 @@ def test_latents_decode_to_the_pictures_that_were_painted(run: Path, first_stage
     assert abs(difference).max() <= 2  # decoding may be in bf16, sampling was not
 
 
-def test_a_comparison_is_one_picture_of_all_models(
-    run: Path, teacher_folder: Path, tmp_path: Path
-) -> None:
+def test_a_comparison_is_one_picture_of_all_models(run: Path, teacher_folder: Path, tmp_path: Path) -> None:
     picture = tmp_path / "both.png"
     models = ("-r", teacher_folder, run)
     assert sample(*models, "-n", 4, "-c", 2, "-l", tmp_path / "out", "--compare", picture) == 0

@@ -97,6 +97,7 @@ ADM_STYLE = (
         "downsample_type": "resnet",
         "upsample_type": "resnet",
         "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 32,
         "out_channels": 6,
     },
 )

@@ -46,7 +46,6 @@ def test_draws_are_uniform() -> None:
     pool, rng = filled_pool(20), np.random.default_rng(0)
     counts = torch.cat([pool.draw(4, rng) for _ in range(2000)]).bincount(minlength=20)
     assert chisquare(counts).pvalue > 0.01
-    assert counts.std() > 0
 
 
 def test_a_batch_larger_than_the_pool_is_refused() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ldm_dkdm.runs.distill as runs
 from ldm_dkdm.distill.stream import DistillStream
@@ -22,13 +23,14 @@ def write_config(teacher: Path, folder: Path, name: str, **sections: dict[str, o
     return write_yaml(folder / f"{name}.yaml", config)
 
 
-def result(folder: Path, step: int = 6) -> tuple[bytes, bytes]:
-    """The student's and the pool's files."""
-    pool = folder / "checkpoints" / f"step={step:08d}.pool-rank0.safetensors"
-    return (folder / "student" / "student.safetensors").read_bytes(), pool.read_bytes()
+def result(folder: Path, step: int = 6) -> tuple[bytes, dict[str, bytes]]:
+    """The student's file, and what is in the pool's, whose header is in no fixed order."""
+    pool = load_file(folder / "checkpoints" / f"step={step:08d}.pool-rank0.safetensors")
+    student = folder / "student" / "student.safetensors"
+    return student.read_bytes(), {name: tensor.numpy().tobytes() for name, tensor in pool.items()}
 
 
-def whole_run(teacher: Path, folder: Path, name: str = "whole", **sections: dict[str, object]) -> tuple[bytes, bytes]:
+def whole_run(teacher: Path, folder: Path, name: str = "whole", **sections: dict[str, object]) -> tuple[bytes, dict]:
     assert distil("--base", write_config(teacher, folder, name, **sections)) == 0
     return result(folder / "logs" / name, sections.get("trainer", {}).get("max_steps", 6))
 
@@ -85,9 +87,9 @@ def test_dropout_resumes_exactly(teacher_folder: Path, tmp_path: Path, signal_in
     assert result(tmp_path / "logs" / "stopped") == whole
 
 
-@pytest.mark.parametrize("mode", ["ddim", "ancestral"])
+@pytest.mark.parametrize(("mode", "number"), [("ddim", signal.SIGINT), ("ancestral", signal.SIGTERM)])
 def test_a_warm_up_that_was_stopped_resumes_exactly(
-    mode: str, teacher_folder: Path, tmp_path: Path, monkeypatch, capsys
+    mode: str, number: int, teacher_folder: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     warmup = {"mode": mode, "steps": 5, "images": 8, "batch_size": 4}
     distill = {"distill": {"batch_size": 4, "rho": 0.5, "warmup": warmup}}
@@ -98,7 +100,7 @@ def test_a_warm_up_that_was_stopped_resumes_exactly(
 
     def stopped_after_a_batch(*arguments: object) -> Iterator[int]:
         for filled in warm_up(*arguments):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             yield filled
 
     with monkeypatch.context() as patch:
@@ -130,6 +132,15 @@ def test_a_finished_run_goes_on_to_more_steps_exactly(teacher_folder: Path, tmp_
     run = tmp_path / "logs" / "short"
     assert distil("--resume", run, "trainer.max_steps=9") == 0
     assert result(run, 9) == whole
+
+
+def test_a_resume_keeps_what_was_logged_before(teacher_folder: Path, tmp_path: Path) -> None:
+    whole_run(teacher_folder, tmp_path, "short", trainer={"max_steps": 12})
+    run = tmp_path / "logs" / "short"
+    before = (run / "metrics" / "metrics.csv").read_bytes()
+    assert distil("--resume", run, "trainer.max_steps=21") == 0
+    assert (run / "metrics" / "metrics.csv").read_bytes() == before
+    assert (run / "metrics-from-12" / "metrics.csv").is_file()
 
 
 def test_one_seed_gives_equal_runs_and_another_does_not(teacher_folder: Path, tmp_path: Path) -> None:

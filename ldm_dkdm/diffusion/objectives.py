@@ -17,4 +17,4 @@ def loss_weight(schedule: NoiseSchedule, t: Tensor, space: str, cap: float | Non
     """
     abar = schedule.alpha_bar(t, t)
     weight = {"eps": abar**0, "v": 1 / abar, "x0": (1 - abar) / abar}[space]
-    return weight.clamp(max=cap or float("inf")).to(t.device).float()
+    return weight.clamp(max=cap or float("inf")).float().to(t.device)

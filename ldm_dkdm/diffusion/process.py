@@ -8,7 +8,7 @@ from ldm_dkdm.diffusion.schedule import NoiseSchedule
 
 
 def _mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    return a.to(x.dtype) * x + b.to(x.dtype) * y
+    return a.to(x) * x + b.to(x) * y
 
 
 def q_sample(schedule: NoiseSchedule, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def posterior(schedule: NoiseSchedule, x_0: Tensor, x_t: Tensor, t: Tensor, t_ne
     to_x0 = abar_next.sqrt() * (1 - alpha) / (1 - abar)
     to_xt = alpha.sqrt() * (1 - abar_next) / (1 - abar)
     variance = (1 - alpha) * (1 - abar_next) / (1 - abar)
-    return _mix(to_x0, x_0, to_xt, x_t), variance.to(x_t.dtype)
+    return _mix(to_x0, x_0, to_xt, x_t), variance.to(x_t)
 
 
 def reverse_step(

@@ -34,11 +34,14 @@ class ImageNoise:
 
 
 def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """CompVis's ascending DDIM timesteps: range(0, T, T // steps) + 1 (without the + 1 at steps = T)."""
+    """CompVis's ascending DDIM timesteps: range(0, T, T // steps) + 1, kept below T.
+
+    As there, a `steps` that does not divide T gives a few more timesteps. At steps = T nothing is added.
+    """
     if not 1 <= steps <= num_timesteps:
         raise UserError(f"sampling steps: {steps} is not between 1 and the {num_timesteps} diffusion steps")
     stride = num_timesteps // steps
-    return [t + (stride > 1) for t in range(0, num_timesteps, stride)]
+    return [min(t + (stride > 1), num_timesteps - 1) for t in range(0, num_timesteps, stride)]
 
 
 def ddpm(

@@ -37,12 +37,22 @@ class NoiseSchedule:
         self.num_timesteps = num_timesteps
         self.betas = _betas(name, num_timesteps, beta_start, beta_end)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
+        self._tables: dict[torch.device, Tensor] = {}
 
     def alpha_bar(self, t: Tensor, like: Tensor) -> Tensor:
-        """abar_t for timesteps t (B,) in [-1, T-1], abar_{-1} = 1, float64, shaped to broadcast with `like`."""
-        padded = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
-        values = padded[t.cpu().long() + 1].to(like.device if like.device.type != "mps" else "cpu")
+        """abar_t for timesteps t (B,) in [-1, T-1], abar_{-1} = 1, shaped to broadcast with `like`.
+
+        On its device, float64 (float32 where the device has no float64).
+        """
+        values = self._table(like.device)[t.to(like.device).long() + 1]
         return values.view(-1, *[1] * (like.ndim - 1))
+
+    def _table(self, device: torch.device) -> Tensor:
+        """abar_{-1} ... abar_{T-1} on a device, copied there once."""
+        if device not in self._tables:
+            table = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
+            self._tables[device] = table.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        return self._tables[device]
 
 
 def _betas(name: str, num_timesteps: int, start: float, end: float) -> Tensor:

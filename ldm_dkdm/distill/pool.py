@@ -92,6 +92,8 @@ class NoisyPool:
         if x.shape != self.x.shape or x.dtype != self.x.dtype:
             found, wanted = f"{tuple(x.shape)} {x.dtype}", f"{tuple(self.x.shape)} {self.x.dtype}"
             raise UserError(f"{path}: holds a pool {found}, this configuration wants {wanted}")
+        if t.shape != self.t.shape or t.dtype != self.t.dtype or t.min() < 0:
+            raise UserError(f"{path}: its timesteps do not fit its {len(x)} states; delete it to start a new pool")
         self.x.copy_(x)
         self.t.copy_(t)
         self.filled = filled

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.diffusion.process import q_sample
-from ldm_dkdm.diffusion.samplers import ddim, last
+from ldm_dkdm.diffusion.samplers import ddim, ddim_timesteps, last
 from ldm_dkdm.distill.pool import NoisyPool
 from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.rng import numpy_generator, torch_generator
@@ -35,7 +35,7 @@ def warmup_calls(config: WarmupConfig, slots: int, num_timesteps: int) -> int:
     """Teacher evaluations (of one sample) that a warm-up needs; for `ancestral` the expected number."""
     if config.mode == "ancestral":
         return slots * (num_timesteps - 1) // 2
-    return min(config.images, slots) * len(range(0, num_timesteps, num_timesteps // config.steps))
+    return min(config.images, slots) * len(ddim_timesteps(num_timesteps, config.steps))
 
 
 def _ancestral(
@@ -58,13 +58,15 @@ def _ancestral(
 def _ddim(
     pool: NoisyPool, teacher: Teacher, config: WarmupConfig, seed: int, rank: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Noise each DDIM sample of the teacher to several random t."""
-    copies = -(-len(pool) // config.images)
-    count = min(config.batch_size, -(-(len(pool) - pool.filled) // copies))
-    noise = _noise((count, *pool.x.shape[1:]), generator)
+    """Noise each DDIM sample of the teacher to several random t: sample i fills the slots of its share."""
+    images = min(config.images, len(pool))
+    starts = torch.arange(images + 1) * len(pool) // images
+    first = int(torch.searchsorted(starts, pool.filled))
+    copies = starts.diff()[first : first + config.batch_size].to(generator.device)
+    noise = _noise((len(copies), *pool.x.shape[1:]), generator)
     samples = last(ddim(teacher.schedule, teacher.predict, noise, lambda: noise, config.steps))
-    t = torch.randint(teacher.schedule.num_timesteps, (count * copies,), generator=generator, device=generator.device)
     x_0 = samples.repeat_interleave(copies, 0)
+    t = torch.randint(teacher.schedule.num_timesteps, (len(x_0),), generator=generator, device=generator.device)
     return q_sample(teacher.schedule, x_0, t, _noise(x_0.shape, generator)), t
 
 

@@ -58,7 +58,7 @@ def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:
         sampling = SamplerConfig(log.sample_count, seed=config.trainer.seed, steps=log.sample_steps)
         callbacks = [
             SampleGrid(samples, codec, model.latent_shape, log.sample_every, sampling),
-            RunCheckpoint(folder.checkpoints, log.save_every, None, export),
+            RunCheckpoint(folder.checkpoints, log.save_every, export),
         ]
         trainer = fit(module, stream_for, config.trainer, log, folder, callbacks, stop, precision)
     if trainer.global_step < config.trainer.max_steps:

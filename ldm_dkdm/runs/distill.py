@@ -98,10 +98,9 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
     module = StudentModule(
         parts.student, parts.schedule, config.student.parameterization, config.distill.loss, config.trainer
     )
-    pool = _new_pool(config, parts, folder)
     card = ModelCard("student.safetensors", config.student, parts.model.card.diffusion, info=_info(config))
     export = export_on_save(folder.model, card, parts.pointer, log.export_dtype)
-    saving = RunCheckpoint(folder.checkpoints, log.save_every, pool, export)
+    saving = RunCheckpoint(folder.checkpoints, log.save_every, export)
     sampling = SamplerConfig(log.sample_count, seed=config.trainer.seed, steps=log.sample_steps)
     grids = SampleGrid(folder.path / "samples", parts.codec, parts.model.latent_shape, log.sample_every, sampling)
 
@@ -110,6 +109,7 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
         def stream_for(trainer: L.Trainer) -> DistillStream:
             device, rank = trainer.strategy.root_device, trainer.global_rank
             parts.teacher.to(device)
+            saving.pool = pool = _new_pool(config, parts, folder, rank)
             first_step = _prepare_pool(pool, config, parts.teacher, folder, device, rank, stop)
             return DistillStream(
                 parts.teacher,
@@ -128,8 +128,8 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
         raise Stopped(f"stopped and saved at step {trainer.global_step}; go on with: --resume {folder.path}")
 
 
-def _new_pool(config: DistillRun, parts: Parts, folder: RunFolder) -> NoisyPool:
-    storage = folder.path / "pool.bin" if config.distill.pool_storage == "mmap" else None
+def _new_pool(config: DistillRun, parts: Parts, folder: RunFolder, rank: int) -> NoisyPool:
+    storage = folder.path / f"pool-rank{rank}.bin" if config.distill.pool_storage == "mmap" else None
     return NoisyPool(parts.slots, parts.model.latent_shape, getattr(torch, config.distill.pool_dtype), storage)
 
 

@@ -58,7 +58,7 @@ def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
 
     with GracefulStop() as stop:
         export = _export_on_save(config, folder, images, held_out)
-        saving = RunCheckpoint(folder.checkpoints, config.logging.save_every, None, export)
+        saving = RunCheckpoint(folder.checkpoints, config.logging.save_every, export)
         trainer = fit(module, stream_for, config.trainer, config.logging, folder, [saving], stop, precision)
     if trainer.global_step < config.trainer.max_steps:
         raise Stopped(f"stopped and saved at step {trainer.global_step}; the same command goes on")

@@ -7,6 +7,8 @@ from types import FrameType, TracebackType
 
 import lightning as L
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class GracefulStop(L.Callback):
     """Context manager and Lightning callback: the first signal asks for a stop, a second one forces it."""
@@ -17,8 +19,7 @@ class GracefulStop(L.Callback):
 
     def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._on_signal)
+            self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -30,6 +31,10 @@ class GracefulStop(L.Callback):
             raise KeyboardInterrupt
         self.requested = True
         print("\nstopping after this iteration and saving (once more: stop at once)", file=sys.stderr)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for number in self._previous:  # Lightning's own handler of SIGTERM would end the run before it is saved
+            signal.signal(number, self._on_signal)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
         if trainer.strategy.reduce_boolean_decision(self.requested, all=False):

@@ -1,5 +1,6 @@
 """One Lightning run: the same for distillation and for training on data."""
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, IterableDataset
 
 from ldm_dkdm.config import to_yaml
@@ -17,13 +19,13 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_text
 from ldm_dkdm.runs.ema import StudentEMA
 from ldm_dkdm.runs.interrupt import GracefulStop
-from ldm_dkdm.runs.saving import checkpoints
+from ldm_dkdm.runs.saving import checkpoints, step_of
 from ldm_dkdm.schema import LoggingConfig, TrainerConfig
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """logs/<run>: config.yaml, checkpoints/, samples/, metrics.csv, student/."""
+    """logs/<run>: config.yaml, checkpoints/, samples/, metrics/, student/."""
 
     path: Path
 
@@ -98,12 +100,13 @@ def fit(
         precision: `bf16` or `32`.
     """
     quiet_lightning()
+    latest = folder.latest()
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_steps=config.max_steps,
-        logger=CSVLogger(folder.path, name="", version="metrics"),
+        logger=CSVLogger(folder.path, name="", version=_metrics_name(latest)),
         log_every_n_steps=10,
         callbacks=[
             StudentEMA(config.ema_decay),
@@ -116,8 +119,14 @@ def fit(
         use_distributed_sampler=False,
     )
     data = _StreamModule(stream_for)
-    trainer.fit(module, datamodule=data, ckpt_path=folder.latest(), weights_only=True)
+    with contextlib.suppress(SIGTERMException):  # the signal asked for a stop, and that saved the run
+        trainer.fit(module, datamodule=data, ckpt_path=latest, weights_only=True)
     return trainer
+
+
+def _metrics_name(resumed: Path | None) -> str:
+    """A resumed run gets a folder of its own: Lightning's logger empties the one that it is given."""
+    return f"metrics-from-{step_of(resumed)}" if resumed else "metrics"
 
 
 class _StreamModule(L.LightningDataModule):
@@ -134,7 +143,13 @@ class _StreamModule(L.LightningDataModule):
 def quiet_lightning() -> None:
     """Leave out Lightning's advertisements and the advice that does not fit a stream."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for message in (".*does not have many workers.*", ".*IterableDataset.*__len__.*", ".*GPU available.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*IterableDataset.*__len__.*",
+        ".*GPU available.*",
+        ".*your dataloader is not resumable.*",  # it is: the stream starts at the resumed step
+        ".*Experiment logs directory.*",  # only what a lost stretch of this run logged is replaced
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 

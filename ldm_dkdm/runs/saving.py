@@ -21,12 +21,12 @@ class RunCheckpoint(L.Callback):
     Args:
         folder: logs/<run>/checkpoints.
         every: steps between saves; a stop and the end save too.
-        pool: this rank's pool, or None where a run has none.
         on_saved: called after each save on rank 0, with the trainer.
     """
 
-    def __init__(self, folder: Path, every: int, pool: NoisyPool | None, on_saved: Callable[[L.Trainer], None]) -> None:
-        self.folder, self.every, self.pool, self.on_saved = folder, every, pool, on_saved
+    def __init__(self, folder: Path, every: int, on_saved: Callable[[L.Trainer], None]) -> None:
+        self.folder, self.every, self.on_saved = folder, every, on_saved
+        self.pool: NoisyPool | None = None  # this rank's, set by a distillation once the rank is known
         self.last_saved = -1
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:

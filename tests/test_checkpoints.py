@@ -1,0 +1,127 @@
+"""What loads out of a checkpoint, and under which names."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ldm_dkdm import NoiseSchedule, UserError
+from ldm_dkdm.assemble import load_teacher
+from ldm_dkdm.checkpoints import compvis, read_tensors
+from ldm_dkdm.checkpoints.loading import load_strictly
+from ldm_dkdm.first_stage import VQModel
+from ldm_dkdm.networks import UNet
+from ldm_dkdm.schema import DistillConfig, DistillRun, NetworkConfig, TeacherConfig, TrainerConfig
+from tests.parts import DIFFUSION, UNET_PARAMS, VQ_PARAMS, randomised, write_compvis_checkpoint
+
+TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
+
+
+def _equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("content", [TENSORS, {"state_dict": TENSORS, "epoch": 3, "optimizer_states": [{}]}])
+def test_tensors_come_out_of_a_pickled_checkpoint(tmp_path: Path, content: dict[str, object], zipped: bool) -> None:
+    path = tmp_path / "model.ckpt"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    assert _equal(read_tensors(path), TENSORS)
+
+
+def test_tensors_come_out_of_safetensors(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    assert _equal(read_tensors(tmp_path / "model.safetensors"), TENSORS)
+
+
+def test_callbacks_keyed_by_lightnings_class_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    key = type("ModelCheckpoint", (), {"__module__": name})
+    fake = ModuleType(name)
+    fake.ModelCheckpoint = key
+    path = tmp_path / "model.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, name, fake)
+        torch.save({"callbacks": {key: {"best_model_score": torch.tensor(1.0)}}, "state_dict": TENSORS}, path)
+    assert name.encode() in path.read_bytes()
+    assert _equal(read_tensors(path), TENSORS)
+
+
+def test_strict_loading_lists_all_that_does_not_fit() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    tensors = {**module.state_dict(), "0.weight": torch.zeros(3, 2), "2.weight": torch.zeros(1)}
+    del tensors["1.bias"]
+    before = [parameter.clone() for parameter in module.parameters()]
+    with pytest.raises(UserError) as error:
+        load_strictly(module, tensors, "model.ckpt")
+    for part in ("model.ckpt", "missing: 1.bias", "unexpected: 2.weight", "0.weight (3, 2) instead of (2, 2)"):
+        assert part in str(error.value)
+    assert all(map(torch.equal, before, module.parameters()))
+
+
+def test_loading_casts_to_the_modules_type() -> None:
+    module = nn.Linear(2, 2)
+    load_strictly(module, {"weight": torch.eye(2).half(), "bias": torch.tensor([1.0, 2.0]).half()}, "model.ckpt")
+    assert module.weight.dtype == torch.float32
+    assert torch.equal(module(torch.ones(2)), torch.tensor([2.0, 3.0]))
+
+
+@pytest.fixture(scope="module")
+def unet() -> nn.Module:
+    return randomised(UNet(**UNET_PARAMS))
+
+
+@pytest.fixture(scope="module")
+def vq() -> nn.Module:
+    return randomised(VQModel(**VQ_PARAMS))
+
+
+@pytest.fixture(scope="module")
+def compvis_file(tmp_path_factory: pytest.TempPathFactory, unet: nn.Module, vq: nn.Module) -> Path:
+    return write_compvis_checkpoint(tmp_path_factory.mktemp("compvis") / "model.ckpt", unet, vq, NoiseSchedule())
+
+
+@pytest.mark.parametrize(("choice", "shift"), [({}, 0), ({"use_ema": True}, 0), ({"use_ema": False}, 1)])
+def test_a_compvis_teacher_has_the_ema_weights_by_default(
+    compvis_file: Path, unet: nn.Module, choice: dict[str, bool], shift: int
+) -> None:
+    teacher = TeacherConfig(str(compvis_file), "ldm_dkdm.networks.UNet", UNET_PARAMS, **choice)
+    student = NetworkConfig("ldm_dkdm.networks.UNet", UNET_PARAMS)
+    run = DistillRun(teacher, student, DistillConfig(4, 0.5), TrainerConfig(1, 1e-3), diffusion=DIFFUSION)
+    loaded = load_teacher(run).network.state_dict()
+    assert _equal(loaded, {name: value + shift for name, value in unet.state_dict().items()})
+
+
+def test_ema_names_have_no_dots() -> None:
+    assert (
+        compvis.ema_name("input_blocks.1.0.in_layers.0.weight")
+        == "model_ema.diffusion_modelinput_blocks10in_layers0weight"
+    )
+
+
+def test_a_checkpoint_without_ema_says_how_to_use_the_raw_weights(compvis_file: Path, unet: nn.Module) -> None:
+    raw = {name: value for name, value in read_tensors(compvis_file).items() if not name.startswith("model_ema.")}
+    with pytest.raises(UserError, match="use_ema=false"):
+        compvis.load_unet(UNet(**UNET_PARAMS), raw, True, "model.ckpt")
+    with pytest.raises(UserError, match="no CompVis"):
+        compvis.load_unet(UNet(**UNET_PARAMS), unet.state_dict(), False, "model.ckpt")
+
+
+def test_a_missing_ema_weight_is_named(compvis_file: Path) -> None:
+    tensors = read_tensors(compvis_file)
+    del tensors[compvis.ema_name("out.2.bias")]
+    with pytest.raises(UserError, match=r"missing: out\.2\.bias"):
+        compvis.load_unet(UNet(**UNET_PARAMS), tensors, True, "model.ckpt")
+
+
+def test_the_first_stage_comes_out_of_a_compvis_file_without_its_loss(compvis_file: Path, vq: nn.Module) -> None:
+    tensors = {**read_tensors(compvis_file), "first_stage_model.loss.logvar": torch.zeros(1)}
+    fresh = VQModel(**VQ_PARAMS)
+    compvis.load_first_stage(fresh, tensors, "model.ckpt")
+    assert _equal(dict(fresh.state_dict()), dict(vq.state_dict()))
+    with pytest.raises(UserError, match="no first stage"):
+        compvis.load_first_stage(fresh, TENSORS, "model.ckpt")
