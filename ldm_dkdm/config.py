@@ -138,6 +138,8 @@ def _check_range(value: Any, limits: Mapping[str, float], where: str) -> None:
         raise UserError(f"{where}: must be above {limits['above']}, got {value}")
     if "min" in limits and not value >= limits["min"]:
         raise UserError(f"{where}: must be at least {limits['min']}, got {value}")
+    if "below" in limits and not value < limits["below"]:
+        raise UserError(f"{where}: must be below {limits['below']}, got {value}")
     if "max" in limits and not value <= limits["max"]:
         raise UserError(f"{where}: must be at most {limits['max']}, got {value}")
 

@@ -28,7 +28,7 @@ IGNORED: dict[str, tuple[Any, ...]] = {
     "num_heads_upsample": (-1,),
     "monitor": (),
     "lossconfig": (),
-    "ckpt_path": (None, ""),
+    "ckpt_path": (),  # the weights come from the checkpoint that the section names
 }
 
 

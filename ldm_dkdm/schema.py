@@ -89,7 +89,7 @@ class TrainerConfig:
     lr_warmup: int = field(default=0, metadata=NOT_NEGATIVE)
     weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
     grad_clip: float | None = field(default=None, metadata=POSITIVE)
-    ema_decay: float = field(default=0.9999, metadata={"min": 0, "max": 1})
+    ema_decay: float = field(default=0.9999, metadata={"min": 0, "below": 1})
     precision: Literal["auto", "bf16", "32"] = "auto"
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     devices: int = field(default=1, metadata=AT_LEAST_ONE)

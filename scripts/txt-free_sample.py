@@ -28,6 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--latents", action="store_true", help="also write latents.safetensors")
     parser.add_argument("--no_png", action="store_true", help="no PNG per image, only the grid")
     parser.add_argument("--compare", type=Path, metavar="PNG", help="write a labelled grid of all -r beside each other")
+    parser.add_argument("--first_stage", metavar="DIR", help="first-stage folder, if not the one the model points to")
     parser.add_argument("--precision", choices=["auto", "bf16", "32"], default="auto")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
     return parser.parse_args()
@@ -44,14 +45,18 @@ def main() -> None:
     if arguments.seed < 0:
         raise UserError(f"--seed: must be at least 0, got {arguments.seed}")
 
-    from ldm_dkdm.runs.sample import compare, sample
+    from ldm_dkdm.generate import SamplerConfig
+    from ldm_dkdm.runs.sample import sample_all
 
-    outputs = [sample(Path(path), arguments) for path in arguments.resume]
-    for output in outputs:
-        print(f"samples: {output.folder}")
-    if arguments.compare:
-        compare(outputs, arguments.compare)
-        print(arguments.compare)
+    config = SamplerConfig(
+        arguments.n_samples,
+        arguments.batch_size,
+        arguments.seed,
+        arguments.custom_steps,
+        arguments.eta,
+        arguments.vanilla_sample,
+    )
+    sample_all([Path(path) for path in arguments.resume], config, arguments)
 
 
 if __name__ == "__main__":

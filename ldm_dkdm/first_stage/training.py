@@ -1,6 +1,7 @@
 """Training of the first stage: reconstruction + codebook + optional PatchGAN and LPIPS (VQGAN, Eq. 4-7)."""
 
 import math
+from typing import Any
 
 import lightning as L
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ldm_dkdm.first_stage.losses import Discriminator, lpips_loss
 from ldm_dkdm.first_stage.vq import VQModel
+from ldm_dkdm.rng import seed_of
 from ldm_dkdm.schema import FirstStageRun
 
 KMEANS_BATCHES = 16
@@ -34,6 +36,7 @@ class FirstStageModule(L.LightningModule):
         self.automatic_optimization = False
         self.vq, self.loss, self.codebook = vq, config.loss, config.codebook
         self.learning_rate, self.max_steps = config.trainer.learning_rate, config.trainer.max_steps
+        self.seed = config.trainer.seed
         self.recent_latents: list[Tensor] = []
         self.register_buffer("code_uses", torch.zeros(vq.quantize.n_e, dtype=torch.long))
         self.discriminator = Discriminator(vq.in_channels) if self.loss.adversarial else None
@@ -48,6 +51,15 @@ class FirstStageModule(L.LightningModule):
             parameters = self.discriminator.parameters()
             optimizers.append(torch.optim.AdamW(parameters, self.learning_rate / 4, betas=(0.5, 0.9)))
         return optimizers
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        torch.manual_seed(seed_of(self.seed, self.global_rank, self.global_step, "network"))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["recent_latents"] = self.recent_latents
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.recent_latents = checkpoint["recent_latents"]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         images = self.augment(to_unit(batch)) * 2 - 1

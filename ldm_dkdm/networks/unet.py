@@ -57,6 +57,8 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_widths(model_channels, channel_mult, num_heads, num_head_channels)
+        if image_size % 2 ** (len(channel_mult) - 1):
+            raise UserError(f"channel_mult: {len(channel_mult)} levels cannot halve image_size {image_size} that often")
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.num_classes = model_channels, num_classes
         self.use_checkpoint = use_checkpoint

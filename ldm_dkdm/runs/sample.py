@@ -19,6 +19,7 @@ from ldm_dkdm.config import build
 from ldm_dkdm.diffusion.samplers import ddim_timesteps
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing
+from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.generate import SamplerConfig, sample_latents
 from ldm_dkdm.images import grid, save_grid, save_image, save_npz, side_by_side
 from ldm_dkdm.precision import resolve_precision
@@ -28,51 +29,75 @@ from ldm_dkdm.teacher import Teacher
 
 
 @dataclass(frozen=True)
+class Painter:
+    """A model on its device, ready to sample."""
+
+    home: Path  # the model's folder
+    model: Model
+    denoiser: Teacher
+    codec: LatentCodec
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        """The last two folders, such as quickstart/student."""
+        return f"{self.home.resolve().parent.name}/{self.home.name}"
+
+
+@dataclass(frozen=True)
 class Sampled:
     """What one model painted."""
 
-    folder: Path
     label: str
     images: Tensor  # uint8 (N,H,W,3)
+    latents: Tensor  # (N,C,h,w)
 
 
-def sample(path: Path, arguments: argparse.Namespace) -> Sampled:
-    """Sample as the command line of `txt-free_sample.py` asks, and write the files."""
+def prepare(path: Path, arguments: argparse.Namespace) -> Painter:
+    """Load a model as the command line of `txt-free_sample.py` asks; nothing is written."""
     model, home = find_model(path)
     device = _device(arguments.device)
     precision = resolve_precision(arguments.precision, device)
-    codec, _ = load_first_stage(FirstStageConfig(), model, precision)
+    first_stage = FirstStageConfig(ckpt=arguments.first_stage)
+    codec, _ = load_first_stage(first_stage, model, precision)
     schedule = make_schedule(model.card.diffusion)
-    denoiser = Teacher(model.network, schedule, model.card.network.parameterization, precision).to(device)
-    config = SamplerConfig(
-        arguments.n_samples,
-        arguments.batch_size,
-        arguments.seed,
-        arguments.custom_steps,
-        arguments.eta,
-        arguments.vanilla_sample,
-    )
-    if not config.vanilla:
-        ddim_timesteps(schedule.num_timesteps, config.steps)  # refuses what does not fit before anything runs
+    if not arguments.vanilla_sample:
+        ddim_timesteps(schedule.num_timesteps, arguments.custom_steps)  # refuses what does not fit
+    denoiser = Teacher(model.network, schedule, model.card.network.parameterization, precision)
+    return Painter(home, model, denoiser.to(device), codec.to(device), device)
+
+
+def sample(painter: Painter, config: SamplerConfig) -> Sampled:
+    """Sample and decode, with a progress bar."""
+    denoise, schedule, shape = painter.denoiser.predict, painter.denoiser.schedule, painter.model.latent_shape
     started = time.monotonic()
     latents, images = [], []
-    with tqdm(total=config.count, desc=f"sampling {home.name}", unit="image") as bar:
-        for batch in sample_latents(denoiser.predict, schedule, model.latent_shape, config, device):
+    with tqdm(total=config.count, desc=f"sampling {painter.name}", unit="image") as bar:
+        for batch in sample_latents(denoise, schedule, shape, config, painter.device):
             latents.append(batch.cpu())
-            images.append(codec.to(device).decode(batch).cpu())
+            images.append(painter.codec.decode(batch).cpu())
             bar.update(len(batch))
-    seconds = time.monotonic() - started
-    out = (
-        (arguments.logdir / home.name if len(arguments.resume) > 1 else arguments.logdir)
-        if arguments.logdir
-        else home / "samples"
-    )
-    pictures = torch.cat(images)
-    write(out, pictures, torch.cat(latents), arguments)
-    parameters = sum(p.numel() for p in model.network.parameters()) / 1e6
-    label = f"{home.name}: {parameters:.1f}M parameters, {len(pictures) / seconds:.1f} images/s"
-    print(label)
-    return Sampled(out, label, pictures)
+    rate = config.count / (time.monotonic() - started)
+    millions = sum(p.numel() for p in painter.model.network.parameters()) / 1e6
+    label = f"{painter.name}: {millions:.1f}M parameters, {rate:.1f} images/s"
+    return Sampled(label, torch.cat(images), torch.cat(latents))
+
+
+def sample_all(paths: list[Path], config: SamplerConfig, arguments: argparse.Namespace) -> None:
+    """Sample from every model after all are found to work; the comparison's path is the last line."""
+    painters = [prepare(path, arguments) for path in paths]
+    outputs = []
+    for painter in painters:
+        out = arguments.logdir or painter.home / "samples"
+        if arguments.logdir and len(painters) > 1:
+            out = out / painter.name.replace("/", "-")
+        outputs.append(sample(painter, config))
+        write(out, outputs[-1], arguments)
+        print(f"{outputs[-1].label}: {out}")
+    if arguments.compare:
+        panels = [(output.label, grid(output.images)) for output in outputs]
+        save_image(side_by_side(panels), arguments.compare)
+        print(arguments.compare)
 
 
 def _device(name: str) -> torch.device:
@@ -84,8 +109,9 @@ def _device(name: str) -> torch.device:
         raise UserError(f"--device: '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def write(folder: Path, images: Tensor, latents: Tensor, arguments: argparse.Namespace) -> None:
+def write(folder: Path, sampled: Sampled, arguments: argparse.Namespace) -> None:
     """Write grid.png, and what else was asked for."""
+    images = sampled.images
     save_grid(images, folder / "grid.png")
     if not arguments.no_png:
         for i, image in enumerate(images):
@@ -94,12 +120,7 @@ def write(folder: Path, images: Tensor, latents: Tensor, arguments: argparse.Nam
         save_npz(images, folder / "samples.npz")
     if arguments.latents:
         with replacing(folder / "latents.safetensors") as temporary:
-            save_file({"latents": latents}, temporary)
-
-
-def compare(outputs: list[Sampled], path: Path) -> None:
-    """One labelled picture of what several models painted from the same noise."""
-    save_image(side_by_side([(output.label, grid(output.images)) for output in outputs]), path)
+            save_file({"latents": sampled.latents}, temporary)
 
 
 def find_model(path: Path) -> tuple[Model, Path]:
