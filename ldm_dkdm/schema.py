@@ -131,6 +131,7 @@ class DataConfig:
     batch_size: int = field(metadata=AT_LEAST_ONE)
     held_out: str | None = None
     flip: bool = True
+    t_cap: float | None = field(default=None, metadata=POSITIVE)  # see `DataStream`; diffusion models only
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,8 @@ def test_a_comparison_is_one_picture_of_all_models(run: Path, teacher_folder: Pa
     models = ("-r", teacher_folder, run)
     assert sample(*models, "-n", 4, "-c", 2, "-l", tmp_path / "out", "--compare", picture) == 0
     for name in ("teacher", "student"):
-        grid = read(tmp_path / "out" / name / "grid.png")
+        (painted,) = (tmp_path / "out").glob(f"*-{name}/grid.png")
+        grid = read(painted)
         windows = np.lib.stride_tricks.sliding_window_view(read(picture), grid.shape)
         assert (windows == grid).all(axis=(3, 4, 5)).sum() == 1
 

@@ -45,7 +45,7 @@ def test_a_first_stage_trains_with_every_term_and_its_folder_loads(tmp_path: Pat
 
 def test_training_a_first_stage_raises_its_psnr(tmp_path: Path) -> None:
     data = pictures(tmp_path, constant=True)
-    sections = {"trainer": {"max_steps": 60, "learning_rate": 1e-2}, "codebook": {"continuous_steps": 30}}
+    sections = {"trainer": {"max_steps": 150, "learning_rate": 2e-3}, "codebook": {"continuous_steps": 40}}
     base = write_yaml(tmp_path / "vq.yaml", first_stage_config(data, tmp_path / "logs", **sections))
     assert run_script("train_first_stage.py", "--base", base) == 0
     images = torch.from_numpy(np.load(data)["arr_0"])

@@ -20,6 +20,9 @@ class DataStream(IterableDataset[DistillBatch]):
         latents: x_0 (N,C,H,W), scaled.
         schedule: the forward process.
         batch_size, max_steps: as in `DistillStream`, and so are seed, rank, device, first_step.
+        t_cap: draw t in proportion to min(1, t_cap * abar_t), at least 0.1: states so near pure noise that no picture
+            is decided there are seen less often (min-SNR, Hang et al. 2023, by sampling instead of
+            weighting). None: t ~ U[0, T-1].
     """
 
     def __init__(
@@ -32,8 +35,11 @@ class DataStream(IterableDataset[DistillBatch]):
         rank: int = 0,
         device: torch.device | str = "cpu",
         first_step: int = 0,
+        t_cap: float | None = None,
     ) -> None:
         self.latents, self.schedule = latents, schedule
+        density = (schedule.alphas_cumprod * (t_cap or float("inf"))).clamp(0.1, 1)
+        self.t_cdf = density.cumsum(0) / density.sum()
         self.batch_size, self.max_steps = batch_size, max_steps
         self.seed, self.rank, self.device, self.step = seed, rank, device, first_step
 
@@ -45,14 +51,20 @@ class DataStream(IterableDataset[DistillBatch]):
             yield self.next_batch()
 
     def next_batch(self) -> DistillBatch:
-        """Draw B latents with replacement, t ~ U[0, T-1], eps ~ N(0, I)."""
+        """Draw B latents with replacement, t one from each of B strata, eps ~ N(0, I)."""
         generator = torch_generator(self.seed, self.rank, self.step, "data")
         x_0 = self.latents[torch.randint(len(self.latents), (self.batch_size,), generator=generator)]
-        t = torch.randint(self.schedule.num_timesteps, (self.batch_size,), generator=generator)
+        t = self._timesteps(generator)
         noise = torch.randn(x_0.shape, generator=generator)
         x_t = q_sample(self.schedule, x_0, t, noise)
         self.step += 1
         return DistillBatch(x_t.to(self.device), t.to(self.device), Prediction(noise.to(self.device)))
+
+    def _timesteps(self, generator: torch.Generator) -> Tensor:
+        """Stratified t (B,): each has the wanted density, a batch covers it evenly (VDM, App. I.1)."""
+        offsets = torch.rand(self.batch_size, generator=generator, dtype=torch.float64)
+        quantiles = (torch.arange(self.batch_size) + offsets) / self.batch_size
+        return torch.searchsorted(self.t_cdf, quantiles).clamp(max=len(self.t_cdf) - 1)
 
 
 @torch.no_grad()

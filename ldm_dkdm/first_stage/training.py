@@ -27,7 +27,7 @@ class FirstStageModule(L.LightningModule):
 
     Args:
         vq: the autoencoder.
-        config: weights of the loss, learning rate (peak of a cosine schedule with 200 warm-up steps),
+        config: weights of the loss, learning rate (peak of `warmup_cosine`),
             steps, augmentation.
     """
 
@@ -165,7 +165,8 @@ def to_unit(images: Tensor) -> Tensor:
     return images.movedim(-1, 1).contiguous().float() / 255
 
 
-def warmup_cosine(step: int, max_steps: int, warmup: int = 200) -> float:
-    """Learning-rate factor in [0.01,1]: linear warm-up, then half a cosine."""
+def warmup_cosine(step: int, max_steps: int) -> float:
+    """Learning-rate factor in (0,1]: linear warm-up over 200 steps or a tenth of the run, and half a cosine."""
+    warmup = max(1, min(200, max_steps // 10))
     decay = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max_steps)))
     return min(1.0, (step + 1) / warmup) * decay

@@ -48,6 +48,7 @@ def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:
             trainer.global_rank,
             trainer.strategy.root_device,
             step_of(latest) if latest else 0,
+            config.data.t_cap,
         )
 
     log = config.logging
