@@ -8,8 +8,12 @@ QUICK := logs/quickstart
 # Distil the shipped teacher and let both paint from the same noise; a second call reuses what is there.
 demo: setup
 	$(RUN) scripts/dkdm_ldm.py --base configs/quickstart.yaml
+	@$(MAKE) --no-print-directory $(QUICK)/teacher_vs_student.png
+	@echo $(QUICK)/teacher_vs_student.png
+
+$(QUICK)/teacher_vs_student.png: $(QUICK)/student/student.safetensors
 	$(RUN) scripts/txt-free_sample.py -r models/teachers/emoji64 $(QUICK) -n 64 -c 50 --no_png \
-	  -l $(QUICK)/samples/final --compare $(QUICK)/teacher_vs_student.png
+	  -l $(QUICK)/samples/final --compare $@
 
 test: setup
 	$(VENV)/bin/ruff format --check .
@@ -19,6 +23,8 @@ test: setup
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.lock setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; name another with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

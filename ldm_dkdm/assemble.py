@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -19,11 +18,10 @@ from ldm_dkdm.schema import (
     FirstStageCard,
     FirstStageConfig,
     FirstStagePointer,
+    LossConfig,
     ModelCard,
     NetworkConfig,
 )
-
-Node = TypeVar("Node", NetworkConfig, FirstStageCard)
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,9 @@ def load_teacher(config: DistillRun) -> Model:
     teacher = config.teacher
     path = Path(teacher.ckpt)
     if is_model_folder(path):
-        if teacher.target is not None:
-            raise UserError(f"teacher.target: {path} describes itself; remove target and params")
+        for key in ("target", "params", "parameterization", "use_ema"):
+            if getattr(teacher, key):
+                raise UserError(f"teacher.{key}: {path} describes itself; remove the key")
         model = load_model(path)
         if config.diffusion not in (None, model.card.diffusion):
             raise UserError(f"diffusion: {config.diffusion} differs from the teacher's own {model.card.diffusion}")
@@ -71,9 +70,10 @@ def load_teacher(config: DistillRun) -> Model:
         raise UserError(
             f"teacher: {path} is no model folder of ours, so teacher.target, teacher.params and diffusion must be given"
         )
-    node = NetworkConfig(teacher.target, teacher.params, teacher.parameterization)
+    node = NetworkConfig(teacher.target, teacher.params, teacher.parameterization or "eps")
     network = build(node, "teacher.params")
-    compvis.load_unet(network, read_tensors(path), teacher.use_ema, path)
+    check_network(network, "teacher.params")
+    compvis.load_unet(network, read_tensors(path), teacher.use_ema is not False, path)
     return Model(network, ModelCard(path.name, node, config.diffusion), path)
 
 
@@ -97,12 +97,18 @@ def load_first_stage(config: FirstStageConfig, model: Model, precision: str) -> 
     if path is None:
         raise UserError("first_stage.ckpt: missing; the model has no pointer to its first stage")
     known = model.card.first_stage
-    if known and not config.ckpt:
-        config = FirstStageConfig(None, known.target, known.params, config.scale_factor or known.scale_factor)
+    if known:  # the scale belongs to the diffusion model, whichever file its first stage comes from
+        scale = config.scale_factor or known.scale_factor
+        source = config if config.ckpt else known
+        config = FirstStageConfig(config.ckpt, source.target, source.params, scale)
     codec = load_codec(path, config, precision)
     if codec.latent_channels != model.latent_shape[0]:
         raise UserError(
             f"first_stage: {path} has {codec.latent_channels} latent channels, the model has {model.latent_shape[0]}"
+        )
+    if codec.latent_size != model.latent_shape[1]:
+        raise UserError(
+            f"first_stage: {path} makes latents of side {codec.latent_size}, the model has {model.latent_shape[1]}"
         )
     return codec, FirstStagePointer(str(path.resolve()), codec.scale_factor, config.target, config.params)
 
@@ -110,6 +116,8 @@ def load_first_stage(config: FirstStageConfig, model: Model, precision: str) -> 
 def load_codec(path: Path, config: FirstStageConfig, precision: str = "32") -> LatentCodec:
     """The codec in a first-stage folder, or in a checkpoint whose architecture `config` gives."""
     if is_model_folder(path):
+        if config.target is not None or config.params:
+            raise UserError(f"first_stage.target: {path} describes itself; remove target and params")
         card, tensors = read_folder(path, FirstStageCard)
         vq = build(card, f"{path}/config.yaml: params")
         load_strictly(vq, tensors, path / card.weights)
@@ -138,11 +146,22 @@ def make_student(node: NetworkConfig, teacher: Model) -> nn.Module:
         own, teachers = getattr(student, key), getattr(teacher.network, key)
         if own != teachers:
             raise UserError(f"student.params.{key}: {own} differs from the teacher's {teachers}")
-    if student.num_classes is not None:
-        raise UserError("student.params.num_classes: the teachers of latent diffusion take no labels; remove the key")
-    if student.out_channels != student.in_channels:
-        raise UserError(
-            f"student.params.out_channels: {student.out_channels} must equal in_channels "
-            f"({student.in_channels}) in latent space"
-        )
+    check_network(student, "student.params")
     return student
+
+
+def check_network(network: nn.Module, where: str) -> None:
+    """Refuse what latent diffusion has no use for: labels, and outputs beside the prediction."""
+    if network.num_classes is not None:
+        raise UserError(f"{where}.num_classes: latent diffusion takes no labels here; remove the key")
+    if network.out_channels != network.in_channels:
+        raise UserError(
+            f"{where}.out_channels: {network.out_channels} must equal in_channels "
+            f"({network.in_channels}) in latent space"
+        )
+
+
+def check_loss(loss: LossConfig, where: str) -> None:
+    """Refuse a cap that would do nothing."""
+    if loss.space == "eps" and loss.weight_cap is not None:
+        raise UserError(f"{where}.weight_cap: has no effect with space: eps; remove it or choose v or x0")

@@ -82,7 +82,7 @@ def parse(schema: type[T], node: Any, where: str) -> T:
     """Turn a tree of plain values into the dataclass `schema`; `where` prefixes keys in messages."""
     if not isinstance(node, Mapping):
         raise UserError(f"{where or 'config'}: expected a section with keys, got {node!r}")
-    node = _hoist_unet_config(node)
+    node = _unwrap(node)
     fields = {f.name: f for f in dataclasses.fields(schema)}
     for key in node:
         if key not in fields:
@@ -98,12 +98,13 @@ def parse(schema: type[T], node: Any, where: str) -> T:
     return schema(**values)
 
 
-def _hoist_unet_config(node: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Accept CompVis's `unet_config: {target, params}` in place of target and params."""
-    inner = node.get("unet_config")
-    if not isinstance(inner, Mapping):
-        return node
-    return {**{k: v for k, v in node.items() if k != "unet_config"}, **inner}
+def _unwrap(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Accept CompVis's `unet_config: {target, params}` and `first_stage_config` in place of target and params."""
+    for key in ("unet_config", "first_stage_config"):
+        inner = node.get(key)
+        if isinstance(inner, Mapping):
+            node = {**{k: v for k, v in node.items() if k != key}, **inner}
+    return node
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

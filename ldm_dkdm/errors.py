@@ -19,6 +19,9 @@ def run_cli(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # disk full, no permission
+        print(f"error: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(130)

@@ -1,6 +1,7 @@
 """Images in and out of files: folders and ADM-style .npz in; PNG, .npz and labelled grids out."""
 
 import math
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,17 +28,30 @@ def load_images(path: str | Path, size: int) -> Tensor:
             raise UserError(f"{path}: the folder holds no images ({', '.join(sorted(SUFFIXES))})")
         return torch.stack([read_image(f, size) for f in files])
     if path.suffix == ".npz" and path.is_file():
-        with np.load(path, allow_pickle=False) as archive:
-            array = archive["arr_0"]
+        array = read_npz(path)
         if array.dtype != np.uint8 or array.shape[1:] != (size, size, 3):
             raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}, wanted uint8 (N,{size},{size},3)")
         return torch.from_numpy(array)
     raise UserError(f"{path}: no such folder of images or .npz file")
 
 
+def read_npz(path: Path) -> np.ndarray:
+    """The array `arr_0` of an .npz."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return archive["arr_0"]
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not an .npz with an array arr_0: {error}") from error
+
+
 def read_image(path: Path, size: int) -> Tensor:
     """One image file -> uint8 (size,size,3), on white, centred square, Lanczos."""
-    image = Image.open(path).convert("RGBA")
+    try:
+        image = Image.open(path).convert("RGBA")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: not a readable image: {error}") from error
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image)
     side = min(image.size)

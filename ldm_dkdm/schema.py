@@ -24,8 +24,8 @@ class TeacherConfig:
     ckpt: str
     target: str | None = None
     params: dict[str, Any] = field(default_factory=dict)
-    parameterization: Literal["eps", "v"] = "eps"
-    use_ema: bool = True
+    parameterization: Literal["eps", "v"] | None = None  # of a foreign checkpoint; default eps
+    use_ema: bool | None = None  # of a foreign checkpoint; default true
 
 
 @dataclass(frozen=True)

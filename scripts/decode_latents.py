@@ -19,6 +19,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         raise UserError(f"--batch_size: must be at least 1, got {arguments.batch_size}")
+    if arguments.scale_factor is not None and arguments.scale_factor <= 0:
+        raise UserError(f"--scale_factor: must be above 0, got {arguments.scale_factor}")
 
     from ldm_dkdm.runs.decode import decode_file
 

@@ -1,4 +1,4 @@
-"""Measure a student against its teacher, without data: python scripts/evaluate.py -r STUDENT --teacher TEACHER"""
+"""Measure a student against its teacher, without data: python scripts/evaluate.py -r RUN [--teacher DIR]"""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument(
         "-r", "--resume", type=Path, required=True, metavar="RUN", help="run or model folder of the student"
     )
-    parser.add_argument("--teacher", type=Path, required=True, help="the teacher's model folder")
+    parser.add_argument("--teacher", type=Path, help="the teacher's model folder; default: the one in the run's config")
     parser.add_argument(
         "-n", "--n_samples", type=int, default=1000, help="pictures for the Frechet distance; 0 leaves it out"
     )
@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("-o", "--out", type=Path, help="JSON file; default: evaluation.json beside the student")
     arguments = parser.parse_args()
-    if arguments.chains < 1 or arguments.batch_size < 1:
-        raise UserError("--chains and --batch_size: must be at least 1")
+    if arguments.chains < 1 or arguments.batch_size < 1 or arguments.seed < 0:
+        raise UserError("--chains and --batch_size must be at least 1, --seed at least 0")
     if arguments.n_samples != 0 and arguments.n_samples < 65:
         raise UserError("--n_samples: at least 65, the distance uses 64 principal components; or 0")
 

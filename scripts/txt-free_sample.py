@@ -21,7 +21,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("-c", "--custom_steps", type=int, default=200, help="DDIM steps")
     parser.add_argument("-e", "--eta", type=float, default=0.0, help="DDIM's eta: 0 deterministic, 1 ancestral")
     parser.add_argument("-v", "--vanilla_sample", action="store_true", help="DDPM: every timestep")
-    parser.add_argument("-l", "--logdir", type=Path, help="output folder; default: samples/ beside the model")
+    parser.add_argument("-l", "--logdir", type=Path, help="output folder; default: logs/samples/<model>")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on seed + i only")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")

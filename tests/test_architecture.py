@@ -14,6 +14,7 @@ LAYERS = [
     {"errors"},
     {"schema", "rng", "files", "precision"},
     {"records", "images"},
+    {"streams"},
     {"diffusion", "networks", "first_stage"},
     {"denoiser", "registry", "generate", "baselines"},
     {"teacher", "config"},
@@ -116,3 +117,15 @@ def test_functions_are_annotated() -> None:
         if isinstance(node, ast.FunctionDef)
     ]
     assert [row for row in found if row[2]] == []
+
+
+def test_functions_are_short() -> None:
+    lengths = sorted(
+        node.end_lineno - node.lineno + 1
+        for file in (ROOT / "ldm_dkdm").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    )
+    assert lengths[-1] <= 60
+    assert lengths[len(lengths) * 9 // 10] <= 35
+    assert lengths[len(lengths) // 2] <= 8

@@ -60,7 +60,7 @@ EDITS = {
     "warmup_steps_beyond_T": ({"distill.warmup.steps": 21}, ("distill.warmup.steps", "20")),
     "sample_steps_beyond_T": ({"logging.sample_steps": 21}, ("logging.sample_steps", "20")),
     "learning_rate_zero": ({"trainer.learning_rate": 0}, ("trainer.learning_rate", "above 0")),
-    "ema_decay": ({"trainer.ema_decay": 2}, ("trainer.ema_decay", "at most 1")),
+    "ema_decay": ({"trainer.ema_decay": 2}, ("trainer.ema_decay", "below 1")),
     "precision": ({"trainer.precision": "fp8"}, ("trainer.precision", "fp8", "bf16")),
     "no_gpu_here": ({"trainer.accelerator": "cuda"}, ("trainer.accelerator", "cuda")),
     "student_target": ({"student.target": "os.system"}, ("student", "os.system", "ldm_dkdm.networks.UNet")),

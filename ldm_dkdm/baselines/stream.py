@@ -1,19 +1,17 @@
 """Training examples from data (Alg. 2): the target is the noise that was added."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
 from ldm_dkdm.diffusion.process import q_sample
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.records import DistillBatch, Prediction
 from ldm_dkdm.rng import torch_generator
+from ldm_dkdm.streams import BatchStream
 
 
-class DataStream(IterableDataset[DistillBatch]):
+class DataStream(BatchStream):
     """Noises clean latents to random t (Alg. 2, lines 2-3).
 
     Args:
@@ -42,13 +40,6 @@ class DataStream(IterableDataset[DistillBatch]):
         self.t_cdf = density.cumsum(0) / density.sum()
         self.batch_size, self.max_steps = batch_size, max_steps
         self.seed, self.rank, self.device, self.step = seed, rank, device, first_step
-
-    def __len__(self) -> int:
-        return self.max_steps
-
-    def __iter__(self) -> Iterator[DistillBatch]:
-        while self.step < self.max_steps:
-            yield self.next_batch()
 
     def next_batch(self) -> DistillBatch:
         """Draw B latents with replacement, t one from each of B strata, eps ~ N(0, I)."""

@@ -23,7 +23,8 @@ class Inert:
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read a .safetensors, .ckpt or .pt file -> {name: tensor}, on the CPU, memory-mapped where possible.
 
-    A nested `state_dict` is taken out of a Lightning checkpoint; other entries are left.
+    A nested `state_dict` is taken out of a Lightning checkpoint; other entries are left. A file that is
+    one tensor gives it under the file's name.
 
     Raises:
         UserError: no such file, an unknown format, or a pickle that asks for more than tensors.
@@ -34,6 +35,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     content = _read_pickle(path)
+    if isinstance(content, Tensor):
+        return {path.stem: content}
     tree = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds a {type(tree).__name__}, not a dictionary of tensors")

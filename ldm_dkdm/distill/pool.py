@@ -1,5 +1,6 @@
 """The expanded batch set B+ of dynamic iterative distillation (DKDM, Sec. 3.3)."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from ldm_dkdm.files import replacing
 
 
 class NoisyPool:
-    """Slots (x_t, t, label) in host memory or in a memory-mapped file.
+    """Slots (x_t, t) in host memory or in a memory-mapped file.
 
     A slot at timestep t in [0, T-1] holds the x_t that the teacher sees next.
 
@@ -68,30 +69,34 @@ class NoisyPool:
         self.x[indices] = x.to("cpu", self.x.dtype)
         self.t[indices] = t.to("cpu", self.t.dtype)
 
-    def save(self, path: Path, step: int) -> None:
-        """Write the slots to a safetensors file, whole or not at all."""
+    def save(self, path: Path, step: int, origin: str = "") -> None:
+        """Write the slots to a safetensors file, whole or not at all; `origin` names what filled them."""
+        metadata = json.dumps({"step": step, "filled": self.filled, "origin": origin})
         with replacing(path) as temporary:
-            save_file(
-                {"x": self.x, "t": self.t},
-                temporary,
-                metadata={"step": str(step), "filled": str(self.filled)},
-            )
+            save_file({"x": self.x, "t": self.t}, temporary, metadata={"pool": metadata})
 
-    def load(self, path: Path) -> int:
+    def load(self, path: Path, origin: str = "") -> int:
         """Read what `save` wrote; returns its step.
 
+        Args:
+            path: the file.
+            origin: what must have filled it.
+
         Raises:
-            UserError: not a pool file, or one of another size.
+            UserError: not a pool file, or one of another size or origin.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                x, t, metadata = file.get_tensor("x"), file.get_tensor("t"), file.metadata()
-                step, filled = int(metadata["step"]), int(metadata["filled"])
+                x, t = file.get_tensor("x"), file.get_tensor("t")
+                metadata = json.loads(file.metadata()["pool"])
+                step, filled, found_origin = metadata["step"], metadata["filled"], metadata["origin"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a readable pool file ({error}); delete it to start a new pool") from error
         if x.shape != self.x.shape or x.dtype != self.x.dtype:
             found, wanted = f"{tuple(x.shape)} {x.dtype}", f"{tuple(self.x.shape)} {self.x.dtype}"
             raise UserError(f"{path}: holds a pool {found}, this configuration wants {wanted}")
+        if found_origin != origin:
+            raise UserError(f"{path}: was filled with other settings ({found_origin}); delete it to start a new pool")
         if t.shape != self.t.shape or t.dtype != self.t.dtype or t.min() < 0:
             raise UserError(f"{path}: its timesteps do not fit its {len(x)} states; delete it to start a new pool")
         self.x.copy_(x)

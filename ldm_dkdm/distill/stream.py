@@ -1,17 +1,15 @@
 """The stream of training examples: one teacher call each, never two (DKDM, Alg. 1 and Sec. 3.3)."""
 
-from collections.abc import Iterator
-
 import torch
-from torch.utils.data import IterableDataset
 
 from ldm_dkdm.distill.pool import NoisyPool
 from ldm_dkdm.records import DistillBatch, NoisyBatch
 from ldm_dkdm.rng import numpy_generator, torch_generator
+from ldm_dkdm.streams import BatchStream
 from ldm_dkdm.teacher import Teacher
 
 
-class DistillStream(IterableDataset[DistillBatch]):
+class DistillStream(BatchStream):
     """Draws slots, lets the teacher predict and step them, and hands over the prediction.
 
     Args:
@@ -42,13 +40,6 @@ class DistillStream(IterableDataset[DistillBatch]):
         self.seed, self.rank, self.device = seed, rank, device
         self.step = first_step
 
-    def __len__(self) -> int:
-        return self.max_steps  # a known length also keeps Lightning from fetching one batch ahead
-
-    def __iter__(self) -> Iterator[DistillBatch]:
-        while self.step < self.max_steps:
-            yield self.next_batch()
-
     def next_batch(self) -> DistillBatch:
         """Draw, predict, step, put back; the pool is up to date when the batch is handed over."""
         indices = self.pool.draw(self.batch_size, numpy_generator(self.seed, self.rank, self.step, "draw"))
@@ -56,8 +47,8 @@ class DistillStream(IterableDataset[DistillBatch]):
         target, x_next = self.teacher.step(NoisyBatch(x, t), self._noise(x, "step_noise"), self.stride)
         t_next = t - self.stride
         finished = t_next < 0
-        x_next[finished] = self._noise(x, "fresh_noise")[finished]
-        t_next[finished] = self.teacher.schedule.num_timesteps - 1
+        x_next = torch.where(finished.view(-1, 1, 1, 1), self._noise(x, "fresh_noise"), x_next)
+        t_next = torch.where(finished, self.teacher.schedule.num_timesteps - 1, t_next)
         self.pool.put_back(indices, x_next, t_next)
         self.step += 1
         return DistillBatch(x, t, target)

@@ -37,16 +37,22 @@ def held_out_chains(
 
 
 @torch.no_grad()
-def eps_error_by_quarter(
-    denoise: Denoise, states: HeldOutStates, num_timesteps: int, batch_size: int = 128
-) -> list[float]:
-    """Mean squared eps error against the teacher for t in the four quarters of [0, T), ascending."""
-    errors = [
-        (denoise(x, t, None).eps.float() - eps).square().flatten(1).mean(1)
-        for x, t, eps in zip(
-            states.x.split(batch_size), states.t.split(batch_size), states.eps.split(batch_size), strict=True
-        )
-    ]
-    error = torch.cat(errors)
+def eps_errors(denoise: Denoise, states: HeldOutStates, batch_size: int = 128) -> Tensor:
+    """Squared eps error (N,) against the teacher, mean over elements, of every state."""
+    parts = (states.x.split(batch_size), states.t.split(batch_size), states.eps.split(batch_size))
+    return torch.cat(
+        [(denoise(x, t, None).eps.float() - eps).square().flatten(1).mean(1) for x, t, eps in zip(*parts, strict=True)]
+    )
+
+
+def eps_error_by_t(denoise: Denoise, states: HeldOutStates) -> dict[int, float]:
+    """Mean squared eps error at every timestep that the states cover."""
+    error = eps_errors(denoise, states)
+    return {int(t): error[states.t == t].mean().item() for t in states.t.unique()}
+
+
+def eps_error_by_quarter(denoise: Denoise, states: HeldOutStates, num_timesteps: int) -> list[float]:
+    """Mean squared eps error for t in the four quarters of [0, T), ascending."""
+    error = eps_errors(denoise, states)
     quarter = (states.t * 4) // num_timesteps
     return [error[quarter == q].mean().item() for q in range(4)]

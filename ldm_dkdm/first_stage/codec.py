@@ -6,6 +6,8 @@ from torch import Tensor
 from ldm_dkdm.first_stage.vq import VQModel
 from ldm_dkdm.precision import autocast
 
+MAX_DISTANCES = 1 << 27  # between latents and codes at once: 0.5 GB in float32
+
 
 class LatentCodec:
     """A frozen first stage: uint8 images to scaled latents and back.
@@ -26,6 +28,11 @@ class LatentCodec:
         return self
 
     @property
+    def latent_size(self) -> int:
+        """Side of the latents that the autoencoder was made for."""
+        return self.vq.resolution // self.vq.downsampling
+
+    @property
     def latent_channels(self) -> int:
         """Channels of a latent."""
         return self.vq.embed_dim
@@ -39,8 +46,13 @@ class LatentCodec:
             return self.vq.encode(x).float() * self.scale_factor
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, force_not_quantize: bool = False) -> Tensor:
-        """Latents (B,C,h,w) -> images uint8 (B,H,W,3)."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B,C,h,w) -> images uint8 (B,H,W,3), a few at a time: every position meets every code."""
+        distances = latents.shape[-2] * latents.shape[-1] * self.vq.quantize.n_e
+        parts = latents.split(max(1, MAX_DISTANCES // distances))
+        return torch.cat([self._decode(part) for part in parts])
+
+    def _decode(self, latents: Tensor) -> Tensor:
         with autocast(self.precision, latents.device):
-            x = self.vq.decode(latents / self.scale_factor, force_not_quantize)
+            x = self.vq.decode(latents / self.scale_factor)
         return ((x.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).movedim(1, -1)

@@ -24,6 +24,7 @@ class VQModel(nn.Module):
         super().__init__()
         self.in_channels = ddconfig["in_channels"]
         self.embed_dim = embed_dim
+        self.resolution = ddconfig["resolution"]
         self.downsampling = 2 ** (len(ddconfig["ch_mult"]) - 1)
         with contextlib.redirect_stdout(io.StringIO()):  # taming's Decoder prints its latent shape
             self.encoder = Encoder(**ddconfig)

@@ -1,6 +1,7 @@
 """The UNet of latent diffusion and ADM: one class whose state dict fits both code bases' files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -79,31 +80,16 @@ class UNet(nn.Module):
                 return res(channels, channels, direction)
             return {"up": Upsample, "down": Downsample}[direction](channels, conv_resample)
 
-        channels = model_channels * channel_mult[0]
-        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, channels, 3, padding=1)])])
-        skips, factor = [channels], 1
-        for level, mult in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
-                block = [res(channels, mult * model_channels)]
-                channels = mult * model_channels
-                block += [attention(channels)] if factor in attention_resolutions else []
-                self.input_blocks.append(nn.ModuleList(block))
-                skips.append(channels)
-            if level < len(channel_mult) - 1:
-                self.input_blocks.append(nn.ModuleList([resampler(channels, "down")]))
-                skips.append(channels)
-                factor *= 2
-        self.middle_block = nn.ModuleList([res(channels, channels), attention(channels), res(channels, channels)])
-        self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            for i in range(num_res_blocks + 1):
-                block = [res(channels + skips.pop(), mult * model_channels)]
-                channels = mult * model_channels
-                block += [attention(channels)] if factor in attention_resolutions else []
-                if level and i == num_res_blocks:
-                    block.append(resampler(channels, "up"))
-                    factor //= 2
-                self.output_blocks.append(nn.ModuleList(block))
+        parts = _Parts(res, attention, resampler)
+        widths = [mult * model_channels for mult in channel_mult]
+        attends = [2**level in attention_resolutions for level in range(len(widths))]
+        stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        blocks, skips = _input_blocks(parts, stem, widths, attends, num_res_blocks)
+        self.input_blocks = blocks
+        deepest = widths[-1]
+        self.middle_block = nn.ModuleList([res(deepest, deepest), attention(deepest), res(deepest, deepest)])
+        self.output_blocks = _output_blocks(parts, widths, attends, num_res_blocks, skips)
+        channels = widths[0]
         self.out = nn.Sequential(
             group_norm(channels), nn.SiLU(), zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
@@ -128,6 +114,47 @@ class UNet(nn.Module):
             recompute = self.use_checkpoint and torch.is_grad_enabled()
             h = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
         return h
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Makers of the layers, with the options that all of them share."""
+
+    res: Callable[..., ResBlock]
+    attention: Callable[[int], AttentionBlock]
+    resampler: Callable[[int, str], nn.Module]
+
+
+def _input_blocks(
+    parts: _Parts, stem: nn.Conv2d, widths: Sequence[int], attends: Sequence[bool], num_res_blocks: int
+) -> tuple[nn.ModuleList, list[int]]:
+    """The encoder and the channels of its skip connections, in order."""
+    blocks, channels, skips = nn.ModuleList([nn.ModuleList([stem])]), widths[0], [widths[0]]
+    for level, width in enumerate(widths):
+        for _ in range(num_res_blocks):
+            layers = [parts.res(channels, width)] + ([parts.attention(width)] if attends[level] else [])
+            blocks.append(nn.ModuleList(layers))
+            channels = width
+            skips.append(channels)
+        if level < len(widths) - 1:
+            blocks.append(nn.ModuleList([parts.resampler(channels, "down")]))
+            skips.append(channels)
+    return blocks, skips
+
+
+def _output_blocks(
+    parts: _Parts, widths: Sequence[int], attends: Sequence[bool], num_res_blocks: int, skips: list[int]
+) -> nn.ModuleList:
+    """The decoder; it takes the skip connections from the last to the first."""
+    blocks, channels, skips = nn.ModuleList(), widths[-1], list(skips)
+    for level, width in reversed(list(enumerate(widths))):
+        for i in range(num_res_blocks + 1):
+            layers: list[nn.Module] = [parts.res(channels + skips.pop(), width)]
+            layers += [parts.attention(width)] if attends[level] else []
+            layers += [parts.resampler(width, "up")] if level and i == num_res_blocks else []
+            blocks.append(nn.ModuleList(layers))
+            channels = width
+    return blocks
 
 
 def _check_widths(width: int, mults: Sequence[int], heads: int, head_channels: int) -> None:

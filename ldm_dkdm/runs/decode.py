@@ -1,9 +1,7 @@
 """Latents in files to pictures in files."""
 
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,7 +10,7 @@ from tqdm import tqdm
 from ldm_dkdm.assemble import load_codec
 from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.images import save_grid, save_image, save_npz
+from ldm_dkdm.images import read_npz, save_grid, save_image, save_npz
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.runs.loop import default_device
 from ldm_dkdm.schema import FirstStageConfig
@@ -20,23 +18,16 @@ from ldm_dkdm.schema import FirstStageConfig
 
 def read_latents(path: Path) -> Tensor:
     """The one tensor (N,C,h,w) in an .npz (`arr_0`), .pt or .safetensors file."""
-    tensors = _read_npz(path) if path.suffix == ".npz" else read_tensors(path)
-    if len(tensors) != 1:
-        raise UserError(f"{path}: expected one tensor of latents, found {', '.join(tensors) or 'none'}")
-    latents = next(iter(tensors.values())).float()
+    if path.suffix == ".npz":
+        latents = torch.from_numpy(read_npz(path))
+    else:
+        tensors = read_tensors(path)
+        if len(tensors) != 1:
+            raise UserError(f"{path}: expected one tensor of latents, found {', '.join(tensors)}")
+        latents = next(iter(tensors.values()))
     if latents.ndim != 4:
         raise UserError(f"{path}: latents are (N,C,h,w), found {tuple(latents.shape)}")
-    return latents
-
-
-def _read_npz(path: Path) -> dict[str, Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {"arr_0": torch.from_numpy(archive["arr_0"])}
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not an .npz of latents with arr_0: {error}") from error
+    return latents.float()
 
 
 def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | None, batch_size: int) -> int:

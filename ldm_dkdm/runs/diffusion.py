@@ -3,7 +3,7 @@
 import lightning as L
 import torch
 
-from ldm_dkdm.assemble import Model, load_first_stage, make_schedule
+from ldm_dkdm.assemble import Model, check_loss, check_network, load_first_stage, make_schedule
 from ldm_dkdm.baselines.stream import DataStream, encode_images
 from ldm_dkdm.config import build
 from ldm_dkdm.distill.module import StudentModule
@@ -25,6 +25,10 @@ def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:
     precision = resolve_precision(config.trainer.precision, device)
     torch.manual_seed(config.trainer.seed)  # of the first weights
     network = build(config.model, "model.params")
+    check_network(network, "model.params")
+    check_loss(config.loss, "loss")
+    if config.logging.sample_steps > config.diffusion.num_timesteps:
+        raise UserError(f"logging.sample_steps: {config.logging.sample_steps} is more than the diffusion steps")
     model = Model(network, ModelCard("model.safetensors", config.model, config.diffusion), None)
     codec, pointer = load_first_stage(config.first_stage, model, precision)
     images = load_images(config.data.path, config.data.image_size)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ldm_dkdm.assemble import Model, load_first_stage, load_teacher, make_schedule, make_student
+from ldm_dkdm.assemble import Model, check_loss, load_first_stage, load_teacher, make_schedule, make_student
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distill.module import StudentModule
 from ldm_dkdm.distill.pool import NoisyPool, pool_slots
@@ -27,6 +27,7 @@ from ldm_dkdm.schema import DistillRun, FirstStagePointer, ModelCard
 from ldm_dkdm.teacher import Teacher
 
 SECONDS_BETWEEN_WARMUP_SAVES = 600.0
+FIXED = ("teacher", "student", "first_stage", "diffusion", "distill", "trainer.seed")  # for a run's whole life
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Parts:
 
 def assemble(config: DistillRun) -> Parts:
     """Load and check every part; nothing is written."""
-    check(config)
+    check_loss(config.distill.loss, "distill.loss")
     device = default_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
     model = load_teacher(config)
@@ -70,26 +71,20 @@ def assemble(config: DistillRun) -> Parts:
     return Parts(model, teacher, student, codec, pointer, schedule, precision, slots)
 
 
-def check(config: DistillRun) -> None:
-    """Refuse what can be refused before any file is read."""
-    if config.distill.loss.space == "eps" and config.distill.loss.weight_cap is not None:
-        raise UserError("distill.loss.weight_cap: has no effect with loss.space=eps; remove it or choose v or x0")
-
-
 def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> None:
     """Warm the pool up and train the student; a second call goes on where the first stopped.
 
     Args:
         config: the validated configuration.
         folder: where the run writes.
-        resumed: go on in `folder` although its configuration was another.
+        resumed: go on in `folder` although trainer or logging keys have changed.
 
     Raises:
         UserError: parts that do not fit, or a run folder of another configuration.
         Stopped: a signal ended the run early; all is saved.
     """
     parts = assemble(config)
-    open_run(config, folder, resumed)
+    open_run(config, folder, FIXED if resumed else None)
     latest = folder.latest()
     if latest and step_of(latest) >= config.trainer.max_steps:
         print(f"{folder.path}: already distilled to step {step_of(latest)}")
@@ -125,7 +120,12 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
 
         trainer = fit(module, stream_for, config.trainer, log, folder, [grids, saving], stop, parts.precision)
     if trainer.global_step < config.trainer.max_steps:
-        raise Stopped(f"stopped and saved at step {trainer.global_step}; go on with: --resume {folder.path}")
+        raise Stopped(f"stopped and saved at step {trainer.global_step}; {go_on(folder)}")
+
+
+def go_on(folder: RunFolder) -> str:
+    """How to resume."""
+    return f"go on with: python scripts/dkdm_ldm.py --resume {folder.path}"
 
 
 def _new_pool(config: DistillRun, parts: Parts, folder: RunFolder, rank: int) -> NoisyPool:
@@ -153,17 +153,23 @@ def _prepare_pool(
         if not saved.is_file():
             raise UserError(f"{saved}: missing; the checkpoint beside it cannot be resumed without its pool")
         return pool.load(saved)
+    origin = f"{config.teacher.ckpt}, seed {config.trainer.seed}, {config.distill.warmup}"
     partial = warmup_path(folder.checkpoints, rank)
     if partial.is_file():
-        pool.load(partial)
+        pool.load(partial, origin)
+
+    def check() -> None:
+        if stop.requested:
+            raise Stopped(f"stopped and saved in the warm-up; {go_on(folder)}")
+
+    last_save = time.monotonic()
     with tqdm(total=len(pool), initial=pool.filled, desc="warm-up", unit="slot", disable=rank > 0) as bar:
-        last_save = time.monotonic()
-        for filled in warm_up(pool, teacher, config.distill.warmup, config.trainer.seed, rank, device):
-            bar.update(filled - bar.n)
-            if stop.requested or time.monotonic() - last_save > SECONDS_BETWEEN_WARMUP_SAVES:
-                pool.save(partial, step=0)
-                last_save = time.monotonic()
-            if stop.requested:
-                raise Stopped(f"stopped and saved in the warm-up; go on with: --resume {folder.path}")
-    pool.save(partial, step=0)
+        try:
+            for filled in warm_up(pool, teacher, config.distill.warmup, config.trainer.seed, rank, device, check):
+                bar.update(filled - bar.n)
+                if time.monotonic() - last_save > SECONDS_BETWEEN_WARMUP_SAVES:
+                    pool.save(partial, 0, origin)
+                    last_save = time.monotonic()
+        finally:
+            pool.save(partial, 0, origin)
     return 0

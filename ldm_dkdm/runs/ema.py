@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 
 class StudentEMA(WeightAveraging):
-    """Lightning's weight averaging with LitEma's warm-up: decay min(d, (1 + n) / (10 + n)) at update n.
+    """Lightning's weight averaging with decay min(d, (1 + n) / (10 + n)) after n updates.
+
+    Lightning's own `EMAWeightAveraging` keeps d from the first step, so that the untrained weights rule a
+    short run's average. The first update copies.
 
     Args:
         decay: d in [0,1).
@@ -16,7 +19,7 @@ class StudentEMA(WeightAveraging):
 
     def __init__(self, decay: float) -> None:
         def update(averages: Sequence[Tensor], currents: Sequence[Tensor], count: Tensor | int) -> None:
-            n = float(count)
+            n = self._latest_update_step  # as `count`, but on the host
             torch._foreach_lerp_(list(averages), list(currents), 1 - min(decay, (1 + n) / (10 + n)))
 
         super().__init__(use_buffers=False, multi_avg_fn=torch.no_grad()(update))

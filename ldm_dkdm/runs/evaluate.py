@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm_dkdm.assemble import Model, load_first_stage, make_schedule
-from ldm_dkdm.config import build
+from ldm_dkdm.assemble import Model, load_first_stage, load_teacher, make_schedule
+from ldm_dkdm.config import build, load_config
+from ldm_dkdm.diffusion.samplers import ddim_timesteps
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.evaluate.agreement import eps_error_by_quarter, held_out_chains
+from ldm_dkdm.evaluate.agreement import eps_error_by_quarter, eps_error_by_t, held_out_chains
 from ldm_dkdm.evaluate.frechet import pixel_frechet_distance
 from ldm_dkdm.generate import SamplerConfig, sample_images
 from ldm_dkdm.precision import resolve_precision
@@ -25,22 +26,34 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, object], Path]:
     """The figures of a student, and its folder."""
     device = default_device("auto")
     student, home = find_model(arguments.resume)
-    teacher, _ = find_model(arguments.teacher)
+    teacher = find_teacher(arguments.resume, arguments.teacher)
     if student.latent_shape != teacher.latent_shape:
         raise UserError(f"{home}: states {student.latent_shape} differ from the teacher's {teacher.latent_shape}")
     as_teacher, as_student, untrained = (_denoiser(model, device) for model in (teacher, student, _untrained(student)))
+    ddim_timesteps(as_teacher.schedule.num_timesteps, arguments.custom_steps)  # refuses what does not fit
     states = held_out_chains(as_teacher, teacher.latent_shape, arguments.chains, arguments.seed, device)
     steps = as_teacher.schedule.num_timesteps
     figures: dict[str, object] = {
         "eps_mse_by_t_quarter_untrained": _rounded(eps_error_by_quarter(untrained.predict, states, steps)),
         "eps_mse_by_t_quarter": _rounded(eps_error_by_quarter(as_student.predict, states, steps)),
     }
+    figures["eps_mse_by_t"] = {str(t): round(e, 6) for t, e in eps_error_by_t(as_student.predict, states).items()}
     for name, model in (("teacher", teacher), ("student", student)):
         figures[f"{name}_parameters"] = parameters(model.network)
         figures[f"{name}_gflops"] = round(gflops(model.network, model.latent_shape), 4)
     if arguments.n_samples:
-        figures |= _distances(arguments, teacher, as_teacher, as_student, device)
+        figures |= _distances(arguments, student, as_teacher, as_student, device)
     return figures, home
+
+
+def find_teacher(student: Path, teacher: Path | None) -> Model:
+    """The teacher at a path, or the one that the student's run was distilled from."""
+    if teacher is not None:
+        return find_model(teacher)[0]
+    config = student / "config.yaml"
+    if not (student / "student").is_dir() or not config.is_file():
+        raise UserError(f"--teacher: {student} is no run folder, so the teacher must be named")
+    return load_teacher(load_config(config))
 
 
 def _distances(
@@ -56,8 +69,9 @@ def _distances(
         return torch.cat(batches), arguments.n_samples / (time.perf_counter() - started)
 
     reference, teacher_rate = paint(teacher, arguments.seed)
-    again, _ = paint(teacher, 2 * arguments.seed + 1)
-    students, student_rate = paint(student, 2 * arguments.seed + 1)
+    fresh = arguments.seed + arguments.n_samples
+    again, _ = paint(teacher, fresh)
+    students, student_rate = paint(student, fresh)
     return {
         "frechet_teacher_to_teacher": round(pixel_frechet_distance(reference, again), 3),
         "frechet_student_to_teacher": round(pixel_frechet_distance(reference, students), 3),

@@ -18,7 +18,7 @@ from ldm_dkdm.runs.ema import averaged
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.loop import RunFolder, default_device, fit, open_run, run_folder
 from ldm_dkdm.runs.saving import RunCheckpoint, step_of
-from ldm_dkdm.schema import FirstStageCard, FirstStageRun
+from ldm_dkdm.schema import FirstStageCard, FirstStageRun, TrainerConfig
 
 
 class _ImageStream(IterableDataset[Tensor]):
@@ -41,8 +41,7 @@ def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
     precision = resolve_precision(config.trainer.precision, device)
     torch.manual_seed(config.trainer.seed)  # of the first weights
     vq = build(config.first_stage, "first_stage.params")
-    if config.trainer.grad_clip is not None:
-        raise UserError("trainer.grad_clip: the first stage's training clips at 1.0 by itself; remove the key")
+    _refuse_unused(config)
     images = load_images(config.data.path, config.data.image_size)
     if config.data.batch_size > len(images):
         raise UserError(f"data.batch_size: {config.data.batch_size} is more than the {len(images)} images")
@@ -63,6 +62,19 @@ def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
     if trainer.global_step < config.trainer.max_steps:
         raise Stopped(f"stopped and saved at step {trainer.global_step}; the same command goes on")
     return folder
+
+
+def _refuse_unused(config: FirstStageRun) -> None:
+    """Keys of the shared sections that this training decides itself."""
+    defaults = TrainerConfig(max_steps=1, learning_rate=1.0)
+    for key in ("lr_schedule", "lr_warmup", "weight_decay", "grad_clip", "devices"):
+        if getattr(config.trainer, key) != getattr(defaults, key):
+            raise UserError(
+                f"trainer.{key}: the first stage trains on one device with its own schedule; remove the key"
+            )
+    for key in ("ckpt", "scale_factor"):
+        if getattr(config.first_stage, key) is not None:
+            raise UserError(f"first_stage.{key}: the training makes it; remove the key")
 
 
 def _export_on_save(

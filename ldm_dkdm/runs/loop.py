@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, IterableDataset
 
 from ldm_dkdm.config import to_yaml
@@ -45,14 +46,25 @@ class RunFolder:
         return found[-1] if found else None
 
 
-def open_run(config: object, folder: RunFolder, resumed: bool = False) -> RunFolder:
-    """Create the folder, or go on in it if it was made with the same configuration or is asked for by name."""
+def open_run(config: object, folder: RunFolder, fixed: Sequence[str] | None = None) -> RunFolder:
+    """Create the folder, or go on in it.
+
+    Args:
+        config: must be the one that the folder was made with, but for what `fixed` leaves open.
+        folder: logs/<run>.
+        fixed: on a resume, the keys that may not change; None: none may.
+    """
     stored, text = folder.path / "config.yaml", to_yaml(config)
-    if not resumed and stored.is_file() and stored.read_text() != text:
-        raise UserError(
-            f"{folder.path}: made with another configuration; choose logging.name=NEW, go on with "
-            f"--resume {folder.path}, or delete the folder"
-        )
+    if stored.is_file() and stored.read_text() != text:
+        if fixed is None:
+            raise UserError(
+                f"{folder.path}: made with another configuration; choose logging.name=NEW, go on with "
+                f"--resume {folder.path}, or delete the folder"
+            )
+        before, now = OmegaConf.load(stored), OmegaConf.create(text)
+        for key in fixed:
+            if OmegaConf.select(before, key) != OmegaConf.select(now, key):
+                raise UserError(f"{key}: cannot change when {folder.path} is resumed; start a new run for that")
     if not stored.is_file() or stored.read_text() != text:
         write_text(stored, text)
     return folder
@@ -64,12 +76,12 @@ def run_folder(log: LoggingConfig, default_name: str) -> RunFolder:
 
 
 def find_run(name: str, logs: Path = Path("logs")) -> RunFolder:
-    """The folder of a run to resume; `last` is the one in logs/ that was written to last."""
+    """The folder of a distillation to resume; `last` is the one in logs/ that was written to last."""
     if name == "last":
-        found = sorted(logs.glob("*/config.yaml"), key=lambda f: newest_change(f.parent))
-        if not found:
-            raise UserError(f"--resume last: {logs}/ holds no run")
-        return RunFolder(found[-1].parent)
+        runs = [f for f in logs.glob("*/config.yaml") if "distill" in OmegaConf.load(f)]
+        if not runs:
+            raise UserError(f"--resume last: {logs}/ holds no distillation; name its folder instead")
+        return RunFolder(max(runs, key=lambda f: newest_change(f.parent)).parent)
     folder = RunFolder(Path(name))
     if not (folder.path / "config.yaml").is_file():
         raise UserError(f"--resume: {name} is no run folder (it has no config.yaml)")

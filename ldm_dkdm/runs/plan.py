@@ -56,7 +56,8 @@ def plan(config: DistillRun, parts: Parts) -> dict[str, str]:
         "teacher calls, training": f"{steps * batch:,} samples ({steps:,} steps of {batch})",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({parts.precision})",
         "memory, host": size(0 if config.distill.pool_storage == "mmap" else pool_bytes) + " for the pool",
-        "disk": f"{size(KEPT * (pool_bytes + 16 * student) + 4 * student)} for {KEPT} checkpoints and the student",
+        "disk": f"{size((KEPT + 1) * (pool_bytes + 16 * student) + 4 * student)} for the student, {KEPT} checkpoints "
+        "and the next one while it is written",
         "time": f"about {duration(eta)}: {seconds:.2f} s an iteration, {duration(warm * teacher_seconds)} of warm-up "
         f"(from {TIMED_ITERATIONS} timed iterations at batch {min(batch, MAX_TIMED_BATCH)})",
     }

@@ -21,11 +21,13 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.generate import SamplerConfig, sample_latents
-from ldm_dkdm.images import grid, save_grid, save_image, save_npz, side_by_side
+from ldm_dkdm.images import grid, save_image, save_npz, side_by_side
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.runs.loop import default_device
 from ldm_dkdm.schema import FirstStageConfig, ModelCard
 from ldm_dkdm.teacher import Teacher
+
+GRID = 64  # pictures on a grid, at most
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,6 @@ class Painter:
         return f"{self.home.resolve().parent.name}/{self.home.name}"
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """What one model painted."""
-
-    label: str
-    images: Tensor  # uint8 (N,H,W,3)
-    latents: Tensor  # (N,C,h,w)
-
-
 def prepare(path: Path, arguments: argparse.Namespace) -> Painter:
     """Load a model as the command line of `txt-free_sample.py` asks; nothing is written."""
     model, home = find_model(path)
@@ -67,35 +60,52 @@ def prepare(path: Path, arguments: argparse.Namespace) -> Painter:
     return Painter(home, model, denoiser.to(device), codec.to(device), device)
 
 
-def sample(painter: Painter, config: SamplerConfig) -> Sampled:
-    """Sample and decode, with a progress bar."""
+def sample(
+    painter: Painter, config: SamplerConfig, out: Path, arguments: argparse.Namespace
+) -> tuple[str, Image.Image]:
+    """Sample, decode and write batch by batch; returns a label and the grid of the first pictures."""
     denoise, schedule, shape = painter.denoiser.predict, painter.denoiser.schedule, painter.model.latent_shape
     started = time.monotonic()
     latents, images = [], []
     with tqdm(total=config.count, desc=f"sampling {painter.name}", unit="image") as bar:
         for batch in sample_latents(denoise, schedule, shape, config, painter.device):
-            latents.append(batch.cpu())
-            images.append(painter.codec.decode(batch).cpu())
+            pictures = painter.codec.decode(batch).cpu()
+            if not arguments.no_png:
+                _write_png(pictures, out / "img", config.seed + bar.n)
+            if arguments.npz or bar.n < GRID:
+                images.append(pictures)
+            if arguments.latents:
+                latents.append(batch.cpu())
             bar.update(len(batch))
     rate = config.count / (time.monotonic() - started)
+    sheet = grid(torch.cat(images)[:GRID])
+    save_image(sheet, out / "grid.png")
+    if arguments.npz:
+        save_npz(torch.cat(images), out / "samples.npz")
+    if arguments.latents:
+        with replacing(out / "latents.safetensors") as temporary:
+            save_file({"latents": torch.cat(latents)}, temporary)
     millions = sum(p.numel() for p in painter.model.network.parameters()) / 1e6
-    label = f"{painter.name}: {millions:.1f}M parameters, {rate:.1f} images/s"
-    return Sampled(label, torch.cat(images), torch.cat(latents))
+    return f"{painter.name}: {millions:.1f}M parameters, {rate:.1f} images/s", sheet
+
+
+def _write_png(images: Tensor, folder: Path, first: int) -> None:
+    for i, image in enumerate(images, first):
+        save_image(Image.fromarray(image.numpy()), folder / f"{i:06d}.png")
 
 
 def sample_all(paths: list[Path], config: SamplerConfig, arguments: argparse.Namespace) -> None:
     """Sample from every model after all are found to work; the comparison's path is the last line."""
     painters = [prepare(path, arguments) for path in paths]
-    outputs = []
+    panels = []
     for painter in painters:
-        out = arguments.logdir or painter.home / "samples"
+        name = painter.name.replace("/", "-")
+        out = arguments.logdir or Path("logs/samples") / name
         if arguments.logdir and len(painters) > 1:
-            out = out / painter.name.replace("/", "-")
-        outputs.append(sample(painter, config))
-        write(out, outputs[-1], arguments)
-        print(f"{outputs[-1].label}: {out}")
+            out = out / name
+        panels.append(sample(painter, config, out, arguments))
+        print(f"{panels[-1][0]}: {out}")
     if arguments.compare:
-        panels = [(output.label, grid(output.images)) for output in outputs]
         save_image(side_by_side(panels), arguments.compare)
         print(arguments.compare)
 
@@ -107,20 +117,6 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device: '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def write(folder: Path, sampled: Sampled, arguments: argparse.Namespace) -> None:
-    """Write grid.png, and what else was asked for."""
-    images = sampled.images
-    save_grid(images, folder / "grid.png")
-    if not arguments.no_png:
-        for i, image in enumerate(images):
-            save_image(Image.fromarray(image.numpy()), folder / "img" / f"{arguments.seed + i:06d}.png")
-    if arguments.npz:
-        save_npz(images, folder / "samples.npz")
-    if arguments.latents:
-        with replacing(folder / "latents.safetensors") as temporary:
-            save_file({"latents": sampled.latents}, temporary)
 
 
 def find_model(path: Path) -> tuple[Model, Path]:

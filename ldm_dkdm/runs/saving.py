@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
+import torch
 
 from ldm_dkdm.distill.pool import NoisyPool
-from ldm_dkdm.files import replacing
+from ldm_dkdm.errors import UserError
 
 KEPT = 2
 _NAME = re.compile(r"step=(\d+)\.ckpt")
@@ -39,21 +40,31 @@ class RunCheckpoint(L.Callback):
         step = trainer.global_step
         if step == self.last_saved:
             return
+        if not torch.isfinite(trainer.callback_metrics["loss"]):
+            raise UserError(
+                f"trainer.learning_rate: the loss is no longer finite at step {step}; nothing was overwritten"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self.pool is not None:
             self.pool.save(pool_path(self.folder, step, trainer.global_rank), step)
-        trainer.strategy.barrier()
-        with replacing(self.folder / f"step={step:08d}.ckpt") as temporary:
-            trainer.save_checkpoint(temporary)
+        temporary = self.folder / f".step={step:08d}.ckpt.tmp"  # one name for all ranks: rank 0 writes it
+        trainer.save_checkpoint(temporary)
         self.last_saved = step
         if trainer.is_global_zero:
-            self._forget_old()
             self.on_saved(trainer)
+            temporary.replace(self.folder / f"step={step:08d}.ckpt")
+            self._forget_old()
+        trainer.strategy.barrier()
 
     def _forget_old(self) -> None:
         for checkpoint in checkpoints(self.folder)[:-KEPT]:
             checkpoint.unlink()
-            for side_car in self.folder.glob(f"{checkpoint.stem}.pool-rank*.safetensors"):
-                side_car.unlink()
+        kept = {checkpoint.stem for checkpoint in checkpoints(self.folder)}
+        for file in self.folder.glob("*.pool-rank*.safetensors"):
+            if file.name.split(".")[0] not in kept:  # of a forgotten checkpoint, a failed one, or the warm-up
+                file.unlink()
+        for file in self.folder.glob(".*.tmp"):
+            file.unlink()
 
 
 def checkpoints(folder: Path) -> list[Path]:
