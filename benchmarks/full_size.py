@@ -41,7 +41,12 @@ def run(recipe: str, folder: Path, batch: int, steps: int) -> None:
     del unet, vq
     command = [sys.executable, str(ROOT / "scripts" / "dkdm_ldm.py"), "--base", str(base)]
     command += [f"teacher.ckpt={checkpoint}", f"logging.dir={folder}/logs", f"distill.batch_size={batch}"]
-    command += [f"trainer.max_steps={steps}", "distill.warmup.images=2", "distill.warmup.steps=2"]
+    command += [
+        f"trainer.max_steps={steps}",
+        "trainer.precision=bf16",
+        "distill.warmup.images=2",
+        "distill.warmup.steps=2",
+    ]
     started = time.perf_counter()
     subprocess.run(command, check=True)
     seconds = time.perf_counter() - started

@@ -109,7 +109,7 @@ def _unwrap(node: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     options = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         if value is None:
             return None
         return _convert(next(o for o in options if o is not type(None)), value, where)

@@ -59,7 +59,9 @@ def test_a_run_that_a_signal_stopped_resumes_exactly(
     run = tmp_path / "logs" / "stopped"
     signal_in_training.append(number)
     assert distil("--base", base) == 130
-    assert f"stopped and saved at step 3; go on with: --resume {run}" in capsys.readouterr().err
+    assert (
+        f"stopped and saved at step 3; go on with: python scripts/dkdm_ldm.py --resume {run}" in capsys.readouterr().err
+    )
     assert [f.name for f in run.glob("checkpoints/*.ckpt")] == ["step=00000003.ckpt"]
     assert result(run, 3)[0] != whole[0]
     assert distil("--resume", run) == 0
@@ -73,6 +75,32 @@ def test_the_same_command_goes_on_too(teacher_folder: Path, tmp_path: Path, sign
     assert distil("--base", base) == 130
     assert distil("--base", base) == 0
     assert result(tmp_path / "logs" / "stopped") == whole
+
+
+def test_schedule_clipping_and_a_mapped_pool_resume_exactly(
+    teacher_folder: Path, tmp_path: Path, signal_in_training: list[int]
+) -> None:
+    trainer = {"lr_schedule": "cosine", "lr_warmup": 2, "grad_clip": 0.01}
+    sections = {"trainer": trainer, "distill": {"pool_storage": "mmap", "stride": 3}}
+    whole = whole_run(teacher_folder, tmp_path, **sections)
+    assert whole != whole_run(teacher_folder, tmp_path, "plain")
+    base = write_config(teacher_folder, tmp_path, "stopped", **sections)
+    signal_in_training.append(signal.SIGINT)
+    assert distil("--base", base) == 130
+    assert distil("--resume", tmp_path / "logs" / "stopped") == 0
+    assert result(tmp_path / "logs" / "stopped") == whole
+
+
+@pytest.mark.parametrize("change", ["distill.batch_size=2", "student.params.model_channels=64", "trainer.seed=9"])
+def test_a_resume_with_other_parts_is_refused_and_the_run_stays_whole(
+    change: str, teacher_folder: Path, tmp_path: Path, signal_in_training: list[int], capsys
+) -> None:
+    base = write_config(teacher_folder, tmp_path, "stopped")
+    signal_in_training.append(signal.SIGINT)
+    assert distil("--base", base) == 130
+    assert distil("--resume", tmp_path / "logs" / "stopped", change) == 2
+    assert f"error: {change.split('.')[0]}" in capsys.readouterr().err
+    assert distil("--resume", tmp_path / "logs" / "stopped") == 0
 
 
 def test_dropout_resumes_exactly(teacher_folder: Path, tmp_path: Path, signal_in_training: list[int]) -> None:
@@ -106,7 +134,7 @@ def test_a_warm_up_that_was_stopped_resumes_exactly(
     with monkeypatch.context() as patch:
         patch.setattr(runs, "warm_up", stopped_after_a_batch)
         assert distil("--base", base) == 130
-    assert f"in the warm-up; go on with: --resume {run}" in capsys.readouterr().err
+    assert f"in the warm-up; go on with: python scripts/dkdm_ldm.py --resume {run}" in capsys.readouterr().err
     assert not list(run.glob("checkpoints/*.ckpt"))
     assert distil("--resume", run) == 0
     assert result(run) == whole

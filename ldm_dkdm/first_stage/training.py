@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from kornia.augmentation import AugmentationSequential, ColorJiggle, RandomHorizontalFlip
 from kornia.metrics import psnr
 from scipy.cluster.vq import kmeans2
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm_dkdm.first_stage.losses import Discriminator, lpips_loss
+from ldm_dkdm.first_stage.losses import Discriminator
 from ldm_dkdm.first_stage.vq import VQModel
 from ldm_dkdm.rng import seed_of
 from ldm_dkdm.schema import FirstStageRun
@@ -23,15 +23,16 @@ class FirstStageModule(L.LightningModule):
     """Trains a `VQModel` on images uint8 (B,H,W,3).
 
     The first `codebook.continuous_steps` steps pass latents unquantised; the codebook then starts as the k-means
-    centres of a batch, and codes that went unused since the last check restart as encoder outputs.
+    centres of the last 16 batches, and codes that went unused since the last check restart as encoder outputs.
 
     Args:
         vq: the autoencoder.
         config: weights of the loss, learning rate (peak of `warmup_cosine`),
             steps, augmentation.
+        perceptual: LPIPS, frozen, where the loss gives it a weight.
     """
 
-    def __init__(self, vq: VQModel, config: FirstStageRun) -> None:
+    def __init__(self, vq: VQModel, config: FirstStageRun, perceptual: nn.Module | None = None) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.vq, self.loss, self.codebook = vq, config.loss, config.codebook
@@ -40,10 +41,10 @@ class FirstStageModule(L.LightningModule):
         self.recent_latents: list[Tensor] = []
         self.register_buffer("code_uses", torch.zeros(vq.quantize.n_e, dtype=torch.long))
         self.discriminator = Discriminator(vq.in_channels) if self.loss.adversarial else None
-        self.perceptual = lpips_loss(self.loss.perceptual_backbone) if self.loss.perceptual else None
+        self.perceptual = perceptual
         flip = [RandomHorizontalFlip()] if config.data.flip else []
         jitter = [ColorJiggle(hue=config.hue, p=0.3)] if config.hue else []
-        self.augment = AugmentationSequential(*flip, *jitter) if flip or jitter else torch.nn.Identity()
+        self.augment = AugmentationSequential(*flip, *jitter) if flip or jitter else nn.Identity()
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         optimizers = [torch.optim.AdamW(self.vq.parameters(), self.learning_rate, betas=(0.9, 0.99))]

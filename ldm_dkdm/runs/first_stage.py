@@ -17,6 +17,7 @@ from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.runs.ema import averaged
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.loop import RunFolder, default_device, fit, open_run, run_folder
+from ldm_dkdm.runs.perceptual import lpips_loss
 from ldm_dkdm.runs.saving import RunCheckpoint, step_of
 from ldm_dkdm.schema import FirstStageCard, FirstStageRun, TrainerConfig
 
@@ -46,7 +47,8 @@ def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
     if config.data.batch_size > len(images):
         raise UserError(f"data.batch_size: {config.data.batch_size} is more than the {len(images)} images")
     held_out = load_images(config.data.held_out, config.data.image_size) if config.data.held_out else None
-    module = FirstStageModule(vq, config)
+    perceptual = lpips_loss(config.loss.perceptual_backbone) if config.loss.perceptual else None
+    module = FirstStageModule(vq, config, perceptual)
     folder = open_run(config, run_folder(config.logging, default_name))
 
     def stream_for(trainer: L.Trainer) -> _ImageStream:
