@@ -119,7 +119,7 @@ def fit(
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_steps=config.max_steps,
         logger=CSVLogger(folder.path, name="", version=_metrics_name(latest)),
-        log_every_n_steps=10,
+        log_every_n_steps=min(10, config.max_steps),
         callbacks=[
             StudentEMA(config.ema_decay),
             TQDMProgressBar(refresh_rate=10),
