@@ -122,7 +122,7 @@ def fit(
         log_every_n_steps=min(10, config.max_steps),
         callbacks=[
             StudentEMA(config.ema_decay),
-            TQDMProgressBar(refresh_rate=10),
+            _ProgressBar(refresh_rate=10),
             stop,
             *callbacks,
         ],
@@ -139,6 +139,19 @@ def fit(
 def _metrics_name(resumed: Path | None) -> str:
     """A resumed run gets a folder of its own: Lightning's logger empties the one that it is given."""
     return f"metrics-from-{step_of(resumed)}" if resumed else "metrics"
+
+
+class _ProgressBar(TQDMProgressBar):
+    """Steps, speed, ETA and losses; a stream has no epochs, and the logger's version says nothing here."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: object) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("training")
+
+    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, int | str | float]:
+        metrics = super().get_metrics(trainer, module)
+        metrics.pop("v_num", None)
+        return metrics
 
 
 class _StreamModule(L.LightningDataModule):
@@ -159,6 +172,9 @@ def quiet_lightning() -> None:
         ".*does not have many workers.*",
         ".*IterableDataset.*__len__.*",
         ".*GPU available.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*You have overridden `transfer_batch_to_device`.*",
+        ".*number of training batches.*",
         ".*your dataloader is not resumable.*",  # it is: the stream starts at the resumed step
         ".*Experiment logs directory.*",  # only what a lost stretch of this run logged is replaced
     ):
