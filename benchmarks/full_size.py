@@ -12,6 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -37,6 +39,7 @@ def run(recipe: str, folder: Path, batch: int, steps: int) -> None:
     base = ROOT / "configs" / f"{recipe}.yaml"
     config = load_config(base)
     unet, vq = build(config.teacher), build(config.first_stage)
+    torch.nn.init.normal_(unet.out[2].weight, std=0.02)  # a network starts with zeros there and would predict none
     checkpoint = write_compvis_checkpoint(folder / "model.ckpt", unet, vq, make_schedule(config.diffusion))
     del unet, vq
     command = [sys.executable, str(ROOT / "scripts" / "dkdm_ldm.py"), "--base", str(base)]

@@ -56,6 +56,7 @@ class WarmupConfig:
     steps: int = field(default=50, metadata=AT_LEAST_ONE)  # DDIM steps per sample
     images: int = field(default=1000, metadata=AT_LEAST_ONE)  # DDIM samples
     batch_size: int = field(default=64, metadata=AT_LEAST_ONE)
+    t_cap: float | None = field(default=None, metadata=POSITIVE)  # `ddim` only: see NoiseSchedule.timesteps_at
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ class DataConfig:
     batch_size: int = field(metadata=AT_LEAST_ONE)
     held_out: str | None = None
     flip: bool = True
-    t_cap: float | None = field(default=None, metadata=POSITIVE)  # see `DataStream`; diffusion models only
+    t_cap: float | None = field(
+        default=None, metadata=POSITIVE
+    )  # see NoiseSchedule.timesteps_at; diffusion models only
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ def test_lpips_loads_local_weights_and_measures_a_distance(tmp_path: Path) -> No
     file = tmp_path / "vgg16.pth"
     torch.save(features, file)
     metric, x = lpips_loss(str(file)), torch.rand(1, 3, 32, 32) * 2 - 1
-    assert torch.equal(metric.net.slice3[0].weight, features["features.10.weight"])
+    third = dict(metric.net.slice3.named_children())
+    assert torch.equal(third["10"].weight, features["features.10.weight"])
     assert metric(x, x).item() == pytest.approx(0, abs=1e-6)
     assert metric(x, -x).item() > 1e-4

@@ -11,6 +11,7 @@ import torch
 from ldm_dkdm.assemble import Model, load_model, make_schedule
 from ldm_dkdm.baselines.stream import DataStream
 from ldm_dkdm.config import build
+from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.evaluate.agreement import eps_error_by_quarter, held_out_chains
 from ldm_dkdm.runs.ema import StudentEMA
 from ldm_dkdm.schema import NetworkConfig
@@ -86,3 +87,12 @@ def test_a_distilled_student_agrees_with_its_teacher(teacher_folder: Path, tmp_p
     untrained = Model(build(NetworkConfig("ldm_dkdm.networks.UNet", UNET_PARAMS)), student.card, None)
     before, after = (eps_error_by_quarter(denoiser(m).predict, states, 20) for m in (untrained, student))
     assert all(a < 0.5 * b for a, b in zip(after, before, strict=True))
+
+
+def test_a_cap_draws_fewer_states_near_pure_noise() -> None:
+    schedule, quantiles = NoiseSchedule(), (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    uniform, capped = (schedule.timesteps_at(quantiles, cap) for cap in (None, 20.0))
+    assert torch.bincount(uniform, minlength=1000).eq(100).all()
+    counts = torch.bincount(capped, minlength=1000).double()
+    density = (20 * schedule.alphas_cumprod).clamp(0.1, 1)
+    torch.testing.assert_close(counts, density / density.sum() * 100_000, rtol=0, atol=1.01)

@@ -18,9 +18,7 @@ class DataStream(BatchStream):
         latents: x_0 (N,C,H,W), scaled.
         schedule: the forward process.
         batch_size, max_steps: as in `DistillStream`, and so are seed, rank, device, first_step.
-        t_cap: draw t in proportion to min(1, t_cap * abar_t), at least 0.1: states so near pure noise that no picture
-            is decided there are seen less often (min-SNR, Hang et al. 2023, by sampling instead of
-            weighting). None: t ~ U[0, T-1].
+        t_cap: cap of `NoiseSchedule.timesteps_at`; None: t ~ U[0, T-1].
     """
 
     def __init__(
@@ -36,8 +34,7 @@ class DataStream(BatchStream):
         t_cap: float | None = None,
     ) -> None:
         self.latents, self.schedule = latents, schedule
-        density = (schedule.alphas_cumprod * (t_cap or float("inf"))).clamp(0.1, 1)
-        self.t_cdf = density.cumsum(0) / density.sum()
+        self.t_cap = t_cap
         self.batch_size, self.max_steps = batch_size, max_steps
         self.seed, self.rank, self.device, self.step = seed, rank, device, first_step
 
@@ -55,7 +52,7 @@ class DataStream(BatchStream):
         """Stratified t (B,): each has the wanted density, a batch covers it evenly (VDM, App. I.1)."""
         offsets = torch.rand(self.batch_size, generator=generator, dtype=torch.float64)
         quantiles = (torch.arange(self.batch_size) + offsets) / self.batch_size
-        return torch.searchsorted(self.t_cdf, quantiles).clamp(max=len(self.t_cdf) - 1)
+        return self.schedule.timesteps_at(quantiles, self.t_cap)
 
 
 @torch.no_grad()

@@ -47,6 +47,16 @@ class NoiseSchedule:
         values = self._table(like.device)[t.to(like.device).long() + 1]
         return values.view(-1, *[1] * (like.ndim - 1))
 
+    def timesteps_at(self, quantiles: Tensor, cap: float | None = None) -> Tensor:
+        """The t (B,) at quantiles (B,) in [0,1) of the density min(1, cap * abar_t), at least 0.1, on [0, T-1].
+
+        It spends less on states so near pure noise that no picture is decided there (as min-SNR weights
+        do, Hang et al. 2023, by sampling instead of weighting). Without a cap it is uniform.
+        """
+        density = (self.alphas_cumprod * (cap or float("inf"))).clamp(0.1, 1)
+        cdf = (density.cumsum(0) / density.sum()).to(quantiles)
+        return torch.searchsorted(cdf, quantiles, right=True).clamp(max=self.num_timesteps - 1)
+
     def _table(self, device: torch.device) -> Tensor:
         """abar_{-1} ... abar_{T-1} on a device, copied there once."""
         if device not in self._tables:

@@ -95,7 +95,8 @@ def _ddim(
 
     samples = last(ddim(teacher.schedule, denoise, noise, lambda: noise, config.steps))
     x_0 = samples.repeat_interleave(copies, 0)
-    t = torch.randint(teacher.schedule.num_timesteps, (len(x_0),), generator=generator, device=generator.device)
+    quantiles = torch.rand(len(x_0), generator=generator, device=generator.device)
+    t = teacher.schedule.timesteps_at(quantiles, config.t_cap)
     return q_sample(teacher.schedule, x_0, t, _noise(x_0.shape, generator)), t
 
 

@@ -47,6 +47,8 @@ class Parts:
 def assemble(config: DistillRun) -> Parts:
     """Load and check every part; nothing is written."""
     check_loss(config.distill.loss, "distill.loss")
+    if config.distill.warmup.mode == "ancestral" and config.distill.warmup.t_cap is not None:
+        raise UserError("distill.warmup.t_cap: has no effect on an ancestral warm-up; remove it or choose mode: ddim")
     device = default_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
     model = load_teacher(config)
