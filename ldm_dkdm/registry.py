@@ -7,13 +7,15 @@ from torch import nn
 
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage.vq import VQModel
-from ldm_dkdm.networks import UNet
+from ldm_dkdm.networks import DiT, UNet
 
 TARGETS: dict[str, Callable[..., nn.Module]] = {
     "ldm_dkdm.networks.UNet": UNet,
+    "ldm_dkdm.networks.DiT": DiT,
     "ldm_dkdm.first_stage.VQModel": VQModel,
     "ldm.modules.diffusionmodules.openaimodel.UNetModel": UNet,
     "guided_diffusion.unet.UNetModel": UNet,
+    "models.DiT": DiT,
     "ldm.models.autoencoder.VQModel": VQModel,
     "ldm.models.autoencoder.VQModelInterface": VQModel,
     "taming.models.vqgan.VQModel": VQModel,
