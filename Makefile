@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 QUICK := logs/quickstart
 
-.PHONY: demo test setup quickstart-teacher
+.PHONY: demo demo-pixel test setup quickstart-teacher
 
 # Distil the shipped teacher and let both paint from the same noise; a second call reuses what is there.
 demo: setup
@@ -14,6 +14,16 @@ demo: setup
 $(QUICK)/teacher_vs_student.png: $(QUICK)/student/student.safetensors
 	$(RUN) scripts/txt-free_sample.py -r models/teachers/emoji64 $(QUICK) -n 64 -c 50 --no_png \
 	  -l $(QUICK)/samples/final --compare $@
+
+# The same in pixel space, from nothing but scikit-learn's digits: train a teacher, distil it, sample both (Alg. 2, 1, 3).
+demo-pixel: setup data/digits.npz
+	$(RUN) scripts/train_ldm.py --base configs/digits_teacher.yaml
+	$(RUN) scripts/dkdm_ldm.py --base configs/digits.yaml
+	$(RUN) scripts/txt-free_sample.py -r logs/digits_teacher/student logs/digits -n 100 --sampler ddpm -c 50 --no_png \
+	  --labels 0 1 2 3 4 5 6 7 8 9 -l logs/digits/samples/final --compare logs/digits/teacher_vs_student.png
+
+data/digits.npz: | setup
+	$(RUN) scripts/prepare_digits.py $@
 
 test: setup
 	$(VENV)/bin/ruff format --check .
@@ -35,7 +45,8 @@ quickstart-teacher: setup data/emoji64/teacher.npz
 	$(RUN) scripts/train_first_stage.py --base configs/emoji64_first_stage.yaml
 	cp logs/emoji64_first_stage/student/* models/first_stage/vq-f4-emoji64/
 	$(RUN) scripts/train_ldm.py --base configs/emoji64_teacher.yaml
-	cp logs/emoji64_teacher/student/* models/teachers/emoji64/
+	$(RUN) scripts/train_ldm.py --base configs/emoji64_teacher.yaml configs/emoji64_teacher_longer.yaml
+	cp logs/emoji64_teacher_longer/student/* models/teachers/emoji64/
 
 data/emoji64/teacher.npz:
 	mkdir -p data

@@ -24,6 +24,13 @@ setup(
     ],
     extras_require={
         "first-stage": ["torchvision>=0.24", "kornia>=0.8", "lpips>=0.1.4"],
-        "test": ["diffusers>=0.35", "hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12"],
+        "test": [
+            "diffusers>=0.35",
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.12",
+            "scikit-learn>=1.5",
+        ],
     },
 )

@@ -1,7 +1,8 @@
-"""Real distillation steps of the paper's recipes at full size: python benchmarks/full_size.py ffhq256 celebahq256
+"""Real distillation steps of the paper's recipes at full size: python benchmarks/full_size.py ffhq256 cifar10+vit19m
 
-Writes a checkpoint with random weights in CompVis's layout (2.4 GB, in a temporary folder), runs
-`scripts/dkdm_ldm.py` on the recipe at batch 2 for two steps, and prints seconds and peak memory.
+RECIPE or RECIPE+STUDENT (a file in configs/students). Writes a checkpoint with random weights in CompVis's or
+guided-diffusion's layout (2.4 GB for ffhq256, in a temporary folder), runs `scripts/dkdm_ldm.py` on it at
+batch 2 for two steps, and prints seconds and peak memory.
 """
 
 import argparse
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from ldm_dkdm import build, load_config  # noqa: E402
 from ldm_dkdm.assemble import make_schedule  # noqa: E402
+from ldm_dkdm.schema import DistillRun  # noqa: E402
 from tests.parts import write_compvis_checkpoint  # noqa: E402
 
 
@@ -28,25 +30,35 @@ def main() -> None:
     parser.add_argument("recipes", nargs="+", help="names of files in configs/")
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "32"])
     arguments = parser.parse_args()
     for recipe in arguments.recipes:
         with tempfile.TemporaryDirectory() as folder:
-            run(recipe, Path(folder), arguments.batch_size, arguments.steps)
+            run(recipe, Path(folder), arguments.batch_size, arguments.steps, arguments.precision)
 
 
-def run(recipe: str, folder: Path, batch: int, steps: int) -> None:
-    """Distil from a random teacher for a few steps."""
-    base = ROOT / "configs" / f"{recipe}.yaml"
-    config = load_config(base)
-    unet, vq = build(config.teacher), build(config.first_stage)
+def write_teacher(config: DistillRun, folder: Path) -> Path:
+    """A checkpoint of the recipe's teacher with random weights."""
+    unet = build(config.teacher)
     torch.nn.init.normal_(unet.out[2].weight, std=0.02)  # a network starts with zeros there and would predict none
-    checkpoint = write_compvis_checkpoint(folder / "model.ckpt", unet, vq, make_schedule(config.diffusion))
-    del unet, vq
-    command = [sys.executable, str(ROOT / "scripts" / "dkdm_ldm.py"), "--base", str(base)]
+    if config.diffusion.space == "pixel":
+        torch.save(unet.state_dict(), folder / "model.pt")
+        return folder / "model.pt"
+    vq = build(config.first_stage)
+    return write_compvis_checkpoint(folder / "model.ckpt", unet, vq, make_schedule(config.diffusion))
+
+
+def run(recipe: str, folder: Path, batch: int, steps: int, precision: str) -> None:
+    """Distil from a random teacher for a few steps."""
+    name, _, student = recipe.partition("+")
+    bases = [ROOT / "configs" / f"{name}.yaml"] + ([ROOT / "configs/students" / f"{student}.yaml"] if student else [])
+    checkpoint = write_teacher(load_config(bases), folder)
+    command = [sys.executable, str(ROOT / "scripts" / "dkdm_ldm.py"), "--base", *map(str, bases)]
     command += [f"teacher.ckpt={checkpoint}", f"logging.dir={folder}/logs", f"distill.batch_size={batch}"]
     command += [
         f"trainer.max_steps={steps}",
-        "trainer.precision=bf16",
+        f"trainer.precision={precision}",
+        "logging.name=run",
         "distill.warmup.images=2",
         "distill.warmup.steps=2",
     ]
@@ -54,7 +66,7 @@ def run(recipe: str, folder: Path, batch: int, steps: int) -> None:
     subprocess.run(command, check=True)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    metrics = (folder / "logs" / recipe / "metrics" / "metrics.csv").read_text().strip()
+    metrics = (folder / "logs" / "run" / "metrics" / "metrics.csv").read_text().strip()
     print(f"{recipe}: {steps} steps at batch {batch}: {seconds:.0f} s in all, peak memory {peak:.1f} GB\n{metrics}")
 
 

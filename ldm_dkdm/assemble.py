@@ -9,9 +9,13 @@ from ldm_dkdm.checkpoints import compvis, read_tensors
 from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.config import build
+from ldm_dkdm.denoiser import Denoiser
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage.codec import LatentCodec
+from ldm_dkdm.networks import UNet
+from ldm_dkdm.networks.scaling import parse_budget, slice_teacher, unet_within_budget
+from ldm_dkdm.pixel import IdentityCodec, PixelDenoiser
 from ldm_dkdm.schema import (
     DiffusionConfig,
     DistillRun,
@@ -21,7 +25,11 @@ from ldm_dkdm.schema import (
     LossConfig,
     ModelCard,
     NetworkConfig,
+    StudentConfig,
 )
+from ldm_dkdm.teacher import Teacher, class_labels
+
+Codec = LatentCodec | IdentityCodec
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,27 @@ class Model:
     def latent_shape(self) -> tuple[int, int, int]:
         """(C,H,W) of the states."""
         return self.network.in_channels, self.network.image_size, self.network.image_size
+
+    @property
+    def denoiser(self) -> type[Denoiser]:
+        """How the network's output is read."""
+        return denoiser_of(self.card.diffusion)
+
+    @property
+    def classes(self) -> list[int] | None:
+        """The labels that it takes; None for an unconditional model."""
+        return class_labels(self.network, self.card.null_label)
+
+    def as_teacher(self, precision: str, guidance: float = 1.0, null_label: int | None = None) -> Teacher:
+        """The model as a frozen predictor."""
+        schedule, parameterization = make_schedule(self.card.diffusion), self.card.network.parameterization
+        null_label = self.card.null_label if null_label is None else null_label
+        return Teacher(self.network, schedule, parameterization, precision, self.denoiser, guidance, null_label)
+
+
+def denoiser_of(config: DiffusionConfig) -> type[Denoiser]:
+    """The denoiser of the space that the diffusion runs in."""
+    return PixelDenoiser if config.space == "pixel" else Denoiser
 
 
 def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
@@ -72,14 +101,22 @@ def load_teacher(config: DistillRun) -> Model:
         )
     node = NetworkConfig(teacher.target, teacher.params, teacher.parameterization or "eps")
     network = build(node, "teacher.params")
-    check_network(network, "teacher.params")
-    compvis.load_unet(network, read_tensors(path), teacher.use_ema is not False, path)
-    return Model(network, ModelCard(path.name, node, config.diffusion), path)
+    check_network(network, config.diffusion, "teacher.params")
+    tensors = read_tensors(path)
+    if config.diffusion.space == "pixel":  # guided-diffusion's and DDPM-IP's files: one bare set of weights
+        load_strictly(network, tensors, path)
+    else:
+        compvis.load_unet(network, tensors, teacher.use_ema is not False, path)
+    card = ModelCard(path.name, node, config.diffusion, null_label=teacher.null_label)
+    return Model(network, card, path if config.diffusion.space == "latent" else None)
 
 
 RELEASES = {
-    "ffhq256": "CompVis's LDM-VQ-4 release for FFHQ (ffhq.zip)",
-    "celebahq256": "CompVis's LDM-VQ-4 release for CelebA-HQ (celeba.zip)",
+    "ffhq256": "CompVis's LDM-VQ-4 release for FFHQ (ffhq.zip), unpack its model.ckpt",
+    "celebahq256": "CompVis's LDM-VQ-4 release for CelebA-HQ (celeba.zip), unpack its model.ckpt",
+    "cifar10": "DDPM-IP's release ADM_cifar10_baseline.pt",
+    "celeba64": "DDPM-IP's release DDPM_IP_celeba64.pt",
+    "imagenet32": "DDPM-IP's release DDPM_IP_imageNet32.pt",
 }
 
 
@@ -87,12 +124,16 @@ def how_to_get(path: Path) -> str:
     """What to put where a checkpoint is expected."""
     release = RELEASES.get(path.parent.name)
     if release:
-        return f"download {release}, unpack its model.ckpt and put it there, or set teacher.ckpt=PATH"
-    return "set the key to a CompVis .ckpt file or to a model folder with config.yaml and weights"
+        return f"download {release} and put it there, or set teacher.ckpt=PATH"
+    return "set the key to a CompVis .ckpt, a guided-diffusion .pt, or a model folder with config.yaml and weights"
 
 
-def load_first_stage(config: FirstStageConfig, model: Model, precision: str) -> tuple[LatentCodec, FirstStagePointer]:
-    """The codec of a model, and the pointer to it with an absolute path."""
+def load_first_stage(config: FirstStageConfig, model: Model, precision: str) -> tuple[Codec, FirstStagePointer | None]:
+    """The codec of a model, and the pointer to it with an absolute path; pixel space has no pointer."""
+    if model.card.diffusion.space == "pixel":
+        if config != FirstStageConfig():
+            raise UserError("first_stage: pixel space has none; remove the section, or set diffusion.space=latent")
+        return IdentityCodec(), None
     path = Path(config.ckpt) if config.ckpt else model.first_stage
     if path is None:
         raise UserError("first_stage.ckpt: missing; the model has no pointer to its first stage")
@@ -139,25 +180,66 @@ def _stored_scale(tensors: dict[str, Tensor]) -> float:
     return float(tensors["scale_factor"]) if "scale_factor" in tensors else 1.0
 
 
-def make_student(node: NetworkConfig, teacher: Model) -> nn.Module:
-    """The untrained student; its states have the teacher's shape."""
+def make_student(config: StudentConfig, teacher: Model) -> tuple[nn.Module, NetworkConfig]:
+    """The student with its first weights, and what its card says of it; its states have the teacher's shape."""
+    node = student_node(config, teacher)
     student = build(node, "student.params")
     for key in ("in_channels", "image_size"):
         own, teachers = getattr(student, key), getattr(teacher.network, key)
         if own != teachers:
             raise UserError(f"student.params.{key}: {own} differs from the teacher's {teachers}")
-    check_network(student, "student.params")
-    return student
+    check_network(student, teacher.card.diffusion, "student.params")
+    classes = teacher.network.num_classes
+    if student.num_classes not in (None, classes):
+        raise UserError(f"student.params.num_classes: {student.num_classes} differs from the teacher's {classes}")
+    if student.out_channels > teacher.network.out_channels:
+        raise UserError("student.params.out_channels: the teacher has no variance to teach; set it to in_channels")
+    if config.init == "teacher":
+        print(slice_teacher(student, teacher.network))
+    else:
+        load_initial(student, config.init, "student.init")
+    return student, node
 
 
-def check_network(network: nn.Module, where: str) -> None:
-    """Refuse what latent diffusion has no use for: labels, and outputs beside the prediction."""
-    if network.num_classes is not None:
-        raise UserError(f"{where}.num_classes: latent diffusion takes no labels here; remove the key")
-    if network.out_channels != network.in_channels:
+def student_node(config: StudentConfig, teacher: Model) -> NetworkConfig:
+    """The student's network as configured, or the teacher's UNet narrowed to the budget."""
+    if config.budget is None:
+        if config.target is None:
+            raise UserError("student.target: missing; name a network and its params, or set student.budget=60M")
+        return plain(config)
+    if config.target is not None or config.params:
+        raise UserError("student.budget: chooses target and params itself; remove them or the budget")
+    node = teacher.card.network
+    if not isinstance(teacher.network, UNet):
+        raise UserError("student.budget: narrows a UNet, and this teacher is none; set student.target and params")
+    params = unet_within_budget(node.params, parse_budget(config.budget))
+    print(f"student.budget {config.budget}: model_channels {params['model_channels']}")
+    return NetworkConfig("ldm_dkdm.networks.UNet", params, config.parameterization)
+
+
+def plain(node: NetworkConfig) -> NetworkConfig:
+    """What a model's card says of its network: not how its training began."""
+    return NetworkConfig(node.target, node.params, node.parameterization)
+
+
+def load_initial(network: nn.Module, init: str, where: str) -> None:
+    """Give a network its first weights: as they are (`random`), or those in a model folder."""
+    if init == "random":
+        return
+    if not is_model_folder(Path(init)):
+        raise UserError(f"{where}: '{init}' is neither 'random' nor a model folder with config.yaml and weights")
+    card, tensors = read_folder(Path(init), ModelCard)
+    load_strictly(network, tensors, Path(init) / card.weights)
+
+
+def check_network(network: nn.Module, diffusion: DiffusionConfig, where: str) -> None:
+    """Refuse outputs that the space has no use for."""
+    states = network.in_channels
+    allowed = (states, 2 * states) if diffusion.space == "pixel" else (states,)
+    if network.out_channels not in allowed:
         raise UserError(
-            f"{where}.out_channels: {network.out_channels} must equal in_channels "
-            f"({network.in_channels}) in latent space"
+            f"{where}.out_channels: {network.out_channels} must be {' or '.join(map(str, allowed))} in "
+            f"{diffusion.space} space{' (learn_sigma: false)' if hasattr(network, 'null_label') else ''}"
         )
 
 

@@ -1,6 +1,7 @@
 """What the command lines share."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,3 +33,8 @@ def load_arguments(description: str, schema: type[T]) -> tuple[T, str]:
     if not files:
         raise UserError("--base: name at least one config file, for example --base configs/quickstart.yaml")
     return load_config(files, overrides, schema), files[-1].stem
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all of a run's processes on the machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

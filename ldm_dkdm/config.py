@@ -7,6 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,10 +39,23 @@ def load_config(
     files = [base] if isinstance(base, (str, Path)) else list(base)
     parts = [*[_read_yaml(Path(f)) for f in files], _dotlist(overrides)]
     try:
-        tree = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
+        tree = OmegaConf.to_container(reduce(_merge, parts), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{files[-1]}: {error}") from error
     return parse(schema, tree, "")
+
+
+def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
+    """OmegaConf's merge, but a section that names another `target`, or a `budget`, does not inherit the params."""
+    before = before.copy()
+    for section, node in after.items():
+        old = before.get(section)
+        if not (isinstance(node, DictConfig) and isinstance(old, DictConfig)):
+            continue
+        if "budget" in node or ("target" in node and node.target != old.get("target")):
+            old.pop("params", None)
+            old.pop("target", None)
+    return OmegaConf.merge(before, after)
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -112,7 +126,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _convert(next(o for o in options if o is not type(None)), value, where)
+        fitting = [o for o in options if o is type(value)] or [o for o in options if o is not type(None)]
+        return _convert(fitting[0], value, where)
     if typing.get_origin(hint) is typing.Literal:
         if str(value) not in options:
             raise UserError(f"{where}: '{value}' is not one of {', '.join(options)}")

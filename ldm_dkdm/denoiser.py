@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ldm_dkdm.diffusion.process import v_to_eps
+from ldm_dkdm.diffusion.process import eps_to_x0, v_to_eps, v_to_x0
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.records import Prediction
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network (x, t, label) -> tensor seen as a predictor of eps.
+    """A network (x, t, label) -> tensor seen as a predictor of eps and x_0.
 
     Attributes:
         network: predicts what `parameterization` says, (B,C,H,W).
@@ -25,8 +25,11 @@ class Denoiser:
     parameterization: str = "eps"
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
-        """States x (B,C,H,W) at timesteps t (B,) -> the predicted noise, float32."""
-        output = self.network(x, t, label).float()
+        """States x (B,C,H,W) at timesteps t (B,) with labels (B,) -> the prediction, float32."""
+        return self.read(self.network(x, t, label).float(), x.float(), t)
+
+    def read(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
+        """The prediction that a network's output at x means."""
         if self.parameterization == "v":
-            output = v_to_eps(self.schedule, x.float(), t, output)
-        return Prediction(output)
+            return Prediction(v_to_eps(self.schedule, x, t, output), v_to_x0(self.schedule, x, t, output))
+        return Prediction(output, eps_to_x0(self.schedule, x, t, output))

@@ -22,28 +22,38 @@ def load_images(path: str | Path, size: int) -> Tensor:
     Folder images are composited on white, cropped to a centred square and resized.
     """
     path = Path(path)
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
-        if not files:
-            raise UserError(f"{path}: the folder holds no images ({', '.join(sorted(SUFFIXES))})")
-        return torch.stack([read_image(f, size) for f in files])
-    if path.suffix == ".npz" and path.is_file():
-        array = read_npz(path)
-        if array.dtype != np.uint8 or array.shape[1:] != (size, size, 3):
-            raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}, wanted uint8 (N,{size},{size},3)")
-        return torch.from_numpy(array)
-    raise UserError(f"{path}: no such folder of images or .npz file")
+    if path.suffix == ".npz":
+        return square_npz(path, size)
+    return torch.stack([read_image(f, size) for f in find_images(path)])
 
 
-def read_npz(path: Path) -> np.ndarray:
-    """The array `arr_0` of an .npz."""
+def find_images(path: Path) -> list[Path]:
+    """The image files below a folder, sorted."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder of images or .npz file")
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"{path}: the folder holds no images ({', '.join(sorted(SUFFIXES))})")
+    return files
+
+
+def square_npz(path: Path, size: int) -> Tensor:
+    """The images uint8 (N,size,size,3) of an ADM-style .npz."""
+    array = read_npz(path)
+    if array.dtype != np.uint8 or array.shape[1:] != (size, size, 3):
+        raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}, wanted uint8 (N,{size},{size},3)")
+    return torch.from_numpy(array)
+
+
+def read_npz(path: Path, name: str = "arr_0") -> np.ndarray | None:
+    """An array of an .npz; None if only another than `arr_0` is missing."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return archive["arr_0"]
+            return archive[name] if name == "arr_0" or name in archive else None
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not an .npz with an array arr_0: {error}") from error
+        raise UserError(f"{path}: not an .npz with an array {name}: {error}") from error
 
 
 def read_image(path: Path, size: int) -> Tensor:
@@ -107,7 +117,8 @@ def save_grid(images: Tensor, path: Path) -> None:
     save_image(grid(images), path)
 
 
-def save_npz(images: Tensor, path: Path) -> None:
-    """Write an ADM-style .npz: arr_0 uint8 (N,H,W,3)."""
+def save_npz(images: Tensor, path: Path, labels: Tensor | None = None) -> None:
+    """Write an ADM-style .npz: arr_0 uint8 (N,H,W,3), and arr_1 int64 (N,) if there are labels."""
+    arrays = [images.numpy()] + ([] if labels is None else [labels.numpy()])
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, arr_0=images.numpy())
+        np.savez(file, *arrays)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -13,13 +14,21 @@ class NoisyBatch:
     t: Tensor
     label: Tensor | None = None  # (B,) class indices
 
+    def to(self, device: torch.device | str) -> "NoisyBatch":
+        """The same batch on a device."""
+        return NoisyBatch(self.x.to(device), self.t.to(device), None if self.label is None else self.label.to(device))
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a denoiser says about a noisy batch: the noise eps (B,C,H,W) in x_t."""
+    """What a denoiser says about a noisy batch: the noise eps in x_t and the clean state x_0 below it.
 
-    eps: Tensor
-    var_fraction: Tensor | None = None  # (B,C,H,W) in [-1,1]; learned-range variance only
+    The next state of a chain follows from x_0, which pixel space clips to [-1,1]; eps is never clipped.
+    """
+
+    eps: Tensor  # (B,C,H,W)
+    x_0: Tensor  # (B,C,H,W)
+    var_fraction: Tensor | None = None  # (B,C,H,W), -1 ... 1 from the posterior's log-variance to beta's; learned only
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-PURPOSES = ("draw", "step_noise", "fresh_noise", "warmup", "data", "network")
+PURPOSES = ("draw", "step_noise", "label", "warmup", "data", "network")
 
 
 def key(seed: int, rank: int, step: int, purpose: str) -> np.random.SeedSequence:

@@ -18,6 +18,25 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True)
+class NewNetworkConfig(NetworkConfig):
+    """A network to train, and its first weights: `random` or those of a model folder."""
+
+    init: str = "random"
+
+
+@dataclass(frozen=True)
+class StudentConfig(NewNetworkConfig):
+    """The student: `target` and `params`, or a `budget` of parameters for a narrower UNet of the teacher's shape.
+
+    `init: teacher` begins with slices of the teacher's tensors.
+    """
+
+    target: str | None = None
+    params: dict[str, Any] = field(default_factory=dict)
+    budget: str | int | None = None  # 60M
+
+
+@dataclass(frozen=True)
 class TeacherConfig:
     """A model folder (it describes itself), or a foreign checkpoint with `target` and `params`."""
 
@@ -26,6 +45,8 @@ class TeacherConfig:
     params: dict[str, Any] = field(default_factory=dict)
     parameterization: Literal["eps", "v"] | None = None  # of a foreign checkpoint; default eps
     use_ema: bool | None = None  # of a foreign checkpoint; default true
+    guidance: float = field(default=1.0, metadata=NOT_NEGATIVE)  # classifier-free, of a class-conditional teacher
+    null_label: int | None = field(default=None, metadata=NOT_NEGATIVE)  # that means none; a DiT knows its own
 
 
 @dataclass(frozen=True)
@@ -46,13 +67,14 @@ class DiffusionConfig:
     num_timesteps: int = field(default=1000, metadata=AT_LEAST_ONE)
     beta_start: float = field(default=0.0015, metadata=POSITIVE)
     beta_end: float = field(default=0.0195, metadata=POSITIVE)
+    space: Literal["latent", "pixel"] = "latent"  # pixel: no first stage, x_0 in [-1,1], variance may be learned
 
 
 @dataclass(frozen=True)
 class WarmupConfig:
-    """How the pool is filled: `ancestral` walks every slot; `ddim` noises samples to random t."""
+    """How the pool is filled: `ancestral` walks every slot, `ddim` noises samples to random t, `noise` keeps T."""
 
-    mode: Literal["ancestral", "ddim"] = "ancestral"
+    mode: Literal["ancestral", "ddim", "noise"] = "ancestral"
     steps: int = field(default=50, metadata=AT_LEAST_ONE)  # DDIM steps per sample
     images: int = field(default=1000, metadata=AT_LEAST_ONE)  # DDIM samples
     batch_size: int = field(default=64, metadata=AT_LEAST_ONE)
@@ -61,23 +83,37 @@ class WarmupConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The space in which the squared error counts, and a cap on the weight that this means per t."""
+    """The space in which the squared error counts, a cap on the weight that this means per t, and lambda."""
 
     space: Literal["eps", "v", "x0"] = "eps"
     weight_cap: float | None = field(default=None, metadata=POSITIVE)
+    vlb_weight: float = field(default=1.0, metadata=NOT_NEGATIVE)  # lambda, where the variance is learned
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Dynamic iterative distillation; the pool has round(rho * T) * batch_size slots."""
+    """Iterative distillation; the pool of `dynamic` has round(rho * T) * batch_size slots, others have batch_size."""
 
     batch_size: int = field(metadata=AT_LEAST_ONE)
-    rho: float = field(metadata=POSITIVE)
+    variant: Literal["dynamic", "shuffled", "iterative"] = "dynamic"
+    rho: float | None = field(default=None, metadata=POSITIVE)  # `dynamic` needs it, the others have no use for it
+    discard: float = field(default=0.0, metadata={"min": 0, "below": 1})  # share of batches that nobody sees
+    input_perturbation: float = field(default=0.0, metadata=NOT_NEGATIVE)  # gamma of DDPM-IP
     stride: int = field(default=1, metadata=AT_LEAST_ONE)
     pool_dtype: Literal["float16", "float32"] = "float16"
     pool_storage: Literal["memory", "mmap"] = "memory"
     loss: LossConfig = field(default_factory=LossConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
+
+
+@dataclass(frozen=True)
+class EarlyStopConfig:
+    """Stop when a figure's mean over `window` steps has not fallen for `patience` windows."""
+
+    monitor: Literal["loss", "eps_mse"] = "loss"
+    window: int = field(default=1000, metadata=AT_LEAST_ONE)
+    patience: int = field(default=10, metadata=AT_LEAST_ONE)
+    min_delta: float = field(default=0.0, metadata=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -90,6 +126,8 @@ class TrainerConfig:
     lr_warmup: int = field(default=0, metadata=NOT_NEGATIVE)
     weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)
     grad_clip: float | None = field(default=None, metadata=POSITIVE)
+    accumulate: int = field(default=1, metadata=AT_LEAST_ONE)  # batches a step
+    early_stop: EarlyStopConfig | None = None
     ema_decay: float = field(default=0.9999, metadata={"min": 0, "below": 1})
     precision: Literal["auto", "bf16", "32"] = "auto"
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
@@ -115,7 +153,7 @@ class DistillRun:
     """What `scripts/dkdm_ldm.py` reads."""
 
     teacher: TeacherConfig
-    student: NetworkConfig
+    student: StudentConfig
     distill: DistillConfig
     trainer: TrainerConfig
     first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
@@ -123,7 +161,7 @@ class DistillRun:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Training images: a folder or an ADM-style .npz, and an optional held-out set."""
 
@@ -132,20 +170,31 @@ class DataConfig:
     batch_size: int = field(metadata=AT_LEAST_ONE)
     held_out: str | None = None
     flip: bool = True
-    t_cap: float | None = field(
-        default=None, metadata=POSITIVE
-    )  # see NoiseSchedule.timesteps_at; diffusion models only
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionDataConfig:
+    """Data-based: `path`; data-free: `synthetic`; data-limited: both, with a `fraction` of `path` (Sec. 4.1)."""
+
+    path: str | None = None  # real images: a folder or an ADM-style .npz
+    fraction: float = field(default=1.0, metadata={"above": 0, "max": 1})  # of the images in `path`, chosen by the seed
+    synthetic: str | None = None  # a teacher's samples: txt-free_sample.py --npz
+    image_size: int = field(metadata=AT_LEAST_ONE)
+    batch_size: int = field(metadata=AT_LEAST_ONE)
+    flip: bool = True
+    cache: bool = True  # encode once before the training, not in every step
+    t_cap: float | None = field(default=None, metadata=POSITIVE)  # see NoiseSchedule.timesteps_at
 
 
 @dataclass(frozen=True)
 class DiffusionRun:
-    """What `scripts/train_ldm.py` reads: Alg. 2 in latent space."""
+    """What `scripts/train_ldm.py` reads: Alg. 2 in latent or pixel space."""
 
-    model: NetworkConfig
-    first_stage: FirstStageConfig
+    model: NewNetworkConfig
     diffusion: DiffusionConfig
-    data: DataConfig
+    data: DiffusionDataConfig
     trainer: TrainerConfig
+    first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -203,6 +252,7 @@ class ModelCard:
     network: NetworkConfig
     diffusion: DiffusionConfig
     first_stage: FirstStagePointer | None = None
+    null_label: int | None = None  # that means none, where the network's table has one and does not say so itself
     info: dict[str, Any] = field(default_factory=dict)
 
 

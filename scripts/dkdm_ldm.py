@@ -1,6 +1,6 @@
 """Distil a diffusion model without data: python scripts/dkdm_ldm.py --base configs/X.yaml [key=value ...]"""
 
-from ldm_dkdm.cli import config_parser, split_base
+from ldm_dkdm.cli import config_parser, is_first_rank, split_base
 from ldm_dkdm.errors import UserError, run_cli
 
 
@@ -31,7 +31,8 @@ def main() -> None:
         print_plan(config)
         return
     distill(config, folder, resumed=bool(arguments.resume))
-    print(f"student: {folder.model}")
+    if is_first_rank():
+        print(f"student: {folder.model}")
 
 
 if __name__ == "__main__":

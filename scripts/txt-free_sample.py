@@ -18,12 +18,17 @@ def parse() -> argparse.Namespace:
         help="run, model folder or Lightning .ckpt; two make a comparison",
     )
     parser.add_argument("-n", "--n_samples", type=int, default=64, help="number of images")
-    parser.add_argument("-c", "--custom_steps", type=int, default=200, help="DDIM steps")
+    parser.add_argument("-c", "--custom_steps", type=int, help="sampling steps; default: 200, with ddpm all of them")
+    parser.add_argument("--sampler", choices=["ddim", "ddpm", "dpm-solver++"], default="ddim")
     parser.add_argument("-e", "--eta", type=float, default=0.0, help="DDIM's eta: 0 deterministic, 1 ancestral")
-    parser.add_argument("-v", "--vanilla_sample", action="store_true", help="DDPM: every timestep")
+    parser.add_argument("-v", "--vanilla_sample", action="store_true", help="--sampler ddpm with every timestep")
     parser.add_argument("-l", "--logdir", type=Path, help="output folder; default: logs/samples/<model>")
     parser.add_argument("--seed", type=int, default=0, help="image i depends on seed + i only")
     parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument(
+        "--labels", type=int, nargs="+", default=[], help="class labels, in turn; default: by the seeds"
+    )
+    parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance; 1: none")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
     parser.add_argument("--latents", action="store_true", help="also write latents.safetensors")
     parser.add_argument("--no_png", action="store_true", help="no PNG per image, only the grid")
@@ -31,14 +36,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--first_stage", metavar="DIR", help="first-stage folder, if not the one the model points to")
     parser.add_argument("--precision", choices=["auto", "bf16", "32"], default="auto")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.vanilla_sample:
+        arguments.sampler, arguments.custom_steps = "ddpm", None
+    elif arguments.custom_steps is None and arguments.sampler != "ddpm":
+        arguments.custom_steps = 200
+    return arguments
 
 
 def main() -> None:
     """Parse, sample, say where the pictures lie."""
     arguments = parse()
     for name in ("n_samples", "custom_steps", "batch_size"):
-        if getattr(arguments, name) < 1:
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name}: must be at least 1, got {getattr(arguments, name)}")
     if not 0 <= arguments.eta <= 1:
         raise UserError(f"--eta: must lie between 0 and 1, got {arguments.eta}")
@@ -54,7 +64,8 @@ def main() -> None:
         arguments.seed,
         arguments.custom_steps,
         arguments.eta,
-        arguments.vanilla_sample,
+        arguments.sampler,
+        tuple(arguments.labels),
     )
     sample_all([Path(path) for path in arguments.resume], config, arguments)
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"streams"},
     {"diffusion", "networks", "first_stage"},
     {"denoiser", "registry", "generate", "baselines"},
-    {"teacher", "config"},
+    {"teacher", "config", "pixel"},
     {"checkpoints", "evaluate", "distill"},
     {"assemble", "cli"},
     {"runs"},

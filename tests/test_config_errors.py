@@ -116,7 +116,7 @@ COMMAND_LINES = {
     "override_without_key": (["--base", "BASE", "=3"], ("'=3'", "key=value")),
     "override_of_unknown_key": (["--base", "BASE", "trainer.speed=3"], ("trainer.speed: unknown key",)),
     "override_not_yaml": (["--base", "BASE", "distill.rho=[1"], ("distill.rho=[1",)),
-    "override_to_nothing": (["--base", "BASE", "distill.rho="], ("distill.rho", "number")),
+    "override_to_nothing": (["--base", "BASE", "distill.rho="], ("distill.rho", "missing")),
     "override_through_a_value": (["--base", "BASE", "distill.rho.x=3"], ("distill.rho", "number")),
     "interpolation_of_nothing": (["--base", "BASE", "distill.rho=${nowhere}"], ("nowhere",)),
     "resume_of_no_run": (["--resume", "nowhere"], ("--resume", "nowhere")),

@@ -12,34 +12,39 @@ from torch import Tensor
 
 from ldm_dkdm import NoisyPool, UserError
 from ldm_dkdm.distill.pool import pool_slots
+from ldm_dkdm.records import NoisyBatch
 
 SHAPE = (2, 3, 3)
 
 
-def filled_pool(slots: int, storage: Path | None = None, dtype: torch.dtype = torch.float16) -> NoisyPool:
-    pool = NoisyPool(slots, SHAPE, dtype, storage)
+def filled_pool(
+    slots: int, storage: Path | None = None, dtype: torch.dtype = torch.float16, labeled: bool = False
+) -> NoisyPool:
+    pool = NoisyPool(slots, SHAPE, dtype, storage, labeled)
     generator = torch.Generator().manual_seed(1)
-    pool.fill(torch.randn(slots, *SHAPE, generator=generator), torch.arange(slots) % 20)
+    label = torch.arange(slots) % 7 if labeled else None
+    pool.fill(NoisyBatch(torch.randn(slots, *SHAPE, generator=generator), torch.arange(slots) % 20, label))
     return pool
 
 
-def _contents(pool: NoisyPool) -> tuple[Tensor, Tensor]:
-    return pool.take(torch.arange(len(pool)))
+def _contents(pool: NoisyPool) -> tuple[Tensor, ...]:
+    batch = pool.take(torch.arange(len(pool)))
+    return (batch.x, batch.t) if batch.label is None else (batch.x, batch.t, batch.label)
 
 
 @settings(deadline=None)
 @given(slots=st.integers(1, 40), share=st.floats(0, 1), seed=st.integers(0, 2**32))
 def test_a_draw_is_without_replacement_and_only_drawn_slots_change(slots: int, share: float, seed: int) -> None:
-    pool = filled_pool(slots)
+    pool = filled_pool(slots, labeled=True)
     batch_size = max(1, round(share * slots))
-    x, t = _contents(pool)
+    x, t, label = _contents(pool)
     drawn = pool.draw(batch_size, np.random.default_rng(seed))
     assert len(set(drawn.tolist())) == batch_size
-    pool.put_back(drawn, torch.full((batch_size, *SHAPE), 7.0), torch.full((batch_size,), 19))
-    x[drawn], t[drawn] = 7.0, 19
-    x_after, t_after = _contents(pool)
-    assert torch.equal(x_after, x)
-    assert torch.equal(t_after, t)
+    times, labels = torch.full((batch_size,), 19), torch.full((batch_size,), 3)
+    pool.put_back(drawn, NoisyBatch(torch.full((batch_size, *SHAPE), 7.0), times, labels))
+    x[drawn], t[drawn], label[drawn] = 7.0, 19, 3
+    for after, expected in zip(_contents(pool), (x, t, label), strict=True):
+        assert torch.equal(after, expected)
 
 
 def test_draws_are_uniform() -> None:
@@ -68,9 +73,9 @@ def test_an_empty_pool_is_refused() -> None:
 def test_fill_appends_and_leaves_what_does_not_fit() -> None:
     pool = NoisyPool(5, SHAPE, torch.float32)
     first, second = torch.randn(3, *SHAPE), torch.randn(4, *SHAPE)
-    pool.fill(first, torch.tensor([1, 2, 3]))
+    pool.fill(NoisyBatch(first, torch.tensor([1, 2, 3])))
     assert pool.filled == 3
-    pool.fill(second, torch.tensor([4, 5, 6, 7]))
+    pool.fill(NoisyBatch(second, torch.tensor([4, 5, 6, 7])))
     x, t = _contents(pool)
     assert pool.filled == 5
     assert torch.equal(x, torch.cat([first, second[:2]]))
@@ -87,9 +92,11 @@ def test_a_mapped_pool_equals_one_in_memory_and_lies_in_its_file(tmp_path: Path,
     assert torch.equal(on_disk, memory.x.flatten())
 
 
-def test_a_saved_pool_comes_back_whole(tmp_path: Path) -> None:
-    saved, loaded = NoisyPool(6, SHAPE), NoisyPool(6, SHAPE, storage=tmp_path / "pool.bin")
-    saved.fill(torch.randn(4, *SHAPE), torch.tensor([0, 3, 999, 5]))
+@pytest.mark.parametrize("label", [None, torch.tensor([0, 3, 999, 5])])
+def test_a_saved_pool_comes_back_whole(tmp_path: Path, label: Tensor | None) -> None:
+    saved = NoisyPool(6, SHAPE, labeled=label is not None)
+    loaded = NoisyPool(6, SHAPE, storage=tmp_path / "pool.bin", labeled=label is not None)
+    saved.fill(NoisyBatch(torch.randn(4, *SHAPE), torch.tensor([0, 3, 999, 5]), label))
     saved.save(tmp_path / "pool.safetensors", step=12)
     assert loaded.load(tmp_path / "pool.safetensors") == 12
     assert loaded.filled == 4
@@ -97,7 +104,15 @@ def test_a_saved_pool_comes_back_whole(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("other", [NoisyPool(7, SHAPE), NoisyPool(6, (2, 4, 4)), NoisyPool(6, SHAPE, torch.float32)])
+@pytest.mark.parametrize(
+    "other",
+    [
+        NoisyPool(7, SHAPE),
+        NoisyPool(6, (2, 4, 4)),
+        NoisyPool(6, SHAPE, torch.float32),
+        NoisyPool(6, SHAPE, labeled=True),
+    ],
+)
 def test_a_pool_of_another_size_or_type_is_refused(tmp_path: Path, other: NoisyPool) -> None:
     filled_pool(6).save(tmp_path / "pool", step=0)
     with pytest.raises(UserError, match="wants"):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import ldm_dkdm.runs.distill as runs
 from ldm_dkdm.distill.stream import DistillStream
+from ldm_dkdm.distill.warmup import Warmup
 from ldm_dkdm.records import DistillBatch
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config
@@ -124,15 +124,15 @@ def test_a_warm_up_that_was_stopped_resumes_exactly(
     whole = whole_run(teacher_folder, tmp_path, **distill)
     base = write_config(teacher_folder, tmp_path, "stopped", **distill)
     run = tmp_path / "logs" / "stopped"
-    warm_up = runs.warm_up
+    whole_warmup = Warmup.run
 
-    def stopped_after_a_batch(*arguments: object) -> Iterator[int]:
-        for filled in warm_up(*arguments):
+    def stopped_after_a_batch(self: Warmup) -> Iterator[int]:
+        for filled in whole_warmup(self):
             os.kill(os.getpid(), number)
             yield filled
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "warm_up", stopped_after_a_batch)
+        patch.setattr(Warmup, "run", stopped_after_a_batch)
         assert distil("--base", base) == 130
     assert f"in the warm-up; go on with: python scripts/dkdm_ldm.py --resume {run}" in capsys.readouterr().err
     assert not list(run.glob("checkpoints/*.ckpt"))

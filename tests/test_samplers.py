@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ldm_dkdm import NoiseSchedule, UserError
 from ldm_dkdm.denoiser import Denoiser
-from ldm_dkdm.diffusion.process import reverse_step
+from ldm_dkdm.diffusion.process import eps_to_x0, reverse_step
 from ldm_dkdm.diffusion.samplers import ddim, ddim_timesteps, ddpm, last
-from ldm_dkdm.generate import SamplerConfig, sample_latents
+from ldm_dkdm.generate import SamplerConfig, sample_states
 from ldm_dkdm.records import Prediction
 from tests.analytic import GaussianNetwork
 
@@ -20,7 +20,8 @@ DDIM = {**BETAS, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing
 
 
 def nonlinear(x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
-    return Prediction(torch.sin(3 * x + t.view(-1, 1, 1, 1) / 100))
+    eps = torch.sin(3 * x + t.view(-1, 1, 1, 1) / 100)
+    return Prediction(eps, eps_to_x0(SCHEDULE, x, t, eps))
 
 
 def _randn(seed: int, *shape: int) -> Tensor:
@@ -39,9 +40,9 @@ def _exact(scheduler: DDIMScheduler | DDPMScheduler) -> DDIMScheduler | DDPMSche
 def test_reverse_step_equals_diffusers_ddpm(step: int) -> None:
     scheduler = _exact(DDPMScheduler(**BETAS, variance_type="fixed_small"))
     x, t = _randn(1, 2, 3, 4, 4), torch.full((2,), step)
-    eps = nonlinear(x, t).eps
-    theirs = scheduler.step(eps, step, x, generator=torch.Generator().manual_seed(5)).prev_sample
-    torch.testing.assert_close(reverse_step(SCHEDULE, x, t, eps, _randn(5, 2, 3, 4, 4)), theirs, **TOLERANCE)
+    prediction = nonlinear(x, t)
+    theirs = scheduler.step(prediction.eps, step, x, generator=torch.Generator().manual_seed(5)).prev_sample
+    torch.testing.assert_close(reverse_step(SCHEDULE, x, t, prediction, _randn(5, 2, 3, 4, 4)), theirs, **TOLERANCE)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -108,11 +109,11 @@ SHORT = NoiseSchedule(num_timesteps=10)
 
 
 def _latents(**options: object) -> Tensor:
-    config = SamplerConfig(steps=5, **options)
-    return torch.cat(list(sample_latents(nonlinear, SHORT, (3, 2, 2), config)))
+    config = SamplerConfig(**{"steps": 5, **options})
+    return torch.cat([x for x, _ in sample_states(nonlinear, SHORT, (3, 2, 2), config)])
 
 
-@pytest.mark.parametrize("options", [{"eta": 0.7}, {"vanilla": True}])
+@pytest.mark.parametrize("options", [{"eta": 0.7}, {"sampler": "ddpm", "steps": 10}, {"sampler": "dpm-solver++"}])
 def test_image_i_depends_on_seed_plus_i_only(options: dict[str, object]) -> None:
     whole = _latents(count=5, batch_size=5, seed=3, **options)
     assert torch.equal(whole, _latents(count=5, batch_size=2, seed=3, **options))

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from ldm_dkdm import NoiseSchedule, UserError
 from ldm_dkdm.diffusion.process import (
-    eps_to_v,
     eps_to_x0,
     posterior,
     q_sample,
     reverse_step,
     v_to_eps,
+    v_to_x0,
     x0_to_eps,
 )
+from ldm_dkdm.records import Prediction
 
 SCHEDULES = [NoiseSchedule(name) for name in ("scaled_linear", "linear", "cosine")]
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.name)
@@ -81,6 +82,7 @@ def test_eps_x0_and_v_describe_one_state(schedule: NoiseSchedule) -> None:
     v = abar.sqrt() * eps - (1 - abar).sqrt() * x_0
     _close(x_t, abar.sqrt() * x_0 + (1 - abar).sqrt() * eps)
     _close(v_to_eps(schedule, x_t, TIMES, v), eps)
+    _close(v_to_x0(schedule, x_t, TIMES, v), x_0)
     _close(x0_to_eps(schedule, x_t, TIMES, x_0), eps)
 
 
@@ -88,7 +90,6 @@ def test_eps_x0_and_v_describe_one_state(schedule: NoiseSchedule) -> None:
 def test_round_trips_return_what_went_in(schedule: NoiseSchedule) -> None:
     x_t, eps = _normal(3), _normal(4)
     _close(x0_to_eps(schedule, x_t, TIMES, eps_to_x0(schedule, x_t, TIMES, eps)), eps)
-    _close(v_to_eps(schedule, x_t, TIMES, eps_to_v(schedule, x_t, TIMES, eps)), eps)
 
 
 @every_schedule
@@ -121,18 +122,21 @@ def test_reverse_step_is_a_draw_from_the_posterior(stride: int) -> None:
     schedule, x_t, eps, noise = SCHEDULES[0], _normal(7), _normal(8), _normal(9)
     x_0 = eps_to_x0(schedule, x_t, TIMES, eps)
     mean, variance = posterior(schedule, x_0, x_t, TIMES, (TIMES - stride).clamp(min=-1))
-    _close(reverse_step(schedule, x_t, TIMES, eps, noise, stride), mean + variance.sqrt() * noise)
+    prediction = Prediction(eps, x_0)
+    _close(reverse_step(schedule, x_t, TIMES, prediction, noise, stride), mean + variance.sqrt() * noise)
 
 
 @every_schedule
 def test_a_step_past_zero_ends_at_x0_exactly(schedule: NoiseSchedule) -> None:
     x_t, eps, t = _normal(10).float(), _normal(11).float(), TIMES.clamp(max=4)
-    arrived = reverse_step(schedule, x_t, t, eps, _normal(12).float(), stride=5)
-    assert torch.equal(arrived, eps_to_x0(schedule, x_t, t, eps))
+    prediction = Prediction(eps, eps_to_x0(schedule, x_t, t, eps))
+    arrived = reverse_step(schedule, x_t, t, prediction, _normal(12).float(), stride=5)
+    assert torch.equal(arrived, prediction.x_0)
 
 
 def test_float32_states_get_float64_coefficients() -> None:
-    schedule, x_t, eps, noise = SCHEDULES[0], _normal(13), _normal(14), _normal(15)
-    single = reverse_step(schedule, x_t.float(), TIMES, eps.float(), noise.float())
-    assert single.dtype == torch.float32
-    _close(single.double(), reverse_step(schedule, x_t, TIMES, eps, noise), 1e-5)
+    schedule, x_t, x_0, noise = SCHEDULES[0], _normal(13), _normal(14), _normal(15)
+    single = Prediction(x_0.float(), x_0.float())
+    arrived = reverse_step(schedule, x_t.float(), TIMES, single, noise.float())
+    assert arrived.dtype == torch.float32
+    _close(arrived.double(), reverse_step(schedule, x_t, TIMES, Prediction(x_0, x_0), noise), 1e-5)

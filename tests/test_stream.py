@@ -9,7 +9,8 @@ from torch import Tensor
 from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher
 from ldm_dkdm.diffusion.process import eps_to_x0, posterior
 from ldm_dkdm.distill.stream import DistillStream
-from ldm_dkdm.records import DistillBatch
+from ldm_dkdm.records import DistillBatch, NoisyBatch
+from ldm_dkdm.schema import DistillConfig
 from tests.analytic import GaussianNetwork
 
 SCHEDULE = NoiseSchedule(num_timesteps=20)
@@ -18,13 +19,14 @@ SHAPE = (2, 3, 3)
 
 def _pool(t: Tensor, storage: Path | None = None, shape: tuple[int, ...] = SHAPE) -> NoisyPool:
     pool = NoisyPool(len(t), shape, torch.float32, storage)
-    pool.fill(torch.randn(len(t), *shape, generator=torch.Generator().manual_seed(1)), t)
+    pool.fill(NoisyBatch(torch.randn(len(t), *shape, generator=torch.Generator().manual_seed(1)), t))
     return pool
 
 
 def _stream(pool: NoisyPool, mean: float = 0.3, **options: object) -> DistillStream:
     teacher = Teacher(GaussianNetwork(SCHEDULE, mean, std=0.5), SCHEDULE)
-    return DistillStream(teacher, pool, **{"batch_size": 4, "max_steps": 6, **options})
+    keys = {key: options.pop(key) for key in ("batch_size", "stride") if key in options}
+    return DistillStream(teacher, pool, DistillConfig(**{"batch_size": 4, **keys}), **{"max_steps": 6, **options})
 
 
 def _same(ours: list[DistillBatch], theirs: list[DistillBatch]) -> bool:
@@ -46,15 +48,15 @@ def test_an_iteration_calls_the_teacher_exactly_once() -> None:
 @pytest.mark.parametrize("stride", [1, 3])
 def test_a_drawn_slot_is_put_back_before_the_batch_is_handed_over(stride: int) -> None:
     pool = _pool(torch.arange(20))
-    before_x, before_t = pool.take(torch.arange(20))
+    before = pool.take(torch.arange(20))
     batch = next(iter(_stream(pool, stride=stride, batch_size=8)))
     drawn = batch.t  # slot i was at t = i
-    assert torch.equal(batch.x, before_x[drawn])
-    after_x, after_t = pool.take(torch.arange(20))
-    moved = before_t.clone()
+    assert torch.equal(batch.x, before.x[drawn])
+    after = pool.take(torch.arange(20))
+    moved = before.t.clone()
     moved[drawn] -= stride
-    assert torch.equal(after_t, torch.where(moved < 0, 19, moved))
-    assert (after_x != before_x).flatten(1).all(1).nonzero().flatten().tolist() == sorted(drawn.tolist())
+    assert torch.equal(after.t, torch.where(moved < 0, 19, moved))
+    assert (after.x != before.x).flatten(1).all(1).nonzero().flatten().tolist() == sorted(drawn.tolist())
 
 
 @pytest.mark.parametrize("stride", [1, 3])

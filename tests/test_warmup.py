@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 
 from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher
-from ldm_dkdm.distill.warmup import warm_up, warmup_calls
+from ldm_dkdm.distill.warmup import Warmup, warmup_calls
 from ldm_dkdm.schema import WarmupConfig
 from tests.analytic import GaussianNetwork
 
@@ -30,7 +30,7 @@ def _warm(
     seed: int = 0,
 ) -> tuple[NoisyPool, GaussianNetwork]:
     pool, network = NoisyPool(slots, shape, torch.float32), GaussianNetwork(schedule, 0.7, std)
-    for filled in warm_up(pool, Teacher(network, schedule), config, seed, 0, "cpu"):
+    for filled in Warmup(pool, Teacher(network, schedule), config, seed).run():
         assert filled == pool.filled
     return pool, network
 
@@ -55,11 +55,11 @@ def test_an_interrupted_warm_up_goes_on_exactly(config: WarmupConfig, tmp_path: 
     whole, network = _warm(config, 50)
     teacher = Teacher(network, SHORT)
     first, second = NoisyPool(50, (2, 2, 2), torch.float32), NoisyPool(50, (2, 2, 2), torch.float32)
-    next(warm_up(first, teacher, config, 0, 0, "cpu"))
+    next(Warmup(first, teacher, config).run())
     assert 0 < first.filled < 50
     first.save(tmp_path / "pool", step=0)
     second.load(tmp_path / "pool")
-    list(warm_up(second, teacher, config, 0, 0, "cpu"))
+    list(Warmup(second, teacher, config).run())
     assert torch.equal(second.x, whole.x)
     assert torch.equal(second.t, whole.t)
 

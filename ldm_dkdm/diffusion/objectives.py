@@ -1,8 +1,13 @@
 """Objectives: one value per sample (B,); the caller reduces and logs."""
 
+import math
+
+import torch
 from torch import Tensor
 
+from ldm_dkdm.diffusion.process import learned_log_variance, posterior
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.records import Prediction
 
 
 def simple_loss(target_eps: Tensor, eps: Tensor) -> Tensor:
@@ -18,3 +23,40 @@ def loss_weight(schedule: NoiseSchedule, t: Tensor, space: str, cap: float | Non
     abar = schedule.alpha_bar(t, t)
     weight = {"eps": abar**0, "v": 1 / abar, "x0": (1 - abar) / abar}[space]
     return weight.clamp(max=cap or float("inf")).float().to(t.device)
+
+
+def vlb_loss(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, target: Prediction, prediction: Prediction) -> Tensor:
+    """L'_vlb = KL(p_T(x_{t-1}|x_t) || p_S(x_{t-1}|x_t)) at every t, in bits per dimension (DKDM).
+
+    The prediction's mean is detached: this term trains its variance only. A target without a variance is
+    data, not a teacher: then p_T is the posterior q(x_{t-1}|x_t,x_0), and at t = 0 the term is the negative
+    log-likelihood of the pixels (Improved DDPM, Eq. 4-7; L_vlb of Alg. 2).
+    """
+    from_data = target.var_fraction is None
+    lowest = torch.full_like(x_t, -1.0)
+    mean, _ = posterior(schedule, prediction.x_0.detach(), x_t, t, t - 1)
+    log_variance = learned_log_variance(schedule, t, t - 1, prediction.var_fraction)
+    target_mean, _ = posterior(schedule, target.x_0, x_t, t, t - 1)
+    fraction = lowest if from_data else target.var_fraction
+    loss = gaussian_kl(target_mean, learned_log_variance(schedule, t, t - 1, fraction), mean, log_variance)
+    if from_data:
+        likelihood = -pixel_log_likelihood(target.x_0, mean, log_variance)
+        loss = torch.where((t == 0).view(-1, 1, 1, 1), likelihood, loss)
+    return loss.flatten(1).mean(1) / math.log(2)
+
+
+def gaussian_kl(mean_p: Tensor, log_var_p: Tensor, mean_q: Tensor, log_var_q: Tensor) -> Tensor:
+    """KL(p || q) of elementwise Gaussians, in nats."""
+    distance = (mean_p - mean_q).square() * (-log_var_q).exp()
+    return 0.5 * (log_var_q - log_var_p + (log_var_p - log_var_q).exp() + distance - 1)
+
+
+def pixel_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """log of the mass that a Gaussian gives to each 8-bit pixel of x_0 in [-1,1], in nats (DDPM, Eq. 13)."""
+
+    def cdf(edge: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.erf((edge - mean) * (-0.5 * log_variance).exp() / math.sqrt(2)))
+
+    upper = torch.where(x_0 > 0.999, 1.0, cdf(x_0 + 1 / 255))
+    lower = torch.where(x_0 < -0.999, 0.0, cdf(x_0 - 1 / 255))
+    return (upper - lower).clamp(min=1e-12).log()

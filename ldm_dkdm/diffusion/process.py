@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.records import Prediction
 
 
 def _mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
@@ -35,10 +36,10 @@ def v_to_eps(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, v: Tensor) -> Tens
     return _mix(abar.sqrt(), v, (1 - abar).sqrt(), x_t)
 
 
-def eps_to_v(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, in terms of x_t and eps."""
+def v_to_x0(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    """x_0 = sqrt(abar_t) x_t - sqrt(1 - abar_t) v (Salimans & Ho 2022, App. D)."""
     abar = schedule.alpha_bar(t, x_t)
-    return _mix(abar.rsqrt(), eps, -((1 - abar) / abar).sqrt(), x_t)
+    return _mix(abar.sqrt(), x_t, -(1 - abar).sqrt(), v)
 
 
 def posterior(schedule: NoiseSchedule, x_0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,17 +51,40 @@ def posterior(schedule: NoiseSchedule, x_0: Tensor, x_t: Tensor, t: Tensor, t_ne
     alpha = abar / abar_next
     to_x0 = abar_next.sqrt() * (1 - alpha) / (1 - abar)
     to_xt = alpha.sqrt() * (1 - abar_next) / (1 - abar)
-    variance = (1 - alpha) * (1 - abar_next) / (1 - abar)
-    return _mix(to_x0, x_0, to_xt, x_t), variance.to(x_t)
+    return _mix(to_x0, x_0, to_xt, x_t), _posterior_variance(abar, abar_next).to(x_t)
+
+
+def _posterior_variance(abar: Tensor, abar_next: Tensor) -> Tensor:
+    return (1 - abar / abar_next) * (1 - abar_next) / (1 - abar)
+
+
+def learned_log_variance(schedule: NoiseSchedule, t: Tensor, t_next: Tensor, fraction: Tensor) -> Tensor:
+    """log Sigma = f log(beta) + (1 - f) log(beta~), f = (fraction + 1) / 2 (Improved DDPM, Eq. 15).
+
+    beta~ is the posterior's variance, beta = 1 - abar_t / abar_{t_next}. At t_next = -1, where beta~ is 0,
+    the one of the step before takes its place, as in the authors' code.
+    """
+    beta = 1 - schedule.alpha_bar(t, fraction) / schedule.alpha_bar(t_next, fraction)
+    before = (t_next < 0).long() * (t - t_next).clamp(max=schedule.num_timesteps - 1 - t)
+    abar, abar_next = schedule.alpha_bar(t + before, fraction), schedule.alpha_bar(t_next + before, fraction)
+    beta_tilde = _posterior_variance(abar, abar_next).clamp(min=1e-20)
+    weight = (fraction + 1) / 2
+    return weight * beta.log().to(fraction) + (1 - weight) * beta_tilde.log().to(fraction)
+
+
+def reverse_to(
+    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, t_next: Tensor, prediction: Prediction, noise: Tensor
+) -> Tensor:
+    """x_{t_next} from one prediction (Alg. 3, line 4), with its learned variance or the posterior's."""
+    mean, variance = posterior(schedule, prediction.x_0, x_t, t, t_next)
+    if prediction.var_fraction is not None:
+        variance = learned_log_variance(schedule, t, t_next, prediction.var_fraction).exp()
+        variance = variance * (t_next >= 0).view(-1, 1, 1, 1)  # the last step adds no noise
+    return mean + variance.sqrt() * noise
 
 
 def reverse_step(
-    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, eps: Tensor, noise: Tensor, stride: int = 1
+    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Prediction, noise: Tensor, stride: int = 1
 ) -> Tensor:
-    """x_{t-stride} from one prediction, with the fixed posterior variance (Alg. 3, line 4; no clipping).
-
-    A stride > 1 uses the respaced posterior of the same prediction; a step past t = 0 ends at x_0.
-    """
-    t_next = torch.clamp(t - stride, min=-1)
-    mean, variance = posterior(schedule, eps_to_x0(schedule, x_t, t, eps), x_t, t, t_next)
-    return mean + variance.sqrt() * noise
+    """x_{t-stride}: a stride > 1 uses the respaced posterior; a step past t = 0 ends at x_0."""
+    return reverse_to(schedule, x_t, t, torch.clamp(t - stride, min=-1), prediction, noise)

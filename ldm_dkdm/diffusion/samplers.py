@@ -1,11 +1,12 @@
 """Samplers: generators that yield the state after every step, over any denoiser (x, t, label) -> Prediction."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ldm_dkdm.diffusion.process import eps_to_x0, reverse_step
+from ldm_dkdm.diffusion.process import reverse_to, x0_to_eps
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.records import Prediction
@@ -38,19 +39,41 @@ def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
 
     As there, a `steps` that does not divide T gives a few more timesteps. At steps = T nothing is added.
     """
-    if not 1 <= steps <= num_timesteps:
-        raise UserError(f"sampling steps: {steps} is not between 1 and the {num_timesteps} diffusion steps")
+    _check_steps(num_timesteps, steps)
     stride = num_timesteps // steps
     return [min(t + (stride > 1), num_timesteps - 1) for t in range(0, num_timesteps, stride)]
 
 
+def respaced_timesteps(num_timesteps: int, steps: int) -> list[int]:
+    """`steps` ascending timesteps spread evenly from 0 to T-1, both included (Improved DDPM, Sec. 4)."""
+    _check_steps(num_timesteps, steps)
+    if steps == 1:
+        return [num_timesteps - 1]
+    return [round(i * (num_timesteps - 1) / (steps - 1)) for i in range(steps)]
+
+
+def _check_steps(num_timesteps: int, steps: int) -> None:
+    if not 1 <= steps <= num_timesteps:
+        raise UserError(f"sampling steps: {steps} is not between 1 and the {num_timesteps} diffusion steps")
+
+
 def ddpm(
-    schedule: NoiseSchedule, denoise: Denoise, x: Tensor, noise: Noise, label: Tensor | None = None
+    schedule: NoiseSchedule,
+    denoise: Denoise,
+    x: Tensor,
+    noise: Noise,
+    steps: int | None = None,
+    label: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Ancestral sampling from x_T (B,C,H,W) through all T steps (Alg. 3, fixed variance); last yields x_0."""
-    for step in reversed(range(schedule.num_timesteps)):
-        t = torch.full((len(x),), step, device=x.device)
-        x = reverse_step(schedule, x, t, denoise(x, t, label).eps, noise())
+    """Ancestral sampling from x_T (B,C,H,W) through `steps` of the T timesteps, all of them by default.
+
+    Alg. 3, with the variance that the model learned or the posterior's; last yields x_0. Fewer steps
+    respace the process (Improved DDPM, Sec. 4).
+    """
+    timesteps = respaced_timesteps(schedule.num_timesteps, steps or schedule.num_timesteps)
+    for step, following in _downwards(timesteps, -1):
+        t, t_next = (torch.full((len(x),), value, device=x.device) for value in (step, following))
+        x = reverse_to(schedule, x, t, t_next, denoise(x, t, label), noise())
         yield x
 
 
@@ -67,18 +90,58 @@ def ddim(
 
     Timesteps are CompVis's, and so is the last target: abar of t = 0, not 1.
     """
-    timesteps = ddim_timesteps(schedule.num_timesteps, steps)
-    for step, following in zip(reversed(timesteps), reversed([0, *timesteps[:-1]]), strict=True):
+    for step, following in _downwards(ddim_timesteps(schedule.num_timesteps, steps), 0):
         t = torch.full((len(x),), step, device=x.device)
-        eps = denoise(x, t, label).eps
+        x_0 = denoise(x, t, label).x_0
+        eps = x0_to_eps(schedule, x, t, x_0)  # of the clipped x_0, where that is clipped
         abar = schedule.alphas_cumprod[step].item()
         abar_next = schedule.alphas_cumprod[following].item()
         sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
-        x_0 = eps_to_x0(schedule, x, t, eps)
         x = abar_next**0.5 * x_0 + (1 - abar_next - sigma**2) ** 0.5 * eps
         if eta > 0:
             x = x + sigma * noise()
         yield x
+
+
+def dpm_solver(
+    schedule: NoiseSchedule,
+    denoise: Denoise,
+    x: Tensor,
+    steps: int,
+    label: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """DPM-Solver++(2M) from x_T (B,C,H,W), deterministic; last yields x_0 (Lu et al. 2022, Alg. 2).
+
+    The first and the last step are of first order: the one has no predecessor, the other ends at x_0.
+    """
+    abar = schedule.alphas_cumprod
+    lam = 0.5 * (abar / (1 - abar)).log()  # half the log signal-to-noise ratio
+    x_0_before, h_before = None, 0.0
+    for step, following in _downwards(solver_timesteps(schedule.num_timesteps, steps), -1):
+        t = torch.full((len(x),), step, device=x.device)
+        x_0 = denoise(x, t, label).x_0
+        if following < 0:
+            yield x_0
+            return
+        h = (lam[following] - lam[step]).item()
+        direction = x_0
+        if x_0_before is not None:
+            direction = x_0 + (x_0 - x_0_before) * (0.5 * h / h_before)
+        shrink = ((1 - abar[following]) / (1 - abar[step])).sqrt().item()
+        x = shrink * x - abar[following].sqrt().item() * math.expm1(-h) * direction
+        x_0_before, h_before = x_0, h
+        yield x
+
+
+def solver_timesteps(num_timesteps: int, steps: int) -> list[int]:
+    """`steps` ascending timesteps spread evenly over (0, T-1], as diffusers' `linspace` spacing has them."""
+    _check_steps(num_timesteps, steps)
+    return [round(i * (num_timesteps - 1) / steps) for i in range(1, steps + 1)]
+
+
+def _downwards(timesteps: list[int], end: int) -> Iterator[tuple[int, int]]:
+    """Pairs (t, the t after it) from the highest timestep down to `end`."""
+    return zip(reversed(timesteps), reversed([end, *timesteps[:-1]]), strict=True)
 
 
 def last(states: Iterator[Tensor]) -> Tensor:

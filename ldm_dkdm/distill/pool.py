@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing
+from ldm_dkdm.records import NoisyBatch
 
 
 class NoisyPool:
-    """Slots (x_t, t) in host memory or in a memory-mapped file.
+    """Slots (x_t, t, label) in host memory or in a memory-mapped file.
 
     A slot at timestep t in [0, T-1] holds the x_t that the teacher sees next.
 
@@ -23,6 +24,7 @@ class NoisyPool:
         shape: (C,H,W) of a state.
         dtype: storage type of the states; half precision by default.
         storage: file to map the states to; None keeps them in memory.
+        labeled: whether a slot has a label, for a class-conditional teacher.
     """
 
     def __init__(
@@ -31,11 +33,13 @@ class NoisyPool:
         shape: tuple[int, ...],
         dtype: torch.dtype = torch.float16,
         storage: Path | None = None,
+        labeled: bool = False,
     ) -> None:
         if slots < 1:
             raise UserError(f"distill.rho: a pool of {slots} slots; rho * T must round to at least 1")
         self.x = _allocate((slots, *shape), dtype, storage)
         self.t = torch.zeros(slots, dtype=torch.int32)
+        self.label = torch.zeros(slots, dtype=torch.int32) if labeled else None
         self.filled = 0  # slots 0 ... filled-1 are prepared
 
     def __len__(self) -> int:
@@ -46,13 +50,13 @@ class NoisyPool:
         """Bytes of host memory (or disk) that the slots take."""
         return self.x.nbytes + self.t.nbytes
 
-    def fill(self, x: Tensor, t: Tensor) -> None:
-        """Append prepared states x (n,C,H,W) at timesteps t (n,), as many as there is room for."""
-        room = slice(self.filled, min(self.filled + len(x), len(self)))
-        count = room.stop - room.start
-        self.x[room] = x[:count].to("cpu", self.x.dtype)
-        self.t[room] = t[:count].to("cpu", self.t.dtype)
-        self.filled = room.stop
+    def fill(self, batch: NoisyBatch) -> None:
+        """Append prepared states (n,C,H,W) at timesteps (n,), as many as there is room for."""
+        room = torch.arange(self.filled, min(self.filled + len(batch.x), len(self)))
+        count = len(room)
+        label = None if batch.label is None else batch.label[:count]
+        self.put_back(room, NoisyBatch(batch.x[:count], batch.t[:count], label))
+        self.filled += count
 
     def draw(self, batch_size: int, rng: np.random.Generator) -> Tensor:
         """Indices (batch_size,) of distinct slots, uniformly at random."""
@@ -60,20 +64,26 @@ class NoisyPool:
             raise UserError(f"distill.batch_size: {batch_size} is larger than the pool of {len(self)} slots")
         return torch.from_numpy(rng.choice(len(self), batch_size, replace=False))
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """States x (B,C,H,W), float32, and timesteps t (B,), int64, of the slots; the pool keeps them."""
-        return self.x[indices].float(), self.t[indices].long()
+    def take(self, indices: Tensor) -> NoisyBatch:
+        """The slots' states (B,C,H,W), float32, timesteps (B,) and labels (B,), int64; the pool keeps them."""
+        label = None if self.label is None else self.label[indices].long()
+        return NoisyBatch(self.x[indices].float(), self.t[indices].long(), label)
 
-    def put_back(self, indices: Tensor, x: Tensor, t: Tensor) -> None:
-        """Overwrite the slots with states x (B,C,H,W) at timesteps t (B,)."""
-        self.x[indices] = x.to("cpu", self.x.dtype)
-        self.t[indices] = t.to("cpu", self.t.dtype)
+    def put_back(self, indices: Tensor, batch: NoisyBatch) -> None:
+        """Overwrite the slots (B,) with a batch of as many states."""
+        self.x[indices] = batch.x.to("cpu", self.x.dtype)
+        self.t[indices] = batch.t.to("cpu", self.t.dtype)
+        if self.label is not None:
+            self.label[indices] = batch.label.to("cpu", self.label.dtype)
 
     def save(self, path: Path, step: int, origin: str = "") -> None:
         """Write the slots to a safetensors file, whole or not at all; `origin` names what filled them."""
         metadata = json.dumps({"step": step, "filled": self.filled, "origin": origin})
         with replacing(path) as temporary:
-            save_file({"x": self.x, "t": self.t}, temporary, metadata={"pool": metadata})
+            save_file(self._tensors(), temporary, metadata={"pool": metadata})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"x": self.x, "t": self.t} | ({} if self.label is None else {"label": self.label})
 
     def load(self, path: Path, origin: str = "") -> int:
         """Read what `save` wrote; returns its step.
@@ -85,24 +95,30 @@ class NoisyPool:
         Raises:
             UserError: not a pool file, or one of another size or origin.
         """
+        own = self._tensors()
         try:
             with safe_open(path, framework="pt") as file:
-                x, t = file.get_tensor("x"), file.get_tensor("t")
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
                 metadata = json.loads(file.metadata()["pool"])
                 step, filled, found_origin = metadata["step"], metadata["filled"], metadata["origin"]
+            layouts = [{k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} for tensors in (found, own)]
+            outside = found["t"].min() < 0
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a readable pool file ({error}); delete it to start a new pool") from error
-        if x.shape != self.x.shape or x.dtype != self.x.dtype:
-            found, wanted = f"{tuple(x.shape)} {x.dtype}", f"{tuple(self.x.shape)} {self.x.dtype}"
-            raise UserError(f"{path}: holds a pool {found}, this configuration wants {wanted}")
+        if layouts[0] != layouts[1]:
+            raise UserError(f"{path}: holds a pool {_shown(found)}, this configuration wants {_shown(own)}")
         if found_origin != origin:
             raise UserError(f"{path}: was filled with other settings ({found_origin}); delete it to start a new pool")
-        if t.shape != self.t.shape or t.dtype != self.t.dtype or t.min() < 0:
-            raise UserError(f"{path}: its timesteps do not fit its {len(x)} states; delete it to start a new pool")
-        self.x.copy_(x)
-        self.t.copy_(t)
+        if outside:
+            raise UserError(f"{path}: its timesteps do not fit its states; delete it to start a new pool")
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
         self.filled = filled
         return step
+
+
+def _shown(tensors: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in sorted(tensors.items()))
 
 
 def pool_slots(rho: float, num_timesteps: int, batch_size: int) -> int:

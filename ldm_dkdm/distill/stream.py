@@ -1,12 +1,45 @@
 """The stream of training examples: one teacher call each, never two (DKDM, Alg. 1 and Sec. 3.3)."""
 
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_dkdm.diffusion.process import q_sample
 from ldm_dkdm.distill.pool import NoisyPool
 from ldm_dkdm.records import DistillBatch, NoisyBatch
 from ldm_dkdm.rng import numpy_generator, torch_generator
+from ldm_dkdm.schema import DistillConfig
 from ldm_dkdm.streams import BatchStream
 from ldm_dkdm.teacher import Teacher
+
+
+def draw_all(pool: NoisyPool, batch_size: int, rng: np.random.Generator) -> Tensor:
+    """Every slot, every time: the batch stays together (iterative and shuffled iterative distillation)."""
+    return torch.arange(len(pool))
+
+
+def draw_some(pool: NoisyPool, batch_size: int, rng: np.random.Generator) -> Tensor:
+    """Distinct slots of a larger pool, uniformly at random (dynamic iterative distillation)."""
+    return pool.draw(batch_size, rng)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the paper's three ways to make batches (Sec. 3.3)."""
+
+    draw: Callable[[NoisyPool, int, np.random.Generator], Tensor]
+    expands: bool = False  # the pool has round(rho * T) batches instead of one
+    from_noise: bool = False  # all slots begin at T
+
+
+VARIANTS = {
+    "iterative": Variant(draw_all, from_noise=True),
+    "shuffled": Variant(draw_all),
+    "dynamic": Variant(draw_some, expands=True),
+}
 
 
 class DistillStream(BatchStream):
@@ -15,44 +48,60 @@ class DistillStream(BatchStream):
     Args:
         teacher: on the device where the batches are wanted.
         pool: filled.
-        batch_size: B slots an iteration.
-        max_steps: iterations of the whole training.
+        config: batch size, variant and stride; `discard`, the probability that an advanced batch is not handed
+            over (Sec. 11); `input_perturbation`, gamma: the student sees x_t + gamma sqrt(1 - abar_t) noise
+            (Ning et al. 2023).
+        max_steps: batches of the whole training.
         seed, rank: with the step, they decide every random choice.
-        stride: timesteps that a drawn slot advances.
         device: where the student trains.
-        first_step: iterations already done.
+        first_step: batches already handed over.
     """
 
     def __init__(
         self,
         teacher: Teacher,
         pool: NoisyPool,
-        batch_size: int,
+        config: DistillConfig,
         max_steps: int,
         seed: int = 0,
         rank: int = 0,
-        stride: int = 1,
         device: torch.device | str = "cpu",
         first_step: int = 0,
     ) -> None:
-        self.teacher, self.pool = teacher, pool
-        self.batch_size, self.max_steps, self.stride = batch_size, max_steps, stride
+        self.teacher, self.pool, self.config = teacher, pool, config
+        self.max_steps, self.step = max_steps, first_step
         self.seed, self.rank, self.device = seed, rank, device
-        self.step = first_step
+        self.draw = VARIANTS[config.variant].draw
 
     def next_batch(self) -> DistillBatch:
-        """Draw, predict, step, put back; the pool is up to date when the batch is handed over."""
-        indices = self.pool.draw(self.batch_size, numpy_generator(self.seed, self.rank, self.step, "draw"))
-        x, t = (tensor.to(self.device) for tensor in self.pool.take(indices))
-        target, x_next = self.teacher.step(NoisyBatch(x, t), self._noise(x, "step_noise"), self.stride)
-        t_next = t - self.stride
-        finished = t_next < 0
-        x_next = torch.where(finished.view(-1, 1, 1, 1), self._noise(x, "fresh_noise"), x_next)
-        t_next = torch.where(finished, self.teacher.schedule.num_timesteps - 1, t_next)
-        self.pool.put_back(indices, x_next, t_next)
+        """Advance batches until one is not discarded; the pool is up to date when it is handed over."""
+        rng = numpy_generator(self.seed, self.rank, self.step, "draw")
+        generator = torch_generator(self.seed, self.rank, self.step, "step_noise", self.device)
+        while True:
+            batch = self._advance(rng, generator)
+            if rng.random() >= self.config.discard:
+                break
         self.step += 1
-        return DistillBatch(x, t, target)
+        return self._perturbed(batch, generator) if self.config.input_perturbation else batch
 
-    def _noise(self, like: torch.Tensor, purpose: str) -> torch.Tensor:
-        generator = torch_generator(self.seed, self.rank, self.step, purpose, like.device)
+    def _advance(self, rng: np.random.Generator, generator: torch.Generator) -> DistillBatch:
+        """Draw, predict, step, put back: ONE teacher call."""
+        indices = self.draw(self.pool, self.config.batch_size, rng)
+        slots = self.pool.take(indices).to(self.device)
+        target, x_next = self.teacher.step(slots, self._randn(slots.x, generator), self.config.stride)
+        t_next = slots.t - self.config.stride
+        finished = t_next < 0
+        x_next = torch.where(finished.view(-1, 1, 1, 1), self._randn(slots.x, generator), x_next)
+        t_next = torch.where(finished, self.teacher.schedule.num_timesteps - 1, t_next)
+        label = slots.label
+        if label is not None:
+            label = torch.where(finished, self.teacher.draw_labels(len(label), generator), label)
+        self.pool.put_back(indices, NoisyBatch(x_next, t_next, label))
+        return DistillBatch(slots.x, slots.t, target, slots.label)
+
+    def _perturbed(self, batch: DistillBatch, generator: torch.Generator) -> DistillBatch:
+        noise = q_sample(self.teacher.schedule, torch.zeros_like(batch.x), batch.t, self._randn(batch.x, generator))
+        return DistillBatch(batch.x + self.config.input_perturbation * noise, batch.t, batch.target, batch.label)
+
+    def _randn(self, like: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randn(like.shape, generator=generator, device=like.device)

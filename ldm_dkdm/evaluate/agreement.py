@@ -17,6 +17,7 @@ class HeldOutStates:
     x: Tensor  # (N,C,H,W)
     t: Tensor  # (N,)
     eps: Tensor  # (N,C,H,W)
+    label: Tensor | None = None  # (N,)
 
 
 def held_out_chains(
@@ -25,24 +26,28 @@ def held_out_chains(
     """Walk `chains` fresh ancestral chains through all T steps and keep every `every`-th state."""
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn((chains, *shape), generator=generator, device=device)
+    label = teacher.draw_labels(chains, generator)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for step in reversed(range(teacher.schedule.num_timesteps)):
         t = torch.full((chains,), step, device=device)
         noise = torch.randn(x.shape, generator=generator, device=device)
-        prediction, x_next = teacher.step(NoisyBatch(x, t), noise)
+        prediction, x_next = teacher.step(NoisyBatch(x, t, label), noise)
         if step % every == every // 2:
             kept.append((x, t, prediction.eps))
         x = x_next
-    return HeldOutStates(*(torch.cat(parts) for parts in zip(*kept, strict=True)))
+    labels = None if label is None else label.repeat(len(kept))
+    return HeldOutStates(*(torch.cat(parts) for parts in zip(*kept, strict=True)), labels)
 
 
 @torch.no_grad()
 def eps_errors(denoise: Denoise, states: HeldOutStates, batch_size: int = 128) -> Tensor:
     """Squared eps error (N,) against the teacher, mean over elements, of every state."""
-    parts = (states.x.split(batch_size), states.t.split(batch_size), states.eps.split(batch_size))
-    return torch.cat(
-        [(denoise(x, t, None).eps.float() - eps).square().flatten(1).mean(1) for x, t, eps in zip(*parts, strict=True)]
-    )
+    errors = []
+    for part in torch.arange(len(states.t), device=states.t.device).split(batch_size):
+        label = None if states.label is None else states.label[part]
+        eps = denoise(states.x[part], states.t[part], label).eps.float()
+        errors.append((eps - states.eps[part]).square().flatten(1).mean(1))
+    return torch.cat(errors)
 
 
 def eps_error_by_t(denoise: Denoise, states: HeldOutStates) -> dict[int, float]:

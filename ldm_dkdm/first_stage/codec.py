@@ -28,6 +28,11 @@ class LatentCodec:
         return self
 
     @property
+    def parameters(self) -> int:
+        """Number of the autoencoder's parameters."""
+        return sum(p.numel() for p in self.vq.parameters())
+
+    @property
     def latent_size(self) -> int:
         """Side of the latents that the autoencoder was made for."""
         return self.vq.resolution // self.vq.downsampling

@@ -8,22 +8,21 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ldm_dkdm.assemble import Model, check_loss, load_first_stage, load_teacher, make_schedule, make_student
+from ldm_dkdm.assemble import Codec, Model, check_loss, load_first_stage, load_teacher, make_student
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distill.module import StudentModule
 from ldm_dkdm.distill.pool import NoisyPool, pool_slots
-from ldm_dkdm.distill.stream import DistillStream
-from ldm_dkdm.distill.warmup import warm_up
+from ldm_dkdm.distill.stream import VARIANTS, DistillStream
+from ldm_dkdm.distill.warmup import Warmup, preparation
 from ldm_dkdm.errors import Stopped, UserError
-from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.generate import SamplerConfig
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.runs.export import export_on_save
 from ldm_dkdm.runs.interrupt import GracefulStop
-from ldm_dkdm.runs.loop import RunFolder, default_device, fit, open_run
+from ldm_dkdm.runs.loop import RunFolder, default_device, first_batch, fit, open_run
 from ldm_dkdm.runs.samples import SampleGrid
 from ldm_dkdm.runs.saving import RunCheckpoint, pool_path, step_of, warmup_path
-from ldm_dkdm.schema import DistillRun, FirstStagePointer, ModelCard
+from ldm_dkdm.schema import DistillConfig, DistillRun, FirstStagePointer, ModelCard, NetworkConfig, TrainerConfig
 from ldm_dkdm.teacher import Teacher
 
 SECONDS_BETWEEN_WARMUP_SAVES = 600.0
@@ -37,8 +36,9 @@ class Parts:
     model: Model  # the teacher's network and card
     teacher: Teacher
     student: nn.Module
-    codec: LatentCodec
-    pointer: FirstStagePointer
+    card: NetworkConfig  # the student's
+    codec: Codec
+    pointer: FirstStagePointer | None
     schedule: NoiseSchedule
     precision: str
     slots: int
@@ -47,22 +47,17 @@ class Parts:
 def assemble(config: DistillRun) -> Parts:
     """Load and check every part; nothing is written."""
     check_loss(config.distill.loss, "distill.loss")
-    if config.distill.warmup.mode == "ancestral" and config.distill.warmup.t_cap is not None:
-        raise UserError("distill.warmup.t_cap: has no effect on an ancestral warm-up; remove it or choose mode: ddim")
+    if config.distill.warmup.mode != "ddim" and config.distill.warmup.t_cap is not None:
+        raise UserError("distill.warmup.t_cap: only has an effect with mode: ddim; remove it or choose that")
     device = default_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
     model = load_teacher(config)
     codec, pointer = load_first_stage(config.first_stage, model, precision)
     torch.manual_seed(config.trainer.seed)  # of the student's first weights
-    student = make_student(config.student, model)
-    schedule = make_schedule(model.card.diffusion)
-    teacher = Teacher(model.network, schedule, model.card.network.parameterization, precision)
-    slots = pool_slots(config.distill.rho, schedule.num_timesteps, config.distill.batch_size)
-    if slots < config.distill.batch_size:
-        raise UserError(
-            f"distill.rho: {config.distill.rho} makes a pool of {slots} slots, fewer than a batch of "
-            f"{config.distill.batch_size}; raise rho"
-        )
+    student, node = make_student(config.student, model)
+    teacher = model.as_teacher(precision, config.teacher.guidance, config.teacher.null_label)
+    schedule = teacher.schedule
+    slots = _slots(config.distill, schedule.num_timesteps)
     for key, value in (
         ("distill.stride", config.distill.stride),
         ("distill.warmup.steps", config.distill.warmup.steps),
@@ -70,7 +65,23 @@ def assemble(config: DistillRun) -> Parts:
     ):
         if value > schedule.num_timesteps:
             raise UserError(f"{key}: {value} is more than the {schedule.num_timesteps} diffusion steps")
-    return Parts(model, teacher, student, codec, pointer, schedule, precision, slots)
+    return Parts(model, teacher, student, node, codec, pointer, schedule, precision, slots)
+
+
+def _slots(config: DistillConfig, num_timesteps: int) -> int:
+    if not VARIANTS[config.variant].expands:
+        return config.batch_size
+    if config.rho is None:
+        raise UserError(
+            "distill.rho: missing; dynamic distillation needs the size of its pool, the paper's is 0.4 or 4"
+        )
+    slots = pool_slots(config.rho, num_timesteps, config.batch_size)
+    if slots < config.batch_size:
+        raise UserError(
+            f"distill.rho: {config.rho} makes a pool of {slots} slots, fewer than a batch of "
+            f"{config.batch_size}; raise rho"
+        )
+    return slots
 
 
 def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> None:
@@ -91,15 +102,8 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
     if latest and step_of(latest) >= config.trainer.max_steps:
         print(f"{folder.path}: already distilled to step {step_of(latest)}")
         return
-    log = config.logging
-    module = StudentModule(
-        parts.student, parts.schedule, config.student.parameterization, config.distill.loss, config.trainer
-    )
-    card = ModelCard("student.safetensors", config.student, parts.model.card.diffusion, info=_info(config))
-    export = export_on_save(folder.model, card, parts.pointer, log.export_dtype)
-    saving = RunCheckpoint(folder.checkpoints, log.save_every, export)
-    sampling = SamplerConfig(log.sample_count, seed=config.trainer.seed, steps=log.sample_steps)
-    grids = SampleGrid(folder.path / "samples", parts.codec, parts.model.latent_shape, log.sample_every, sampling)
+    module = student_module(config, parts, config.trainer)
+    saving, grids = _callbacks(config, parts, folder)
 
     with GracefulStop() as stop:
 
@@ -108,21 +112,31 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
             parts.teacher.to(device)
             saving.pool = pool = _new_pool(config, parts, folder, rank)
             first_step = _prepare_pool(pool, config, parts.teacher, folder, device, rank, stop)
-            return DistillStream(
-                parts.teacher,
-                pool,
-                config.distill.batch_size,
-                config.trainer.max_steps,
-                config.trainer.seed,
-                rank,
-                config.distill.stride,
-                device,
-                first_step,
-            )
+            batches = config.trainer.max_steps * config.trainer.accumulate
+            seed = config.trainer.seed
+            return DistillStream(parts.teacher, pool, config.distill, batches, seed, rank, device, first_step)
 
-        trainer = fit(module, stream_for, config.trainer, log, folder, [grids, saving], stop, parts.precision)
-    if trainer.global_step < config.trainer.max_steps:
-        raise Stopped(f"stopped and saved at step {trainer.global_step}; {go_on(folder)}")
+        callbacks, log = [grids, saving], config.logging
+        fit(module, stream_for, config.trainer, log, folder, callbacks, stop, parts.precision, go_on(folder))
+
+
+def _callbacks(config: DistillRun, parts: Parts, folder: RunFolder) -> tuple[RunCheckpoint, SampleGrid]:
+    log, teacher = config.logging, parts.teacher
+    diffusion = parts.model.card.diffusion
+    info = {"teacher": config.teacher.ckpt, "method": f"DKDM, {config.distill.variant} iterative distillation"}
+    card = ModelCard("student.safetensors", parts.card, diffusion, null_label=teacher.null_label, info=info)
+    saving = RunCheckpoint(
+        folder.checkpoints, log.save_every, export_on_save(folder.model, card, parts.pointer, log.export_dtype)
+    )
+    sampling = SamplerConfig(log.sample_count, seed=config.trainer.seed, steps=log.sample_steps)
+    samples, shape = folder.path / "samples", parts.model.latent_shape
+    return saving, SampleGrid(samples, parts.codec, shape, log.sample_every, sampling, teacher.classes)
+
+
+def student_module(config: DistillRun, parts: Parts, trainer: TrainerConfig) -> StudentModule:
+    """The student in training."""
+    loss, parameterization = config.distill.loss, parts.card.parameterization
+    return StudentModule(parts.student, parts.schedule, parameterization, loss, trainer, parts.model.denoiser)
 
 
 def go_on(folder: RunFolder) -> str:
@@ -132,11 +146,8 @@ def go_on(folder: RunFolder) -> str:
 
 def _new_pool(config: DistillRun, parts: Parts, folder: RunFolder, rank: int) -> NoisyPool:
     storage = folder.path / f"pool-rank{rank}.bin" if config.distill.pool_storage == "mmap" else None
-    return NoisyPool(parts.slots, parts.model.latent_shape, getattr(torch, config.distill.pool_dtype), storage)
-
-
-def _info(config: DistillRun) -> dict[str, object]:
-    return {"teacher": config.teacher.ckpt, "method": "DKDM, dynamic iterative distillation"}
+    labeled = parts.teacher.num_classes is not None
+    return NoisyPool(parts.slots, parts.model.latent_shape, getattr(torch, config.distill.pool_dtype), storage, labeled)
 
 
 def _prepare_pool(
@@ -154,8 +165,10 @@ def _prepare_pool(
         saved = pool_path(folder.checkpoints, step_of(latest), rank)
         if not saved.is_file():
             raise UserError(f"{saved}: missing; the checkpoint beside it cannot be resumed without its pool")
-        return pool.load(saved)
-    origin = f"{config.teacher.ckpt}, seed {config.trainer.seed}, {config.distill.warmup}"
+        pool.load(saved)
+        return first_batch(folder, config.trainer)
+    warmup = preparation(config.distill)
+    origin = f"{config.teacher.ckpt}, seed {config.trainer.seed}, {warmup}"
     partial = warmup_path(folder.checkpoints, rank)
     if partial.is_file():
         pool.load(partial, origin)
@@ -167,7 +180,7 @@ def _prepare_pool(
     last_save = time.monotonic()
     with tqdm(total=len(pool), initial=pool.filled, desc="warm-up", unit="slot", disable=rank > 0) as bar:
         try:
-            for filled in warm_up(pool, teacher, config.distill.warmup, config.trainer.seed, rank, device, check):
+            for filled in Warmup(pool, teacher, warmup, config.trainer.seed, rank, device, check).run():
                 bar.update(filled - bar.n)
                 if time.monotonic() - last_save > SECONDS_BETWEEN_WARMUP_SAVES:
                     pool.save(partial, 0, origin)

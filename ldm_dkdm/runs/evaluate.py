@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm_dkdm.assemble import Model, load_first_stage, load_teacher, make_schedule
+from ldm_dkdm.assemble import Model, load_first_stage, load_teacher
 from ldm_dkdm.config import build, load_config
 from ldm_dkdm.diffusion.samplers import ddim_timesteps
 from ldm_dkdm.errors import UserError
@@ -65,7 +65,8 @@ def _distances(
     def paint(denoiser: Teacher, seed: int) -> tuple[Tensor, float]:
         config = SamplerConfig(arguments.n_samples, arguments.batch_size, seed, arguments.custom_steps)
         started = time.perf_counter()
-        batches = list(sample_images(denoiser.predict, denoiser.schedule, model.latent_shape, codec, config, device))
+        schedule, shape = denoiser.schedule, model.latent_shape
+        batches = list(sample_images(denoiser.predict, schedule, shape, codec, config, device, denoiser.classes))
         return torch.cat(batches), arguments.n_samples / (time.perf_counter() - started)
 
     reference, teacher_rate = paint(teacher, arguments.seed)
@@ -81,9 +82,7 @@ def _distances(
 
 
 def _denoiser(model: Model, device: torch.device) -> Teacher:
-    precision = resolve_precision("auto", device)
-    network, card = model.network, model.card
-    return Teacher(network, make_schedule(card.diffusion), card.network.parameterization, precision).to(device)
+    return model.as_teacher(resolve_precision("auto", device)).to(device)
 
 
 def _untrained(model: Model) -> Model:

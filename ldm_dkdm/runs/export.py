@@ -13,10 +13,10 @@ from ldm_dkdm.schema import FirstStagePointer, ModelCard
 
 
 def export_on_save(
-    folder: Path, card: ModelCard, pointer: FirstStagePointer, dtype: str
+    folder: Path, card: ModelCard, pointer: FirstStagePointer | None, dtype: str
 ) -> Callable[[L.Trainer], None]:
     """A function that writes the EMA weights of a trainer and the card into `folder`."""
-    relative = replace(pointer, path=relative_to_folder(Path(pointer.path), folder))
+    relative = pointer and replace(pointer, path=relative_to_folder(Path(pointer.path), folder))
 
     def export(trainer: L.Trainer) -> None:
         info = {**card.info, "step": trainer.global_step, "max_steps": trainer.max_steps}

@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 
 from ldm_dkdm.checkpoints.folder import write_folder
 from ldm_dkdm.config import build
-from ldm_dkdm.errors import Stopped, UserError
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage.training import FirstStageModule, held_out_psnr, latent_scale
 from ldm_dkdm.first_stage.vq import VQModel
 from ldm_dkdm.images import endless_batches, load_images
@@ -60,16 +60,14 @@ def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
     with GracefulStop() as stop:
         export = _export_on_save(config, folder, images, held_out)
         saving = RunCheckpoint(folder.checkpoints, config.logging.save_every, export)
-        trainer = fit(module, stream_for, config.trainer, config.logging, folder, [saving], stop, precision)
-    if trainer.global_step < config.trainer.max_steps:
-        raise Stopped(f"stopped and saved at step {trainer.global_step}; the same command goes on")
+        fit(module, stream_for, config.trainer, config.logging, folder, [saving], stop, precision)
     return folder
 
 
 def _refuse_unused(config: FirstStageRun) -> None:
     """Keys of the shared sections that this training decides itself."""
     defaults = TrainerConfig(max_steps=1, learning_rate=1.0)
-    for key in ("lr_schedule", "lr_warmup", "weight_decay", "grad_clip", "devices"):
+    for key in ("lr_schedule", "lr_warmup", "weight_decay", "grad_clip", "devices", "accumulate", "early_stop"):
         if getattr(config.trainer, key) != getattr(defaults, key):
             raise UserError(
                 f"trainer.{key}: the first stage trains on one device with its own schedule; remove the key"

@@ -7,10 +7,12 @@ from types import FrameType, TracebackType
 
 import lightning as L
 
+from ldm_dkdm.runs.steps import StepCallback
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class GracefulStop(L.Callback):
+class GracefulStop(StepCallback):
     """Context manager and Lightning callback: the first signal asks for a stop, a second one forces it."""
 
     def __init__(self) -> None:
@@ -33,9 +35,10 @@ class GracefulStop(L.Callback):
         print("\nstopping after this iteration and saving (once more: stop at once)", file=sys.stderr)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
         for number in self._previous:  # Lightning's own handler of SIGTERM would end the run before it is saved
             signal.signal(number, self._on_signal)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.strategy.reduce_boolean_decision(self.requested, all=False):
             trainer.should_stop = True

@@ -16,11 +16,12 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, IterableDataset
 
 from ldm_dkdm.config import to_yaml
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.files import write_text
 from ldm_dkdm.runs.ema import StudentEMA
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.saving import checkpoints, step_of
+from ldm_dkdm.runs.steps import EarlyStop
 from ldm_dkdm.schema import LoggingConfig, TrainerConfig
 
 
@@ -102,6 +103,7 @@ def fit(
     callbacks: list[L.Callback],
     stop: GracefulStop,
     precision: str,
+    go_on: str = "the same command goes on",
 ) -> L.Trainer:
     """Train to `config.max_steps` from the newest checkpoint, if there is one.
 
@@ -110,6 +112,10 @@ def fit(
         stream_for: makes the stream of batches once the device and the rank are known.
         callbacks: among them one `RunCheckpoint`, which must come after whatever changes the state.
         precision: `bf16` or `32`.
+        go_on: how to resume, for the user.
+
+    Raises:
+        Stopped: a signal ended the run before `config.max_steps`; all is saved.
     """
     quiet_lightning()
     latest = folder.latest()
@@ -118,12 +124,14 @@ def fit(
         devices=config.devices,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_steps=config.max_steps,
+        accumulate_grad_batches=config.accumulate,
         logger=CSVLogger(folder.path, name="", version=_metrics_name(latest)),
         log_every_n_steps=min(10, config.max_steps),
         callbacks=[
             StudentEMA(config.ema_decay),
             _ProgressBar(refresh_rate=10),
             stop,
+            *([EarlyStop(config.early_stop)] if config.early_stop else []),
             *callbacks,
         ],
         enable_checkpointing=False,
@@ -133,7 +141,16 @@ def fit(
     data = _StreamModule(stream_for)
     with contextlib.suppress(SIGTERMException):  # the signal asked for a stop, and that saved the run
         trainer.fit(module, datamodule=data, ckpt_path=latest, weights_only=True)
+    stopped_early = any(isinstance(callback, EarlyStop) and callback.stopped for callback in trainer.callbacks)
+    if trainer.global_step < config.max_steps and (stop.requested or not stopped_early):
+        raise Stopped(f"stopped and saved at step {trainer.global_step}; {go_on}")
     return trainer
+
+
+def first_batch(folder: RunFolder, config: TrainerConfig) -> int:
+    """How many batches the newest checkpoint of a run has seen."""
+    latest = folder.latest()
+    return step_of(latest) * config.accumulate if latest else 0
 
 
 def _metrics_name(resumed: Path | None) -> str:

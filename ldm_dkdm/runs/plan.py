@@ -2,17 +2,18 @@
 
 import math
 import time
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm_dkdm.distill.module import StudentModule
 from ldm_dkdm.distill.pool import NoisyPool
 from ldm_dkdm.distill.stream import DistillStream
-from ldm_dkdm.distill.warmup import warmup_calls
+from ldm_dkdm.distill.warmup import preparation, warmup_calls
 from ldm_dkdm.precision import autocast
-from ldm_dkdm.runs.distill import Parts, assemble
+from ldm_dkdm.records import NoisyBatch
+from ldm_dkdm.runs.distill import Parts, assemble, student_module
 from ldm_dkdm.runs.loop import default_device
 from ldm_dkdm.runs.saving import KEPT
 from ldm_dkdm.schema import DistillRun, TrainerConfig
@@ -40,19 +41,19 @@ def plan(config: DistillRun, parts: Parts) -> dict[str, str]:
     steps, batch = config.trainer.max_steps, config.distill.batch_size
     itemsize = getattr(torch, config.distill.pool_dtype).itemsize
     pool_bytes = parts.slots * (math.prod(shape) * itemsize + 4)
-    warm = warmup_calls(config.distill.warmup, parts.slots, parts.schedule.num_timesteps)
+    warm = warmup_calls(preparation(config.distill), parts.slots, parts.schedule.num_timesteps)
     student, teacher = parameters(parts.student), parameters(parts.teacher.network)
     # student in float32: weights, gradients, two Adam moments, EMA; teacher and first stage: weights
-    resident = 4 * (5 * student + teacher + parameters(parts.codec.vq))
+    resident = 4 * (5 * student + teacher + parts.codec.parameters)
     device = default_device(config.trainer.accelerator)
     seconds, teacher_seconds = time_iteration(config, parts)
     eta = steps * seconds + warm * teacher_seconds
     return {
         "teacher": f"{teacher / 1e6:.6f} M parameters, {gflops(parts.teacher.network, shape):.2f} GFLOPs a sample",
         "student": f"{student / 1e6:.6f} M parameters, {gflops(parts.student, shape):.2f} GFLOPs a sample",
-        "pool": f"{parts.slots:,} slots (rho {config.distill.rho:g}), {size(pool_bytes)} of host "
+        "pool": f"{parts.slots:,} slots ({config.distill.variant}), {size(pool_bytes)} of host "
         + ("disk, memory-mapped" if config.distill.pool_storage == "mmap" else "memory"),
-        "teacher calls, warm-up": f"{warm:,} samples ({config.distill.warmup.mode})",
+        "teacher calls, warm-up": f"{warm:,} samples ({preparation(config.distill).mode})",
         "teacher calls, training": f"{steps * batch:,} samples ({steps:,} steps of {batch})",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({parts.precision})",
         "memory, host": size(0 if config.distill.pool_storage == "mmap" else pool_bytes) + " for the pool",
@@ -67,13 +68,13 @@ def time_iteration(config: DistillRun, parts: Parts) -> tuple[float, float]:
     """Seconds of one training iteration at the configured batch, and of one teacher sample."""
     device = default_device(config.trainer.accelerator)
     batch = min(config.distill.batch_size, MAX_TIMED_BATCH)
-    pool = NoisyPool(batch, parts.model.latent_shape)
-    pool.fill(torch.randn(pool.x.shape), torch.randint(parts.schedule.num_timesteps, (batch,)))
-    stream = DistillStream(parts.teacher.to(device), pool, batch, TIMED_ITERATIONS + 1, device=device)
+    labels = parts.teacher.draw_labels(batch, torch.Generator().manual_seed(0))
+    pool = NoisyPool(batch, parts.model.latent_shape, labeled=labels is not None)
+    pool.fill(NoisyBatch(torch.randn(pool.x.shape), torch.randint(parts.schedule.num_timesteps, (batch,)), labels))
+    timed = replace(config.distill, batch_size=batch, discard=0.0)
+    stream = DistillStream(parts.teacher.to(device), pool, timed, TIMED_ITERATIONS + 1, device=device)
     trainer = TrainerConfig(max_steps=1, learning_rate=1e-9)
-    module = StudentModule(
-        parts.student.to(device), parts.schedule, config.student.parameterization, config.distill.loss, trainer
-    )
+    module = student_module(config, parts, trainer).to(device)
     module.log = lambda *args, **kwargs: None  # no trainer is attached
     optimizer = module.configure_optimizers()["optimizer"]
     times, teacher_times = [], []

@@ -2,7 +2,8 @@
 
 import argparse
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_dkdm.assemble import Model, load_first_stage, load_model, make_schedule
+from ldm_dkdm.assemble import Codec, Model, load_first_stage, load_model
 from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
 from ldm_dkdm.checkpoints.loading import load_strictly
@@ -19,8 +20,7 @@ from ldm_dkdm.config import build
 from ldm_dkdm.diffusion.samplers import ddim_timesteps
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing
-from ldm_dkdm.first_stage.codec import LatentCodec
-from ldm_dkdm.generate import SamplerConfig, sample_latents
+from ldm_dkdm.generate import SamplerConfig, sample_states
 from ldm_dkdm.images import grid, save_image, save_npz, side_by_side
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.runs.loop import default_device
@@ -37,7 +37,7 @@ class Painter:
     home: Path  # the model's folder
     model: Model
     denoiser: Teacher
-    codec: LatentCodec
+    codec: Codec
     device: torch.device
 
     @property
@@ -53,11 +53,18 @@ def prepare(path: Path, arguments: argparse.Namespace) -> Painter:
     precision = resolve_precision(arguments.precision, device)
     first_stage = FirstStageConfig(ckpt=arguments.first_stage)
     codec, _ = load_first_stage(first_stage, model, precision)
-    schedule = make_schedule(model.card.diffusion)
-    if not arguments.vanilla_sample:
-        ddim_timesteps(schedule.num_timesteps, arguments.custom_steps)  # refuses what does not fit
-    denoiser = Teacher(model.network, schedule, model.card.network.parameterization, precision)
+    denoiser = model.as_teacher(precision, arguments.guidance)
+    ddim_timesteps(denoiser.schedule.num_timesteps, arguments.custom_steps or 1)  # refuses what does not fit
+    _check_labels(arguments.labels, denoiser, home)
     return Painter(home, model, denoiser.to(device), codec.to(device), device)
+
+
+def _check_labels(labels: Sequence[int], denoiser: Teacher, home: Path) -> None:
+    if labels and denoiser.num_classes is None:
+        raise UserError(f"--labels: {home} is an unconditional model; leave them out")
+    outside = [label for label in labels if label not in (denoiser.classes or ())]
+    if outside:
+        raise UserError(f"--labels: {outside[0]} is none of the {len(denoiser.classes)} classes of {home}")
 
 
 def sample(
@@ -66,14 +73,18 @@ def sample(
     """Sample, decode and write batch by batch; returns a label and the grid of the first pictures."""
     denoise, schedule, shape = painter.denoiser.predict, painter.denoiser.schedule, painter.model.latent_shape
     started = time.monotonic()
-    latents, images = [], []
+    steps = config.steps or schedule.num_timesteps
+    config = replace(config, steps=steps)
+    latents, images, labels = [], [], []
     with tqdm(total=config.count, desc=f"sampling {painter.name}", unit="image") as bar:
-        for batch in sample_latents(denoise, schedule, shape, config, painter.device):
+        for batch, label in sample_states(denoise, schedule, shape, config, painter.device, painter.denoiser.classes):
             pictures = painter.codec.decode(batch).cpu()
             if not arguments.no_png:
                 _write_png(pictures, out / "img", config.seed + bar.n)
             if arguments.npz or bar.n < GRID:
                 images.append(pictures)
+            if label is not None:
+                labels.append(label.cpu())
             if arguments.latents:
                 latents.append(batch.cpu())
             bar.update(len(batch))
@@ -81,7 +92,7 @@ def sample(
     sheet = grid(torch.cat(images)[:GRID])
     save_image(sheet, out / "grid.png")
     if arguments.npz:
-        save_npz(torch.cat(images), out / "samples.npz")
+        save_npz(torch.cat(images), out / "samples.npz", torch.cat(labels) if labels else None)
     if arguments.latents:
         with replacing(out / "latents.safetensors") as temporary:
             save_file({"latents": torch.cat(latents)}, temporary)

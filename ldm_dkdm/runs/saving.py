@@ -9,12 +9,13 @@ import torch
 
 from ldm_dkdm.distill.pool import NoisyPool
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.runs.steps import StepCallback
 
 KEPT = 2
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
-class RunCheckpoint(L.Callback):
+class RunCheckpoint(StepCallback):
     """Saves student, EMA, optimizer and step, and each rank's pool beside them; keeps the last two.
 
     A checkpoint counts once its `.ckpt` has its name; the pools are written before it.
@@ -30,7 +31,7 @@ class RunCheckpoint(L.Callback):
         self.pool: NoisyPool | None = None  # this rank's, set by a distillation once the rank is known
         self.last_saved = -1
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
         if step % self.every == 0 or step >= trainer.max_steps or trainer.should_stop:
             self.save(trainer)

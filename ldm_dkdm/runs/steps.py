@@ -1,0 +1,64 @@
+"""Callbacks that act after optimizer steps, which gradient accumulation makes rarer than batches."""
+
+import math
+
+import lightning as L
+import torch
+
+from ldm_dkdm.schema import EarlyStopConfig
+
+
+class StepCallback(L.Callback):
+    """Calls `on_step` after every optimizer step and not after the batches in between."""
+
+    _seen = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+        if trainer.global_step > self._seen:
+            self._seen = trainer.global_step
+            self.on_step(trainer, module)
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """What the callback does; `trainer.global_step` steps are done."""
+
+
+class EarlyStop(StepCallback):
+    """Stops when the monitored figure's mean over a window has not fallen for `patience` windows.
+
+    Lightning's EarlyStopping acts at the ends of epochs and validations, which a stream has not.
+    """
+
+    def __init__(self, config: EarlyStopConfig) -> None:
+        self.config = config
+        self.best, self.bad_windows, self.total, self.count = math.inf, 0, 0.0, 0
+        self.stopped = False
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.total = self.total + trainer.callback_metrics[self.config.monitor]
+        self.count += 1
+        if self.count == self.config.window:
+            mean = trainer.strategy.reduce(torch.as_tensor(self.total) / self.count).item()
+            self._judge(mean)
+        if self.stopped:
+            print(f"\nearly stop at step {trainer.global_step}: {self.config.monitor} stays above {self.best:.6g}")
+            trainer.should_stop = True
+
+    def _judge(self, mean: float) -> None:
+        improved = mean < self.best - self.config.min_delta
+        self.best = min(self.best, mean)
+        self.bad_windows = 0 if improved else self.bad_windows + 1
+        self.stopped = self.bad_windows >= self.config.patience
+        self.total, self.count = 0.0, 0
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resume needs."""
+        return {k: float(getattr(self, k)) for k in ("best", "bad_windows", "total", "count", "stopped")}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on with the saved windows."""
+        self.best, self.total = state_dict["best"], state_dict["total"]
+        self.bad_windows, self.count = int(state_dict["bad_windows"]), int(state_dict["count"])
+        self.stopped = bool(state_dict["stopped"])

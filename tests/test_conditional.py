@@ -1,0 +1,124 @@
+"""Class-conditional teachers: labels in the pool, in the stream, in sampling; classifier-free guidance."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher, UserError
+from ldm_dkdm.distill.stream import DistillStream
+from ldm_dkdm.distill.warmup import Warmup
+from ldm_dkdm.generate import SamplerConfig, sample_states
+from ldm_dkdm.networks import DiT, UNet
+from ldm_dkdm.records import NoisyBatch
+from ldm_dkdm.schema import DistillConfig, WarmupConfig
+from tests.parts import UNET_PARAMS, randomised
+
+SCHEDULE = NoiseSchedule(num_timesteps=20)
+SHAPE = (2, 3, 3)
+
+
+class Labelled(nn.Module):
+    """Predicts its label everywhere, and twice that as a variance fraction if `learned`; counts its calls."""
+
+    num_classes = 4
+
+    def __init__(self, learned: bool = False) -> None:
+        super().__init__()
+        self.learned, self.calls = learned, 0
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        self.calls += 1
+        eps = label.view(-1, 1, 1, 1).to(x) * torch.ones_like(x)
+        return torch.cat([eps, 2 * eps], 1) if self.learned else eps
+
+
+def pool_of(teacher: Teacher, config: WarmupConfig, slots: int = 60) -> NoisyPool:
+    pool = NoisyPool(slots, SHAPE, torch.float32, labeled=True)
+    list(Warmup(pool, teacher, config).run())
+    return pool
+
+
+@pytest.mark.parametrize("mode", ["ancestral", "ddim", "noise"])
+def test_every_slot_gets_a_label_that_means_a_class(mode: str) -> None:
+    teacher = Teacher(Labelled(), SCHEDULE, null_label=3)
+    pool = pool_of(teacher, WarmupConfig(mode, steps=5, images=30, batch_size=16))
+    assert sorted(pool.label.unique().tolist()) == [0, 1, 2]
+
+
+def test_the_student_gets_the_label_of_the_teachers_target() -> None:
+    teacher = Teacher(Labelled(), SCHEDULE)
+    stream = DistillStream(teacher, pool_of(teacher, WarmupConfig("noise")), DistillConfig(8), 30)
+    for batch in stream:
+        assert torch.equal(batch.target.eps[:, 0, 0, 0], batch.label.float())
+
+
+def test_a_label_stays_with_its_slot_until_that_restarts_with_a_new_one() -> None:
+    teacher = Teacher(Labelled(), SCHEDULE)
+    pool = pool_of(teacher, WarmupConfig("noise"), 400)
+    stream = DistillStream(teacher, pool, DistillConfig(400, variant="iterative"), 21)
+    before = pool.label.clone()
+    for _ in range(19):
+        stream.next_batch()
+    assert torch.equal(pool.label, before)
+    stream.next_batch()
+    assert (pool.label == before).float().mean().item() == pytest.approx(0.25, abs=0.08)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_guidance_extrapolates_from_no_label_in_one_call(learned: bool) -> None:
+    teacher = Teacher(Labelled(learned), SCHEDULE, guidance=3.0, null_label=0)
+    output = teacher.denoiser.network(torch.zeros(2, *SHAPE), torch.zeros(2), torch.tensor([1, 2]))
+    assert teacher.network.calls == 1
+    assert output[:, 0, 0, 0].tolist() == [3, 6]
+    if learned:
+        assert output[:, -1, 0, 0].tolist() == [2, 4]  # the labelled call's own
+
+
+def test_the_guided_prediction_is_target_and_step() -> None:
+    batch = NoisyBatch(torch.randn(2, *SHAPE), torch.tensor([5, 9]), torch.tensor([1, 2]))
+    guided = Teacher(Labelled(), SCHEDULE, guidance=2.0, null_label=0)
+    plain = Teacher(Labelled(), SCHEDULE)
+    doubled = NoisyBatch(batch.x, batch.t, 2 * batch.label)
+    noise = torch.randn(2, *SHAPE)
+    for ours, theirs in zip(guided.step(batch, noise), plain.step(doubled, noise), strict=True):
+        torch.testing.assert_close(getattr(ours, "eps", ours), getattr(theirs, "eps", theirs))
+
+
+def test_guidance_needs_labels_and_one_that_means_none() -> None:
+    with pytest.raises(UserError, match="takes no labels"):
+        Teacher(UNet(**UNET_PARAMS), SCHEDULE, guidance=2.0)
+    with pytest.raises(UserError, match="null_label"):
+        Teacher(Labelled(), SCHEDULE, guidance=2.0)
+
+
+def test_a_dit_knows_its_own_null_label() -> None:
+    dit = DiT(8, in_channels=3, hidden_size=32, depth=1, num_heads=2, num_classes=5, learn_sigma=False)
+    assert Teacher(dit, SCHEDULE, guidance=2.0).classes == [0, 1, 2, 3, 4]
+    assert Teacher(dit, SCHEDULE).denoiser.network is dit
+
+
+def _labels(config: SamplerConfig) -> list[int]:
+    teacher = Teacher(Labelled(), SCHEDULE, null_label=3)
+    drawn = sample_states(teacher.predict, SCHEDULE, SHAPE, config, classes=teacher.classes)
+    return torch.cat([label for _, label in drawn]).tolist()
+
+
+def test_labels_are_taken_in_turn_or_follow_from_the_seed() -> None:
+    assert _labels(SamplerConfig(5, 2, steps=2, labels=(2, 0))) == [2, 0, 2, 0, 2]
+    drawn = _labels(SamplerConfig(12, 5, seed=3, steps=2))
+    assert set(drawn) == {0, 1, 2}
+    assert drawn[4:] == _labels(SamplerConfig(8, 8, seed=7, steps=2))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++"])
+def test_samples_depend_on_their_labels(sampler: str) -> None:
+    network = randomised(UNet(**UNET_PARAMS, num_classes=4))
+    teacher = Teacher(network, SCHEDULE)
+
+    def states(*labels: int) -> Tensor:
+        config = SamplerConfig(2, steps=3, sampler=sampler, labels=labels)
+        return next(sample_states(teacher.predict, SCHEDULE, (3, 8, 8), config, classes=teacher.classes))[0]
+
+    assert torch.equal(states(1, 2), states(1, 2))
+    assert torch.equal(states(1, 2)[0], states(1, 3)[0])
+    assert not torch.allclose(states(1, 2)[1], states(1, 3)[1])

@@ -1,0 +1,47 @@
+"""Two processes on one machine: a pool per rank, one student, an exact resume."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.cli import ROOT, write_yaml
+from tests.parts import distill_config
+
+
+def distil_in_two_processes(base: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "scripts/dkdm_ldm.py",
+        *(["--base", str(base)] if base.suffix else ["--resume", str(base)]),
+    ]
+    return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.timeout(900)
+def test_two_ranks_distil_one_student_from_their_own_pools_and_resume_exactly(
+    teacher_folder: Path, tmp_path: Path
+) -> None:
+    for name, steps in (("whole", 4), ("halves", 2)):
+        config = distill_config(
+            teacher_folder,
+            tmp_path,
+            trainer={"devices": 2, "max_steps": steps},
+            logging={"name": name, "save_every": 2},
+        )
+        done = distil_in_two_processes(write_yaml(tmp_path / f"{name}.yaml", config))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("student:") == 1
+    assert distil_in_two_processes(tmp_path / "halves", "trainer.max_steps=4").returncode == 0
+    whole, halves = (load_file(tmp_path / name / "student" / "student.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    pools = [
+        [load_file(tmp_path / name / "checkpoints" / f"step=00000004.pool-rank{rank}.safetensors") for rank in (0, 1)]
+        for name in ("whole", "halves")
+    ]
+    assert not torch.equal(pools[0][0]["x"], pools[0][1]["x"])
+    for rank in (0, 1):
+        assert torch.equal(pools[0][rank]["x"], pools[1][rank]["x"])

@@ -1,0 +1,98 @@
+"""The paper's pixel recipes and students (Tab. 6, 8, 10) at full size, on the meta device: nothing is computed."""
+
+import pytest
+import torch
+from torch import nn
+
+from ldm_dkdm.assemble import check_network, make_schedule
+from ldm_dkdm.config import build, load_config
+from ldm_dkdm.distill.pool import pool_slots
+from ldm_dkdm.schema import DistillRun
+from tests.cli import ROOT
+
+# Tab. 6: parameters of teacher and student, channels, blocks, head channels, dropout; batch, iterations, early stop
+TABLE_6 = {
+    "cifar10": ((57_094_662, 128, 3, 32), (14_301_446, 64, 3, 32), 0.3, 128, 200_000, True),
+    "celeba64": ((295_136_454, 192, 3, 64), (57_213_606, 96, 2, 32), 0.1, 256, 100_000, True),
+    "imagenet32": ((57_094_662, 128, 3, 32), (14_301_446, 64, 3, 32), 0.3, 512, 500_000, False),
+}
+SIZES = {"cifar10": (32, [1, 2, 2, 2], [16, 8]), "celeba64": (64, [1, 2, 3, 4], [32, 16, 8])}
+SIZES["imagenet32"] = SIZES["cifar10"]
+STUDENTS = {  # Tab. 8 and 10: a --base file after a recipe
+    ("cifar10", "cnn57m"): 57_094_662,
+    ("cifar10", "cnn44m"): 44_177_286,
+    ("cifar10", "cnn32m"): 32_136_582,
+    ("cifar10", "cnn24m"): 24_866_214,
+    ("imagenet32", "cnn14m"): 14_301_446,
+    ("cifar10", "vit19m"): 19_274_520,
+    ("celeba64", "vit19m_64"): 19_569_432,
+    ("ffhq256", "vit19m_latent"): 19_564_812,
+    ("celebahq256", "vit19m_latent"): 19_564_812,
+}
+
+
+def recipe(*names: str) -> DistillRun:
+    files = [ROOT / "configs" / f"{name}.yaml" for name in names]
+    return load_config(files)
+
+
+def on_meta(node: object) -> nn.Module:
+    with torch.device("meta"):
+        return build(node)
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", TABLE_6)
+def test_the_networks_are_those_of_table_6(name: str) -> None:
+    config, (teacher, student, dropout, *_) = recipe(name), TABLE_6[name]
+    side, mult, resolutions = SIZES[name]
+    for node, (count, channels, blocks, head) in ((config.teacher, teacher), (config.student, student)):
+        network, params = on_meta(node), node.params
+        assert parameters(network) == count
+        assert (params["model_channels"], params["num_res_blocks"], params["num_head_channels"]) == (
+            channels,
+            blocks,
+            head,
+        )
+        assert (params["image_size"], params["channel_mult"], params["dropout"]) == (side, mult, dropout)
+        assert [side // factor for factor in params["attention_resolutions"]] == resolutions
+        assert params["resblock_updown"] and network.out_channels == 6
+        check_network(network, config.diffusion, "student.params")
+
+
+@pytest.mark.parametrize("name", TABLE_6)
+def test_the_training_values_are_those_of_table_6(name: str) -> None:
+    config, (*_, batch, iterations, early_stop) = recipe(name), TABLE_6[name]
+    assert (config.distill.batch_size, config.trainer.max_steps) == (batch, iterations)
+    assert config.trainer.learning_rate == 1e-4 and config.trainer.ema_decay == 0.9999
+    assert (config.trainer.early_stop is not None) == early_stop
+    assert config.distill.rho == 0.4 and config.distill.variant == "dynamic" and config.distill.discard == 0
+    assert config.distill.loss.space == "eps" and config.distill.loss.vlb_weight == 1
+    assert pool_slots(0.4, 1000, batch) == 400 * batch
+    assert config.diffusion.space == "pixel"
+    schedule = make_schedule(config.diffusion)
+    assert schedule.name == "cosine" and schedule.num_timesteps == 1000
+
+
+@pytest.mark.parametrize("names", STUDENTS, ids="-".join)
+def test_the_students_of_tables_8_and_10_fit_their_recipes(names: tuple[str, str]) -> None:
+    base, student = names
+    config = recipe(base, f"students/{student}")
+    network = on_meta(config.student)
+    assert parameters(network) == STUDENTS[names]
+    check_network(network, config.diffusion, "student.params")
+    teacher = on_meta(config.teacher)
+    assert (network.image_size, network.in_channels) == (teacher.image_size, teacher.in_channels)
+    if "dropout" in config.student.params:
+        assert config.student.params["dropout"] == 0.3
+
+
+def test_a_student_file_replaces_the_recipes_student_and_its_values_stay_overridable() -> None:
+    files = [ROOT / "configs" / f"{name}.yaml" for name in ("cifar10", "students/vit19m")]
+    config = load_config(files, ["student.params.depth=3"])
+    assert config.student.params == {**recipe("cifar10", "students/vit19m").student.params, "depth": 3}
+    budget = load_config(files[:1], ["student.budget=30M"])
+    assert budget.student.target is None and budget.student.params == {}

@@ -1,0 +1,194 @@
+"""Pixel space through the scripts: data -> teacher (Alg. 2) -> student (Alg. 1) -> samples (Alg. 3)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm_dkdm.assemble import load_model
+from tests.cli import contents, distil, run_script, sample, write_yaml
+
+UNET = {
+    "image_size": 8,
+    "in_channels": 3,
+    "out_channels": 6,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "attention_resolutions": [2],
+    "channel_mult": [1, 2],
+    "num_head_channels": 32,
+    "num_classes": 10,
+    "resblock_updown": True,
+    "use_scale_shift_norm": True,
+}
+DIT = {
+    "input_size": 8,
+    "in_channels": 3,
+    "hidden_size": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 10,
+    "class_dropout_prob": 0.0,
+}
+PIXEL = {"space": "pixel", "schedule": "cosine", "num_timesteps": 40}
+TRAINER = {"max_steps": 6, "learning_rate": 1e-3, "precision": "32", "accelerator": "cpu", "ema_decay": 0.9}
+LOGGING = {"save_every": 3, "sample_every": 6, "sample_count": 4, "sample_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("digits") / "digits.npz"
+    assert run_script("prepare_digits.py", path) == 0
+    return path
+
+
+def train(home: Path, name: str, data: dict[str, object], **sections: dict[str, object]) -> int:
+    """Train on data (Alg. 2) into home/name; -> exit code."""
+    config = {
+        "model": {"target": "ldm_dkdm.networks.UNet", "params": UNET},
+        "diffusion": PIXEL,
+        "data": {"image_size": 8, "batch_size": 8, "flip": False, **data},
+        "trainer": {**TRAINER, **sections.get("trainer", {})},
+        "logging": {**LOGGING, "dir": str(home), "name": name},
+    }
+    return run_script("train_ldm.py", "--base", write_yaml(home / f"{name}.yaml", config))
+
+
+@pytest.fixture(scope="module")
+def teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional pixel teacher with a learned variance."""
+    home = tmp_path_factory.mktemp("teacher")
+    assert train(home, "teacher", {"path": str(digits)}, trainer={"max_steps": 60}) == 0
+    return home / "teacher" / "student"
+
+
+def distil_config(teacher: Path, home: Path, name: str, **sections: dict[str, object]) -> Path:
+    config: dict[str, dict[str, object]] = {
+        "teacher": {"ckpt": str(teacher)},
+        "student": {"target": "ldm_dkdm.networks.UNet", "params": UNET},
+        "distill": {"batch_size": 8, "rho": 0.2, "warmup": {"mode": "ddim", "steps": 4, "images": 16}},
+        "trainer": dict(TRAINER),
+        "logging": {**LOGGING, "dir": str(home), "name": name},
+    }
+    for section, values in sections.items():
+        config[section] |= values
+    return write_yaml(home / f"{name}.yaml", config)
+
+
+def column(run: Path, name: str) -> np.ndarray:
+    """A figure of a run's metrics."""
+    lines = (run / "metrics" / "metrics.csv").read_text().split()
+    return np.array([float(line.split(",")[lines[0].split(",").index(name)]) for line in lines[1:]])
+
+
+def test_training_on_data_lowers_the_hybrid_loss(teacher: Path) -> None:
+    loss, vlb = (column(teacher.parent, name) for name in ("loss", "vlb"))
+    assert loss[-1] < 0.7 * loss[0]
+    assert 0 < vlb[-1] < vlb[0]
+
+
+@pytest.mark.parametrize("variant", ["dynamic", "shuffled", "iterative"])
+def test_every_variant_distils_and_resumes_bit_for_bit(variant: str, teacher: Path, tmp_path: Path) -> None:
+    options = {"variant": variant, "discard": 0.3, "input_perturbation": 0.1}
+    for name in ("whole", "halves"):
+        steps = 6 if name == "whole" else 3
+        base = distil_config(teacher, tmp_path, name, distill=options, trainer={"max_steps": steps})
+        assert distil("--base", base) == 0
+    assert distil("--resume", tmp_path / "halves", "trainer.max_steps=6") == 0
+    whole, halves = (load_file(tmp_path / name / "student" / "student.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_a_cnn_teaches_a_vit(teacher: Path, tmp_path: Path) -> None:
+    student = {"target": "ldm_dkdm.networks.DiT", "params": DIT, "parameterization": "v"}
+    assert distil("--base", distil_config(teacher, tmp_path, "vit", student=student)) == 0
+    model = load_model(tmp_path / "vit" / "student")
+    assert type(model.network).__name__ == "DiT" and model.card.diffusion.space == "pixel"
+    assert sample("-r", tmp_path / "vit", "-n", 2, "-c", 3, "--labels", 7, "-l", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-c", 5], ["--sampler", "ddpm", "-c", 5], ["--sampler", "dpm-solver++", "-c", 5], ["-v"]]
+)
+def test_samplers_write_labelled_pictures_that_depend_on_the_label(
+    arguments: list[object], teacher: Path, tmp_path: Path
+) -> None:
+    outputs = []
+    for labels in ([3, 4], [3, 5]):
+        out = tmp_path / str(labels[1])
+        assert sample("-r", teacher, "-n", 4, *arguments, "--labels", *labels, "--npz", "-l", out) == 0
+        outputs.append(np.load(out / "samples.npz"))
+    assert outputs[0]["arr_1"].tolist() == [3, 4, 3, 4]
+    assert outputs[0]["arr_0"].shape == (4, 8, 8, 3)
+    same = [(outputs[0]["arr_0"][i] == outputs[1]["arr_0"][i]).all() for i in range(4)]
+    assert same == [True, False, True, False]
+
+
+def test_the_baselines_train_on_synthetic_data_alone_and_with_a_part_of_the_real(
+    digits: Path, teacher: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "synthetic"
+    assert sample("-r", teacher, "-n", 20, "-c", 4, "--npz", "--no_png", "-l", out) == 0
+    synthetic = {"synthetic": str(out / "samples.npz")}
+    assert train(tmp_path, "free", synthetic) == 0
+    assert train(tmp_path, "limited", {**synthetic, "path": str(digits), "fraction": 0.05}) == 0
+    assert train(tmp_path, "based", {"path": str(digits)}) == 0
+    models = [load_file(tmp_path / name / "student" / "model.safetensors") for name in ("free", "limited", "based")]
+    assert not torch.equal(models[0]["out.2.weight"], models[1]["out.2.weight"])
+    assert not torch.equal(models[1]["out.2.weight"], models[2]["out.2.weight"])
+
+
+def test_early_stop_ends_a_run_that_no_longer_improves_and_still_saves(digits: Path, tmp_path: Path) -> None:
+    stop = {"monitor": "loss", "window": 2, "patience": 2, "min_delta": 1e9}
+    assert train(tmp_path, "early", {"path": str(digits)}, trainer={"max_steps": 40, "early_stop": stop}) == 0
+    assert [f.name for f in (tmp_path / "early" / "checkpoints").glob("*.ckpt")][-1:] == ["step=00000006.ckpt"]
+    assert load_model(tmp_path / "early" / "student").card.info["step"] == 6
+
+
+def test_a_run_that_improves_ends_at_max_steps(digits: Path, tmp_path: Path) -> None:
+    stop = {"monitor": "loss", "window": 2, "patience": 100}
+    assert train(tmp_path, "whole", {"path": str(digits)}, trainer={"max_steps": 7, "early_stop": stop}) == 0
+    assert load_model(tmp_path / "whole" / "student").card.info["step"] == 7
+
+
+def test_accumulated_batches_are_one_step_and_resume_exactly(teacher: Path, tmp_path: Path) -> None:
+    for name, steps in (("whole", 4), ("halves", 2)):
+        trainer = {"max_steps": steps, "accumulate": 3}
+        base = distil_config(teacher, tmp_path, name, trainer=trainer, logging={"save_every": 2})
+        assert distil("--base", base) == 0
+    assert distil("--resume", tmp_path / "halves", "trainer.max_steps=4") == 0
+    whole, halves = (contents(tmp_path / name / "student")["student.safetensors"] for name in ("whole", "halves"))
+    assert whole == halves
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("student.params.out_channels=9", "out_channels: 9 must be 3 or 6"),
+        ("student.params.num_classes=11", "num_classes: 11 differs from the teacher's 10"),
+        ("student.params.image_size=16", "image_size: 16 differs"),
+        ("first_stage.ckpt=models/x", "first_stage: pixel space has none"),
+        ("distill.discard=1", "distill.discard: must be below 1"),
+        ("distill.variant=random", "distill.variant: 'random' is not one of"),
+        ("distill.rho=null", "distill.rho: missing"),
+        ("teacher.guidance=2", "teacher.null_label: guidance needs"),
+        ("student.init=elsewhere", "student.init: 'elsewhere' is neither"),
+        ("trainer.accumulate=0", "trainer.accumulate: must be at least 1"),
+        ("trainer.early_stop.monitor=fid", "trainer.early_stop.monitor: 'fid' is not one of"),
+        ("trainer.early_stop.windows=3", "trainer.early_stop.windows: unknown key; did you mean 'window'"),
+    ],
+)
+def test_bad_values_are_one_line_and_exit_code_2(
+    override: str, words: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distil("--base", distil_config(teacher, tmp_path, "bad"), override) == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "bad").exists()
+
+
+def test_labels_that_no_class_has_are_refused(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample("-r", teacher, "-c", 4, "--labels", 10) == 2
+    assert "--labels: 10 is none of the 10 classes" in capsys.readouterr().err
