@@ -161,6 +161,13 @@ def _metrics_name(resumed: Path | None) -> str:
 class _ProgressBar(TQDMProgressBar):
     """Steps, speed, ETA and losses; a stream has no epochs, and the logger's version says nothing here."""
 
+    def on_train_start(self, trainer: L.Trainer, *args: object) -> None:
+        super().on_train_start(trainer, *args)
+        bar, done = self.train_progress_bar, trainer.global_step * trainer.accumulate_grad_batches
+        bar.reset(total=trainer.max_steps * trainer.accumulate_grad_batches)
+        bar.initial = bar.n = done  # a resumed epoch has no start of its own
+        bar.set_description("training")
+
     def on_train_epoch_start(self, trainer: L.Trainer, *args: object) -> None:
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description("training")

@@ -1,0 +1,109 @@
+"""Images as training data: sets, shares, labels, encoding once or when drawn."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm_dkdm import UserError
+from ldm_dkdm.baselines.data import CachedStates, EncodedStates, ImageSet, encode_sets, open_images, open_sets
+from ldm_dkdm.images import save_npz
+from ldm_dkdm.pixel import IdentityCodec
+from ldm_dkdm.schema import DiffusionDataConfig
+
+
+def numbered(count: int, first: int = 0) -> Tensor:
+    """Images uint8 (count,4,4,3): image i is first + i everywhere but in its first column, which is 0."""
+    images = torch.arange(first, first + count, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 4, 4, 3)
+    images[:, :, 0] = 0
+    return images
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def number_of(states: Tensor) -> list[int]:
+    return ((states[:, 0, 0, 2] + 1) * 127.5).round().int().tolist()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of PNG files: cats 0 ... 2, dogs 3 ... 6."""
+    for i, image in enumerate(numbered(7)):
+        path = tmp_path / "images" / ("cat" if i < 3 else "dog") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.numpy()).save(path)
+    return tmp_path / "images"
+
+
+def test_a_folder_is_read_when_asked_for_and_its_subfolders_are_classes(folder: Path) -> None:
+    images = open_images(folder, 4)
+    assert len(images) == 7 and images.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert torch.equal(images.take(torch.tensor([5, 0])), numbered(7)[[5, 0]])
+
+
+def test_an_npz_gives_its_images_and_labels(tmp_path: Path) -> None:
+    save_npz(numbered(5), tmp_path / "x.npz", torch.tensor([4, 3, 2, 1, 0]))
+    images = open_images(tmp_path / "x.npz", 4)
+    assert torch.equal(images.take(torch.arange(5)), numbered(5))
+    assert images.labels.tolist() == [4, 3, 2, 1, 0]
+    np.savez(tmp_path / "y.npz", arr_0=numbered(2).numpy())
+    assert open_images(tmp_path / "y.npz", 4).labels is None
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_a_share_is_random_without_repetition_and_follows_from_the_seed(files: bool, folder: Path) -> None:
+    images = open_images(folder, 4) if files else ImageSet(numbered(7), 4, torch.tensor([0, 0, 0, 1, 1, 1, 1]))
+    part, again, other = (images.part(0.4, seed) for seed in (0, 0, 1))
+    numbers = part.take(torch.arange(len(part)))[:, 0, 1, 0].tolist()
+    assert len(set(numbers)) == len(part) == 3
+    assert part.labels.tolist() == [int(n > 2) for n in numbers]
+    assert numbers == again.take(torch.arange(3))[:, 0, 1, 0].tolist()
+    assert numbers != other.take(torch.arange(3))[:, 0, 1, 0].tolist()
+    assert len(images.part(0.001, 0)) == 1
+
+
+def test_data_limited_is_a_share_of_the_real_images_and_all_synthetic_ones(tmp_path: Path, folder: Path) -> None:
+    save_npz(numbered(10, 100), tmp_path / "s.npz")
+    config = DiffusionDataConfig(
+        path=str(folder), fraction=0.3, synthetic=str(tmp_path / "s.npz"), image_size=4, batch_size=2
+    )
+    assert [len(images) for images in open_sets(config, 0)] == [2, 10]
+
+
+@pytest.mark.parametrize("keys", [{}, {"synthetic": "x.npz", "fraction": 0.5}])
+def test_no_images_or_a_share_of_none_is_refused(keys: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="data"):
+        open_sets(DiffusionDataConfig(image_size=4, batch_size=2, **keys), 0)
+
+
+def test_draws_cover_all_sets_evenly_with_their_labels_and_half_of_them_mirrored() -> None:
+    sets = [ImageSet(numbered(3), 4, torch.arange(3)), ImageSet(numbered(2, 3), 4, torch.arange(3, 5))]
+    states, labels = EncodedStates(sets, IdentityCodec(), flip=True, labeled=True).draw(4000, generator())
+    assert number_of(states) == labels.tolist()
+    assert (labels.bincount() / 4000 - 0.2).abs().max() < 0.03
+    mirrored = states[:, 0, 0, 0] != -1
+    assert mirrored[labels > 0].float().mean().item() == pytest.approx(0.5, abs=0.04)
+
+
+def test_encoding_once_gives_the_states_that_encoding_in_every_draw_gives() -> None:
+    sets = [ImageSet(numbered(3), 4, torch.arange(3)), ImageSet(numbered(2, 3), 4, torch.arange(3, 5))]
+    cached = encode_sets(sets, IdentityCodec(), flip=True, labeled=True)
+    assert torch.equal(cached.x_0[:5], IdentityCodec().encode(numbered(5)))
+    assert torch.equal(cached.x_0[5:], IdentityCodec().encode(numbered(5)).flip(3))
+    assert cached.labels.tolist() == [0, 1, 2, 3, 4] * 2
+    plain = encode_sets(sets, IdentityCodec(), flip=False, labeled=True)
+    once, _ = plain.draw(64, generator(3))
+    every_time, _ = EncodedStates(sets, IdentityCodec(), flip=False, labeled=False).draw(64, generator(3))
+    assert torch.equal(once, every_time)
+
+
+def test_cached_states_are_drawn_with_their_labels() -> None:
+    x_0 = torch.arange(6.0).view(6, 1, 1, 1)
+    states, labels = CachedStates(x_0, torch.arange(6)).draw(50, generator())
+    assert torch.equal(states.flatten(), labels.float())
+    assert CachedStates(x_0).draw(3, generator())[1] is None

@@ -1,0 +1,96 @@
+"""Which student a configuration means, and what it begins with."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm_dkdm.assemble import load_model
+from tests.cli import distil, write_yaml
+from tests.parts import UNET_PARAMS, distill_config, model_folder
+
+STILL = {"learning_rate": 1e-12, "max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def wide_teacher(tmp_path_factory: pytest.TempPathFactory, first_stage: Path) -> Path:
+    return model_folder(tmp_path_factory.mktemp("models") / "wide", first_stage, model_channels=64)
+
+
+def distilled(teacher: Path, home: Path, student: dict[str, object], **trainer: object) -> Path:
+    config = distill_config(teacher, home, trainer=trainer)
+    config["student"] = student
+    assert distil("--base", write_yaml(home / "base.yaml", config)) == 0
+    return home / "run" / "student"
+
+
+def test_a_budget_narrows_the_teachers_unet_and_says_so(
+    wide_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = distilled(wide_teacher, tmp_path, {"budget": "1M", "parameterization": "v"})
+    assert "student.budget 1M: model_channels 32" in capsys.readouterr().out
+    model = load_model(student)
+    assert model.card.network.params == {**UNET_PARAMS, "model_channels": 32}
+    assert model.card.network.parameterization == "v"
+    assert sum(p.numel() for p in model.network.parameters()) <= 1_000_000
+
+
+def test_init_teacher_begins_with_the_teachers_tensors(
+    wide_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = {**UNET_PARAMS, "model_channels": 64}
+    node = {"target": "ldm_dkdm.networks.UNet", "params": same, "init": "teacher"}
+    found = load_file(distilled(wide_teacher, tmp_path, node, **STILL) / "student.safetensors")
+    expected = load_file(wide_teacher / "model.safetensors")
+    assert f"student.init: 0 tensors sliced, {len(expected)} copied, 0 left random" in capsys.readouterr().out
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-9)
+
+
+def test_init_of_a_folder_begins_with_its_weights(teacher_folder: Path, tmp_path: Path) -> None:
+    node = {"target": "ldm_dkdm.networks.UNet", "params": UNET_PARAMS, "init": str(teacher_folder)}
+    found = load_file(distilled(teacher_folder, tmp_path, node, **STILL) / "student.safetensors")
+    for name, tensor in load_file(teacher_folder / "model.safetensors").items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("student", "words"),
+    [
+        ({"budget": "1k"}, ("student.budget", "too small")),
+        ({"budget": "much"}, ("student.budget", "60M")),
+        ({"budget": "1M", "target": "ldm_dkdm.networks.UNet"}, ("student.budget", "remove")),
+        ({}, ("student.target: missing", "student.budget")),
+        (
+            {
+                "target": "ldm_dkdm.networks.DiT",
+                "params": {"input_size": 8, "in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2},
+            },
+            ("out_channels", "learn_sigma: false"),
+        ),
+        (
+            {
+                "target": "ldm_dkdm.networks.DiT",
+                "params": {
+                    "input_size": 8,
+                    "in_channels": 3,
+                    "hidden_size": 32,
+                    "depth": 1,
+                    "num_heads": 2,
+                    "learn_sigma": False,
+                },
+                "init": "teacher",
+            },
+            ("student.init", "DiT and UNet"),
+        ),
+    ],
+)
+def test_students_that_cannot_be_are_refused_in_one_line(
+    student: dict[str, object], words: tuple[str, ...], wide_teacher: Path, tmp_path: Path, capsys
+) -> None:
+    config = distill_config(wide_teacher, tmp_path)
+    config["student"] = student
+    assert distil("--base", write_yaml(tmp_path / "base.yaml", config)) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1 and all(word in error for word in words), error
