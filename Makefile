@@ -12,7 +12,7 @@ demo: setup
 	@echo $(QUICK)/teacher_vs_student.png
 
 $(QUICK)/teacher_vs_student.png: $(QUICK)/student/student.safetensors
-	$(RUN) scripts/txt-free_sample.py -r models/teachers/emoji64 $(QUICK) -n 64 -c 50 --no_png \
+	$(RUN) scripts/txt-free_sample.py -r models/teachers/emoji64 $(QUICK) -n 64 -c 30 --sampler dpm-solver++ --no_png \
 	  -l $(QUICK)/samples/final --compare $@
 
 # The same in pixel space, from nothing but scikit-learn's digits: train a teacher, distil it, sample both (Alg. 2, 1, 3).

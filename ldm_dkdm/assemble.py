@@ -81,8 +81,11 @@ def load_model(folder: Path) -> Model:
     return Model(network, card, pointer)
 
 
-def load_teacher(config: DistillRun) -> Model:
-    """The teacher of a distillation: a model folder of ours, or a CompVis checkpoint with target and params."""
+def load_teacher(config: DistillRun, planning: bool = False) -> Model:
+    """The teacher of a distillation: a model folder of ours, or a foreign checkpoint with target and params.
+
+    While `planning`, a checkpoint that is not there yet is no error: the weights stay random.
+    """
     teacher = config.teacher
     path = Path(teacher.ckpt)
     if is_model_folder(path):
@@ -93,7 +96,8 @@ def load_teacher(config: DistillRun) -> Model:
         if config.diffusion not in (None, model.card.diffusion):
             raise UserError(f"diffusion: {config.diffusion} differs from the teacher's own {model.card.diffusion}")
         return model
-    if not path.is_file():
+    missing = not path.is_file()
+    if missing and not (planning and teacher.target):
         raise UserError(f"teacher.ckpt: {path} is missing; {how_to_get(path)}")
     if teacher.target is None or config.diffusion is None:
         raise UserError(
@@ -102,13 +106,18 @@ def load_teacher(config: DistillRun) -> Model:
     node = NetworkConfig(teacher.target, teacher.params, teacher.parameterization or "eps")
     network = build(node, "teacher.params")
     check_network(network, config.diffusion, "teacher.params")
+    if not missing:
+        _load_foreign(network, config, path)
+    card = ModelCard(path.name, node, config.diffusion, null_label=teacher.null_label)
+    return Model(network, card, path if config.diffusion.space == "latent" else None)
+
+
+def _load_foreign(network: nn.Module, config: DistillRun, path: Path) -> None:
     tensors = read_tensors(path)
     if config.diffusion.space == "pixel":  # guided-diffusion's and DDPM-IP's files: one bare set of weights
         load_strictly(network, tensors, path)
     else:
-        compvis.load_unet(network, tensors, teacher.use_ema is not False, path)
-    card = ModelCard(path.name, node, config.diffusion, null_label=teacher.null_label)
-    return Model(network, card, path if config.diffusion.space == "latent" else None)
+        compvis.load_unet(network, tensors, config.teacher.use_ema is not False, path)
 
 
 RELEASES = {
@@ -128,8 +137,13 @@ def how_to_get(path: Path) -> str:
     return "set the key to a CompVis .ckpt, a guided-diffusion .pt, or a model folder with config.yaml and weights"
 
 
-def load_first_stage(config: FirstStageConfig, model: Model, precision: str) -> tuple[Codec, FirstStagePointer | None]:
-    """The codec of a model, and the pointer to it with an absolute path; pixel space has no pointer."""
+def load_first_stage(
+    config: FirstStageConfig, model: Model, precision: str, planning: bool = False
+) -> tuple[Codec, FirstStagePointer | None]:
+    """The codec of a model, and the pointer to it with an absolute path; pixel space has no pointer.
+
+    While `planning`, a first stage that is not there yet keeps random weights.
+    """
     if model.card.diffusion.space == "pixel":
         if config != FirstStageConfig():
             raise UserError("first_stage: pixel space has none; remove the section, or set diffusion.space=latent")
@@ -142,7 +156,10 @@ def load_first_stage(config: FirstStageConfig, model: Model, precision: str) -> 
         scale = config.scale_factor or known.scale_factor
         source = config if config.ckpt else known
         config = FirstStageConfig(config.ckpt, source.target, source.params, scale)
-    codec = load_codec(path, config, precision)
+    if planning and config.target and not path.exists():
+        codec = LatentCodec(build(config, "first_stage.params"), config.scale_factor or 1.0, precision)
+    else:
+        codec = load_codec(path, config, precision)
     if codec.latent_channels != model.latent_shape[0]:
         raise UserError(
             f"first_stage: {path} has {codec.latent_channels} latent channels, the model has {model.latent_shape[0]}"

@@ -72,13 +72,13 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class WarmupConfig:
-    """How the pool is filled: `ancestral` walks every slot, `ddim` noises samples to random t, `noise` keeps T."""
+    """How the pool is filled: `ancestral` walks every slot, `ddim` and `dpm-solver++` noise samples to random t."""
 
-    mode: Literal["ancestral", "ddim", "noise"] = "ancestral"
-    steps: int = field(default=50, metadata=AT_LEAST_ONE)  # DDIM steps per sample
-    images: int = field(default=1000, metadata=AT_LEAST_ONE)  # DDIM samples
+    mode: Literal["ancestral", "ddim", "dpm-solver++", "noise"] = "ancestral"  # noise: nothing prepared, all at T
+    steps: int = field(default=50, metadata=AT_LEAST_ONE)  # per sample
+    images: int = field(default=1000, metadata=AT_LEAST_ONE)  # samples of the teacher
     batch_size: int = field(default=64, metadata=AT_LEAST_ONE)
-    t_cap: float | None = field(default=None, metadata=POSITIVE)  # `ddim` only: see NoiseSchedule.timesteps_at
+    t_cap: float | None = field(default=None, metadata=POSITIVE)  # of samples: see NoiseSchedule.timesteps_at
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The paper's pixel recipes and students (Tab. 6, 8, 10) at full size, on the meta device: nothing is computed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from ldm_dkdm.assemble import check_network, make_schedule
 from ldm_dkdm.config import build, load_config
 from ldm_dkdm.distill.pool import pool_slots
 from ldm_dkdm.schema import DistillRun
-from tests.cli import ROOT
+from tests.cli import ROOT, distil
 
 # Tab. 6: parameters of teacher and student, channels, blocks, head channels, dropout; batch, iterations, early stop
 TABLE_6 = {
@@ -96,3 +98,15 @@ def test_a_student_file_replaces_the_recipes_student_and_its_values_stay_overrid
     assert config.student.params == {**recipe("cifar10", "students/vit19m").student.params, "depth": 3}
     budget = load_config(files[:1], ["student.budget=30M"])
     assert budget.student.target is None and budget.student.params == {}
+
+
+def test_a_plan_needs_no_checkpoint_and_says_what_to_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base, student = (ROOT / "configs" / name for name in ("cifar10.yaml", "students/vit19m.yaml"))
+    assert distil("--base", base, student, "--plan", "trainer.precision=32") == 0
+    shown = capsys.readouterr().out
+    assert "download DDPM-IP's release ADM_cifar10_baseline.pt" in shown
+    assert "57.094662 M parameters" in shown and "19.274520 M parameters" in shown and "51,200 slots" in shown
+    assert list(tmp_path.iterdir()) == []

@@ -17,8 +17,9 @@ STEEP = NoiseSchedule(num_timesteps=100, beta_start=0.015, beta_end=0.195)  # ab
 MODES = {
     "ancestral": WarmupConfig("ancestral", batch_size=16),
     "ddim": WarmupConfig("ddim", steps=5, images=24, batch_size=8),
+    "solver": WarmupConfig("dpm-solver++", steps=5, images=24, batch_size=8),
 }
-both_modes = pytest.mark.parametrize("config", MODES.values(), ids=MODES)
+every_mode = pytest.mark.parametrize("config", MODES.values(), ids=MODES)
 
 
 def _warm(
@@ -35,7 +36,7 @@ def _warm(
     return pool, network
 
 
-@both_modes
+@every_mode
 def test_all_slots_are_filled_with_distinct_states(config: WarmupConfig) -> None:
     pool, _ = _warm(config, 50)
     assert pool.filled == 50
@@ -44,13 +45,13 @@ def test_all_slots_are_filled_with_distinct_states(config: WarmupConfig) -> None
     assert pool.t.max() <= 19
 
 
-@both_modes
+@every_mode
 def test_t_is_uniform(config: WarmupConfig) -> None:
     pool, _ = _warm(config, 2000, shape=(1, 1, 1))
     assert chisquare(pool.t.bincount(minlength=20)).pvalue > 0.01
 
 
-@both_modes
+@every_mode
 def test_an_interrupted_warm_up_goes_on_exactly(config: WarmupConfig, tmp_path: Path) -> None:
     whole, network = _warm(config, 50)
     teacher = Teacher(network, SHORT)
@@ -64,7 +65,7 @@ def test_an_interrupted_warm_up_goes_on_exactly(config: WarmupConfig, tmp_path: 
     assert torch.equal(second.t, whole.t)
 
 
-@both_modes
+@every_mode
 def test_the_seed_decides_the_pool(config: WarmupConfig) -> None:
     assert torch.equal(_warm(config, 20)[0].x, _warm(config, 20)[0].x)
     assert not torch.equal(_warm(config, 20)[0].x, _warm(config, 20, seed=1)[0].x)
@@ -77,8 +78,9 @@ def test_ancestral_cost_is_what_the_plan_says() -> None:
 
 
 @pytest.mark.parametrize(("slots", "images"), [(40, 8), (8, 40), (10, 8)])
-def test_ddim_cost_is_what_the_plan_says(slots: int, images: int) -> None:
-    config = WarmupConfig("ddim", steps=5, images=images, batch_size=3)
+@pytest.mark.parametrize("mode", ["ddim", "dpm-solver++"])
+def test_the_cost_of_samples_is_what_the_plan_says(mode: str, slots: int, images: int) -> None:
+    config = WarmupConfig(mode, steps=5, images=images, batch_size=3)
     _, network = _warm(config, slots)
     assert network.samples == warmup_calls(config, slots, 20)
 
@@ -88,6 +90,7 @@ def test_ddim_cost_is_what_the_plan_says(slots: int, images: int) -> None:
     [
         (WarmupConfig("ancestral", batch_size=64), 0.05, [0, 2, 5, 10, 40, 100]),
         (WarmupConfig("ddim", steps=100, images=1000, batch_size=100), 0.5, [0, 20, 40, 60, 80, 100]),
+        (WarmupConfig("dpm-solver++", steps=30, images=1000, batch_size=100), 0.5, [0, 20, 40, 60, 80, 100]),
     ],
     ids=MODES,
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.diffusion.process import q_sample
-from ldm_dkdm.diffusion.samplers import ddim, ddim_timesteps, last
+from ldm_dkdm.diffusion.samplers import ddim, ddim_timesteps, dpm_solver, last
 from ldm_dkdm.distill.pool import NoisyPool
 from ldm_dkdm.distill.stream import VARIANTS
 from ldm_dkdm.records import NoisyBatch, Prediction
@@ -42,7 +42,7 @@ class Warmup:
 
         A batch follows from (seed, rank, first slot), so an interrupted warm-up goes on exactly.
         """
-        fill = {"ancestral": self._ancestral, "ddim": self._ddim, "noise": self._noise}[self.config.mode]
+        fill = {"ancestral": self._ancestral, "noise": self._noise}.get(self.config.mode, self._samples)
         while self.pool.filled < len(self.pool):
             self.pool.fill(fill(torch_generator(self.seed, self.rank, self.pool.filled, "warmup", self.device)))
             yield self.pool.filled
@@ -62,8 +62,8 @@ class Warmup:
             x = torch.where((t > target).view(-1, 1, 1, 1), moved, x)
         return NoisyBatch(x, target, label)
 
-    def _ddim(self, generator: torch.Generator) -> NoisyBatch:
-        """Noise each DDIM sample of the teacher to several random t: sample i fills the slots of its share."""
+    def _samples(self, generator: torch.Generator) -> NoisyBatch:
+        """Noise each sample of the teacher to several random t: sample i fills the slots of its share."""
         images, schedule = min(self.config.images, len(self.pool)), self.teacher.schedule
         starts = torch.arange(images + 1) * len(self.pool) // images
         first = int(torch.searchsorted(starts, self.pool.filled))
@@ -74,8 +74,11 @@ class Warmup:
             self.check()
             return self.teacher.predict(x, t, label)
 
-        samples = last(ddim(schedule, denoise, noise, lambda: noise, self.config.steps, label=label))
-        x_0 = samples.repeat_interleave(copies, 0)
+        if self.config.mode == "ddim":
+            chain = ddim(schedule, denoise, noise, lambda: noise, self.config.steps, label=label)
+        else:
+            chain = dpm_solver(schedule, denoise, noise, self.config.steps, label)
+        x_0 = last(chain).repeat_interleave(copies, 0)
         quantiles = torch.rand(len(x_0), generator=generator, device=generator.device)
         t = schedule.timesteps_at(quantiles, self.config.t_cap)
         label = None if label is None else label.repeat_interleave(copies, 0)
@@ -102,4 +105,5 @@ def warmup_calls(config: WarmupConfig, slots: int, num_timesteps: int) -> int:
         return slots * (num_timesteps - 1) // 2
     if config.mode == "noise":
         return 0
-    return min(config.images, slots) * len(ddim_timesteps(num_timesteps, config.steps))
+    calls = config.steps if config.mode == "dpm-solver++" else len(ddim_timesteps(num_timesteps, config.steps))
+    return min(config.images, slots) * calls

@@ -44,15 +44,15 @@ class Parts:
     slots: int
 
 
-def assemble(config: DistillRun) -> Parts:
-    """Load and check every part; nothing is written."""
+def assemble(config: DistillRun, planning: bool = False) -> Parts:
+    """Load and check every part; nothing is written. `planning` does without checkpoints that are missing."""
     check_loss(config.distill.loss, "distill.loss")
-    if config.distill.warmup.mode != "ddim" and config.distill.warmup.t_cap is not None:
-        raise UserError("distill.warmup.t_cap: only has an effect with mode: ddim; remove it or choose that")
+    if config.distill.warmup.mode in ("ancestral", "noise") and config.distill.warmup.t_cap is not None:
+        raise UserError("distill.warmup.t_cap: has an effect with mode: ddim or dpm-solver++ only; remove it")
     device = default_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
-    model = load_teacher(config)
-    codec, pointer = load_first_stage(config.first_stage, model, precision)
+    model = load_teacher(config, planning)
+    codec, pointer = load_first_stage(config.first_stage, model, precision, planning)
     torch.manual_seed(config.trainer.seed)  # of the student's first weights
     student, node = make_student(config.student, model)
     teacher = model.as_teacher(precision, config.teacher.guidance, config.teacher.null_label)

@@ -3,11 +3,13 @@
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm_dkdm.assemble import how_to_get
 from ldm_dkdm.distill.pool import NoisyPool
 from ldm_dkdm.distill.stream import DistillStream
 from ldm_dkdm.distill.warmup import preparation, warmup_calls
@@ -101,7 +103,9 @@ def _synchronise(device: torch.device) -> None:
 
 def print_plan(config: DistillRun) -> None:
     """Print the plan of a configuration, one line a subject."""
-    lines = plan(config, assemble(config))
+    lines = plan(config, assemble(config, planning=True))
+    if not Path(config.teacher.ckpt).exists():
+        print(f"{config.teacher.ckpt} is missing: planned with random weights; {how_to_get(Path(config.teacher.ckpt))}")
     width = max(map(len, lines))
     for subject, value in lines.items():
         print(f"{subject:<{width}}  {value}")

@@ -1,0 +1,230 @@
+"""Students in the teacher's shape: a UNet width for a budget of parameters, first weights cut from the teacher."""
+
+import inspect
+import math
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.networks.layers import AttentionBlock, Downsample, ResBlock
+from ldm_dkdm.networks.unet import UNet
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def parse_budget(text: str | int, where: str = "student.budget") -> int:
+    """A number of parameters: `60M`, `14.5M`, `300k` or 2000000.
+
+    Raises:
+        UserError: anything else, and less than one parameter.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", str(text).strip().lower())
+    budget = round(float(match[1]) * UNITS[match[2]]) if match else 0
+    if budget < 1:
+        raise UserError(f"{where}: expected a number of parameters such as 60M or 300k, got {text!r}")
+    return budget
+
+
+def unet_within_budget(params: Mapping[str, Any], budget: int, where: str = "student.budget") -> dict[str, Any]:
+    """UNet parameters with the largest `model_channels`, at most the given one, that keep within a budget.
+
+    Args:
+        params: keyword arguments of the teacher's UNet; other keys are left out of the result.
+        budget: the most parameters that the student may have.
+        where: prefix of the message.
+
+    Raises:
+        UserError: even the narrowest UNet of this shape has more.
+    """
+    params = {key: value for key, value in params.items() if key in inspect.signature(UNet).parameters}
+    widths = _admissible_widths(params)
+    fitting = bisect_right(widths, budget, key=lambda width: _unet_size({**params, "model_channels": width}))
+    if not fitting:
+        narrowest = _millions(_unet_size({**params, "model_channels": widths[0]}))
+        raise UserError(
+            f"{where}: {_millions(budget)} is too small; the narrowest UNet of the teacher's shape has {narrowest}"
+        )
+    return {**params, "model_channels": widths[fitting - 1]}
+
+
+def _admissible_widths(params: Mapping[str, Any]) -> list[int]:
+    """The widths up to that of `params`, ascending, at which every level divides into norm groups and heads."""
+    arguments = inspect.signature(UNet).bind(**params)
+    arguments.apply_defaults()
+    full = arguments.arguments
+    heads = full["num_heads"] if full["num_head_channels"] == -1 else full["num_head_channels"]
+    unit = math.lcm(32, heads)
+    step = math.lcm(*[unit // math.gcd(unit, mult) for mult in full["channel_mult"]])
+    return list(range(step, full["model_channels"] + 1, step))
+
+
+def _unet_size(params: Mapping[str, Any]) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in UNet(**params).parameters())
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.3g}M"
+
+
+@dataclass(frozen=True)
+class SliceReport:
+    """How many of the student's tensors are slices of the teacher's, equal to them, or still random."""
+
+    sliced: int
+    copied: int
+    random: int
+    where: str = "student.init"
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.sliced} tensors sliced, {self.copied} copied, {self.random} left random"
+
+
+@torch.no_grad()
+def slice_teacher(student: nn.Module, teacher: nn.Module, where: str = "student.init") -> SliceReport:
+    """Give a UNet, in place, the leading channels of the teacher's tensors wherever the blocks correspond.
+
+    Blocks correspond by level and place within it, counted as `_layers` does; those without a counterpart,
+    and tensors that are larger than the teacher's, keep their weights.
+
+    Raises:
+        UserError: one of the two is no UNet.
+    """
+    if not (isinstance(student, UNet) and isinstance(teacher, UNet)):
+        kinds = f"{type(student).__name__} and {type(teacher).__name__}"
+        raise UserError(f"{where}: teacher needs a UNet student and a UNet teacher (here {kinds}); choose random")
+    theirs = dict(_tensors(teacher))
+    counts = Counter(_inherit(own, theirs.get(key)) for key, own in _tensors(student))
+    return SliceReport(counts["sliced"], counts["copied"], counts["random"], where)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """What the channels along one axis of a tensor are: parts, each a tensor of positions arranged by meaning.
+
+    A smaller axis takes the leading entries of every part along each of its dimensions, or, if the axis is
+    `spread`, entries at even distances.
+    """
+
+    parts: tuple[Tensor, ...]
+    spread: bool = False
+
+    def index_into(self, teacher: "_Axis") -> Tensor | None:
+        """The teacher's position (n,) for each own position; None if the teacher lacks one."""
+        index = torch.empty(sum(part.numel() for part in self.parts), dtype=torch.long)
+        for own, theirs in zip(self.parts, teacher.parts, strict=True):
+            if own.ndim != theirs.ndim or any(n > m for n, m in zip(own.shape, theirs.shape)):
+                return None
+            for dim, (n, m) in enumerate(zip(own.shape, theirs.shape)):
+                taken = torch.arange(n) * (m / n if self.spread and n else 1)
+                theirs = theirs.index_select(dim, taken.round().long())
+            index[own] = theirs
+        return index
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A parameter and those of its axes that are not simply channel after channel."""
+
+    value: nn.Parameter
+    axes: Mapping[int, _Axis] = field(default_factory=dict)
+
+    def axis(self, dim: int) -> _Axis:
+        return self.axes.get(dim) or _Axis((torch.arange(self.value.shape[dim]),))
+
+
+GAIN = {"default": 0.0}
+
+
+def _inherit(own: _Slot, theirs: _Slot | None) -> str:
+    """Fill a parameter from its counterpart; says how."""
+    if theirs is None or own.value.ndim != theirs.value.ndim:
+        return "random"
+    value = theirs.value
+    for dim in range(value.ndim):
+        index = own.axis(dim).index_into(theirs.axis(dim))
+        if index is None:
+            return "random"
+        value = value.index_select(dim, index.to(value.device))
+    if value.ndim > 1:
+        value = value * (theirs.value.shape[1] / own.value.shape[1]) ** GAIN.get(own.kind, GAIN["default"])
+    own.value.copy_(value)
+    return "copied" if own.value.shape == theirs.value.shape else "sliced"
+
+
+def _tensors(unet: UNet) -> Iterator[tuple[tuple[Any, ...], _Slot]]:
+    """Every parameter, by its layer's place and its name in the layer."""
+    for place, layer, skip in _layers(unet):
+        axes = _axes(layer, skip)
+        for name, parameter in layer.named_parameters():
+            slot = _Slot(parameter, axes.get(name, {}))
+            object.__setattr__(slot, "kind", (place[0] if place[0] in ("time", "label", "out_conv") else "") + name)
+            yield (*place, name), slot
+
+
+def _layers(unet: UNet) -> Iterator[tuple[tuple[Any, ...], nn.Module, int]]:
+    """(place, layer, how many of its input's last channels are a skip connection's).
+
+    Both halves have n+1 blocks per level, and block k from the outside of the one feeds its skip connection
+    to block k from the outside of the other. Where depths differ, places count from the level's outer end;
+    the decoder's innermost block, which alone takes another level's channels, has a place of its own.
+    """
+    yield ("time",), unet.time_embed, 0
+    if unet.num_classes is not None:
+        yield ("label",), unet.label_emb, 0
+    yield ("out_conv",), unet.out, 0
+    levels = 1 + sum(_resamples(block[0]) for block in unet.input_blocks)
+    per_level = len(unet.input_blocks) // levels
+    for k, block in enumerate(unet.input_blocks):
+        for layer in block:
+            yield ("in", k // per_level, k % per_level, *_kind(layer)), layer, 0
+    for k, layer in enumerate(unet.middle_block):
+        yield ("middle", levels, k), layer, 0
+    for k, (before, block) in enumerate(pairwise([unet.middle_block, *unet.output_blocks])):
+        level, place = divmod(len(unet.output_blocks) - 1 - k, per_level)
+        place = "innermost" if place == per_level - 1 else place
+        skip = block[0].in_layers[2].in_channels - before[0].in_layers[2].out_channels
+        for layer in block:
+            yield ("out", level, place, *_kind(layer)), layer, 0 if _resamples(layer) else skip
+
+
+def _kind(layer: nn.Module) -> tuple[str, bool]:
+    return type(layer).__name__, _resamples(layer)
+
+
+def _resamples(layer: nn.Module) -> bool:
+    return isinstance(layer, Downsample) or not isinstance(getattr(layer, "resample", nn.Identity()), nn.Identity)
+
+
+def _axes(layer: nn.Module, skip: int) -> dict[str, dict[int, _Axis]]:
+    """The axes of a layer's parameters whose channels are of several kinds, by name and dimension."""
+    if isinstance(layer, ResBlock):
+        channels, rows = layer.in_layers[2].in_channels, torch.arange(layer.emb_layers[1].out_features)
+        joined = _Axis(torch.arange(channels).split([channels - skip, skip]))
+        film = _Axis((rows.view(2, -1) if layer.scale_shift else rows,))
+        return {
+            "in_layers.0.weight": {0: joined},
+            "in_layers.0.bias": {0: joined},
+            "in_layers.2.weight": {1: joined},
+            "skip_connection.weight": {1: joined},
+            "emb_layers.1.weight": {0: film},
+            "emb_layers.1.bias": {0: film},
+        }
+    if isinstance(layer, AttentionBlock):
+        heads, channels = layer.heads, layer.proj_out.in_channels
+        rows = torch.arange(3 * channels)
+        rows = rows.view(3, heads, -1).transpose(0, 1) if layer.new_order else rows.view(heads, 3, -1)
+        qkv, joined = _Axis((rows,)), _Axis((torch.arange(channels).view(heads, -1),))
+        return {"qkv.weight": {0: qkv}, "qkv.bias": {0: qkv}, "proj_out.weight": {1: joined}}
+    if isinstance(layer, nn.Sequential) and isinstance(layer[0], nn.Linear):
+        width = layer[0].in_features
+        return {"0.weight": {1: _Axis(torch.arange(width).split([width // 2, width // 2, width % 2]), spread=True)}}
+    return {}
