@@ -117,6 +117,7 @@ def _load_foreign(network: nn.Module, config: DistillRun, path: Path) -> None:
     if config.diffusion.space == "pixel":  # guided-diffusion's and DDPM-IP's files: one bare set of weights
         load_strictly(network, tensors, path)
     else:
+        compvis.check_schedule(tensors, make_schedule(config.diffusion), path)
         compvis.load_unet(network, tensors, config.teacher.use_ema is not False, path)
 
 

@@ -29,6 +29,7 @@ def parse() -> argparse.Namespace:
         "--labels", type=int, nargs="+", default=[], help="class labels, in turn; default: by the seeds"
     )
     parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance; 1: none")
+    parser.add_argument("--raw", action="store_true", help="of a training .ckpt: the raw weights, not their EMA")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
     parser.add_argument("--latents", action="store_true", help="also write latents.safetensors")
     parser.add_argument("--no_png", action="store_true", help="no PNG per image, only the grid")

@@ -1,6 +1,7 @@
 """What loads out of a checkpoint, and under which names."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -9,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm_dkdm import NoiseSchedule, UserError
-from ldm_dkdm.assemble import load_teacher
+from ldm_dkdm import UserError
+from ldm_dkdm.assemble import load_teacher, make_schedule
 from ldm_dkdm.checkpoints import compvis, read_tensors
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.first_stage import VQModel
@@ -82,7 +83,9 @@ def vq() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def compvis_file(tmp_path_factory: pytest.TempPathFactory, unet: nn.Module, vq: nn.Module) -> Path:
-    return write_compvis_checkpoint(tmp_path_factory.mktemp("compvis") / "model.ckpt", unet, vq, NoiseSchedule())
+    return write_compvis_checkpoint(
+        tmp_path_factory.mktemp("compvis") / "model.ckpt", unet, vq, make_schedule(DIFFUSION)
+    )
 
 
 @pytest.mark.parametrize(("choice", "shift"), [({}, 0), ({"use_ema": True}, 0), ({"use_ema": False}, 1)])
@@ -91,9 +94,20 @@ def test_a_compvis_teacher_has_the_ema_weights_by_default(
 ) -> None:
     teacher = TeacherConfig(str(compvis_file), "ldm_dkdm.networks.UNet", UNET_PARAMS, **choice)
     student = NetworkConfig("ldm_dkdm.networks.UNet", UNET_PARAMS)
-    run = DistillRun(teacher, student, DistillConfig(4, 0.5), TrainerConfig(1, 1e-3), diffusion=DIFFUSION)
+    run = DistillRun(teacher, student, DistillConfig(4, rho=0.5), TrainerConfig(1, 1e-3), diffusion=DIFFUSION)
     loaded = load_teacher(run).network.state_dict()
     assert _equal(loaded, {name: value + shift for name, value in unet.state_dict().items()})
+
+
+def test_a_schedule_that_the_checkpoint_was_not_trained_with_is_refused_with_both(compvis_file: Path) -> None:
+    teacher = TeacherConfig(str(compvis_file), "ldm_dkdm.networks.UNet", UNET_PARAMS)
+    for wrong in (replace(DIFFUSION, schedule="linear"), replace(DIFFUSION, num_timesteps=21)):
+        config = DistillRun(
+            teacher, NetworkConfig("", {}), DistillConfig(1, rho=1.0), TrainerConfig(1, 1.0), diffusion=wrong
+        )
+        stored, configured = (make_schedule(d).alphas_cumprod[-1].item() for d in (DIFFUSION, wrong))
+        with pytest.raises(UserError, match=rf"T = 20.*{stored:.6f}.*T = {wrong.num_timesteps}.*{configured:.6f}"):
+            load_teacher(config)
 
 
 def test_ema_names_have_no_dots() -> None:

@@ -149,3 +149,15 @@ def test_a_plan_counts_parameters_and_slots_and_writes_nothing(
     assert printed.count(f"{count:.6f} M parameters") == 2  # teacher and student are of one size
     assert "40 slots" in printed and "24 samples (6 steps of 4)" in printed
     assert contents(tmp_path) == before
+
+
+def test_a_checkpoints_raw_weights_are_another_choice_than_its_average(run: Path, tmp_path: Path, capsys) -> None:
+    checkpoint = run / "checkpoints" / "step=00000006.ckpt"
+    for name, flags in (("ema", []), ("raw", ["--raw"]), ("student", [])):
+        source = run if name == "student" else checkpoint
+        assert sample("-r", source, "-n", 1, "-c", 2, "--latents", "--no_png", "-l", tmp_path / name, *flags) == 0
+    ema, raw, student = (load_file(tmp_path / n / "latents.safetensors")["latents"] for n in ("ema", "raw", "student"))
+    assert torch.equal(ema, student)
+    assert not torch.allclose(ema, raw)
+    assert sample("-r", run, "--raw") == 2
+    assert "--raw" in capsys.readouterr().err

@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ldm_dkdm.checkpoints.loading import load_strictly
+from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
 
 UNET = "model.diffusion_model."
@@ -31,6 +33,23 @@ def load_unet(network: nn.Module, tensors: Mapping[str, Tensor], use_ema: bool, 
     if not ema:
         raise UserError(f"{source}: holds no EMA weights ({EMA}*); set teacher.use_ema=false to use the raw ones")
     load_strictly(network, ema, source)
+
+
+def check_schedule(tensors: Mapping[str, Tensor], schedule: NoiseSchedule, source: str | Path) -> None:
+    """Refuse a configured schedule that is not the one a checkpoint was trained with, where it stores that."""
+    stored = tensors.get("alphas_cumprod")
+    if stored is None:
+        return
+    wanted = schedule.alphas_cumprod
+    if stored.shape != wanted.shape or not torch.allclose(stored.double(), wanted, rtol=1e-3, atol=1e-6):
+        raise UserError(
+            f"diffusion: {source} was trained with {_ends(stored)}, the configuration gives {_ends(wanted)}; "
+            "correct schedule, num_timesteps, beta_start or beta_end"
+        )
+
+
+def _ends(abar: Tensor) -> str:
+    return f"T = {len(abar)}, alphas_cumprod {abar[0]:.6f} ... {abar[len(abar) // 2]:.6f} ... {abar[-1]:.6f}"
 
 
 def load_first_stage(vq: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:

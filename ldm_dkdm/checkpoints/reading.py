@@ -20,11 +20,12 @@ class Inert:
     """Takes the place of a class that a pickle names; it does nothing."""
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_tensors(path: str | Path, part: str = "state_dict") -> dict[str, Tensor]:
     """Read a .safetensors, .ckpt or .pt file -> {name: tensor}, on the CPU, memory-mapped where possible.
 
-    A nested `state_dict` is taken out of a Lightning checkpoint; other entries are left. A file that is
-    one tensor gives it under the file's name.
+    A nested `part` is taken out of a Lightning checkpoint (in ours `state_dict` holds the EMA weights and
+    `current_model_state` the raw ones); other entries are left. A file that is one tensor gives it under the
+    file's name.
 
     Raises:
         UserError: no such file, an unknown format, or a pickle that asks for more than tensors.
@@ -37,7 +38,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     content = _read_pickle(path)
     if isinstance(content, Tensor):
         return {path.stem: content}
-    tree = content.get("state_dict", content) if isinstance(content, dict) else content
+    tree = content.get(part, content) if isinstance(content, dict) else content
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds a {type(tree).__name__}, not a dictionary of tensors")
     tensors = {name: value for name, value in tree.items() if isinstance(value, Tensor)}

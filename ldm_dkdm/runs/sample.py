@@ -48,7 +48,7 @@ class Painter:
 
 def prepare(path: Path, arguments: argparse.Namespace) -> Painter:
     """Load a model as the command line of `txt-free_sample.py` asks; nothing is written."""
-    model, home = find_model(path)
+    model, home = find_model(path, arguments.raw)
     device = _device(arguments.device)
     precision = resolve_precision(arguments.precision, device)
     first_stage = FirstStageConfig(ckpt=arguments.first_stage)
@@ -130,12 +130,17 @@ def _device(name: str) -> torch.device:
         raise UserError(f"--device: '{name}' cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def find_model(path: Path) -> tuple[Model, Path]:
-    """The model at a run folder, a model folder or a training checkpoint, and the folder it lives in."""
+def find_model(path: Path, raw: bool = False) -> tuple[Model, Path]:
+    """The model at a run folder, a model folder or a training checkpoint, and the folder it lives in.
+
+    `raw`: the weights of a training checkpoint as the optimizer left them, not their EMA.
+    """
+    if raw and path.suffix != ".ckpt":
+        raise UserError(f"--raw: {path} holds EMA weights only; name a checkpoint in checkpoints/*.ckpt")
     if is_model_folder(path / "student"):
         return load_model(path / "student"), path / "student"
     if path.suffix == ".ckpt" and path.is_file():
-        return _from_training_checkpoint(path)
+        return _from_training_checkpoint(path, "current_model_state" if raw else "state_dict")
     if (path / "checkpoints").is_dir():
         raise UserError(f"{path}: the run has no student/ yet; let it save once, or go on with --resume {path}")
     if is_model_folder(path):
@@ -143,15 +148,15 @@ def find_model(path: Path) -> tuple[Model, Path]:
     raise UserError(f"{path}: no run, model folder (config.yaml and weights) or training checkpoint")
 
 
-def _from_training_checkpoint(path: Path) -> tuple[Model, Path]:
-    """The EMA weights of a training checkpoint; the run's student folder says what they are."""
+def _from_training_checkpoint(path: Path, part: str) -> tuple[Model, Path]:
+    """The weights in a part of a training checkpoint; the run's student folder says what they are."""
     folder = path.parent.parent / "student"
     if not is_model_folder(folder):
         raise UserError(f"{path}: no {folder}/config.yaml beside it that says what the weights are")
     card, _ = read_folder(folder, ModelCard)
     network = build(card.network, f"{folder}/config.yaml: network.params")
     prefix = "network."
-    tensors = {k.removeprefix(prefix): v for k, v in read_tensors(path).items() if k.startswith(prefix)}
+    tensors = {k.removeprefix(prefix): v for k, v in read_tensors(path, part).items() if k.startswith(prefix)}
     load_strictly(network, tensors, path)
     pointer = folder / card.first_stage.path if card.first_stage else None
     return Model(network, card, pointer), folder
