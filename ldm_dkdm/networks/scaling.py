@@ -141,9 +141,6 @@ class _Slot:
         return self.axes.get(dim) or _Axis((torch.arange(self.value.shape[dim]),))
 
 
-GAIN = {"default": 0.0}
-
-
 def _inherit(own: _Slot, theirs: _Slot | None) -> str:
     """Fill a parameter from its counterpart; says how."""
     if theirs is None or own.value.ndim != theirs.value.ndim:
@@ -154,8 +151,6 @@ def _inherit(own: _Slot, theirs: _Slot | None) -> str:
         if index is None:
             return "random"
         value = value.index_select(dim, index.to(value.device))
-    if value.ndim > 1:
-        value = value * (theirs.value.shape[1] / own.value.shape[1]) ** GAIN.get(own.kind, GAIN["default"])
     own.value.copy_(value)
     return "copied" if own.value.shape == theirs.value.shape else "sliced"
 
@@ -165,9 +160,7 @@ def _tensors(unet: UNet) -> Iterator[tuple[tuple[Any, ...], _Slot]]:
     for place, layer, skip in _layers(unet):
         axes = _axes(layer, skip)
         for name, parameter in layer.named_parameters():
-            slot = _Slot(parameter, axes.get(name, {}))
-            object.__setattr__(slot, "kind", (place[0] if place[0] in ("time", "label", "out_conv") else "") + name)
-            yield (*place, name), slot
+            yield (*place, name), _Slot(parameter, axes.get(name, {}))
 
 
 def _layers(unet: UNet) -> Iterator[tuple[tuple[Any, ...], nn.Module, int]]:
