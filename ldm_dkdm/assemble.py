@@ -25,6 +25,7 @@ from ldm_dkdm.schema import (
     LossConfig,
     ModelCard,
     NetworkConfig,
+    NewNetworkConfig,
     StudentConfig,
 )
 from ldm_dkdm.teacher import Teacher, class_labels
@@ -215,7 +216,7 @@ def make_student(config: StudentConfig, teacher: Model) -> tuple[nn.Module, Netw
     if config.init == "teacher":
         print(slice_teacher(student, teacher.network))
     else:
-        load_initial(student, config.init, "student.init")
+        load_initial(student, config, "student.init")
     return student, node
 
 
@@ -240,13 +241,17 @@ def plain(node: NetworkConfig) -> NetworkConfig:
     return NetworkConfig(node.target, node.params, node.parameterization)
 
 
-def load_initial(network: nn.Module, init: str, where: str) -> None:
+def load_initial(network: nn.Module, node: NewNetworkConfig, where: str) -> None:
     """Give a network its first weights: as they are (`random`), or those in a model folder."""
+    init = node.init
     if init == "random":
         return
     if not is_model_folder(Path(init)):
         raise UserError(f"{where}: '{init}' is neither 'random' nor a model folder with config.yaml and weights")
     card, tensors = read_folder(Path(init), ModelCard)
+    found = card.network.parameterization
+    if found != node.parameterization:
+        raise UserError(f"{where}: {init} predicts {found}; set parameterization to that, or init to random")
     load_strictly(network, tensors, Path(init) / card.weights)
 
 

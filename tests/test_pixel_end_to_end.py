@@ -1,5 +1,6 @@
 """Pixel space through the scripts: data -> teacher (Alg. 2) -> student (Alg. 1) -> samples (Alg. 3)."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(home: Path, name: str, data: dict[str, object], **sections: dict[str, object]) -> int:
     """Train on data (Alg. 2) into home/name; -> exit code."""
     config = {
-        "model": {"target": "ldm_dkdm.networks.UNet", "params": UNET},
+        "model": sections.get("model", {"target": "ldm_dkdm.networks.UNet", "params": UNET}),
         "diffusion": PIXEL,
         "data": {"image_size": 8, "batch_size": 8, "flip": False, **data},
         "trainer": {**TRAINER, **sections.get("trainer", {})},
@@ -64,9 +65,9 @@ def teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "teacher" / "student"
 
 
-def distil_config(teacher: Path, home: Path, name: str, **sections: dict[str, object]) -> Path:
+def distil_config(ckpt: Path, home: Path, name: str, **sections: dict[str, object]) -> Path:
     config: dict[str, dict[str, object]] = {
-        "teacher": {"ckpt": str(teacher)},
+        "teacher": {"ckpt": str(ckpt)},
         "student": {"target": "ldm_dkdm.networks.UNet", "params": UNET},
         "distill": {"batch_size": 8, "rho": 0.2, "warmup": {"mode": "ddim", "steps": 4, "images": 16}},
         "trainer": dict(TRAINER),
@@ -107,6 +108,29 @@ def test_a_cnn_teaches_a_vit(teacher: Path, tmp_path: Path) -> None:
     model = load_model(tmp_path / "vit" / "student")
     assert type(model.network).__name__ == "DiT" and model.card.diffusion.space == "pixel"
     assert sample("-r", tmp_path / "vit", "-n", 2, "-c", 3, "--labels", 7, "-l", tmp_path / "out") == 0
+
+
+def test_a_class_conditional_run_can_be_planned(teacher: Path, tmp_path: Path, capsys) -> None:
+    assert distil("--base", distil_config(teacher, tmp_path, "planned"), "--plan") == 0
+    assert "64 slots (dynamic)" in capsys.readouterr().out
+    assert not (tmp_path / "planned").exists()
+
+
+def test_a_guided_vit_teaches_a_cnn_and_is_what_the_student_is_measured_against(digits: Path, tmp_path: Path) -> None:
+    dit = {"target": "ldm_dkdm.networks.DiT", "params": {**DIT, "class_dropout_prob": 0.5}}
+    assert train(tmp_path, "vit", {"path": str(digits)}, model=dit, trainer={"max_steps": 30}) == 0
+    found = []
+    for guidance in (1.0, 4.0):
+        name = f"guided-{guidance:g}"
+        teacher = {"guidance": guidance}
+        base = distil_config(tmp_path / "vit" / "student", tmp_path, name, teacher=teacher, trainer={"max_steps": 2})
+        assert distil("--base", base) == 0
+        assert run_script("evaluate.py", "-r", tmp_path / name, "-n", 0, "-c", 4, "--chains", 2) == 0
+        found.append(
+            json.loads((tmp_path / name / "student" / "evaluation.json").read_text())["eps_mse_by_t_quarter_untrained"]
+        )
+    assert load_model(tmp_path / "guided-4" / "student").card.null_label == 10
+    assert not np.allclose(found[0], found[1], rtol=1e-3)
 
 
 @pytest.mark.parametrize(

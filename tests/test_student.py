@@ -55,6 +55,14 @@ def test_init_of_a_folder_begins_with_its_weights(teacher_folder: Path, tmp_path
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
 
 
+def test_init_of_a_folder_that_predicts_something_else_is_refused(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = distill_config(teacher_folder, tmp_path, student={"init": str(teacher_folder)})  # eps; the student: v
+    assert distil("--base", write_yaml(tmp_path / "base.yaml", config)) == 2
+    assert "student.init" in (error := capsys.readouterr().err) and "predicts eps" in error
+
+
 @pytest.mark.parametrize(
     ("student", "words"),
     [

@@ -82,7 +82,7 @@ def _network(config: DiffusionRun) -> nn.Module:
         raise UserError(f"logging.sample_steps: {config.logging.sample_steps} is more than the diffusion steps")
     torch.manual_seed(config.trainer.seed)  # of the first weights
     network = build(config.model, "model.params")
-    load_initial(network, config.model.init, "model.init")
+    load_initial(network, config.model, "model.init")
     check_network(network, config.diffusion, "model.params")
     return network
 

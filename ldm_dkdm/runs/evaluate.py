@@ -18,7 +18,7 @@ from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.runs.loop import default_device
 from ldm_dkdm.runs.plan import gflops, parameters
 from ldm_dkdm.runs.sample import find_model
-from ldm_dkdm.schema import FirstStageConfig
+from ldm_dkdm.schema import FirstStageConfig, TeacherConfig
 from ldm_dkdm.teacher import Teacher
 
 
@@ -26,10 +26,11 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, object], Path]:
     """The figures of a student, and its folder."""
     device = default_device("auto")
     student, home = find_model(arguments.resume)
-    teacher = find_teacher(arguments.resume, arguments.teacher)
+    teacher, guidance = find_teacher(arguments.resume, arguments.teacher)
     if student.latent_shape != teacher.latent_shape:
         raise UserError(f"{home}: states {student.latent_shape} differ from the teacher's {teacher.latent_shape}")
-    as_teacher, as_student, untrained = (_denoiser(model, device) for model in (teacher, student, _untrained(student)))
+    as_teacher = _denoiser(teacher, device, guidance.guidance, guidance.null_label)
+    as_student, untrained = (_denoiser(model, device) for model in (student, _untrained(student)))
     ddim_timesteps(as_teacher.schedule.num_timesteps, arguments.custom_steps)  # refuses what does not fit
     states = held_out_chains(as_teacher, teacher.latent_shape, arguments.chains, arguments.seed, device)
     steps = as_teacher.schedule.num_timesteps
@@ -46,14 +47,15 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, object], Path]:
     return figures, home
 
 
-def find_teacher(student: Path, teacher: Path | None) -> Model:
-    """The teacher at a path, or the one that the student's run was distilled from."""
+def find_teacher(student: Path, teacher: Path | None) -> tuple[Model, TeacherConfig]:
+    """The teacher at a path, or the one that the student's run was distilled from, with its guidance."""
     if teacher is not None:
-        return find_model(teacher)[0]
+        return find_model(teacher)[0], TeacherConfig(str(teacher))
     config = student / "config.yaml"
     if not (student / "student").is_dir() or not config.is_file():
         raise UserError(f"--teacher: {student} is no run folder, so the teacher must be named")
-    return load_teacher(load_config(config))
+    run = load_config(config)
+    return load_teacher(run), run.teacher
 
 
 def _distances(
@@ -81,8 +83,8 @@ def _distances(
     }
 
 
-def _denoiser(model: Model, device: torch.device) -> Teacher:
-    return model.as_teacher(resolve_precision("auto", device)).to(device)
+def _denoiser(model: Model, device: torch.device, guidance: float = 1.0, null_label: int | None = None) -> Teacher:
+    return model.as_teacher(resolve_precision("auto", device), guidance, null_label).to(device)
 
 
 def _untrained(model: Model) -> Model:

@@ -27,8 +27,9 @@ MAX_TIMED_BATCH = 8  # a plan shall take seconds: the time of an iteration is sc
 def gflops(network: nn.Module, shape: tuple[int, int, int]) -> float:
     """GFLOPs (multiplications and additions) of one forward pass of one sample of (C,H,W)."""
     device = next(network.parameters()).device
+    label = None if network.num_classes is None else torch.zeros(1, dtype=torch.long, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, *shape, device=device), torch.zeros(1, device=device))
+        network(torch.zeros(1, *shape, device=device), torch.zeros(1, device=device), label)
     return counter.get_total_flops() / 1e9
 
 
