@@ -31,7 +31,7 @@ def main() -> None:
         run = Path("logs") / f"variants-{variant}"
         override = [f"distill.variant={variant}", f"trainer.max_steps={arguments.steps}", f"logging.name={run.name}"]
         call("dkdm_ldm.py", "--base", arguments.base, *override, f"logging.save_every={arguments.steps}")
-        call("evaluate.py", "-r", run, "-n", 0, "--chains", 64)
+        call("evaluate.py", "-r", run, "-n", 0, "--chains", 8)
         errors = json.loads((run / "student" / "evaluation.json").read_text())["eps_mse_by_t_quarter"]
         print(f"{variant}: eps error per t-quarter {errors}")
         curves[variant] = smoothed(run)
