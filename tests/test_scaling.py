@@ -102,10 +102,14 @@ def test_where_depths_differ_the_outer_blocks_correspond() -> None:
     teacher, student = unet(64, num_res_blocks=2), unet(32, num_res_blocks=1)
     report = slice_teacher(student, teacher)
     assert report.random == 0
-    for name in ("input_blocks.1.0.out_layers.3.weight", "middle_block.0.out_layers.3.weight"):
-        ours, theirs = (dict(net.named_parameters())[name] for net in (student, teacher))
-        ratio = ours / theirs[: ours.shape[0], : ours.shape[1]]
-        torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))  # the teacher's but for a common gain
+    # of the decoder's three blocks per level: the innermost (it takes the level below) and the outermost (it upsamples)
+    pairs = {"input_blocks.1": "input_blocks.1", "input_blocks.2": "input_blocks.3", "middle_block": "middle_block"}
+    pairs |= {f"output_blocks.{k}": f"output_blocks.{n}" for k, n in enumerate((0, 2, 3, 5))}
+    for own, other in pairs.items():
+        ours, theirs = (dict(net.named_parameters()) for net in (student, teacher))
+        name = next(n for n in (".0.out_layers.3.weight", ".0.op.weight") if own + n in ours)
+        width = len(ours[own + name])
+        assert torch.equal(ours[own + name], theirs[other + name][:width, :width])
 
 
 def test_blocks_that_the_teacher_lacks_stay_random() -> None:
@@ -117,10 +121,54 @@ def test_blocks_that_the_teacher_lacks_stay_random() -> None:
     assert report.random + report.sliced + report.copied == len(before)
 
 
+def test_levels_that_the_teacher_lacks_and_the_middle_below_them_stay_random() -> None:
+    teacher, student = unet(64, channel_mult=[1, 2]), unet(32, channel_mult=[1, 2, 2])
+    before = {name: value.detach().clone() for name, value in student.named_parameters()}
+    slice_teacher(student, teacher)
+    kept = {".".join(name.split(".")[:2]) for name, value in student.named_parameters() if value.equal(before[name])}
+    assert kept == {
+        *("input_blocks.4", "input_blocks.5", "middle_block.0", "middle_block.1", "middle_block.2"),  # the third level
+        *("output_blocks.0", "output_blocks.1"),
+    }
+
+
+def test_attention_that_the_teacher_lacks_stays_random() -> None:
+    teacher, student = unet(64, attention_resolutions=[2]), unet(32, attention_resolutions=[1, 2])
+    before = {name: value.detach().clone() for name, value in student.named_parameters()}
+    slice_teacher(student, teacher)
+    kept = {name.rpartition(".")[0] for name, value in student.named_parameters() if value.equal(before[name])}
+    layers = ("norm", "qkv", "proj_out")
+    assert kept == {
+        f"{block}.1.{layer}" for block in ("input_blocks.1", "output_blocks.2", "output_blocks.3") for layer in layers
+    }
+
+
+def test_a_student_with_the_other_order_of_queries_keys_and_values_is_the_same_function() -> None:
+    teacher, student = unet(64), unet(64, use_new_attention_order=True)
+    slice_teacher(student, teacher)
+    x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
+    torch.testing.assert_close(student(x, t), teacher(x, t))
+
+
+def test_narrower_heads_keep_the_leading_channels_of_each() -> None:
+    heads = {"num_head_channels": -1, "num_heads": 2}  # 128 channels: 64 per head in the teacher, 32 in the student
+    starts = [0, 64, 128, 192, 256, 320]  # q, k, v of the first head, then of the second
+    assert sliced_index("middle_block.1.qkv.weight", 0, **heads) == [s + c for s in starts for c in range(32)]
+    assert sliced_index("middle_block.1.proj_out.weight", 1, **heads) == [*range(32), *range(64, 96)]
+
+
+def test_a_student_without_the_variance_keeps_eps() -> None:
+    teacher, student = unet(64, out_channels=6), unet(32)
+    slice_teacher(student, teacher)
+    assert torch.equal(student.out[2].weight, teacher.out[2].weight[:3, :32])
+
+
 def test_only_unets_can_be_sliced() -> None:
     dit = DiT(8, in_channels=3, hidden_size=32, depth=1, num_heads=2, learn_sigma=False)
     with pytest.raises(UserError, match="here DiT and UNet"):
         slice_teacher(dit, unet(32))
+    with pytest.raises(UserError, match="here UNet and DiT"):
+        slice_teacher(unet(32), dit)
 
 
 @pytest.mark.parametrize(
@@ -155,3 +203,14 @@ def test_a_budget_below_the_narrowest_is_refused_with_its_size() -> None:
     smallest = _count({**LDM, "model_channels": 32}) / 1e6
     with pytest.raises(UserError, match=rf"narrowest UNet of the teacher's shape has {smallest:.3g}M"):
         unet_within_budget(LDM, 1_000_000)
+    with pytest.raises(UserError, match=r"student\.budget: 60 is too small"):  # 60M was meant
+        unet_within_budget(LDM, 60)
+
+
+def test_widths_suit_the_norm_groups_and_heads_of_every_level() -> None:
+    heads = {**LDM, "model_channels": 192, "channel_mult": [1, 2, 3], "num_head_channels": 64}
+    widths = {unet_within_budget(heads, budget)["model_channels"] for budget in (20 * 10**6, 80 * 10**6, 10**9)}
+    assert widths == {64, 128, 192}
+    halves = {**LDM, "model_channels": 48, "channel_mult": [2, 4]}
+    assert unet_within_budget(halves, _count({**halves, "model_channels": 32}))["model_channels"] == 32
+    assert unet_within_budget({**halves, "use_fp16": True}, 10**9) == halves  # a foreign key means nothing here

@@ -72,7 +72,7 @@ def _unet_size(params: Mapping[str, Any]) -> int:
 
 
 def _millions(count: int) -> str:
-    return f"{count / 1e6:.3g}M"
+    return f"{count / 1e6:.3g}M" if count >= 10**4 else str(count)
 
 
 @dataclass(frozen=True)
