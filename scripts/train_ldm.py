@@ -1,4 +1,4 @@
-"""Train a latent diffusion model on images (Alg. 2): python scripts/train_ldm.py --base configs/X.yaml"""
+"""Train a diffusion model on images (Alg. 2): python scripts/train_ldm.py --base configs/X.yaml"""
 
 from ldm_dkdm.cli import load_arguments
 from ldm_dkdm.errors import run_cli

@@ -147,7 +147,7 @@ def test_a_plan_counts_parameters_and_slots_and_writes_nothing(
     printed = capsys.readouterr().out
     count = sum(p.numel() for p in load_model(teacher_folder).network.parameters()) / 1e6
     assert printed.count(f"{count:.6f} M parameters") == 2  # teacher and student are of one size
-    assert "40 slots" in printed and "24 samples (6 steps of 4)" in printed
+    assert "40 slots" in printed and "24 samples (6 iterations of 4)" in printed
     assert contents(tmp_path) == before
 
 

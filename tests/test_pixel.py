@@ -192,6 +192,12 @@ def test_dpm_solver_equals_diffusers_state_by_state(parameterization: str, steps
         torch.testing.assert_close(state, x, rtol=2e-3, atol=2e-3)  # theirs are float32 sigmas; eps is divided by 5e-5
 
 
+@pytest.mark.parametrize("steps", range(1, 41))
+def test_solver_timesteps_rise_to_the_last_for_every_number_of_steps(steps: int) -> None:
+    timesteps = solver_timesteps(40, steps)
+    assert timesteps == sorted(set(timesteps)) and len(timesteps) == steps and timesteps[-1] == 39
+
+
 def _solver_error(steps: int) -> float:
     """Largest error before the last step, which is of first order whatever comes before it."""
     schedule = NoiseSchedule()

@@ -134,8 +134,10 @@ def dpm_solver(
 
 
 def solver_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """`steps` ascending timesteps spread evenly over (0, T-1], as diffusers' `linspace` spacing has them."""
+    """`steps` ascending timesteps spread evenly over (0, T-1], diffusers' `linspace` spacing; all at steps = T."""
     _check_steps(num_timesteps, steps)
+    if steps == num_timesteps:
+        return list(range(num_timesteps))
     return [round(i * (num_timesteps - 1) / steps) for i in range(1, steps + 1)]
 
 

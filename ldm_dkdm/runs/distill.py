@@ -26,7 +26,15 @@ from ldm_dkdm.schema import DistillConfig, DistillRun, FirstStagePointer, ModelC
 from ldm_dkdm.teacher import Teacher
 
 SECONDS_BETWEEN_WARMUP_SAVES = 600.0
-FIXED = ("teacher", "student", "first_stage", "diffusion", "distill", "trainer.seed")  # for a run's whole life
+FIXED = (
+    "teacher",
+    "student",
+    "first_stage",
+    "diffusion",
+    "distill",
+    "trainer.seed",
+    "trainer.accumulate",
+)  # for a run's whole life
 
 
 @dataclass(frozen=True)

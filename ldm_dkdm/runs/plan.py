@@ -42,6 +42,8 @@ def plan(config: DistillRun, parts: Parts) -> dict[str, str]:
     """The lines of a plan, in order: what is meant and how much."""
     shape = parts.model.latent_shape
     steps, batch = config.trainer.max_steps, config.distill.batch_size
+    batches = steps * config.trainer.accumulate
+    iterations = round(batches / (1 - config.distill.discard))  # with those that the student does not see
     itemsize = getattr(torch, config.distill.pool_dtype).itemsize
     pool_bytes = parts.slots * (math.prod(shape) * itemsize + 4)
     warm = warmup_calls(preparation(config.distill), parts.slots, parts.schedule.num_timesteps)
@@ -50,14 +52,14 @@ def plan(config: DistillRun, parts: Parts) -> dict[str, str]:
     resident = 4 * (5 * student + teacher + parts.codec.parameters)
     device = default_device(config.trainer.accelerator)
     seconds, teacher_seconds = time_iteration(config, parts)
-    eta = steps * seconds + warm * teacher_seconds
+    eta = batches * seconds + ((iterations - batches) * batch + warm) * teacher_seconds
     return {
         "teacher": f"{teacher / 1e6:.6f} M parameters, {gflops(parts.teacher.network, shape):.2f} GFLOPs a sample",
         "student": f"{student / 1e6:.6f} M parameters, {gflops(parts.student, shape):.2f} GFLOPs a sample",
         "pool": f"{parts.slots:,} slots ({config.distill.variant}), {size(pool_bytes)} of host "
         + ("disk, memory-mapped" if config.distill.pool_storage == "mmap" else "memory"),
         "teacher calls, warm-up": f"{warm:,} samples ({preparation(config.distill).mode})",
-        "teacher calls, training": f"{steps * batch:,} samples ({steps:,} steps of {batch})",
+        "teacher calls, training": f"{iterations * batch:,} samples ({iterations:,} iterations of {batch})",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({parts.precision})",
         "memory, host": size(0 if config.distill.pool_storage == "mmap" else pool_bytes) + " for the pool",
         "disk": f"{size((KEPT + 1) * (pool_bytes + 16 * student) + 4 * student)} for the student, {KEPT} checkpoints "
