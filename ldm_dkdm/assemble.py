@@ -49,7 +49,7 @@ class Model:
     @property
     def denoiser(self) -> type[Denoiser]:
         """How the network's output is read."""
-        return denoiser_of(self.card.diffusion)
+        return PixelDenoiser if self.card.diffusion.space == "pixel" else Denoiser
 
     @property
     def classes(self) -> list[int] | None:
@@ -61,11 +61,6 @@ class Model:
         schedule, parameterization = make_schedule(self.card.diffusion), self.card.network.parameterization
         null_label = self.card.null_label if null_label is None else null_label
         return Teacher(self.network, schedule, parameterization, precision, self.denoiser, guidance, null_label)
-
-
-def denoiser_of(config: DiffusionConfig) -> type[Denoiser]:
-    """The denoiser of the space that the diffusion runs in."""
-    return PixelDenoiser if config.space == "pixel" else Denoiser
 
 
 def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
@@ -91,7 +86,7 @@ def load_teacher(config: DistillRun, planning: bool = False) -> Model:
     path = Path(teacher.ckpt)
     if is_model_folder(path):
         for key in ("target", "params", "parameterization", "use_ema"):
-            if getattr(teacher, key):
+            if getattr(teacher, key) not in (None, {}):
                 raise UserError(f"teacher.{key}: {path} describes itself; remove the key")
         model = load_model(path)
         if config.diffusion not in (None, model.card.diffusion):
@@ -121,6 +116,8 @@ def _load_foreign(network: nn.Module, config: DistillRun, path: Path) -> None:
         compvis.check_schedule(tensors, make_schedule(config.diffusion), path)
         compvis.load_unet(network, tensors, config.teacher.use_ema is not False, path)
 
+
+LARGEST_WEIGHT = 1e4  # of a step in the loss; LDM's schedule has 200
 
 RELEASES = {
     "ffhq256": "CompVis's LDM-VQ-4 release for FFHQ (ffhq.zip), unpack its model.ckpt",
@@ -266,7 +263,13 @@ def check_network(network: nn.Module, diffusion: DiffusionConfig, where: str) ->
         )
 
 
-def check_loss(loss: LossConfig, where: str) -> None:
-    """Refuse a cap that would do nothing."""
+def check_loss(loss: LossConfig, schedule: NoiseSchedule, where: str) -> None:
+    """Refuse a cap that would do nothing, and weights that would leave nothing but the noisiest steps."""
     if loss.space == "eps" and loss.weight_cap is not None:
         raise UserError(f"{where}.weight_cap: has no effect with space: eps; remove it or choose v or x0")
+    largest = 1 / schedule.alphas_cumprod[-1].item()
+    if loss.space != "eps" and loss.weight_cap is None and largest > LARGEST_WEIGHT:
+        raise UserError(
+            f"{where}.weight_cap: with space: {loss.space} this schedule weighs the last step {largest:.1e} times; "
+            "set a cap, for example 10"
+        )

@@ -37,7 +37,7 @@ def load_config(
         UserError: a missing or unreadable file, an unknown key, a value of the wrong type or range.
     """
     files = [base] if isinstance(base, (str, Path)) else list(base)
-    parts = [*[_read_yaml(Path(f)) for f in files], _dotlist(overrides)]
+    parts = [_unwrap_sections(part) for part in [*map(_read_yaml, map(Path, files)), _dotlist(overrides)]]
     try:
         tree = OmegaConf.to_container(reduce(_merge, parts), resolve=True)
     except OmegaConfBaseException as error:
@@ -46,16 +46,25 @@ def load_config(
 
 
 def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
-    """OmegaConf's merge, but a section that names another `target`, or a `budget`, does not inherit the params."""
+    """OmegaConf's merge, but another `target` or a `budget` inherits nothing of the network before it."""
     before = before.copy()
     for section, node in after.items():
         old = before.get(section)
         if not (isinstance(node, DictConfig) and isinstance(old, DictConfig)):
             continue
-        if "budget" in node or ("target" in node and node.target != old.get("target")):
-            old.pop("params", None)
-            old.pop("target", None)
+        if "target" in node and node.target != old.get("target"):
+            replaced = ("params", "target", "budget", "init")
+        else:
+            replaced = ("params", "target") if "budget" in node else ()
+        for key in replaced:
+            old.pop(key, None)
     return OmegaConf.merge(before, after)
+
+
+def _unwrap_sections(part: DictConfig) -> DictConfig:
+    """A pasted `unet_config` is target and params before files are merged, so that a later file can replace them."""
+    tree = OmegaConf.to_container(part)
+    return OmegaConf.create({k: _unwrap(v) if isinstance(v, Mapping) else v for k, v in tree.items()})
 
 
 def _read_yaml(path: Path) -> DictConfig:

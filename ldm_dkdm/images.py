@@ -96,13 +96,14 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Imag
 def side_by_side(panels: Sequence[tuple[str, Image.Image]], margin: int = 16) -> Image.Image:
     """Set labelled pictures of one size next to each other."""
     font = ImageFont.load_default(size=18)
-    width = sum(panel.width for _, panel in panels) + margin * (len(panels) + 1)
+    widths = [max(panel.width, math.ceil(font.getlength(label))) for label, panel in panels]
+    width = sum(widths) + margin * (len(panels) + 1)
     sheet = Image.new("RGB", (width, max(panel.height for _, panel in panels) + 3 * margin + 8), "white")
     draw, left = ImageDraw.Draw(sheet), margin
-    for label, panel in panels:
+    for (label, panel), room in zip(panels, widths, strict=True):
         draw.text((left, margin // 2), label, fill="black", font=font)
         sheet.paste(panel, (left, 2 * margin + 8))
-        left += panel.width + margin
+        left += room + margin
     return sheet
 
 

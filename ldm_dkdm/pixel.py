@@ -41,5 +41,5 @@ class IdentityCodec:
         return images.to(self.device).movedim(-1, 1).contiguous().float() / 127.5 - 1
 
     def decode(self, states: Tensor) -> Tensor:
-        """States (B,3,H,W) -> images uint8 (B,H,W,3)."""
-        return ((states.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8).movedim(1, -1)
+        """States (B,3,H,W) -> the nearest images uint8 (B,H,W,3); ADM rounds down."""
+        return ((states.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1)

@@ -54,7 +54,8 @@ class Teacher:
         null_label: the label that means none; default: the network's own.
 
     Raises:
-        UserError: guidance for a network that takes no labels or has none that means none.
+        UserError: guidance for a network that takes no labels or has none that means none; a null label that
+            its table does not hold.
     """
 
     def __init__(
@@ -70,7 +71,11 @@ class Teacher:
         self.network = network.eval().requires_grad_(False)
         self.schedule, self.precision = schedule, precision
         self.num_classes = getattr(network, "num_classes", None)
-        self.null_label = getattr(network, "null_label", None) if null_label is None else null_label
+        own = getattr(network, "null_label", None)
+        self.null_label = own if null_label is None else null_label
+        labels = 0 if self.num_classes is None else self.num_classes + (own is not None)
+        if self.null_label is not None and self.null_label >= labels:
+            raise UserError(f"teacher.null_label: {self.null_label} is outside the network's table of {labels} labels")
         predict = self.network if guidance == 1 else self._guided(guidance)
         self.denoiser = denoiser(predict, schedule, parameterization)
 

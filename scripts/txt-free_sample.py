@@ -28,7 +28,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--labels", type=int, nargs="+", default=[], help="class labels, in turn; default: by the seeds"
     )
-    parser.add_argument("--guidance", type=float, default=1.0, help="weight of classifier-free guidance; 1: none")
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[1.0], help="classifier-free, for all -r or for each; 1: none"
+    )
     parser.add_argument("--raw", action="store_true", help="of a training .ckpt: the raw weights, not their EMA")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
     parser.add_argument("--latents", action="store_true", help="also write latents.safetensors")
@@ -53,6 +55,10 @@ def main() -> None:
             raise UserError(f"--{name}: must be at least 1, got {getattr(arguments, name)}")
     if not 0 <= arguments.eta <= 1:
         raise UserError(f"--eta: must lie between 0 and 1, got {arguments.eta}")
+    if arguments.eta and arguments.sampler != "ddim":
+        raise UserError(f"--eta: has no effect with {arguments.sampler}; leave it out")
+    if min(arguments.guidance) < 0:
+        raise UserError(f"--guidance: must be at least 0, got {min(arguments.guidance)}")
     if arguments.seed < 0:
         raise UserError(f"--seed: must be at least 0, got {arguments.seed}")
 

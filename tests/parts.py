@@ -22,6 +22,15 @@ UNET_PARAMS = {
     "channel_mult": [1, 2],
     "num_head_channels": 32,
 }
+LDM = {  # without model_channels: 224 in the paper's teacher, 128 in its student
+    "image_size": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "num_res_blocks": 2,
+    "attention_resolutions": [2, 4, 8],
+    "channel_mult": [1, 2, 3, 4],
+    "num_head_channels": 32,
+}
 DDCONFIG = {
     "ch": 32,
     "out_ch": 3,

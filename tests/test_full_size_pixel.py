@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from ldm_dkdm.assemble import check_network, make_schedule
 from ldm_dkdm.config import build, load_config
 from ldm_dkdm.distill.pool import pool_slots
 from ldm_dkdm.schema import DistillRun
-from tests.cli import ROOT, distil
+from tests.cli import ROOT, distil, write_yaml
 
 # Tab. 6: parameters of teacher and student, channels, blocks, head channels, dropout; batch, iterations, early stop
 TABLE_6 = {
@@ -98,6 +99,26 @@ def test_a_student_file_replaces_the_recipes_student_and_its_values_stay_overrid
     assert config.student.params == {**recipe("cifar10", "students/vit19m").student.params, "depth": 3}
     budget = load_config(files[:1], ["student.budget=30M"])
     assert budget.student.target is None and budget.student.params == {}
+
+
+def test_a_pasted_network_gives_way_to_a_later_file_and_to_overrides(tmp_path: Path) -> None:
+    pasted = {"unet_config": {"target": "guided_diffusion.unet.UNetModel", "params": {"model_channels": 32}}}
+    base = write_yaml(tmp_path / "pasted.yaml", {**to_plain("cifar10"), "student": pasted})
+    assert load_config([base]).student.params == {"model_channels": 32}
+    assert load_config([base], ["student.params.model_channels=64"]).student.params == {"model_channels": 64}
+    vit = ROOT / "configs" / "students" / "vit19m.yaml"
+    assert load_config([base, vit]).student == recipe("cifar10", "students/vit19m").student
+    assert load_config([base], ["student.budget=20M"]).student.target is None
+
+
+def to_plain(name: str) -> dict[str, object]:
+    return yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+
+
+def test_another_target_leaves_budget_and_first_weights_behind(tmp_path: Path) -> None:
+    base = write_yaml(tmp_path / "base.yaml", {**to_plain("cifar10"), "student": {"budget": "20M", "init": "teacher"}})
+    vit = ROOT / "configs" / "students" / "vit19m.yaml"
+    assert load_config([base, vit]).student == recipe("cifar10", "students/vit19m").student
 
 
 def test_a_plan_needs_no_checkpoint_and_says_what_to_download(

@@ -10,17 +10,8 @@ from torch import Tensor
 from ldm_dkdm import UserError
 from ldm_dkdm.networks import UNet
 from ldm_dkdm.networks.layers import SMALL_CPU_ATTENTION, AttentionBlock, attend
-from tests.parts import UNET_PARAMS, randomised
+from tests.parts import LDM, UNET_PARAMS, randomised
 
-LDM = {
-    "image_size": 64,
-    "in_channels": 3,
-    "out_channels": 3,
-    "num_res_blocks": 2,
-    "attention_resolutions": [2, 4, 8],
-    "channel_mult": [1, 2, 3, 4],
-    "num_head_channels": 32,
-}
 ADM = {
     "in_channels": 3,
     "out_channels": 6,

@@ -129,7 +129,7 @@ def test_a_guided_vit_teaches_a_cnn_and_is_what_the_student_is_measured_against(
         found.append(
             json.loads((tmp_path / name / "student" / "evaluation.json").read_text())["eps_mse_by_t_quarter_untrained"]
         )
-    assert load_model(tmp_path / "guided-4" / "student").card.null_label == 10
+    assert load_model(tmp_path / "guided-4" / "student").card.null_label is None  # its table ends at 9
     assert not np.allclose(found[0], found[1], rtol=1e-3)
 
 
@@ -169,6 +169,20 @@ def test_early_stop_ends_a_run_that_no_longer_improves_and_still_saves(digits: P
     assert train(tmp_path, "early", {"path": str(digits)}, trainer={"max_steps": 40, "early_stop": stop}) == 0
     assert [f.name for f in (tmp_path / "early" / "checkpoints").glob("*.ckpt")][-1:] == ["step=00000006.ckpt"]
     assert load_model(tmp_path / "early" / "student").card.info["step"] == 6
+    before = contents(tmp_path / "early" / "student")
+    assert train(tmp_path, "early", {"path": str(digits)}, trainer={"max_steps": 40, "early_stop": stop}) == 0
+    assert contents(tmp_path / "early" / "student") == before
+
+
+def test_an_early_stop_that_gets_more_patience_goes_on(teacher: Path, tmp_path: Path) -> None:
+    stop = {"monitor": "loss", "window": 2, "patience": 2, "min_delta": 1e9}
+    base = distil_config(teacher, tmp_path, "early", trainer={"max_steps": 12, "early_stop": stop})
+    assert distil("--base", base) == 0
+    assert load_model(tmp_path / "early" / "student").card.info["step"] == 6
+    assert distil("--resume", tmp_path / "early", "trainer.early_stop.patience=3") == 0
+    assert load_model(tmp_path / "early" / "student").card.info["step"] == 8
+    assert distil("--resume", tmp_path / "early", "trainer.early_stop=null") == 0
+    assert load_model(tmp_path / "early" / "student").card.info["step"] == 12
 
 
 def test_a_run_that_improves_ends_at_max_steps(digits: Path, tmp_path: Path) -> None:
@@ -198,6 +212,9 @@ def test_accumulated_batches_are_one_step_and_resume_exactly(teacher: Path, tmp_
         ("distill.variant=random", "distill.variant: 'random' is not one of"),
         ("distill.rho=null", "distill.rho: missing"),
         ("teacher.guidance=2", "teacher.null_label: guidance needs"),
+        ("teacher.null_label=99", "teacher.null_label: 99 is outside the network's table of 10"),
+        ("distill.loss.space=v", "distill.loss.weight_cap: with space: v this schedule weighs"),
+        ("teacher.use_ema=false", "teacher.use_ema"),
         ("student.init=elsewhere", "student.init: 'elsewhere' is neither"),
         ("trainer.accumulate=0", "trainer.accumulate: must be at least 1"),
         ("trainer.early_stop.monitor=fid", "trainer.early_stop.monitor: 'fid' is not one of"),
@@ -211,6 +228,44 @@ def test_bad_values_are_one_line_and_exit_code_2(
     error = capsys.readouterr().err
     assert words in error and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (np.arange(3), "int64 (3,), wanted 4"),
+        (np.eye(4, dtype=int), "int64 (4, 4), wanted 4"),
+        (np.full(4, 0.7), "float64 (4,), wanted 4"),
+        (np.array(["a"] * 4), "<U1 (4,), wanted 4"),
+        (np.arange(4) + 9, "labels go from 9 to 12"),
+        (None, "needs labels"),
+    ],
+)
+def test_labels_that_do_not_fit_the_images_are_refused(
+    labels: np.ndarray | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = {"arr_0": np.zeros((4, 8, 8, 3), np.uint8)} | ({} if labels is None else {"arr_1": labels})
+    np.savez(tmp_path / "x.npz", **arrays)
+    assert train(tmp_path, "bad", {"path": str(tmp_path / "x.npz")}) == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--guidance", 2], "null_label: guidance needs"),
+        (["--guidance", -1], "--guidance: must be at least 0"),
+        (["--guidance", 1, 2], "--guidance: 2 weights for 1 models"),
+        (["--sampler", "ddpm", "-e", 1], "--eta: has no effect with ddpm"),
+    ],
+)
+def test_sampler_options_that_cannot_act_are_refused(
+    arguments: list[object], words: str, teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sample("-r", teacher, "-c", 4, *arguments) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_labels_that_no_class_has_are_refused(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,19 +7,10 @@ from torch import Tensor, nn
 from ldm_dkdm import UserError
 from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.networks.scaling import parse_budget, slice_teacher, unet_within_budget
-from tests.parts import UNET_PARAMS, randomised
+from tests.parts import LDM, UNET_PARAMS, randomised
 
 ADM = {"resblock_updown": True, "use_scale_shift_norm": True, "out_channels": 6}
-LDM = {
-    "image_size": 64,
-    "in_channels": 3,
-    "out_channels": 3,
-    "model_channels": 224,
-    "num_res_blocks": 2,
-    "attention_resolutions": [2, 4, 8],
-    "channel_mult": [1, 2, 3, 4],
-    "num_head_channels": 32,
-}
+TEACHER = {**LDM, "model_channels": 224}
 
 
 def unet(width: int, **params: object) -> UNet:
@@ -192,25 +183,25 @@ def _count(params: dict[str, object]) -> int:
 
 @pytest.mark.parametrize(("budget", "width"), [(60_000_000, 96), (90_000_000, 128), (10**9, 224)])
 def test_the_ldm_teacher_is_narrowed_to_the_largest_width_within_the_budget(budget: int, width: int) -> None:
-    params = unet_within_budget(LDM, budget)
-    assert params == {**LDM, "model_channels": width}
+    params = unet_within_budget(TEACHER, budget)
+    assert params == {**TEACHER, "model_channels": width}
     assert _count(params) <= budget
     if width < 224:
-        assert _count({**LDM, "model_channels": width + 32}) > budget
+        assert _count({**TEACHER, "model_channels": width + 32}) > budget
 
 
 def test_a_budget_below_the_narrowest_is_refused_with_its_size() -> None:
-    smallest = _count({**LDM, "model_channels": 32}) / 1e6
+    smallest = _count({**TEACHER, "model_channels": 32}) / 1e6
     with pytest.raises(UserError, match=rf"narrowest UNet of the teacher's shape has {smallest:.3g}M"):
-        unet_within_budget(LDM, 1_000_000)
+        unet_within_budget(TEACHER, 1_000_000)
     with pytest.raises(UserError, match=r"student\.budget: 60 is too small"):  # 60M was meant
-        unet_within_budget(LDM, 60)
+        unet_within_budget(TEACHER, 60)
 
 
 def test_widths_suit_the_norm_groups_and_heads_of_every_level() -> None:
-    heads = {**LDM, "model_channels": 192, "channel_mult": [1, 2, 3], "num_head_channels": 64}
+    heads = {**TEACHER, "model_channels": 192, "channel_mult": [1, 2, 3], "num_head_channels": 64}
     widths = {unet_within_budget(heads, budget)["model_channels"] for budget in (20 * 10**6, 80 * 10**6, 10**9)}
     assert widths == {64, 128, 192}
-    halves = {**LDM, "model_channels": 48, "channel_mult": [2, 4]}
+    halves = {**TEACHER, "model_channels": 48, "channel_mult": [2, 4]}
     assert unet_within_budget(halves, _count({**halves, "model_channels": 32}))["model_channels"] == 32
     assert unet_within_budget({**halves, "use_fp16": True}, 10**9) == halves  # a foreign key means nothing here

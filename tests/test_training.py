@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
+import pytest
 import torch
 
 from ldm_dkdm.assemble import Model, load_model, make_schedule
@@ -16,7 +17,7 @@ from ldm_dkdm.evaluate.agreement import eps_error_by_quarter, held_out_chains
 from ldm_dkdm.runs.ema import StudentEMA
 from ldm_dkdm.schema import NetworkConfig
 from ldm_dkdm.teacher import Teacher
-from tests.cli import distil, run_script, write_yaml
+from tests.cli import distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
 from tests.pictures import LOGGING, TRAINER, pictures
 
@@ -51,6 +52,31 @@ def test_a_teacher_trains_on_pictures_and_resumes_exactly(first_stage: Path, tmp
     whole, resumed = (logs / name / "student" / "model.safetensors" for name in ("whole", "stopped"))
     assert whole.read_bytes() == resumed.read_bytes()
     assert load_model(logs / "whole" / "student").card.diffusion.num_timesteps == 20
+
+
+def test_latents_encoded_in_every_step_give_the_losses_that_latents_encoded_once_do(
+    first_stage: Path, tmp_path: Path
+) -> None:
+    data, rows = pictures(tmp_path), []
+    for cache in (True, False):
+        config = ldm_config(data, first_stage, tmp_path / "logs", f"cache-{cache}")
+        config["data"] |= {"cache": cache, "flip": False}
+        config["model"]["params"]["dropout"] = 0.0
+        config["trainer"]["learning_rate"] = 1e-12  # Adam would amplify the rounding of other batch sizes
+        assert run_script("train_ldm.py", "--base", write_yaml(tmp_path / "base.yaml", config)) == 0
+        metrics = (tmp_path / "logs" / f"cache-{cache}" / "metrics" / "metrics.csv").read_text().split()
+        rows.append([float(value) for value in metrics[-1].split(",")])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-5)
+
+
+def test_a_latent_model_trains_on_a_teachers_samples_alone(
+    teacher_folder: Path, first_stage: Path, tmp_path: Path
+) -> None:
+    assert sample("-r", teacher_folder, "-n", 6, "-c", 4, "--npz", "--no_png", "-l", tmp_path / "s") == 0
+    config = ldm_config(tmp_path / "unused", first_stage, tmp_path / "logs", "free")
+    config["data"] |= {"path": None, "synthetic": str(tmp_path / "s" / "samples.npz")}
+    assert run_script("train_ldm.py", "--base", write_yaml(tmp_path / "base.yaml", config)) == 0
+    assert load_model(tmp_path / "logs" / "free" / "student").card.info["step"] == 6
 
 
 def test_the_average_is_the_closed_form() -> None:

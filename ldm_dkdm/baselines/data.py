@@ -40,6 +40,13 @@ class ImageSet:
             return self.images[indices]
         return torch.stack([read_image(self.images[int(i)], self.size) for i in indices])
 
+    def loaded(self) -> "ImageSet":
+        """The same images in memory."""
+        if isinstance(self.images, Tensor):
+            return self
+        pictures = [read_image(file, self.size) for file in tqdm(self.images, desc="reading", unit="image")]
+        return ImageSet(torch.stack(pictures), self.size, self.labels)
+
     def part(self, fraction: float, seed: int) -> "ImageSet":
         """A random share, at least one image; the same for the same seed."""
         if fraction == 1:
@@ -56,12 +63,22 @@ def open_images(path: str | Path, size: int) -> ImageSet:
     """A folder of images (a sub-folder is a class) or an ADM-style .npz (`arr_0`, labels in `arr_1`)."""
     path = Path(path)
     if path.suffix == ".npz":
-        labels = read_npz(path, "arr_1")
-        return ImageSet(square_npz(path, size), size, None if labels is None else torch.from_numpy(labels).long())
+        return ImageSet(images := square_npz(path, size), size, _npz_labels(path, len(images)))
     files = find_images(path)
     folders = sorted({file.parent for file in files})
     classes = torch.tensor([folders.index(file.parent) for file in files])
     return ImageSet(files, size, classes if len(folders) > 1 else None)
+
+
+def _npz_labels(path: Path, count: int) -> Tensor | None:
+    labels = read_npz(path, "arr_1")
+    if count == 0:
+        raise UserError(f"{path}: arr_0 holds no images")
+    if labels is None:
+        return None
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{path}: arr_1 is {labels.dtype} {labels.shape}, wanted {count} whole-number labels")
+    return torch.from_numpy(labels).long()
 
 
 def open_sets(config: DiffusionDataConfig, seed: int) -> list[ImageSet]:

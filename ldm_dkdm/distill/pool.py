@@ -1,6 +1,7 @@
 """The expanded batch set B+ of dynamic iterative distillation (DKDM, Sec. 3.3)."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +45,6 @@ class NoisyPool:
 
     def __len__(self) -> int:
         return len(self.t)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory (or disk) that the slots take."""
-        return self.x.nbytes + self.t.nbytes
 
     def fill(self, batch: NoisyBatch) -> None:
         """Append prepared states (n,C,H,W) at timesteps (n,), as many as there is room for."""
@@ -124,6 +120,11 @@ def _shown(tensors: dict[str, Tensor]) -> str:
 def pool_slots(rho: float, num_timesteps: int, batch_size: int) -> int:
     """|B+| = round(rho * T) * B."""
     return round(rho * num_timesteps) * batch_size
+
+
+def slot_bytes(shape: tuple[int, ...], dtype: torch.dtype, labeled: bool) -> int:
+    """Bytes of host memory (or disk) that one slot takes: state, timestep, label."""
+    return math.prod(shape) * dtype.itemsize + torch.int32.itemsize * (1 + labeled)
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, storage: Path | None) -> Tensor:

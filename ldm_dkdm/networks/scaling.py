@@ -20,7 +20,7 @@ from ldm_dkdm.networks.unet import UNet
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
-def parse_budget(text: str | int, where: str = "student.budget") -> int:
+def parse_budget(text: str | int) -> int:
     """A number of parameters: `60M`, `14.5M`, `300k` or 2000000.
 
     Raises:
@@ -29,17 +29,16 @@ def parse_budget(text: str | int, where: str = "student.budget") -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", str(text).strip().lower())
     budget = round(float(match[1]) * UNITS[match[2]]) if match else 0
     if budget < 1:
-        raise UserError(f"{where}: expected a number of parameters such as 60M or 300k, got {text!r}")
+        raise UserError(f"student.budget: expected a number of parameters such as 60M or 300k, got {text!r}")
     return budget
 
 
-def unet_within_budget(params: Mapping[str, Any], budget: int, where: str = "student.budget") -> dict[str, Any]:
+def unet_within_budget(params: Mapping[str, Any], budget: int) -> dict[str, Any]:
     """UNet parameters with the largest `model_channels`, at most the given one, that keep within a budget.
 
     Args:
         params: keyword arguments of the teacher's UNet; other keys are left out of the result.
         budget: the most parameters that the student may have.
-        where: prefix of the message.
 
     Raises:
         UserError: even the narrowest UNet of this shape has more.
@@ -50,7 +49,8 @@ def unet_within_budget(params: Mapping[str, Any], budget: int, where: str = "stu
     if not fitting:
         narrowest = _millions(_unet_size({**params, "model_channels": widths[0]}))
         raise UserError(
-            f"{where}: {_millions(budget)} is too small; the narrowest UNet of the teacher's shape has {narrowest}"
+            f"student.budget: {_millions(budget)} is too small; "
+            f"the narrowest UNet of the teacher's shape has {narrowest}"
         )
     return {**params, "model_channels": widths[fitting - 1]}
 
@@ -82,14 +82,13 @@ class SliceReport:
     sliced: int
     copied: int
     random: int
-    where: str = "student.init"
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.sliced} tensors sliced, {self.copied} copied, {self.random} left random"
+        return f"student.init: {self.sliced} tensors sliced, {self.copied} copied, {self.random} left random"
 
 
 @torch.no_grad()
-def slice_teacher(student: nn.Module, teacher: nn.Module, where: str = "student.init") -> SliceReport:
+def slice_teacher(student: nn.Module, teacher: nn.Module) -> SliceReport:
     """Give a UNet, in place, the leading channels of the teacher's tensors wherever the blocks correspond.
 
     Blocks correspond by level and place within it, counted as `_layers` does; those without a counterpart,
@@ -100,10 +99,10 @@ def slice_teacher(student: nn.Module, teacher: nn.Module, where: str = "student.
     """
     if not (isinstance(student, UNet) and isinstance(teacher, UNet)):
         kinds = f"{type(student).__name__} and {type(teacher).__name__}"
-        raise UserError(f"{where}: teacher needs a UNet student and a UNet teacher (here {kinds}); choose random")
+        raise UserError(f"student.init: teacher needs a UNet student and a UNet teacher (here {kinds}); choose random")
     theirs = dict(_tensors(teacher))
     counts = Counter(_inherit(own, theirs.get(key)) for key, own in _tensors(student))
-    return SliceReport(counts["sliced"], counts["copied"], counts["random"], where)
+    return SliceReport(counts["sliced"], counts["copied"], counts["random"])
 
 
 @dataclass(frozen=True)

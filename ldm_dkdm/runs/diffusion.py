@@ -26,7 +26,7 @@ from ldm_dkdm.runs.export import export_on_save
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.loop import RunFolder, default_device, first_batch, fit, open_run, run_folder
 from ldm_dkdm.runs.samples import SampleGrid
-from ldm_dkdm.runs.saving import RunCheckpoint
+from ldm_dkdm.runs.saving import RunCheckpoint, step_of
 from ldm_dkdm.schema import DiffusionRun, ModelCard
 
 
@@ -39,11 +39,15 @@ def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:
     codec, pointer = load_first_stage(config.first_stage, model, precision)
     sets = open_sets(config.data, config.trainer.seed)
     _check_labels(network, sets)
-    states = _states(config, sets, codec.to(device), network.num_classes is not None)
-    found = tuple(states.draw(1, torch.Generator().manual_seed(0))[0].shape[1:])
+    found = tuple(codec.to(device).encode(sets[0].take(torch.zeros(1, dtype=torch.long))).shape[1:])
     if found != model.latent_shape:
         raise UserError(f"model.params: states of {model.latent_shape}, but the images make {found}")
     folder = open_run(config, run_folder(config.logging, default_name))
+    latest = folder.latest()
+    if latest and step_of(latest) >= config.trainer.max_steps:
+        print(f"{folder.path}: already trained to step {step_of(latest)}")
+        return folder
+    states = _states(config, sets, codec, network.num_classes is not None)
     schedule = make_schedule(config.diffusion)
     module = StudentModule(
         network, schedule, config.model.parameterization, config.loss, config.trainer, model.denoiser
@@ -77,7 +81,7 @@ def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:
 
 
 def _network(config: DiffusionRun) -> nn.Module:
-    check_loss(config.loss, "loss")
+    check_loss(config.loss, make_schedule(config.diffusion), "loss")
     if config.logging.sample_steps > config.diffusion.num_timesteps:
         raise UserError(f"logging.sample_steps: {config.logging.sample_steps} is more than the diffusion steps")
     torch.manual_seed(config.trainer.seed)  # of the first weights
@@ -105,4 +109,6 @@ def _check_labels(network: nn.Module, sets: list[ImageSet]) -> None:
 def _states(config: DiffusionRun, sets: list[ImageSet], codec: Codec, labeled: bool) -> States:
     if config.data.cache and config.diffusion.space == "latent":
         return encode_sets(sets, codec, config.data.flip, labeled)
+    if config.data.cache:  # pixels need no encoding, but files need reading
+        sets = [images.loaded() for images in sets]
     return EncodedStates(sets, codec, config.data.flip, labeled)

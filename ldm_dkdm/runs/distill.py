@@ -34,6 +34,7 @@ FIXED = (
     "distill",
     "trainer.seed",
     "trainer.accumulate",
+    "trainer.devices",
 )  # for a run's whole life
 
 
@@ -54,7 +55,6 @@ class Parts:
 
 def assemble(config: DistillRun, planning: bool = False) -> Parts:
     """Load and check every part; nothing is written. `planning` does without checkpoints that are missing."""
-    check_loss(config.distill.loss, "distill.loss")
     if config.distill.warmup.mode in ("ancestral", "noise") and config.distill.warmup.t_cap is not None:
         raise UserError("distill.warmup.t_cap: has an effect with mode: ddim or dpm-solver++ only; remove it")
     device = default_device(config.trainer.accelerator)
@@ -65,6 +65,7 @@ def assemble(config: DistillRun, planning: bool = False) -> Parts:
     student, node = make_student(config.student, model)
     teacher = model.as_teacher(precision, config.teacher.guidance, config.teacher.null_label)
     schedule = teacher.schedule
+    check_loss(config.distill.loss, schedule, "distill.loss")
     slots = _slots(config.distill, schedule.num_timesteps)
     for key, value in (
         ("distill.stride", config.distill.stride),
@@ -132,7 +133,9 @@ def _callbacks(config: DistillRun, parts: Parts, folder: RunFolder) -> tuple[Run
     log, teacher = config.logging, parts.teacher
     diffusion = parts.model.card.diffusion
     info = {"teacher": config.teacher.ckpt, "method": f"DKDM, {config.distill.variant} iterative distillation"}
-    card = ModelCard("student.safetensors", parts.card, diffusion, null_label=teacher.null_label, info=info)
+    known = teacher.null_label is not None and teacher.null_label < (parts.student.num_classes or 0)
+    null_label = teacher.null_label if known else None  # a row of the student's table that it never sees
+    card = ModelCard("student.safetensors", parts.card, diffusion, null_label=null_label, info=info)
     saving = RunCheckpoint(
         folder.checkpoints, log.save_every, export_on_save(folder.model, card, parts.pointer, log.export_dtype)
     )

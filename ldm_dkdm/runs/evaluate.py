@@ -48,13 +48,13 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, object], Path]:
 
 
 def find_teacher(student: Path, teacher: Path | None) -> tuple[Model, TeacherConfig]:
-    """The teacher at a path, or the one that the student's run was distilled from, with its guidance."""
-    if teacher is not None:
-        return find_model(teacher)[0], TeacherConfig(str(teacher))
+    """The teacher at a path, or the one that the student's run was distilled from, and how the run used it."""
     config = student / "config.yaml"
-    if not (student / "student").is_dir() or not config.is_file():
+    run = load_config(config) if (student / "student").is_dir() and config.is_file() else None
+    if teacher is not None:
+        return find_model(teacher)[0], run.teacher if run else TeacherConfig(str(teacher))
+    if run is None:
         raise UserError(f"--teacher: {student} is no run folder, so the teacher must be named")
-    run = load_config(config)
     return load_teacher(run), run.teacher
 
 

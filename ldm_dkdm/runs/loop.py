@@ -199,6 +199,7 @@ def quiet_lightning() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         ".*You have overridden `transfer_batch_to_device`.*",
         ".*number of training batches.*",
+        ".*callbacks used to create the checkpoint.*",  # an early stop that was taken out
         ".*your dataloader is not resumable.*",  # it is: the stream starts at the resumed step
         ".*Experiment logs directory.*",  # only what a lost stretch of this run logged is replaced
     ):

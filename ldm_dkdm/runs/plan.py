@@ -1,6 +1,5 @@
 """What a distillation will cost, before it starts."""
 
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_dkdm.assemble import how_to_get
-from ldm_dkdm.distill.pool import NoisyPool
+from ldm_dkdm.distill.pool import NoisyPool, slot_bytes
 from ldm_dkdm.distill.stream import DistillStream
 from ldm_dkdm.distill.warmup import preparation, warmup_calls
 from ldm_dkdm.precision import autocast
@@ -44,8 +43,8 @@ def plan(config: DistillRun, parts: Parts) -> dict[str, str]:
     steps, batch = config.trainer.max_steps, config.distill.batch_size
     batches = steps * config.trainer.accumulate
     iterations = round(batches / (1 - config.distill.discard))  # with those that the student does not see
-    itemsize = getattr(torch, config.distill.pool_dtype).itemsize
-    pool_bytes = parts.slots * (math.prod(shape) * itemsize + 4)
+    dtype, labeled = getattr(torch, config.distill.pool_dtype), parts.teacher.num_classes is not None
+    pool_bytes = parts.slots * slot_bytes(shape, dtype, labeled)
     warm = warmup_calls(preparation(config.distill), parts.slots, parts.schedule.num_timesteps)
     student, teacher = parameters(parts.student), parameters(parts.teacher.network)
     # student in float32: weights, gradients, two Adam moments, EMA; teacher and first stage: weights

@@ -46,14 +46,16 @@ class Painter:
         return f"{self.home.resolve().parent.name}/{self.home.name}"
 
 
-def prepare(path: Path, arguments: argparse.Namespace) -> Painter:
+def prepare(path: Path, guidance: float, arguments: argparse.Namespace) -> Painter:
     """Load a model as the command line of `txt-free_sample.py` asks; nothing is written."""
     model, home = find_model(path, arguments.raw)
     device = _device(arguments.device)
     precision = resolve_precision(arguments.precision, device)
     first_stage = FirstStageConfig(ckpt=arguments.first_stage)
     codec, _ = load_first_stage(first_stage, model, precision)
-    denoiser = model.as_teacher(precision, arguments.guidance)
+    if guidance != 1 and "teacher" in model.card.info:
+        raise UserError(f"--guidance: {path} is a student and learned the guided prediction itself; give it 1")
+    denoiser = model.as_teacher(precision, guidance)
     ddim_timesteps(denoiser.schedule.num_timesteps, arguments.custom_steps or 1)  # refuses what does not fit
     _check_labels(arguments.labels, denoiser, home)
     return Painter(home, model, denoiser.to(device), codec.to(device), device)
@@ -107,7 +109,10 @@ def _write_png(images: Tensor, folder: Path, first: int) -> None:
 
 def sample_all(paths: list[Path], config: SamplerConfig, arguments: argparse.Namespace) -> None:
     """Sample from every model after all are found to work; the comparison's path is the last line."""
-    painters = [prepare(path, arguments) for path in paths]
+    weights = arguments.guidance * len(paths) if len(arguments.guidance) == 1 else arguments.guidance
+    if len(weights) != len(paths):
+        raise UserError(f"--guidance: {len(weights)} weights for {len(paths)} models; give one, or one for each")
+    painters = [prepare(path, weight, arguments) for path, weight in zip(paths, weights, strict=True)]
     panels = []
     for painter in painters:
         name = painter.name.replace("/", "-")

@@ -33,32 +33,44 @@ class EarlyStop(StepCallback):
 
     def __init__(self, config: EarlyStopConfig) -> None:
         self.config = config
-        self.best, self.bad_windows, self.total, self.count = math.inf, 0, 0.0, 0
-        self.stopped = False
+        self.best, self.bad_windows = math.inf, 0
+        self.total, self.batches, self.steps = 0.0, 0, 0  # of the running window
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run has come to its early end; more patience takes it back."""
+        return self.bad_windows >= self.config.patience
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        if self.stopped:
+            trainer.should_stop = True  # before the first batch
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+        self.total = self.total + trainer.callback_metrics[self.config.monitor]
+        self.batches += 1
+        super().on_train_batch_end(trainer, module, *args)
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.total = self.total + trainer.callback_metrics[self.config.monitor]
-        self.count += 1
-        if self.count == self.config.window:
-            mean = trainer.strategy.reduce(torch.as_tensor(self.total) / self.count).item()
-            self._judge(mean)
+        self.steps += 1
+        if self.steps == self.config.window:
+            self._judge(trainer.strategy.reduce(torch.as_tensor(self.total) / self.batches).item())
         if self.stopped:
-            print(f"\nearly stop at step {trainer.global_step}: {self.config.monitor} stays above {self.best:.6g}")
+            step, monitor = trainer.global_step, self.config.monitor
+            print(f"\nearly stop at step {step}: {monitor} stays above {self.best:.6g}")
             trainer.should_stop = True
 
     def _judge(self, mean: float) -> None:
         improved = mean < self.best - self.config.min_delta
         self.best = min(self.best, mean)
         self.bad_windows = 0 if improved else self.bad_windows + 1
-        self.stopped = self.bad_windows >= self.config.patience
-        self.total, self.count = 0.0, 0
+        self.total, self.batches, self.steps = 0.0, 0, 0
 
     def state_dict(self) -> dict[str, float]:
         """What a resume needs."""
-        return {k: float(getattr(self, k)) for k in ("best", "bad_windows", "total", "count", "stopped")}
+        return {k: float(getattr(self, k)) for k in ("best", "bad_windows", "total", "batches", "steps")}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Go on with the saved windows."""
         self.best, self.total = state_dict["best"], state_dict["total"]
-        self.bad_windows, self.count = int(state_dict["bad_windows"]), int(state_dict["count"])
-        self.stopped = bool(state_dict["stopped"])
+        self.bad_windows, self.batches, self.steps = (int(state_dict[k]) for k in ("bad_windows", "batches", "steps"))
