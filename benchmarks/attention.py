@@ -1,6 +1,7 @@
 """Plain matmul attention against scaled_dot_product_attention: python benchmarks/attention.py
 
 Trains two copies of a UNet, one per variant, step by step in turn, and prints the ratio of their times.
+On two AVX2 cores in float32: 0.99 and 1.00 at 16x16 (no difference), 0.69 at 64x64, where SDPA is used.
 """
 
 import argparse
