@@ -73,7 +73,7 @@ def draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     for tick in range(0, last + 1, max(1, last // 5)):
         pen.text((place(tick, low)[0] - 12, HEIGHT - MARGIN + 8), str(tick), fill="black", font=font)
     pen.text((WIDTH // 2 - 80, HEIGHT - 26), "training steps", fill="black", font=font)
-    pen.text((MARGIN, 12), "loss, mean of 50 steps", fill="black", font=font)
+    pen.text((MARGIN, 12), "loss, mean of 5 logged steps", fill="black", font=font)
     for i, (variant, curve) in enumerate(curves.items()):
         pen.line([place(step, math.log10(value)) for step, value in curve], fill=COLORS[variant], width=3)
         pen.text((WIDTH - MARGIN - 110, 12 + 20 * i), variant, fill=COLORS[variant], font=font)
