@@ -122,6 +122,7 @@ class TrainerConfig:
 
     max_steps: int = field(metadata=AT_LEAST_ONE)
     learning_rate: float = field(metadata=POSITIVE)
+    max_minutes: float | None = field(default=None, metadata=POSITIVE)  # of training; it ends a run that takes longer
     lr_schedule: Literal["constant", "cosine"] = "constant"
     lr_warmup: int = field(default=0, metadata=NOT_NEGATIVE)
     weight_decay: float = field(default=0.0, metadata=NOT_NEGATIVE)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_dkdm.assemble import load_model
+from ldm_dkdm.runs import steps
 from tests.cli import contents, distil, run_script, sample, write_yaml
 
 UNET = {
@@ -185,6 +186,35 @@ def test_an_early_stop_that_gets_more_patience_goes_on(teacher: Path, tmp_path: 
     assert load_model(tmp_path / "early" / "student").card.info["step"] == 12
 
 
+class Clock:
+    """Stands in for the clock of a time limit: every look at it takes 10 seconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 10
+        return self.now
+
+
+def test_a_time_limit_ends_a_run_with_the_learning_rate_and_more_time_goes_on(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "time", Clock())
+    trainer = {"max_steps": 50, "max_minutes": 1.0, "lr_schedule": "cosine"}
+    base = distil_config(teacher, tmp_path, "short", trainer=trainer, logging={"save_every": 3})
+    run = tmp_path / "short"
+    assert distil("--base", base) == 0
+    assert load_model(run / "student").card.info["step"] == 6
+    saved = torch.load(run / "checkpoints" / "step=00000006.ckpt", weights_only=True)
+    assert saved["lr_schedulers"][0]["_last_lr"][0] < 0.1 * TRAINER["learning_rate"]
+    before = contents(run / "student")
+    assert distil("--base", base) == 0
+    assert contents(run / "student") == before
+    assert distil("--resume", run, "trainer.max_minutes=2") == 0
+    assert load_model(run / "student").card.info["step"] == 12
+
+
 def test_a_run_that_improves_ends_at_max_steps(digits: Path, tmp_path: Path) -> None:
     stop = {"monitor": "loss", "window": 2, "patience": 100}
     assert train(tmp_path, "whole", {"path": str(digits)}, trainer={"max_steps": 7, "early_stop": stop}) == 0
@@ -192,8 +222,8 @@ def test_a_run_that_improves_ends_at_max_steps(digits: Path, tmp_path: Path) -> 
 
 
 def test_accumulated_batches_are_one_step_and_resume_exactly(teacher: Path, tmp_path: Path) -> None:
-    for name, steps in (("whole", 4), ("halves", 2)):
-        trainer = {"max_steps": steps, "accumulate": 3}
+    for name, count in (("whole", 4), ("halves", 2)):
+        trainer = {"max_steps": count, "accumulate": 3}
         base = distil_config(teacher, tmp_path, name, trainer=trainer, logging={"save_every": 2})
         assert distil("--base", base) == 0
     assert distil("--resume", tmp_path / "halves", "trainer.max_steps=4") == 0

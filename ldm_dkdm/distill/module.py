@@ -37,6 +37,7 @@ class StudentModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.network = network
+        self.time_used = 0.0  # share of a time limit, 0 ... 1
         self.schedule, self.parameterization = schedule, parameterization
         self.loss, self.config = loss, trainer_config
         self.denoiser_type = denoiser
@@ -82,4 +83,5 @@ class StudentModule(L.LightningModule):
         ramp = min(1.0, (step + 1) / (self.config.lr_warmup + 1))
         if self.config.lr_schedule == "constant":
             return ramp
-        return ramp * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.config.max_steps)))
+        progress = min(1.0, max(step / self.config.max_steps, self.time_used))
+        return ramp * 0.5 * (1 + math.cos(math.pi * progress))

@@ -64,10 +64,22 @@ def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
     return folder
 
 
+OWN_CHOICES = (
+    "lr_schedule",
+    "lr_warmup",
+    "weight_decay",
+    "grad_clip",
+    "devices",
+    "accumulate",
+    "early_stop",
+    "max_minutes",
+)  # of the trainer section: this training decides them itself
+
+
 def _refuse_unused(config: FirstStageRun) -> None:
     """Keys of the shared sections that this training decides itself."""
     defaults = TrainerConfig(max_steps=1, learning_rate=1.0)
-    for key in ("lr_schedule", "lr_warmup", "weight_decay", "grad_clip", "devices", "accumulate", "early_stop"):
+    for key in OWN_CHOICES:
         if getattr(config.trainer, key) != getattr(defaults, key):
             raise UserError(
                 f"trainer.{key}: the first stage trains on one device with its own schedule; remove the key"

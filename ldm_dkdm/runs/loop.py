@@ -21,7 +21,7 @@ from ldm_dkdm.files import write_text
 from ldm_dkdm.runs.ema import StudentEMA
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.saving import checkpoints, step_of
-from ldm_dkdm.runs.steps import EarlyStop
+from ldm_dkdm.runs.steps import early_ends
 from ldm_dkdm.schema import LoggingConfig, TrainerConfig
 
 
@@ -105,7 +105,7 @@ def fit(
     precision: str,
     go_on: str = "the same command goes on",
 ) -> L.Trainer:
-    """Train to `config.max_steps` from the newest checkpoint, if there is one.
+    """Train to `config.max_steps`, or to an earlier end that the config asks for, from the newest checkpoint.
 
     Args:
         module: ends up with the EMA weights.
@@ -115,10 +115,10 @@ def fit(
         go_on: how to resume, for the user.
 
     Raises:
-        Stopped: a signal ended the run before `config.max_steps`; all is saved.
+        Stopped: a signal ended the run before its end; all is saved.
     """
     quiet_lightning()
-    latest = folder.latest()
+    latest, ends = folder.latest(), early_ends(config)
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
@@ -131,7 +131,7 @@ def fit(
             StudentEMA(config.ema_decay),
             _ProgressBar(refresh_rate=10),
             stop,
-            *([EarlyStop(config.early_stop)] if config.early_stop else []),
+            *ends,
             *callbacks,
         ],
         enable_checkpointing=False,
@@ -141,8 +141,7 @@ def fit(
     data = _StreamModule(stream_for)
     with contextlib.suppress(SIGTERMException):  # the signal asked for a stop, and that saved the run
         trainer.fit(module, datamodule=data, ckpt_path=latest, weights_only=True)
-    stopped_early = any(isinstance(callback, EarlyStop) and callback.stopped for callback in trainer.callbacks)
-    if trainer.global_step < config.max_steps and (stop.requested or not stopped_early):
+    if trainer.global_step < config.max_steps and (stop.requested or not any(end.reached for end in ends)):
         raise Stopped(f"stopped and saved at step {trainer.global_step}; {go_on}")
     return trainer
 
@@ -171,6 +170,13 @@ class _ProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: L.Trainer, *args: object) -> None:
         super().on_train_epoch_start(trainer, *args)
         self.train_progress_bar.set_description("training")
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+        super().on_train_batch_end(trainer, module, *args)
+        used, done = getattr(module, "time_used", 0.0), trainer.global_step
+        if used:  # the ETA is that of the limit where it comes first
+            steps = min(trainer.max_steps, max(done, round(done / used)))
+            self.train_progress_bar.total = steps * trainer.accumulate_grad_batches
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, int | str | float]:
         metrics = super().get_metrics(trainer, module)

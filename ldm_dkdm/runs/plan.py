@@ -1,5 +1,6 @@
 """What a distillation will cost, before it starts."""
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,9 @@ def plan(config: DistillRun, parts: Parts) -> dict[str, str]:
     resident = 4 * (5 * student + teacher + parts.codec.parameters)
     device = default_device(config.trainer.accelerator)
     seconds, teacher_seconds = time_iteration(config, parts)
-    eta = batches * seconds + ((iterations - batches) * batch + warm) * teacher_seconds
+    training = batches * seconds + (iterations - batches) * batch * teacher_seconds
+    limit = 60 * (config.trainer.max_minutes or math.inf)
+    eta = min(training, limit) + warm * teacher_seconds
     return {
         "teacher": f"{teacher / 1e6:.6f} M parameters, {gflops(parts.teacher.network, shape):.2f} GFLOPs a sample",
         "student": f"{student / 1e6:.6f} M parameters, {gflops(parts.student, shape):.2f} GFLOPs a sample",
@@ -63,7 +66,9 @@ def plan(config: DistillRun, parts: Parts) -> dict[str, str]:
         "memory, host": size(0 if config.distill.pool_storage == "mmap" else pool_bytes) + " for the pool",
         "disk": f"{size((KEPT + 1) * (pool_bytes + 16 * student) + 4 * student)} for the student, {KEPT} checkpoints "
         "and the next one while it is written",
-        "time": f"about {duration(eta)}: {seconds:.2f} s an iteration, {duration(warm * teacher_seconds)} of warm-up "
+        "time": f"about {duration(eta)}: {seconds:.2f} s an iteration, {duration(warm * teacher_seconds)} of warm-up"
+        + (f", trainer.max_minutes ends it at step {int(steps * limit / training):,}" if limit < training else "")
+        + " "
         f"(from {TIMED_ITERATIONS} timed iterations at batch {min(batch, MAX_TIMED_BATCH)})",
     }
 

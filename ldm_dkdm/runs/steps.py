@@ -1,11 +1,12 @@
 """Callbacks that act after optimizer steps, which gradient accumulation makes rarer than batches."""
 
 import math
+import time
 
 import lightning as L
 import torch
 
-from ldm_dkdm.schema import EarlyStopConfig
+from ldm_dkdm.schema import EarlyStopConfig, TrainerConfig
 
 
 class StepCallback(L.Callback):
@@ -25,7 +26,64 @@ class StepCallback(L.Callback):
         """What the callback does; `trainer.global_step` steps are done."""
 
 
-class EarlyStop(StepCallback):
+class EarlyEnd(StepCallback):
+    """Ends a run before `trainer.max_steps`; an ended run stays so until its config is changed."""
+
+    @property
+    def reached(self) -> bool:
+        """Whether the run has come to its end."""
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        if self.reached:
+            trainer.should_stop = True  # before the first batch
+
+
+def early_ends(config: TrainerConfig) -> list[EarlyEnd]:
+    """What a config lets end a run."""
+    ends: list[EarlyEnd] = [TimeLimit(config.max_minutes)] if config.max_minutes else []
+    return ends + ([EarlyStop(config.early_stop)] if config.early_stop else [])
+
+
+class TimeLimit(EarlyEnd):
+    """Ends a run when its training, with that before every resume, has taken the time given.
+
+    `module.time_used` says how much of the time is gone, so that the learning rate falls with it: a schedule made
+    for the budget is what a cut run lacks (Li et al. 2020, "Budgeted Training").
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.limit = 60 * minutes
+        self.spent, self._since = 0.0, 0.0
+
+    @property
+    def reached(self) -> bool:
+        return self.spent >= self.limit
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._since = time.monotonic() - self.spent
+        module.time_used = self.spent / self.limit
+        super().on_train_start(trainer, module)
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        spent = torch.tensor(time.monotonic() - self._since, device=module.device)
+        self.spent = trainer.strategy.reduce(spent).item()  # one clock for all processes
+        module.time_used = self.spent / self.limit
+        if self.reached:
+            print(f"\ntrainer.max_minutes are over at step {trainer.global_step}")
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resume needs."""
+        return {"spent": self.spent}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on counting."""
+        self.spent = state_dict["spent"]
+
+
+class EarlyStop(EarlyEnd):
     """Stops when the monitored figure's mean over a window has not fallen for `patience` windows.
 
     Lightning's EarlyStopping acts at the ends of epochs and validations, which a stream has not.
@@ -37,14 +95,8 @@ class EarlyStop(StepCallback):
         self.total, self.batches, self.steps = 0.0, 0, 0  # of the running window
 
     @property
-    def stopped(self) -> bool:
-        """Whether the run has come to its early end; more patience takes it back."""
+    def reached(self) -> bool:
         return self.bad_windows >= self.config.patience
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        super().on_train_start(trainer, module)
-        if self.stopped:
-            trainer.should_stop = True  # before the first batch
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
         self.total = self.total + trainer.callback_metrics[self.config.monitor]
@@ -55,7 +107,7 @@ class EarlyStop(StepCallback):
         self.steps += 1
         if self.steps == self.config.window:
             self._judge(trainer.strategy.reduce(torch.as_tensor(self.total) / self.batches).item())
-        if self.stopped:
+        if self.reached:
             step, monitor = trainer.global_step, self.config.monitor
             print(f"\nearly stop at step {step}: {monitor} stays above {self.best:.6g}")
             trainer.should_stop = True
