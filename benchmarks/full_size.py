@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ldm_dkdm import build, load_config  # noqa: E402
-from ldm_dkdm.assemble import make_schedule  # noqa: E402
 from ldm_dkdm.schema import DistillRun  # noqa: E402
+from ldm_dkdm.sources import make_schedule  # noqa: E402
 from tests.parts import write_compvis_checkpoint  # noqa: E402
 
 

@@ -1,24 +1,22 @@
 """Parts out of a validated configuration: teacher, first stage, student, and whether they fit together."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from ldm_dkdm.checkpoints import compvis, read_tensors
 from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
+from ldm_dkdm.checkpoints.inference import infer_vq
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.config import build
-from ldm_dkdm.denoiser import Denoiser
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.networks import UNet
 from ldm_dkdm.networks.scaling import parse_budget, slice_teacher, unet_within_budget
-from ldm_dkdm.pixel import IdentityCodec, PixelDenoiser
+from ldm_dkdm.pixel import IdentityCodec
 from ldm_dkdm.schema import (
-    DiffusionConfig,
-    DistillRun,
     FirstStageCard,
     FirstStageConfig,
     FirstStagePointer,
@@ -28,112 +26,10 @@ from ldm_dkdm.schema import (
     NewNetworkConfig,
     StudentConfig,
 )
-from ldm_dkdm.teacher import Teacher, class_labels
+from ldm_dkdm.sources import Model, check_network
 
 Codec = LatentCodec | IdentityCodec
-
-
-@dataclass(frozen=True)
-class Model:
-    """A denoising network with all that is needed to sample from it."""
-
-    network: nn.Module
-    card: ModelCard
-    first_stage: Path | None  # folder or checkpoint; None where the model has no pointer to one
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C,H,W) of the states."""
-        return self.network.in_channels, self.network.image_size, self.network.image_size
-
-    @property
-    def denoiser(self) -> type[Denoiser]:
-        """How the network's output is read."""
-        return PixelDenoiser if self.card.diffusion.space == "pixel" else Denoiser
-
-    @property
-    def classes(self) -> list[int] | None:
-        """The labels that it takes; None for an unconditional model."""
-        return class_labels(self.network, self.card.null_label)
-
-    def as_teacher(self, precision: str, guidance: float = 1.0, null_label: int | None = None) -> Teacher:
-        """The model as a frozen predictor."""
-        schedule, parameterization = make_schedule(self.card.diffusion), self.card.network.parameterization
-        null_label = self.card.null_label if null_label is None else null_label
-        return Teacher(self.network, schedule, parameterization, precision, self.denoiser, guidance, null_label)
-
-
-def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
-    """The forward process that a config section describes."""
-    return NoiseSchedule(config.schedule, config.num_timesteps, config.beta_start, config.beta_end)
-
-
-def load_model(folder: Path) -> Model:
-    """Read a student's or teacher's folder."""
-    card, tensors = read_folder(folder, ModelCard)
-    network = build(card.network, f"{folder}/config.yaml: network.params")
-    load_strictly(network, tensors, folder / card.weights)
-    pointer = folder / card.first_stage.path if card.first_stage else None
-    return Model(network, card, pointer)
-
-
-def load_teacher(config: DistillRun, planning: bool = False) -> Model:
-    """The teacher of a distillation: a model folder of ours, or a foreign checkpoint with target and params.
-
-    While `planning`, a checkpoint that is not there yet is no error: the weights stay random.
-    """
-    teacher = config.teacher
-    path = Path(teacher.ckpt)
-    if is_model_folder(path):
-        for key in ("target", "params", "parameterization", "use_ema"):
-            if getattr(teacher, key) not in (None, {}):
-                raise UserError(f"teacher.{key}: {path} describes itself; remove the key")
-        model = load_model(path)
-        if config.diffusion not in (None, model.card.diffusion):
-            raise UserError(f"diffusion: {config.diffusion} differs from the teacher's own {model.card.diffusion}")
-        return model
-    missing = not path.is_file()
-    if missing and not (planning and teacher.target):
-        raise UserError(f"teacher.ckpt: {path} is missing; {how_to_get(path)}")
-    if teacher.target is None or config.diffusion is None:
-        raise UserError(
-            f"teacher: {path} is no model folder of ours, so teacher.target, teacher.params and diffusion must be given"
-        )
-    node = NetworkConfig(teacher.target, teacher.params, teacher.parameterization or "eps")
-    network = build(node, "teacher.params")
-    check_network(network, config.diffusion, "teacher.params")
-    if not missing:
-        _load_foreign(network, config, path)
-    card = ModelCard(path.name, node, config.diffusion, null_label=teacher.null_label)
-    return Model(network, card, path if config.diffusion.space == "latent" else None)
-
-
-def _load_foreign(network: nn.Module, config: DistillRun, path: Path) -> None:
-    tensors = read_tensors(path)
-    if config.diffusion.space == "pixel":  # guided-diffusion's and DDPM-IP's files: one bare set of weights
-        load_strictly(network, tensors, path)
-    else:
-        compvis.check_schedule(tensors, make_schedule(config.diffusion), path)
-        compvis.load_unet(network, tensors, config.teacher.use_ema is not False, path)
-
-
 LARGEST_WEIGHT = 1e4  # of a step in the loss; LDM's schedule has 200
-
-RELEASES = {
-    "ffhq256": "CompVis's LDM-VQ-4 release for FFHQ (ffhq.zip), unpack its model.ckpt",
-    "celebahq256": "CompVis's LDM-VQ-4 release for CelebA-HQ (celeba.zip), unpack its model.ckpt",
-    "cifar10": "DDPM-IP's release ADM_cifar10_baseline.pt",
-    "celeba64": "DDPM-IP's release DDPM_IP_celeba64.pt",
-    "imagenet32": "DDPM-IP's release DDPM_IP_imageNet32.pt",
-}
-
-
-def how_to_get(path: Path) -> str:
-    """What to put where a checkpoint is expected."""
-    release = RELEASES.get(path.parent.name)
-    if release:
-        return f"download {release} and put it there, or set teacher.ckpt=PATH"
-    return "set the key to a CompVis .ckpt, a guided-diffusion .pt, or a model folder with config.yaml and weights"
 
 
 def load_first_stage(
@@ -158,6 +54,7 @@ def load_first_stage(
     if planning and config.target and not path.exists():
         codec = LatentCodec(build(config, "first_stage.params"), config.scale_factor or 1.0, precision)
     else:
+        config = _told_first_stage(path, config, model.latent_shape[1])
         codec = load_codec(path, config, precision)
     if codec.latent_channels != model.latent_shape[0]:
         raise UserError(
@@ -168,6 +65,21 @@ def load_first_stage(
             f"first_stage: {path} makes latents of side {codec.latent_size}, the model has {model.latent_shape[1]}"
         )
     return codec, FirstStagePointer(str(path.resolve()), codec.scale_factor, config.target, config.params)
+
+
+def _told_first_stage(path: Path, config: FirstStageConfig, latent_size: int) -> FirstStageConfig:
+    """The architecture of a first stage that a CompVis file tells, where the config does not."""
+    if config.target is not None or not path.is_file():
+        return config
+    tensors = _first_stage_in(path)
+    if "quantize.embedding.weight" not in tensors or "encoder.conv_in.weight" not in tensors:
+        raise UserError(f"{path}: holds no VQ first stage; name its file or folder in first_stage.ckpt")
+    return replace(config, target="ldm_dkdm.first_stage.VQModel", params=infer_vq(tensors, latent_size))
+
+
+def _first_stage_in(path: Path) -> dict[str, Tensor]:
+    tensors = read_tensors(path)
+    return compvis.first_stage_tensors(tensors) or {k: v for k, v in tensors.items() if not k.startswith("loss.")}
 
 
 def load_codec(path: Path, config: FirstStageConfig, precision: str = "32") -> LatentCodec:
@@ -184,16 +96,9 @@ def load_codec(path: Path, config: FirstStageConfig, precision: str = "32") -> L
     if config.target is None:
         raise UserError(f"first_stage: {path} is no first-stage folder, so first_stage.target and params must be given")
     vq = build(config, "first_stage.params")
-    tensors = read_tensors(path)
-    if any(name.startswith(compvis.FIRST_STAGE) for name in tensors):
-        compvis.load_first_stage(vq, tensors, path)
-    else:
-        load_strictly(vq, {k: v for k, v in tensors.items() if not k.startswith("loss.")}, path)
-    return LatentCodec(vq, config.scale_factor or _stored_scale(tensors), precision)
-
-
-def _stored_scale(tensors: dict[str, Tensor]) -> float:
-    return float(tensors["scale_factor"]) if "scale_factor" in tensors else 1.0
+    load_strictly(vq, _first_stage_in(path), path)
+    stored = read_tensors(path).get("scale_factor")
+    return LatentCodec(vq, config.scale_factor or (1.0 if stored is None else float(stored)), precision)
 
 
 def make_student(config: StudentConfig, teacher: Model) -> tuple[nn.Module, NetworkConfig]:
@@ -250,17 +155,6 @@ def load_initial(network: nn.Module, node: NewNetworkConfig, where: str) -> None
     if found != node.parameterization:
         raise UserError(f"{where}: {init} predicts {found}; set parameterization to that, or init to random")
     load_strictly(network, tensors, Path(init) / card.weights)
-
-
-def check_network(network: nn.Module, diffusion: DiffusionConfig, where: str) -> None:
-    """Refuse outputs that the space has no use for."""
-    states = network.in_channels
-    allowed = (states, 2 * states) if diffusion.space == "pixel" else (states,)
-    if network.out_channels not in allowed:
-        raise UserError(
-            f"{where}.out_channels: {network.out_channels} must be {' or '.join(map(str, allowed))} in "
-            f"{diffusion.space} space{' (learn_sigma: false)' if hasattr(network, 'null_label') else ''}"
-        )
 
 
 def check_loss(loss: LossConfig, schedule: NoiseSchedule, where: str) -> None:

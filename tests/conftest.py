@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.cli import run_script
+from tests.digits import train
 from tests.parts import first_stage_folder, model_folder
 
 
@@ -16,6 +18,22 @@ def first_stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory, first_stage: Path) -> Path:
     return model_folder(tmp_path_factory.mktemp("models") / "teacher", first_stage)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """scikit-learn's digits as an .npz with labels."""
+    path = tmp_path_factory.mktemp("digits") / "digits.npz"
+    assert run_script("prepare_digits.py", path) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def digits_teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional pixel teacher with a learned variance."""
+    home = tmp_path_factory.mktemp("teacher")
+    assert train(home, "teacher", {"path": str(digits)}, trainer={"max_steps": 60}) == 0
+    return home / "teacher" / "student"
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ LAYERS = [
     {"denoiser", "registry", "generate", "baselines"},
     {"teacher", "config", "pixel"},
     {"checkpoints", "evaluate", "distill"},
-    {"assemble", "cli"},
+    {"sources", "cli"},
+    {"assemble"},
     {"runs"},
     {"scripts"},
 ]

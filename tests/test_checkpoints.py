@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm_dkdm import UserError
-from ldm_dkdm.assemble import load_teacher, make_schedule
 from ldm_dkdm.checkpoints import compvis, read_tensors
+from ldm_dkdm.checkpoints.foreign import open_foreign
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.first_stage import VQModel
 from ldm_dkdm.networks import UNet
 from ldm_dkdm.schema import DistillConfig, DistillRun, NetworkConfig, TeacherConfig, TrainerConfig
+from ldm_dkdm.sources import load_teacher, make_schedule
 from tests.parts import DIFFUSION, UNET_PARAMS, VQ_PARAMS, randomised, write_compvis_checkpoint
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
@@ -117,25 +118,30 @@ def test_ema_names_have_no_dots() -> None:
     )
 
 
-def test_a_checkpoint_without_ema_says_how_to_use_the_raw_weights(compvis_file: Path, unet: nn.Module) -> None:
-    raw = {name: value for name, value in read_tensors(compvis_file).items() if not name.startswith("model_ema.")}
+def _without(file: Path, prefix: str, to: Path) -> Path:
+    """The checkpoint without the tensors whose names begin with a prefix."""
+    torch.save({"state_dict": {k: v for k, v in read_tensors(file).items() if not k.startswith(prefix)}}, to)
+    return to
+
+
+def test_a_checkpoint_without_ema_gives_the_raw_weights_unless_ema_is_asked_for(
+    compvis_file: Path, unet: nn.Module, tmp_path: Path
+) -> None:
+    foreign = open_foreign(_without(compvis_file, "model_ema.", tmp_path / "raw.ckpt"))
+    expected = {name: value + 1 for name, value in unet.state_dict().items()}
+    assert _equal(dict(foreign.weights(None)), expected)
+    assert _equal(dict(foreign.weights(False)), expected)
     with pytest.raises(UserError, match="use_ema=false"):
-        compvis.load_unet(UNet(**UNET_PARAMS), raw, True, "model.ckpt")
-    with pytest.raises(UserError, match="no CompVis"):
-        compvis.load_unet(UNet(**UNET_PARAMS), unet.state_dict(), False, "model.ckpt")
+        foreign.weights(True)
 
 
-def test_a_missing_ema_weight_is_named(compvis_file: Path) -> None:
-    tensors = read_tensors(compvis_file)
-    del tensors[compvis.ema_name("out.2.bias")]
+def test_a_missing_ema_weight_is_named(compvis_file: Path, tmp_path: Path) -> None:
+    file = _without(compvis_file, compvis.ema_name("out.2.bias"), tmp_path / "part.ckpt")
     with pytest.raises(UserError, match=r"missing: out\.2\.bias"):
-        compvis.load_unet(UNet(**UNET_PARAMS), tensors, True, "model.ckpt")
+        load_strictly(UNet(**UNET_PARAMS), open_foreign(file).weights(True), file)
 
 
 def test_the_first_stage_comes_out_of_a_compvis_file_without_its_loss(compvis_file: Path, vq: nn.Module) -> None:
     tensors = {**read_tensors(compvis_file), "first_stage_model.loss.logvar": torch.zeros(1)}
-    fresh = VQModel(**VQ_PARAMS)
-    compvis.load_first_stage(fresh, tensors, "model.ckpt")
-    assert _equal(dict(fresh.state_dict()), dict(vq.state_dict()))
-    with pytest.raises(UserError, match="no first stage"):
-        compvis.load_first_stage(fresh, TENSORS, "model.ckpt")
+    assert _equal(compvis.first_stage_tensors(tensors), dict(vq.state_dict()))
+    assert compvis.first_stage_tensors(TENSORS) == {}

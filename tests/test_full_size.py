@@ -5,10 +5,10 @@ import torch
 import yaml
 from torch import nn
 
-from ldm_dkdm.assemble import make_schedule
 from ldm_dkdm.config import build, load_config, parse
 from ldm_dkdm.distill.pool import pool_slots
 from ldm_dkdm.schema import DistillRun, NetworkConfig
+from ldm_dkdm.sources import make_schedule
 from tests.cli import ROOT
 
 TABLE_7 = {

@@ -7,10 +7,10 @@ import torch
 import yaml
 from torch import nn
 
-from ldm_dkdm.assemble import check_network, make_schedule
 from ldm_dkdm.config import build, load_config
 from ldm_dkdm.distill.pool import pool_slots
 from ldm_dkdm.schema import DistillRun
+from ldm_dkdm.sources import check_network, make_schedule
 from tests.cli import ROOT, distil, write_yaml
 
 # Tab. 6: parameters of teacher and student, channels, blocks, head channels, dropout; batch, iterations, early stop

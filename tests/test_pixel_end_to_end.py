@@ -8,75 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm_dkdm.assemble import load_model
 from ldm_dkdm.runs import steps
-from tests.cli import contents, distil, run_script, sample, write_yaml
-
-UNET = {
-    "image_size": 8,
-    "in_channels": 3,
-    "out_channels": 6,
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "attention_resolutions": [2],
-    "channel_mult": [1, 2],
-    "num_head_channels": 32,
-    "num_classes": 10,
-    "resblock_updown": True,
-    "use_scale_shift_norm": True,
-}
-DIT = {
-    "input_size": 8,
-    "in_channels": 3,
-    "hidden_size": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "num_classes": 10,
-    "class_dropout_prob": 0.0,
-}
-PIXEL = {"space": "pixel", "schedule": "cosine", "num_timesteps": 40}
-TRAINER = {"max_steps": 6, "learning_rate": 1e-3, "precision": "32", "accelerator": "cpu", "ema_decay": 0.9}
-LOGGING = {"save_every": 3, "sample_every": 6, "sample_count": 4, "sample_steps": 4}
+from ldm_dkdm.sources import load_model
+from tests.cli import contents, distil, run_script, sample
+from tests.digits import DIT, TRAINER, distil_config, train
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("digits") / "digits.npz"
-    assert run_script("prepare_digits.py", path) == 0
-    return path
-
-
-def train(home: Path, name: str, data: dict[str, object], **sections: dict[str, object]) -> int:
-    """Train on data (Alg. 2) into home/name; -> exit code."""
-    config = {
-        "model": sections.get("model", {"target": "ldm_dkdm.networks.UNet", "params": UNET}),
-        "diffusion": PIXEL,
-        "data": {"image_size": 8, "batch_size": 8, "flip": False, **data},
-        "trainer": {**TRAINER, **sections.get("trainer", {})},
-        "logging": {**LOGGING, "dir": str(home), "name": name},
-    }
-    return run_script("train_ldm.py", "--base", write_yaml(home / f"{name}.yaml", config))
-
-
-@pytest.fixture(scope="module")
-def teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class-conditional pixel teacher with a learned variance."""
-    home = tmp_path_factory.mktemp("teacher")
-    assert train(home, "teacher", {"path": str(digits)}, trainer={"max_steps": 60}) == 0
-    return home / "teacher" / "student"
-
-
-def distil_config(ckpt: Path, home: Path, name: str, **sections: dict[str, object]) -> Path:
-    config: dict[str, dict[str, object]] = {
-        "teacher": {"ckpt": str(ckpt)},
-        "student": {"target": "ldm_dkdm.networks.UNet", "params": UNET},
-        "distill": {"batch_size": 8, "rho": 0.2, "warmup": {"mode": "ddim", "steps": 4, "images": 16}},
-        "trainer": dict(TRAINER),
-        "logging": {**LOGGING, "dir": str(home), "name": name},
-    }
-    for section, values in sections.items():
-        config[section] |= values
-    return write_yaml(home / f"{name}.yaml", config)
+@pytest.fixture
+def teacher(digits_teacher: Path) -> Path:
+    return digits_teacher
 
 
 def column(run: Path, name: str) -> np.ndarray:
@@ -229,75 +169,3 @@ def test_accumulated_batches_are_one_step_and_resume_exactly(teacher: Path, tmp_
     assert distil("--resume", tmp_path / "halves", "trainer.max_steps=4") == 0
     whole, halves = (contents(tmp_path / name / "student")["student.safetensors"] for name in ("whole", "halves"))
     assert whole == halves
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("student.params.out_channels=9", "out_channels: 9 must be 3 or 6"),
-        ("student.params.num_classes=11", "num_classes: 11 differs from the teacher's 10"),
-        ("student.params.image_size=16", "image_size: 16 differs"),
-        ("first_stage.ckpt=models/x", "first_stage: pixel space has none"),
-        ("distill.discard=1", "distill.discard: must be below 1"),
-        ("distill.variant=random", "distill.variant: 'random' is not one of"),
-        ("distill.rho=null", "distill.rho: missing"),
-        ("teacher.guidance=2", "teacher.null_label: guidance needs"),
-        ("teacher.null_label=99", "teacher.null_label: 99 is outside the network's table of 10"),
-        ("distill.loss.space=v", "distill.loss.weight_cap: with space: v this schedule weighs"),
-        ("teacher.use_ema=false", "teacher.use_ema"),
-        ("student.init=elsewhere", "student.init: 'elsewhere' is neither"),
-        ("trainer.accumulate=0", "trainer.accumulate: must be at least 1"),
-        ("trainer.early_stop.monitor=fid", "trainer.early_stop.monitor: 'fid' is not one of"),
-        ("trainer.early_stop.windows=3", "trainer.early_stop.windows: unknown key; did you mean 'window'"),
-    ],
-)
-def test_bad_values_are_one_line_and_exit_code_2(
-    override: str, words: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert distil("--base", distil_config(teacher, tmp_path, "bad"), override) == 2
-    error = capsys.readouterr().err
-    assert words in error and len(error.strip().splitlines()) == 1
-    assert not (tmp_path / "bad").exists()
-
-
-@pytest.mark.parametrize(
-    ("labels", "words"),
-    [
-        (np.arange(3), "int64 (3,), wanted 4"),
-        (np.eye(4, dtype=int), "int64 (4, 4), wanted 4"),
-        (np.full(4, 0.7), "float64 (4,), wanted 4"),
-        (np.array(["a"] * 4), "<U1 (4,), wanted 4"),
-        (np.arange(4) + 9, "labels go from 9 to 12"),
-        (None, "needs labels"),
-    ],
-)
-def test_labels_that_do_not_fit_the_images_are_refused(
-    labels: np.ndarray | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arrays = {"arr_0": np.zeros((4, 8, 8, 3), np.uint8)} | ({} if labels is None else {"arr_1": labels})
-    np.savez(tmp_path / "x.npz", **arrays)
-    assert train(tmp_path, "bad", {"path": str(tmp_path / "x.npz")}) == 2
-    error = capsys.readouterr().err
-    assert words in error and len(error.strip().splitlines()) == 1
-    assert not (tmp_path / "bad").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--guidance", 2], "null_label: guidance needs"),
-        (["--guidance", -1], "--guidance: must be at least 0"),
-        (["--guidance", 1, 2], "--guidance: 2 weights for 1 models"),
-        (["--sampler", "ddpm", "-e", 1], "--eta: has no effect with ddpm"),
-    ],
-)
-def test_sampler_options_that_cannot_act_are_refused(
-    arguments: list[object], words: str, teacher: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert sample("-r", teacher, "-c", 4, *arguments) == 2
-    assert words in capsys.readouterr().err
-
-
-def test_labels_that_no_class_has_are_refused(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sample("-r", teacher, "-c", 4, "--labels", 10) == 2
-    assert "--labels: 10 is none of the 10 classes" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm_dkdm.assemble import load_model
+from ldm_dkdm.sources import load_model
 from tests.cli import distil, write_yaml
 from tests.parts import UNET_PARAMS, distill_config, model_folder
 

@@ -9,13 +9,13 @@ import lightning as L
 import pytest
 import torch
 
-from ldm_dkdm.assemble import Model, load_model, make_schedule
 from ldm_dkdm.baselines.stream import DataStream
 from ldm_dkdm.config import build
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.evaluate.agreement import eps_error_by_quarter, held_out_chains
 from ldm_dkdm.runs.ema import StudentEMA
 from ldm_dkdm.schema import NetworkConfig
+from ldm_dkdm.sources import Model, load_model, make_schedule
 from ldm_dkdm.teacher import Teacher
 from tests.cli import distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, distill_config

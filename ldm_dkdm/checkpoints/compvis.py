@@ -1,12 +1,11 @@
 """CompVis's layout: UNet, its EMA and the first stage in one state dict."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
 
@@ -20,26 +19,8 @@ def ema_name(parameter: str) -> str:
     return EMA + (UNET.removeprefix("model.") + parameter).replace(".", "")
 
 
-def load_unet(network: nn.Module, tensors: Mapping[str, Tensor], use_ema: bool, source: str | Path) -> None:
-    """Load the UNet of a CompVis checkpoint, EMA or raw weights."""
-    names = [name for name, _ in network.named_parameters()]
-    raw = _under(tensors, UNET)
-    if not raw:
-        raise UserError(f"{source}: no {UNET}* keys, so this is no CompVis latent diffusion checkpoint")
-    if not use_ema:
-        load_strictly(network, raw, source)
-        return
-    ema = {name: tensors[ema_name(name)] for name in names if ema_name(name) in tensors}
-    if not ema:
-        raise UserError(f"{source}: holds no EMA weights ({EMA}*); set teacher.use_ema=false to use the raw ones")
-    load_strictly(network, ema, source)
-
-
-def check_schedule(tensors: Mapping[str, Tensor], schedule: NoiseSchedule, source: str | Path) -> None:
-    """Refuse a configured schedule that is not the one a checkpoint was trained with, where it stores that."""
-    stored = tensors.get("alphas_cumprod")
-    if stored is None:
-        return
+def check_schedule(stored: Tensor, schedule: NoiseSchedule, source: str | Path) -> None:
+    """Refuse a configured schedule that is not the `alphas_cumprod` (T,) that a checkpoint was trained with."""
     wanted = schedule.alphas_cumprod
     if stored.shape != wanted.shape or not torch.allclose(stored.double(), wanted, rtol=1e-3, atol=1e-6):
         raise UserError(
@@ -52,17 +33,12 @@ def _ends(abar: Tensor) -> str:
     return f"T = {len(abar)}, alphas_cumprod {abar[0]:.6f} ... {abar[len(abar) // 2]:.6f} ... {abar[-1]:.6f}"
 
 
-def load_first_stage(vq: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Load the first stage inside a CompVis checkpoint; the keys of its training loss are left."""
-    found = _under(tensors, FIRST_STAGE)
-    if not found:
-        raise UserError(f"{source}: holds no first stage ({FIRST_STAGE}* keys); name its file in first_stage.ckpt")
-    load_strictly(vq, _without(found, ("loss.",)), source)
+def first_stage_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first stage inside a checkpoint, under its own names, without its training loss; may be empty."""
+    found = under(tensors, FIRST_STAGE)
+    return {name: tensor for name, tensor in found.items() if not name.startswith("loss.")}
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _without(tensors: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(prefixes))}

@@ -1,71 +1,163 @@
 """Tensors out of files, without ever running what a file contains."""
 
-import pickle
-import warnings
+import struct
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.pickles import read_array_pickle, read_torch_file
 from ldm_dkdm.errors import UserError
 
-# Lightning keyed callback states by class in its early releases; this inert class stands in for it.
-LIGHTNING_GLOBALS = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
+TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files before it wrote zips
+PARTS = ("state_dict", "ema", "model")  # Lightning's and CompVis's; DiT's, its EMA first
+SIGNATURES = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
+    b"\x1f\x8b": "is a gzip archive; unpack it first",
+    b"BZh": "is a bzip2 archive; unpack it first",
+    b"7z\xbc\xaf": "is a 7z archive; unpack it first",
+    b"Rar!": "is a RAR archive; unpack it first",
+    b"\x89HDF": "is an HDF5 file (Keras?); a PyTorch or safetensors file is needed",
+    b"GGUF": "is a GGUF file; a PyTorch or safetensors file is needed",
+    b"\x93NUMPY": "is a NumPy array, not a checkpoint",
+    b"\x89PNG": "is a picture, not a checkpoint",
+    b"\xff\xd8\xff": "is a picture, not a checkpoint",
+}
 
 
-class Inert:
-    """Takes the place of a class that a pickle names; it does nothing."""
+def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint -> {name: tensor}, on the CPU, memory-mapped where possible.
 
+    The content decides the format, not the file's ending: torch's zip and legacy formats (CompVis, Lightning,
+    guided-diffusion, DDPM-IP, DiT), safetensors, a plain pickle of arrays (a reference pool cache), a diffusers
+    component's folder, a model folder of ours. A file that is one tensor gives it under the file's name.
 
-def read_tensors(path: str | Path, part: str = "state_dict") -> dict[str, Tensor]:
-    """Read a .safetensors, .ckpt or .pt file -> {name: tensor}, on the CPU, memory-mapped where possible.
-
-    A nested `part` is taken out of a Lightning checkpoint (in ours `state_dict` holds the EMA weights and
-    `current_model_state` the raw ones); other entries are left. A file that is one tensor gives it under the
-    file's name.
+    Args:
+        path: of the file or folder.
+        part: a nested part to take, for example `current_model_state` in our training checkpoints, whose
+            `state_dict` holds the EMA weights; by default `state_dict`, else `ema`, else `model`, else the top level.
 
     Raises:
         UserError: no such file, an unknown format, or a pickle that asks for more than tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    content = _read_pickle(path)
+    if path.is_dir():
+        return read_tensors(_weights_in(path))
+    content = read_content(path)
     if isinstance(content, Tensor):
         return {path.stem: content}
-    tree = content.get(part, content) if isinstance(content, dict) else content
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds a {type(tree).__name__}, not a dictionary of tensors")
-    tensors = {name: value for name, value in tree.items() if isinstance(value, Tensor)}
+    tree = select_part(content, part, path)
+    tensors = {name: _tensor(value) for name, value in tree.items() if isinstance(value, (Tensor, np.ndarray))}
     if not tensors:
         raise UserError(f"{path}: holds no tensors (keys: {', '.join(map(str, list(tree)[:8]))})")
     return tensors
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from error
+def select_part(content: Any, part: str | None, path: Path) -> Mapping[Any, Any]:
+    """The dictionary of tensors within what a file holds."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
+    if set(content) == {"state", "param_groups"}:
+        raise UserError(f"{path}: is an optimizer's state (an optNNNNNN.pt), not weights; take ema_*.pt or model*.pt")
+    names = PARTS if part is None else (part,)
+    tree = next((content[name] for name in names if isinstance(content.get(name), (Mapping, list))), content)
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{path}: holds a {type(tree).__name__}, not a dictionary of tensors")
+    return tree
 
 
-def _read_pickle(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([(Inert, name) for name in LIGHTNING_GLOBALS]):
-            warnings.simplefilter("ignore")  # the error below says it in one line
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: refused, the file is damaged or asks to run code: {first}") from error
-    except Exception as error:  # a damaged pickle can raise anything; nothing of it has run
-        raise UserError(f"{path}: not a readable checkpoint (is the download complete?): {error!r}") from error
+def read_content(path: Path) -> Any:
+    """All that a checkpoint file holds: a dictionary, or whatever was saved; unknown classes are inert."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    kind = file_kind(path)
+    if kind == "safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: not a readable safetensors file (is it complete?): {error}") from error
+    return read_torch_file(path) if kind == "torch" else read_array_pickle(path)
 
 
-def _is_zip(path: Path) -> bool:
+def file_kind(path: Path) -> str:
+    """`torch`, `safetensors` or `pickle`, by content.
+
+    Raises:
+        UserError: nothing of these; says what it is instead.
+    """
+    size = path.stat().st_size
     with path.open("rb") as file:
-        return file.read(2) == b"PK"
+        head = file.read(512)
+    if not head:
+        raise UserError(f"{path}: is empty; download it again")
+    for signature, meaning in SIGNATURES.items():
+        if head.startswith(signature):
+            raise UserError(f"{path}: {meaning}")
+    if head[257:262] == b"ustar":
+        raise UserError(f"{path}: is a tar archive; unpack it first")
+    if head.startswith(b"PK"):
+        return _kind_of_zip(path)
+    if head.startswith(TORCH_MAGIC[: len(head)]):
+        return "torch"
+    if _is_safetensors(head, size, path):
+        return "safetensors"
+    if head[0] == 0x80 and len(head) > 2 and head[1] <= 5:
+        return "pickle"
+    raise UserError(f"{path}: {_describe_text(head)}")
+
+
+def _kind_of_zip(path: Path) -> str:
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not a readable checkpoint, it breaks off; download it again")
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.rpartition("/")[2] == "data.pkl" for name in names):
+        return "torch"
+    if any(name.endswith(".npy") for name in names):
+        raise UserError(f"{path}: is an .npz of arrays (pictures or statistics), not a checkpoint")
+    raise UserError(f"{path}: is an archive ({', '.join(names[:3]) or 'empty'}), not a checkpoint; unpack it first")
+
+
+def _is_safetensors(head: bytes, size: int, path: Path) -> bool:
+    if len(head) < 9 or head[8:9] != b"{":
+        return False
+    (length,) = struct.unpack("<Q", head[:8])
+    if length > 100_000_000:
+        return False
+    if 8 + length > size:
+        raise UserError(f"{path}: not a readable safetensors file, it breaks off in its header; download it again")
+    return True
+
+
+def _describe_text(head: bytes) -> str:
+    start = head.lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "is a web page saved as a checkpoint; the download needs a browser, a login or another address"
+    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
+        return f"is text, not a checkpoint (it begins with {head[:24].decode()!r})"
+    return f"no checkpoint format that is known here (it begins with {head[:8]!r})"
+
+
+def _weights_in(folder: Path) -> Path:
+    """The weights of a model folder: ours, or one component of a diffusers pipeline."""
+    for pattern in ("diffusion_pytorch_model*.safetensors", "*.safetensors", "diffusion_pytorch_model*.bin"):
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            raise UserError(
+                f"{folder}: holds several weight files ({found[0].name}, {found[1].name}); name one of them"
+            )
+        if found:
+            return found[0]
+    if (folder / "model_index.json").is_file():
+        raise UserError(f"{folder}: is a whole diffusers pipeline; name a component of it, for example {folder}/unet")
+    raise UserError(f"{folder}: no such checkpoint file, and the folder holds no weights")
+
+
+def _tensor(value: Tensor | np.ndarray) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.from_numpy(value)

@@ -4,16 +4,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from ldm_dkdm.assemble import (
-    Codec,
-    Model,
-    check_loss,
-    check_network,
-    load_first_stage,
-    load_initial,
-    make_schedule,
-    plain,
-)
+from ldm_dkdm.assemble import Codec, check_loss, load_first_stage, load_initial, plain
 from ldm_dkdm.baselines.data import EncodedStates, ImageSet, States, encode_sets, open_sets
 from ldm_dkdm.baselines.stream import DataStream
 from ldm_dkdm.config import build
@@ -28,6 +19,7 @@ from ldm_dkdm.runs.loop import RunFolder, default_device, first_batch, fit, open
 from ldm_dkdm.runs.samples import SampleGrid
 from ldm_dkdm.runs.saving import RunCheckpoint, step_of
 from ldm_dkdm.schema import DiffusionRun, ModelCard
+from ldm_dkdm.sources import Model, check_network, make_schedule
 
 
 def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ldm_dkdm.assemble import Codec, Model, check_loss, load_first_stage, load_teacher, make_student
+from ldm_dkdm.assemble import Codec, check_loss, load_first_stage, make_student
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distill.module import StudentModule
 from ldm_dkdm.distill.pool import NoisyPool, pool_slots
@@ -23,6 +23,7 @@ from ldm_dkdm.runs.loop import RunFolder, default_device, first_batch, fit, open
 from ldm_dkdm.runs.samples import SampleGrid
 from ldm_dkdm.runs.saving import RunCheckpoint, pool_path, step_of, warmup_path
 from ldm_dkdm.schema import DistillConfig, DistillRun, FirstStagePointer, ModelCard, NetworkConfig, TrainerConfig
+from ldm_dkdm.sources import Model, load_teacher
 from ldm_dkdm.teacher import Teacher
 
 SECONDS_BETWEEN_WARMUP_SAVES = 600.0

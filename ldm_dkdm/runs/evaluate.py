@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm_dkdm.assemble import Model, load_first_stage, load_teacher
+from ldm_dkdm.assemble import load_first_stage
 from ldm_dkdm.config import build, load_config
 from ldm_dkdm.diffusion.samplers import ddim_timesteps
 from ldm_dkdm.errors import UserError
@@ -19,6 +19,7 @@ from ldm_dkdm.runs.loop import default_device
 from ldm_dkdm.runs.plan import gflops, parameters
 from ldm_dkdm.runs.sample import find_model
 from ldm_dkdm.schema import FirstStageConfig, TeacherConfig
+from ldm_dkdm.sources import Model, load_teacher
 from ldm_dkdm.teacher import Teacher
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm_dkdm.assemble import how_to_get
 from ldm_dkdm.distill.pool import NoisyPool, slot_bytes
 from ldm_dkdm.distill.stream import DistillStream
 from ldm_dkdm.distill.warmup import preparation, warmup_calls
@@ -19,6 +18,7 @@ from ldm_dkdm.runs.distill import Parts, assemble, student_module
 from ldm_dkdm.runs.loop import default_device
 from ldm_dkdm.runs.saving import KEPT
 from ldm_dkdm.schema import DistillRun, TrainerConfig
+from ldm_dkdm.sources import how_to_get
 
 TIMED_ITERATIONS = 3
 MAX_TIMED_BATCH = 8  # a plan shall take seconds: the time of an iteration is scaled from this batch

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm_dkdm.assemble import Codec, Model, load_first_stage, load_model
+from ldm_dkdm.assemble import Codec, load_first_stage
 from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
 from ldm_dkdm.checkpoints.loading import load_strictly
@@ -25,6 +25,7 @@ from ldm_dkdm.images import grid, save_image, save_npz, side_by_side
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.runs.loop import default_device
 from ldm_dkdm.schema import FirstStageConfig, ModelCard
+from ldm_dkdm.sources import Model, load_model
 from ldm_dkdm.teacher import Teacher
 
 GRID = 64  # pictures on a grid, at most

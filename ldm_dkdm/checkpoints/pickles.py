@@ -1,0 +1,197 @@
+"""Pickled files read with inert stand-ins: whatever a pickle asks for, nothing of it runs."""
+
+import pickle
+import pickletools
+import warnings
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from ldm_dkdm.errors import UserError
+
+# What harmless checkpoints of the field name besides tensors. All of it becomes `Inert`; the rest is refused.
+STUBBED = (
+    "argparse.Namespace",  # DiT's `args`
+    "pytorch_lightning.",  # callback states keyed by class, hyperparameters
+    "lightning.",
+    "lightning_fabric.",
+    "omegaconf.",  # Lightning's hyperparameters in CompVis's trainings
+    "pathlib.",
+    "typing.Any",
+    "collections.defaultdict",
+    "ldm.",
+    "taming.",
+)
+# Arrays in reference pool caches; numpy's constructors hold data and call nothing.
+NUMPY = ("_reconstruct", "scalar", "ndarray", "dtype", "_frombuffer")
+NUMPY_MODULES = (
+    "numpy",
+    "numpy.core.multiarray",
+    "numpy._core.multiarray",
+    "numpy._core.numeric",
+    "numpy.core.numeric",
+)
+ARRAY_ERRORS = (
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    MemoryError,
+)
+
+
+class Inert:
+    """Takes the place of a class or function that a pickle names; it does nothing."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.args = args
+
+    def __new__(cls, *args: object, **kwargs: object) -> "Inert":
+        return object.__new__(cls)
+
+
+def asked_globals(path: Path) -> set[str]:
+    """The classes and functions, `module.name`, that a pickled file names; none of them is imported.
+
+    Raises:
+        UserError: the pickle breaks off.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
+                return {found for name in names for found in _globals_in(archive.open(name))}
+        with path.open("rb") as file:
+            return set(_globals_of_all(file))
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, UnicodeDecodeError, IndexError, KeyError) as error:
+        raise UserError(f"{path}: not a readable checkpoint (is the download complete?): {error}") from error
+
+
+def _globals_of_all(file: IO[bytes]) -> Iterator[str]:
+    """Of the pickles that PyTorch's legacy format puts one after the other: magic, protocol, system, content, keys."""
+    start = file.read(1)
+    file.seek(0)
+    for _ in range(5):
+        if start != b"\x80":
+            return
+        yield from _globals_in(file)
+        start = file.read(1)
+        file.seek(-len(start), 1)
+
+
+def _globals_in(file: IO[bytes]) -> Iterator[str]:
+    memo: dict[int, str] = {}
+    strings: list[str] = ["", ""]
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("GLOBAL", "INST"):
+            yield argument.replace(" ", ".", 1)
+        elif opcode.name == "STACK_GLOBAL":
+            yield ".".join(strings[-2:])
+        elif isinstance(argument, str):
+            strings.append(argument)
+        elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[argument] = strings[-1]
+        elif opcode.name == "MEMOIZE":
+            memo[len(memo)] = strings[-1]
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET") and argument in memo:
+            strings.append(memo[argument])
+
+
+def refused_globals(names: set[str]) -> list[str]:
+    """Those of the names that are neither tensors' nor known to be harmless."""
+    return sorted(name for name in names if not (_is_torch(name) or _is_array(name) or _is_stubbed(name)))
+
+
+def _is_torch(name: str) -> bool:
+    return name.startswith(("torch.", "collections.OrderedDict", "collections.Counter", "_codecs.encode")) or name in (
+        "builtins.set",
+        "__builtin__.set",
+        "builtins.bytearray",
+        "__builtin__.bytearray",
+    )
+
+
+def _is_stubbed(name: str) -> bool:
+    return name.startswith(STUBBED)
+
+
+def _is_array(name: str) -> bool:
+    module, _, attribute = name.rpartition(".")
+    return (module in NUMPY_MODULES and attribute in NUMPY) or module == "numpy.dtypes"
+
+
+def read_torch_file(path: Path) -> Any:
+    """What `torch.save` wrote, zip or legacy, memory-mapped where possible; refuses what `refused_globals` names.
+
+    Raises:
+        UserError: a damaged file, or one that asks for anything that is not known to be harmless.
+    """
+    asked = asked_globals(path)
+    refused = refused_globals(asked)
+    if refused:
+        raise UserError(
+            f"{path}: refused, its pickle asks for {', '.join(refused[:3])}, which no weights need; nothing was run"
+        )
+    stubs: list[Any] = [(_stub(name), name) for name in asked if _is_stubbed(name)]
+    arrays = [(_array_global(name), name) for name in asked if _is_array(name)]
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(stubs + arrays):
+            warnings.simplefilter("ignore")  # the error below says it in one line
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        first = str(error).strip().splitlines()[0].removeprefix("Weights only load failed. ")
+        raise UserError(f"{path}: refused, the file is damaged or asks to run code: {first}") from error
+    except Exception as error:  # a damaged pickle can raise anything; nothing of it has run
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a readable checkpoint (is the download complete?): {first}") from error
+
+
+def _stub(name: str) -> type:
+    if name == "collections.defaultdict":
+        return defaultdict
+    return dict if name.endswith("AttributeDict") else Inert
+
+
+def _array_global(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    if module == "numpy.dtypes":
+        return getattr(np.dtypes, attribute)
+    found = {
+        "_reconstruct": np._core.multiarray._reconstruct,
+        "scalar": np._core.multiarray.scalar,
+        "_frombuffer": np._core.numeric._frombuffer,
+    }
+    return found[attribute] if attribute in found else getattr(np, attribute)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads dictionaries of arrays and finds nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "defaultdict"):
+            return defaultdict
+        if not _is_array(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+        return _array_global(f"{module}.{name}")
+
+
+def read_array_pickle(path: Path) -> Any:
+    """A plain pickle of arrays in dictionaries, lists and numbers: a reference pool cache.
+
+    Raises:
+        UserError: a damaged file, or one that asks for anything but arrays.
+    """
+    try:
+        with path.open("rb") as file:
+            return _ArrayUnpickler(file).load()
+    except ARRAY_ERRORS as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: refused, not a readable pickle of arrays: {first}") from error

@@ -1,0 +1,163 @@
+"""Where a teacher comes from: a model folder, a diffusers folder, or a checkpoint of another code base."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ldm_dkdm.checkpoints import compvis
+from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
+from ldm_dkdm.checkpoints.foreign import NAMES, Foreign, open_foreign
+from ldm_dkdm.checkpoints.loading import load_strictly
+from ldm_dkdm.config import build
+from ldm_dkdm.denoiser import Denoiser
+from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.pixel import PixelDenoiser
+from ldm_dkdm.schema import DiffusionConfig, DistillRun, ModelCard, NetworkConfig, TeacherConfig
+from ldm_dkdm.teacher import Teacher, class_labels
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoising network with all that is needed to sample from it."""
+
+    network: nn.Module
+    card: ModelCard
+    first_stage: Path | None  # folder or checkpoint; None where the model has no pointer to one
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C,H,W) of the states."""
+        return self.network.in_channels, self.network.image_size, self.network.image_size
+
+    @property
+    def denoiser(self) -> type[Denoiser]:
+        """How the network's output is read."""
+        return PixelDenoiser if self.card.diffusion.space == "pixel" else Denoiser
+
+    @property
+    def classes(self) -> list[int] | None:
+        """The labels that it takes; None for an unconditional model."""
+        return class_labels(self.network, self.card.null_label)
+
+    def as_teacher(self, precision: str, guidance: float = 1.0, null_label: int | None = None) -> Teacher:
+        """The model as a frozen predictor."""
+        schedule, parameterization = make_schedule(self.card.diffusion), self.card.network.parameterization
+        null_label = self.card.null_label if null_label is None else null_label
+        return Teacher(self.network, schedule, parameterization, precision, self.denoiser, guidance, null_label)
+
+
+def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
+    """The forward process that a config section describes."""
+    return NoiseSchedule(config.schedule, config.num_timesteps, config.beta_start, config.beta_end)
+
+
+def load_model(folder: Path) -> Model:
+    """Read a student's or teacher's folder."""
+    card, tensors = read_folder(folder, ModelCard)
+    network = build(card.network, f"{folder}/config.yaml: network.params")
+    load_strictly(network, tensors, folder / card.weights)
+    pointer = folder / card.first_stage.path if card.first_stage else None
+    return Model(network, card, pointer)
+
+
+def load_teacher(config: DistillRun, planning: bool = False) -> Model:
+    """The teacher of a distillation: a model folder of ours, or somebody else's checkpoint.
+
+    What the checkpoint tells about its architecture and schedule need not be configured. While `planning`, a
+    checkpoint that is not there yet is no error where target, params and diffusion are: the weights stay random.
+
+    Raises:
+        UserError: a missing or unreadable file, one that holds something else, or one that does not tell all.
+    """
+    teacher, path = config.teacher, Path(config.teacher.ckpt)
+    if is_model_folder(path):
+        return _own_folder(config, path)
+    if not path.is_file():
+        if not (planning and teacher.target and config.diffusion):
+            raise UserError(f"teacher.ckpt: {path} is missing; {how_to_get(path)}")
+        node = NetworkConfig(teacher.target, teacher.params, teacher.parameterization or "eps")
+        return _model(node, {}, config.diffusion, teacher, path, load=False)
+    foreign = open_foreign(path)
+    diffusion = _diffusion(config, foreign)
+    return _model(_network(teacher, foreign), foreign.weights(teacher.use_ema), diffusion, teacher, path)
+
+
+def _own_folder(config: DistillRun, path: Path) -> Model:
+    for key in ("target", "params", "parameterization", "use_ema"):
+        if getattr(config.teacher, key) not in (None, {}):
+            raise UserError(f"teacher.{key}: {path} describes itself; remove the key")
+    model = load_model(path)
+    if config.diffusion not in (None, model.card.diffusion):
+        raise UserError(f"diffusion: {config.diffusion} differs from the teacher's own {model.card.diffusion}")
+    return model
+
+
+def _model(
+    node: NetworkConfig,
+    weights: Mapping[str, Tensor],
+    diffusion: DiffusionConfig,
+    teacher: TeacherConfig,
+    path: Path,
+    load: bool = True,
+) -> Model:
+    network = build(node, "teacher.params")
+    check_network(network, diffusion, "teacher.params")
+    if load:
+        load_strictly(network, weights, path)
+    card = ModelCard(path.name, node, diffusion, null_label=teacher.null_label)
+    return Model(network, card, path if diffusion.space == "latent" else None)
+
+
+def _network(teacher: TeacherConfig, foreign: Foreign) -> NetworkConfig:
+    """The configured architecture, or the one that the tensors tell with what is configured besides."""
+    target, params = teacher.target, teacher.params
+    if target is None:
+        inferred = foreign.infer()
+        target, params = inferred.target, inferred.complete(params, "teacher.params", foreign.path)
+    return NetworkConfig(target, params, teacher.parameterization or "eps")
+
+
+def _diffusion(config: DistillRun, foreign: Foreign) -> DiffusionConfig:
+    """The configured schedule, which must be the stored one where there is one, or the stored one."""
+    if config.diffusion is not None:
+        if foreign.alphas_cumprod is not None:
+            compvis.check_schedule(foreign.alphas_cumprod, make_schedule(config.diffusion), foreign.path)
+        return config.diffusion
+    found = foreign.diffusion()
+    if found is None:
+        raise UserError(
+            f"diffusion: {foreign.path} ({NAMES[foreign.kind]}) does not tell its noise schedule; add the section, "
+            "for example diffusion.space=pixel diffusion.schedule=cosine diffusion.num_timesteps=1000"
+        )
+    return found
+
+
+RELEASES = {
+    "ffhq256": "CompVis's LDM-VQ-4 release for FFHQ (ffhq.zip), unpack its model.ckpt",
+    "celebahq256": "CompVis's LDM-VQ-4 release for CelebA-HQ (celeba.zip), unpack its model.ckpt",
+    "cifar10": "DDPM-IP's release ADM_cifar10_baseline.pt",
+    "celeba64": "DDPM-IP's release DDPM_IP_celeba64.pt",
+    "imagenet32": "DDPM-IP's release DDPM_IP_imageNet32.pt",
+}
+
+
+def how_to_get(path: Path) -> str:
+    """What to put where a checkpoint is expected."""
+    release = RELEASES.get(path.parent.name)
+    if release:
+        return f"download {release} and put it there, or set teacher.ckpt=PATH"
+    return "set the key to a CompVis .ckpt, a guided-diffusion .pt, or a model folder with config.yaml and weights"
+
+
+def check_network(network: nn.Module, diffusion: DiffusionConfig, where: str) -> None:
+    """Refuse outputs that the space has no use for."""
+    states = network.in_channels
+    allowed = (states, 2 * states) if diffusion.space == "pixel" else (states,)
+    if network.out_channels not in allowed:
+        raise UserError(
+            f"{where}.out_channels: {network.out_channels} must be {' or '.join(map(str, allowed))} in "
+            f"{diffusion.space} space{' (learn_sigma: false)' if hasattr(network, 'null_label') else ''}"
+        )
