@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ldm_dkdm.errors import UserError
@@ -12,7 +13,8 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
     """Copy tensors into the module's parameters and buffers, casting to their type.
 
     Raises:
-        UserError: missing, unexpected or mis-shaped keys, of which it lists the first few.
+        UserError: missing, unexpected or mis-shaped keys, of which it lists the first few; values that are not
+            finite; tensors of whole numbers where weights belong.
     """
     own = module.state_dict()
     problems = {
@@ -27,4 +29,9 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
     found = [f"{len(keys)} keys {kind}: {', '.join(keys[:4])}" for kind, keys in problems.items() if keys]
     if found:
         raise UserError(f"{source}: does not fit this {type(module).__name__}; {'; '.join(found)}")
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not tensors[name].is_floating_point():
+            raise UserError(f"{source}: {name} holds {tensors[name].dtype}, not weights; quantised files do not work")
+        if not torch.isfinite(tensors[name]).all():
+            raise UserError(f"{source}: {name} holds values that are not finite; the file is damaged")
     module.load_state_dict(dict(tensors))

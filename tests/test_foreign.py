@@ -1,0 +1,189 @@
+"""Checkpoints of other code bases, named and nothing more."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ldm_dkdm import UserError, build
+from ldm_dkdm.assemble import load_first_stage
+from ldm_dkdm.checkpoints.foreign import infer_schedule, open_foreign
+from ldm_dkdm.checkpoints.loading import load_strictly
+from ldm_dkdm.first_stage import VQModel
+from ldm_dkdm.networks import DiT, UNet
+from ldm_dkdm.schema import (
+    DiffusionConfig,
+    DistillConfig,
+    DistillRun,
+    FirstStageConfig,
+    NetworkConfig,
+    TeacherConfig,
+    TrainerConfig,
+)
+from ldm_dkdm.sources import load_teacher, make_schedule
+from tests.parts import DIFFUSION, UNET_PARAMS, VQ_PARAMS, randomised, write_compvis_checkpoint
+
+ADM: dict[str, Any] = {
+    "image_size": 16,
+    "in_channels": 3,
+    "out_channels": 6,
+    "model_channels": 32,
+    "num_res_blocks": 2,
+    "attention_resolutions": [2, 4],
+    "channel_mult": [1, 2, 2],
+    "num_heads": 4,
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+    "use_new_attention_order": True,
+}
+PIXEL = DiffusionConfig("cosine", 50, space="pixel")
+
+
+def run_with(ckpt: Path, diffusion: DiffusionConfig | None = None, **teacher: Any) -> DistillRun:
+    """A distillation of which only the teacher matters."""
+    return DistillRun(
+        TeacherConfig(str(ckpt), **teacher),
+        NetworkConfig("", {}),
+        DistillConfig(1, rho=1.0),
+        TrainerConfig(1, 1.0),
+        diffusion=diffusion,
+    )
+
+
+def same(first: nn.Module, second: nn.Module, label: torch.Tensor | None = None) -> bool:
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 40])
+    with torch.no_grad():
+        return torch.equal(first.eval()(x, t, label), second.eval()(x, t, label))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"resblock_updown": False},
+        {"use_scale_shift_norm": False, "num_heads": 1, "num_head_channels": 32},
+        {"num_classes": 7},
+        {"channel_mult": [1, 2, 3, 4], "attention_resolutions": [8], "num_res_blocks": 1},
+        {"channel_mult": [2], "attention_resolutions": [], "use_new_attention_order": False},
+    ],
+)
+def test_a_bare_unet_is_inferred_but_for_what_shapes_cannot_tell(change: dict[str, Any], tmp_path: Path) -> None:
+    params = {**ADM, **change}
+    unet, path = randomised(UNet(**params)), tmp_path / "model.pt"
+    torch.save(unet.state_dict(), path)
+    told = (
+        "image_size",
+        "use_new_attention_order",
+        "num_head_channels" if "num_head_channels" in params else "num_heads",
+    )
+    model = load_teacher(run_with(path, PIXEL, params={key: params[key] for key in told}))
+    assert same(model.network, unet, torch.tensor([1, 6]) if "num_classes" in params else None)
+    assert model.latent_shape == (3, 16, 16)
+    for key in told:
+        partly = {k: params[k] for k in told if k != key}
+        with pytest.raises(UserError, match=key):
+            load_teacher(run_with(path, PIXEL, params=partly))
+    with pytest.raises(UserError, match=r"diffusion: .*does not tell its noise schedule"):
+        load_teacher(run_with(path, params={key: params[key] for key in told}))
+
+
+def test_a_given_value_that_contradicts_the_tensors_is_refused(tmp_path: Path) -> None:
+    torch.save(UNet(**ADM).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"teacher.params.model_channels: 64, but the tensors of .* say 32"):
+        load_teacher(run_with(tmp_path / "model.pt", PIXEL, params={"model_channels": 64}))
+
+
+@pytest.mark.parametrize(("classes", "learn_sigma"), [(None, True), (1000, True), (12, False)])
+def test_a_dit_file_is_unwrapped_and_inferred(classes: int | None, learn_sigma: bool, tmp_path: Path) -> None:
+    params = {"input_size": 16, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2}
+    nets = [randomised(DiT(**params, num_classes=classes, learn_sigma=learn_sigma)) for _ in range(2)]
+    path, args = tmp_path / "DiT.pt", argparse.Namespace(model="DiT", num_classes=classes)
+    torch.save({"model": nets[0].state_dict(), "ema": nets[1].state_dict(), "opt": {"state": {}}, "args": args}, path)
+    given = {"num_heads": 2} | ({"num_classes": 12, "class_dropout_prob": 0.1} if classes == 12 else {})
+    label = None if classes is None else torch.tensor([1, 6])
+    assert same(load_teacher(run_with(path, PIXEL, params=given)).network, nets[1], label)
+    assert same(load_teacher(run_with(path, PIXEL, params=given, use_ema=False)).network, nets[0], label)
+    with pytest.raises(UserError, match="num_heads"):
+        load_teacher(run_with(path, PIXEL))
+
+
+@pytest.fixture(scope="module")
+def compvis(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module, nn.Module]:
+    unet, vq = randomised(UNet(**UNET_PARAMS)), randomised(VQModel(**VQ_PARAMS))
+    path = tmp_path_factory.mktemp("foreign") / "model.ckpt"
+    return write_compvis_checkpoint(path, unet, vq, make_schedule(DIFFUSION)), unet, vq
+
+
+def test_a_compvis_file_tells_its_schedule_and_its_first_stage(compvis: tuple[Path, nn.Module, nn.Module]) -> None:
+    path, unet, vq = compvis
+    given = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
+    model = load_teacher(run_with(path, params=given))
+    assert model.card.diffusion == DIFFUSION
+    assert all(map(torch.equal, model.network.state_dict().values(), unet.state_dict().values()))
+    codec, pointer = load_first_stage(FirstStageConfig(), model, "32")
+    assert all(map(torch.equal, codec.vq.state_dict().values(), vq.state_dict().values()))
+    rebuilt = build({"target": pointer.target, "params": pointer.params}, "first_stage.params")
+    load_strictly(rebuilt, vq.state_dict(), path)
+    latents = torch.randn(1, *model.latent_shape)
+    assert torch.equal(rebuilt.eval().decode(latents), vq.eval().decode(latents))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DiffusionConfig(),
+        DiffusionConfig("scaled_linear", 1000, 0.00085, 0.012),
+        DiffusionConfig("linear", 4000, 1e-4, 0.02),
+        DiffusionConfig("cosine", 1000),
+    ],
+)
+def test_a_stored_schedule_is_named(config: DiffusionConfig) -> None:
+    found = infer_schedule(make_schedule(config).alphas_cumprod.float())
+    assert replace(found, beta_start=0.1, beta_end=0.2) == replace(config, beta_start=0.1, beta_end=0.2)
+    assert torch.allclose(
+        make_schedule(found).alphas_cumprod, make_schedule(config).alphas_cumprod, rtol=1e-3, atol=1e-7
+    )
+
+
+def test_a_schedule_without_a_name_is_not_guessed() -> None:
+    assert infer_schedule(torch.linspace(0.99, 0.01, 100)) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["unet.lora_A.weight"], "is a LoRA adapter"),
+        (["lora_unet_down_blocks_0.lora_down.weight"], "is a LoRA adapter"),
+        (["network.out.2.weight"], "student/ folder"),
+        (["encoder.conv_in.weight", "decoder.conv_in.weight"], "belongs into first_stage.ckpt"),
+        (["down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight"], "without its config.json"),
+        (["total_t", "total_x_t_1"], "belongs into distill.pool_from"),
+        (["layer1.0.conv1.weight", "fc.weight"], "no diffusion network that is known here (keys: fc.weight"),
+        (["time_embed.0.weight", "input_blocks.0.0.weight", "out.0.weight"], "classifier"),
+    ],
+)
+def test_what_else_a_file_holds_is_said(names: list[str], words: str, tmp_path: Path) -> None:
+    torch.save({name: torch.zeros(2, 2) for name in names}, tmp_path / "x.pt")
+    with pytest.raises(UserError) as error:
+        load_teacher(run_with(tmp_path / "x.pt", PIXEL))
+    assert words in str(error.value)
+
+
+def test_a_text_conditional_unet_is_refused(tmp_path: Path) -> None:
+    tensors = {f"model.diffusion_model.{k}": v for k, v in UNet(**ADM).state_dict().items()}
+    tensors["model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_q.weight"] = torch.zeros(2, 2)
+    torch.save({"state_dict": tensors}, tmp_path / "sd.ckpt")
+    with pytest.raises(UserError, match="text-conditional"):
+        load_teacher(run_with(tmp_path / "sd.ckpt", DIFFUSION))
+
+
+def test_weights_behind_the_prefix_of_data_parallel_training_load(tmp_path: Path) -> None:
+    unet = randomised(UNet(**ADM))
+    torch.save({f"module.{k}": v for k, v in unet.state_dict().items()}, tmp_path / "x.pt")
+    assert open_foreign(tmp_path / "x.pt").infer().params["model_channels"] == 32
+    told = {key: ADM[key] for key in ("image_size", "num_heads", "use_new_attention_order")}
+    assert same(load_teacher(run_with(tmp_path / "x.pt", PIXEL, params=told)).network, unet)
