@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-PURPOSES = ("draw", "step_noise", "label", "warmup", "data", "network")
+PURPOSES = ("draw", "step_noise", "label", "warmup", "data", "network", "deal", "refill")
 
 
 def key(seed: int, rank: int, step: int, purpose: str) -> np.random.SeedSequence:

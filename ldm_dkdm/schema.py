@@ -102,6 +102,7 @@ class DistillConfig:
     stride: int = field(default=1, metadata=AT_LEAST_ONE)
     pool_dtype: Literal["float16", "float32"] = "float16"
     pool_storage: Literal["memory", "mmap"] = "memory"
+    pool_from: str | None = None  # a pool cache or checkpoint of the reference implementation, instead of a warm-up
     loss: LossConfig = field(default_factory=LossConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
 

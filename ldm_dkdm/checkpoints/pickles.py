@@ -4,8 +4,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +35,7 @@ NUMPY_MODULES = (
     "numpy._core.numeric",
     "numpy.core.numeric",
 )
+NUMBERS = "?bhilqBHILQefd"  # numpy's codes of the types that an array may have
 ARRAY_ERRORS = (
     pickle.UnpicklingError,
     EOFError,
@@ -142,22 +142,34 @@ def read_torch_file(path: Path) -> Any:
         )
     stubs: list[Any] = [(_stub(name), name) for name in asked if _is_stubbed(name)]
     arrays = [(_array_global(name), name) for name in asked if _is_array(name)]
+    arrays += [type(np.dtype(code)) for code in NUMBERS] if arrays else []
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(stubs + arrays):
             warnings.simplefilter("ignore")  # the error below says it in one line
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0].removeprefix("Weights only load failed. ")
-        raise UserError(f"{path}: refused, the file is damaged or asks to run code: {first}") from error
+        raise UserError(f"{path}: refused, the file is damaged or asks to run code: {_cause(error)}") from error
     except Exception as error:  # a damaged pickle can raise anything; nothing of it has run
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a readable checkpoint (is the download complete?): {first}") from error
 
 
-def _stub(name: str) -> type:
+def _cause(error: pickle.UnpicklingError) -> str:
+    """The line that says what is wrong, without the advice to trust the file."""
+    lines = str(error).replace("WeightsUnpickler error: ", "\n").splitlines()
+    causes = [line.strip() for line in lines if line.strip() and "weights_only" not in line]
+    return causes[0].split("Please use")[0].strip() if causes else "its pickle cannot be read"
+
+
+def _stub(name: str) -> Callable[..., object]:
     if name == "collections.defaultdict":
-        return defaultdict
+        return _empty_dict
     return dict if name.endswith("AttributeDict") else Inert
+
+
+def _empty_dict(*args: object) -> dict[object, object]:
+    """What a pickled defaultdict begins as; its factory is left out."""
+    return {}
 
 
 def _array_global(name: str) -> Any:
@@ -176,8 +188,9 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Reads dictionaries of arrays and finds nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """The array constructor that the pickle names."""
         if (module, name) == ("collections", "defaultdict"):
-            return defaultdict
+            return _empty_dict
         if not _is_array(f"{module}.{name}"):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
         return _array_global(f"{module}.{name}")

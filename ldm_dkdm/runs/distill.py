@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -9,14 +10,17 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm_dkdm.assemble import Codec, check_loss, load_first_stage, make_student
+from ldm_dkdm.checkpoints.pools import read_reference_pool
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distill.module import StudentModule
 from ldm_dkdm.distill.pool import NoisyPool, pool_slots
+from ldm_dkdm.distill.refill import check_supply, refill
 from ldm_dkdm.distill.stream import VARIANTS, DistillStream
 from ldm_dkdm.distill.warmup import Warmup, preparation
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.generate import SamplerConfig
 from ldm_dkdm.precision import resolve_precision
+from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.runs.export import export_on_save
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.loop import RunFolder, default_device, first_batch, fit, open_run
@@ -107,6 +111,7 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
         Stopped: a signal ended the run early; all is saved.
     """
     parts = assemble(config)
+    supply = None if folder.latest() else _supply(config, parts)
     open_run(config, folder, FIXED if resumed else None)
     latest = folder.latest()
     if latest and step_of(latest) >= config.trainer.max_steps:
@@ -121,7 +126,7 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
             device, rank = trainer.strategy.root_device, trainer.global_rank
             parts.teacher.to(device)
             saving.pool = pool = _new_pool(config, parts, folder, rank)
-            first_step = _prepare_pool(pool, config, parts.teacher, folder, device, rank, stop)
+            first_step = _prepare_pool(pool, supply, config, parts.teacher, folder, device, rank, stop)
             batches = config.trainer.max_steps * config.trainer.accumulate
             seed = config.trainer.seed
             return DistillStream(parts.teacher, pool, config.distill, batches, seed, rank, device, first_step)
@@ -162,8 +167,23 @@ def _new_pool(config: DistillRun, parts: Parts, folder: RunFolder, rank: int) ->
     return NoisyPool(parts.slots, parts.model.latent_shape, getattr(torch, config.distill.pool_dtype), storage, labeled)
 
 
+def _supply(config: DistillRun, parts: Parts) -> NoisyBatch | None:
+    """The states of `distill.pool_from`, found to be enough."""
+    if config.distill.pool_from is None:
+        return None
+    if parts.teacher.num_classes is not None:
+        raise UserError("distill.pool_from: such a cache holds no labels, and the teacher is class-conditional")
+    if VARIANTS[config.distill.variant].from_noise:
+        raise UserError("distill.pool_from: iterative distillation begins with noise; remove the key")
+    steps = parts.schedule.num_timesteps
+    states = read_reference_pool(Path(config.distill.pool_from), parts.model.latent_shape, steps)
+    check_supply(states, parts.slots, config.trainer.devices, config.distill.batch_size, steps)
+    return states
+
+
 def _prepare_pool(
     pool: NoisyPool,
+    supply: NoisyBatch | None,
     config: DistillRun,
     teacher: Teacher,
     folder: RunFolder,
@@ -179,6 +199,9 @@ def _prepare_pool(
             raise UserError(f"{saved}: missing; the checkpoint beside it cannot be resumed without its pool")
         pool.load(saved)
         return first_batch(folder, config.trainer)
+    if supply is not None:
+        refill(pool, supply, teacher.schedule.num_timesteps, config.trainer.seed, rank)
+        return 0
     warmup = preparation(config.distill)
     origin = f"{config.teacher.ckpt}, seed {config.trainer.seed}, {warmup}"
     partial = warmup_path(folder.checkpoints, rank)

@@ -46,7 +46,9 @@ def plan(config: DistillRun, parts: Parts) -> dict[str, str]:
     iterations = round(batches / (1 - config.distill.discard))  # with those that the student does not see
     dtype, labeled = getattr(torch, config.distill.pool_dtype), parts.teacher.num_classes is not None
     pool_bytes = parts.slots * slot_bytes(shape, dtype, labeled)
-    warm = warmup_calls(preparation(config.distill), parts.slots, parts.schedule.num_timesteps)
+    warm, source = warmup_calls(preparation(config.distill), parts.slots, parts.schedule.num_timesteps), None
+    if config.distill.pool_from:
+        warm, source = 0, config.distill.pool_from
     student, teacher = parameters(parts.student), parameters(parts.teacher.network)
     # student in float32: weights, gradients, two Adam moments, EMA; teacher and first stage: weights
     resident = 4 * (5 * student + teacher + parts.codec.parameters)
@@ -60,7 +62,7 @@ def plan(config: DistillRun, parts: Parts) -> dict[str, str]:
         "student": f"{student / 1e6:.6f} M parameters, {gflops(parts.student, shape):.2f} GFLOPs a sample",
         "pool": f"{parts.slots:,} slots ({config.distill.variant}), {size(pool_bytes)} of host "
         + ("disk, memory-mapped" if config.distill.pool_storage == "mmap" else "memory"),
-        "teacher calls, warm-up": f"{warm:,} samples ({preparation(config.distill).mode})",
+        "teacher calls, warm-up": f"{warm:,} samples ({source or preparation(config.distill).mode})",
         "teacher calls, training": f"{iterations * batch:,} samples ({iterations:,} iterations of {batch})",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({parts.precision})",
         "memory, host": size(0 if config.distill.pool_storage == "mmap" else pool_bytes) + " for the pool",

@@ -59,6 +59,7 @@ class TimeLimit(EarlyEnd):
 
     @property
     def reached(self) -> bool:
+        """Whether the run has come to its end; a larger limit takes it back."""
         return self.spent >= self.limit
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -96,6 +97,7 @@ class EarlyStop(EarlyEnd):
 
     @property
     def reached(self) -> bool:
+        """Whether the run has come to its end; a larger limit takes it back."""
         return self.bad_windows >= self.config.patience
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:

@@ -1,0 +1,48 @@
+"""The reference implementation's pool caches."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_dkdm.checkpoints.reading import read_content
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.records import NoisyBatch
+
+STEPS, STATES = "total_t", "total_x_t_1"
+IN_CHECKPOINT = "dynamic_batch"  # where the reference's latent checkpoints keep the same
+
+
+def read_reference_pool(path: Path, shape: tuple[int, int, int], num_timesteps: int) -> NoisyBatch:
+    """States (N,C,H,W) and timesteps (N,) of a cache; -1 marks a finished slot.
+
+    The reference counts the steps still to go, T for noise and 0 for finished; ours is the timestep that the
+    teacher sees next, one less.
+
+    Raises:
+        UserError: another file, or states of another shape or length of chain.
+    """
+    content = read_content(path)
+    cache = content.get(IN_CHECKPOINT, content) if isinstance(content, Mapping) else content
+    if not (isinstance(cache, Mapping) and STEPS in cache and STATES in cache):
+        raise UserError(f"{path}: holds no pool of the reference implementation ({STEPS} and {STATES})")
+    steps, states = _tensor(cache[STEPS], STEPS, path), _tensor(cache[STATES], STATES, path)
+    if states.shape != (len(steps), *shape) or steps.ndim != 1:
+        raise UserError(
+            f"{path}: states {tuple(states.shape)} with steps {tuple(steps.shape)}; the teacher's are {shape}"
+        )
+    if len(steps) == 0 or steps.min() < 0 or steps.max() > num_timesteps:
+        raise UserError(f"{path}: its steps do not lie in 0 ... {num_timesteps}, the teacher's")
+    if not torch.isfinite(states).all():
+        raise UserError(f"{path}: holds states that are not finite; the file is damaged")
+    return NoisyBatch(states.float(), steps.long() - 1, None)
+
+
+def _tensor(value: object, name: str, path: Path) -> Tensor:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
+        return torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        return value
+    raise UserError(f"{path}: {name} is no array of numbers")

@@ -1,0 +1,124 @@
+"""What a checkpoint file holds, for people and as a config."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from ldm_dkdm.checkpoints.foreign import NAMES, Foreign, open_foreign
+from ldm_dkdm.checkpoints.inference import Inferred
+from ldm_dkdm.checkpoints.pickles import asked_globals, refused_globals
+from ldm_dkdm.checkpoints.reading import file_kind, read_content
+from ldm_dkdm.config import build
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.runs.plan import parameters, size
+from ldm_dkdm.sources import make_schedule
+
+KINDS = {"torch": "PyTorch pickle", "safetensors": "safetensors", "pickle": "plain pickle of arrays"}
+
+
+def describe(path: Path) -> dict[str, str]:
+    """The lines of a report, in order; nothing in the file runs.
+
+    Raises:
+        UserError: the file is unreadable or is refused. The globals that it asks for are in the message.
+    """
+    lines = {"file": f"{path}, {size(path.stat().st_size)}" if path.is_file() else str(path)}
+    kind = file_kind(path) if path.is_file() else ""
+    if kind != "safetensors" and path.is_file():
+        asked = asked_globals(path)
+        refused = refused_globals(asked)
+        if refused:
+            raise UserError(f"{path}: refused, its pickle asks for {', '.join(refused)}; nothing of it was run")
+        lines["format"] = KINDS[kind]
+        lines["pickle asks for"] = ", ".join(sorted(asked)) or "nothing"
+    else:
+        lines["format"] = KINDS.get(kind, "folder")
+    foreign = open_foreign(path)
+    lines["code base"] = NAMES[foreign.kind]
+    return lines | _progress(read_content(path)) | _parts(foreign) | _architecture(foreign) | _schedule(foreign)
+
+
+def _progress(content: object) -> dict[str, str]:
+    if not isinstance(content, Mapping):
+        return {}
+    found = {key: content[key] for key in ("epoch", "global_step") if isinstance(content.get(key), int)}
+    others = [str(key) for key in content if key not in ("state_dict", *found) and not isinstance(content[key], Tensor)]
+    lines = {"training": ", ".join(f"{key} {value}" for key, value in found.items())} if found else {}
+    return lines | ({"besides weights": ", ".join(others[:10])} if others else {})
+
+
+def _parts(foreign: Foreign) -> dict[str, str]:
+    named = {"EMA weights": foreign.ema, "weights": foreign.raw, "first stage": foreign.first_stage() or None}
+    return {name: "none" if part is None else _count(part) for name, part in named.items()}
+
+
+def _count(part: Mapping[str, Tensor]) -> str:
+    kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in part.values()})
+    total = sum(tensor.numel() for tensor in part.values())
+    return f"{len(part)} tensors, {total / 1e6:.6f} M numbers, {' and '.join(kinds)}"
+
+
+def _architecture(foreign: Foreign) -> dict[str, str]:
+    inferred = foreign.infer()
+    with torch.device("meta"):
+        network = build({"target": inferred.target, "params": _buildable(inferred)}, "params")
+    missing = "; ".join(f"{' or '.join(d.keys)} ({d.hint})" for d in inferred.demands)
+    return {
+        "architecture": f"{inferred.target}, {parameters(network) / 1e6:.6f} M parameters",
+        "inferred": ", ".join(f"{key} {value}" for key, value in inferred.params.items()),
+        "cannot be inferred": missing or "nothing",
+    }
+
+
+def _buildable(inferred: Inferred) -> dict[str, Any]:
+    """Parameters with stand-ins that change no shape, so that the network can be counted."""
+    params = {"num_heads": 1, **inferred.params}
+    if inferred.target.endswith("UNet"):
+        return {**params, "image_size": 2 ** len(params["channel_mult"])}
+    return params
+
+
+def _schedule(foreign: Foreign) -> dict[str, str]:
+    stored, found = foreign.alphas_cumprod, foreign.diffusion()
+    if stored is None:
+        return {"noise schedule": "not stored; set the diffusion section"}
+    ends = f"T = {len(stored)}, alphas_cumprod {stored[0]:.6f} ... {stored[-1]:.6f}"
+    if found is None:
+        return {"noise schedule": f"{ends}, none that has a name here"}
+    error = (make_schedule(found).alphas_cumprod - stored.double()).abs().max()
+    name = found.schedule if found.schedule == "cosine" else f"{found.schedule} {found.beta_start} ... {found.beta_end}"
+    return {"noise schedule": f"{ends}: {name} (largest difference {error:.1e})"}
+
+
+def as_config(path: Path) -> str:
+    """The teacher, diffusion and first_stage sections as YAML; what the file does not tell is marked `???`."""
+    foreign = open_foreign(path)
+    inferred, diffusion = foreign.infer(), foreign.diffusion()
+    params = {**inferred.params, **{demand.keys[0]: "???" for demand in inferred.demands}}
+    tree: dict[str, Any] = {"teacher": {"ckpt": str(path), "target": inferred.target, "params": params}}
+    if diffusion is not None:
+        tree["diffusion"] = {key: getattr(diffusion, key) for key in ("schedule", "num_timesteps")}
+        if diffusion.schedule != "cosine":
+            tree["diffusion"] |= {"beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}
+    else:
+        tree["diffusion"] = {"space": "pixel", "schedule": "???", "num_timesteps": "???"}
+    text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)
+    for demand in inferred.demands:
+        other = f"or {demand.keys[1]}; " if len(demand.keys) > 1 else ""
+        text = f"# {demand.keys[0]}: {other}{demand.hint}\n{text}"
+    return text
+
+
+def print_report(path: Path, config: bool) -> None:
+    """Print the report of a file, or its config."""
+    if config:
+        print(as_config(path), end="")
+        return
+    lines = describe(path)
+    width = max(map(len, lines))
+    for subject, value in lines.items():
+        print(f"{subject:<{width}}  {value}")

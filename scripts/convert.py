@@ -1,0 +1,24 @@
+"""A model for other tools: python scripts/convert.py RUN_OR_STUDENT_OR_CKPT OUT --to compvis | adm | safetensors"""
+
+import argparse
+from pathlib import Path
+
+from ldm_dkdm.errors import run_cli
+
+
+def main() -> None:
+    """Parse and convert."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path, help="run, model folder or training checkpoint")
+    parser.add_argument("out", type=Path, help="the file to write; it must not exist")
+    parser.add_argument("--to", required=True, choices=("compvis", "adm", "safetensors"))
+    arguments = parser.parse_args()
+
+    from ldm_dkdm.runs.convert import convert
+
+    convert(arguments.source, arguments.out, arguments.to)
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    run_cli(main)

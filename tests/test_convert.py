@@ -1,0 +1,152 @@
+"""Models out of the package and back, and pools in."""
+
+import json
+import pickle
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from ldm_dkdm import NoisyPool, UserError
+from ldm_dkdm.assemble import load_first_stage
+from ldm_dkdm.checkpoints import read_tensors
+from ldm_dkdm.checkpoints.export import read_description
+from ldm_dkdm.checkpoints.pools import read_reference_pool
+from ldm_dkdm.distill.refill import check_supply, refill
+from ldm_dkdm.schema import FirstStageConfig
+from ldm_dkdm.sources import load_model, load_teacher
+from tests.cli import distil, run_script, write_yaml
+from tests.parts import UNET_PARAMS, distill_config, model_folder
+from tests.test_foreign import run_with
+
+GIVEN = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
+SHAPE, T = (3, 8, 8), 20
+
+
+def convert(*arguments: object) -> int:
+    return run_script("convert.py", *arguments)
+
+
+def test_a_model_comes_back_from_compvis_bit_for_bit(teacher_folder: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "first.ckpt", tmp_path / "second.ckpt"]
+    assert convert(teacher_folder, files[0], "--to", "compvis") == 0
+    ours, back = load_model(teacher_folder), load_teacher(run_with(files[0], params=GIVEN))
+    assert back.card.diffusion == ours.card.diffusion
+    assert all(map(torch.equal, back.network.state_dict().values(), ours.network.state_dict().values()))
+    codecs = [load_first_stage(FirstStageConfig(), model, "32")[0] for model in (ours, back)]
+    assert codecs[0].scale_factor == codecs[1].scale_factor == 0.5
+    assert all(map(torch.equal, codecs[0].vq.state_dict().values(), codecs[1].vq.state_dict().values()))
+    run = distill_config(files[0], tmp_path / "logs", student={"parameterization": "eps"})
+    run["teacher"] |= {"params": GIVEN}
+    assert distil("--base", write_yaml(tmp_path / "run.yaml", run)) == 0  # a teacher that is named and little more
+    assert convert(tmp_path / "logs" / "run", files[1], "--to", "compvis") == 0
+    first, second = (read_tensors(file) for file in files)
+    assert first.keys() == second.keys()
+    same = [name for name in first if name.startswith("first_stage_model.") or "alphas" in name or "posterior" in name]
+    assert same and all(torch.equal(first[name], second[name]) for name in same)
+    student = load_model(tmp_path / "logs" / "run" / "student").network.state_dict()
+    assert all(torch.equal(second[f"model.diffusion_model.{name}"], value) for name, value in student.items())
+    config = json.loads((tmp_path / "second.yaml").read_text())["model"]["params"]
+    assert config["beta_schedule"] == "linear" and config["scale_by_std"] is True
+
+
+def test_the_other_layouts_hold_the_same_weights(teacher_folder: Path, tmp_path: Path) -> None:
+    ours = load_model(teacher_folder)
+    for name, layout in (("x.pt", "adm"), ("x.safetensors", "safetensors")):
+        assert convert(teacher_folder, tmp_path / name, "--to", layout) == 0
+        found = read_tensors(tmp_path / name)
+        assert found.keys() == ours.network.state_dict().keys()
+        assert all(torch.equal(found[key], value) for key, value in ours.network.state_dict().items())
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        node, diffusion = read_description(file.metadata())
+    assert node["params"] == dict(ours.card.network.params) and diffusion == ours.card.diffusion
+
+
+@pytest.mark.parametrize("layout", ["compvis", "adm"])
+def test_a_network_that_predicts_v_is_refused_where_only_eps_is_known(
+    layout: str, first_stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = model_folder(tmp_path / "v", first_stage, "v")
+    assert convert(folder, tmp_path / "out.pt", "--to", layout) == 2
+    assert "this network predicts v" in capsys.readouterr().err
+    assert not (tmp_path / "out.pt").exists()
+    assert convert(folder, tmp_path / "out.safetensors", "--to", "safetensors") == 0
+
+
+def test_nothing_is_written_over(teacher_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("precious")
+    assert convert(teacher_folder, tmp_path / "x.pt", "--to", "adm") == 2
+    assert (tmp_path / "x.pt").read_text() == "precious"
+
+
+def cache(slots: int, **changes: object) -> defaultdict:
+    rng = np.random.default_rng(0)
+    steps = rng.integers(0, T + 1, slots)
+    content = defaultdict(None, total_t=steps, total_x_t_1=rng.standard_normal((slots, *SHAPE)).astype(np.float32))
+    content.update(changes)
+    return content
+
+
+def write_cache(path: Path, slots: int, **changes: object) -> Path:
+    path.write_bytes(pickle.dumps(cache(slots, **changes)))
+    return path
+
+
+def test_a_reference_pool_is_read_from_a_cache_and_from_a_checkpoint(tmp_path: Path) -> None:
+    content = cache(12)
+    write_cache(tmp_path / "cache.pkl", 12)
+    torch.save({"state_dict": {}, "dynamic_batch": content}, tmp_path / "last.ckpt")
+    for name in ("cache.pkl", "last.ckpt"):
+        found = read_reference_pool(tmp_path / name, SHAPE, T)
+        assert torch.equal(found.t, torch.from_numpy(content["total_t"]) - 1)
+        assert torch.equal(found.x, torch.from_numpy(content["total_x_t_1"]))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_pool_is_dealt_to_any_number_of_ranks_and_each_state_once(ranks: int, tmp_path: Path) -> None:
+    states = read_reference_pool(write_cache(tmp_path / "cache.pkl", 60), SHAPE, T)
+    states.x[:, 0, 0, 0] = torch.arange(60) / 64  # a number that half precision keeps
+    pools = [NoisyPool(60 // ranks, SHAPE) for _ in range(ranks)]
+    for rank, pool in enumerate(pools):
+        refill(pool, states, T, seed=0, rank=rank)
+        assert pool.filled == len(pool)
+    dealt = torch.cat([pool.x[:, 0, 0, 0] for pool in pools]) * 64
+    steps = torch.cat([pool.t for pool in pools])
+    finished = states.t < 0
+    assert finished.any()
+    assert (steps[~torch.isin(dealt, torch.arange(60.0))] == T - 1).all()  # fresh noise
+    kept = {int(value) for value in dealt if value == value.round() and 0 <= value < 60}
+    assert {i for i in range(60) if not finished[i]} <= kept
+    assert all(steps[dealt == i] == states.t[i] for i in range(60) if not finished[i])
+
+
+def test_too_small_a_pool_names_the_rho_that_fits(tmp_path: Path) -> None:
+    states = read_reference_pool(write_cache(tmp_path / "cache.pkl", 50), SHAPE, T)
+    with pytest.raises(UserError, match=r"holds 50 slots.*needs 40 x 2.*rho=0.3"):
+        check_supply(states, 40, 2, 4, T)
+    check_supply(states, round(0.3 * T) * 4, 2, 4, T)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"total_t": np.full(50, T + 1)}, "do not lie in 0 ... 20"),
+        ({"total_x_t_1": np.zeros((50, 3, 4, 4), np.float32)}, "the teacher's are (3, 8, 8)"),
+        ({"total_x_t_1": np.full((50, *SHAPE), np.nan, np.float32)}, "not finite"),
+        ({"total_t": "text"}, "total_t is no array of numbers"),
+    ],
+)
+def test_a_distillation_starts_from_such_a_pool_and_refuses_a_wrong_one(
+    changes: dict[str, object], words: str, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = write_cache(tmp_path / "good.pkl", 50), write_cache(tmp_path / "bad.pkl", 50, **changes)
+    base = write_yaml(tmp_path / "run.yaml", distill_config(teacher_folder, tmp_path / "logs"))
+    assert distil("--base", base, f"distill.pool_from={bad}") == 2
+    error = capsys.readouterr().err
+    assert words in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "logs").exists()
+    assert distil("--base", base, f"distill.pool_from={good}") == 0
+    assert load_model(tmp_path / "logs" / "run" / "student").card.info["step"] == 6
