@@ -81,8 +81,8 @@ def load_teacher(config: DistillRun, planning: bool = False) -> Model:
         node = NetworkConfig(teacher.target, teacher.params, teacher.parameterization or "eps")
         return _model(node, {}, config.diffusion, teacher, path, load=False)
     foreign = open_foreign(path)
-    diffusion = _diffusion(config, foreign)
-    return _model(_network(teacher, foreign), foreign.weights(teacher.use_ema), diffusion, teacher, path)
+    node = _network(teacher, foreign)
+    return _model(node, foreign.weights(teacher.use_ema), _diffusion(config, foreign), teacher, path)
 
 
 def _own_folder(config: DistillRun, path: Path) -> Model:

@@ -45,7 +45,7 @@ def train(home: Path, name: str, data: dict[str, object], **sections: dict[str, 
 
 def distil_config(ckpt: Path, home: Path, name: str, **sections: dict[str, object]) -> Path:
     config: dict[str, dict[str, object]] = {
-        "teacher": {"ckpt": str(ckpt)},
+        "teacher": {"ckpt": str(ckpt), "check": False},
         "student": {"target": "ldm_dkdm.networks.UNet", "params": UNET},
         "distill": {"batch_size": 8, "rho": 0.2, "warmup": {"mode": "ddim", "steps": 4, "images": 16}},
         "trainer": dict(TRAINER),

@@ -89,7 +89,7 @@ def write_compvis_checkpoint(path: Path, unet: nn.Module, first_stage: nn.Module
 def distill_config(teacher: Path, logs: Path, **sections: dict[str, object]) -> dict[str, object]:
     """A distillation of a `model_folder` that takes seconds; sections override keys."""
     config: dict[str, dict[str, object]] = {
-        "teacher": {"ckpt": str(teacher)},
+        "teacher": {"ckpt": str(teacher), "check": False},
         "student": {"target": "ldm_dkdm.networks.UNet", "parameterization": "v", "params": dict(UNET_PARAMS)},
         "distill": {
             "batch_size": 4,

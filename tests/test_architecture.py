@@ -20,7 +20,7 @@ LAYERS = [
     {"teacher", "config", "pixel"},
     {"checkpoints", "evaluate", "distill"},
     {"sources", "cli"},
-    {"assemble"},
+    {"assemble", "gate"},
     {"runs"},
     {"scripts"},
 ]

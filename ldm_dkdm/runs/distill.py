@@ -10,7 +10,9 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm_dkdm.assemble import Codec, check_loss, load_first_stage, make_student
+from ldm_dkdm.checkpoints.folder import is_model_folder
 from ldm_dkdm.checkpoints.pools import read_reference_pool
+from ldm_dkdm.cli import is_first_rank
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distill.module import StudentModule
 from ldm_dkdm.distill.pool import NoisyPool, pool_slots
@@ -18,6 +20,7 @@ from ldm_dkdm.distill.refill import check_supply, refill
 from ldm_dkdm.distill.stream import VARIANTS, DistillStream
 from ldm_dkdm.distill.warmup import Warmup, preparation
 from ldm_dkdm.errors import Stopped, UserError
+from ldm_dkdm.gate import check_teacher
 from ldm_dkdm.generate import SamplerConfig
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.records import NoisyBatch
@@ -111,7 +114,10 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
         Stopped: a signal ended the run early; all is saved.
     """
     parts = assemble(config)
-    supply = None if folder.latest() else _supply(config, parts)
+    supply = None
+    if not folder.latest():
+        supply = _supply(config, parts)
+        _check(config, parts)
     open_run(config, folder, FIXED if resumed else None)
     latest = folder.latest()
     if latest and step_of(latest) >= config.trainer.max_steps:
@@ -133,6 +139,21 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
 
         callbacks, log = [grids, saving], config.logging
         fit(module, stream_for, config.trainer, log, folder, callbacks, stop, parts.precision, go_on(folder))
+
+
+def _check(config: DistillRun, parts: Parts) -> None:
+    """The gate (`gate.check_teacher`), unless it is switched off."""
+    if not config.teacher.check:
+        return
+    started = time.monotonic()
+    device = default_device(config.trainer.accelerator)
+    told = is_model_folder(Path(config.teacher.ckpt))
+    figures = check_teacher(parts.model, parts.teacher.to(device), device, told)
+    if is_first_rank():
+        print(
+            f"teacher check: eps error {figures.linear:.2f} of a linear denoiser's at T/4, scale off by "
+            f"{figures.deviation:.3f} at most ({time.monotonic() - started:.0f} s)"
+        )
 
 
 def _callbacks(config: DistillRun, parts: Parts, folder: RunFolder) -> tuple[RunCheckpoint, SampleGrid]:

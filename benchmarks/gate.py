@@ -1,0 +1,122 @@
+"""The figures of the teacher check for good teachers and faulty ones: python benchmarks/gate.py [TEACHER ...]
+
+Prints a markdown table; docs/gate.md holds its output.
+"""
+
+import argparse
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.gate import COMPARED, check_teacher, measure
+from ldm_dkdm.sources import Model, load_model
+
+
+def faults(model: Model) -> Iterator[tuple[str, Model]]:
+    """A model as it is, then broken or misread in every way that users and downloads do."""
+    yield "good", model
+    for name, change in (("random weights", _reset), ("shuffled weights", _shuffle), ("shuffled rows", _shuffle_rows)):
+        yield name, _with_network(model, change)
+    yield "output zero", _with_network(model, _zero)
+    yield "NaN", _with_network(model, _nan)
+    yield "other attention order", _with_network(model, _flip_order)
+    yield "one head", _with_network(model, lambda network: _set_heads(network, 1))
+    yield "twice the heads", _with_network(model, lambda network: _set_heads(network, None))
+    own = model.card.diffusion
+    for name, other in (
+        ("linear schedule", replace(own, schedule="linear", beta_start=1e-4, beta_end=0.02)),
+        ("LDM's schedule", replace(own, schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)),
+        ("Stable Diffusion's schedule", replace(own, schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)),
+        ("cosine schedule", replace(own, schedule="cosine")),
+        ("half of T", replace(own, num_timesteps=own.num_timesteps // 2)),
+    ):
+        if other != own:
+            yield name, replace(model, card=replace(model.card, diffusion=other))
+    node = model.card.network
+    wrong = replace(node, parameterization="v" if node.parameterization == "eps" else "eps")
+    yield (
+        f"{node.parameterization} read as {wrong.parameterization}",
+        replace(model, card=replace(model.card, network=wrong)),
+    )
+
+
+def _with_network(model: Model, change: object) -> Model:
+    network = copy.deepcopy(model.network)
+    with torch.no_grad():
+        change(network)
+    changes = {}
+    for layer in network.modules():
+        if hasattr(layer, "new_order"):
+            changes = {"use_new_attention_order": layer.new_order, "num_head_channels": -1, "num_heads": layer.heads}
+    node = replace(model.card.network, params={**model.card.network.params, **changes})
+    return replace(model, network=network, card=replace(model.card, network=node))
+
+
+def _reset(network: nn.Module) -> None:
+    torch.manual_seed(0)
+    for layer in network.modules():
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+
+
+def _shuffle(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        order = torch.randperm(parameter.numel(), generator=torch.Generator().manual_seed(0))
+        parameter.copy_(parameter.flatten()[order].view_as(parameter))
+
+
+def _shuffle_rows(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        parameter.copy_(parameter[torch.randperm(len(parameter), generator=torch.Generator().manual_seed(0))])
+
+
+def _zero(network: nn.Module) -> None:
+    network.out[2].weight.zero_()
+    network.out[2].bias.zero_()
+
+
+def _nan(network: nn.Module) -> None:
+    network.out[2].bias[0] = torch.nan
+
+
+def _flip_order(network: nn.Module) -> None:
+    for layer in network.modules():
+        if hasattr(layer, "new_order"):
+            layer.new_order = not layer.new_order
+
+
+def _set_heads(network: nn.Module, count: int | None) -> None:
+    for layer in network.modules():
+        if hasattr(layer, "new_order"):
+            layer.heads = count or 2 * layer.heads
+
+
+def main() -> None:
+    """Print the table of every teacher named."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("teachers", nargs="*", type=Path, default=[Path("models/teachers/emoji64")])
+    for folder in parser.parse_args().teachers:
+        print(
+            f"\n| {folder} | cosine at T-1 | eps error at 0.75, 0.5, 0.25, 0.1 T | of linear | scale off by | verdict |"
+        )
+        print("|---|---|---|---|---|---|")
+        for name, model in faults(load_model(folder)):
+            teacher = model.as_teacher("32")
+            figures = measure(teacher, model.latent_shape, images=COMPARED)
+            try:
+                check_teacher(model, teacher)
+                verdict = "passes"
+            except UserError as error:
+                verdict = str(error).partition(";")[0]
+            errors = ", ".join(f"{row.eps_error:.3f}" for row in figures.rows[1:])
+            shown = f"{figures.along:.3f} | {errors} | {figures.linear:.2f} | {figures.deviation:.3f}"
+            print(f"| {name} | {shown} | {verdict} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

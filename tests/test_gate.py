@@ -1,0 +1,121 @@
+"""The teacher check: a good teacher passes, and each fault is refused with its reason."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ldm_dkdm import UserError
+from ldm_dkdm.gate import COMPARED, check_teacher, fault, measure, other_readings, preferred
+from ldm_dkdm.sources import Model, load_model
+from tests.cli import distil, write_yaml
+from tests.parts import distill_config
+
+SHIPPED = Path(__file__).parents[1] / "models" / "teachers" / "emoji64"
+
+
+@pytest.fixture(scope="module")
+def good() -> Model:
+    return load_model(SHIPPED)
+
+
+def with_weights(model: Model, change: Callable[[nn.Parameter], torch.Tensor]) -> Model:
+    network = copy.deepcopy(model.network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(change(parameter))
+    return replace(model, network=network)
+
+
+def flipped(model: Model) -> Model:
+    """The same weights, the attention's qkv read in the other order."""
+    network = copy.deepcopy(model.network)
+    for layer in network.modules():
+        if hasattr(layer, "new_order"):
+            layer.new_order = not layer.new_order
+    params = {**model.card.network.params, "use_new_attention_order": True}
+    return replace(model, network=network, card=replace(model.card, network=replace(model.card.network, params=params)))
+
+
+def check(model: Model) -> None:
+    check_teacher(model, model.as_teacher("32"), told=True)
+
+
+def test_the_shipped_teacher_passes_with_room_to_spare(good: Model) -> None:
+    figures = check_teacher(good, good.as_teacher("32"), told=True)
+    assert figures.along > 0.95 and figures.linear < 0.2 and figures.deviation < 0.03
+    x0_errors = [row.x0_error for row in figures.rows]
+    assert x0_errors == sorted(x0_errors, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: torch.randn_like(p) * p.std(correction=0), "no better than a linear filter"),
+        (lambda p: p.flatten()[torch.randperm(p.numel())].view_as(p), "no better than a linear filter"),
+        (lambda p: p[torch.randperm(len(p))], "no better than a linear filter"),
+        (torch.zeros_like, "no better than a linear filter"),
+        (lambda p: p * torch.nan, "not finite"),
+    ],
+    ids=["random", "shuffled", "rows", "zero", "nan"],
+)
+def test_broken_weights_are_refused(good: Model, change: Callable[[nn.Parameter], torch.Tensor], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check(with_weights(good, change))
+
+
+def test_an_output_that_is_read_as_something_else_is_refused(good: Model) -> None:
+    node = replace(good.card.network, parameterization="eps")
+    with pytest.raises(UserError, match=r"does not point along pure noise.*parameterization"):
+        check(replace(good, card=replace(good.card, network=node)))
+
+
+def test_another_schedule_is_refused(good: Model) -> None:
+    diffusion = replace(good.card.diffusion, schedule="cosine")
+    with pytest.raises(UserError, match=r"the schedule .*is not that of these weights"):
+        check(replace(good, card=replace(good.card, diffusion=diffusion)))
+
+
+def test_the_right_schedule_is_preferred_where_the_wrong_one_passes(good: Model) -> None:
+    diffusion = replace(good.card.diffusion, beta_start=0.00085, beta_end=0.012)
+    wrong = replace(good, card=replace(good.card, diffusion=diffusion))
+    readings = dict(other_readings(wrong))
+    right = readings["diffusion.schedule=scaled_linear num_timesteps=1000 beta_start=0.0015 beta_end=0.0195"]
+    figures = [measure(model.as_teacher("32"), model.latent_shape) for model in (wrong, right)]
+    assert fault(figures[0]) is None
+    assert preferred(figures[0], figures[1], schedule=True)
+    assert not preferred(figures[1], figures[0], schedule=True)
+
+
+def test_the_right_attention_order_is_preferred(good: Model) -> None:
+    wrong = flipped(good)
+    right = dict(other_readings(wrong))["use_new_attention_order=false"]
+    x, t = torch.randn(2, *good.latent_shape), torch.tensor([5, 500])
+    with torch.no_grad():
+        assert torch.equal(right.network.eval()(x, t), good.network.eval()(x, t))
+        assert not torch.allclose(wrong.network.eval()(x, t), good.network(x, t), atol=1e-2)
+    figures = [measure(m.as_teacher("32"), m.latent_shape, images=COMPARED) for m in (wrong, right)]
+    assert preferred(figures[0], figures[1], schedule=False)
+    assert not preferred(figures[1], figures[0], schedule=False)
+
+
+def test_the_head_widths_that_are_usual_are_tried(good: Model) -> None:
+    names = [name for name, _ in other_readings(good)]
+    assert {"use_new_attention_order=true", "num_head_channels=64", "num_heads=1", "num_heads=4"} <= set(names)
+    assert "num_head_channels=32" not in names
+
+
+def test_a_distillation_of_a_random_teacher_does_not_start(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = distill_config(teacher_folder, tmp_path / "logs")
+    config["teacher"]["check"] = True
+    base = write_yaml(tmp_path / "run.yaml", config)
+    assert distil("--base", base) == 2
+    error = capsys.readouterr().err
+    assert "teacher.check=false" in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "logs").exists()
