@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ldm_dkdm.checkpoints import compvis, read_tensors
+from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline, read_pipeline
 from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
 from ldm_dkdm.checkpoints.inference import infer_vq
 from ldm_dkdm.checkpoints.loading import load_strictly
@@ -91,6 +92,8 @@ def load_codec(path: Path, config: FirstStageConfig, precision: str = "32") -> L
         vq = build(card, f"{path}/config.yaml: params")
         load_strictly(vq, tensors, path / card.weights)
         return LatentCodec(vq, config.scale_factor or card.scale_factor, precision)
+    if is_pipeline(path):
+        return _pipeline_codec(path, config, precision)
     if not path.is_file():
         raise UserError(f"first_stage: {path} is missing; name a first-stage folder (config.yaml and weights)")
     if config.target is None:
@@ -99,6 +102,15 @@ def load_codec(path: Path, config: FirstStageConfig, precision: str = "32") -> L
     load_strictly(vq, _first_stage_in(path), path)
     stored = read_tensors(path).get("scale_factor")
     return LatentCodec(vq, config.scale_factor or (1.0 if stored is None else float(stored)), precision)
+
+
+def _pipeline_codec(path: Path, config: FirstStageConfig, precision: str) -> LatentCodec:
+    stage = read_pipeline(path).first_stage
+    if stage is None:
+        raise UserError(f"first_stage: {path} is a pixel-space pipeline, without a first stage")
+    vq = build({"target": "ldm_dkdm.first_stage.VQModel", "params": stage.params}, "first_stage.params")
+    load_strictly(vq, stage.tensors, path)
+    return LatentCodec(vq, config.scale_factor or stage.scale_factor, precision)
 
 
 def make_student(config: StudentConfig, teacher: Model) -> tuple[nn.Module, NetworkConfig]:

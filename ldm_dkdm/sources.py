@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ldm_dkdm.checkpoints import compvis
+from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline, read_pipeline
 from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
 from ldm_dkdm.checkpoints.foreign import NAMES, Foreign, open_foreign
 from ldm_dkdm.checkpoints.loading import load_strictly
@@ -75,6 +76,8 @@ def load_teacher(config: DistillRun, planning: bool = False) -> Model:
     teacher, path = config.teacher, Path(config.teacher.ckpt)
     if is_model_folder(path):
         return _own_folder(config, path)
+    if is_pipeline(path):
+        return _pipeline(config, path)
     if not path.is_file():
         if not (planning and teacher.target and config.diffusion):
             raise UserError(f"teacher.ckpt: {path} is missing; {how_to_get(path)}")
@@ -85,10 +88,22 @@ def load_teacher(config: DistillRun, planning: bool = False) -> Model:
     return _model(node, foreign.weights(teacher.use_ema), _diffusion(config, foreign), teacher, path)
 
 
-def _own_folder(config: DistillRun, path: Path) -> Model:
+def _pipeline(config: DistillRun, path: Path) -> Model:
+    _refuse_descriptions(config.teacher, path)
+    pipeline = read_pipeline(path)
+    if config.diffusion not in (None, pipeline.diffusion):
+        raise UserError(f"diffusion: {config.diffusion} differs from the teacher's own {pipeline.diffusion}")
+    return _model(pipeline.network, pipeline.tensors, pipeline.diffusion, config.teacher, path)
+
+
+def _refuse_descriptions(teacher: TeacherConfig, path: Path) -> None:
     for key in ("target", "params", "parameterization", "use_ema"):
-        if getattr(config.teacher, key) not in (None, {}):
+        if getattr(teacher, key) not in (None, {}):
             raise UserError(f"teacher.{key}: {path} describes itself; remove the key")
+
+
+def _own_folder(config: DistillRun, path: Path) -> Model:
+    _refuse_descriptions(config.teacher, path)
     model = load_model(path)
     if config.diffusion not in (None, model.card.diffusion):
         raise UserError(f"diffusion: {config.diffusion} differs from the teacher's own {model.card.diffusion}")

@@ -1,4 +1,4 @@
-"""A model for other tools: python scripts/convert.py RUN_OR_STUDENT_OR_CKPT OUT --to compvis | adm | safetensors"""
+"""A model for other tools: python scripts/convert.py MODEL OUT --to diffusers | compvis | adm | safetensors"""
 
 import argparse
 from pathlib import Path
@@ -10,8 +10,8 @@ def main() -> None:
     """Parse and convert."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path, help="run, model folder or training checkpoint")
-    parser.add_argument("out", type=Path, help="the file to write; it must not exist")
-    parser.add_argument("--to", required=True, choices=("compvis", "adm", "safetensors"))
+    parser.add_argument("out", type=Path, help="the file (diffusers: folder) to write; it must not exist")
+    parser.add_argument("--to", required=True, choices=("diffusers", "compvis", "adm", "safetensors"))
     arguments = parser.parse_args()
 
     from ldm_dkdm.runs.convert import convert

@@ -1,14 +1,22 @@
 """Students as other tools load them."""
 
+import shutil
 from pathlib import Path
 
-from ldm_dkdm.assemble import load_first_stage
+import torch
+
+from ldm_dkdm.assemble import Codec, load_first_stage
+from ldm_dkdm.checkpoints.diffusers_folder import FirstStage, Pipeline, is_pipeline, read_pipeline, write_pipeline
 from ldm_dkdm.checkpoints.export import check_eps_unet, write_adm, write_compvis, write_safetensors
 from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
+from ldm_dkdm.diffusion.samplers import ddim, last
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.runs.sample import find_model
 from ldm_dkdm.schema import FirstStageCard, FirstStageConfig, FirstStagePointer
 from ldm_dkdm.sources import Model, make_schedule
+
+STEPS, TOLERANCE = 10, 1e-4  # of the comparison with diffusers
 
 
 def convert(source: Path, out: Path, to: str) -> None:
@@ -22,6 +30,8 @@ def convert(source: Path, out: Path, to: str) -> None:
     model, _ = find_model(source)
     if to == "compvis":
         _to_compvis(model, out)
+    elif to == "diffusers":
+        _to_diffusers(model, out)
     elif to == "adm":
         write_adm(out, model.network, model.card)
     else:
@@ -48,6 +58,53 @@ def _to_compvis(model: Model, out: Path) -> None:
     )
 
 
+def _to_diffusers(model: Model, out: Path) -> None:
+    codec, pointer = load_first_stage(FirstStageConfig(), model, "32")
+    stage = None
+    if isinstance(codec, LatentCodec):
+        stage = FirstStage(_first_stage_params(pointer), dict(codec.vq.state_dict()), codec.scale_factor)
+    tensors = dict(model.network.state_dict())
+    write_pipeline(out, Pipeline(model.card.network, tensors, model.card.diffusion, stage))
+    difference = prove(out, model, codec)
+    if difference is None:
+        print("diffusers is not installed: the folder is not compared with it")
+        return
+    print(f"the same noise through diffusers gives the same pictures to {difference:.1e}")
+    if not difference <= TOLERANCE:
+        shutil.rmtree(out)
+        raise UserError(
+            f"{out}: diffusers' pictures differ by {difference:.1e}, more than {TOLERANCE}; nothing is kept"
+        )
+
+
+@torch.no_grad()
+def prove(folder: Path, model: Model, codec: Codec) -> float | None:
+    """Largest difference, in [-1,1], of two pictures by DDIM-10 here and in diffusers; None without that library."""
+    try:
+        from diffusers import DDIMScheduler, UNet2DModel, VQModel
+    except ImportError:
+        return None
+    noise = torch.randn((2, *model.latent_shape), generator=torch.Generator().manual_seed(0))
+    teacher = model.as_teacher("32")
+    classes = model.classes
+    label = None if classes is None else torch.tensor([classes[0], classes[-1]])
+    steps = min(STEPS, teacher.schedule.num_timesteps)
+    ours = last(ddim(teacher.schedule, teacher.predict, noise, lambda: noise, steps, label=label))
+    network = UNet2DModel.from_pretrained(folder / "unet").eval()
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", set_alpha_to_one=False, steps_offset=1)
+    scheduler.set_timesteps(steps)
+    x, clips = noise, model.card.diffusion.space == "pixel"
+    for t in scheduler.timesteps:
+        output = network(x, t, class_labels=label).sample[:, : x.shape[1]]
+        x = scheduler.step(output, t, x, use_clipped_model_output=clips).prev_sample
+    if isinstance(codec, LatentCodec):
+        vq = VQModel.from_pretrained(folder / "vqvae").eval()
+        x, ours = vq.decode(x / vq.config.scaling_factor).sample, codec.vq.eval().decode(ours / codec.scale_factor)
+    return (x - ours).abs().max().item()
+
+
 def _first_stage_params(pointer: FirstStagePointer) -> dict[str, object]:
     folder = Path(pointer.path)
+    if is_pipeline(folder):
+        return read_pipeline(folder).first_stage.params
     return read_folder(folder, FirstStageCard)[0].params if is_model_folder(folder) else pointer.params

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ldm_dkdm.assemble import Codec, check_loss, load_first_stage, make_student
+from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline
 from ldm_dkdm.checkpoints.folder import is_model_folder
 from ldm_dkdm.checkpoints.pools import read_reference_pool
 from ldm_dkdm.cli import is_first_rank
@@ -147,7 +148,8 @@ def _check(config: DistillRun, parts: Parts) -> None:
         return
     started = time.monotonic()
     device = default_device(config.trainer.accelerator)
-    told = is_model_folder(Path(config.teacher.ckpt))
+    path = Path(config.teacher.ckpt)
+    told = is_model_folder(path) or is_pipeline(path)
     figures = check_teacher(parts.model, parts.teacher.to(device), device, told)
     if is_first_rank():
         print(

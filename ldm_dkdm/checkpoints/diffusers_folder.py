@@ -1,0 +1,235 @@
+"""diffusers pipeline folders, read and written without the library."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm_dkdm.checkpoints.diffusers_names import (
+    OLD_ATTENTION,
+    join_qkv,
+    split_qkv,
+    unet_config,
+    unet_name,
+    unet_params,
+    vq_config,
+    vq_name,
+    vq_params,
+)
+from ldm_dkdm.checkpoints.reading import read_tensors
+from ldm_dkdm.config import build
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import write_text
+from ldm_dkdm.schema import DiffusionConfig, NetworkConfig
+
+UNET_TARGET = "ldm_dkdm.networks.UNet"
+SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """A VQModel: our parameters, tensors under our names, the scale of the latents."""
+
+    params: dict[str, Any]
+    tensors: dict[str, Tensor]
+    scale_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline in our terms; without a first stage it is a pixel-space model's."""
+
+    network: NetworkConfig
+    tensors: dict[str, Tensor]
+    diffusion: DiffusionConfig
+    first_stage: FirstStage | None
+
+
+def is_pipeline(path: Path) -> bool:
+    """Whether the path is a diffusers pipeline's folder."""
+    return (path / "model_index.json").is_file()
+
+
+def read_pipeline(folder: Path) -> Pipeline:
+    """Read a pipeline of a UNet2DModel, a scheduler and, for latents, a VQModel.
+
+    Raises:
+        UserError: a missing part, or an option that we do not have; names the file and the key.
+    """
+    index = _json(folder / "model_index.json")
+    if "unet" not in index or "scheduler" not in index:
+        raise UserError(
+            f"{folder}: a {index.get('_class_name')} is no pipeline of an unconditional or class-conditional UNet"
+        )
+    config = _json(folder / "unet" / "config.json")
+    if config.get("_class_name") != "UNet2DModel":
+        raise UserError(f"{folder}/unet: is a {config.get('_class_name')}; only UNet2DModel works")
+    params = unet_params(config, folder / "unet" / "config.json")
+    stage = next((folder / name for name in ("vqvae", "vae") if name in index), None)
+    diffusion, parameterization = _read_scheduler(folder / "scheduler" / "scheduler_config.json", stage is None)
+    tensors = _unet_from(read_tensors(folder / "unet"), params, folder / "unet")
+    first_stage = None if stage is None else _read_vq(stage, params["image_size"])
+    return Pipeline(NetworkConfig(UNET_TARGET, params, parameterization), tensors, diffusion, first_stage)
+
+
+def _read_scheduler(path: Path, pixel: bool) -> tuple[DiffusionConfig, str]:
+    config = _json(path)
+    names = {theirs: ours for ours, theirs in SCHEDULES.items()}
+    kinds = {theirs: ours for ours, theirs in PREDICTIONS.items()}
+    schedule, kind = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
+    if config.get("trained_betas") is not None or schedule not in names:
+        raise UserError(f"{path}: beta_schedule: {schedule!r} is not one of {', '.join(names)}")
+    if kind not in kinds:
+        raise UserError(f"{path}: prediction_type: {kind!r} is not one of {', '.join(kinds)}")
+    clips = config.get("clip_sample", True)
+    if clips != pixel:
+        raise UserError(f"{path}: clip_sample: {clips} does not fit a model {'of pixels' if pixel else 'of latents'}")
+    steps, space = config.get("num_train_timesteps", 1000), "pixel" if pixel else "latent"
+    ends = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if schedule == "squaredcos_cap_v2":
+        return DiffusionConfig("cosine", steps, space=space), kinds[kind]
+    return DiffusionConfig(names[schedule], steps, *ends, space), kinds[kind]
+
+
+def _read_vq(folder: Path, latent_size: int) -> FirstStage:
+    config = _json(folder / "config.json")
+    if config.get("_class_name") != "VQModel":
+        raise UserError(f"{folder}: is a {config.get('_class_name')}; only VQModel works")
+    params = vq_params(config, latent_size, folder / "config.json")
+    found = {_modern(name): tensor for name, tensor in read_tensors(folder).items()}
+    tensors = {}
+    for name, shape in _shapes({"target": "ldm_dkdm.first_stage.VQModel", "params": params}).items():
+        theirs = vq_name(name, len(config["block_out_channels"]))
+        tensors[name] = _take(found, theirs, folder).reshape(shape)
+    return FirstStage(params, tensors, float(config.get("scaling_factor", 0.18215)))
+
+
+def _unet_from(found: Mapping[str, Tensor], params: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
+    found = {_modern(name): tensor for name, tensor in found.items()}
+    tensors, used = {}, set()
+    for name, shape in _shapes({"target": UNET_TARGET, "params": dict(params)}).items():
+        theirs = unet_name(name, params["num_res_blocks"])
+        if ".to_qkv." in theirs:
+            names = [theirs.replace("to_qkv", part) for part in ("to_q", "to_k", "to_v")]
+            parts = [_take(found, part, source) for part in names]
+            tensors[name] = join_qkv(parts, _heads(params, shape[0] // 3))
+        else:
+            names = [theirs]
+            tensors[name] = _take(found, theirs, source).reshape(shape)
+        used.update(names)
+    unknown = sorted(set(found) - used)
+    if unknown:
+        raise UserError(f"{source}: holds tensors that this architecture does not have: {', '.join(unknown[:4])}")
+    return tensors
+
+
+def _modern(name: str) -> str:
+    for old, new in OLD_ATTENTION.items():
+        name = name.replace(f".{old}.", f".{new}.")
+    return name
+
+
+def _take(tensors: Mapping[str, Tensor], name: str, source: Path) -> Tensor:
+    if name not in tensors:
+        raise UserError(f"{source}: {name} is missing")
+    return tensors[name]
+
+
+def _shapes(node: dict[str, Any]) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: value.shape for name, value in build(node, "params").state_dict().items()}
+
+
+def _heads(params: Mapping[str, Any], channels: int) -> int:
+    head = params.get("num_head_channels", -1)
+    return params.get("num_heads", 1) if head == -1 else channels // head
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: is no JSON object")
+    return tree
+
+
+def write_pipeline(folder: Path, pipeline: Pipeline) -> None:
+    """Write an `LDMPipeline` (with a first stage) or a `DDPMPipeline` folder, whole or not at all.
+
+    Raises:
+        UserError: a model that diffusers' classes cannot express.
+    """
+    if pipeline.network.target != UNET_TARGET:
+        raise UserError(
+            "--to: diffusers' DiT embeds timesteps in other frequencies than DiT's own code; choose safetensors"
+        )
+    parts = {"unet": (unet_config(pipeline.network.params), _unet_to(pipeline))}
+    if pipeline.first_stage is not None:
+        parts["vqvae"] = _vq_to(pipeline.first_stage)
+    scheduler = _scheduler(pipeline)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        for name, (config, tensors) in parts.items():
+            (temporary / name).mkdir(parents=True)
+            write_text(temporary / name / "config.json", json.dumps(config, indent=2) + "\n")
+            save_file(tensors, temporary / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        write_text(temporary / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2) + "\n")
+        classes = {"unet": "UNet2DModel", "vqvae": "VQModel", "scheduler": scheduler["_class_name"]}
+        index = {"_class_name": "LDMPipeline" if pipeline.first_stage else "DDPMPipeline"}
+        index |= {name: ["diffusers", kind] for name, kind in classes.items() if name in parts or name == "scheduler"}
+        write_text(temporary / "model_index.json", json.dumps(index, indent=2) + "\n")
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unet_to(pipeline: Pipeline) -> dict[str, Tensor]:
+    params, tensors = pipeline.network.params, {}
+    for name, value in pipeline.tensors.items():
+        theirs = unet_name(name, params["num_res_blocks"])
+        if ".to_qkv." in theirs:
+            split = split_qkv(value, _heads(params, len(value) // 3), params.get("use_new_attention_order", False))
+            tensors |= {
+                theirs.replace("to_qkv", part): v for part, v in zip(("to_q", "to_k", "to_v"), split, strict=True)
+            }
+        else:
+            tensors[theirs] = (value.flatten(1) if value.ndim == 3 else value).contiguous()
+    return tensors
+
+
+def _vq_to(stage: FirstStage) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config, tensors = vq_config(stage.params, stage.scale_factor), {}
+    for name, value in stage.tensors.items():
+        attention = ".attn_1." in name and value.ndim == 4
+        flat = value.flatten(1) if attention else value
+        tensors[vq_name(name, len(config["block_out_channels"]))] = flat.contiguous()
+    return config, tensors
+
+
+def _scheduler(pipeline: Pipeline) -> dict[str, Any]:
+    diffusion = pipeline.diffusion
+    common = {
+        "num_train_timesteps": diffusion.num_timesteps,
+        "beta_schedule": SCHEDULES[diffusion.schedule],
+        "beta_start": diffusion.beta_start,
+        "beta_end": diffusion.beta_end,
+        "trained_betas": None,
+        "prediction_type": PREDICTIONS[pipeline.network.parameterization],
+    }
+    if pipeline.first_stage is not None:
+        own = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+        return {"_class_name": "DDIMScheduler", **common, **own}
+    params = pipeline.network.params
+    learned = params["out_channels"] == 2 * params["in_channels"]
+    variance = "learned_range" if learned else "fixed_small"
+    return {"_class_name": "DDPMScheduler", **common, "clip_sample": True, "variance_type": variance}

@@ -1,0 +1,267 @@
+"""Our tensors' names and diffusers', and the parameters that both sides call differently."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_dkdm.errors import UserError
+
+RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+UNET_ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb": "class_embedding",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# What UNet2DModel must say for our UNet to compute the same; None where the key may be absent.
+UNET_FIXED: dict[str, tuple[Any, ...]] = {
+    "center_input_sample": (False,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_dim": (None,),
+    "freq_shift": (0,),
+    "flip_sin_to_cos": (True,),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "mid_block_scale_factor": (1,),
+    "downsample_padding": (1,),
+    "act_fn": ("silu",),
+    "norm_num_groups": (32,),
+    "attn_norm_num_groups": (None, 32),
+    "norm_eps": (1e-5,),
+    "add_attention": (True,),
+    "class_embed_type": (None,),
+}
+UNET_DEFAULTS = {
+    "sample_size": None,
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "resnet_time_scale_shift": "default",
+    "num_class_embeds": None,
+    "dropout": 0.0,
+}
+PLAIN_DOWN, PLAIN_UP = ("DownBlock2D", "ResnetDownsampleBlock2D"), ("UpBlock2D", "ResnetUpsampleBlock2D")
+
+
+def unet_name(name: str, num_res_blocks: int) -> str:
+    """diffusers' name of one of our UNet's tensors; attention's qkv has three, and stands for `to_qkv`."""
+    stem, _, kind = name.rpartition(".")
+    if stem in UNET_ENDS:
+        return f"{UNET_ENDS[stem]}.{kind}"
+    part, index, rest = stem.split(".", 2)
+    if part == "middle_block":
+        return f"mid_block.{MIDDLE[index]}.{_inner(rest)}.{kind}"
+    sub, _, inner = rest.partition(".")
+    level, place = divmod(int(index) - (part == "input_blocks"), num_res_blocks + 1)
+    block = f"{'down' if part == 'input_blocks' else 'up'}_blocks.{level}"
+    if inner in ("op", "conv"):
+        return f"{block}.{'downsamplers' if inner == 'op' else 'upsamplers'}.0.conv.{kind}"
+    if inner.split(".")[0] in ("norm", "qkv", "proj_out"):
+        return f"{block}.attentions.{place}.{_inner(inner)}.{kind}"
+    if part == "input_blocks" and place == num_res_blocks:
+        return f"{block}.downsamplers.0.{_inner(inner)}.{kind}"
+    if part == "output_blocks" and sub != "0":
+        return f"{block}.upsamplers.0.{_inner(inner)}.{kind}"
+    return f"{block}.resnets.{place}.{_inner(inner)}.{kind}"
+
+
+def _inner(name: str) -> str:
+    return {**RESNET, "norm": "group_norm", "qkv": "to_qkv", "proj_out": "to_out.0"}[name]
+
+
+def unet_config(params: Mapping[str, Any]) -> dict[str, Any]:
+    """UNet2DModel's config for our UNet's parameters.
+
+    Raises:
+        UserError: an architecture that UNet2DModel cannot express.
+    """
+    mults = list(params["channel_mult"])
+    widths = [mult * params["model_channels"] for mult in mults]
+    attends = [2**level in params["attention_resolutions"] for level in range(len(mults))]
+    if mults[0] != 1:
+        raise UserError(
+            f"--to: diffusers derives the timestep's width from the first level; channel_mult[0] is {mults[0]}"
+        )
+    if not params.get("conv_resample", True):
+        raise UserError("--to: diffusers has no UNet that resamples without weights (conv_resample: false)")
+    updown = params.get("resblock_updown", False)
+    head = params.get("num_head_channels", -1)
+    if head == -1:
+        per_level = {w // params.get("num_heads", 1) for w, on in zip(widths, attends, strict=True) if on}
+        per_level.add(widths[-1] // params.get("num_heads", 1))  # the middle
+        if len(per_level) > 1:
+            raise UserError(f"--to: diffusers has one head width for all levels, this model has {sorted(per_level)}")
+        (head,) = per_level
+    return {
+        "_class_name": "UNet2DModel",
+        "sample_size": params["image_size"],
+        "in_channels": params["in_channels"],
+        "out_channels": params["out_channels"],
+        "layers_per_block": params["num_res_blocks"],
+        "block_out_channels": widths,
+        "down_block_types": ["AttnDownBlock2D" if on else PLAIN_DOWN[updown] for on in attends],
+        "up_block_types": ["AttnUpBlock2D" if on else PLAIN_UP[updown] for on in reversed(attends)],
+        "attention_head_dim": head,
+        "downsample_type": "resnet" if updown else "conv",
+        "upsample_type": "resnet" if updown else "conv",
+        "resnet_time_scale_shift": "scale_shift" if params.get("use_scale_shift_norm", False) else "default",
+        "num_class_embeds": params.get("num_classes"),
+        "dropout": params.get("dropout", 0.0),
+        **{key: allowed[0] for key, allowed in UNET_FIXED.items()},
+        "attn_norm_num_groups": 32 if params.get("use_scale_shift_norm", False) else None,
+    }
+
+
+def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Our UNet's parameters for a UNet2DModel's config.
+
+    Raises:
+        UserError: an option that our UNet does not have; names the key.
+    """
+    for key, allowed in UNET_FIXED.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{source}: {key}: {config[key]!r} is not supported, only {allowed[0]!r}")
+    get = {**UNET_DEFAULTS, **config}.__getitem__
+    if get("resnet_time_scale_shift") == "scale_shift" and config.get("attn_norm_num_groups") is None:
+        raise UserError(
+            f"{source}: attn_norm_num_groups: None leaves the middle attention without its norm; only 32 works"
+        )
+    widths, down, up = list(get("block_out_channels")), list(get("down_block_types")), list(get("up_block_types"))
+    updown = get("downsample_type") == "resnet"
+    attends = [kind == "AttnDownBlock2D" for kind in down]
+    wanted_up = ["AttnUpBlock2D" if on else PLAIN_UP[updown] for on in reversed(attends)]
+    wanted_down = ["AttnDownBlock2D" if on else PLAIN_DOWN[updown] for on in attends]
+    single = len(widths) - 1  # the last level resamples nothing, so that both plain kinds mean the same there
+    kinds = [
+        (a, b) for i, (a, b) in enumerate(zip(down, wanted_down, strict=True)) if i != single or a not in PLAIN_DOWN
+    ]
+    kinds += [(a, b) for i, (a, b) in enumerate(zip(up, wanted_up, strict=True)) if i != single or a not in PLAIN_UP]
+    for found, expected in kinds:
+        if found != expected:
+            raise UserError(f"{source}: block type {found} is not supported here, only {expected}")
+    if get("upsample_type") != get("downsample_type"):
+        raise UserError(f"{source}: upsample_type: {get('upsample_type')!r} differs from downsample_type")
+    if any(width % widths[0] for width in widths):
+        raise UserError(f"{source}: block_out_channels: {widths} are no multiples of the first")
+    if get("sample_size") is None or not isinstance(get("sample_size"), int):
+        raise UserError(f"{source}: sample_size: {get('sample_size')!r} is no side of the states")
+    head = {"num_head_channels": get("attention_head_dim")} if get("attention_head_dim") else {"num_heads": 1}
+    classes = {} if get("num_class_embeds") is None else {"num_classes": get("num_class_embeds")}
+    return {
+        "image_size": get("sample_size"),
+        "in_channels": get("in_channels"),
+        "out_channels": get("out_channels"),
+        "model_channels": widths[0],
+        "num_res_blocks": get("layers_per_block"),
+        "attention_resolutions": [2**level for level, on in enumerate(attends) if on],
+        "channel_mult": [width // widths[0] for width in widths],
+        "use_scale_shift_norm": get("resnet_time_scale_shift") == "scale_shift",
+        "resblock_updown": updown,
+        **({"dropout": get("dropout")} if get("dropout") else {}),
+        **head,
+        **classes,
+    }
+
+
+def split_qkv(value: Tensor, heads: int, new_order: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Our qkv, (3C,C,1) or (3C,), -> q, k, v as diffusers keeps them, (C,C) or (C,)."""
+    value = value.flatten(1) if value.ndim == 3 else value
+    rows = value.view(3, heads, -1, *value.shape[1:]) if new_order else value.view(heads, 3, -1, *value.shape[1:])
+    parts = rows if new_order else rows.transpose(0, 1)
+    return tuple(part.reshape(-1, *value.shape[1:]).contiguous() for part in parts)
+
+
+def join_qkv(parts: list[Tensor], heads: int) -> Tensor:
+    """The inverse, in CompVis's order: weights (3C,C,1) or biases (3C,)."""
+    shaped = [part.view(heads, -1, *part.shape[1:]) for part in parts]
+    joined = torch.stack(shaped, 1).flatten(0, 2)
+    return joined[..., None] if joined.ndim == 2 else joined
+
+
+def vq_name(name: str, levels: int) -> str:
+    """diffusers' VQModel name of one of taming's."""
+    found = re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d+)\.(block|downsample|upsample)\.(.*)", name)
+    if found:
+        half, way, level, kind, rest = found.groups()
+        level = int(level) if way == "down" else levels - 1 - int(level)
+        rest = rest.replace("nin_shortcut", "conv_shortcut")
+        inner = f"resnets.{rest}" if kind == "block" else f"{kind}rs.0.{rest}"
+        return f"{half}.{way}_blocks.{level}.{inner}"
+    for ours, theirs in (
+        ("mid.block_1", "mid_block.resnets.0"),
+        ("mid.block_2", "mid_block.resnets.1"),
+        ("mid.attn_1.norm", "mid_block.attentions.0.group_norm"),
+        ("mid.attn_1.q", "mid_block.attentions.0.to_q"),
+        ("mid.attn_1.k", "mid_block.attentions.0.to_k"),
+        ("mid.attn_1.v", "mid_block.attentions.0.to_v"),
+        ("mid.attn_1.proj_out", "mid_block.attentions.0.to_out.0"),
+        (".norm_out", ".conv_norm_out"),
+    ):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def vq_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
+    """diffusers' VQModel config for our first stage's parameters."""
+    dd = params["ddconfig"]
+    if dd["attn_resolutions"]:
+        raise UserError("--to: diffusers' VQModel has no attention outside its middle; attn_resolutions is not empty")
+    if dd.get("double_z") or dd["z_channels"] != params["embed_dim"]:
+        raise UserError("--to: diffusers' VQModel needs embed_dim = z_channels and no double_z")
+    widths = [dd["ch"] * mult for mult in dd["ch_mult"]]
+    return {
+        "_class_name": "VQModel",
+        "in_channels": dd["in_channels"],
+        "out_channels": dd["out_ch"],
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "block_out_channels": widths,
+        "layers_per_block": dd["num_res_blocks"],
+        "act_fn": "silu",
+        "latent_channels": dd["z_channels"],
+        "sample_size": dd["resolution"],
+        "num_vq_embeddings": params["n_embed"],
+        "norm_num_groups": 32,
+        "vq_embed_dim": params["embed_dim"],
+        "scaling_factor": scale_factor,
+    }
+
+
+def vq_params(config: Mapping[str, Any], latent_size: int, source: Path) -> dict[str, Any]:
+    """Our first stage's parameters for a VQModel's config; the resolution follows from the latents' side."""
+    widths = list(config["block_out_channels"])
+    plain = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+    kinds = {*config["down_block_types"], *config["up_block_types"]}
+    if not kinds <= plain or config.get("norm_num_groups", 32) != 32 or config.get("norm_type", "group") != "group":
+        raise UserError(
+            f"{source}: a VQModel with {', '.join(sorted(kinds - plain)) or 'other norms'} is not supported"
+        )
+    embed = config.get("vq_embed_dim") or config["latent_channels"]
+    ddconfig = {
+        "double_z": False,
+        "z_channels": config["latent_channels"],
+        "resolution": latent_size * 2 ** (len(widths) - 1),
+        "in_channels": config["in_channels"],
+        "out_ch": config["out_channels"],
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": config["layers_per_block"],
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    return {"ddconfig": ddconfig, "n_embed": config["num_vq_embeddings"], "embed_dim": embed}
