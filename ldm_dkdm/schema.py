@@ -47,6 +47,7 @@ class TeacherConfig:
     use_ema: bool | None = None  # of a foreign checkpoint; default true
     guidance: float = field(default=1.0, metadata=NOT_NEGATIVE)  # classifier-free, of a class-conditional teacher
     null_label: int | None = field(default=None, metadata=NOT_NEGATIVE)  # that means none; a DiT knows its own
+    licence: str | None = None  # of its weights, for the student's card
     check: bool = True  # before a distillation: does the teacher denoise its own samples?
 
 

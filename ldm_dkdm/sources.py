@@ -6,8 +6,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ldm_dkdm.checkpoints import compvis
+from ldm_dkdm.checkpoints import compvis, read_tensors
 from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline, read_pipeline
+from ldm_dkdm.checkpoints.export import read_description
 from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
 from ldm_dkdm.checkpoints.foreign import NAMES, Foreign, open_foreign
 from ldm_dkdm.checkpoints.loading import load_strictly
@@ -83,6 +84,12 @@ def load_teacher(config: DistillRun, planning: bool = False) -> Model:
             raise UserError(f"teacher.ckpt: {path} is missing; {how_to_get(path)}")
         node = NetworkConfig(teacher.target, teacher.params, teacher.parameterization or "eps")
         return _model(node, {}, config.diffusion, teacher, path, load=False)
+    described = read_description(path)
+    if described is not None:
+        _refuse_descriptions(teacher, path)
+        node, diffusion = described
+        _same_diffusion(config, diffusion)
+        return _model(node, read_tensors(path), diffusion, teacher, path)
     foreign = open_foreign(path)
     node = _network(teacher, foreign)
     return _model(node, foreign.weights(teacher.use_ema), _diffusion(config, foreign), teacher, path)
@@ -91,8 +98,7 @@ def load_teacher(config: DistillRun, planning: bool = False) -> Model:
 def _pipeline(config: DistillRun, path: Path) -> Model:
     _refuse_descriptions(config.teacher, path)
     pipeline = read_pipeline(path)
-    if config.diffusion not in (None, pipeline.diffusion):
-        raise UserError(f"diffusion: {config.diffusion} differs from the teacher's own {pipeline.diffusion}")
+    _same_diffusion(config, pipeline.diffusion)
     return _model(pipeline.network, pipeline.tensors, pipeline.diffusion, config.teacher, path)
 
 
@@ -105,9 +111,13 @@ def _refuse_descriptions(teacher: TeacherConfig, path: Path) -> None:
 def _own_folder(config: DistillRun, path: Path) -> Model:
     _refuse_descriptions(config.teacher, path)
     model = load_model(path)
-    if config.diffusion not in (None, model.card.diffusion):
-        raise UserError(f"diffusion: {config.diffusion} differs from the teacher's own {model.card.diffusion}")
+    _same_diffusion(config, model.card.diffusion)
     return model
+
+
+def _same_diffusion(config: DistillRun, own: DiffusionConfig) -> None:
+    if config.diffusion not in (None, own):
+        raise UserError(f"diffusion: {config.diffusion} differs from the teacher's own {own}")
 
 
 def _model(

@@ -28,13 +28,18 @@ def main() -> None:
     if arguments.n_samples != 0 and arguments.n_samples < 65:
         raise UserError("--n_samples: at least 65, the distance uses 64 principal components; or 0")
 
+    from ldm_dkdm.checkpoints.folder import read_card_of
     from ldm_dkdm.files import write_text
+    from ldm_dkdm.runs.card import write_readme
     from ldm_dkdm.runs.evaluate import evaluate
+    from ldm_dkdm.schema import ModelCard
 
     figures, home = evaluate(arguments)
     for name, value in figures.items():
         print(f"{name}: {value}")
     write_text(arguments.out or home / "evaluation.json", json.dumps(figures, indent=2) + "\n")
+    if arguments.out is None and "teacher_sha256" in read_card_of(home, ModelCard).info:
+        write_readme(home, read_card_of(home, ModelCard))
 
 
 if __name__ == "__main__":

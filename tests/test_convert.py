@@ -1,5 +1,6 @@
 """Models out of the package and back, and pools in."""
 
+import hashlib
 import json
 import pickle
 from collections import defaultdict
@@ -8,12 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
 from ldm_dkdm import NoisyPool, UserError
 from ldm_dkdm.assemble import load_first_stage
 from ldm_dkdm.checkpoints import read_tensors
-from ldm_dkdm.checkpoints.export import read_description
 from ldm_dkdm.checkpoints.pools import read_reference_pool
 from ldm_dkdm.distill.refill import check_supply, refill
 from ldm_dkdm.schema import FirstStageConfig
@@ -60,9 +59,11 @@ def test_the_other_layouts_hold_the_same_weights(teacher_folder: Path, tmp_path:
         found = read_tensors(tmp_path / name)
         assert found.keys() == ours.network.state_dict().keys()
         assert all(torch.equal(found[key], value) for key, value in ours.network.state_dict().items())
-    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
-        node, diffusion = read_description(file.metadata())
-    assert node["params"] == dict(ours.card.network.params) and diffusion == ours.card.diffusion
+    described = load_teacher(run_with(tmp_path / "x.safetensors"))  # it says itself what no tensor tells
+    assert described.card.network == ours.card.network and described.card.diffusion == ours.card.diffusion
+    assert all(map(torch.equal, described.network.state_dict().values(), ours.network.state_dict().values()))
+    with pytest.raises(UserError, match="describes itself"):
+        load_teacher(run_with(tmp_path / "x.safetensors", params=GIVEN))
 
 
 @pytest.mark.parametrize("layout", ["compvis", "adm"])
@@ -150,3 +151,23 @@ def test_a_distillation_starts_from_such_a_pool_and_refuses_a_wrong_one(
     assert not (tmp_path / "logs").exists()
     assert distil("--base", base, f"distill.pool_from={good}") == 0
     assert load_model(tmp_path / "logs" / "run" / "student").card.info["step"] == 6
+
+
+def test_a_student_s_card_names_its_teacher_by_hash_and_licence(teacher_folder: Path, tmp_path: Path) -> None:
+    run = distill_config(teacher_folder, tmp_path / "logs")
+    run["teacher"]["licence"] = "CC-BY-4.0"
+    assert distil("--base", write_yaml(tmp_path / "run.yaml", run)) == 0
+    folder = tmp_path / "logs" / "run"
+    card = (folder / "student" / "README.md").read_text()
+    digest = hashlib.sha256((teacher_folder / "model.safetensors").read_bytes()).hexdigest()
+    for words in (
+        digest,
+        "CC-BY-4.0",
+        str(teacher_folder),
+        "dynamic iterative distillation",
+        "**step**: 6",
+        "Not measured",
+    ):
+        assert words in card
+    assert run_script("evaluate.py", "-r", folder, "-n", 0, "-c", 4, "--chains", 2) == 0
+    assert "eps_mse_by_t_quarter" in (folder / "student" / "README.md").read_text()

@@ -193,6 +193,15 @@ def test_the_same_unet_loads_when_nothing_is_wrong_with_it(tmp_path: Path) -> No
     assert torch.equal(network.out[2].weight, unet()["out.2.weight"].half().float())
 
 
+def test_the_inspector_tells_a_folder(teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script("convert.py", teacher_folder, tmp_path / "pipeline", "--to", "diffusers") == 0
+    for folder, words in ((teacher_folder, "model folder"), (tmp_path / "pipeline", "diffusers pipeline")):
+        assert run_script("inspect_checkpoint.py", folder) == 0
+        assert words in capsys.readouterr().out
+    assert run_script("inspect_checkpoint.py", tmp_path) == 2
+    assert run_script("inspect_checkpoint.py", tmp_path / "absent") == 2
+
+
 def test_the_inspector_tells_a_good_file_and_its_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model.pt").write_bytes(zipped({"state_dict": unet()}))
     assert run_script("inspect_checkpoint.py", tmp_path / "model.pt") == 0

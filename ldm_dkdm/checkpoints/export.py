@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm_dkdm.checkpoints.compvis import FIRST_STAGE, UNET, ema_name
+from ldm_dkdm.checkpoints.reading import file_kind
+from ldm_dkdm.config import parse
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing, write_text
 from ldm_dkdm.networks import UNet
-from ldm_dkdm.schema import DiffusionConfig, ModelCard
+from ldm_dkdm.schema import DiffusionConfig, ModelCard, NetworkConfig
 
 COMPVIS_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}
 
@@ -142,10 +145,26 @@ def write_safetensors(path: Path, network: nn.Module, card: ModelCard) -> None:
         save_file(_plain(network.state_dict()), temporary, metadata=described)
 
 
-def read_description(metadata: Mapping[str, str]) -> tuple[dict[str, Any], DiffusionConfig]:
-    """What `write_safetensors` put into a file's metadata -> network node and diffusion."""
-    node = {key: metadata[key] for key in ("target", "parameterization")} | {"params": json.loads(metadata["params"])}
-    return node, DiffusionConfig(**json.loads(metadata["diffusion"]))
+def read_description(path: Path) -> tuple[NetworkConfig, DiffusionConfig] | None:
+    """What `write_safetensors` put into a file's metadata; None for any other file.
+
+    Raises:
+        UserError: metadata that begin like ours and are damaged.
+    """
+    if file_kind(path) != "safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+        if "target" not in found or "parameterization" not in found:
+            return None
+        node = {"target": found["target"], "parameterization": found["parameterization"]}
+        node["params"] = json.loads(found["params"])
+        return parse(NetworkConfig, node, "metadata"), parse(
+            DiffusionConfig, json.loads(found["diffusion"]), "metadata.diffusion"
+        )
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a readable safetensors file (is it complete?): {error}") from error
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

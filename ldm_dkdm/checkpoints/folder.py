@@ -34,6 +34,11 @@ def read_folder(folder: Path, schema: type[Card]) -> tuple[Card, dict[str, Tenso
     return card, read_tensors(weights)
 
 
+def read_card_of(folder: Path, schema: type[Card]) -> Card:
+    """The card of a model folder, without its tensors."""
+    return read_card(folder / "config.yaml", schema)
+
+
 def write_folder(
     folder: Path,
     card: ModelCard | FirstStageCard,

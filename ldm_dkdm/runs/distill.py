@@ -25,6 +25,7 @@ from ldm_dkdm.gate import check_teacher
 from ldm_dkdm.generate import SamplerConfig
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.records import NoisyBatch
+from ldm_dkdm.runs.card import teacher_facts
 from ldm_dkdm.runs.export import export_on_save
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.loop import RunFolder, default_device, first_batch, fit, open_run
@@ -161,7 +162,7 @@ def _check(config: DistillRun, parts: Parts) -> None:
 def _callbacks(config: DistillRun, parts: Parts, folder: RunFolder) -> tuple[RunCheckpoint, SampleGrid]:
     log, teacher = config.logging, parts.teacher
     diffusion = parts.model.card.diffusion
-    info = {"teacher": config.teacher.ckpt, "method": f"DKDM, {config.distill.variant} iterative distillation"}
+    info = teacher_facts(config)
     known = teacher.null_label is not None and teacher.null_label < (parts.student.num_classes or 0)
     null_label = teacher.null_label if known else None  # a row of the student's table that it never sees
     card = ModelCard("student.safetensors", parts.card, diffusion, null_label=null_label, info=info)

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 
 from ldm_dkdm.checkpoints.folder import relative_to_folder, write_folder
+from ldm_dkdm.runs.card import write_readme
 from ldm_dkdm.runs.ema import averaged
 from ldm_dkdm.schema import FirstStagePointer, ModelCard
 
@@ -23,5 +24,6 @@ def export_on_save(
         network = averaged(trainer.callbacks).network
         described = replace(card, first_stage=relative, info=info)
         write_folder(folder, described, network.state_dict(), getattr(torch, dtype))
+        write_readme(folder, described)
 
     return export

@@ -8,6 +8,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline, read_pipeline
+from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
 from ldm_dkdm.checkpoints.foreign import NAMES, Foreign, open_foreign
 from ldm_dkdm.checkpoints.inference import Inferred
 from ldm_dkdm.checkpoints.pickles import asked_globals, refused_globals
@@ -15,6 +17,7 @@ from ldm_dkdm.checkpoints.reading import file_kind, read_content
 from ldm_dkdm.config import build
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.runs.plan import parameters, size
+from ldm_dkdm.schema import ModelCard
 from ldm_dkdm.sources import make_schedule
 
 KINDS = {"torch": "PyTorch pickle", "safetensors": "safetensors", "pickle": "plain pickle of arrays"}
@@ -26,9 +29,13 @@ def describe(path: Path) -> dict[str, str]:
     Raises:
         UserError: the file is unreadable or is refused. The globals that it asks for are in the message.
     """
-    lines = {"file": f"{path}, {size(path.stat().st_size)}" if path.is_file() else str(path)}
-    kind = file_kind(path) if path.is_file() else ""
-    if kind != "safetensors" and path.is_file():
+    if path.is_dir():
+        return _folder(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    kind = file_kind(path)
+    lines = {"file": f"{path}, {size(path.stat().st_size)}"}
+    if kind != "safetensors":
         asked = asked_globals(path)
         refused = refused_globals(asked)
         if refused:
@@ -36,10 +43,36 @@ def describe(path: Path) -> dict[str, str]:
         lines["format"] = KINDS[kind]
         lines["pickle asks for"] = ", ".join(sorted(asked)) or "nothing"
     else:
-        lines["format"] = KINDS.get(kind, "folder")
+        lines["format"] = KINDS[kind]
     foreign = open_foreign(path)
     lines["code base"] = NAMES[foreign.kind]
     return lines | _progress(read_content(path)) | _parts(foreign) | _architecture(foreign) | _schedule(foreign)
+
+
+def _folder(path: Path) -> dict[str, str]:
+    """A model folder of ours or a diffusers pipeline; both describe themselves."""
+    if is_pipeline(path):
+        pipeline = read_pipeline(path)
+        node, diffusion, tensors = pipeline.network, pipeline.diffusion, pipeline.tensors
+        kind, stage = (
+            "diffusers pipeline",
+            "none" if pipeline.first_stage is None else _count(pipeline.first_stage.tensors),
+        )
+    elif is_model_folder(path):
+        card, tensors = read_folder(path, ModelCard)
+        node, diffusion = card.network, card.diffusion
+        kind, stage = "model folder", card.first_stage.path if card.first_stage else "none"
+    else:
+        raise UserError(f"{path}: is neither a model folder (config.yaml) nor a diffusers pipeline (model_index.json)")
+    return {
+        "folder": str(path),
+        "format": kind,
+        "weights": _count(tensors),
+        "first stage": stage,
+        "architecture": f"{node.target}, predicts {node.parameterization}",
+        "parameters": ", ".join(f"{key} {value}" for key, value in node.params.items()),
+        "noise schedule": f"{diffusion.schedule}, T = {diffusion.num_timesteps}, {diffusion.space} space",
+    }
 
 
 def _progress(content: object) -> dict[str, str]:
