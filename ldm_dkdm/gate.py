@@ -205,6 +205,8 @@ def check_teacher(
 ) -> Figures:
     """Refuse a teacher that does not denoise its own samples, or whose weights fit another reading much better.
 
+    Guidance is left out: what it makes of the predictions is no posterior mean.
+
     Args:
         model: the teacher's network and card.
         teacher: the same, as the distillation will call it, on `device`.
@@ -214,7 +216,8 @@ def check_teacher(
         UserError: the figure that failed, its value, what is expected, and the likely cause.
     """
     images = IMAGES if told else COMPARED
-    own = measure(teacher, model.latent_shape, device, images)
+    plain = model.as_teacher(teacher.precision, null_label=teacher.null_label).to(device)
+    own = measure(plain, model.latent_shape, device, images)
     reason = fault(own)
     if not told and own.finite:
         for words, other in other_readings(model):

@@ -119,3 +119,17 @@ def test_a_distillation_of_a_random_teacher_does_not_start(
     error = capsys.readouterr().err
     assert "teacher.check=false" in error and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "logs").exists()
+
+
+def test_a_guided_teacher_is_checked_without_its_guidance(digits_teacher: Path) -> None:
+    model = load_model(digits_teacher)
+    plain, guided = model.as_teacher("32", null_label=0), model.as_teacher("32", guidance=8.0, null_label=0)
+    unlike = measure(guided, model.latent_shape)
+    assert unlike.rows != measure(plain, model.latent_shape).rows
+    reasons = []
+    for teacher in (plain, guided):
+        try:
+            reasons.append(check_teacher(model, teacher, told=True).rows)
+        except UserError as error:
+            reasons.append(str(error))
+    assert reasons[0] == reasons[1]
