@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.gate import COMPARED, check_teacher, measure
+from ldm_dkdm.gate import COMPARED, check_teacher, measure, reread
 from ldm_dkdm.sources import Model, load_model
 
 
@@ -24,9 +24,10 @@ def faults(model: Model) -> Iterator[tuple[str, Model]]:
         yield name, _with_network(model, change)
     yield "output zero", _with_network(model, _zero)
     yield "NaN", _with_network(model, _nan)
-    yield "other attention order", _with_network(model, _flip_order)
-    yield "one head", _with_network(model, lambda network: _set_heads(network, 1))
-    yield "twice the heads", _with_network(model, lambda network: _set_heads(network, None))
+    flipped = not model.card.network.params.get("use_new_attention_order", False)
+    yield "other attention order", reread(model, use_new_attention_order=flipped)
+    yield "one head", reread(model, num_head_channels=-1, num_heads=1)
+    yield "heads of 16 channels", reread(model, num_head_channels=16)
     own = model.card.diffusion
     for name, other in (
         ("linear schedule", replace(own, schedule="linear", beta_start=1e-4, beta_end=0.02)),
@@ -49,12 +50,7 @@ def _with_network(model: Model, change: object) -> Model:
     network = copy.deepcopy(model.network)
     with torch.no_grad():
         change(network)
-    changes = {}
-    for layer in network.modules():
-        if hasattr(layer, "new_order"):
-            changes = {"use_new_attention_order": layer.new_order, "num_head_channels": -1, "num_heads": layer.heads}
-    node = replace(model.card.network, params={**model.card.network.params, **changes})
-    return replace(model, network=network, card=replace(model.card, network=node))
+    return replace(model, network=network)
 
 
 def _reset(network: nn.Module) -> None:
@@ -82,18 +78,6 @@ def _zero(network: nn.Module) -> None:
 
 def _nan(network: nn.Module) -> None:
     network.out[2].bias[0] = torch.nan
-
-
-def _flip_order(network: nn.Module) -> None:
-    for layer in network.modules():
-        if hasattr(layer, "new_order"):
-            layer.new_order = not layer.new_order
-
-
-def _set_heads(network: nn.Module, count: int | None) -> None:
-    for layer in network.modules():
-        if hasattr(layer, "new_order"):
-            layer.heads = count or 2 * layer.heads
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from ldm_dkdm.checkpoints import compvis, read_tensors
 from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline, read_pipeline
@@ -55,8 +55,7 @@ def load_first_stage(
     if planning and config.target and not path.exists():
         codec = LatentCodec(build(config, "first_stage.params"), config.scale_factor or 1.0, precision)
     else:
-        config = _told_first_stage(path, config, model.latent_shape[1])
-        codec = load_codec(path, config, precision)
+        codec, config = _codec_and_config(path, config, precision, model.latent_shape[1])
     if codec.latent_channels != model.latent_shape[0]:
         raise UserError(
             f"first_stage: {path} has {codec.latent_channels} latent channels, the model has {model.latent_shape[0]}"
@@ -68,40 +67,37 @@ def load_first_stage(
     return codec, FirstStagePointer(str(path.resolve()), codec.scale_factor, config.target, config.params)
 
 
-def _told_first_stage(path: Path, config: FirstStageConfig, latent_size: int) -> FirstStageConfig:
-    """The architecture of a first stage that a CompVis file tells, where the config does not."""
-    if config.target is not None or not path.is_file():
-        return config
-    tensors = _first_stage_in(path)
-    if "quantize.embedding.weight" not in tensors or "encoder.conv_in.weight" not in tensors:
-        raise UserError(f"{path}: holds no VQ first stage; name its file or folder in first_stage.ckpt")
-    return replace(config, target="ldm_dkdm.first_stage.VQModel", params=infer_vq(tensors, latent_size))
-
-
-def _first_stage_in(path: Path) -> dict[str, Tensor]:
-    tensors = read_tensors(path)
-    return compvis.first_stage_tensors(tensors) or {k: v for k, v in tensors.items() if not k.startswith("loss.")}
-
-
 def load_codec(path: Path, config: FirstStageConfig, precision: str = "32") -> LatentCodec:
     """The codec in a first-stage folder, or in a checkpoint whose architecture `config` gives."""
+    return _codec_and_config(path, config, precision, None)[0]
+
+
+def _codec_and_config(
+    path: Path, config: FirstStageConfig, precision: str, latent_size: int | None
+) -> tuple[LatentCodec, FirstStageConfig]:
+    """The codec, and the config completed by what a file tells once the side of its latents is known."""
     if is_model_folder(path):
         if config.target is not None or config.params:
             raise UserError(f"first_stage.target: {path} describes itself; remove target and params")
         card, tensors = read_folder(path, FirstStageCard)
         vq = build(card, f"{path}/config.yaml: params")
         load_strictly(vq, tensors, path / card.weights)
-        return LatentCodec(vq, config.scale_factor or card.scale_factor, precision)
+        return LatentCodec(vq, config.scale_factor or card.scale_factor, precision), config
     if is_pipeline(path):
-        return _pipeline_codec(path, config, precision)
+        return _pipeline_codec(path, config, precision), config
     if not path.is_file():
         raise UserError(f"first_stage: {path} is missing; name a first-stage folder (config.yaml and weights)")
-    if config.target is None:
+    if config.target is None and latent_size is None:
         raise UserError(f"first_stage: {path} is no first-stage folder, so first_stage.target and params must be given")
+    tensors = read_tensors(path)
+    found = compvis.first_stage_tensors(tensors) or {k: v for k, v in tensors.items() if not k.startswith("loss.")}
+    if config.target is None:
+        config = replace(config, target="ldm_dkdm.first_stage.VQModel", params=infer_vq(found, latent_size, path))
     vq = build(config, "first_stage.params")
-    load_strictly(vq, _first_stage_in(path), path)
-    stored = read_tensors(path).get("scale_factor")
-    return LatentCodec(vq, config.scale_factor or (1.0 if stored is None else float(stored)), precision)
+    load_strictly(vq, found, path)
+    stored = tensors.get("scale_factor")
+    scale = config.scale_factor or (1.0 if stored is None else float(stored))
+    return LatentCodec(vq, scale, precision), config
 
 
 def _pipeline_codec(path: Path, config: FirstStageConfig, precision: str) -> LatentCodec:

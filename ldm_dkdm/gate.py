@@ -26,11 +26,11 @@ from ldm_dkdm.teacher import Teacher
 IMAGES, STEPS = 8, 10
 COMPARED = 32  # images where readings are compared: one alone decides nothing
 SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)  # of T, where the samples are noised to
+LEVELS = (0.2, 0.5, 0.8, 0.95)  # abar, where readings are compared: the same noise, whatever t their schedules call it
 # The bounds lie between good teachers and faulty ones in docs/gate.md.
 ALONG = 0.7  # least cosine of eps and pure noise at T-1
 LINEAR = 0.7  # largest eps error at T/4, in units of the best linear denoiser's
 UNCALIBRATED = 0.15  # largest |rms of eps - sqrt(1 - its error)|, which vanishes for a posterior mean
-DOUBTFUL = 0.06  # from here on another schedule is preferred if it does three times as well
 BETTER = 0.85  # another reading is preferred if its error is below this share of the configured one's ...
 SIGMAS = 3.0  # ... by as many standard errors
 
@@ -58,7 +58,7 @@ class Figures:
         along: cosine of eps and its input, pure noise at T-1.
         rows: from near T to near 0.
         linear: eps error at T/4 in units of the best linear denoiser's.
-        log_errors: (n,) of each picture, the mean logarithm of its eps errors from T/2 down, where pictures decide.
+        log_errors: (n,) of each picture, the mean logarithm of its eps errors at `LEVELS`.
     """
 
     along: float
@@ -68,7 +68,7 @@ class Figures:
 
     @property
     def error(self) -> float:
-        """Geometric mean of the eps errors from T/2 down."""
+        """Geometric mean of the eps errors at `LEVELS`."""
         return self.log_errors.mean().exp().item()
 
     @property
@@ -86,26 +86,36 @@ class Figures:
 def measure(
     teacher: Teacher, shape: tuple[int, int, int], device: torch.device | str = "cpu", images: int = IMAGES
 ) -> Figures:
-    """Sample, noise, predict: 16 calls of `images` states (n,*shape), always from the same noise."""
+    """Sample, noise, predict: 20 calls of `images` states (n,*shape), always from the same noise."""
     generator = torch_generator(0, 0, 0, "warmup", device)
     noise = torch.randn((images, *shape), generator=generator, device=device)
     label = teacher.draw_labels(images, generator)
     schedule, final = teacher.schedule, teacher.schedule.num_timesteps - 1
     at_T = teacher.predict(noise, torch.full((images,), final, device=device), label).eps
     x_0 = last(dpm_solver(schedule, teacher.predict, noise, min(STEPS, final + 1), label))
-    rows, linear, errors = [], math.nan, []
+    rows, linear = [], math.nan
     for share in SHARES:
         t = torch.full((images,), round(share * final), device=device)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
         prediction = teacher.predict(q_sample(schedule, x_0, t, eps), t, label)
-        errors.append((prediction.eps - eps).square().flatten(1).mean(1))
-        error = errors[-1].mean().item()
+        error = (prediction.eps - eps).square().mean().item()
         x0_error = ((prediction.x_0 - x_0).square().mean() / x_0.var()).item()
         rows.append(Row(int(t[0]), error, x0_error, prediction.eps.square().mean().sqrt().item()))
         if share == SHARES[-2]:
             linear = error / _linear_error(schedule.alpha_bar(t[:1], x_0).item(), x_0)
     along = F.cosine_similarity(at_T.flatten(1), noise.flatten(1)).mean().item()
-    return Figures(along, tuple(rows), linear, torch.stack(errors[-3:]).log().mean(0))
+    return Figures(along, tuple(rows), linear, _log_errors(teacher, x_0, label, generator))
+
+
+def _log_errors(teacher: Teacher, x_0: Tensor, label: Tensor | None, generator: torch.Generator) -> Tensor:
+    errors = []
+    for abar in LEVELS:
+        step = int((teacher.schedule.alphas_cumprod - abar).abs().argmin())
+        t = torch.full((len(x_0),), step, device=x_0.device)
+        eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+        found = teacher.predict(q_sample(teacher.schedule, x_0, t, eps), t, label).eps
+        errors.append((found - eps).square().flatten(1).mean(1).log())
+    return torch.stack(errors).mean(0)
 
 
 def _linear_error(abar: float, x_0: Tensor) -> float:
@@ -158,14 +168,14 @@ def _other_attention(model: Model) -> Iterator[tuple[str, Model]]:
     if not isinstance(network, UNet) or not any(name.endswith("qkv.weight") for name in network.state_dict()):
         return
     flipped = not params.get("use_new_attention_order", False)
-    yield f"use_new_attention_order={str(flipped).lower()}", _reread(model, use_new_attention_order=flipped)
+    yield f"use_new_attention_order={str(flipped).lower()}", reread(model, use_new_attention_order=flipped)
     for changes in ({"num_head_channels": 32}, {"num_head_channels": 64}, {"num_heads": 1}, {"num_heads": 4}):
         whole = {"num_head_channels": -1, "num_heads": 1, **changes}
         if any(
             whole[key] != params.get(key, default) for key, default in (("num_head_channels", -1), ("num_heads", 1))
         ):
             try:
-                other = _reread(model, **whole)
+                other = reread(model, **whole)
             except UserError:
                 continue  # these channels do not divide into such heads
             if _heads(other.network) != _heads(network):
@@ -176,7 +186,8 @@ def _heads(network: nn.Module) -> list[int]:
     return [layer.heads for layer in network.modules() if hasattr(layer, "heads")]
 
 
-def _reread(model: Model, **changes: Any) -> Model:
+def reread(model: Model, **changes: Any) -> Model:
+    """The same weights in an architecture with other parameters, which must change no shape."""
     node = replace(model.card.network, params={**model.card.network.params, **changes})
     with torch.device("meta"):
         network = build(node, "teacher.params")
@@ -184,7 +195,7 @@ def _reread(model: Model, **changes: Any) -> Model:
     return replace(model, network=network, card=replace(model.card, network=node))
 
 
-def preferred(own: Figures, other: Figures, schedule: bool) -> bool:
+def preferred(own: Figures, other: Figures) -> bool:
     """Whether another reading fits the weights so much better that the configured one must be wrong.
 
     Both began with the same noise, so that pictures are compared one by one.
@@ -193,8 +204,7 @@ def preferred(own: Figures, other: Figures, schedule: bool) -> bool:
         return False
     gain = own.log_errors - other.log_errors
     sure = bool(gain.mean() > SIGMAS * gain.std() / math.sqrt(len(gain)))
-    better = sure and other.error < BETTER * own.error
-    return better or (schedule and own.deviation > DOUBTFUL and other.deviation < own.deviation / 3)
+    return sure and other.error < BETTER * own.error
 
 
 def check_teacher(
@@ -221,9 +231,9 @@ def check_teacher(
     reason = fault(own)
     if not told and own.finite:
         for words, other in other_readings(model):
-            reread = other.as_teacher(teacher.precision, null_label=teacher.null_label).to(device)
-            figures = measure(reread, model.latent_shape, device, images)
-            if preferred(own, figures, words.startswith("diffusion")):
+            as_other = other.as_teacher(teacher.precision, null_label=teacher.null_label).to(device)
+            figures = measure(as_other, model.latent_shape, device, images)
+            if preferred(own, figures):
                 raise UserError(
                     f"teacher: its weights fit {words} better than the configuration (eps error "
                     f"{figures.error:.3f} instead of {own.error:.3f}); correct it, or set teacher.check=false"

@@ -81,6 +81,9 @@ def test_nothing_is_written_over(teacher_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_text("precious")
     assert convert(teacher_folder, tmp_path / "x.pt", "--to", "adm") == 2
     assert (tmp_path / "x.pt").read_text() == "precious"
+    (tmp_path / "y.yaml").write_text("precious")
+    assert convert(teacher_folder, tmp_path / "y.ckpt", "--to", "compvis") == 2
+    assert (tmp_path / "y.yaml").read_text() == "precious" and not (tmp_path / "y.ckpt").exists()
 
 
 def cache(slots: int, **changes: object) -> defaultdict:

@@ -148,6 +148,15 @@ CORPUS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "overflow_fp16.pt": (lambda m: zipped(changed("out.2.bias", lambda v: (v * 1e9).half())), "not finite"),
     "quantised.pt": (lambda m: zipped(changed("out.2.weight", lambda v: v.to(torch.int8))), "not weights"),
     "missing_tensor.pt": (lambda m: zipped(changed("out.0.weight", lambda v: None)), "missing: out.0.weight"),
+    "half_a_unet.pt": (
+        lambda m: zipped(changed("input_blocks.1.0.out_layers.3.weight", lambda v: None)),
+        "incomplete or of another kind",
+    ),
+    "flat_unet.pt": (lambda m: zipped(changed("time_embed.0.weight", lambda v: v[0])), "incomplete or of another kind"),
+    "numpy_module.pkl": (
+        lambda m: b"\x80\x04cnumpy.dtypes\n__builtins__\n.",
+        "numpy.dtypes.__builtins__, which no array needs",
+    ),
     "wrong_shape.pt": (lambda m: zipped(changed("out.0.weight", lambda v: v[:16])), "of another shape"),
     "more_tensors.pt": (lambda m: zipped({**unet(), "extra.weight": torch.zeros(1)}), "unexpected: extra.weight"),
     "text_to_image.ckpt": (

@@ -139,6 +139,8 @@ def test_a_pipeline_is_a_teacher_with_its_first_stage(first_stage: Path, tmp_pat
         ("unet", "resnet_time_scale_shift", "scale_shift", "attn_norm_num_groups: None"),
         ("unet", "_class_name", "UNet2DConditionModel", "only UNet2DModel"),
         ("unet", "down_block_types", ["SkipDownBlock2D", "AttnDownBlock2D"], "SkipDownBlock2D"),
+        ("unet", "layers_per_block", None, "cannot be built"),
+        ("unet", "block_out_channels", [32], "incomplete or does not fit"),
         ("scheduler", "beta_schedule", "sigmoid", "beta_schedule: 'sigmoid'"),
         ("scheduler", "prediction_type", "sample", "prediction_type: 'sample'"),
         ("scheduler", "clip_sample", False, "clip_sample: False"),

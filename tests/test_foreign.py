@@ -187,3 +187,18 @@ def test_weights_behind_the_prefix_of_data_parallel_training_load(tmp_path: Path
     assert open_foreign(tmp_path / "x.pt").infer().params["model_channels"] == 32
     told = {key: ADM[key] for key in ("image_size", "num_heads", "use_new_attention_order")}
     assert same(load_teacher(run_with(tmp_path / "x.pt", PIXEL, params=told)).network, unet)
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [("quantize.embedding.weight", "holds no VQ first stage"), ("decoder.conv_out.weight", "is incomplete")],
+)
+def test_a_first_stage_that_lacks_tensors_is_refused(
+    lost: str, words: str, compvis: tuple[Path, nn.Module, nn.Module], tmp_path: Path
+) -> None:
+    content = torch.load(compvis[0], weights_only=True)
+    del content["state_dict"][f"first_stage_model.{lost}"]
+    torch.save(content, tmp_path / "x.ckpt")
+    given = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
+    with pytest.raises(UserError, match=words):
+        load_first_stage(FirstStageConfig(), load_teacher(run_with(tmp_path / "x.ckpt", params=given)), "32")

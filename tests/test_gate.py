@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ldm_dkdm import UserError
-from ldm_dkdm.gate import COMPARED, check_teacher, fault, measure, other_readings, preferred
+from ldm_dkdm.gate import COMPARED, check_teacher, fault, measure, other_readings, preferred, reread
 from ldm_dkdm.sources import Model, load_model
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config
@@ -29,16 +29,6 @@ def with_weights(model: Model, change: Callable[[nn.Parameter], torch.Tensor]) -
         for parameter in network.parameters():
             parameter.copy_(change(parameter))
     return replace(model, network=network)
-
-
-def flipped(model: Model) -> Model:
-    """The same weights, the attention's qkv read in the other order."""
-    network = copy.deepcopy(model.network)
-    for layer in network.modules():
-        if hasattr(layer, "new_order"):
-            layer.new_order = not layer.new_order
-    params = {**model.card.network.params, "use_new_attention_order": True}
-    return replace(model, network=network, card=replace(model.card, network=replace(model.card.network, params=params)))
 
 
 def check(model: Model) -> None:
@@ -85,22 +75,22 @@ def test_the_right_schedule_is_preferred_where_the_wrong_one_passes(good: Model)
     wrong = replace(good, card=replace(good.card, diffusion=diffusion))
     readings = dict(other_readings(wrong))
     right = readings["diffusion.schedule=scaled_linear num_timesteps=1000 beta_start=0.0015 beta_end=0.0195"]
-    figures = [measure(model.as_teacher("32"), model.latent_shape) for model in (wrong, right)]
+    figures = [measure(model.as_teacher("32"), model.latent_shape, images=COMPARED) for model in (wrong, right)]
     assert fault(figures[0]) is None
-    assert preferred(figures[0], figures[1], schedule=True)
-    assert not preferred(figures[1], figures[0], schedule=True)
+    assert preferred(figures[0], figures[1])
+    assert not preferred(figures[1], figures[0])
 
 
 def test_the_right_attention_order_is_preferred(good: Model) -> None:
-    wrong = flipped(good)
+    wrong = reread(good, use_new_attention_order=True)
     right = dict(other_readings(wrong))["use_new_attention_order=false"]
     x, t = torch.randn(2, *good.latent_shape), torch.tensor([5, 500])
     with torch.no_grad():
         assert torch.equal(right.network.eval()(x, t), good.network.eval()(x, t))
         assert not torch.allclose(wrong.network.eval()(x, t), good.network(x, t), atol=1e-2)
     figures = [measure(m.as_teacher("32"), m.latent_shape, images=COMPARED) for m in (wrong, right)]
-    assert preferred(figures[0], figures[1], schedule=False)
-    assert not preferred(figures[1], figures[0], schedule=False)
+    assert preferred(figures[0], figures[1])
+    assert not preferred(figures[1], figures[0])
 
 
 def test_the_head_widths_that_are_usual_are_tried(good: Model) -> None:

@@ -64,6 +64,15 @@ def read_pipeline(folder: Path) -> Pipeline:
     Raises:
         UserError: a missing part, or an option that we do not have; names the file and the key.
     """
+    try:
+        return _read(folder)
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{folder}: a config in it is incomplete or does not fit its weights ({error})") from error
+
+
+def _read(folder: Path) -> Pipeline:
     index = _json(folder / "model_index.json")
     if "unet" not in index or "scheduler" not in index:
         raise UserError(

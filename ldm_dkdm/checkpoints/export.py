@@ -88,7 +88,7 @@ def write_compvis(
     with replacing(path) as temporary:
         torch.save(content, temporary)
     config = compvis_config(card, first_stage_params, scale_factor)
-    write_text(path.with_suffix(".yaml"), json_as_yaml(config))
+    write_text(path.with_suffix(".yaml"), json.dumps(config, indent=2) + "\n")  # JSON is YAML
 
 
 def compvis_config(card: ModelCard, first_stage_params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
@@ -114,11 +114,6 @@ def compvis_config(card: ModelCard, first_stage_params: Mapping[str, Any], scale
             },
         }
     }
-
-
-def json_as_yaml(tree: Mapping[str, Any]) -> str:
-    """A tree of plain values as YAML, of which JSON is a part."""
-    return json.dumps(tree, indent=2) + "\n"
 
 
 def write_adm(path: Path, network: nn.Module, card: ModelCard) -> None:

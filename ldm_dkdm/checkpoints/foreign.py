@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.checkpoints import compvis
-from ldm_dkdm.checkpoints.inference import Inferred, infer_dit, infer_unet
+from ldm_dkdm.checkpoints.inference import TOO_FEW, Inferred, infer_dit, infer_unet
 from ldm_dkdm.checkpoints.reading import read_content, select_part
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
@@ -54,11 +54,20 @@ class Foreign:
         return found
 
     def infer(self) -> Inferred:
-        """The architecture, as far as shapes tell it."""
+        """The architecture, as far as shapes tell it.
+
+        Raises:
+            UserError: tensors are missing, or it is a network of another kind.
+        """
         weights = self.weights(None)
-        if self.kind == "dit":
-            return infer_dit(weights, self.path)
-        return infer_unet(weights, self.path, self.kind == "compvis")
+        try:
+            if self.kind == "dit":
+                return infer_dit(weights)
+            return infer_unet(weights, self.path, self.kind == "compvis")
+        except UserError:
+            raise
+        except TOO_FEW as error:
+            raise UserError(f"{self.path}: its network is incomplete or of another kind ({error})") from error
 
     @property
     def alphas_cumprod(self) -> Tensor | None:
@@ -81,7 +90,11 @@ def open_foreign(path: Path) -> Foreign:
     Raises:
         UserError: an unreadable file, or one that holds something else; says what.
     """
-    content = read_content(path)
+    return recognise(read_content(path), path)
+
+
+def recognise(content: object, path: Path) -> Foreign:
+    """The diffusion network in what a file holds; `path` is for messages."""
     tensors = _tensors(content, None, path)
     if any(name.startswith(compvis.UNET) for name in tensors):
         return _compvis(path, tensors)

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from ldm_dkdm.errors import UserError
 
+# What doubles the resolution in a decoder: `Upsample`, or a second residual block.
+UPSAMPLER = re.compile(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight")
+TOO_FEW = (KeyError, IndexError, ValueError, ZeroDivisionError)  # what tensors that are missing or of odd shapes raise
+
 
 @dataclass(frozen=True)
 class Demand:
@@ -65,7 +69,7 @@ def infer_unet(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> In
     """
     _refuse_other_unets(tensors, source)
     width = tensors["time_embed.0.weight"].shape[1]
-    ends = _blocks(tensors, "output_blocks", lambda name: _is_upsampler(name, tensors))
+    ends = {name.split(".")[1] for name in tensors if UPSAMPLER.fullmatch(name)}
     levels, outputs = 1 + len(ends), _count(tensors, "output_blocks")
     blocks = outputs // levels - 1
     if outputs % levels or _count(tensors, "input_blocks") != levels * (blocks + 1):
@@ -108,15 +112,6 @@ def _refuse_other_unets(tensors: Mapping[str, Tensor], source: Path) -> None:
         raise UserError(f"{source}: is guided-diffusion's classifier (half a UNet), not a diffusion model")
 
 
-def _is_upsampler(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a decoder's tensor belongs to what doubles the resolution: `Upsample`, or a second residual block."""
-    return re.fullmatch(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight", name) is not None
-
-
-def _blocks(tensors: Mapping[str, Tensor], part: str, wanted: Any) -> set[int]:
-    return {int(name.split(".")[1]) for name in tensors if name.startswith(f"{part}.") and wanted(name)}
-
-
 def _count(tensors: Mapping[str, Tensor], part: str) -> int:
     return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(f"{part}."))
 
@@ -124,7 +119,7 @@ def _count(tensors: Mapping[str, Tensor], part: str) -> int:
 IMAGENET_TABLE = 1001  # rows of a public DiT's label table: 1,000 classes and none
 
 
-def infer_dit(tensors: Mapping[str, Tensor], source: Path) -> Inferred:
+def infer_dit(tensors: Mapping[str, Tensor]) -> Inferred:
     """The DiT of the public code's names."""
     width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     outputs = tensors["final_layer.linear.weight"].shape[0] // patch**2
@@ -153,13 +148,26 @@ def _depth(tensors: Mapping[str, Tensor]) -> int:
     return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
 
 
-def infer_vq(tensors: Mapping[str, Tensor], latent_size: int) -> dict[str, Any]:
+def infer_vq(tensors: Mapping[str, Tensor], latent_size: int, source: Path) -> dict[str, Any]:
     """The parameters of a VQModel, from its tensors and the side of its latents.
 
     Args:
         tensors: of the first stage, without a prefix.
         latent_size: side of the latents; no tensor tells it.
+        source: for messages.
+
+    Raises:
+        UserError: no VQ first stage, or one whose tensors are incomplete.
     """
+    if "quantize.embedding.weight" not in tensors or "encoder.conv_in.weight" not in tensors:
+        raise UserError(f"{source}: holds no VQ first stage; name its file or folder in first_stage.ckpt")
+    try:
+        return _vq_params(tensors, latent_size)
+    except TOO_FEW as error:
+        raise UserError(f"{source}: its first stage is incomplete or of another kind ({error})") from error
+
+
+def _vq_params(tensors: Mapping[str, Tensor], latent_size: int) -> dict[str, Any]:
     channels = tensors["encoder.conv_in.weight"].shape[0]
     levels = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.down."))
     blocks = 1 + max(int(name.split(".")[4]) for name in tensors if name.startswith("encoder.down.0.block."))

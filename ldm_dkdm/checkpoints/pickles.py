@@ -4,6 +4,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -27,32 +28,20 @@ STUBBED = (
     "taming.",
 )
 # Arrays in reference pool caches; numpy's constructors hold data and call nothing.
-NUMPY = ("_reconstruct", "scalar", "ndarray", "dtype", "_frombuffer")
-NUMPY_MODULES = (
-    "numpy",
-    "numpy.core.multiarray",
-    "numpy._core.multiarray",
-    "numpy._core.numeric",
-    "numpy.core.numeric",
-)
-NUMBERS = "?bhilqBHILQefd"  # numpy's codes of the types that an array may have
-ARRAY_ERRORS = (
-    pickle.UnpicklingError,
-    EOFError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    MemoryError,
-)
+NUMPY = {"ndarray": np.ndarray, "dtype": np.dtype}
+NUMPY |= {name: getattr(np._core.multiarray, name) for name in ("_reconstruct", "scalar")}
+NUMPY_MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
+NUMBERS = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}  # the types that an array may have
+
+
+DTYPES = {kind.__name__: kind for kind in NUMBERS}
 
 
 class Inert:
     """Takes the place of a class or function that a pickle names; it does nothing."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        self.args = args
+        pass
 
     def __new__(cls, *args: object, **kwargs: object) -> "Inert":
         return object.__new__(cls)
@@ -71,7 +60,7 @@ def asked_globals(path: Path) -> set[str]:
                 return {found for name in names for found in _globals_in(archive.open(name))}
         with path.open("rb") as file:
             return set(_globals_of_all(file))
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, UnicodeDecodeError, IndexError, KeyError) as error:
+    except Exception as error:  # damage can raise anything; nothing of the file has run
         raise UserError(f"{path}: not a readable checkpoint (is the download complete?): {error}") from error
 
 
@@ -125,7 +114,7 @@ def _is_stubbed(name: str) -> bool:
 
 def _is_array(name: str) -> bool:
     module, _, attribute = name.rpartition(".")
-    return (module in NUMPY_MODULES and attribute in NUMPY) or module == "numpy.dtypes"
+    return (module in NUMPY_MODULES and attribute in NUMPY) or (module == "numpy.dtypes" and attribute in DTYPES)
 
 
 def read_torch_file(path: Path) -> Any:
@@ -138,11 +127,11 @@ def read_torch_file(path: Path) -> Any:
     refused = refused_globals(asked)
     if refused:
         raise UserError(
-            f"{path}: refused, its pickle asks for {', '.join(refused[:3])}, which no weights need; nothing was run"
+            f"{path}: refused, its pickle asks for {', '.join(refused[:8])}, which no weights need; nothing was run"
         )
     stubs: list[Any] = [(_stub(name), name) for name in asked if _is_stubbed(name)]
     arrays = [(_array_global(name), name) for name in asked if _is_array(name)]
-    arrays += [type(np.dtype(code)) for code in NUMBERS] if arrays else []
+    arrays += list(NUMBERS) if arrays else []
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(stubs + arrays):
             warnings.simplefilter("ignore")  # the error below says it in one line
@@ -173,15 +162,8 @@ def _empty_dict(*args: object) -> dict[object, object]:
 
 
 def _array_global(name: str) -> Any:
-    module, _, attribute = name.rpartition(".")
-    if module == "numpy.dtypes":
-        return getattr(np.dtypes, attribute)
-    found = {
-        "_reconstruct": np._core.multiarray._reconstruct,
-        "scalar": np._core.multiarray.scalar,
-        "_frombuffer": np._core.numeric._frombuffer,
-    }
-    return found[attribute] if attribute in found else getattr(np, attribute)
+    attribute = name.rpartition(".")[2]
+    return NUMPY.get(attribute) or DTYPES[attribute]
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -190,7 +172,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The array constructor that the pickle names."""
         if (module, name) == ("collections", "defaultdict"):
-            return _empty_dict
+            return defaultdict
         if not _is_array(f"{module}.{name}"):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
         return _array_global(f"{module}.{name}")
@@ -205,6 +187,6 @@ def read_array_pickle(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             return _ArrayUnpickler(file).load()
-    except ARRAY_ERRORS as error:
+    except Exception as error:  # as above
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: refused, not a readable pickle of arrays: {first}") from error

@@ -7,7 +7,7 @@ import torch
 
 from ldm_dkdm.assemble import Codec, load_first_stage
 from ldm_dkdm.checkpoints.diffusers_folder import FirstStage, Pipeline, is_pipeline, read_pipeline, write_pipeline
-from ldm_dkdm.checkpoints.export import check_eps_unet, write_adm, write_compvis, write_safetensors
+from ldm_dkdm.checkpoints.export import write_adm, write_compvis, write_safetensors
 from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
 from ldm_dkdm.diffusion.samplers import ddim, last
 from ldm_dkdm.errors import UserError
@@ -45,7 +45,10 @@ def _to_compvis(model: Model, out: Path) -> None:
         raise UserError(
             "--to: compvis holds unconditional models only here, and this one takes labels; choose safetensors"
         )
-    check_eps_unet(model.network, model.card, "CompVis's code")
+    if out.with_suffix(".yaml").exists():
+        raise UserError(
+            f"{out.with_suffix('.yaml')}: exists, and the config goes there; choose another name or delete it"
+        )
     codec, pointer = load_first_stage(FirstStageConfig(), model, "32")
     write_compvis(
         out,
@@ -65,6 +68,8 @@ def _to_diffusers(model: Model, out: Path) -> None:
         stage = FirstStage(_first_stage_params(pointer), dict(codec.vq.state_dict()), codec.scale_factor)
     tensors = dict(model.network.state_dict())
     write_pipeline(out, Pipeline(model.card.network, tensors, model.card.diffusion, stage))
+    if model.network.num_classes is not None:
+        print("it takes labels, which DDPMPipeline cannot pass: call its unet with class_labels")
     difference = prove(out, model, codec)
     if difference is None:
         print("diffusers is not installed: the folder is not compared with it")

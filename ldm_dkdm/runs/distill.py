@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ldm_dkdm.assemble import Codec, check_loss, load_first_stage, make_student
 from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline
+from ldm_dkdm.checkpoints.export import read_description
 from ldm_dkdm.checkpoints.folder import is_model_folder
 from ldm_dkdm.checkpoints.pools import read_reference_pool
 from ldm_dkdm.cli import is_first_rank
@@ -144,19 +145,18 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
 
 
 def _check(config: DistillRun, parts: Parts) -> None:
-    """The gate (`gate.check_teacher`), unless it is switched off."""
-    if not config.teacher.check:
+    """The gate (`gate.check_teacher`), unless it is switched off; one process asks for all."""
+    if not config.teacher.check or not is_first_rank():
         return
     started = time.monotonic()
     device = default_device(config.trainer.accelerator)
     path = Path(config.teacher.ckpt)
-    told = is_model_folder(path) or is_pipeline(path)
+    told = is_model_folder(path) or is_pipeline(path) or read_description(path) is not None
     figures = check_teacher(parts.model, parts.teacher.to(device), device, told)
-    if is_first_rank():
-        print(
-            f"teacher check: eps error {figures.linear:.2f} of a linear denoiser's at T/4, scale off by "
-            f"{figures.deviation:.3f} at most ({time.monotonic() - started:.0f} s)"
-        )
+    print(
+        f"teacher check: eps error {figures.linear:.2f} of a linear denoiser's at T/4, scale off by "
+        f"{figures.deviation:.3f} at most ({time.monotonic() - started:.0f} s)"
+    )
 
 
 def _callbacks(config: DistillRun, parts: Parts, folder: RunFolder) -> tuple[RunCheckpoint, SampleGrid]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline, read_pipeline
 from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
-from ldm_dkdm.checkpoints.foreign import NAMES, Foreign, open_foreign
+from ldm_dkdm.checkpoints.foreign import NAMES, Foreign, open_foreign, recognise
 from ldm_dkdm.checkpoints.inference import Inferred
-from ldm_dkdm.checkpoints.pickles import asked_globals, refused_globals
+from ldm_dkdm.checkpoints.pickles import asked_globals
 from ldm_dkdm.checkpoints.reading import file_kind, read_content
 from ldm_dkdm.config import build
 from ldm_dkdm.errors import UserError
@@ -34,19 +34,13 @@ def describe(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     kind = file_kind(path)
-    lines = {"file": f"{path}, {size(path.stat().st_size)}"}
+    content = read_content(path)
+    foreign = recognise(content, path)
+    lines = {"file": f"{path}, {size(path.stat().st_size)}", "format": KINDS[kind]}
     if kind != "safetensors":
-        asked = asked_globals(path)
-        refused = refused_globals(asked)
-        if refused:
-            raise UserError(f"{path}: refused, its pickle asks for {', '.join(refused)}; nothing of it was run")
-        lines["format"] = KINDS[kind]
-        lines["pickle asks for"] = ", ".join(sorted(asked)) or "nothing"
-    else:
-        lines["format"] = KINDS[kind]
-    foreign = open_foreign(path)
+        lines["pickle asks for"] = ", ".join(sorted(asked_globals(path))) or "nothing"
     lines["code base"] = NAMES[foreign.kind]
-    return lines | _progress(read_content(path)) | _parts(foreign) | _architecture(foreign) | _schedule(foreign)
+    return lines | _progress(content) | _parts(foreign) | _architecture(foreign) | _schedule(foreign)
 
 
 def _folder(path: Path) -> dict[str, str]:
