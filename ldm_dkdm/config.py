@@ -73,7 +73,7 @@ def _read_yaml(path: Path) -> DictConfig:
     try:
         node = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(node, DictConfig):
         raise UserError(f"{path}: a config is a mapping of sections, this file is not")
     return node
@@ -93,6 +93,8 @@ def read_card(path: Path, schema: type[T]) -> T:
     """Read and validate the config.yaml of a model folder."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; a model folder holds config.yaml and its weights")
+    if "${" in path.read_text(errors="replace"):
+        raise UserError(f"{path}: a model folder's config holds plain values, no ${{...}}")
     return load_config(path, schema=schema)
 
 

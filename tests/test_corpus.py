@@ -1,4 +1,4 @@
-"""Forty files that are no teacher: each ends in one line, and none runs code."""
+"""Sixty files that are no teacher: each ends in one line, and none runs code."""
 
 import argparse
 import gzip
@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import tarfile
+import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
@@ -41,6 +42,37 @@ class Hostile:
         if self.call is os.system:
             return os.system, (f"touch {self.marker}",)
         return self.call, (f"open({str(self.marker)!r}, 'w').close()",)
+
+
+class Call:
+    """Unpickling it calls a function with arguments."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.function, self.arguments
+
+
+def pointer() -> Call:
+    """An array of one object, at an address of the file's choice: NumPy would follow it."""
+    return Call(np.ndarray, Call(np.ndarray, (1,), Call(np.dtype, "O"), b"A" * 8))
+
+
+def script() -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, its files are not gone
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), buffer)
+    return buffer.getvalue()
+
+
+def compressed(content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return buffer.getvalue()
 
 
 def unet() -> dict[str, torch.Tensor]:
@@ -153,6 +185,18 @@ CORPUS: dict[str, tuple[Callable[[Path], bytes], str]] = {
         "incomplete or of another kind",
     ),
     "flat_unet.pt": (lambda m: zipped(changed("time_embed.0.weight", lambda v: v[0])), "incomplete or of another kind"),
+    "pointer.pkl": (lambda m: pickle.dumps({"total_t": pointer()}), "no type of numbers"),
+    "pointer_protocol_2.pkl": (lambda m: pickle.dumps({"total_t": pointer()}, 2), "no type of numbers"),
+    "pointer_zip.ckpt": (lambda m: zipped({**compvis({}), "x": pointer()}), "no type of numbers"),
+    "pointer_legacy.pt": (lambda m: legacy({**unet(), "x": pointer()}), "no type of numbers"),
+    "objects.pkl": (lambda m: pickle.dumps({"total_t": np.array([Hostile(m)])}), "no type of numbers"),
+    "whole_network.pt": (lambda m: zipped(torch.nn.Linear(2, 2)), "save its state_dict() instead"),
+    "script.pt": (lambda m: script(), "TorchScript"),
+    "compressed.pt": (lambda m: compressed(zipped(unet())), "is compressed"),
+    "no_device.pt": (lambda m: zipped(changed("out.2.bias", lambda v: v.to("meta"))), "meta device"),
+    "sparse.pt": (lambda m: zipped(changed("out.2.bias", lambda v: v.to_sparse())), "another kind (sparse)"),
+    "repeated.pt": (lambda m: zipped(changed("out.2.bias", lambda v: torch.zeros(1).expand(3))), "repeats"),
+    "block_of_many.pt": (lambda m: zipped({**unet(), "output_blocks.99999999.0.x": torch.zeros(1)}), "lacks blocks"),
     "numpy_module.pkl": (
         lambda m: b"\x80\x04cnumpy.dtypes\n__builtins__\n.",
         "numpy.dtypes.__builtins__, which no array needs",
@@ -166,8 +210,8 @@ CORPUS: dict[str, tuple[Callable[[Path], bytes], str]] = {
 }
 
 
-def test_there_are_forty() -> None:
-    assert len(CORPUS) >= 40
+def test_there_are_sixty() -> None:
+    assert len(CORPUS) >= 60
 
 
 @pytest.mark.parametrize("name", CORPUS)

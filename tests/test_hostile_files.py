@@ -4,6 +4,7 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -88,3 +89,26 @@ def test_noise_is_refused_like_any_other_damage(tmp_path_factory: pytest.TempPat
     path = tmp_path_factory.getbasetemp() / "noise.ckpt"
     path.write_bytes(content)
     assert _refusal(path)
+
+
+@pytest.mark.parametrize("layout", ["torch", 2, 3, 4, 5])
+@pytest.mark.parametrize("kind", ["?", "u1", "<i2", ">i4", "<i8", "<f2", "<f4", ">f8"])
+def test_arrays_are_read_as_numpy_would(tmp_path: Path, kind: str, layout: str | int) -> None:
+    array = np.random.default_rng(0).integers(0, 2, (3, 1, 4)).astype(kind)
+    content = {"c": array, "f": np.asfortranarray(array), "scalar": array[0, 0, 0]}
+    path = tmp_path / "cache.pkl"
+    if layout == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, layout))
+    found = read_tensors(path)
+    assert set(found) == {"c", "f"}
+    for tensor in found.values():
+        assert tensor.numpy().dtype == array.dtype.newbyteorder("=")
+        assert np.array_equal(tensor.numpy(), array)
+
+
+@pytest.mark.parametrize("kind", ["O", "U4", "M8[s]", "c8", "f4,i4"])
+def test_arrays_of_anything_but_numbers_are_refused(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "cache.pkl").write_bytes(pickle.dumps({"total_t": np.zeros(2, kind)}))
+    assert "no type of numbers" in _refusal(tmp_path / "cache.pkl")

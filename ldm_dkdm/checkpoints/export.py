@@ -158,7 +158,7 @@ def read_description(path: Path) -> tuple[NetworkConfig, DiffusionConfig] | None
         return parse(NetworkConfig, node, "metadata"), parse(
             DiffusionConfig, json.loads(found["diffusion"]), "metadata.diffusion"
         )
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable safetensors file (is it complete?): {error}") from error
 
 

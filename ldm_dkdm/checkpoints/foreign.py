@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints import compvis
 from ldm_dkdm.checkpoints.inference import TOO_FEW, Inferred, infer_dit, infer_unet
-from ldm_dkdm.checkpoints.reading import read_content, select_part
+from ldm_dkdm.checkpoints.reading import read_content, select_part, tensors_in
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.schema import DiffusionConfig
@@ -139,11 +139,8 @@ def _what_else(names: set[str]) -> str:
 def _tensors(content: object, part: str | None, path: Path) -> dict[str, Tensor]:
     if isinstance(content, Tensor):
         raise UserError(f"{path}: holds one tensor of shape {tuple(content.shape)}, not a network")
-    found = {
-        name: value
-        for name, value in select_part(content, part, path).items()
-        if isinstance(value, Tensor) and isinstance(name, str)
-    }
+    tree = select_part(content, part, path)
+    found = {name: value for name, value in tensors_in(tree, path).items() if isinstance(name, str)}
     if not found:
         raise UserError(f"{path}: holds no weights (keys: {', '.join(map(str, list(content)[:6]))})")
     return found

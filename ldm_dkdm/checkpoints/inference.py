@@ -113,7 +113,11 @@ def _refuse_other_unets(tensors: Mapping[str, Tensor], source: Path) -> None:
 
 
 def _count(tensors: Mapping[str, Tensor], part: str) -> int:
-    return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(f"{part}."))
+    """How many blocks `part.0`, `part.1`, ... there are."""
+    indices = {int(name.split(".")[1]) for name in tensors if name.startswith(f"{part}.")}
+    if indices != set(range(len(indices))):
+        raise ValueError(f"{part} lacks blocks: it goes up to {max(indices)}, but there are {len(indices)}")
+    return len(indices)
 
 
 IMAGENET_TABLE = 1001  # rows of a public DiT's label table: 1,000 classes and none
@@ -128,7 +132,7 @@ def infer_dit(tensors: Mapping[str, Tensor]) -> Inferred:
         "patch_size": patch,
         "in_channels": channels,
         "hidden_size": width,
-        "depth": _depth(tensors),
+        "depth": _count(tensors, "blocks"),
         "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "learn_sigma": outputs == 2 * channels,
     }
@@ -142,10 +146,6 @@ def infer_dit(tensors: Mapping[str, Tensor]) -> Inferred:
         )
         demands.append(Demand(("class_dropout_prob",), "0.1 in public DiTs, 0 without a null label"))
     return Inferred("ldm_dkdm.networks.DiT", params, tuple(demands))
-
-
-def _depth(tensors: Mapping[str, Tensor]) -> int:
-    return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
 
 
 def infer_vq(tensors: Mapping[str, Tensor], latent_size: int, source: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import pickle
 import pickletools
+import re
 import warnings
 import zipfile
 from collections import defaultdict
@@ -9,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 
+from ldm_dkdm.checkpoints.arrays import STAND_INS
 from ldm_dkdm.errors import UserError
 
 # What harmless checkpoints of the field name besides tensors. All of it becomes `Inert`; the rest is refused.
@@ -27,14 +28,6 @@ STUBBED = (
     "ldm.",
     "taming.",
 )
-# Arrays in reference pool caches; numpy's constructors hold data and call nothing.
-NUMPY = {"ndarray": np.ndarray, "dtype": np.dtype}
-NUMPY |= {name: getattr(np._core.multiarray, name) for name in ("_reconstruct", "scalar")}
-NUMPY_MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
-NUMBERS = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}  # the types that an array may have
-
-
-DTYPES = {kind.__name__: kind for kind in NUMBERS}
 
 
 class Inert:
@@ -47,6 +40,12 @@ class Inert:
         return object.__new__(cls)
 
 
+def is_zip(path: Path) -> bool:
+    """Whether a file begins as torch's zip format does; what follows later is not asked, as `torch.load` does."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def asked_globals(path: Path) -> set[str]:
     """The classes and functions, `module.name`, that a pickled file names; none of them is imported.
 
@@ -54,7 +53,7 @@ def asked_globals(path: Path) -> set[str]:
         UserError: the pickle breaks off.
     """
     try:
-        if zipfile.is_zipfile(path):
+        if is_zip(path):
             with zipfile.ZipFile(path) as archive:
                 names = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
                 return {found for name in names for found in _globals_in(archive.open(name))}
@@ -96,7 +95,7 @@ def _globals_in(file: IO[bytes]) -> Iterator[str]:
 
 def refused_globals(names: set[str]) -> list[str]:
     """Those of the names that are neither tensors' nor known to be harmless."""
-    return sorted(name for name in names if not (_is_torch(name) or _is_array(name) or _is_stubbed(name)))
+    return sorted(name for name in names if not (_is_torch(name) or name in STAND_INS or _is_stubbed(name)))
 
 
 def _is_torch(name: str) -> bool:
@@ -112,11 +111,6 @@ def _is_stubbed(name: str) -> bool:
     return name.startswith(STUBBED)
 
 
-def _is_array(name: str) -> bool:
-    module, _, attribute = name.rpartition(".")
-    return (module in NUMPY_MODULES and attribute in NUMPY) or (module == "numpy.dtypes" and attribute in DTYPES)
-
-
 def read_torch_file(path: Path) -> Any:
     """What `torch.save` wrote, zip or legacy, memory-mapped where possible; refuses what `refused_globals` names.
 
@@ -130,24 +124,25 @@ def read_torch_file(path: Path) -> Any:
             f"{path}: refused, its pickle asks for {', '.join(refused[:8])}, which no weights need; nothing was run"
         )
     stubs: list[Any] = [(_stub(name), name) for name in asked if _is_stubbed(name)]
-    arrays = [(_array_global(name), name) for name in asked if _is_array(name)]
-    arrays += list(NUMBERS) if arrays else []
+    arrays: list[Any] = [(stand_in, name) for name, stand_in in STAND_INS.items()]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(stubs + arrays):
             warnings.simplefilter("ignore")  # the error below says it in one line
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused, the file is damaged or asks to run code: {_cause(error)}") from error
+        raise UserError(f"{path}: refused, {_cause(error)}") from error
     except Exception as error:  # a damaged pickle can raise anything; nothing of it has run
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a readable checkpoint (is the download complete?): {first}") from error
 
 
 def _cause(error: pickle.UnpicklingError) -> str:
-    """The line that says what is wrong, without the advice to trust the file."""
-    lines = str(error).replace("WeightsUnpickler error: ", "\n").splitlines()
-    causes = [line.strip() for line in lines if line.strip() and "weights_only" not in line]
-    return causes[0].split("Please use")[0].strip() if causes else "its pickle cannot be read"
+    """What is wrong, without the advice to trust the file."""
+    asked = re.search(r"GLOBAL (\S+)", str(error))
+    if asked:
+        return f"it holds an object of {asked[1]}, whose code would have to run; save its state_dict() instead"
+    lines = str(error).rpartition("WeightsUnpickler error: ")[2].strip().splitlines() or ["its pickle cannot be read"]
+    return f"the file is damaged or asks to run code: {lines[0].split('Please use')[0].strip()}"
 
 
 def _stub(name: str) -> Callable[..., object]:
@@ -161,21 +156,23 @@ def _empty_dict(*args: object) -> dict[object, object]:
     return {}
 
 
-def _array_global(name: str) -> Any:
-    attribute = name.rpartition(".")[2]
-    return NUMPY.get(attribute) or DTYPES[attribute]
+def _latin1(text: str, encoding: str) -> bytes:
+    """How the oldest protocols write bytes."""
+    return text.encode("latin1")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Reads dictionaries of arrays and finds nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The array constructor that the pickle names."""
+        """The stand-in for the constructor that the pickle names."""
         if (module, name) == ("collections", "defaultdict"):
             return defaultdict
-        if not _is_array(f"{module}.{name}"):
+        if (module, name) == ("_codecs", "encode"):
+            return _latin1
+        if f"{module}.{name}" not in STAND_INS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
-        return _array_global(f"{module}.{name}")
+        return STAND_INS[f"{module}.{name}"]
 
 
 def read_array_pickle(path: Path) -> Any:

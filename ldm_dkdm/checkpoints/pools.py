@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_dkdm.checkpoints.reading import read_content
+from ldm_dkdm.checkpoints.arrays import PickledArray
+from ldm_dkdm.checkpoints.reading import as_tensor, read_content
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.records import NoisyBatch
 
@@ -41,8 +41,8 @@ def read_reference_pool(path: Path, shape: tuple[int, int, int], num_timesteps: 
 
 
 def _tensor(value: object, name: str, path: Path) -> Tensor:
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
-        return torch.from_numpy(value)
-    if isinstance(value, Tensor):
-        return value
+    if isinstance(value, (Tensor, PickledArray)):
+        numbers = as_tensor(value, name, path)
+        if not (numbers.is_complex() or numbers.dtype == torch.bool):
+            return numbers
     raise UserError(f"{path}: {name} is no array of numbers")

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.arrays import PickledArray
 from ldm_dkdm.checkpoints.pickles import read_array_pickle, read_torch_file
 from ldm_dkdm.errors import UserError
 
@@ -53,7 +53,7 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
     if isinstance(content, Tensor):
         return {path.stem: content}
     tree = select_part(content, part, path)
-    tensors = {name: _tensor(value) for name, value in tree.items() if isinstance(value, (Tensor, np.ndarray))}
+    tensors = tensors_in(tree, path)
     if not tensors:
         raise UserError(f"{path}: holds no tensors (keys: {', '.join(map(str, list(tree)[:8]))})")
     return tensors
@@ -117,7 +117,12 @@ def _kind_of_zip(path: Path) -> str:
         raise UserError(f"{path}: not a readable checkpoint, it breaks off; download it again")
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    if any(name.endswith("constants.pkl") for name in names) and any("/code/" in name for name in names):
+        raise UserError(f"{path}: is a TorchScript program, not weights; save its state_dict() instead")
     if any(name.rpartition("/")[2] == "data.pkl" for name in names):
+        if packed:
+            raise UserError(f"{path}: is compressed, as torch.save never writes files; unpack and save it again")
         return "torch"
     if any(name.endswith(".npy") for name in names):
         raise UserError(f"{path}: is an .npz of arrays (pictures or statistics), not a checkpoint")
@@ -159,5 +164,35 @@ def _weights_in(folder: Path) -> Path:
     raise UserError(f"{folder}: no such checkpoint file, and the folder holds no weights")
 
 
-def _tensor(value: Tensor | np.ndarray) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.from_numpy(value)
+def tensors_in(tree: Mapping[Any, Any], path: Path) -> dict[Any, Tensor]:
+    """The tensors and arrays among the values of a dictionary; `path` is for messages.
+
+    Raises:
+        UserError: a tensor without numbers of its own: sparse, quantised, nested, on no device, one number repeated.
+    """
+    found = {}
+    for name, value in tree.items():
+        if isinstance(value, (Tensor, PickledArray)):
+            found[name] = as_tensor(value, name, path)
+    return found
+
+
+def as_tensor(value: Tensor | PickledArray, name: object, path: Path) -> Tensor:
+    """A plain dense tensor, as above."""
+    if isinstance(value, PickledArray):
+        try:
+            return value.tensor
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: {name} is no array that can be read: {error}") from error
+    kinds = {
+        "sparse": value.layout != torch.strided and not value.is_nested,
+        "nested": value.is_nested,
+        "empty (on the meta device)": value.is_meta,
+        "quantised": value.is_quantized,
+    }
+    odd = [kind for kind, found in kinds.items() if found]
+    if odd:
+        raise UserError(f"{path}: {name} is a tensor of another kind ({odd[0]}), not weights")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise UserError(f"{path}: {name} repeats a few numbers as {tuple(value.shape)}, which no weights do")
+    return value
