@@ -15,7 +15,12 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     """A parser with `--base FILE [FILE ...] [key=value ...]`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
-        "--base", nargs="+", default=[], metavar="YAML|key=value", help="configs, merged left to right, then overrides"
+        "--base",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="YAML|key=value",
+        help="configs, merged left to right, then overrides",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example trainer.max_steps=1000")
     return parser

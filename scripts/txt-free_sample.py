@@ -40,6 +40,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["auto", "bf16", "32"], default="auto")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
     arguments = parser.parse_args()
+    if arguments.vanilla_sample and arguments.custom_steps is not None:
+        raise UserError("-c: has no effect with -v, which takes every timestep; leave one of them out")
     if arguments.vanilla_sample:
         arguments.sampler, arguments.custom_steps = "ddpm", None
     elif arguments.custom_steps is None and arguments.sampler != "ddpm":

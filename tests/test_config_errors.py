@@ -133,3 +133,8 @@ def test_a_bad_command_line_is_named_in_one_line_and_nothing_is_written(
     base = write_yaml(tmp_path / "good.yaml", distill_config(teacher_folder, tmp_path / "logs"))
     assert_one_error_line(capsys, distil(*[str(base) if a == "BASE" else a for a in arguments]), words)
     assert not (tmp_path / "logs").exists()
+
+
+def test_base_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["x", "--base", "a.yaml", "a=1", "--base", "b.yaml"])
+    assert split_base(config_parser("x").parse_args()) == ([Path("a.yaml"), Path("b.yaml")], ["a=1"])
