@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm_dkdm.cli import config_parser, split_base
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config
 
