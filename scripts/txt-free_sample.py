@@ -1,6 +1,7 @@
 """Sample pictures: python scripts/txt-free_sample.py -r RUN_OR_STUDENT_OR_CKPT -n 64 [-c STEPS] [-e ETA] [-v]"""
 
 import argparse
+import sys
 from pathlib import Path
 
 from ldm_dkdm.errors import UserError, run_cli
@@ -41,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
     arguments = parser.parse_args()
     if arguments.vanilla_sample and arguments.custom_steps is not None:
-        raise UserError("-c: has no effect with -v, which takes every timestep; leave one of them out")
+        print("-v takes every timestep; -c is left out of account", file=sys.stderr)
     if arguments.vanilla_sample:
         arguments.sampler, arguments.custom_steps = "ddpm", None
     elif arguments.custom_steps is None and arguments.sampler != "ddpm":
