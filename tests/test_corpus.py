@@ -24,7 +24,6 @@ from ldm_dkdm import UserError
 from ldm_dkdm.networks import UNet
 from ldm_dkdm.schema import DiffusionConfig
 from ldm_dkdm.sources import load_teacher
-from tests.cli import run_script
 from tests.parts import UNET_PARAMS, randomised
 from tests.test_foreign import run_with
 
@@ -228,15 +227,6 @@ def test_each_ends_in_one_line_and_none_runs_code(name: str, tmp_path: Path) -> 
     print(f"{name} | {message.replace(str(tmp_path) + '/', '')}")  # shown by pytest -s
 
 
-@pytest.mark.parametrize("name", ["system_zip.ckpt", "half.ckpt", "opt010000.pt", "lora.safetensors", "empty.ckpt"])
-def test_the_inspector_refuses_in_one_line_too(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    marker, path = tmp_path / "marker", tmp_path / name
-    path.write_bytes(CORPUS[name][0](marker))
-    assert run_script("inspect_checkpoint.py", path) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    assert not marker.exists()
-
-
 def test_the_same_unet_loads_when_nothing_is_wrong_with_it(tmp_path: Path) -> None:
     for name, content in (("zip.pt", zipped(unet())), ("legacy.pt", legacy(unet())), ("x.safetensors", save(unet()))):
         (tmp_path / name).write_bytes(content)
@@ -246,26 +236,12 @@ def test_the_same_unet_loads_when_nothing_is_wrong_with_it(tmp_path: Path) -> No
     assert torch.equal(network.out[2].weight, unet()["out.2.weight"].half().float())
 
 
-def test_the_inspector_tells_a_folder(teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_script("convert.py", teacher_folder, tmp_path / "pipeline", "--to", "diffusers") == 0
-    for folder, words in ((teacher_folder, "model folder"), (tmp_path / "pipeline", "diffusers pipeline")):
-        assert run_script("inspect_checkpoint.py", folder) == 0
-        assert words in capsys.readouterr().out
-    assert run_script("inspect_checkpoint.py", tmp_path) == 2
-    assert run_script("inspect_checkpoint.py", tmp_path / "absent") == 2
-
-
-def test_the_inspector_tells_a_good_file_and_its_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "model.pt").write_bytes(zipped({"state_dict": unet()}))
-    assert run_script("inspect_checkpoint.py", tmp_path / "model.pt") == 0
-    report = capsys.readouterr().out
-    count = sum(value.numel() for value in unet().values())
-    for words in (
-        "guided-diffusion",
-        f"{count / 1e6:.6f} M parameters",
-        "model_channels 32",
-        "use_new_attention_order",
-    ):
-        assert words in report
-    assert run_script("inspect_checkpoint.py", tmp_path / "model.pt", "--config") == 0
-    assert "image_size: ???" in capsys.readouterr().out
+def test_a_legacy_file_with_the_end_of_a_zip_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "both.pt"
+    end = b"PK\x05\x06" + bytes(18)
+    path.write_bytes(legacy(unet()) + end)
+    load_teacher(run_with(path, PIXEL, params=GIVEN))
+    path.write_bytes(legacy({**unet(), "x": Hostile(marker)}) + end)
+    with pytest.raises(UserError, match=r"posix\.system"):
+        load_teacher(run_with(path, PIXEL, params=GIVEN))
+    assert not marker.exists()

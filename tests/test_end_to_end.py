@@ -110,6 +110,12 @@ def test_ddpm_differs_from_ddim(run: Path, tmp_path: Path) -> None:
     assert not torch.allclose(plain, vanilla, atol=1e-2)
 
 
+def test_pictures_of_an_earlier_call_are_counted(run: Path, tmp_path: Path, capsys) -> None:
+    for count, words in ((3, False), (2, True), (3, False)):
+        assert sample("-r", run, "-n", count, "-c", 2, "-l", tmp_path) == 0
+        assert ("1 pictures of earlier calls" in capsys.readouterr().out) == words
+
+
 def test_npz_holds_the_pictures_as_uint8_nhwc(run: Path, tmp_path: Path) -> None:
     assert sample("-r", run, "-n", 3, "-c", 2, "-l", tmp_path, "--npz") == 0
     array = np.load(tmp_path / "samples.npz")["arr_0"]

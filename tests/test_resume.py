@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from ldm_dkdm.distill.stream import DistillStream
@@ -191,3 +192,16 @@ def test_a_resume_without_the_pool_is_refused(teacher_folder: Path, tmp_path: Pa
     capsys.readouterr()
     assert distil("--resume", run, "trainer.max_steps=9") == 2
     assert "step=00000006.pool-rank0.safetensors: missing" in capsys.readouterr().err
+
+
+def test_a_run_that_an_older_version_began_goes_on(teacher_folder: Path, tmp_path: Path) -> None:
+    whole = whole_run(teacher_folder, tmp_path)
+    assert distil("--base", write_config(teacher_folder, tmp_path, "old", trainer={"max_steps": 4})) == 0
+    run = tmp_path / "logs" / "old"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["teacher"].pop("licence", "absent") is None and config["trainer"].pop("max_minutes") is None
+    write_yaml(run / "config.yaml", config)
+    assert distil("--resume", run, "trainer.max_steps=6") == 0
+    assert result(run) == whole
+    write_yaml(run / "config.yaml", {**config, "trainer": {**config["trainer"], "seed": 1}})
+    assert distil("--resume", run, "trainer.seed=2") == 2

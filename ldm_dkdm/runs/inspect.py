@@ -8,7 +8,9 @@ import torch
 import yaml
 from torch import Tensor
 
+from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline, read_pipeline
+from ldm_dkdm.checkpoints.export import read_description
 from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
 from ldm_dkdm.checkpoints.foreign import NAMES, Foreign, open_foreign, recognise
 from ldm_dkdm.checkpoints.inference import Inferred
@@ -17,7 +19,7 @@ from ldm_dkdm.checkpoints.reading import file_kind, read_content
 from ldm_dkdm.config import build
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.runs.plan import parameters, size
-from ldm_dkdm.schema import ModelCard
+from ldm_dkdm.schema import DiffusionConfig, ModelCard, NetworkConfig
 from ldm_dkdm.sources import make_schedule
 
 KINDS = {"torch": "PyTorch pickle", "safetensors": "safetensors", "pickle": "plain pickle of arrays"}
@@ -34,6 +36,10 @@ def describe(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     kind = file_kind(path)
+    described = read_description(path)
+    if described is not None:
+        lines = {"file": f"{path}, {size(path.stat().st_size)}", "format": "safetensors that describe themselves"}
+        return lines | {"weights": _count(read_tensors(path))} | _told(*described)
     content = read_content(path)
     foreign = recognise(content, path)
     lines = {"file": f"{path}, {size(path.stat().st_size)}", "format": KINDS[kind]}
@@ -63,6 +69,12 @@ def _folder(path: Path) -> dict[str, str]:
         "format": kind,
         "weights": _count(tensors),
         "first stage": stage,
+    } | _told(node, diffusion)
+
+
+def _told(node: NetworkConfig, diffusion: DiffusionConfig) -> dict[str, str]:
+    """What a model says of itself."""
+    return {
         "architecture": f"{node.target}, predicts {node.parameterization}",
         "parameters": ", ".join(f"{key} {value}" for key, value in node.params.items()),
         "noise schedule": f"{diffusion.schedule}, T = {diffusion.num_timesteps}, {diffusion.space} space",
@@ -123,6 +135,8 @@ def _schedule(foreign: Foreign) -> dict[str, str]:
 
 def as_config(path: Path) -> str:
     """The teacher, diffusion and first_stage sections as YAML; what the file does not tell is marked `???`."""
+    if is_model_folder(path) or is_pipeline(path) or (path.is_file() and read_description(path) is not None):
+        return yaml.safe_dump({"teacher": {"ckpt": str(path)}})  # it tells the rest itself
     foreign = open_foreign(path)
     inferred, diffusion = foreign.infer(), foreign.diffusion()
     params = {**inferred.params, **{demand.keys[0]: "???" for demand in inferred.demands}}

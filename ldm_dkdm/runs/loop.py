@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, IterableDataset
 
-from ldm_dkdm.config import to_yaml
+from ldm_dkdm.config import load_config, to_yaml
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.files import write_text
 from ldm_dkdm.runs.ema import StudentEMA
@@ -56,19 +56,28 @@ def open_run(config: object, folder: RunFolder, fixed: Sequence[str] | None = No
         fixed: on a resume, the keys that may not change; None: none may.
     """
     stored, text = folder.path / "config.yaml", to_yaml(config)
-    if stored.is_file() and stored.read_text() != text:
+    made_with = _made_with(stored, type(config)) if stored.is_file() else text
+    if made_with != text:
         if fixed is None:
             raise UserError(
                 f"{folder.path}: made with another configuration; choose logging.name=NEW, go on with "
                 f"--resume {folder.path}, or delete the folder"
             )
-        before, now = OmegaConf.load(stored), OmegaConf.create(text)
+        before, now = OmegaConf.create(made_with), OmegaConf.create(text)
         for key in fixed:
             if OmegaConf.select(before, key) != OmegaConf.select(now, key):
                 raise UserError(f"{key}: cannot change when {folder.path} is resumed; start a new run for that")
     if not stored.is_file() or stored.read_text() != text:
         write_text(stored, text)
     return folder
+
+
+def _made_with(stored: Path, schema: type) -> str:
+    """The config of a run's folder; keys that did not exist when it was made have their defaults."""
+    try:
+        return to_yaml(load_config(stored, schema=schema))
+    except UserError:  # of another script
+        return stored.read_text()
 
 
 def run_folder(log: LoggingConfig, default_name: str) -> RunFolder:

@@ -121,6 +121,9 @@ def sample_all(paths: list[Path], config: SamplerConfig, arguments: argparse.Nam
         if arguments.logdir and len(painters) > 1:
             out = out / name
         panels.append(sample(painter, config, out, arguments))
+        others = 0 if arguments.no_png else len(list((out / "img").glob("*.png"))) - config.count
+        if others > 0:
+            print(f"{out}/img: holds {others} pictures of earlier calls too; -l names another folder")
         print(f"{panels[-1][0]}: {out}")
     if arguments.compare:
         save_image(side_by_side(panels), arguments.compare)
