@@ -94,9 +94,10 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Imag
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]], margin: int = 16) -> Image.Image:
-    """Set labelled pictures of one size next to each other."""
+    """Set labelled pictures of one size next to each other; tiny ones are magnified to their labels' width."""
     font = ImageFont.load_default(size=18)
-    panels = [(label, _at_least(panel, math.ceil(font.getlength(label)))) for label, panel in panels]
+    factor = max(1, min(int(font.getlength(label)) // panel.width for label, panel in panels))
+    panels = [(label, _magnified(panel, factor)) for label, panel in panels]
     widths = [max(panel.width, math.ceil(font.getlength(label))) for label, panel in panels]
     width = sum(widths) + margin * (len(panels) + 1)
     sheet = Image.new("RGB", (width, max(panel.height for _, panel in panels) + 3 * margin + 8), "white")
@@ -108,9 +109,8 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]], margin: int = 16) ->
     return sheet
 
 
-def _at_least(picture: Image.Image, width: int) -> Image.Image:
-    """A small picture magnified by a whole factor until it is about as wide as asked, each pixel a square."""
-    factor = max(1, width // picture.width)
+def _magnified(picture: Image.Image, factor: int) -> Image.Image:
+    """Every pixel as a square of factor x factor."""
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
