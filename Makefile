@@ -7,7 +7,9 @@ QUICK := logs/quickstart
 
 # Distil the shipped teacher and let both paint from the same noise; a second call reuses what is there.
 demo: setup
-	$(RUN) scripts/dkdm_ldm.py --base configs/quickstart.yaml
+	@echo "distilling models/teachers/emoji64 into $(QUICK), without a picture"
+	@$(RUN) scripts/dkdm_ldm.py --base configs/quickstart.yaml || \
+	  { code=$$?; [ $$code != 130 ] || echo "make demo: goes on too, and paints the comparison at the end" >&2; exit $$code; }
 	@$(MAKE) --no-print-directory $(QUICK)/teacher_vs_student.png
 	@echo $(QUICK)/teacher_vs_student.png
 
@@ -35,6 +37,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: requirements.lock setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11; name another with PYTHON=..." >&2; exit 2; }
+	@echo "installing into $(VENV): about 6 GB, some minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

@@ -2,21 +2,24 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from ldm_dkdm.checkpoints import compvis, read_tensors
 from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline, read_pipeline
-from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
+from ldm_dkdm.checkpoints.folder import home_of, is_model_folder, read_folder
 from ldm_dkdm.checkpoints.inference import infer_vq
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.config import build
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage.codec import LatentCodec
-from ldm_dkdm.networks import UNet
+from ldm_dkdm.first_stage.vq import VQModel
+from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.networks.scaling import parse_budget, slice_teacher, unet_within_budget
 from ldm_dkdm.pixel import IdentityCodec
+from ldm_dkdm.registry import FIRST_STAGES, NETWORKS
 from ldm_dkdm.schema import (
     FirstStageCard,
     FirstStageConfig,
@@ -44,7 +47,7 @@ def load_first_stage(
         if config != FirstStageConfig():
             raise UserError("first_stage: pixel space has none; remove the section, or set diffusion.space=latent")
         return IdentityCodec(), None
-    path = Path(config.ckpt) if config.ckpt else model.first_stage
+    path = home_of(Path(config.ckpt)) if config.ckpt else model.first_stage
     if path is None:
         raise UserError("first_stage.ckpt: missing; the model has no pointer to its first stage")
     known = model.card.first_stage
@@ -53,7 +56,7 @@ def load_first_stage(
         source = config if config.ckpt else known
         config = FirstStageConfig(config.ckpt, source.target, source.params, scale)
     if planning and config.target and not path.exists():
-        codec = LatentCodec(build(config, "first_stage.params"), config.scale_factor or 1.0, precision)
+        codec = LatentCodec(_vq(config, "first_stage.params"), config.scale_factor or 1.0, precision)
     else:
         codec, config = _codec_and_config(path, config, precision, model.latent_shape[1])
     if codec.latent_channels != model.latent_shape[0]:
@@ -69,7 +72,7 @@ def load_first_stage(
 
 def load_codec(path: Path, config: FirstStageConfig, precision: str = "32") -> LatentCodec:
     """The codec in a first-stage folder, or in a checkpoint whose architecture `config` gives."""
-    return _codec_and_config(path, config, precision, None)[0]
+    return _codec_and_config(home_of(path), config, precision, None)[0]
 
 
 def _codec_and_config(
@@ -80,7 +83,7 @@ def _codec_and_config(
         if config.target is not None or config.params:
             raise UserError(f"first_stage.target: {path} describes itself; remove target and params")
         card, tensors = read_folder(path, FirstStageCard)
-        vq = build(card, f"{path}/config.yaml: params")
+        vq = _vq(card, f"{path}/config.yaml: params")
         load_strictly(vq, tensors, path / card.weights)
         return LatentCodec(vq, config.scale_factor or card.scale_factor, precision), config
     if is_pipeline(path):
@@ -93,18 +96,22 @@ def _codec_and_config(
     found = compvis.first_stage_tensors(tensors) or {k: v for k, v in tensors.items() if not k.startswith("loss.")}
     if config.target is None:
         config = replace(config, target="ldm_dkdm.first_stage.VQModel", params=infer_vq(found, latent_size, path))
-    vq = build(config, "first_stage.params")
+    vq = _vq(config, "first_stage.params")
     load_strictly(vq, found, path)
     stored = tensors.get("scale_factor")
     scale = config.scale_factor or (1.0 if stored is None else float(stored))
     return LatentCodec(vq, scale, precision), config
 
 
+def _vq(node: Any, where: str) -> VQModel:
+    return build(node, where, FIRST_STAGES)
+
+
 def _pipeline_codec(path: Path, config: FirstStageConfig, precision: str) -> LatentCodec:
     stage = read_pipeline(path).first_stage
     if stage is None:
         raise UserError(f"first_stage: {path} is a pixel-space pipeline, without a first stage")
-    vq = build({"target": "ldm_dkdm.first_stage.VQModel", "params": stage.params}, "first_stage.params")
+    vq = _vq({"target": "ldm_dkdm.first_stage.VQModel", "params": stage.params}, "first_stage.params")
     load_strictly(vq, stage.tensors, path)
     return LatentCodec(vq, config.scale_factor or stage.scale_factor, precision)
 
@@ -112,11 +119,12 @@ def _pipeline_codec(path: Path, config: FirstStageConfig, precision: str) -> Lat
 def make_student(config: StudentConfig, teacher: Model) -> tuple[nn.Module, NetworkConfig]:
     """The student with its first weights, and what its card says of it; its states have the teacher's shape."""
     node = student_node(config, teacher)
-    student = build(node, "student.params")
+    student = build(node, "student.params", NETWORKS)
     for key in ("in_channels", "image_size"):
         own, teachers = getattr(student, key), getattr(teacher.network, key)
         if own != teachers:
-            raise UserError(f"student.params.{key}: {own} differs from the teacher's {teachers}")
+            name = "input_size" if key == "image_size" and isinstance(student, DiT) else key
+            raise UserError(f"student.params.{name}: {own} differs from the teacher's {teachers}")
     check_network(student, teacher.card.diffusion, "student.params")
     classes = teacher.network.num_classes
     if student.num_classes not in (None, classes):
@@ -156,13 +164,14 @@ def load_initial(network: nn.Module, node: NewNetworkConfig, where: str) -> None
     init = node.init
     if init == "random":
         return
-    if not is_model_folder(Path(init)):
+    home = home_of(Path(init))
+    if not is_model_folder(home):
         raise UserError(f"{where}: '{init}' is neither 'random' nor a model folder with config.yaml and weights")
-    card, tensors = read_folder(Path(init), ModelCard)
+    card, tensors = read_folder(home, ModelCard)
     found = card.network.parameterization
     if found != node.parameterization:
         raise UserError(f"{where}: {init} predicts {found}; set parameterization to that, or init to random")
-    load_strictly(network, tensors, Path(init) / card.weights)
+    load_strictly(network, tensors, home / card.weights)
 
 
 def check_loss(loss: LossConfig, schedule: NoiseSchedule, where: str) -> None:

@@ -18,9 +18,10 @@ from torch import nn
 
 from ldm_dkdm import registry
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.schema import DistillRun
+from ldm_dkdm.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard
 
 T = TypeVar("T")
+RUNS = (DistillRun, DiffusionRun, FirstStageRun)
 
 
 def load_config(
@@ -42,7 +43,21 @@ def load_config(
         tree = OmegaConf.to_container(reduce(_merge, parts), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{files[-1]}: {error}") from error
+    _refuse_other_scripts(tree, schema, files)
     return parse(schema, tree, "")
+
+
+def _refuse_other_scripts(tree: Mapping[str, Any], schema: type, files: Sequence[Path]) -> None:
+    """A whole config of another script is named as that, and not key by key."""
+    fits = [run for run in RUNS if _has_sections(tree, run)]
+    if schema in RUNS and fits and schema not in fits:
+        raise UserError(f"{' '.join(map(str, files))}: made for scripts/{fits[0].SCRIPT}, and this is {schema.SCRIPT}")
+
+
+def _has_sections(tree: Mapping[str, Any], run: type) -> bool:
+    fields = dataclasses.fields(run)
+    needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    return needed <= set(tree) <= {f.name for f in fields}
 
 
 def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
@@ -95,7 +110,23 @@ def read_card(path: Path, schema: type[T]) -> T:
         raise UserError(f"{path}: no such file; a model folder holds config.yaml and its weights")
     if "${" in path.read_text(errors="replace"):
         raise UserError(f"{path}: a model folder's config holds plain values, no ${{...}}")
-    return load_config(path, schema=schema)
+    found = card_kind(path)
+    if found and found != schema.KIND:
+        raise UserError(f"{path.parent}: is {found}, not {schema.KIND}")
+    try:
+        return load_config(path, schema=schema)
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+
+
+def card_kind(path: Path) -> str | None:
+    """What the folder of a config.yaml is, if its keys tell."""
+    tree = _read_yaml(path)
+    if "network" in tree:
+        return ModelCard.KIND
+    if "trainer" in tree:
+        return "a run's folder without a student/ (it comes with the first save)"
+    return FirstStageCard.KIND if {"weights", "target"} <= set(tree) else None
 
 
 def to_yaml(config: Any) -> str:
@@ -146,6 +177,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return parse(hint, value, where)
     kind = typing.get_origin(hint) or hint
+    if kind is Sequence:
+        return _sequence(options[0], value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -153,7 +186,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a section with keys"}
+def _sequence(item: type, value: Any, where: str) -> list[Any]:
+    wanted = f"a list, every entry {_NAMES[item]}"
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise UserError(f"{where}: expected {wanted}, got {value!r}")
+    return [_convert(item, entry, f"{where}[{i}]") for i, entry in enumerate(value)]
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"} | dict.fromkeys(
+    (dict, Mapping), "a section with keys"
+)
 
 
 def _check_range(value: Any, limits: Mapping[str, float], where: str) -> None:
@@ -181,28 +223,31 @@ def _join(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)
 
 
-def build(node: Any, where: str = "params") -> nn.Module:
+def build(node: Any, where: str = "params", targets: registry.Targets = registry.TARGETS) -> nn.Module:
     """Build the network or first stage that a node with `target` and `params` describes.
 
     Args:
         node: a config section or a mapping.
         where: prefix of the keys in messages.
+        targets: the classes that may be named here.
 
     Raises:
         UserError: an unknown target, an unknown or missing parameter, or one of the wrong kind.
     """
     get = node.get if isinstance(node, Mapping) else lambda key: getattr(node, key, None)
-    factory, params = registry.resolve(get("target"), dict(get("params") or {}), where)
+    factory, params = registry.resolve(get("target"), dict(get("params") or {}), where, targets)
     accepted = inspect.signature(factory).parameters
-    for key in params:
+    hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    for key, value in params.items():
         if key not in accepted:
             raise UserError(f"{where}.{key}: unknown key of {factory.__name__}{nearest(key, accepted)}")
+        _convert(hints[key], value, f"{where}.{key}")
     for name, parameter in accepted.items():
         if parameter.default is inspect.Parameter.empty and name not in params:
             raise UserError(f"{where}.{name}: missing; {factory.__name__} needs it")
     try:
         return factory(**params)
-    except UserError:
-        raise
+    except UserError as error:  # it names the parameter
+        raise UserError(f"{where}.{error}") from error
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{where}: {factory.__name__} cannot be built from these values: {error}") from error

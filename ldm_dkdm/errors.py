@@ -1,7 +1,8 @@
 """The one family of errors that a user can cause and mend."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class Stopped(Exception):
@@ -10,6 +11,15 @@ class Stopped(Exception):
 
 class UserError(ValueError):
     """A mistake in a file, a key or an option; the message names it and says what to do."""
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Put the key whose value is to blame before the message of a `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def run_cli(main: Callable[[], None]) -> None:

@@ -1,6 +1,6 @@
 """The only classes that a config may name: a config, like a checkpoint, cannot run other code."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -9,17 +9,22 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage.vq import VQModel
 from ldm_dkdm.networks import DiT, UNet
 
-TARGETS: dict[str, Callable[..., nn.Module]] = {
+Targets = Mapping[str, Callable[..., nn.Module]]
+
+NETWORKS: Targets = {
     "ldm_dkdm.networks.UNet": UNet,
     "ldm_dkdm.networks.DiT": DiT,
-    "ldm_dkdm.first_stage.VQModel": VQModel,
     "ldm.modules.diffusionmodules.openaimodel.UNetModel": UNet,
     "guided_diffusion.unet.UNetModel": UNet,
     "models.DiT": DiT,
+}
+FIRST_STAGES: Targets = {
+    "ldm_dkdm.first_stage.VQModel": VQModel,
     "ldm.models.autoencoder.VQModel": VQModel,
     "ldm.models.autoencoder.VQModelInterface": VQModel,
     "taming.models.vqgan.VQModel": VQModel,
 }
+TARGETS: Targets = {**NETWORKS, **FIRST_STAGES}
 
 # Keys of the foreign classes that we do without, and the values at which they change nothing.
 IGNORED: dict[str, tuple[Any, ...]] = {
@@ -34,13 +39,16 @@ IGNORED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def resolve(target: Any, params: dict[str, Any], where: str) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
-    """The class that `target` names and its parameters without those that mean nothing here."""
-    if target not in TARGETS:
-        raise UserError(f"{where.rpartition('.')[0] or 'config'}: target '{target}' is not one of {', '.join(TARGETS)}")
+def resolve(
+    target: Any, params: dict[str, Any], where: str, targets: Targets = TARGETS
+) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """The class among `targets` that `target` names and its parameters without those that mean nothing here."""
+    if target not in targets:
+        section = where.rpartition(".")[0]
+        raise UserError(f"{section + '.' if section else ''}target: '{target}' is not one of {', '.join(targets)}")
     if not target.startswith("ldm_dkdm."):
         for key in [k for k in params if k in IGNORED]:
             if IGNORED[key] and params[key] not in IGNORED[key]:
                 raise UserError(f"{where}.{key}: {params[key]!r} is not supported; remove the key")
             del params[key]
-    return TARGETS[target], params
+    return targets[target], params

@@ -1,7 +1,7 @@
 """The sections of a configuration and what each key may hold."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 POSITIVE = {"above": 0}
 NOT_NEGATIVE = {"min": 0}
@@ -156,6 +156,7 @@ class LoggingConfig:
 class DistillRun:
     """What `scripts/dkdm_ldm.py` reads."""
 
+    SCRIPT: ClassVar[str] = "dkdm_ldm.py"
     teacher: TeacherConfig
     student: StudentConfig
     distill: DistillConfig
@@ -194,6 +195,7 @@ class DiffusionDataConfig:
 class DiffusionRun:
     """What `scripts/train_ldm.py` reads: Alg. 2 in latent or pixel space."""
 
+    SCRIPT: ClassVar[str] = "train_ldm.py"
     model: NewNetworkConfig
     diffusion: DiffusionConfig
     data: DiffusionDataConfig
@@ -229,6 +231,7 @@ class CodebookConfig:
 class FirstStageRun:
     """What `scripts/train_first_stage.py` reads."""
 
+    SCRIPT: ClassVar[str] = "train_first_stage.py"
     first_stage: FirstStageConfig
     data: DataConfig
     trainer: TrainerConfig
@@ -252,6 +255,7 @@ class FirstStagePointer:
 class ModelCard:
     """config.yaml of a student's or teacher's folder: it describes itself."""
 
+    KIND: ClassVar[str] = "a diffusion model's folder"
     weights: str
     network: NetworkConfig
     diffusion: DiffusionConfig
@@ -264,6 +268,7 @@ class ModelCard:
 class FirstStageCard:
     """config.yaml of a first stage's folder."""
 
+    KIND: ClassVar[str] = "a first stage's folder"
     weights: str
     target: str
     params: dict[str, Any]

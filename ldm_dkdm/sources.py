@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from ldm_dkdm.checkpoints import compvis, read_tensors
 from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline, read_pipeline
 from ldm_dkdm.checkpoints.export import read_description
-from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
+from ldm_dkdm.checkpoints.folder import home_of, is_model_folder, read_folder
 from ldm_dkdm.checkpoints.foreign import NAMES, Foreign, open_foreign
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.config import build
 from ldm_dkdm.denoiser import Denoiser
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.pixel import PixelDenoiser
+from ldm_dkdm.registry import NETWORKS
 from ldm_dkdm.schema import DiffusionConfig, DistillRun, ModelCard, NetworkConfig, TeacherConfig
 from ldm_dkdm.teacher import Teacher, class_labels
 
@@ -59,10 +60,32 @@ def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
 def load_model(folder: Path) -> Model:
     """Read a student's or teacher's folder."""
     card, tensors = read_folder(folder, ModelCard)
-    network = build(card.network, f"{folder}/config.yaml: network.params")
+    network = build(card.network, f"{folder}/config.yaml: network.params", NETWORKS)
     load_strictly(network, tensors, folder / card.weights)
     pointer = folder / card.first_stage.path if card.first_stage else None
     return Model(network, card, pointer)
+
+
+def open_model(path: Path) -> Model | None:
+    """A model that describes itself: a folder of ours, a diffusers pipeline, what `convert.py --to safetensors` wrote.
+
+    None where the path is none of these.
+    """
+    if is_model_folder(path):
+        return load_model(path)
+    if is_pipeline(path):
+        pipeline = read_pipeline(path)
+        return _model(pipeline.network, pipeline.tensors, pipeline.diffusion, TeacherConfig(str(path)), path)
+    described = read_description(path) if path.is_file() else None
+    return None if described is None else _described(described, path)
+
+
+def _described(card: ModelCard, path: Path) -> Model:
+    """A safetensors file with a card in its metadata; it does not say where its first stage lies."""
+    network = build(card.network, f"{path}: params", NETWORKS)
+    check_network(network, card.diffusion, f"{path}: params")
+    load_strictly(network, read_tensors(path), path)
+    return Model(network, card, None)
 
 
 def load_teacher(config: DistillRun, planning: bool = False) -> Model:
@@ -74,7 +97,7 @@ def load_teacher(config: DistillRun, planning: bool = False) -> Model:
     Raises:
         UserError: a missing or unreadable file, one that holds something else, or one that does not tell all.
     """
-    teacher, path = config.teacher, Path(config.teacher.ckpt)
+    teacher, path = config.teacher, home_of(Path(config.teacher.ckpt))
     if is_model_folder(path):
         return _own_folder(config, path)
     if is_pipeline(path):
@@ -84,20 +107,21 @@ def load_teacher(config: DistillRun, planning: bool = False) -> Model:
             raise UserError(f"teacher.ckpt: {path} is missing; {how_to_get(path)}")
         node = NetworkConfig(teacher.target, teacher.params, teacher.parameterization or "eps")
         return _model(node, {}, config.diffusion, teacher, path, load=False)
-    described = read_description(path)
+    with naming("teacher.ckpt"):
+        described = read_description(path)
+        foreign = open_foreign(path) if described is None else None
     if described is not None:
         _refuse_descriptions(teacher, path)
-        node, diffusion = described
-        _same_diffusion(config, diffusion)
-        return _model(node, read_tensors(path), diffusion, teacher, path)
-    foreign = open_foreign(path)
+        _same_diffusion(config, described.diffusion)
+        return _described(described, path)
     node = _network(teacher, foreign)
     return _model(node, foreign.weights(teacher.use_ema), _diffusion(config, foreign), teacher, path)
 
 
 def _pipeline(config: DistillRun, path: Path) -> Model:
     _refuse_descriptions(config.teacher, path)
-    pipeline = read_pipeline(path)
+    with naming("teacher.ckpt"):
+        pipeline = read_pipeline(path)
     _same_diffusion(config, pipeline.diffusion)
     return _model(pipeline.network, pipeline.tensors, pipeline.diffusion, config.teacher, path)
 
@@ -128,7 +152,7 @@ def _model(
     path: Path,
     load: bool = True,
 ) -> Model:
-    network = build(node, "teacher.params")
+    network = build(node, "teacher.params", NETWORKS)
     check_network(network, diffusion, "teacher.params")
     if load:
         load_strictly(network, weights, path)

@@ -13,20 +13,22 @@ def main() -> None:
     files, overrides = split_base(arguments)
 
     from ldm_dkdm.config import load_config
+
+    if arguments.resume and files:
+        raise UserError("--resume: a run has its own configuration; leave --base out (key=value still works)")
+    if not arguments.resume and not files:
+        raise UserError("--base: name at least one config file, for example --base configs/quickstart.yaml")
+    config = load_config(files, overrides) if files else None  # its mistakes before the slow imports
+
     from ldm_dkdm.runs.distill import distill
     from ldm_dkdm.runs.loop import find_run, run_folder
     from ldm_dkdm.runs.plan import print_plan
 
-    if arguments.resume and files:
-        raise UserError("--resume: a run has its own configuration; leave --base out (key=value still works)")
-    if arguments.resume:
+    if config is None:
         folder = find_run(arguments.resume)
         config = load_config(folder.path / "config.yaml", overrides)
-    elif files:
-        config = load_config(files, overrides)
-        folder = run_folder(config.logging, files[-1].stem)
     else:
-        raise UserError("--base: name at least one config file, for example --base configs/quickstart.yaml")
+        folder = run_folder(config.logging, files[-1].stem)
     if arguments.plan:
         print_plan(config)
         return

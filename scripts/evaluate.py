@@ -15,7 +15,11 @@ def main() -> None:
     )
     parser.add_argument("--teacher", type=Path, help="the teacher's model folder; default: the one in the run's config")
     parser.add_argument(
-        "-n", "--n_samples", type=int, default=1000, help="pictures for the Frechet distance; 0 leaves it out"
+        "-n",
+        "--n_samples",
+        type=int,
+        default=1000,
+        help="pictures for the Frechet distance, 65 or more; 0 leaves it out",
     )
     parser.add_argument("-c", "--custom_steps", type=int, default=20, help="DDIM steps")
     parser.add_argument("--chains", type=int, default=32, help="held-out ancestral chains of the teacher")
@@ -30,14 +34,17 @@ def main() -> None:
 
     from ldm_dkdm.checkpoints.folder import read_card_of
     from ldm_dkdm.files import write_text
-    from ldm_dkdm.runs.card import write_readme
+    from ldm_dkdm.runs.card import FIGURES, PER_T, write_readme
     from ldm_dkdm.runs.evaluate import evaluate
     from ldm_dkdm.schema import ModelCard
 
     figures, home = evaluate(arguments)
     for name, value in figures.items():
-        print(f"{name}: {value}")
-    write_text(arguments.out or home / "evaluation.json", json.dumps(figures, indent=2) + "\n")
+        if name != PER_T:
+            print(f"{name}: {value}")
+    out = arguments.out or home / FIGURES
+    write_text(out, json.dumps(figures, indent=2) + "\n")
+    print(f"{out}: these and the eps error of every t")
     if arguments.out is None and "teacher_sha256" in read_card_of(home, ModelCard).info:
         write_readme(home, read_card_of(home, ModelCard))
 

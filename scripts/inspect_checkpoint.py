@@ -1,4 +1,4 @@
-"""What is in a checkpoint: python scripts/inspect_checkpoint.py FILE [--config]"""
+"""What is in a checkpoint: python scripts/inspect_checkpoint.py PATH [--config]"""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,12 @@ from ldm_dkdm.errors import run_cli
 def main() -> None:
     """Parse and print; nothing in the file runs."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path, help="a .ckpt, .pt or .safetensors")
+    parser.add_argument(
+        "file",
+        type=Path,
+        metavar="PATH",
+        help="a .ckpt, .pt or .safetensors, or a run, model, first-stage or diffusers folder",
+    )
     parser.add_argument("--config", action="store_true", help="print config sections to paste instead")
     arguments = parser.parse_args()
 

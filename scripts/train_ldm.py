@@ -6,10 +6,12 @@ from ldm_dkdm.errors import run_cli
 
 def main() -> None:
     """Parse, train, say where the model lies."""
-    from ldm_dkdm.runs.diffusion import train_diffusion
     from ldm_dkdm.schema import DiffusionRun
 
-    config, name = load_arguments(__doc__, DiffusionRun)
+    config, name = load_arguments(__doc__, DiffusionRun)  # its mistakes before the slow imports
+
+    from ldm_dkdm.runs.diffusion import train_diffusion
+
     folder = train_diffusion(config, name)
     print(f"model: {folder.model}")
 

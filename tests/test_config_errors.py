@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from ldm_dkdm.cli import config_parser, split_base
-from tests.cli import distil, write_yaml
+from tests.cli import distil, run_script, write_yaml
 from tests.parts import distill_config
 
+SMALL_DIT = {"in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2, "learn_sigma": False}
 GONE = object()  # an edit that removes the key
 
 
@@ -67,9 +68,20 @@ EDITS = {
     "student_target": ({"student.target": "os.system"}, ("student", "os.system", "ldm_dkdm.networks.UNet")),
     "student_param_misspelt": ({"student.params.model_chanels": 32}, ("student.params.model_chanels", "'model_ch")),
     "student_param_missing": ({"student.params.num_res_blocks": GONE}, ("student.params.num_res_blocks: missing",)),
-    "student_width": ({"student.params.model_channels": 40}, ("model_channels", "40", "32")),
-    "student_mults": ({"student.params.channel_mult": 3}, ("student.params",)),
+    "student_target_of_another_kind": ({"student.target": "ldm_dkdm.first_stage.VQModel"}, ("student.target: ", "DiT")),
+    "student_width": ({"student.params.model_channels": 40}, ("student.params.model_channels", "40", "32")),
+    "student_mults": ({"student.params.channel_mult": 3}, ("student.params.channel_mult: expected a list", "3")),
+    "student_mult_of_a_half": ({"student.params.channel_mult": [1, 1.5]}, ("student.params.channel_mult[1]", "1.5")),
     "student_dropout": ({"student.params.dropout": 2.0}, ("student.params", "dropout")),
+    "student_dropout_text": ({"student.params.dropout": "hello"}, ("student.params.dropout", "number", "hello")),
+    "student_attends_nowhere": (
+        {"student.params.attention_resolutions": [7]},
+        ("student.params.attention_resolutions", "[7]", "factors, not sides"),
+    ),
+    "student_side_of_a_dit": (
+        {"student": {"target": "ldm_dkdm.networks.DiT", "params": {**SMALL_DIT, "input_size": 16}}},
+        ("student.params.input_size", "16", "teacher"),
+    ),
     "student_in_channels": ({"student.params.in_channels": 4}, ("student.params.in_channels", "4", "teacher")),
     "student_image_size": ({"student.params.image_size": 16}, ("student.params.image_size", "16", "teacher")),
     "student_out_channels": ({"student.params.out_channels": 6}, ("student.params.out_channels", "6")),
@@ -134,6 +146,13 @@ def test_a_bad_command_line_is_named_in_one_line_and_nothing_is_written(
     base = write_yaml(tmp_path / "good.yaml", distill_config(teacher_folder, tmp_path / "logs"))
     assert_one_error_line(capsys, distil(*[str(base) if a == "BASE" else a for a in arguments]), words)
     assert not (tmp_path / "logs").exists()
+
+
+def test_a_config_of_another_script_is_named_as_that(teacher_folder: Path, tmp_path: Path, capsys) -> None:
+    base = write_yaml(tmp_path / "run.yaml", distill_config(teacher_folder, tmp_path / "logs"))
+    for script in ("train_ldm.py", "train_first_stage.py"):
+        code = run_script(script, "--base", base)
+        assert_one_error_line(capsys, code, (str(base), "made for scripts/dkdm_ldm.py", script))
 
 
 def test_base_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

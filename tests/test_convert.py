@@ -17,7 +17,7 @@ from ldm_dkdm.checkpoints.pools import read_reference_pool
 from ldm_dkdm.distill.refill import check_supply, refill
 from ldm_dkdm.schema import FirstStageConfig
 from ldm_dkdm.sources import load_model, load_teacher
-from tests.cli import distil, run_script, write_yaml
+from tests.cli import distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, distill_config, model_folder
 from tests.test_foreign import run_with
 
@@ -64,6 +64,21 @@ def test_the_other_layouts_hold_the_same_weights(teacher_folder: Path, tmp_path:
     assert all(map(torch.equal, described.network.state_dict().values(), ours.network.state_dict().values()))
     with pytest.raises(UserError, match="describes itself"):
         load_teacher(run_with(tmp_path / "x.safetensors", params=GIVEN))
+
+
+def test_the_sampler_takes_what_the_converter_writes(
+    teacher_folder: Path, first_stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(teacher_folder, tmp_path / "pipeline", "--to", "diffusers") == 0
+    assert convert(teacher_folder, tmp_path / "model.safetensors", "--to", "safetensors") == 0
+    assert sample("-r", tmp_path / "model.safetensors") == 2
+    assert "--first_stage" in capsys.readouterr().err
+    pictures = []
+    named = ("--first_stage", first_stage)  # which a file of one network cannot hold
+    for source, more in ((teacher_folder, ()), (tmp_path / "pipeline", ()), (tmp_path / "model.safetensors", named)):
+        assert sample("-r", source, "-n", 2, "-c", 4, "--npz", "--no_png", "-l", tmp_path / "out", *more) == 0
+        pictures.append(np.load(tmp_path / "out" / "samples.npz")["arr_0"].astype(int))
+    assert all(np.abs(other - pictures[0]).max() <= 1 for other in pictures[1:])
 
 
 @pytest.mark.parametrize("layout", ["compvis", "adm"])

@@ -1,12 +1,13 @@
 """The inspector: what it tells of files and folders, and what it refuses."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save
 
-from tests.cli import run_script
+from tests.cli import run_script, write_yaml
 from tests.test_corpus import CORPUS, unet, zipped
 
 
@@ -26,6 +27,23 @@ def test_the_inspector_tells_a_folder(teacher_folder: Path, tmp_path: Path, caps
         assert words in capsys.readouterr().out
     assert run_script("inspect_checkpoint.py", tmp_path) == 2
     assert run_script("inspect_checkpoint.py", tmp_path / "absent") == 2
+
+
+def test_the_inspector_tells_a_run_by_its_student_and_a_first_stage(
+    teacher_folder: Path, first_stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(teacher_folder, tmp_path / "run" / "student")
+    write_yaml(tmp_path / "run" / "config.yaml", {"trainer": {}})
+    found = []
+    for folder in (tmp_path / "run", tmp_path / "run" / "student"):
+        assert run_script("inspect_checkpoint.py", folder) == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
+    assert run_script("inspect_checkpoint.py", first_stage) == 0
+    report = capsys.readouterr().out
+    assert "first-stage folder" in report and "VQModel" in report and "0.5" in report
+    assert run_script("inspect_checkpoint.py", first_stage, "--config") == 0
+    assert capsys.readouterr().out == f"first_stage:\n  ckpt: {first_stage}\n"
 
 
 def test_the_inspector_believes_what_describes_itself(

@@ -110,9 +110,9 @@ def test_early_stop_ends_a_run_that_no_longer_improves_and_still_saves(digits: P
     assert train(tmp_path, "early", {"path": str(digits)}, trainer={"max_steps": 40, "early_stop": stop}) == 0
     assert [f.name for f in (tmp_path / "early" / "checkpoints").glob("*.ckpt")][-1:] == ["step=00000006.ckpt"]
     assert load_model(tmp_path / "early" / "student").card.info["step"] == 6
-    before = contents(tmp_path / "early" / "student")
+    before = contents(tmp_path / "early")
     assert train(tmp_path, "early", {"path": str(digits)}, trainer={"max_steps": 40, "early_stop": stop}) == 0
-    assert contents(tmp_path / "early" / "student") == before
+    assert contents(tmp_path / "early") == before
 
 
 def test_an_early_stop_that_gets_more_patience_goes_on(teacher: Path, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ class Clock:
 
 
 def test_a_time_limit_ends_a_run_with_the_learning_rate_and_more_time_goes_on(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(steps, "time", Clock())
     trainer = {"max_steps": 50, "max_minutes": 1.0, "lr_schedule": "cosine"}
@@ -148,9 +148,10 @@ def test_a_time_limit_ends_a_run_with_the_learning_rate_and_more_time_goes_on(
     assert load_model(run / "student").card.info["step"] == 6
     saved = torch.load(run / "checkpoints" / "step=00000006.ckpt", weights_only=True)
     assert saved["lr_schedulers"][0]["_last_lr"][0] < 0.1 * TRAINER["learning_rate"]
-    before = contents(run / "student")
+    before = contents(run)
     assert distil("--base", base) == 0
-    assert contents(run / "student") == before
+    assert "already ended at step 6 by trainer.max_minutes" in capsys.readouterr().out
+    assert contents(run) == before
     assert distil("--resume", run, "trainer.max_minutes=2") == 0
     assert load_model(run / "student").card.info["step"] == 12
 

@@ -18,7 +18,7 @@ from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing, write_text
 from ldm_dkdm.networks import UNet
-from ldm_dkdm.schema import DiffusionConfig, ModelCard, NetworkConfig
+from ldm_dkdm.schema import ModelCard
 
 COMPVIS_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}
 
@@ -134,14 +134,15 @@ def write_safetensors(path: Path, network: nn.Module, card: ModelCard) -> None:
         "params": json.dumps(_values(card.network.params)),
         "parameterization": card.network.parameterization,
         "diffusion": json.dumps(asdict(card.diffusion)),
+        "null_label": json.dumps(card.null_label),
         "info": json.dumps(_values(card.info)),
     }
     with replacing(path) as temporary:
         save_file(_plain(network.state_dict()), temporary, metadata=described)
 
 
-def read_description(path: Path) -> tuple[NetworkConfig, DiffusionConfig] | None:
-    """What `write_safetensors` put into a file's metadata; None for any other file.
+def read_description(path: Path) -> ModelCard | None:
+    """The card that `write_safetensors` put into a file's metadata; None for any other file.
 
     Raises:
         UserError: metadata that begin like ours and are damaged.
@@ -153,11 +154,10 @@ def read_description(path: Path) -> tuple[NetworkConfig, DiffusionConfig] | None
             found = file.metadata() or {}
         if "target" not in found or "parameterization" not in found:
             return None
-        node = {"target": found["target"], "parameterization": found["parameterization"]}
-        node["params"] = json.loads(found["params"])
-        return parse(NetworkConfig, node, "metadata"), parse(
-            DiffusionConfig, json.loads(found["diffusion"]), "metadata.diffusion"
-        )
+        node = {key: found[key] for key in ("target", "parameterization")} | {"params": json.loads(found["params"])}
+        card = {"weights": path.name, "network": node, "diffusion": json.loads(found["diffusion"])}
+        card |= {key: json.loads(found[key]) for key in ("null_label", "info") if key in found}
+        return parse(ModelCard, card, "metadata")
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable safetensors file (is it complete?): {error}") from error
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.reading import read_tensors
-from ldm_dkdm.config import read_card, to_yaml
+from ldm_dkdm.config import card_kind, read_card, to_yaml
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing, write_text
 from ldm_dkdm.schema import FirstStageCard, ModelCard
@@ -21,6 +21,16 @@ Card = TypeVar("Card", ModelCard, FirstStageCard)
 def is_model_folder(path: Path) -> bool:
     """Whether the path is a folder of ours."""
     return (path / "config.yaml").is_file()
+
+
+def is_first_stage(path: Path) -> bool:
+    """Whether the path is a first stage's folder."""
+    return is_model_folder(path) and card_kind(path / "config.yaml") == FirstStageCard.KIND
+
+
+def home_of(path: Path) -> Path:
+    """The model folder that a path means: a run's folder means its student/."""
+    return path / "student" if is_model_folder(path / "student") else path
 
 
 def read_folder(folder: Path, schema: type[Card]) -> tuple[Card, dict[str, Tensor]]:

@@ -20,14 +20,15 @@ from ldm_dkdm.networks.layers import (
 
 
 class UNet(nn.Module):
-    """CompVis's unconditional `UNetModel` and guided-diffusion's, name for name.
+    """CompVis's `UNetModel` without cross-attention and guided-diffusion's, name for name.
 
     Args:
         image_size: side of x in pixels or latent positions.
         in_channels, out_channels: of x and of the output; twice `in_channels` out for a learned variance.
         model_channels: base width.
         num_res_blocks: residual blocks per level.
-        attention_resolutions: DOWNSAMPLING FACTORS at which attention acts (CompVis's convention).
+        attention_resolutions: DOWNSAMPLING FACTORS at which attention acts (CompVis's convention); at least one
+            of them must occur, others may not; [] leaves attention to the middle block.
         channel_mult: width of each level in units of `model_channels`.
         dropout: in the residual blocks.
         num_heads, num_head_channels: heads per attention block, or channels per head (which wins).
@@ -58,8 +59,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_widths(model_channels, channel_mult, num_heads, num_head_channels)
-        if image_size % 2 ** (len(channel_mult) - 1):
-            raise UserError(f"channel_mult: {len(channel_mult)} levels cannot halve image_size {image_size} that often")
+        _check_levels(image_size, channel_mult, attention_resolutions)
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.num_classes = model_channels, num_classes
         self.use_checkpoint = use_checkpoint
@@ -155,6 +155,17 @@ def _output_blocks(
             blocks.append(nn.ModuleList(layers))
             channels = width
     return blocks
+
+
+def _check_levels(size: int, mults: Sequence[int], attention: Sequence[int]) -> None:
+    if not mults or size % 2 ** (len(mults) - 1):
+        raise UserError(f"channel_mult: {len(mults)} levels cannot halve image_size {size} that often")
+    factors = [2**level for level in range(len(mults))]
+    if attention and not set(attention) & set(factors):
+        raise UserError(
+            f"attention_resolutions: none of {list(attention)} is a downsampling factor of this network, which has "
+            f"{', '.join(map(str, factors))}; they are factors, not sides; [] leaves attention to the middle block"
+        )
 
 
 def _check_widths(width: int, mults: Sequence[int], heads: int, head_channels: int) -> None:

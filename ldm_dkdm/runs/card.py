@@ -5,16 +5,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ldm_dkdm.checkpoints.folder import is_model_folder, read_card_of
+from ldm_dkdm.checkpoints.folder import home_of, is_model_folder, read_card_of
 from ldm_dkdm.files import write_text
 from ldm_dkdm.schema import DistillRun, ModelCard
 
 FIGURES = "evaluation.json"
+PER_T = "eps_mse_by_t"  # in the file of figures only: too long for people
+NOT_MEASURED = "Not measured yet (scripts/evaluate.py)."
 
 
 def teacher_facts(config: DistillRun) -> dict[str, Any]:
     """Name, SHA-256 and licence (as the user states it) of a teacher, and the recipe, for a card's `info`."""
-    path, distill, trainer = Path(config.teacher.ckpt), config.distill, config.trainer
+    path, distill, trainer = home_of(Path(config.teacher.ckpt)), config.distill, config.trainer
     return {
         "teacher": config.teacher.ckpt,
         "teacher_sha256": sha256(_weights(path)),
@@ -63,7 +65,7 @@ def write_readme(folder: Path, card: ModelCard) -> None:
         "",
         "## Figures",
         "",
-        *([f"- {key}: {value}" for key, value in measured.items()] or ["Not measured yet (scripts/evaluate.py)."]),
+        *([f"- {key}: {value}" for key, value in measured.items() if key != PER_T] or [NOT_MEASURED]),
         "",
     ]
     write_text(folder / "README.md", "\n".join(lines))

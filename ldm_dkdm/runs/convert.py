@@ -95,7 +95,7 @@ def prove(folder: Path, model: Model, codec: Codec) -> float | None:
     label = None if classes is None else torch.tensor([classes[0], classes[-1]])
     steps = min(STEPS, teacher.schedule.num_timesteps)
     ours = last(ddim(teacher.schedule, teacher.predict, noise, lambda: noise, steps, label=label))
-    network = UNet2DModel.from_pretrained(folder / "unet").eval()
+    network = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", set_alpha_to_one=False, steps_offset=1)
     scheduler.set_timesteps(steps)
     x, clips = noise, model.card.diffusion.space == "pixel"
@@ -103,7 +103,7 @@ def prove(folder: Path, model: Model, codec: Codec) -> float | None:
         output = network(x, t, class_labels=label).sample[:, : x.shape[1]]
         x = scheduler.step(output, t, x, use_clipped_model_output=clips).prev_sample
     if isinstance(codec, LatentCodec):
-        vq = VQModel.from_pretrained(folder / "vqvae").eval()
+        vq = VQModel.from_pretrained(folder / "vqvae", low_cpu_mem_usage=False).eval()
         x, ours = vq.decode(x / vq.config.scaling_factor).sample, codec.vq.eval().decode(ours / codec.scale_factor)
     return (x - ours).abs().max().item()
 

@@ -13,11 +13,12 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.generate import SamplerConfig
 from ldm_dkdm.images import save_grid
 from ldm_dkdm.precision import resolve_precision
+from ldm_dkdm.registry import NETWORKS
 from ldm_dkdm.runs.export import export_on_save
 from ldm_dkdm.runs.interrupt import GracefulStop
-from ldm_dkdm.runs.loop import RunFolder, default_device, first_batch, fit, open_run, run_folder
+from ldm_dkdm.runs.loop import RunFolder, default_device, finished, first_batch, fit, open_run, run_folder
 from ldm_dkdm.runs.samples import SampleGrid
-from ldm_dkdm.runs.saving import RunCheckpoint, step_of
+from ldm_dkdm.runs.saving import RunCheckpoint
 from ldm_dkdm.schema import DiffusionRun, ModelCard
 from ldm_dkdm.sources import Model, check_network, make_schedule
 
@@ -35,9 +36,8 @@ def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:
     if found != model.latent_shape:
         raise UserError(f"model.params: states of {model.latent_shape}, but the images make {found}")
     folder = open_run(config, run_folder(config.logging, default_name))
-    latest = folder.latest()
-    if latest and step_of(latest) >= config.trainer.max_steps:
-        print(f"{folder.path}: already trained to step {step_of(latest)}")
+    if end := finished(folder, config.trainer):
+        print(f"{folder.path}: {end}")
         return folder
     states = _states(config, sets, codec, network.num_classes is not None)
     schedule = make_schedule(config.diffusion)
@@ -77,7 +77,7 @@ def _network(config: DiffusionRun) -> nn.Module:
     if config.logging.sample_steps > config.diffusion.num_timesteps:
         raise UserError(f"logging.sample_steps: {config.logging.sample_steps} is more than the diffusion steps")
     torch.manual_seed(config.trainer.seed)  # of the first weights
-    network = build(config.model, "model.params")
+    network = build(config.model, "model.params", NETWORKS)
     load_initial(network, config.model, "model.init")
     check_network(network, config.diffusion, "model.params")
     return network

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ldm_dkdm.assemble import Codec, check_loss, load_first_stage, make_student
 from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline
 from ldm_dkdm.checkpoints.export import read_description
-from ldm_dkdm.checkpoints.folder import is_model_folder
+from ldm_dkdm.checkpoints.folder import home_of, is_model_folder
 from ldm_dkdm.checkpoints.pools import read_reference_pool
 from ldm_dkdm.cli import is_first_rank
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
@@ -29,7 +29,7 @@ from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.runs.card import teacher_facts
 from ldm_dkdm.runs.export import export_on_save
 from ldm_dkdm.runs.interrupt import GracefulStop
-from ldm_dkdm.runs.loop import RunFolder, default_device, first_batch, fit, open_run
+from ldm_dkdm.runs.loop import RunFolder, default_device, finished, first_batch, fit, open_run
 from ldm_dkdm.runs.samples import SampleGrid
 from ldm_dkdm.runs.saving import RunCheckpoint, pool_path, step_of, warmup_path
 from ldm_dkdm.schema import DistillConfig, DistillRun, FirstStagePointer, ModelCard, NetworkConfig, TrainerConfig
@@ -122,9 +122,8 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
         supply = _supply(config, parts)
         _check(config, parts)
     open_run(config, folder, FIXED if resumed else None)
-    latest = folder.latest()
-    if latest and step_of(latest) >= config.trainer.max_steps:
-        print(f"{folder.path}: already distilled to step {step_of(latest)}")
+    if end := finished(folder, config.trainer):
+        print(f"{folder.path}: {end}")
         return
     module = student_module(config, parts, config.trainer)
     saving, grids = _callbacks(config, parts, folder)
@@ -150,7 +149,7 @@ def _check(config: DistillRun, parts: Parts) -> None:
         return
     started = time.monotonic()
     device = default_device(config.trainer.accelerator)
-    path = Path(config.teacher.ckpt)
+    path = home_of(Path(config.teacher.ckpt))
     told = is_model_folder(path) or is_pipeline(path) or read_description(path) is not None
     figures = check_teacher(parts.model, parts.teacher.to(device), device, told)
     print(

@@ -36,6 +36,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, object], Path]:
     states = held_out_chains(as_teacher, teacher.latent_shape, arguments.chains, arguments.seed, device)
     steps = as_teacher.schedule.num_timesteps
     figures: dict[str, object] = {
+        "measured_with": measured_with(arguments),
         "eps_mse_by_t_quarter_untrained": _rounded(eps_error_by_quarter(untrained.predict, states, steps)),
         "eps_mse_by_t_quarter": _rounded(eps_error_by_quarter(as_student.predict, states, steps)),
     }
@@ -46,6 +47,12 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, object], Path]:
     if arguments.n_samples:
         figures |= _distances(arguments, student, as_teacher, as_student, device)
     return figures, home
+
+
+def measured_with(arguments: argparse.Namespace) -> str:
+    """The options that the figures depend on."""
+    pictures = f"-n {arguments.n_samples} -c {arguments.custom_steps} " if arguments.n_samples else "-n 0 "
+    return f"evaluate.py {pictures}--chains {arguments.chains} --seed {arguments.seed}"
 
 
 def find_teacher(student: Path, teacher: Path | None) -> tuple[Model, TeacherConfig]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline, read_pipeline
 from ldm_dkdm.checkpoints.export import read_description
-from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
+from ldm_dkdm.checkpoints.folder import home_of, is_first_stage, is_model_folder, read_folder
 from ldm_dkdm.checkpoints.foreign import NAMES, Foreign, open_foreign, recognise
 from ldm_dkdm.checkpoints.inference import Inferred
 from ldm_dkdm.checkpoints.pickles import asked_globals
@@ -19,7 +19,7 @@ from ldm_dkdm.checkpoints.reading import file_kind, read_content
 from ldm_dkdm.config import build
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.runs.plan import parameters, size
-from ldm_dkdm.schema import DiffusionConfig, ModelCard, NetworkConfig
+from ldm_dkdm.schema import DiffusionConfig, FirstStageCard, ModelCard, NetworkConfig
 from ldm_dkdm.sources import make_schedule
 
 KINDS = {"torch": "PyTorch pickle", "safetensors": "safetensors", "pickle": "plain pickle of arrays"}
@@ -32,14 +32,14 @@ def describe(path: Path) -> dict[str, str]:
         UserError: the file is unreadable or is refused. The globals that it asks for are in the message.
     """
     if path.is_dir():
-        return _folder(path)
+        return _folder(home_of(path))
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     kind = file_kind(path)
     described = read_description(path)
     if described is not None:
         lines = {"file": f"{path}, {size(path.stat().st_size)}", "format": "safetensors that describe themselves"}
-        return lines | {"weights": _count(read_tensors(path))} | _told(*described)
+        return lines | {"weights": _count(read_tensors(path))} | _told(described.network, described.diffusion)
     content = read_content(path)
     foreign = recognise(content, path)
     lines = {"file": f"{path}, {size(path.stat().st_size)}", "format": KINDS[kind]}
@@ -58,6 +58,16 @@ def _folder(path: Path) -> dict[str, str]:
             "diffusers pipeline",
             "none" if pipeline.first_stage is None else _count(pipeline.first_stage.tensors),
         )
+    elif is_first_stage(path):
+        stage, tensors = read_folder(path, FirstStageCard)
+        return {
+            "folder": str(path),
+            "format": "first-stage folder",
+            "weights": _count(tensors),
+            "architecture": stage.target,
+            "parameters": ", ".join(f"{key} {value}" for key, value in stage.params.items()),
+            "scale factor": str(stage.scale_factor),
+        }
     elif is_model_folder(path):
         card, tensors = read_folder(path, ModelCard)
         node, diffusion = card.network, card.diffusion
@@ -135,6 +145,9 @@ def _schedule(foreign: Foreign) -> dict[str, str]:
 
 def as_config(path: Path) -> str:
     """The teacher, diffusion and first_stage sections as YAML; what the file does not tell is marked `???`."""
+    path = home_of(path)
+    if path.is_dir() and is_first_stage(path):
+        return yaml.safe_dump({"first_stage": {"ckpt": str(path)}})
     if is_model_folder(path) or is_pipeline(path) or (path.is_file() and read_description(path) is not None):
         return yaml.safe_dump({"teacher": {"ckpt": str(path)}})  # it tells the rest itself
     foreign = open_foreign(path)

@@ -20,7 +20,7 @@ from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.files import write_text
 from ldm_dkdm.runs.ema import StudentEMA
 from ldm_dkdm.runs.interrupt import GracefulStop
-from ldm_dkdm.runs.saving import checkpoints, step_of
+from ldm_dkdm.runs.saving import checkpoints, read_callbacks, step_of
 from ldm_dkdm.runs.steps import early_ends
 from ldm_dkdm.schema import LoggingConfig, TrainerConfig
 
@@ -153,6 +153,24 @@ def fit(
     if trainer.global_step < config.max_steps and (stop.requested or not any(end.reached for end in ends)):
         raise Stopped(f"stopped and saved at step {trainer.global_step}; {go_on}")
     return trainer
+
+
+def finished(folder: RunFolder, config: TrainerConfig) -> str | None:
+    """Where and why the run in a folder has come to its end; None if there is more to do."""
+    latest = folder.latest()
+    if latest is None:
+        return None
+    step = step_of(latest)
+    if step >= config.max_steps:
+        return f"already at step {step}; a larger trainer.max_steps goes on"
+    ends = early_ends(config)
+    states = read_callbacks(latest) if ends else {}
+    for end in ends:
+        if end.state_key in states:
+            end.load_state_dict(states[end.state_key])
+        if end.reached:
+            return f"already ended at step {step} by {end.key}; a larger one goes on"
+    return None
 
 
 def first_batch(folder: RunFolder, config: TrainerConfig) -> int:

@@ -1,12 +1,14 @@
 """What a distillation will cost, before it starts."""
 
 import math
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_dkdm.distill.pool import NoisyPool, slot_bytes
@@ -21,15 +23,17 @@ from ldm_dkdm.schema import DistillRun, TrainerConfig
 from ldm_dkdm.sources import how_to_get
 
 TIMED_ITERATIONS = 3
-MAX_TIMED_BATCH = 8  # a plan shall take seconds: the time of an iteration is scaled from this batch
+MAX_TIMED_BATCH = 8  # the time of an iteration is scaled from this batch, or from a smaller one that
+TIMING_SECONDS = 30  # takes about this long: a plan shall take seconds
 
 
 def gflops(network: nn.Module, shape: tuple[int, int, int]) -> float:
     """GFLOPs (multiplications and additions) of one forward pass of one sample of (C,H,W)."""
-    device = next(network.parameters()).device
-    label = None if network.num_classes is None else torch.zeros(1, dtype=torch.long, device=device)
+    shapes = {name: value.to("meta") for name, value in network.state_dict().items()}  # nothing is computed
+    label = None if network.num_classes is None else torch.zeros(1, dtype=torch.long, device="meta")
+    inputs = torch.zeros(1, *shape, device="meta"), torch.zeros(1, device="meta"), label
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, *shape, device=device), torch.zeros(1, device=device), label)
+        functional_call(network, shapes, inputs)
     return counter.get_total_flops() / 1e9
 
 
@@ -38,58 +42,74 @@ def parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def plan(config: DistillRun, parts: Parts) -> dict[str, str]:
-    """The lines of a plan, in order: what is meant and how much."""
-    shape = parts.model.latent_shape
-    steps, batch = config.trainer.max_steps, config.distill.batch_size
-    batches = steps * config.trainer.accumulate
-    iterations = round(batches / (1 - config.distill.discard))  # with those that the student does not see
+def costs(config: DistillRun, parts: Parts) -> dict[str, str]:
+    """The lines of a plan that need no measurement, in order: what is meant and how much."""
+    shape, batch, iterations = parts.model.latent_shape, config.distill.batch_size, _iterations(config)
     dtype, labeled = getattr(torch, config.distill.pool_dtype), parts.teacher.num_classes is not None
     pool_bytes = parts.slots * slot_bytes(shape, dtype, labeled)
-    warm, source = warmup_calls(preparation(config.distill), parts.slots, parts.schedule.num_timesteps), None
-    if config.distill.pool_from:
-        warm, source = 0, config.distill.pool_from
+    source = config.distill.pool_from or preparation(config.distill).mode
     student, teacher = parameters(parts.student), parameters(parts.teacher.network)
     # student in float32: weights, gradients, two Adam moments, EMA; teacher and first stage: weights
     resident = 4 * (5 * student + teacher + parts.codec.parameters)
     device = default_device(config.trainer.accelerator)
-    seconds, teacher_seconds = time_iteration(config, parts)
-    training = batches * seconds + (iterations - batches) * batch * teacher_seconds
-    limit = 60 * (config.trainer.max_minutes or math.inf)
-    eta = min(training, limit) + warm * teacher_seconds
+    precision = {"bf16": "bf16 autocast", "32": "float32"}[parts.precision]
     return {
         "teacher": f"{teacher / 1e6:.6f} M parameters, {gflops(parts.teacher.network, shape):.2f} GFLOPs a sample",
         "student": f"{student / 1e6:.6f} M parameters, {gflops(parts.student, shape):.2f} GFLOPs a sample",
         "pool": f"{parts.slots:,} slots ({config.distill.variant}), {size(pool_bytes)} of host "
         + ("disk, memory-mapped" if config.distill.pool_storage == "mmap" else "memory"),
-        "teacher calls, warm-up": f"{warm:,} samples ({source or preparation(config.distill).mode})",
+        "teacher calls, warm-up": f"{_warmup_samples(config, parts):,} samples ({source})",
         "teacher calls, training": f"{iterations * batch:,} samples ({iterations:,} iterations of {batch})",
-        "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({parts.precision})",
+        "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({precision})",
         "memory, host": size(0 if config.distill.pool_storage == "mmap" else pool_bytes) + " for the pool",
         "disk": f"{size((KEPT + 1) * (pool_bytes + 16 * student) + 4 * student)} for the student, {KEPT} checkpoints "
         "and the next one while it is written",
-        "time": f"about {duration(eta)}: {seconds:.2f} s an iteration, {duration(warm * teacher_seconds)} of warm-up"
-        + (f", trainer.max_minutes ends it at step {int(steps * limit / training):,}" if limit < training else "")
-        + " "
-        f"(from {TIMED_ITERATIONS} timed iterations at batch {min(batch, MAX_TIMED_BATCH)})",
     }
 
 
-def time_iteration(config: DistillRun, parts: Parts) -> tuple[float, float]:
-    """Seconds of one training iteration at the configured batch, and of one teacher sample."""
+def _iterations(config: DistillRun) -> int:
+    """Of the whole run, with those that the student does not see."""
+    return round(config.trainer.max_steps * config.trainer.accumulate / (1 - config.distill.discard))
+
+
+def _warmup_samples(config: DistillRun, parts: Parts) -> int:
+    """That the teacher computes before the training."""
+    if config.distill.pool_from:
+        return 0
+    return warmup_calls(preparation(config.distill), parts.slots, parts.schedule.num_timesteps)
+
+
+def time_needed(config: DistillRun, parts: Parts) -> str:
+    """How long the run will take, from a few timed iterations."""
+    steps, batch, warm = config.trainer.max_steps, config.distill.batch_size, _warmup_samples(config, parts)
+    batches = steps * config.trainer.accumulate
+    trial = time_iteration(config, parts, 1, 1)  # also warms the machine up
+    timed = max(1, min(batch, MAX_TIMED_BATCH, int(TIMING_SECONDS / (TIMED_ITERATIONS * trial[0] / batch))))
+    seconds, teacher_seconds = time_iteration(config, parts, timed, TIMED_ITERATIONS)
+    training = batches * seconds + (_iterations(config) - batches) * batch * teacher_seconds
+    limit = 60 * (config.trainer.max_minutes or math.inf)
+    eta = min(training, limit) + warm * teacher_seconds
+    ends = f", trainer.max_minutes ends it at step {int(steps * limit / training):,}" if limit < training else ""
+    return (
+        f"about {duration(eta)}: {seconds:.3g} s an iteration, {duration(warm * teacher_seconds)} of warm-up{ends} "
+        f"(from {TIMED_ITERATIONS} timed iterations of {timed} sample{'s' if timed > 1 else ''})"
+    )
+
+
+def time_iteration(config: DistillRun, parts: Parts, batch: int, iterations: int) -> tuple[float, float]:
+    """Seconds of one training iteration at the configured batch, and of one teacher sample; timed at `batch`."""
     device = default_device(config.trainer.accelerator)
-    batch = min(config.distill.batch_size, MAX_TIMED_BATCH)
     labels = parts.teacher.draw_labels(batch, torch.Generator().manual_seed(0))
     pool = NoisyPool(batch, parts.model.latent_shape, labeled=labels is not None)
     pool.fill(NoisyBatch(torch.randn(pool.x.shape), torch.randint(parts.schedule.num_timesteps, (batch,)), labels))
     timed = replace(config.distill, batch_size=batch, discard=0.0)
-    stream = DistillStream(parts.teacher.to(device), pool, timed, TIMED_ITERATIONS + 1, device=device)
+    stream = DistillStream(parts.teacher.to(device), pool, timed, iterations, device=device)
     trainer = TrainerConfig(max_steps=1, learning_rate=1e-9)
     module = student_module(config, parts, trainer).to(device)
     module.log = lambda *args, **kwargs: None  # no trainer is attached
     optimizer = module.configure_optimizers()["optimizer"]
-    times, teacher_times = [], []
-    for _ in range(TIMED_ITERATIONS + 1):
+    times, teacher_times, updates = [], [], []
+    for _ in range(iterations):
         started = time.perf_counter()
         example = stream.next_batch()
         _synchronise(device)
@@ -97,12 +117,14 @@ def time_iteration(config: DistillRun, parts: Parts) -> tuple[float, float]:
         with autocast(parts.precision, device):
             loss = module.training_step(example, 0)
         loss.backward()
+        _synchronise(device)
+        times.append(time.perf_counter() - started)
         optimizer.step()
         optimizer.zero_grad()
         _synchronise(device)
-        times.append(time.perf_counter() - started)
-    scale = config.distill.batch_size / batch
-    return min(times[1:]) * scale, min(teacher_times[1:]) / batch
+        updates.append(time.perf_counter() - started - times[-1])
+    scale = config.distill.batch_size / batch  # of all but the update
+    return min(times) * scale + min(updates), min(teacher_times) / batch
 
 
 def _synchronise(device: torch.device) -> None:
@@ -112,12 +134,15 @@ def _synchronise(device: torch.device) -> None:
 
 def print_plan(config: DistillRun) -> None:
     """Print the plan of a configuration, one line a subject."""
-    lines = plan(config, assemble(config, planning=True))
+    parts = assemble(config, planning=True)
     if not Path(config.teacher.ckpt).exists():
         print(f"{config.teacher.ckpt} is missing: planned with random weights; {how_to_get(Path(config.teacher.ckpt))}")
+    lines = costs(config, parts)
     width = max(map(len, lines))
     for subject, value in lines.items():
-        print(f"{subject:<{width}}  {value}")
+        print(f"{subject:<{width}}  {value}", flush=True)
+    print("timing a few iterations on this machine ...", file=sys.stderr)
+    print(f"{'time':<{width}}  {time_needed(config, parts)}")
 
 
 def size(count: float) -> str:

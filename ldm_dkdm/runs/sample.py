@@ -25,7 +25,7 @@ from ldm_dkdm.images import grid, save_image, save_npz, side_by_side
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.runs.loop import default_device
 from ldm_dkdm.schema import FirstStageConfig, ModelCard
-from ldm_dkdm.sources import Model, load_model
+from ldm_dkdm.sources import Model, load_model, open_model
 from ldm_dkdm.teacher import Teacher
 
 GRID = 64  # pictures on a grid, at most
@@ -52,6 +52,10 @@ def prepare(path: Path, guidance: float, arguments: argparse.Namespace) -> Paint
     model, home = find_model(path, arguments.raw)
     device = _device(arguments.device)
     precision = resolve_precision(arguments.precision, device)
+    if model.first_stage is None and model.card.diffusion.space == "latent" and not arguments.first_stage:
+        raise UserError(f"--first_stage: {path} does not say where its first stage lies; name that folder")
+    if guidance != 1 and model.network.num_classes is None:
+        raise UserError(f"--guidance: {path} is an unconditional model; leave it out")
     first_stage = FirstStageConfig(ckpt=arguments.first_stage)
     codec, _ = load_first_stage(first_stage, model, precision)
     if guidance != 1 and "teacher" in model.card.info:
@@ -100,7 +104,7 @@ def sample(
         with replacing(out / "latents.safetensors") as temporary:
             save_file({"latents": torch.cat(latents)}, temporary)
     millions = sum(p.numel() for p in painter.model.network.parameters()) / 1e6
-    return f"{painter.name}: {millions:.1f}M parameters, {rate:.1f} images/s", sheet
+    return f"{painter.name}: {millions:.1f}M parameters, {rate:.2g} images/s", sheet
 
 
 def _write_png(images: Tensor, folder: Path, first: int) -> None:
@@ -113,6 +117,8 @@ def sample_all(paths: list[Path], config: SamplerConfig, arguments: argparse.Nam
     weights = arguments.guidance * len(paths) if len(arguments.guidance) == 1 else arguments.guidance
     if len(weights) != len(paths):
         raise UserError(f"--guidance: {len(weights)} weights for {len(paths)} models; give one, or one for each")
+    for folder in (arguments.logdir, arguments.compare and arguments.compare.parent):
+        _check_writable(folder)
     painters = [prepare(path, weight, arguments) for path, weight in zip(paths, weights, strict=True)]
     panels = []
     for painter in painters:
@@ -128,6 +134,13 @@ def sample_all(paths: list[Path], config: SamplerConfig, arguments: argparse.Nam
     if arguments.compare:
         save_image(side_by_side(panels), arguments.compare)
         print(arguments.compare)
+
+
+def _check_writable(folder: Path | None) -> None:
+    """Refuse, before the work, an output folder that is a file or lies below one."""
+    for place in [folder, *folder.parents] if folder else []:
+        if place.exists() and not place.is_dir():
+            raise UserError(f"-l: {place} is a file; name a folder")
 
 
 def _device(name: str) -> torch.device:
@@ -152,9 +165,13 @@ def find_model(path: Path, raw: bool = False) -> tuple[Model, Path]:
         return _from_training_checkpoint(path, "current_model_state" if raw else "state_dict")
     if (path / "checkpoints").is_dir():
         raise UserError(f"{path}: the run has no student/ yet; let it save once, or go on with --resume {path}")
-    if is_model_folder(path):
-        return load_model(path), path
-    raise UserError(f"{path}: no run, model folder (config.yaml and weights) or training checkpoint")
+    model = open_model(path)
+    if model is None:
+        raise UserError(
+            f"{path}: no run, model folder (config.yaml and weights), training checkpoint, diffusers pipeline or "
+            "safetensors of convert.py"
+        )
+    return model, path
 
 
 def _from_training_checkpoint(path: Path, part: str) -> tuple[Model, Path]:

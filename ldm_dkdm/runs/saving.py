@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -76,6 +77,11 @@ def checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
     return int(_NAME.fullmatch(checkpoint.name).group(1))
+
+
+def read_callbacks(checkpoint: Path) -> dict[str, Any]:
+    """The states of the callbacks in a checkpoint, by `Callback.state_key`; no code of it runs."""
+    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
 
 
 def pool_path(folder: Path, step: int, rank: int) -> Path:

@@ -29,6 +29,8 @@ class StepCallback(L.Callback):
 class EarlyEnd(StepCallback):
     """Ends a run before `trainer.max_steps`; an ended run stays so until its config is changed."""
 
+    key = ""  # of the config
+
     @property
     def reached(self) -> bool:
         """Whether the run has come to its end."""
@@ -52,6 +54,8 @@ class TimeLimit(EarlyEnd):
     `module.time_used` says how much of the time is gone, so that the learning rate falls with it: a schedule made
     for the budget is what a cut run lacks (Li et al. 2020, "Budgeted Training").
     """
+
+    key = "trainer.max_minutes"
 
     def __init__(self, minutes: float) -> None:
         self.limit = 60 * minutes
@@ -89,6 +93,8 @@ class EarlyStop(EarlyEnd):
 
     Lightning's EarlyStopping acts at the ends of epochs and validations, which a stream has not.
     """
+
+    key = "trainer.early_stop.patience"
 
     def __init__(self, config: EarlyStopConfig) -> None:
         self.config = config
