@@ -7,15 +7,21 @@ from typing import Any
 from torch import nn
 
 from ldm_dkdm.checkpoints import compvis, read_tensors
-from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline, read_pipeline
+from ldm_dkdm.checkpoints.diffusers_folder import (
+    FirstStage,
+    is_diffusers_component,
+    is_pipeline,
+    read_first_stage,
+    read_pipeline,
+)
 from ldm_dkdm.checkpoints.folder import home_of, is_model_folder, read_folder
-from ldm_dkdm.checkpoints.inference import infer_vq
+from ldm_dkdm.checkpoints.inference import infer_first_stage
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.config import build
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.first_stage.autoencoder import Autoencoder
 from ldm_dkdm.first_stage.codec import LatentCodec
-from ldm_dkdm.first_stage.vq import VQModel
 from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.networks.scaling import parse_budget, slice_teacher, unet_within_budget
 from ldm_dkdm.pixel import IdentityCodec
@@ -30,7 +36,7 @@ from ldm_dkdm.schema import (
     NewNetworkConfig,
     StudentConfig,
 )
-from ldm_dkdm.sources import Model, check_network
+from ldm_dkdm.sources import Model, check_network, how_to_get
 
 Codec = LatentCodec | IdentityCodec
 LARGEST_WEIGHT = 1e4  # of a step in the loss; LDM's schedule has 200
@@ -88,14 +94,18 @@ def _codec_and_config(
         return LatentCodec(vq, config.scale_factor or card.scale_factor, precision), config
     if is_pipeline(path):
         return _pipeline_codec(path, config, precision), config
+    if is_diffusers_component(path):
+        stage = read_first_stage(path, latent_size)
+        return _stage_codec(stage, path, config, precision), replace(config, target=stage.target, params=stage.params)
     if not path.is_file():
-        raise UserError(f"first_stage: {path} is missing; name a first-stage folder (config.yaml and weights)")
+        raise UserError(f"first_stage.ckpt: {path} is missing; {how_to_get(path, 'first_stage.ckpt')}")
     if config.target is None and latent_size is None:
         raise UserError(f"first_stage: {path} is no first-stage folder, so first_stage.target and params must be given")
     tensors = read_tensors(path)
     found = compvis.first_stage_tensors(tensors) or {k: v for k, v in tensors.items() if not k.startswith("loss.")}
     if config.target is None:
-        config = replace(config, target="ldm_dkdm.first_stage.VQModel", params=infer_vq(found, latent_size, path))
+        target, params = infer_first_stage(found, latent_size, path)
+        config = replace(config, target=target, params=params)
     vq = _vq(config, "first_stage.params")
     load_strictly(vq, found, path)
     stored = tensors.get("scale_factor")
@@ -103,7 +113,7 @@ def _codec_and_config(
     return LatentCodec(vq, scale, precision), config
 
 
-def _vq(node: Any, where: str) -> VQModel:
+def _vq(node: Any, where: str) -> Autoencoder:
     return build(node, where, FIRST_STAGES)
 
 
@@ -111,7 +121,12 @@ def _pipeline_codec(path: Path, config: FirstStageConfig, precision: str) -> Lat
     stage = read_pipeline(path).first_stage
     if stage is None:
         raise UserError(f"first_stage: {path} is a pixel-space pipeline, without a first stage")
-    vq = _vq({"target": "ldm_dkdm.first_stage.VQModel", "params": stage.params}, "first_stage.params")
+    return _stage_codec(stage, path, config, precision)
+
+
+def _stage_codec(stage: FirstStage, path: Path, config: FirstStageConfig, precision: str) -> LatentCodec:
+    """The codec of diffusers' first stage."""
+    vq = _vq({"target": stage.target, "params": stage.params}, "first_stage.params")
     load_strictly(vq, stage.tensors, path)
     return LatentCodec(vq, config.scale_factor or stage.scale_factor, precision)
 
@@ -125,12 +140,15 @@ def make_student(config: StudentConfig, teacher: Model) -> tuple[nn.Module, Netw
         if own != teachers:
             name = "input_size" if key == "image_size" and isinstance(student, DiT) else key
             raise UserError(f"student.params.{name}: {own} differs from the teacher's {teachers}")
-    check_network(student, teacher.card.diffusion, "student.params")
+    check_network(student, "student.params")
     classes = teacher.network.num_classes
     if student.num_classes not in (None, classes):
         raise UserError(f"student.params.num_classes: {student.num_classes} differs from the teacher's {classes}")
     if student.out_channels > teacher.network.out_channels:
-        raise UserError("student.params.out_channels: the teacher has no variance to teach; set it to in_channels")
+        raise UserError(
+            f"student.params.out_channels: {student.out_channels}, but the teacher has no variance to teach; "
+            + ("set learn_sigma: false" if isinstance(student, DiT) else f"set it to {student.in_channels}")
+        )
     if config.init == "teacher":
         print(slice_teacher(student, teacher.network))
     else:

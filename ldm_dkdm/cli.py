@@ -40,6 +40,11 @@ def load_arguments(description: str, schema: type[T]) -> tuple[T, str]:
     return load_config(files, overrides, schema), files[-1].stem
 
 
+def local_rank() -> int:
+    """The number of this process among a run's processes on the machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for all of a run's processes on the machine."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return local_rank() == 0

@@ -12,7 +12,10 @@ from ldm_dkdm.records import Prediction
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network (x, t, label) -> tensor seen as a predictor of eps and x_0.
+    """A network (x, t, label) -> tensor seen as a predictor of eps and x_0, and of a variance if it has one.
+
+    With twice the channels of x, the output's second half is `Prediction.var_fraction` (learned-range
+    variance, Improved DDPM, Eq. 15).
 
     Attributes:
         network: predicts what `parameterization` says, (B,C,H,W).
@@ -30,6 +33,9 @@ class Denoiser:
 
     def read(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
         """The prediction that a network's output at x means."""
+        channels = x.shape[1]
+        fraction = output[:, channels:] if output.shape[1] > channels else None
+        output = output[:, :channels]
         if self.parameterization == "v":
-            return Prediction(v_to_eps(self.schedule, x, t, output), v_to_x0(self.schedule, x, t, output))
-        return Prediction(output, eps_to_x0(self.schedule, x, t, output))
+            return Prediction(v_to_eps(self.schedule, x, t, output), v_to_x0(self.schedule, x, t, output), fraction)
+        return Prediction(output, eps_to_x0(self.schedule, x, t, output), fraction)

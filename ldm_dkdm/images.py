@@ -3,7 +3,9 @@
 import math
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, BinaryIO
 
 import numpy as np
 import torch
@@ -125,8 +127,56 @@ def save_grid(images: Tensor, path: Path) -> None:
     save_image(grid(images), path)
 
 
+class NpzWriter:
+    """Writes an ADM-style .npz image by image as its parts come, so that no set of pictures need be in memory.
+
+    Args:
+        file: open for writing.
+        count: images that will come.
+    """
+
+    def __init__(self, file: BinaryIO, count: int) -> None:
+        self.archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self.member: IO[bytes] | None = None
+        self.count, self.missing = count, count
+        self.labels: list[np.ndarray] = []
+
+    def add(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Append images uint8 (B,H,W,3) and their labels (B,)."""
+        if self.member is None:
+            self.member = self.archive.open("arr_0.npy", "w", force_zip64=True)
+            shape = (self.count, *images.shape[1:])
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(self.member, header)
+        self.member.write(images.contiguous().numpy().tobytes())
+        self.missing -= len(images)
+        if labels is not None:
+            self.labels.append(labels.numpy())
+
+    def close(self) -> None:
+        """Finish the archive: arr_1 holds the labels int64 (N,), if there are any."""
+        if self.member is not None:
+            self.member.close()
+        if self.labels:
+            with self.archive.open("arr_1.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.concatenate(self.labels), allow_pickle=False)
+        self.archive.close()
+
+
+@contextmanager
+def npz_writer(path: Path, count: int) -> Iterator[NpzWriter]:
+    """An `NpzWriter` whose file appears at `path` once all images are in it."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        writer = NpzWriter(file, count)
+        try:
+            yield writer
+        finally:
+            writer.close()
+        if writer.missing:
+            raise ValueError(f"{writer.missing} of {count} images are missing")
+
+
 def save_npz(images: Tensor, path: Path, labels: Tensor | None = None) -> None:
     """Write an ADM-style .npz: arr_0 uint8 (N,H,W,3), and arr_1 int64 (N,) if there are labels."""
-    arrays = [images.numpy()] + ([] if labels is None else [labels.numpy()])
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, *arrays)
+    with npz_writer(path, len(images)) as writer:
+        writer.add(images, labels)

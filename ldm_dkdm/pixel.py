@@ -1,5 +1,7 @@
 """Pixel space: all that differs from latent space (conventions of Improved DDPM)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -8,18 +10,15 @@ from ldm_dkdm.records import Prediction
 
 
 class PixelDenoiser(Denoiser):
-    """A pixel-space network: x_0 is clipped to [-1,1], and the output may carry a variance.
+    """A pixel-space network: x_0 is clipped to [-1,1].
 
-    With twice the channels of x, the output's second half is `Prediction.var_fraction` (learned-range
-    variance, Improved DDPM, Eq. 15). eps is what the network says, unclipped: it is the student's target.
+    eps is what the network says, unclipped: it is the student's target.
     """
 
     def read(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
-        """Split what the network says, and clip x_0."""
-        channels = x.shape[1]
-        prediction = super().read(output[:, :channels], x, t)
-        fraction = output[:, channels:] if output.shape[1] > channels else None
-        return Prediction(prediction.eps, prediction.x_0.clamp(-1, 1), fraction)
+        """What the network says, with x_0 clipped."""
+        prediction = super().read(output, x, t)
+        return replace(prediction, x_0=prediction.x_0.clamp(-1, 1))
 
 
 class IdentityCodec:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.first_stage.vq import VQModel
+from ldm_dkdm.first_stage import AutoencoderKL, VQModel
 from ldm_dkdm.networks import DiT, UNet
 
 Targets = Mapping[str, Callable[..., nn.Module]]
@@ -18,11 +18,16 @@ NETWORKS: Targets = {
     "guided_diffusion.unet.UNetModel": UNet,
     "models.DiT": DiT,
 }
-FIRST_STAGES: Targets = {
+VQ_MODELS: Targets = {
     "ldm_dkdm.first_stage.VQModel": VQModel,
     "ldm.models.autoencoder.VQModel": VQModel,
     "ldm.models.autoencoder.VQModelInterface": VQModel,
     "taming.models.vqgan.VQModel": VQModel,
+}
+FIRST_STAGES: Targets = {
+    **VQ_MODELS,
+    "ldm_dkdm.first_stage.AutoencoderKL": AutoencoderKL,
+    "ldm.models.autoencoder.AutoencoderKL": AutoencoderKL,
 }
 TARGETS: Targets = {**NETWORKS, **FIRST_STAGES}
 

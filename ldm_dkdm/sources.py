@@ -83,7 +83,7 @@ def open_model(path: Path) -> Model | None:
 def _described(card: ModelCard, path: Path) -> Model:
     """A safetensors file with a card in its metadata; it does not say where its first stage lies."""
     network = build(card.network, f"{path}: params", NETWORKS)
-    check_network(network, card.diffusion, f"{path}: params")
+    check_network(network, f"{path}: params")
     load_strictly(network, read_tensors(path), path)
     return Model(network, card, None)
 
@@ -153,7 +153,7 @@ def _model(
     load: bool = True,
 ) -> Model:
     network = build(node, "teacher.params", NETWORKS)
-    check_network(network, diffusion, "teacher.params")
+    check_network(network, "teacher.params")
     if load:
         load_strictly(network, weights, path)
     card = ModelCard(path.name, node, diffusion, null_label=teacher.null_label)
@@ -193,20 +193,28 @@ RELEASES = {
 }
 
 
-def how_to_get(path: Path) -> str:
-    """What to put where a checkpoint is expected."""
+def how_to_get(path: Path, key: str = "teacher.ckpt") -> str:
+    """What to put where the checkpoint of a key is expected."""
     release = RELEASES.get(path.parent.name)
     if release:
-        return f"download {release} and put it there, or set teacher.ckpt=PATH"
+        return f"download {release} and put it there, or set {key}=PATH"
+    if key == "first_stage.ckpt":
+        return "name a first-stage folder (config.yaml and weights), or a checkpoint that holds one"
     return "set the key to a CompVis .ckpt, a guided-diffusion .pt, or a model folder with config.yaml and weights"
 
 
-def check_network(network: nn.Module, diffusion: DiffusionConfig, where: str) -> None:
-    """Refuse outputs that the space has no use for."""
-    states = network.in_channels
-    allowed = (states, 2 * states) if diffusion.space == "pixel" else (states,)
+def check_network(network: nn.Module, where: str) -> None:
+    """Refuse outputs that are neither of the states' channels nor twice as many, for a variance."""
+    allowed = (network.in_channels, 2 * network.in_channels)
     if network.out_channels not in allowed:
+        raise UserError(f"{where}.out_channels: {network.out_channels} must be {allowed[0]} or {allowed[1]}")
+
+
+def check_trainable(network: nn.Module, diffusion: DiffusionConfig, where: str) -> None:
+    """Refuse what data cannot teach: outside pixel space L_vlb's likelihood of 8-bit values means nothing."""
+    check_network(network, where)
+    if diffusion.space == "latent" and network.out_channels != network.in_channels:
+        said = " (learn_sigma: false)" if hasattr(network, "null_label") else ""
         raise UserError(
-            f"{where}.out_channels: {network.out_channels} must be {' or '.join(map(str, allowed))} in "
-            f"{diffusion.space} space{' (learn_sigma: false)' if hasattr(network, 'null_label') else ''}"
+            f"{where}.out_channels: {network.out_channels} must be {network.in_channels} in latent space{said}"
         )

@@ -59,6 +59,15 @@ EDITS = {
     "stride_zero": ({"distill.stride": 0}, ("distill.stride", "at least 1")),
     "stride_beyond_T": ({"distill.stride": 21}, ("distill.stride", "20")),
     "warmup_mode": ({"distill.warmup.mode": "dance"}, ("distill.warmup.mode", "dance", "ancestral")),
+    "t_cap_without_samples": ({"distill.warmup": {"mode": "noise", "t_cap": 5.0}}, ("distill.warmup.t_cap",)),
+    "t_cap_of_no_warmup": (
+        {
+            "distill.variant": "iterative",
+            "distill.rho": GONE,
+            "distill.warmup": {"mode": "ddim", "steps": 5, "t_cap": 5.0},
+        },
+        ("distill.warmup.t_cap", "iterative"),
+    ),
     "warmup_steps_beyond_T": ({"distill.warmup.steps": 21}, ("distill.warmup.steps", "20")),
     "sample_steps_beyond_T": ({"logging.sample_steps": 21}, ("logging.sample_steps", "20")),
     "learning_rate_zero": ({"trainer.learning_rate": 0}, ("trainer.learning_rate", "above 0")),

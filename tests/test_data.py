@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm_dkdm import UserError
 from ldm_dkdm.baselines.data import CachedStates, EncodedStates, ImageSet, encode_sets, open_images, open_sets
-from ldm_dkdm.images import save_npz
+from ldm_dkdm.images import npz_writer, save_npz
 from ldm_dkdm.pixel import IdentityCodec
 from ldm_dkdm.schema import DiffusionDataConfig
 
@@ -107,3 +107,16 @@ def test_cached_states_are_drawn_with_their_labels() -> None:
     states, labels = CachedStates(x_0, torch.arange(6)).draw(50, generator())
     assert torch.equal(states.flatten(), labels.float())
     assert CachedStates(x_0).draw(3, generator())[1] is None
+
+
+def test_an_npz_written_in_parts_is_what_numpy_reads_and_appears_only_whole(tmp_path: Path) -> None:
+    images, labels = numbered(5), torch.tensor([3, 1, 2, 0, 1])
+    with npz_writer(tmp_path / "parts.npz", 5) as writer:
+        writer.add(images[:2], labels[:2])
+        assert not (tmp_path / "parts.npz").exists()
+        writer.add(images[2:], labels[2:])
+    with np.load(tmp_path / "parts.npz", allow_pickle=False) as archive:
+        assert np.array_equal(archive["arr_0"], images.numpy()) and np.array_equal(archive["arr_1"], labels.numpy())
+    with pytest.raises(ValueError, match="2 of 5"), npz_writer(tmp_path / "short.npz", 5) as writer:
+        writer.add(images[:3])
+    assert [f.name for f in tmp_path.iterdir()] == ["parts.npz"]

@@ -9,8 +9,10 @@ from torch import nn
 
 from ldm_dkdm.config import build, load_config
 from ldm_dkdm.distill.pool import pool_slots
-from ldm_dkdm.schema import DistillRun
-from ldm_dkdm.sources import check_network, make_schedule
+from ldm_dkdm.runs.distill import assemble
+from ldm_dkdm.runs.plan import costs
+from ldm_dkdm.schema import DiffusionRun, DistillRun
+from ldm_dkdm.sources import check_trainable, make_schedule
 from tests.cli import ROOT, distil, write_yaml
 
 # Tab. 6: parameters of teacher and student, channels, blocks, head channels, dropout; batch, iterations, early stop
@@ -63,7 +65,7 @@ def test_the_networks_are_those_of_table_6(name: str) -> None:
         assert (params["image_size"], params["channel_mult"], params["dropout"]) == (side, mult, dropout)
         assert [side // factor for factor in params["attention_resolutions"]] == resolutions
         assert params["resblock_updown"] and network.out_channels == 6
-        check_network(network, config.diffusion, "student.params")
+        check_trainable(network, config.diffusion, "student.params")
 
 
 @pytest.mark.parametrize("name", TABLE_6)
@@ -86,7 +88,7 @@ def test_the_students_of_tables_8_and_10_fit_their_recipes(names: tuple[str, str
     config = recipe(base, f"students/{student}")
     network = on_meta(config.student)
     assert parameters(network) == STUDENTS[names]
-    check_network(network, config.diffusion, "student.params")
+    check_trainable(network, config.diffusion, "student.params")
     teacher = on_meta(config.teacher)
     assert (network.image_size, network.in_channels) == (teacher.image_size, teacher.in_channels)
     if "dropout" in config.student.params:
@@ -119,6 +121,37 @@ def test_another_target_leaves_budget_and_first_weights_behind(tmp_path: Path) -
     base = write_yaml(tmp_path / "base.yaml", {**to_plain("cifar10"), "student": {"budget": "20M", "init": "teacher"}})
     vit = ROOT / "configs" / "students" / "vit19m.yaml"
     assert load_config([base, vit]).student == recipe("cifar10", "students/vit19m").student
+
+
+RECIPES = [(name,) for name in (*TABLE_6, "ffhq256", "celebahq256")] + list(STUDENTS)
+
+
+@pytest.mark.parametrize("names", RECIPES, ids="-".join)
+def test_a_plan_counts_parameters_and_operations_of_every_recipe(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no checkpoint is there
+    for module in ("sources", "assemble"):
+        monkeypatch.setattr(f"ldm_dkdm.{module}.build", lambda node, *_: on_meta(node))
+    config = recipe(names[0], *(f"students/{name}" for name in names[1:]))
+    lines = costs(config, assemble(config, planning=True))
+    for subject, node in (("teacher", config.teacher), ("student", config.student)):
+        millions = parameters(on_meta(node)) / 1e6
+        assert lines[subject].startswith(f"{millions:.6f} M parameters, ")
+        assert float(lines[subject].split()[3]) > 1  # GFLOPs
+
+
+@pytest.mark.parametrize("name", [*TABLE_6, "ffhq256", "celebahq256"])
+def test_the_baseline_on_data_trains_the_student_of_the_recipe(name: str) -> None:
+    distilled = recipe(name)
+    config = load_config(ROOT / "configs" / f"{name}_data.yaml", schema=DiffusionRun)
+    assert config.model.params == distilled.student.params and config.diffusion == distilled.diffusion
+    assert config.trainer == distilled.trainer and config.data.batch_size == distilled.distill.batch_size
+    stage = distilled.first_stage
+    assert (config.first_stage.target, config.first_stage.params) == (stage.target, stage.params)
+    side = stage.params["ddconfig"]["resolution"] if stage.target else config.model.params["image_size"]
+    assert config.data.image_size == side
+    check_trainable(on_meta(config.model), config.diffusion, "model.params")
 
 
 def test_a_plan_needs_no_checkpoint_and_says_what_to_download(

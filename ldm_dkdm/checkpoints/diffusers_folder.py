@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.diffusers_names import (
+    FIRST_STAGES,
     OLD_ATTENTION,
+    first_stage_config,
+    first_stage_name,
+    first_stage_params,
     join_qkv,
     split_qkv,
     unet_config,
     unet_name,
     unet_params,
-    vq_config,
-    vq_name,
-    vq_params,
 )
 from ldm_dkdm.checkpoints.reading import read_tensors
 from ldm_dkdm.config import build
@@ -36,11 +37,16 @@ PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
 
 @dataclass(frozen=True)
 class FirstStage:
-    """A VQModel: our parameters, tensors under our names, the scale of the latents."""
+    """A VQModel or AutoencoderKL: our parameters, tensors under our names, the scale of the latents."""
 
     params: dict[str, Any]
     tensors: dict[str, Tensor]
     scale_factor: float = 1.0
+
+    @property
+    def target(self) -> str:
+        """Its class here; only a codebook has a size."""
+        return "ldm_dkdm.first_stage." + ("VQModel" if "n_embed" in self.params else "AutoencoderKL")
 
 
 @dataclass(frozen=True)
@@ -58,14 +64,37 @@ def is_pipeline(path: Path) -> bool:
     return (path / "model_index.json").is_file()
 
 
+def is_diffusers_component(path: Path) -> bool:
+    """Whether the path is the folder of one model of diffusers, such as a VAE."""
+    return (path / "config.json").is_file()
+
+
+def read_first_stage(folder: Path, latent_size: int | None = None) -> FirstStage:
+    """Read the folder of a VQModel or an AutoencoderKL, for example a release of Stable Diffusion's VAE.
+
+    Args:
+        folder: config.json and the weights.
+        latent_size: side of the latents; default: that of the config's `sample_size`.
+
+    Raises:
+        UserError: another model, or an option that we do not have.
+    """
+    return _plainly(_first_stage_from, folder, latent_size)
+
+
 def read_pipeline(folder: Path) -> Pipeline:
-    """Read a pipeline of a UNet2DModel, a scheduler and, for latents, a VQModel.
+    """Read a pipeline of a UNet2DModel, a scheduler and, for latents, a VQModel or AutoencoderKL.
 
     Raises:
         UserError: a missing part, or an option that we do not have; names the file and the key.
     """
+    return _plainly(_read, folder)
+
+
+def _plainly(read: Callable[..., Any], folder: Path, *arguments: object) -> Any:
+    """What `read` makes of a folder; a config that lacks or contradicts something is a `UserError`."""
     try:
-        return _read(folder)
+        return read(folder, *arguments)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ZeroDivisionError) as error:
@@ -85,7 +114,7 @@ def _read(folder: Path) -> Pipeline:
     stage = next((folder / name for name in ("vqvae", "vae") if name in index), None)
     diffusion, parameterization = _read_scheduler(folder / "scheduler" / "scheduler_config.json", stage is None)
     tensors = _unet_from(read_tensors(folder / "unet"), params, folder / "unet")
-    first_stage = None if stage is None else _read_vq(stage, params["image_size"])
+    first_stage = None if stage is None else _first_stage_from(stage, params["image_size"])
     return Pipeline(NetworkConfig(UNET_TARGET, params, parameterization), tensors, diffusion, first_stage)
 
 
@@ -108,23 +137,23 @@ def _read_scheduler(path: Path, pixel: bool) -> tuple[DiffusionConfig, str]:
     return DiffusionConfig(names[schedule], steps, *ends, space), kinds[kind]
 
 
-def _read_vq(folder: Path, latent_size: int) -> FirstStage:
+def _first_stage_from(folder: Path, latent_size: int | None) -> FirstStage:
     config = _json(folder / "config.json")
-    if config.get("_class_name") != "VQModel":
-        raise UserError(f"{folder}: is a {config.get('_class_name')}; only VQModel works")
-    params = vq_params(config, latent_size, folder / "config.json")
+    if config.get("_class_name") not in FIRST_STAGES:
+        raise UserError(f"{folder}: is a {config.get('_class_name')}; only {' and '.join(FIRST_STAGES)} work")
+    params = first_stage_params(config, latent_size, folder / "config.json")
+    stage = FirstStage(params, {}, float(config.get("scaling_factor", 0.18215)))
     found = {_modern(name): tensor for name, tensor in read_tensors(folder).items()}
-    tensors = {}
-    for name, shape in _shapes({"target": "ldm_dkdm.first_stage.VQModel", "params": params}).items():
-        theirs = vq_name(name, len(config["block_out_channels"]))
-        tensors[name] = _take(found, theirs, folder).reshape(shape)
-    return FirstStage(params, tensors, float(config.get("scaling_factor", 0.18215)))
+    for name, shape in _shapes({"target": stage.target, "params": params}, folder).items():
+        theirs = first_stage_name(name, len(config["block_out_channels"]))
+        stage.tensors[name] = _take(found, theirs, folder).reshape(shape)
+    return stage
 
 
 def _unet_from(found: Mapping[str, Tensor], params: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
     found = {_modern(name): tensor for name, tensor in found.items()}
     tensors, used = {}, set()
-    for name, shape in _shapes({"target": UNET_TARGET, "params": dict(params)}).items():
+    for name, shape in _shapes({"target": UNET_TARGET, "params": dict(params)}, source).items():
         theirs = unet_name(name, params["num_res_blocks"])
         if ".to_qkv." in theirs:
             names = [theirs.replace("to_qkv", part) for part in ("to_q", "to_k", "to_v")]
@@ -152,9 +181,10 @@ def _take(tensors: Mapping[str, Tensor], name: str, source: Path) -> Tensor:
     return tensors[name]
 
 
-def _shapes(node: dict[str, Any]) -> dict[str, torch.Size]:
+def _shapes(node: dict[str, Any], folder: Path) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        return {name: value.shape for name, value in build(node, "params").state_dict().items()}
+        network = build(node, f"{folder}/config.json: in our terms")
+    return {name: value.shape for name, value in network.state_dict().items()}
 
 
 def _heads(params: Mapping[str, Any], channels: int) -> int:
@@ -184,7 +214,7 @@ def write_pipeline(folder: Path, pipeline: Pipeline) -> None:
         )
     parts = {"unet": (unet_config(pipeline.network.params), _unet_to(pipeline))}
     if pipeline.first_stage is not None:
-        parts["vqvae"] = _vq_to(pipeline.first_stage)
+        parts["vqvae"] = _first_stage_to(pipeline.first_stage)
     scheduler = _scheduler(pipeline)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
@@ -193,9 +223,10 @@ def write_pipeline(folder: Path, pipeline: Pipeline) -> None:
             write_text(temporary / name / "config.json", json.dumps(config, indent=2) + "\n")
             save_file(tensors, temporary / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
         write_text(temporary / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2) + "\n")
-        classes = {"unet": "UNet2DModel", "vqvae": "VQModel", "scheduler": scheduler["_class_name"]}
+        classes = {name: config["_class_name"] for name, (config, _) in parts.items()}
+        classes["scheduler"] = scheduler["_class_name"]
         index = {"_class_name": "LDMPipeline" if pipeline.first_stage else "DDPMPipeline"}
-        index |= {name: ["diffusers", kind] for name, kind in classes.items() if name in parts or name == "scheduler"}
+        index |= {name: ["diffusers", kind] for name, kind in classes.items()}
         write_text(temporary / "model_index.json", json.dumps(index, indent=2) + "\n")
         temporary.rename(folder)
     finally:
@@ -216,12 +247,12 @@ def _unet_to(pipeline: Pipeline) -> dict[str, Tensor]:
     return tensors
 
 
-def _vq_to(stage: FirstStage) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config, tensors = vq_config(stage.params, stage.scale_factor), {}
+def _first_stage_to(stage: FirstStage) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config, tensors = first_stage_config(stage.params, stage.scale_factor), {}
     for name, value in stage.tensors.items():
         attention = ".attn_1." in name and value.ndim == 4
         flat = value.flatten(1) if attention else value
-        tensors[vq_name(name, len(config["block_out_channels"]))] = flat.contiguous()
+        tensors[first_stage_name(name, len(config["block_out_channels"]))] = flat.contiguous()
     return config, tensors
 
 

@@ -193,8 +193,8 @@ def join_qkv(parts: list[Tensor], heads: int) -> Tensor:
     return joined[..., None] if joined.ndim == 2 else joined
 
 
-def vq_name(name: str, levels: int) -> str:
-    """diffusers' VQModel name of one of taming's."""
+def first_stage_name(name: str, levels: int) -> str:
+    """The name in diffusers' VQModel and AutoencoderKL of one of taming's."""
     found = re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d+)\.(block|downsample|upsample)\.(.*)", name)
     if found:
         half, way, level, kind, rest = found.groups()
@@ -216,16 +216,21 @@ def vq_name(name: str, levels: int) -> str:
     return name
 
 
-def vq_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
-    """diffusers' VQModel config for our first stage's parameters."""
-    dd = params["ddconfig"]
+FIRST_STAGES = ("VQModel", "AutoencoderKL")
+
+
+def first_stage_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
+    """diffusers' VQModel or AutoencoderKL config for our first stage's parameters."""
+    dd, codes = params["ddconfig"], params.get("n_embed")
+    kind = FIRST_STAGES[codes is None]
     if dd["attn_resolutions"]:
-        raise UserError("--to: diffusers' VQModel has no attention outside its middle; attn_resolutions is not empty")
-    if dd.get("double_z") or dd["z_channels"] != params["embed_dim"]:
-        raise UserError("--to: diffusers' VQModel needs embed_dim = z_channels and no double_z")
+        raise UserError(f"--to: diffusers' {kind} has no attention outside its middle; attn_resolutions is not empty")
+    if dd["z_channels"] != params["embed_dim"]:
+        raise UserError(f"--to: diffusers' {kind} needs embed_dim = z_channels")
     widths = [dd["ch"] * mult for mult in dd["ch_mult"]]
+    own = {} if codes is None else {"num_vq_embeddings": codes, "vq_embed_dim": params["embed_dim"]}
     return {
-        "_class_name": "VQModel",
+        "_class_name": kind,
         "in_channels": dd["in_channels"],
         "out_channels": dd["out_ch"],
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
@@ -235,27 +240,42 @@ def vq_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
         "act_fn": "silu",
         "latent_channels": dd["z_channels"],
         "sample_size": dd["resolution"],
-        "num_vq_embeddings": params["n_embed"],
         "norm_num_groups": 32,
-        "vq_embed_dim": params["embed_dim"],
         "scaling_factor": scale_factor,
+        **own,
     }
 
 
-def vq_params(config: Mapping[str, Any], latent_size: int, source: Path) -> dict[str, Any]:
-    """Our first stage's parameters for a VQModel's config; the resolution follows from the latents' side."""
-    widths = list(config["block_out_channels"])
+WANTED = {  # of a first stage; the values at which it is like ours
+    "norm_num_groups": 32,
+    "norm_type": "group",
+    "act_fn": "silu",
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "lookup_from_codebook": False,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
+
+
+def first_stage_params(config: Mapping[str, Any], latent_size: int | None, source: Path) -> dict[str, Any]:
+    """Our first stage's parameters for a VQModel's or AutoencoderKL's config.
+
+    The resolution follows from the latents' side, or from `sample_size` where that is None.
+    """
+    widths, codes = list(config["block_out_channels"]), config.get("num_vq_embeddings")
     plain = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
     kinds = {*config["down_block_types"], *config["up_block_types"]}
-    if not kinds <= plain or config.get("norm_num_groups", 32) != 32 or config.get("norm_type", "group") != "group":
-        raise UserError(
-            f"{source}: a VQModel with {', '.join(sorted(kinds - plain)) or 'other norms'} is not supported"
-        )
+    other = [f"{key} {config[key]}" for key, value in WANTED.items() if config.get(key, value) != value]
+    if not kinds <= plain or other:
+        raise UserError(f"{source}: a first stage with {', '.join(sorted(kinds - plain) + other)} is not supported")
     embed = config.get("vq_embed_dim") or config["latent_channels"]
     ddconfig = {
-        "double_z": False,
+        "double_z": config["_class_name"] == "AutoencoderKL",
         "z_channels": config["latent_channels"],
-        "resolution": latent_size * 2 ** (len(widths) - 1),
+        "resolution": config["sample_size"] if latent_size is None else latent_size * 2 ** (len(widths) - 1),
         "in_channels": config["in_channels"],
         "out_ch": config["out_channels"],
         "ch": widths[0],
@@ -264,4 +284,4 @@ def vq_params(config: Mapping[str, Any], latent_size: int, source: Path) -> dict
         "attn_resolutions": [],
         "dropout": 0.0,
     }
-    return {"ddconfig": ddconfig, "n_embed": config["num_vq_embeddings"], "embed_dim": embed}
+    return {"ddconfig": ddconfig, "embed_dim": embed} | ({} if codes is None else {"n_embed": codes})

@@ -23,6 +23,12 @@ from ldm_dkdm.schema import ModelCard
 COMPVIS_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}
 
 
+COMPVIS_FIRST_STAGES = {
+    "VQModel": "ldm.models.autoencoder.VQModelInterface",
+    "AutoencoderKL": "ldm.models.autoencoder.AutoencoderKL",
+}
+
+
 def check_eps_unet(network: nn.Module, card: ModelCard, code_base: str) -> None:
     """Refuse what CompVis's and guided-diffusion's samplers would misread.
 
@@ -87,15 +93,17 @@ def write_compvis(
     content = {"epoch": 0, "global_step": int(steps), "pytorch-lightning_version": "1.4.2", "state_dict": state}
     with replacing(path) as temporary:
         torch.save(content, temporary)
-    config = compvis_config(card, first_stage_params, scale_factor)
+    config = compvis_config(card, type(first_stage).__name__, first_stage_params, scale_factor)
     write_text(path.with_suffix(".yaml"), json.dumps(config, indent=2) + "\n")  # JSON is YAML
 
 
-def compvis_config(card: ModelCard, first_stage_params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
+def compvis_config(
+    card: ModelCard, first_stage: str, first_stage_params: Mapping[str, Any], scale_factor: float
+) -> dict[str, Any]:
     """The `model` section that CompVis's scripts instantiate."""
     diffusion, params = card.diffusion, dict(card.network.params)
     params.pop("num_classes", None)
-    vq = {**first_stage_params, "lossconfig": {"target": "torch.nn.Identity"}}
+    stage = {**first_stage_params, "lossconfig": {"target": "torch.nn.Identity"}}
     return {
         "model": {
             "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
@@ -109,7 +117,7 @@ def compvis_config(card: ModelCard, first_stage_params: Mapping[str, Any], scale
                 "channels": params["in_channels"],
                 "scale_by_std": scale_factor != 1,
                 "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": params},
-                "first_stage_config": {"target": "ldm.models.autoencoder.VQModelInterface", "params": vq},
+                "first_stage_config": {"target": COMPVIS_FIRST_STAGES[first_stage], "params": stage},
                 "cond_stage_config": "__is_unconditional__",
             },
         }

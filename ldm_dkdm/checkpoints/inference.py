@@ -148,8 +148,8 @@ def infer_dit(tensors: Mapping[str, Tensor]) -> Inferred:
     return Inferred("ldm_dkdm.networks.DiT", params, tuple(demands))
 
 
-def infer_vq(tensors: Mapping[str, Tensor], latent_size: int, source: Path) -> dict[str, Any]:
-    """The parameters of a VQModel, from its tensors and the side of its latents.
+def infer_first_stage(tensors: Mapping[str, Tensor], latent_size: int, source: Path) -> tuple[str, dict[str, Any]]:
+    """Target and parameters of a VQModel or AutoencoderKL, from its tensors and the side of its latents.
 
     Args:
         tensors: of the first stage, without a prefix.
@@ -157,25 +157,26 @@ def infer_vq(tensors: Mapping[str, Tensor], latent_size: int, source: Path) -> d
         source: for messages.
 
     Raises:
-        UserError: no VQ first stage, or one whose tensors are incomplete.
+        UserError: no first stage, or one whose tensors are incomplete.
     """
-    if "quantize.embedding.weight" not in tensors or "encoder.conv_in.weight" not in tensors:
-        raise UserError(f"{source}: holds no VQ first stage; name its file or folder in first_stage.ckpt")
+    if "encoder.conv_in.weight" not in tensors or "quant_conv.weight" not in tensors:
+        raise UserError(f"{source}: holds no first stage; name its file or folder in first_stage.ckpt")
     try:
-        return _vq_params(tensors, latent_size)
+        return _first_stage(tensors, latent_size)
     except TOO_FEW as error:
         raise UserError(f"{source}: its first stage is incomplete or of another kind ({error})") from error
 
 
-def _vq_params(tensors: Mapping[str, Tensor], latent_size: int) -> dict[str, Any]:
+def _first_stage(tensors: Mapping[str, Tensor], latent_size: int) -> tuple[str, dict[str, Any]]:
     channels = tensors["encoder.conv_in.weight"].shape[0]
     levels = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.down."))
     blocks = 1 + max(int(name.split(".")[4]) for name in tensors if name.startswith("encoder.down.0.block."))
     resolution = latent_size * 2 ** (levels - 1)
-    embed = tensors["quantize.embedding.weight"]
+    codes = tensors.get("quantize.embedding.weight")
+    moments = 2 if codes is None else 1  # without a codebook: mean and log variance
     ddconfig = {
-        "double_z": False,
-        "z_channels": tensors["encoder.conv_out.weight"].shape[0],
+        "double_z": codes is None,
+        "z_channels": tensors["encoder.conv_out.weight"].shape[0] // moments,
         "resolution": resolution,
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
         "out_ch": tensors["decoder.conv_out.weight"].shape[0],
@@ -189,4 +190,7 @@ def _vq_params(tensors: Mapping[str, Tensor], latent_size: int) -> dict[str, Any
         ],
         "dropout": 0.0,
     }
-    return {"ddconfig": ddconfig, "n_embed": embed.shape[0], "embed_dim": embed.shape[1]}
+    params = {"ddconfig": ddconfig, "embed_dim": tensors["quant_conv.weight"].shape[0] // moments}
+    if codes is None:
+        return "ldm_dkdm.first_stage.AutoencoderKL", params
+    return "ldm_dkdm.first_stage.VQModel", {**params, "n_embed": codes.shape[0]}

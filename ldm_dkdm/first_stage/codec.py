@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from ldm_dkdm.first_stage.vq import VQModel
+from ldm_dkdm.first_stage.autoencoder import Autoencoder
 from ldm_dkdm.precision import autocast
 
 MAX_DISTANCES = 1 << 27  # between latents and codes at once: 0.5 GB in float32
+CODES = 8192  # where there is no codebook, batches are as large as with this one
 
 
 class LatentCodec:
@@ -18,7 +19,7 @@ class LatentCodec:
         precision: `bf16` or `32`.
     """
 
-    def __init__(self, vq: VQModel, scale_factor: float = 1.0, precision: str = "32") -> None:
+    def __init__(self, vq: Autoencoder, scale_factor: float = 1.0, precision: str = "32") -> None:
         self.vq = vq.eval().requires_grad_(False)
         self.scale_factor, self.precision = scale_factor, precision
 
@@ -53,7 +54,7 @@ class LatentCodec:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B,C,h,w) -> images uint8 (B,H,W,3), a few at a time: every position meets every code."""
-        distances = latents.shape[-2] * latents.shape[-1] * self.vq.quantize.n_e
+        distances = latents.shape[-2] * latents.shape[-1] * (self.vq.codes or CODES)
         parts = latents.split(max(1, MAX_DISTANCES // distances))
         return torch.cat([self._decode(part) for part in parts])
 

@@ -86,7 +86,7 @@ def _to_diffusers(model: Model, out: Path) -> None:
 def prove(folder: Path, model: Model, codec: Codec) -> float | None:
     """Largest difference, in [-1,1], of two pictures by DDIM-10 here and in diffusers; None without that library."""
     try:
-        from diffusers import DDIMScheduler, UNet2DModel, VQModel
+        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel, VQModel
     except ImportError:
         return None
     noise = torch.randn((2, *model.latent_shape), generator=torch.Generator().manual_seed(0))
@@ -103,7 +103,8 @@ def prove(folder: Path, model: Model, codec: Codec) -> float | None:
         output = network(x, t, class_labels=label).sample[:, : x.shape[1]]
         x = scheduler.step(output, t, x, use_clipped_model_output=clips).prev_sample
     if isinstance(codec, LatentCodec):
-        vq = VQModel.from_pretrained(folder / "vqvae", low_cpu_mem_usage=False).eval()
+        kind = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}[type(codec.vq).__name__]
+        vq = kind.from_pretrained(folder / "vqvae", low_cpu_mem_usage=False).eval()
         x, ours = vq.decode(x / vq.config.scaling_factor).sample, codec.vq.eval().decode(ours / codec.scale_factor)
     return (x - ours).abs().max().item()
 

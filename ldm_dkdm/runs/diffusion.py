@@ -20,7 +20,7 @@ from ldm_dkdm.runs.loop import RunFolder, default_device, finished, first_batch,
 from ldm_dkdm.runs.samples import SampleGrid
 from ldm_dkdm.runs.saving import RunCheckpoint
 from ldm_dkdm.schema import DiffusionRun, ModelCard
-from ldm_dkdm.sources import Model, check_network, make_schedule
+from ldm_dkdm.sources import Model, check_trainable, make_schedule
 
 
 def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:
@@ -79,7 +79,7 @@ def _network(config: DiffusionRun) -> nn.Module:
     torch.manual_seed(config.trainer.seed)  # of the first weights
     network = build(config.model, "model.params", NETWORKS)
     load_initial(network, config.model, "model.init")
-    check_network(network, config.diffusion, "model.params")
+    check_trainable(network, config.diffusion, "model.params")
     return network
 
 

@@ -66,8 +66,11 @@ class Parts:
 
 def assemble(config: DistillRun, planning: bool = False) -> Parts:
     """Load and check every part; nothing is written. `planning` does without checkpoints that are missing."""
-    if config.distill.warmup.mode in ("ancestral", "noise") and config.distill.warmup.t_cap is not None:
-        raise UserError("distill.warmup.t_cap: has an effect with mode: ddim or dpm-solver++ only; remove it")
+    if preparation(config.distill).mode in ("ancestral", "noise") and config.distill.warmup.t_cap is not None:
+        raise UserError(
+            "distill.warmup.t_cap: has an effect with mode: ddim or dpm-solver++ only, "
+            "and none with variant: iterative; remove it"
+        )
     device = default_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
     model = load_teacher(config, planning)

@@ -14,7 +14,7 @@ from ldm_dkdm.first_stage.training import FirstStageModule, held_out_psnr, laten
 from ldm_dkdm.first_stage.vq import VQModel
 from ldm_dkdm.images import endless_batches, load_images
 from ldm_dkdm.precision import resolve_precision
-from ldm_dkdm.registry import FIRST_STAGES
+from ldm_dkdm.registry import VQ_MODELS
 from ldm_dkdm.runs.ema import averaged
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.loop import RunFolder, default_device, finished, fit, open_run, run_folder
@@ -42,7 +42,7 @@ def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
     device = default_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
     torch.manual_seed(config.trainer.seed)  # of the first weights
-    vq = build(config.first_stage, "first_stage.params", FIRST_STAGES)
+    vq = build(config.first_stage, "first_stage.params", VQ_MODELS)
     _refuse_unused(config)
     images = load_images(config.data.path, config.data.image_size)
     if config.data.batch_size > len(images):

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, IterableDataset
 
+from ldm_dkdm.cli import local_rank
 from ldm_dkdm.config import load_config, to_yaml
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.files import write_text
@@ -240,9 +241,9 @@ def quiet_lightning() -> None:
 
 
 def default_device(accelerator: str) -> torch.device:
-    """The device that Lightning will choose for one process."""
+    """The device that Lightning will choose for this process."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", local_rank())
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")
     if accelerator not in ("auto", "cpu"):

@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ldm_dkdm.diffusion.samplers import ddim_timesteps
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing
 from ldm_dkdm.generate import SamplerConfig, sample_states
-from ldm_dkdm.images import grid, save_image, save_npz, side_by_side
+from ldm_dkdm.images import grid, npz_writer, save_image, side_by_side
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.runs.loop import default_device
 from ldm_dkdm.schema import FirstStageConfig, ModelCard
@@ -82,24 +83,24 @@ def sample(
     started = time.monotonic()
     steps = config.steps or schedule.num_timesteps
     config = replace(config, steps=steps)
-    latents, images, labels = [], [], []
-    with tqdm(total=config.count, desc=f"sampling {painter.name}", unit="image") as bar:
+    latents, first = [], []
+    with ExitStack() as files:
+        npz = files.enter_context(npz_writer(out / "samples.npz", config.count)) if arguments.npz else None
+        bar = files.enter_context(tqdm(total=config.count, desc=f"sampling {painter.name}", unit="image"))
         for batch, label in sample_states(denoise, schedule, shape, config, painter.device, painter.denoiser.classes):
             pictures = painter.codec.decode(batch).cpu()
             if not arguments.no_png:
                 _write_png(pictures, out / "img", config.seed + bar.n)
-            if arguments.npz or bar.n < GRID:
-                images.append(pictures)
-            if label is not None:
-                labels.append(label.cpu())
+            if npz:
+                npz.add(pictures, None if label is None else label.cpu())
+            if bar.n < GRID:
+                first.append(pictures)
             if arguments.latents:
                 latents.append(batch.cpu())
             bar.update(len(batch))
     rate = config.count / (time.monotonic() - started)
-    sheet = grid(torch.cat(images)[:GRID])
+    sheet = grid(torch.cat(first)[:GRID])
     save_image(sheet, out / "grid.png")
-    if arguments.npz:
-        save_npz(torch.cat(images), out / "samples.npz", torch.cat(labels) if labels else None)
     if arguments.latents:
         with replacing(out / "latents.safetensors") as temporary:
             save_file({"latents": torch.cat(latents)}, temporary)

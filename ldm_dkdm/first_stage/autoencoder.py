@@ -1,0 +1,41 @@
+"""The convolutions that CompVis's first stages share, out of taming's parts."""
+
+import contextlib
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from taming.modules.diffusionmodules.model import Decoder, Encoder
+from torch import Tensor, nn
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder of a first stage, with CompVis's parameter names.
+
+    Args:
+        ddconfig: keyword arguments of taming's `Encoder` and `Decoder` (ch, ch_mult, z_channels, double_z, ...).
+        embed_dim: channels of a latent.
+    """
+
+    codes = 0  # in the codebook, if there is one
+
+    def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int) -> None:
+        super().__init__()
+        moments = 2 if ddconfig.get("double_z", True) else 1  # mean and log variance, or a latent
+        self.in_channels = ddconfig["in_channels"]
+        self.embed_dim = embed_dim
+        self.resolution = ddconfig["resolution"]
+        self.downsampling = 2 ** (len(ddconfig["ch_mult"]) - 1)
+        with contextlib.redirect_stdout(io.StringIO()):  # taming's Decoder prints its latent shape
+            self.encoder = Encoder(**ddconfig)
+            self.decoder = Decoder(**ddconfig)
+        self.quant_conv = nn.Conv2d(moments * ddconfig["z_channels"], moments * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images (B,C,H,W) in [-1,1] -> latents (B,embed_dim,H/f,W/f)."""
+        return self.quant_conv(self.encoder(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B,embed_dim,h,w) -> images (B,C,h*f,w*f), nominally in [-1,1]."""
+        return self.decoder(self.post_quant_conv(z))

@@ -1,0 +1,120 @@
+"""KL first stages: equality with diffusers' AutoencoderKL, CompVis's files, latent DiTs with a learned variance."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL as Theirs
+from safetensors.torch import load_file
+
+from ldm_dkdm import UserError
+from ldm_dkdm.assemble import load_first_stage
+from ldm_dkdm.checkpoints import read_tensors
+from ldm_dkdm.checkpoints.diffusers_folder import read_first_stage
+from ldm_dkdm.first_stage import AutoencoderKL, VQModel
+from ldm_dkdm.networks import DiT, UNet
+from ldm_dkdm.schema import FirstStageConfig
+from ldm_dkdm.sources import load_teacher, make_schedule
+from tests.cli import distil, run_script, sample, write_yaml
+from tests.parts import (
+    DDCONFIG,
+    DIFFUSION,
+    UNET_PARAMS,
+    distill_config,
+    model_folder,
+    randomised,
+    write_compvis_checkpoint,
+)
+from tests.test_foreign import run_with
+
+KL_PARAMS = {"ddconfig": {**DDCONFIG, "double_z": True}, "embed_dim": 3}
+GIVEN = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
+DIT = {"input_size": 8, "in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2}
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> Path:
+    """A folder that diffusers wrote: 32x32 pictures, 8x8x3 latents."""
+    theirs = Theirs(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[32, 32, 64],
+        latent_channels=3,
+        sample_size=32,
+        scaling_factor=0.5,
+    )
+    randomised(theirs).save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@torch.no_grad()
+def test_latents_and_pictures_equal_diffusers(vae: Path) -> None:
+    stage, theirs = read_first_stage(vae), Theirs.from_pretrained(vae, low_cpu_mem_usage=False).eval()
+    ours = AutoencoderKL(**stage.params).eval()
+    ours.load_state_dict(stage.tensors)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    z = ours.encode(x)
+    assert stage.scale_factor == 0.5 and z.shape == (2, 3, 8, 8) and z.std() > 1e-3
+    torch.testing.assert_close(z, theirs.encode(x).latent_dist.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.decode(z), theirs.decode(z).sample, rtol=1e-4, atol=1e-4)
+
+
+def test_a_first_stage_option_that_we_do_not_have_is_refused(vae: Path) -> None:
+    config = vae / "config.json"
+    config.write_text(config.read_text().replace('"shift_factor": null', '"shift_factor": 0.1'))
+    with pytest.raises(UserError, match=r"shift_factor 0\.1 is not supported"):
+        read_first_stage(vae)
+
+
+def test_a_compvis_file_with_a_kl_first_stage_needs_no_description_of_it(tmp_path: Path) -> None:
+    kl = randomised(AutoencoderKL(**KL_PARAMS))
+    unet = randomised(UNet(**UNET_PARAMS))
+    file = write_compvis_checkpoint(tmp_path / "model.ckpt", unet, kl, make_schedule(DIFFUSION))
+    model = load_teacher(run_with(file, params=GIVEN))
+    codec, pointer = load_first_stage(FirstStageConfig(), model, "32")
+    assert pointer.target == "ldm_dkdm.first_stage.AutoencoderKL" and pointer.params["ddconfig"]["double_z"]
+    assert all(map(torch.equal, codec.vq.state_dict().values(), kl.state_dict().values()))
+    assert codec.decode(torch.randn(2, 3, 8, 8)).shape == (2, 32, 32, 3)
+
+
+def test_a_student_on_kl_latents_leaves_for_diffusers_and_compvis_and_comes_back(vae: Path, tmp_path: Path) -> None:
+    teacher = model_folder(tmp_path / "teacher", vae)
+    student = {"parameterization": "eps"}
+    assert distil("--base", write_yaml(tmp_path / "run.yaml", distill_config(teacher, tmp_path, student=student))) == 0
+    run = tmp_path / "run"
+    weights = load_file(run / "student" / "student.safetensors")
+    for layout, out in (("diffusers", tmp_path / "pipeline"), ("compvis", tmp_path / "model.ckpt")):
+        assert run_script("convert.py", run, out, "--to", layout) == 0  # diffusers paints the same, or it is an error
+        model = load_teacher(run_with(out, params=GIVEN if layout == "compvis" else {}))
+        assert all(torch.equal(model.network.state_dict()[name], value) for name, value in weights.items())
+        codec, _ = load_first_stage(FirstStageConfig(), model, "32")
+        own = read_first_stage(vae).tensors
+        assert codec.scale_factor == 0.5
+        assert all(torch.equal(codec.vq.state_dict()[name], value) for name, value in own.items())
+    assert "ldm.models.autoencoder.AutoencoderKL" in (tmp_path / "model.yaml").read_text()
+    assert "first_stage_model.quant_conv.weight" in read_tensors(tmp_path / "model.ckpt")
+
+
+def test_a_public_dit_of_latents_teaches_with_its_variance_or_without(vae: Path, tmp_path: Path) -> None:
+    dit = randomised(DiT(**DIT, num_classes=4))
+    torch.save(dit.state_dict(), tmp_path / "dit.pt")
+    config = distill_config(tmp_path / "dit.pt", tmp_path, diffusion={"schedule": "linear", "num_timesteps": 20})
+    config["teacher"]["params"] = {"num_heads": 2, "num_classes": 4, "class_dropout_prob": 0.1}
+    config["first_stage"] = {"ckpt": str(vae)}
+    for name, params, channels in (("both", {**DIT, "num_classes": 4}, 6), ("eps", {**DIT, "learn_sigma": False}, 3)):
+        config["student"] = {"target": "ldm_dkdm.networks.DiT", "params": params}
+        config["logging"]["name"] = name
+        assert distil("--base", write_yaml(tmp_path / f"{name}.yaml", config)) == 0
+        metrics = (tmp_path / name / "metrics" / "metrics.csv").read_text().splitlines()[0]
+        assert ("vlb" in metrics) == (channels == 6)
+        out = tmp_path / "samples" / name
+        assert sample("-r", tmp_path / name, "-n", 2, "-c", 4, "--sampler", "ddpm", "--npz", "-l", out) == 0
+        assert np.load(out / "samples.npz")["arr_0"].shape == (2, 32, 32, 3)
+
+
+def test_double_z_says_whether_there_is_a_codebook() -> None:
+    with pytest.raises(UserError, match="ddconfig: a KL first stage has double_z: true"):
+        AutoencoderKL(DDCONFIG, 3)
+    with pytest.raises(UserError, match="ddconfig: a VQ first stage has double_z: false"):
+        VQModel(KL_PARAMS["ddconfig"], 64, 3)
