@@ -33,23 +33,29 @@ GIVEN = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
 DIT = {"input_size": 8, "in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2}
 
 
-@pytest.fixture
-def vae(tmp_path: Path) -> Path:
-    """A folder that diffusers wrote: 32x32 pictures, 8x8x3 latents."""
+def write_vae(folder: Path, attends: bool = False) -> Path:
+    """A folder that diffusers writes: 32x32 pictures, 8x8x3 latents; attention at side 8 if wanted."""
     theirs = Theirs(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
+        down_block_types=["DownEncoderBlock2D"] * 2 + [f"{'Attn' * attends}DownEncoderBlock2D"],
+        up_block_types=[f"{'Attn' * attends}UpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 2,
         block_out_channels=[32, 32, 64],
         latent_channels=3,
         sample_size=32,
         scaling_factor=0.5,
     )
-    randomised(theirs).save_pretrained(tmp_path / "vae")
-    return tmp_path / "vae"
+    randomised(theirs).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> Path:
+    return write_vae(tmp_path / "vae")
 
 
 @torch.no_grad()
-def test_latents_and_pictures_equal_diffusers(vae: Path) -> None:
+@pytest.mark.parametrize("attends", [False, True])
+def test_latents_and_pictures_equal_diffusers(attends: bool, tmp_path: Path) -> None:
+    vae = write_vae(tmp_path / "vae", attends)
     stage, theirs = read_first_stage(vae), Theirs.from_pretrained(vae, low_cpu_mem_usage=False).eval()
     ours = AutoencoderKL(**stage.params).eval()
     ours.load_state_dict(stage.tensors)
@@ -78,7 +84,8 @@ def test_a_compvis_file_with_a_kl_first_stage_needs_no_description_of_it(tmp_pat
     assert codec.decode(torch.randn(2, 3, 8, 8)).shape == (2, 32, 32, 3)
 
 
-def test_a_student_on_kl_latents_leaves_for_diffusers_and_compvis_and_comes_back(vae: Path, tmp_path: Path) -> None:
+def test_a_student_on_kl_latents_leaves_for_diffusers_and_compvis_and_comes_back(tmp_path: Path) -> None:
+    vae = write_vae(tmp_path / "vae", attends=True)
     teacher = model_folder(tmp_path / "teacher", vae)
     student = {"parameterization": "eps"}
     assert distil("--base", write_yaml(tmp_path / "run.yaml", distill_config(teacher, tmp_path, student=student))) == 0

@@ -250,7 +250,7 @@ def _unet_to(pipeline: Pipeline) -> dict[str, Tensor]:
 def _first_stage_to(stage: FirstStage) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config, tensors = first_stage_config(stage.params, stage.scale_factor), {}
     for name, value in stage.tensors.items():
-        attention = ".attn_1." in name and value.ndim == 4
+        attention = ".attn" in name and value.ndim == 4
         flat = value.flatten(1) if attention else value
         tensors[first_stage_name(name, len(config["block_out_channels"]))] = flat.contiguous()
     return config, tensors

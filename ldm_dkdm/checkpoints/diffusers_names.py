@@ -193,23 +193,26 @@ def join_qkv(parts: list[Tensor], heads: int) -> Tensor:
     return joined[..., None] if joined.ndim == 2 else joined
 
 
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}  # of a first stage
+
+
 def first_stage_name(name: str, levels: int) -> str:
     """The name in diffusers' VQModel and AutoencoderKL of one of taming's."""
-    found = re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d+)\.(block|downsample|upsample)\.(.*)", name)
+    found = re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d+)\.(block|attn|downsample|upsample)\.(.*)", name)
     if found:
         half, way, level, kind, rest = found.groups()
         level = int(level) if way == "down" else levels - 1 - int(level)
         rest = rest.replace("nin_shortcut", "conv_shortcut")
-        inner = f"resnets.{rest}" if kind == "block" else f"{kind}rs.0.{rest}"
+        if kind == "attn":
+            index, part, end = rest.split(".")
+            inner = f"attentions.{index}.{ATTENTION[part]}.{end}"
+        else:
+            inner = f"resnets.{rest}" if kind == "block" else f"{kind}rs.0.{rest}"
         return f"{half}.{way}_blocks.{level}.{inner}"
     for ours, theirs in (
         ("mid.block_1", "mid_block.resnets.0"),
         ("mid.block_2", "mid_block.resnets.1"),
-        ("mid.attn_1.norm", "mid_block.attentions.0.group_norm"),
-        ("mid.attn_1.q", "mid_block.attentions.0.to_q"),
-        ("mid.attn_1.k", "mid_block.attentions.0.to_k"),
-        ("mid.attn_1.v", "mid_block.attentions.0.to_v"),
-        ("mid.attn_1.proj_out", "mid_block.attentions.0.to_out.0"),
+        *((f"mid.attn_1.{part}.", f"mid_block.attentions.0.{theirs}.") for part, theirs in ATTENTION.items()),
         (".norm_out", ".conv_norm_out"),
     ):
         name = name.replace(ours, theirs)
@@ -217,24 +220,24 @@ def first_stage_name(name: str, levels: int) -> str:
 
 
 FIRST_STAGES = ("VQModel", "AutoencoderKL")
+DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
 
 def first_stage_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
     """diffusers' VQModel or AutoencoderKL config for our first stage's parameters."""
     dd, codes = params["ddconfig"], params.get("n_embed")
     kind = FIRST_STAGES[codes is None]
-    if dd["attn_resolutions"]:
-        raise UserError(f"--to: diffusers' {kind} has no attention outside its middle; attn_resolutions is not empty")
     if dd["z_channels"] != params["embed_dim"]:
         raise UserError(f"--to: diffusers' {kind} needs embed_dim = z_channels")
     widths = [dd["ch"] * mult for mult in dd["ch_mult"]]
+    attends = [dd["resolution"] // 2**level in dd["attn_resolutions"] for level in range(len(widths))]
     own = {} if codes is None else {"num_vq_embeddings": codes, "vq_embed_dim": params["embed_dim"]}
     return {
         "_class_name": kind,
         "in_channels": dd["in_channels"],
         "out_channels": dd["out_ch"],
-        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
-        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "down_block_types": [DOWN[on] for on in attends],
+        "up_block_types": [UP[on] for on in reversed(attends)],
         "block_out_channels": widths,
         "layers_per_block": dd["num_res_blocks"],
         "act_fn": "silu",
@@ -266,22 +269,26 @@ def first_stage_params(config: Mapping[str, Any], latent_size: int | None, sourc
     The resolution follows from the latents' side, or from `sample_size` where that is None.
     """
     widths, codes = list(config["block_out_channels"]), config.get("num_vq_embeddings")
-    plain = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
-    kinds = {*config["down_block_types"], *config["up_block_types"]}
+    down, up = list(config["down_block_types"]), list(config["up_block_types"])
+    attends = [kind == DOWN[1] for kind in down]
+    kinds = {*down, *up} - {*DOWN, *UP}
     other = [f"{key} {config[key]}" for key, value in WANTED.items() if config.get(key, value) != value]
-    if not kinds <= plain or other:
-        raise UserError(f"{source}: a first stage with {', '.join(sorted(kinds - plain) + other)} is not supported")
+    if not kinds and up != [UP[on] for on in reversed(attends)]:
+        other.append(f"up_block_types {up} that do not mirror the down_block_types")
+    if kinds or other:
+        raise UserError(f"{source}: a first stage with {', '.join(sorted(kinds) + other)} is not supported")
+    resolution = config["sample_size"] if latent_size is None else latent_size * 2 ** (len(widths) - 1)
     embed = config.get("vq_embed_dim") or config["latent_channels"]
     ddconfig = {
         "double_z": config["_class_name"] == "AutoencoderKL",
         "z_channels": config["latent_channels"],
-        "resolution": config["sample_size"] if latent_size is None else latent_size * 2 ** (len(widths) - 1),
+        "resolution": resolution,
         "in_channels": config["in_channels"],
         "out_ch": config["out_channels"],
         "ch": widths[0],
         "ch_mult": [width // widths[0] for width in widths],
         "num_res_blocks": config["layers_per_block"],
-        "attn_resolutions": [],
+        "attn_resolutions": [resolution // 2**level for level, on in enumerate(attends) if on],
         "dropout": 0.0,
     }
     return {"ddconfig": ddconfig, "embed_dim": embed} | ({} if codes is None else {"n_embed": codes})

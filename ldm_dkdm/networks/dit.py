@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks.layers import attend, timestep_embedding, zero_init
 
+MAX_DEPTH = 1000
 FREQUENCIES = 256  # width of the sinusoids that the timestep's MLP reads
 
 
@@ -51,6 +52,8 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         _check_positive(input_size=input_size, patch_size=patch_size, in_channels=in_channels, depth=depth)
+        if depth > MAX_DEPTH:  # a file can say anything
+            raise UserError(f"depth: {depth} is more than {MAX_DEPTH} blocks")
         _check_widths(hidden_size, num_heads, mlp_ratio)
         if input_size % patch_size:
             raise UserError(f"patch_size: {patch_size} does not divide input_size {input_size}")

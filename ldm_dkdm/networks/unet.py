@@ -18,6 +18,8 @@ from ldm_dkdm.networks.layers import (
     zero_init,
 )
 
+MAX_BLOCKS = 100  # a level
+
 
 class UNet(nn.Module):
     """CompVis's `UNetModel` without cross-attention and guided-diffusion's, name for name.
@@ -59,7 +61,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_widths(model_channels, channel_mult, num_heads, num_head_channels)
-        _check_levels(image_size, channel_mult, attention_resolutions)
+        _check_levels(image_size, channel_mult, attention_resolutions, num_res_blocks)
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.num_classes = model_channels, num_classes
         self.use_checkpoint = use_checkpoint
@@ -157,7 +159,9 @@ def _output_blocks(
     return blocks
 
 
-def _check_levels(size: int, mults: Sequence[int], attention: Sequence[int]) -> None:
+def _check_levels(size: int, mults: Sequence[int], attention: Sequence[int], blocks: int) -> None:
+    if not 1 <= blocks <= MAX_BLOCKS:  # a file can say anything
+        raise UserError(f"num_res_blocks: {blocks} is not between 1 and {MAX_BLOCKS}")
     if not mults or size % 2 ** (len(mults) - 1):
         raise UserError(f"channel_mult: {len(mults)} levels cannot halve image_size {size} that often")
     factors = [2**level for level in range(len(mults))]
