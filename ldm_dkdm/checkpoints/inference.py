@@ -173,7 +173,9 @@ def _first_stage(tensors: Mapping[str, Tensor], latent_size: int) -> tuple[str, 
     blocks = 1 + max(int(name.split(".")[4]) for name in tensors if name.startswith("encoder.down.0.block."))
     resolution = latent_size * 2 ** (levels - 1)
     codes = tensors.get("quantize.embedding.weight")
-    moments = 2 if codes is None else 1  # without a codebook: mean and log variance
+    moments = tensors["encoder.conv_out.weight"].shape[0] // tensors["decoder.conv_in.weight"].shape[1]
+    if moments != (2 if codes is None else 1):  # mean and log variance, or a latent that a codebook rounds
+        raise KeyError("quantize.embedding.weight")
     ddconfig = {
         "double_z": codes is None,
         "z_channels": tensors["encoder.conv_out.weight"].shape[0] // moments,
