@@ -27,7 +27,8 @@ def faults(model: Model) -> Iterator[tuple[str, Model]]:
     flipped = not model.card.network.params.get("use_new_attention_order", False)
     yield "other attention order", reread(model, use_new_attention_order=flipped)
     yield "one head", reread(model, num_head_channels=-1, num_heads=1)
-    yield "heads of 16 channels", reread(model, num_head_channels=16)
+    width = 32 if model.card.network.params.get("num_head_channels") == 16 else 16
+    yield f"heads of {width} channels", reread(model, num_head_channels=width)
     own = model.card.diffusion
     for name, other in (
         ("linear schedule", replace(own, schedule="linear", beta_start=1e-4, beta_end=0.02)),
