@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ldm_dkdm import UserError
-from ldm_dkdm.gate import COMPARED, check_teacher, fault, measure, other_readings, preferred, reread
+from ldm_dkdm.gate import COMPARED, Figures, Row, check_teacher, fault, measure, other_readings, preferred, reread
 from ldm_dkdm.sources import Model, load_model
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config
@@ -123,3 +123,16 @@ def test_a_guided_teacher_is_checked_without_its_guidance(digits_teacher: Path) 
         except UserError as error:
             reasons.append(str(error))
     assert reasons[0] == reasons[1]
+
+
+def test_a_reading_that_alone_predicts_posterior_means_is_preferred_whatever_the_errors_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, errors = (Row(500, 0.1, 0.1, 0.95),) * 2, torch.full((32,), -3.0)
+
+    def figures(bias: float) -> Figures:
+        return Figures(1.0, rows, 0.1, errors, bias + 0.01 * torch.randn(32, generator=generator))
+
+    biased, right, worse = figures(0.05), figures(0.0), figures(0.08)
+    assert preferred(biased, right)
+    assert not preferred(right, biased) and not preferred(right, right)
+    assert not preferred(biased, worse) and not preferred(worse, biased)  # none of the two is right
