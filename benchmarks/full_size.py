@@ -56,6 +56,7 @@ def run(recipe: str, folder: Path, batch: int, steps: int, precision: str) -> No
     command = [sys.executable, str(ROOT / "scripts" / "dkdm_ldm.py"), "--base", *map(str, bases)]
     command += [f"teacher.ckpt={checkpoint}", f"logging.dir={folder}/logs", f"distill.batch_size={batch}"]
     command += [
+        "teacher.check=false",  # its weights are random
         f"trainer.max_steps={steps}",
         f"trainer.precision={precision}",
         "logging.name=run",
