@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, U
 from safetensors.torch import load_file
 
 from ldm_dkdm import UserError
+from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.checkpoints.diffusers_folder import Pipeline, read_pipeline, write_pipeline
 from ldm_dkdm.networks import UNet
 from ldm_dkdm.schema import DiffusionConfig, NetworkConfig
@@ -114,6 +115,8 @@ def test_a_student_leaves_as_a_pipeline_that_paints_the_same(
     assert pipeline.scheduler.config.prediction_type == {"eps": "epsilon", "v": "v_prediction"}[parameterization]
     assert pipeline.scheduler.config.steps_offset == 1 and pipeline.scheduler.config.set_alpha_to_one is False
     assert pipeline.vqvae.config.scaling_factor == 0.5
+    parts = {f"{part}.{name}" for part in ("unet", "vqvae") for name in getattr(pipeline, part).state_dict()}
+    assert read_tensors(tmp_path / "out").keys() == parts
     pictures = pipeline(batch_size=1, num_inference_steps=5, output_type="np").images
     assert pictures.shape == (1, 32, 32, 3)
     back, own = read_pipeline(tmp_path / "out"), load_file(folder / "model.safetensors")

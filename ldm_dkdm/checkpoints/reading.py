@@ -17,6 +17,7 @@ from ldm_dkdm.errors import UserError
 
 TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files before it wrote zips
 PARTS = ("state_dict", "ema", "model")  # Lightning's and CompVis's; DiT's, its EMA first
+WEIGHTS = ("diffusion_pytorch_model*.safetensors", "*.safetensors", "diffusion_pytorch_model*.bin")  # in a folder
 SIGNATURES = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
     b"\x1f\x8b": "is a gzip archive; unpack it first",
@@ -36,7 +37,8 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
 
     The content decides the format, not the file's ending: torch's zip and legacy formats (CompVis, Lightning,
     guided-diffusion, DDPM-IP, DiT), safetensors, a plain pickle of arrays (a reference pool cache), a diffusers
-    component's folder, a model folder of ours. A file that is one tensor gives it under the file's name.
+    component's folder or its whole pipeline (names then begin with the component: `unet.conv_in.weight`), a model
+    folder of ours. A file that is one tensor gives it under the file's name.
 
     Args:
         path: of the file or folder.
@@ -47,6 +49,8 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
         UserError: no such file, an unknown format, or a pickle that asks for more than tensors.
     """
     path = Path(path)
+    if (path / "model_index.json").is_file():
+        return _of_components(path)
     if path.is_dir():
         return read_tensors(_weights_in(path))
     content = read_content(path)
@@ -149,9 +153,17 @@ def _describe_text(head: bytes) -> str:
     return f"no checkpoint format that is known here (it begins with {head[:8]!r})"
 
 
+def _of_components(pipeline: Path) -> dict[str, Tensor]:
+    """The tensors of every component of a diffusers pipeline that has some."""
+    parts = sorted(part for part in pipeline.iterdir() if part.is_dir() and any(map(any, map(part.glob, WEIGHTS))))
+    if not parts:
+        raise UserError(f"{pipeline}: is a diffusers pipeline without weights")
+    return {f"{part.name}.{name}": tensor for part in parts for name, tensor in read_tensors(part).items()}
+
+
 def _weights_in(folder: Path) -> Path:
     """The weights of a model folder: ours, or one component of a diffusers pipeline."""
-    for pattern in ("diffusion_pytorch_model*.safetensors", "*.safetensors", "diffusion_pytorch_model*.bin"):
+    for pattern in WEIGHTS:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
             raise UserError(
@@ -159,8 +171,6 @@ def _weights_in(folder: Path) -> Path:
             )
         if found:
             return found[0]
-    if (folder / "model_index.json").is_file():
-        raise UserError(f"{folder}: is a whole diffusers pipeline; name a component of it, for example {folder}/unet")
     raise UserError(f"{folder}: no such checkpoint file, and the folder holds no weights")
 
 
