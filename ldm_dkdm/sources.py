@@ -54,7 +54,8 @@ class Model:
 
 def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
     """The forward process that a config section describes."""
-    return NoiseSchedule(config.schedule, config.num_timesteps, config.beta_start, config.beta_end)
+    steps_offset = 0 if config.space == "pixel" else 1
+    return NoiseSchedule(config.schedule, config.num_timesteps, config.beta_start, config.beta_end, steps_offset)
 
 
 def load_model(folder: Path) -> Model:

@@ -32,7 +32,8 @@ def _exact(scheduler: DDIMScheduler | DDPMScheduler) -> DDIMScheduler | DDPMSche
     """Check diffusers' float32 schedule, then give it our float64 one."""
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), SCHEDULE.alphas_cumprod, rtol=1e-4, atol=1e-6)
     scheduler.alphas_cumprod = SCHEDULE.alphas_cumprod
-    scheduler.final_alpha_cumprod = SCHEDULE.alphas_cumprod[0]
+    if not scheduler.config.get("set_alpha_to_one"):
+        scheduler.final_alpha_cumprod = SCHEDULE.alphas_cumprod[0]
     return scheduler
 
 
@@ -47,12 +48,13 @@ def test_reverse_step_equals_diffusers_ddpm(step: int) -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [8, 50])
-def test_ddim_equals_diffusers_state_by_state(eta: float, steps: int) -> None:
-    scheduler = _exact(DDIMScheduler(**DDIM))
+@pytest.mark.parametrize("offset", [0, 1])
+def test_ddim_equals_diffusers_state_by_state(eta: float, steps: int, offset: int) -> None:
+    scheduler = _exact(DDIMScheduler(**DDIM | {"set_alpha_to_one": offset == 0, "steps_offset": offset}))
     scheduler.set_timesteps(steps)
     x = _randn(2, 2, 3, 4, 4)
     noises = _randn(3, steps, 2, 3, 4, 4)
-    ours = list(ddim(SCHEDULE, nonlinear, x, iter(noises).__next__, steps, eta))
+    ours = list(ddim(NoiseSchedule(steps_offset=offset), nonlinear, x, iter(noises).__next__, steps, eta))
     assert len(ours) == steps
     for state, step, noise in zip(ours, scheduler.timesteps.tolist(), noises, strict=True):
         eps = nonlinear(x, torch.full((2,), step)).eps
@@ -63,6 +65,7 @@ def test_ddim_equals_diffusers_state_by_state(eta: float, steps: int) -> None:
 def test_ddim_timesteps_are_those_of_compvis() -> None:
     assert ddim_timesteps(1000, 200) == [t + 1 for t in range(0, 1000, 5)]
     assert ddim_timesteps(1000, 4) == [1, 251, 501, 751]
+    assert ddim_timesteps(1000, 4, offset=0) == [0, 250, 500, 750]
     assert ddim_timesteps(1000, 1000) == list(range(1000))
 
 

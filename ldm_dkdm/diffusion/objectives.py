@@ -28,7 +28,9 @@ def loss_weight(schedule: NoiseSchedule, t: Tensor, space: str, cap: float | Non
 def vlb_loss(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, target: Prediction, prediction: Prediction) -> Tensor:
     """L'_vlb = KL(p_T(x_{t-1}|x_t) || p_S(x_{t-1}|x_t)) at every t, in bits per dimension (DKDM).
 
-    The prediction's mean is detached: this term trains its variance only. A target without a variance is
+    The prediction's mean is detached: this term trains its variance only. Both x_0 are clipped in pixel space, as
+    they are in sampling, so that a student equal to its teacher has no loss; Improved DDPM's training code leaves
+    the student's unclipped. A target without a variance is
     data, not a teacher: then p_T is the posterior q(x_{t-1}|x_t,x_0), and at t = 0 the term is the negative
     log-likelihood of the pixels (Improved DDPM, Eq. 4-7; L_vlb of Alg. 2).
     """

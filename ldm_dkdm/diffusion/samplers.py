@@ -34,14 +34,14 @@ class ImageNoise:
         return torch.stack(draws).to(self.device)
 
 
-def ddim_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """CompVis's ascending DDIM timesteps: range(0, T, T // steps) + 1, kept below T.
+def ddim_timesteps(num_timesteps: int, steps: int, offset: int = 1) -> list[int]:
+    """Ascending DDIM timesteps: range(0, T, T // steps) + offset, kept below T; CompVis's offset is 1.
 
     As there, a `steps` that does not divide T gives a few more timesteps. At steps = T nothing is added.
     """
     _check_steps(num_timesteps, steps)
     stride = num_timesteps // steps
-    return [min(t + (stride > 1), num_timesteps - 1) for t in range(0, num_timesteps, stride)]
+    return [min(t + offset * (stride > 1), num_timesteps - 1) for t in range(0, num_timesteps, stride)]
 
 
 def respaced_timesteps(num_timesteps: int, steps: int) -> list[int]:
@@ -88,14 +88,15 @@ def ddim(
 ) -> Iterator[Tensor]:
     """DDIM, Eq. 12 and 16, from x_T (B,C,H,W); last yields the sample.
 
-    Timesteps are CompVis's, and so is the last target: abar of t = 0, not 1.
+    `schedule.steps_offset` says which timesteps, and whether the last target is abar of t = 0 or 1.
     """
-    for step, following in _downwards(ddim_timesteps(schedule.num_timesteps, steps), 0):
+    offset = schedule.steps_offset
+    for step, following in _downwards(ddim_timesteps(schedule.num_timesteps, steps, offset), offset - 1):
         t = torch.full((len(x),), step, device=x.device)
         x_0 = denoise(x, t, label).x_0
         eps = x0_to_eps(schedule, x, t, x_0)  # of the clipped x_0, where that is clipped
         abar = schedule.alphas_cumprod[step].item()
-        abar_next = schedule.alphas_cumprod[following].item()
+        abar_next = schedule.alphas_cumprod[following].item() if following >= 0 else 1.0
         sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
         x = abar_next**0.5 * x_0 + (1 - abar_next - sigma**2) ** 0.5 * eps
         if eta > 0:

@@ -17,6 +17,8 @@ class NoiseSchedule:
             (Ho et al. 2020) or `cosine` (Nichol & Dhariwal 2021, Eq. 17).
         num_timesteps: T.
         beta_start, beta_end: ends of the two linear schedules; `cosine` does not use them.
+        steps_offset: DDIM's lowest timestep, and its last target is the one below it: 1 in CompVis's code (samples
+            end at abar_0), 0 in guided-diffusion's (they end at x_0, abar_{-1} = 1). The name is diffusers'.
 
     Attributes:
         betas, alphas_cumprod: float64 tensors (T,) on the CPU.
@@ -28,12 +30,13 @@ class NoiseSchedule:
         num_timesteps: int = 1000,
         beta_start: float = 0.0015,
         beta_end: float = 0.0195,
+        steps_offset: int = 1,
     ) -> None:
         if num_timesteps < 1:
             raise UserError(f"diffusion.num_timesteps: {num_timesteps} is not at least 1")
         if name != "cosine" and not 0 < beta_start <= beta_end < 1:
             raise UserError(f"diffusion: 0 < beta_start <= beta_end < 1 is not so for {beta_start}, {beta_end}")
-        self.name = name
+        self.name, self.steps_offset = name, steps_offset
         self.num_timesteps = num_timesteps
         self.betas = _betas(name, num_timesteps, beta_start, beta_end)
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)

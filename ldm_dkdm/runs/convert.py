@@ -96,7 +96,10 @@ def prove(folder: Path, model: Model, codec: Codec) -> float | None:
     steps = min(STEPS, teacher.schedule.num_timesteps)
     ours = last(ddim(teacher.schedule, teacher.predict, noise, lambda: noise, steps, label=label))
     network = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
-    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", set_alpha_to_one=False, steps_offset=1)
+    offset = teacher.schedule.steps_offset
+    scheduler = DDIMScheduler.from_pretrained(
+        folder, subfolder="scheduler", set_alpha_to_one=offset == 0, steps_offset=offset
+    )
     scheduler.set_timesteps(steps)
     x, clips = noise, model.card.diffusion.space == "pixel"
     for t in scheduler.timesteps:
