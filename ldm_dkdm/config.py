@@ -21,6 +21,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard
 
 T = TypeVar("T")
+LARGEST = 2**63  # of whole numbers
 RUNS = (DistillRun, DiffusionRun, FirstStageRun)
 
 
@@ -201,6 +202,8 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 def _check_range(value: Any, limits: Mapping[str, float], where: str) -> None:
     if value is None:
         return
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise UserError(f"{where}: {value} is too large")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}: must be a finite number, got {value}")
     if "above" in limits and not value > limits["above"]:

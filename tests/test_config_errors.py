@@ -11,6 +11,7 @@ from tests.cli import distil, run_script, write_yaml
 from tests.parts import distill_config
 
 SMALL_DIT = {"in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2, "learn_sigma": False}
+ELSEWHERE = "mps" if torch.cuda.is_available() else "cuda"  # no machine has both
 GONE = object()  # an edit that removes the key
 
 
@@ -73,7 +74,12 @@ EDITS = {
     "learning_rate_zero": ({"trainer.learning_rate": 0}, ("trainer.learning_rate", "above 0")),
     "ema_decay": ({"trainer.ema_decay": 2}, ("trainer.ema_decay", "below 1")),
     "precision": ({"trainer.precision": "fp8"}, ("trainer.precision", "fp8", "bf16")),
-    "no_gpu_here": ({"trainer.accelerator": "cuda"}, ("trainer.accelerator", "cuda")),
+    "no_such_device": ({"trainer.accelerator": ELSEWHERE}, ("trainer.accelerator", ELSEWHERE)),
+    "more_devices_than_there_are": ({"trainer.devices": 5000}, ("trainer.devices", "5000", "this machine has")),
+    "pool_beyond_memory": ({"distill.rho": 1e18}, ("distill.rho", "of memory here")),
+    "pool_beyond_disk": ({"distill.rho": 1e9, "distill.pool_storage": "mmap"}, ("distill.rho", "free on the disk")),
+    "steps_beyond_numbers": ({"trainer.max_steps": 10**26}, ("trainer.max_steps", "too large")),
+    "seed_beyond_numbers": ({"trainer.seed": 2**64}, ("trainer.seed", "too large")),
     "student_target": ({"student.target": "os.system"}, ("student", "os.system", "ldm_dkdm.networks.UNet")),
     "student_param_misspelt": ({"student.params.model_chanels": 32}, ("student.params.model_chanels", "'model_ch")),
     "student_param_missing": ({"student.params.num_res_blocks": GONE}, ("student.params.num_res_blocks: missing",)),

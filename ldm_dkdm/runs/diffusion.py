@@ -16,7 +16,7 @@ from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.registry import NETWORKS
 from ldm_dkdm.runs.export import export_on_save
 from ldm_dkdm.runs.interrupt import GracefulStop
-from ldm_dkdm.runs.loop import RunFolder, default_device, finished, first_batch, fit, open_run, run_folder
+from ldm_dkdm.runs.loop import RunFolder, finished, first_batch, fit, open_run, run_folder, training_device
 from ldm_dkdm.runs.samples import SampleGrid
 from ldm_dkdm.runs.saving import RunCheckpoint
 from ldm_dkdm.schema import DiffusionRun, ModelCard
@@ -25,7 +25,7 @@ from ldm_dkdm.sources import Model, check_trainable, make_schedule
 
 def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:
     """Train to `trainer.max_steps` on real or synthetic images; a second call goes on where the first stopped."""
-    device = default_device(config.trainer.accelerator)
+    device = training_device(config.trainer)
     precision = resolve_precision(config.trainer.precision, device)
     network = _network(config)
     model = Model(network, ModelCard("model.safetensors", plain(config.model), config.diffusion), None)

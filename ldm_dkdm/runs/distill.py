@@ -1,5 +1,7 @@
 """A distillation from checkpoint to student folder."""
 
+import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from ldm_dkdm.checkpoints.pools import read_reference_pool
 from ldm_dkdm.cli import is_first_rank
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distill.module import StudentModule
-from ldm_dkdm.distill.pool import NoisyPool, pool_slots
+from ldm_dkdm.distill.pool import NoisyPool, pool_slots, slot_bytes
 from ldm_dkdm.distill.refill import check_supply, refill
 from ldm_dkdm.distill.stream import VARIANTS, DistillStream
 from ldm_dkdm.distill.warmup import Warmup, preparation
@@ -29,9 +31,10 @@ from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.runs.card import teacher_facts
 from ldm_dkdm.runs.export import export_on_save
 from ldm_dkdm.runs.interrupt import GracefulStop
-from ldm_dkdm.runs.loop import RunFolder, default_device, finished, first_batch, fit, open_run
+from ldm_dkdm.runs.loop import RunFolder, default_device, finished, first_batch, fit, open_run, training_device
 from ldm_dkdm.runs.samples import SampleGrid
 from ldm_dkdm.runs.saving import RunCheckpoint, pool_path, step_of, warmup_path
+from ldm_dkdm.runs.units import size
 from ldm_dkdm.schema import DistillConfig, DistillRun, FirstStagePointer, ModelCard, NetworkConfig, TrainerConfig
 from ldm_dkdm.sources import Model, load_teacher
 from ldm_dkdm.teacher import Teacher
@@ -71,7 +74,7 @@ def assemble(config: DistillRun, planning: bool = False) -> Parts:
             "distill.warmup.t_cap: has an effect with mode: ddim or dpm-solver++ only, "
             "and none with variant: iterative; remove it"
         )
-    device = default_device(config.trainer.accelerator)
+    device = training_device(config.trainer)
     precision = resolve_precision(config.trainer.precision, device)
     model = load_teacher(config, planning)
     codec, pointer = load_first_stage(config.first_stage, model, precision, planning)
@@ -88,7 +91,10 @@ def assemble(config: DistillRun, planning: bool = False) -> Parts:
     ):
         if value > schedule.num_timesteps:
             raise UserError(f"{key}: {value} is more than the {schedule.num_timesteps} diffusion steps")
-    return Parts(model, teacher, student, node, codec, pointer, schedule, precision, slots)
+    parts = Parts(model, teacher, student, node, codec, pointer, schedule, precision, slots)
+    if not planning:
+        _check_room(config, parts)
+    return parts
 
 
 def _slots(config: DistillConfig, num_timesteps: int) -> int:
@@ -105,6 +111,25 @@ def _slots(config: DistillConfig, num_timesteps: int) -> int:
             f"{config.batch_size}; raise rho"
         )
     return slots
+
+
+def _check_room(config: DistillRun, parts: Parts) -> None:
+    """Refuse pools that this machine cannot hold, before anything is written."""
+    needed = config.trainer.devices * pool_bytes(config, parts)
+    if config.distill.pool_storage == "mmap":
+        logs = Path(config.logging.dir).absolute()
+        place = next(folder for folder in (logs, *logs.parents) if folder.is_dir())
+        room, what = shutil.disk_usage(place).free, f"free on the disk of {config.logging.dir}"
+    else:
+        room, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "of memory here"
+    if needed > room:
+        raise UserError(f"distill.rho: the pool takes {size(needed)}, but there are {size(room)} {what}; lower rho")
+
+
+def pool_bytes(config: DistillRun, parts: Parts) -> int:
+    """Of one rank's pool."""
+    dtype, labeled = getattr(torch, config.distill.pool_dtype), parts.teacher.num_classes is not None
+    return parts.slots * slot_bytes(parts.model.latent_shape, dtype, labeled)
 
 
 def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> None:

@@ -17,7 +17,7 @@ from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.registry import VQ_MODELS
 from ldm_dkdm.runs.ema import averaged
 from ldm_dkdm.runs.interrupt import GracefulStop
-from ldm_dkdm.runs.loop import RunFolder, default_device, finished, fit, open_run, run_folder
+from ldm_dkdm.runs.loop import RunFolder, finished, fit, open_run, run_folder, training_device
 from ldm_dkdm.runs.perceptual import lpips_loss
 from ldm_dkdm.runs.saving import RunCheckpoint, step_of
 from ldm_dkdm.schema import FirstStageCard, FirstStageRun, TrainerConfig
@@ -39,7 +39,7 @@ class _ImageStream(IterableDataset[Tensor]):
 
 def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
     """Train to `trainer.max_steps`; a second call goes on where the first stopped."""
-    device = default_device(config.trainer.accelerator)
+    device = training_device(config.trainer)
     precision = resolve_precision(config.trainer.precision, device)
     torch.manual_seed(config.trainer.seed)  # of the first weights
     vq = build(config.first_stage, "first_stage.params", VQ_MODELS)

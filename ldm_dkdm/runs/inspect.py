@@ -18,7 +18,8 @@ from ldm_dkdm.checkpoints.pickles import asked_globals
 from ldm_dkdm.checkpoints.reading import file_kind, read_content
 from ldm_dkdm.config import build
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.runs.plan import parameters, size
+from ldm_dkdm.runs.plan import parameters
+from ldm_dkdm.runs.units import size
 from ldm_dkdm.schema import DiffusionConfig, FirstStageCard, ModelCard, NetworkConfig
 from ldm_dkdm.sources import make_schedule
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -238,6 +239,19 @@ def quiet_lightning() -> None:
         ".*Experiment logs directory.*",  # only what a lost stretch of this run logged is replaced
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def training_device(config: TrainerConfig) -> torch.device:
+    """The device of this process in a training.
+
+    Raises:
+        UserError: no such device here, or fewer than `devices`.
+    """
+    device = default_device(config.accelerator)
+    count = {"cuda": torch.cuda.device_count(), "cpu": os.cpu_count() or 1}.get(device.type, 1)
+    if config.devices > count:
+        raise UserError(f"trainer.devices: {config.devices}, but this machine has {count} ({device.type})")
+    return device
 
 
 def default_device(accelerator: str) -> torch.device:

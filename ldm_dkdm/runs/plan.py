@@ -11,14 +11,15 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm_dkdm.distill.pool import NoisyPool, slot_bytes
+from ldm_dkdm.distill.pool import NoisyPool
 from ldm_dkdm.distill.stream import DistillStream
 from ldm_dkdm.distill.warmup import preparation, warmup_calls
 from ldm_dkdm.precision import autocast
 from ldm_dkdm.records import NoisyBatch
-from ldm_dkdm.runs.distill import Parts, assemble, student_module
+from ldm_dkdm.runs.distill import Parts, assemble, pool_bytes, student_module
 from ldm_dkdm.runs.loop import default_device
 from ldm_dkdm.runs.saving import KEPT
+from ldm_dkdm.runs.units import duration, size
 from ldm_dkdm.schema import DistillRun, TrainerConfig
 from ldm_dkdm.sources import how_to_get
 
@@ -45,8 +46,7 @@ def parameters(network: nn.Module) -> int:
 def costs(config: DistillRun, parts: Parts) -> dict[str, str]:
     """The lines of a plan that need no measurement, in order: what is meant and how much."""
     shape, batch, iterations = parts.model.latent_shape, config.distill.batch_size, _iterations(config)
-    dtype, labeled = getattr(torch, config.distill.pool_dtype), parts.teacher.num_classes is not None
-    pool_bytes = parts.slots * slot_bytes(shape, dtype, labeled)
+    pool = pool_bytes(config, parts)
     source = config.distill.pool_from or preparation(config.distill).mode
     student, teacher = parameters(parts.student), parameters(parts.teacher.network)
     # student in float32: weights, gradients, two Adam moments, EMA; teacher and first stage: weights
@@ -56,13 +56,13 @@ def costs(config: DistillRun, parts: Parts) -> dict[str, str]:
     return {
         "teacher": f"{teacher / 1e6:.6f} M parameters, {gflops(parts.teacher.network, shape):.2f} GFLOPs a sample",
         "student": f"{student / 1e6:.6f} M parameters, {gflops(parts.student, shape):.2f} GFLOPs a sample",
-        "pool": f"{parts.slots:,} slots ({config.distill.variant}), {size(pool_bytes)} of host "
+        "pool": f"{parts.slots:,} slots ({config.distill.variant}), {size(pool)} of host "
         + ("disk, memory-mapped" if config.distill.pool_storage == "mmap" else "memory"),
         "teacher calls, warm-up": f"{_warmup_samples(config, parts):,} samples ({source})",
         "teacher calls, training": f"{iterations * batch:,} samples ({iterations:,} iterations of {batch})",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({precision})",
-        "memory, host": size(0 if config.distill.pool_storage == "mmap" else pool_bytes) + " for the pool",
-        "disk": f"{size((KEPT + 1) * (pool_bytes + 16 * student) + 4 * student)} for the student, {KEPT} checkpoints "
+        "memory, host": size(0 if config.distill.pool_storage == "mmap" else pool) + " for the pool",
+        "disk": f"{size((KEPT + 1) * (pool + 16 * student) + 4 * student)} for the student, {KEPT} checkpoints "
         "and the next one while it is written",
     }
 
@@ -143,23 +143,3 @@ def print_plan(config: DistillRun) -> None:
         print(f"{subject:<{width}}  {value}", flush=True)
     print("timing a few iterations on this machine ...", file=sys.stderr)
     print(f"{'time':<{width}}  {time_needed(config, parts)}")
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def duration(seconds: float) -> str:
-    """A time span for people."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 172800:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"
