@@ -3,12 +3,6 @@
 import argparse
 import os
 from pathlib import Path
-from typing import TypeVar
-
-from ldm_dkdm.config import load_config
-from ldm_dkdm.errors import UserError
-
-T = TypeVar("T")
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -30,14 +24,6 @@ def split_base(arguments: argparse.Namespace) -> tuple[list[Path], list[str]]:
     """The config files and the overrides, which may follow them after `--base`."""
     overrides = [item for item in arguments.base if "=" in item] + arguments.overrides
     return [Path(item) for item in arguments.base if "=" not in item], overrides
-
-
-def load_arguments(description: str, schema: type[T]) -> tuple[T, str]:
-    """Parse the command line of a training script -> its validated config and the name of its run."""
-    files, overrides = split_base(config_parser(description).parse_args())
-    if not files:
-        raise UserError("--base: name at least one config file, for example --base configs/quickstart.yaml")
-    return load_config(files, overrides, schema), files[-1].stem
 
 
 def local_rank() -> int:

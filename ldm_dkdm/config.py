@@ -50,12 +50,15 @@ def load_config(
 
 def _refuse_other_scripts(tree: Mapping[str, Any], schema: type, files: Sequence[Path]) -> None:
     """A whole config of another script is named as that, and not key by key."""
-    fits = [run for run in RUNS if _has_sections(tree, run)]
-    if schema in RUNS and fits and schema not in fits:
-        raise UserError(f"{' '.join(map(str, files))}: made for scripts/{fits[0].SCRIPT}, and this is {schema.SCRIPT}")
+    fitting = [run for run in RUNS if fits(tree, run)]
+    if schema in RUNS and fitting and schema not in fitting:
+        raise UserError(
+            f"{' '.join(map(str, files))}: made for scripts/{fitting[0].SCRIPT}, and this is {schema.SCRIPT}"
+        )
 
 
-def _has_sections(tree: Mapping[str, Any], run: type) -> bool:
+def fits(tree: Mapping[str, Any], run: type) -> bool:
+    """Whether a tree has the sections of a script's config, and no others."""
     fields = dataclasses.fields(run)
     needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
     return needed <= set(tree) <= {f.name for f in fields}

@@ -1,19 +1,19 @@
 """Train a first stage on images: python scripts/train_first_stage.py --base configs/X.yaml [key=value ...]"""
 
-from ldm_dkdm.cli import load_arguments
 from ldm_dkdm.errors import run_cli
 
 
 def main() -> None:
     """Parse, train, say where the autoencoder lies."""
+    from ldm_dkdm.runs.arguments import read_arguments, training_parser
     from ldm_dkdm.schema import FirstStageRun
 
-    config, name = load_arguments(__doc__, FirstStageRun)  # its mistakes before the slow imports
+    run = read_arguments(training_parser(__doc__), FirstStageRun)  # its mistakes before the slow imports
 
     from ldm_dkdm.runs.first_stage import train_first_stage
 
-    folder = train_first_stage(config, name)
-    print(f"first stage: {folder.model}")
+    train_first_stage(run.config, run.folder, run.resumed)
+    print(f"first stage: {run.folder.model}")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,11 @@ def test_a_teacher_trains_on_pictures_and_resumes_exactly(first_stage: Path, tmp
     assert run_script("train_ldm.py", "--base", bases[1]) == 0
     whole, resumed = (logs / name / "student" / "model.safetensors" for name in ("whole", "stopped"))
     assert whole.read_bytes() == resumed.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    for run in ("last", logs / "whole"):
+        assert run_script("train_ldm.py", "--resume", run, "trainer.max_steps=8") == 0
+    assert load_model(logs / "stopped" / "student").card.info["step"] == 8
+    assert whole.read_bytes() == resumed.read_bytes()
     assert load_model(logs / "whole" / "student").card.diffusion.num_timesteps == 20
 
 

@@ -15,6 +15,8 @@ from ldm_dkdm.rng import numpy_generator, torch_generator
 from ldm_dkdm.schema import DistillConfig, WarmupConfig
 from ldm_dkdm.teacher import Teacher
 
+NOISED = 1024  # states noised at once: few samples can fill many slots
+
 
 @dataclass(frozen=True)
 class Warmup:
@@ -78,11 +80,14 @@ class Warmup:
             chain = ddim(schedule, denoise, noise, lambda: noise, self.config.steps, label=label)
         else:
             chain = dpm_solver(schedule, denoise, noise, self.config.steps, label)
-        x_0 = last(chain).repeat_interleave(copies, 0)
-        quantiles = torch.rand(len(x_0), generator=generator, device=generator.device)
+        x_0, owner = last(chain), torch.arange(len(copies), device=self.device).repeat_interleave(copies)
+        quantiles = torch.rand(len(owner), generator=generator, device=generator.device)
         t = schedule.timesteps_at(quantiles, self.config.t_cap)
-        label = None if label is None else label.repeat_interleave(copies, 0)
-        return NoisyBatch(q_sample(schedule, x_0, t, self._randn(len(x_0), generator)), t, label)
+        x = torch.empty((len(owner), *x_0.shape[1:]), dtype=self.pool.x.dtype)
+        for part in torch.arange(len(owner), device=self.device).split(NOISED):
+            noise = self._randn(len(part), generator)
+            x[part.cpu()] = q_sample(schedule, x_0[owner[part]], t[part], noise).to("cpu", x.dtype)
+        return NoisyBatch(x, t, None if label is None else label[owner])
 
     def _noise(self, generator: torch.Generator) -> NoisyBatch:
         """Fresh noise at T: nothing to prepare."""

@@ -15,15 +15,16 @@ from ldm_dkdm.images import save_grid
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.registry import NETWORKS
 from ldm_dkdm.runs.export import export_on_save
+from ldm_dkdm.runs.folder import RunFolder, go_on, open_run
 from ldm_dkdm.runs.interrupt import GracefulStop
-from ldm_dkdm.runs.loop import RunFolder, finished, first_batch, fit, open_run, run_folder, training_device
+from ldm_dkdm.runs.loop import finished, first_batch, fit, training_device
 from ldm_dkdm.runs.samples import SampleGrid
 from ldm_dkdm.runs.saving import RunCheckpoint
 from ldm_dkdm.schema import DiffusionRun, ModelCard
 from ldm_dkdm.sources import Model, check_trainable, make_schedule
 
 
-def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:
+def train_diffusion(config: DiffusionRun, folder: RunFolder, resumed: bool = False) -> None:
     """Train to `trainer.max_steps` on real or synthetic images; a second call goes on where the first stopped."""
     device = training_device(config.trainer)
     precision = resolve_precision(config.trainer.precision, device)
@@ -35,10 +36,10 @@ def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:
     found = tuple(codec.to(device).encode(sets[0].take(torch.zeros(1, dtype=torch.long))).shape[1:])
     if found != model.latent_shape:
         raise UserError(f"model.params: states of {model.latent_shape}, but the images make {found}")
-    folder = open_run(config, run_folder(config.logging, default_name))
+    open_run(config, folder, resumed)
     if end := finished(folder, config.trainer):
         print(f"{folder.path}: {end}")
-        return folder
+        return
     states = _states(config, sets, codec, network.num_classes is not None)
     schedule = make_schedule(config.diffusion)
     module = StudentModule(
@@ -68,8 +69,7 @@ def train_diffusion(config: DiffusionRun, default_name: str) -> RunFolder:
             SampleGrid(samples, codec, model.latent_shape, log.sample_every, sampling, model.classes),
             RunCheckpoint(folder.checkpoints, log.save_every, export),
         ]
-        fit(module, stream_for, config.trainer, log, folder, callbacks, stop, precision)
-    return folder
+        fit(module, stream_for, config.trainer, log, folder, callbacks, stop, precision, go_on(config, folder))
 
 
 def _network(config: DiffusionRun) -> nn.Module:

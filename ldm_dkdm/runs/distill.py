@@ -30,26 +30,17 @@ from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.runs.card import teacher_facts
 from ldm_dkdm.runs.export import export_on_save
+from ldm_dkdm.runs.folder import RunFolder, go_on, open_run, step_of
 from ldm_dkdm.runs.interrupt import GracefulStop
-from ldm_dkdm.runs.loop import RunFolder, default_device, finished, first_batch, fit, open_run, training_device
+from ldm_dkdm.runs.loop import default_device, finished, first_batch, fit, training_device
 from ldm_dkdm.runs.samples import SampleGrid
-from ldm_dkdm.runs.saving import RunCheckpoint, pool_path, step_of, warmup_path
+from ldm_dkdm.runs.saving import RunCheckpoint, pool_path, warmup_path
 from ldm_dkdm.runs.units import size
 from ldm_dkdm.schema import DistillConfig, DistillRun, FirstStagePointer, ModelCard, NetworkConfig, TrainerConfig
 from ldm_dkdm.sources import Model, load_teacher
 from ldm_dkdm.teacher import Teacher
 
 SECONDS_BETWEEN_WARMUP_SAVES = 600.0
-FIXED = (
-    "teacher",
-    "student",
-    "first_stage",
-    "diffusion",
-    "distill",
-    "trainer.seed",
-    "trainer.accumulate",
-    "trainer.devices",
-)  # for a run's whole life
 
 
 @dataclass(frozen=True)
@@ -149,7 +140,7 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
     if not folder.latest():
         supply = _supply(config, parts)
         _check(config, parts)
-    open_run(config, folder, FIXED if resumed else None)
+    open_run(config, folder, resumed)
     if end := finished(folder, config.trainer):
         print(f"{folder.path}: {end}")
         return
@@ -168,7 +159,7 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
             return DistillStream(parts.teacher, pool, config.distill, batches, seed, rank, device, first_step)
 
         callbacks, log = [grids, saving], config.logging
-        fit(module, stream_for, config.trainer, log, folder, callbacks, stop, parts.precision, go_on(folder))
+        fit(module, stream_for, config.trainer, log, folder, callbacks, stop, parts.precision, go_on(config, folder))
 
 
 def _check(config: DistillRun, parts: Parts) -> None:
@@ -205,11 +196,6 @@ def student_module(config: DistillRun, parts: Parts, trainer: TrainerConfig) -> 
     """The student in training."""
     loss, parameterization = config.distill.loss, parts.card.parameterization
     return StudentModule(parts.student, parts.schedule, parameterization, loss, trainer, parts.model.denoiser)
-
-
-def go_on(folder: RunFolder) -> str:
-    """How to resume."""
-    return f"go on with: python scripts/dkdm_ldm.py --resume {folder.path}"
 
 
 def _new_pool(config: DistillRun, parts: Parts, folder: RunFolder, rank: int) -> NoisyPool:
@@ -261,7 +247,7 @@ def _prepare_pool(
 
     def check() -> None:
         if stop.requested:
-            raise Stopped(f"stopped and saved in the warm-up; {go_on(folder)}")
+            raise Stopped(f"stopped and saved in the warm-up; {go_on(config, folder)}")
 
     last_save = time.monotonic()
     with tqdm(total=len(pool), initial=pool.filled, desc="warm-up", unit="slot", disable=rank > 0) as bar:

@@ -16,10 +16,11 @@ from ldm_dkdm.images import endless_batches, load_images
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.registry import VQ_MODELS
 from ldm_dkdm.runs.ema import averaged
+from ldm_dkdm.runs.folder import RunFolder, go_on, open_run, step_of
 from ldm_dkdm.runs.interrupt import GracefulStop
-from ldm_dkdm.runs.loop import RunFolder, finished, fit, open_run, run_folder, training_device
+from ldm_dkdm.runs.loop import finished, fit, training_device
 from ldm_dkdm.runs.perceptual import lpips_loss
-from ldm_dkdm.runs.saving import RunCheckpoint, step_of
+from ldm_dkdm.runs.saving import RunCheckpoint
 from ldm_dkdm.schema import FirstStageCard, FirstStageRun, TrainerConfig
 
 
@@ -37,7 +38,7 @@ class _ImageStream(IterableDataset[Tensor]):
         return endless_batches(*self.arguments)
 
 
-def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
+def train_first_stage(config: FirstStageRun, folder: RunFolder, resumed: bool = False) -> None:
     """Train to `trainer.max_steps`; a second call goes on where the first stopped."""
     device = training_device(config.trainer)
     precision = resolve_precision(config.trainer.precision, device)
@@ -50,10 +51,10 @@ def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
     held_out = load_images(config.data.held_out, config.data.image_size) if config.data.held_out else None
     perceptual = lpips_loss(config.loss.perceptual_backbone) if config.loss.perceptual else None
     module = FirstStageModule(vq, config, perceptual)
-    folder = open_run(config, run_folder(config.logging, default_name))
+    open_run(config, folder, resumed)
     if end := finished(folder, config.trainer):
         print(f"{folder.path}: {end}")
-        return folder
+        return
 
     def stream_for(trainer: L.Trainer) -> _ImageStream:
         latest = folder.latest()
@@ -64,8 +65,9 @@ def train_first_stage(config: FirstStageRun, default_name: str) -> RunFolder:
     with GracefulStop() as stop:
         export = _export_on_save(config, folder, images, held_out)
         saving = RunCheckpoint(folder.checkpoints, config.logging.save_every, export)
-        fit(module, stream_for, config.trainer, config.logging, folder, [saving], stop, precision)
-    return folder
+        fit(
+            module, stream_for, config.trainer, config.logging, folder, [saving], stop, precision, go_on(config, folder)
+        )
 
 
 OWN_CHOICES = (

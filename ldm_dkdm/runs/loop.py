@@ -4,8 +4,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -13,96 +12,16 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, IterableDataset
 
 from ldm_dkdm.cli import local_rank
-from ldm_dkdm.config import load_config, to_yaml
 from ldm_dkdm.errors import Stopped, UserError
-from ldm_dkdm.files import write_text
 from ldm_dkdm.runs.ema import StudentEMA
+from ldm_dkdm.runs.folder import RunFolder, step_of
 from ldm_dkdm.runs.interrupt import GracefulStop
-from ldm_dkdm.runs.saving import checkpoints, read_callbacks, step_of
+from ldm_dkdm.runs.saving import read_callbacks
 from ldm_dkdm.runs.steps import early_ends
 from ldm_dkdm.schema import LoggingConfig, TrainerConfig
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """logs/<run>: config.yaml, checkpoints/, samples/, metrics/, student/."""
-
-    path: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the checkpoints and pools lie."""
-        return self.path / "checkpoints"
-
-    @property
-    def model(self) -> Path:
-        """The model's folder, with the EMA weights."""
-        return self.path / "student"
-
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint."""
-        found = checkpoints(self.checkpoints)
-        return found[-1] if found else None
-
-
-def open_run(config: object, folder: RunFolder, fixed: Sequence[str] | None = None) -> RunFolder:
-    """Create the folder, or go on in it.
-
-    Args:
-        config: must be the one that the folder was made with, but for what `fixed` leaves open.
-        folder: logs/<run>.
-        fixed: on a resume, the keys that may not change; None: none may.
-    """
-    stored, text = folder.path / "config.yaml", to_yaml(config)
-    made_with = _made_with(stored, type(config)) if stored.is_file() else text
-    if made_with != text:
-        if fixed is None:
-            raise UserError(
-                f"{folder.path}: made with another configuration; choose logging.name=NEW, go on with "
-                f"--resume {folder.path}, or delete the folder"
-            )
-        before, now = OmegaConf.create(made_with), OmegaConf.create(text)
-        for key in fixed:
-            if OmegaConf.select(before, key) != OmegaConf.select(now, key):
-                raise UserError(f"{key}: cannot change when {folder.path} is resumed; start a new run for that")
-    if not stored.is_file() or stored.read_text() != text:
-        write_text(stored, text)
-    return folder
-
-
-def _made_with(stored: Path, schema: type) -> str:
-    """The config of a run's folder; keys that did not exist when it was made have their defaults."""
-    try:
-        return to_yaml(load_config(stored, schema=schema))
-    except UserError:  # of another script
-        return stored.read_text()
-
-
-def run_folder(log: LoggingConfig, default_name: str) -> RunFolder:
-    """logs/<name>; the name is that of the last --base file unless the config gives one."""
-    return RunFolder(Path(log.dir) / (log.name or default_name))
-
-
-def find_run(name: str, logs: Path = Path("logs")) -> RunFolder:
-    """The folder of a distillation to resume; `last` is the one in logs/ that was written to last."""
-    if name == "last":
-        runs = [f for f in logs.glob("*/config.yaml") if "distill" in OmegaConf.load(f)]
-        if not runs:
-            raise UserError(f"--resume last: {logs}/ holds no distillation; name its folder instead")
-        return RunFolder(max(runs, key=lambda f: newest_change(f.parent)).parent)
-    folder = RunFolder(Path(name))
-    if not (folder.path / "config.yaml").is_file():
-        raise UserError(f"--resume: {name} is no run folder (it has no config.yaml)")
-    return folder
-
-
-def newest_change(folder: Path) -> float:
-    """When a run last saved something."""
-    return max(f.stat().st_mtime for f in [folder / "config.yaml", *folder.glob("checkpoints/*")])
 
 
 def fit(
@@ -114,7 +33,7 @@ def fit(
     callbacks: list[L.Callback],
     stop: GracefulStop,
     precision: str,
-    go_on: str = "the same command goes on",
+    go_on: str,
 ) -> L.Trainer:
     """Train to `config.max_steps`, or to an earlier end that the config asks for, from the newest checkpoint.
 
@@ -164,14 +83,14 @@ def finished(folder: RunFolder, config: TrainerConfig) -> str | None:
         return None
     step = step_of(latest)
     if step >= config.max_steps:
-        return f"already at step {step}; a larger trainer.max_steps goes on"
+        return f"already at step {step}; --resume {folder.path} with a larger trainer.max_steps goes on"
     ends = early_ends(config)
     states = read_callbacks(latest) if ends else {}
     for end in ends:
         if end.state_key in states:
             end.load_state_dict(states[end.state_key])
         if end.reached:
-            return f"already ended at step {step} by {end.key}; a larger one goes on"
+            return f"already ended at step {step} by {end.key}; --resume {folder.path} with a larger one goes on"
     return None
 
 
@@ -198,6 +117,7 @@ class _ProgressBar(TQDMProgressBar):
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: object) -> None:
         super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.total = trainer.max_steps * trainer.accumulate_grad_batches
         self.train_progress_bar.set_description("training")
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:

@@ -1,6 +1,5 @@
-"""Run folders: checkpoints with their pools, found again after a stop."""
+"""Checkpoints with their pools."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ import torch
 
 from ldm_dkdm.distill.pool import NoisyPool
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.runs.folder import checkpoints
 from ldm_dkdm.runs.steps import StepCallback
 
 KEPT = 2
-_NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
 class RunCheckpoint(StepCallback):
@@ -67,16 +66,6 @@ class RunCheckpoint(StepCallback):
                 file.unlink()
         for file in self.folder.glob(".*.tmp"):
             file.unlink()
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(f for f in folder.glob("step=*.ckpt") if _NAME.fullmatch(f.name))
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(_NAME.fullmatch(checkpoint.name).group(1))
 
 
 def read_callbacks(checkpoint: Path) -> dict[str, Any]:

@@ -1,0 +1,110 @@
+"""Run folders: made, found again, gone on in."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from ldm_dkdm.config import fits, load_config, to_yaml
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import write_text
+from ldm_dkdm.schema import LoggingConfig
+
+FREE = ("trainer", "logging")  # sections that may change when a run is resumed, but for:
+FIXED = ("trainer.seed", "trainer.accumulate", "trainer.devices")
+_NAME = re.compile(r"step=(\d+)\.ckpt")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """logs/<run>: config.yaml, checkpoints/, samples/, metrics/, student/."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints and pools lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The model's folder, with the EMA weights."""
+        return self.path / "student"
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint."""
+        found = checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(f for f in folder.glob("step=*.ckpt") if _NAME.fullmatch(f.name))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(_NAME.fullmatch(checkpoint.name).group(1))
+
+
+def open_run(config: object, folder: RunFolder, resumed: bool = False) -> None:
+    """Create the folder, or go on in it.
+
+    Args:
+        config: must be the one that the folder was made with; if `resumed`, but for what a resume may change.
+        folder: logs/<run>.
+        resumed: the run was asked to go on by name.
+    """
+    stored, text = folder.path / "config.yaml", to_yaml(config)
+    made_with = _made_with(stored, type(config)) if stored.is_file() else text
+    if made_with != text:
+        if not resumed:
+            raise UserError(
+                f"{folder.path}: made with another configuration; choose logging.name=NEW, go on with "
+                f"--resume {folder.path}, or delete the folder"
+            )
+        before, now = OmegaConf.create(made_with), OmegaConf.create(text)
+        sections = [field.name for field in dataclasses.fields(config) if field.name not in FREE]
+        for key in (*sections, *FIXED):
+            if OmegaConf.select(before, key) != OmegaConf.select(now, key):
+                raise UserError(f"{key}: cannot change when {folder.path} is resumed; start a new run for that")
+    if not stored.is_file() or stored.read_text() != text:
+        write_text(stored, text)
+
+
+def _made_with(stored: Path, schema: type) -> str:
+    """The config of a run's folder; keys that did not exist when it was made have their defaults."""
+    try:
+        return to_yaml(load_config(stored, schema=schema))
+    except UserError:  # of another script
+        return stored.read_text()
+
+
+def run_folder(log: LoggingConfig, default_name: str) -> RunFolder:
+    """logs/<name>; the name is that of the last --base file unless the config gives one."""
+    return RunFolder(Path(log.dir) / (log.name or default_name))
+
+
+def find_run(name: str, schema: type, logs: Path = Path("logs")) -> RunFolder:
+    """The folder of a run to resume; `last` is the one of its kind in logs/ that was written to last."""
+    if name == "last":
+        runs = [f for f in logs.glob("*/config.yaml") if fits(OmegaConf.load(f), schema)]
+        if not runs:
+            raise UserError(f"--resume last: {logs}/ holds no run of {schema.SCRIPT}; name its folder instead")
+        return RunFolder(max(runs, key=lambda f: newest_change(f.parent)).parent)
+    folder = RunFolder(Path(name))
+    if not (folder.path / "config.yaml").is_file():
+        raise UserError(f"--resume: {name} is no run folder (it has no config.yaml)")
+    return folder
+
+
+def newest_change(folder: Path) -> float:
+    """When a run last saved something."""
+    return max(f.stat().st_mtime for f in [folder / "config.yaml", *folder.glob("checkpoints/*")])
+
+
+def go_on(config: object, folder: RunFolder) -> str:
+    """How to resume."""
+    return f"go on with: python scripts/{config.SCRIPT} --resume {folder.path}"
