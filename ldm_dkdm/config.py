@@ -39,11 +39,16 @@ def load_config(
         UserError: a missing or unreadable file, an unknown key, a value of the wrong type or range.
     """
     files = [base] if isinstance(base, (str, Path)) else list(base)
-    parts = [_unwrap_sections(part) for part in [*map(_read_yaml, map(Path, files)), _dotlist(overrides)]]
+    parts = [_unwrap_sections(part, schema) for part in [*map(_read_yaml, map(Path, files)), _dotlist(overrides)]]
     try:
         tree = OmegaConf.to_container(reduce(_merge, parts), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{files[-1]}: {error}") from error
+    except TypeError as error:
+        said = f"{files[-1]} {' '.join(overrides)}".strip()
+        raise UserError(
+            f"{said}: a list or section cannot take this form ({error}); give lists whole: key=[1,2]"
+        ) from error
     _refuse_other_scripts(tree, schema, files)
     return parse(schema, tree, "")
 
@@ -80,9 +85,14 @@ def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
     return OmegaConf.merge(before, after)
 
 
-def _unwrap_sections(part: DictConfig) -> DictConfig:
-    """A pasted `unet_config` is target and params before files are merged, so that a later file can replace them."""
+def _unwrap_sections(part: DictConfig, schema: type) -> DictConfig:
+    """A pasted `unet_config` is target and params before files are merged, so that a later file can replace them.
+
+    A file of nothing but a student says what a training on data trains too.
+    """
     tree = OmegaConf.to_container(part)
+    if schema is DiffusionRun and set(tree) == {"student"}:
+        tree = {"model": tree["student"]}
     return OmegaConf.create({k: _unwrap(v) if isinstance(v, Mapping) else v for k, v in tree.items()})
 
 
@@ -185,6 +195,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _sequence(options[0], value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # YAML reads a run's name such as 2024 as a number
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where}: expected {_NAMES[kind]}, got {value!r}")
     return value

@@ -12,7 +12,7 @@ def resolve_precision(choice: str, device: torch.device | str) -> str:
     if kind == "cpu":
         fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     else:
-        fast = kind == "cuda" and torch.cuda.is_bf16_supported()
+        fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if fast else "32"
 
 

@@ -110,7 +110,7 @@ class Teacher:
             return self.denoiser(x, t, label)
 
     @torch.no_grad()
-    def step(self, batch: NoisyBatch, noise: Tensor, stride: int = 1) -> tuple[Prediction, Tensor]:
+    def step(self, batch: NoisyBatch, noise: Tensor, stride: int | Tensor = 1) -> tuple[Prediction, Tensor]:
         """The prediction at x_t and, from the SAME call, x_{t-stride} (DKDM, dynamic iterative distillation)."""
         prediction = self.predict(batch.x, batch.t, batch.label)
         return prediction, reverse_step(self.schedule, batch.x, batch.t, prediction, noise, stride)

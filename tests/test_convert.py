@@ -92,6 +92,15 @@ def test_a_network_that_predicts_v_is_refused_where_only_eps_is_known(
     assert convert(folder, tmp_path / "out.safetensors", "--to", "safetensors") == 0
 
 
+def test_a_first_level_wider_than_the_base_is_refused_where_compvis_s_code_has_none(
+    first_stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = model_folder(tmp_path / "wide", first_stage, channel_mult=[2, 2])
+    assert convert(folder, tmp_path / "out.ckpt", "--to", "compvis") == 2
+    assert "channel_mult begins with 1" in capsys.readouterr().err
+    assert not (tmp_path / "out.ckpt").exists()
+
+
 def test_nothing_is_written_over(teacher_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_text("precious")
     assert convert(teacher_folder, tmp_path / "x.pt", "--to", "adm") == 2

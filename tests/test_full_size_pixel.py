@@ -91,6 +91,10 @@ def test_the_students_of_tables_8_and_10_fit_their_recipes(names: tuple[str, str
     check_trainable(network, config.diffusion, "student.params")
     teacher = on_meta(config.teacher)
     assert (network.image_size, network.in_channels) == (teacher.image_size, teacher.in_channels)
+    on_data = load_config(
+        [ROOT / "configs" / f"{base}_data.yaml", ROOT / "configs" / "students" / f"{student}.yaml"], schema=DiffusionRun
+    )
+    assert (on_data.model.target, on_data.model.params) == (config.student.target, config.student.params)
     if "dropout" in config.student.params:
         assert config.student.params["dropout"] == 0.3
 

@@ -25,7 +25,7 @@ def _pool(t: Tensor, storage: Path | None = None, shape: tuple[int, ...] = SHAPE
 
 def _stream(pool: NoisyPool, mean: float = 0.3, **options: object) -> DistillStream:
     teacher = Teacher(GaussianNetwork(SCHEDULE, mean, std=0.5), SCHEDULE)
-    keys = {key: options.pop(key) for key in ("batch_size", "stride") if key in options}
+    keys = {key: options.pop(key) for key in ("batch_size", "stride", "variant") if key in options}
     return DistillStream(teacher, pool, DistillConfig(**{"batch_size": 4, **keys}), **{"max_steps": 6, **options})
 
 
@@ -55,8 +55,20 @@ def test_a_drawn_slot_is_put_back_before_the_batch_is_handed_over(stride: int) -
     after = pool.take(torch.arange(20))
     moved = before.t.clone()
     moved[drawn] -= stride
+    moved[19] = torch.where(moved[19] == 19, 19, after.t[19])  # the first step is a random part of the stride
+    assert 19 - stride <= after.t[19] <= 19
     assert torch.equal(after.t, torch.where(moved < 0, 19, moved))
     assert (after.x != before.x).flatten(1).all(1).nonzero().flatten().tolist() == sorted(drawn.tolist())
+
+
+@pytest.mark.parametrize("variant", ["iterative", "dynamic"])
+def test_chains_of_a_long_stride_visit_every_timestep_in_turn(variant: str) -> None:
+    pool = _pool(torch.full((4,), 19), shape=(1, 1, 1))
+    batches = list(_stream(pool, variant=variant, stride=5, max_steps=1000))
+    visits = torch.cat([batch.t for batch in batches]).bincount(minlength=20)
+    assert visits.min() > 0.5 * visits[:19].float().mean()
+    if variant == "iterative":
+        assert all(len(batch.t.unique()) == 1 for batch in batches)
 
 
 @pytest.mark.parametrize("stride", [1, 3])

@@ -78,9 +78,11 @@ def write_compvis(
     """Write CompVis's layout: weights, EMA (the same), schedule, first stage; and its config beside it as YAML.
 
     Raises:
-        UserError: what `check_eps_unet` refuses.
+        UserError: what `check_eps_unet` refuses, and a first level that is wider than the base width.
     """
     check_eps_unet(network, card, "CompVis's code")
+    if card.network.params.get("channel_mult", [1])[0] != 1:
+        raise UserError("--to: in CompVis's code channel_mult begins with 1; choose safetensors")
     weights = _plain(network.state_dict())
     state = {f"{UNET}{name}": value for name, value in weights.items()}
     state |= {ema_name(name): value for name, value in weights.items()}

@@ -84,7 +84,7 @@ def reverse_to(
 
 
 def reverse_step(
-    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Prediction, noise: Tensor, stride: int = 1
+    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Prediction, noise: Tensor, stride: int | Tensor = 1
 ) -> Tensor:
-    """x_{t-stride}: a stride > 1 uses the respaced posterior; a step past t = 0 ends at x_0."""
+    """x_{t-stride}, one stride or one for each of (B,); above 1 by the respaced posterior, past t = 0 it is x_0."""
     return reverse_to(schedule, x_t, t, torch.clamp(t - stride, min=-1), prediction, noise)

@@ -50,7 +50,7 @@ class DistillStream(BatchStream):
         pool: filled.
         config: batch size, variant and stride; `discard`, the probability that an advanced batch is not handed
             over (Sec. 11); `input_perturbation`, gamma: the student sees x_t + gamma sqrt(1 - abar_t) noise
-            (Ning et al. 2023).
+            (Ning et al. 2023), with the prediction at x_t as target; L'_vlb takes both means at what the student sees.
         max_steps: batches of the whole training.
         seed, rank: with the step, they decide every random choice.
         device: where the student trains.
@@ -88,8 +88,9 @@ class DistillStream(BatchStream):
         """Draw, predict, step, put back: ONE teacher call."""
         indices = self.draw(self.pool, self.config.batch_size, rng)
         slots = self.pool.take(indices).to(self.device)
-        target, x_next = self.teacher.step(slots, self._randn(slots.x, generator), self.config.stride)
-        t_next = slots.t - self.config.stride
+        stride = self._strides(slots.t, rng)
+        target, x_next = self.teacher.step(slots, self._randn(slots.x, generator), stride)
+        t_next = slots.t - stride
         finished = t_next < 0
         x_next = torch.where(finished.view(-1, 1, 1, 1), self._randn(slots.x, generator), x_next)
         t_next = torch.where(finished, self.teacher.schedule.num_timesteps - 1, t_next)
@@ -98,6 +99,17 @@ class DistillStream(BatchStream):
             label = torch.where(finished, self.teacher.draw_labels(len(label), generator), label)
         self.pool.put_back(indices, NoisyBatch(x_next, t_next, label))
         return DistillBatch(slots.x, slots.t, target, slots.label)
+
+    def _strides(self, t: Tensor, rng: np.random.Generator) -> int | Tensor:
+        """How far each slot (B,) advances: the first step from T is a random part of the stride, one for the batch.
+
+        Otherwise every chain would visit the same timesteps, and the student would see no others.
+        """
+        stride = self.config.stride
+        if stride == 1:
+            return 1
+        first = int(rng.integers(1, stride + 1))
+        return torch.where(t == self.teacher.schedule.num_timesteps - 1, first, stride)
 
     def _perturbed(self, batch: DistillBatch, generator: torch.Generator) -> DistillBatch:
         noise = q_sample(self.teacher.schedule, torch.zeros_like(batch.x), batch.t, self._randn(batch.x, generator))

@@ -76,7 +76,8 @@ class TimeLimit(EarlyEnd):
         self.spent = trainer.strategy.reduce(spent).item()  # one clock for all processes
         module.time_used = self.spent / self.limit
         if self.reached:
-            print(f"\ntrainer.max_minutes are over at step {trainer.global_step}")
+            steps = f"step {trainer.global_step} of {trainer.max_steps}"
+            print(f"\ntrainer.max_minutes: {self.limit / 60:g} are over at {steps}; more of them make a better student")
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, float]:
