@@ -1,10 +1,10 @@
 """Parts out of a validated configuration: teacher, first stage, student, and whether they fit together."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ldm_dkdm.checkpoints import compvis, read_tensors
 from ldm_dkdm.checkpoints.diffusers_folder import (
@@ -16,11 +16,10 @@ from ldm_dkdm.checkpoints.diffusers_folder import (
 )
 from ldm_dkdm.checkpoints.folder import home_of, is_model_folder, read_folder
 from ldm_dkdm.checkpoints.inference import infer_first_stage
-from ldm_dkdm.checkpoints.loading import load_strictly
+from ldm_dkdm.checkpoints.loading import build_loaded, load_strictly
 from ldm_dkdm.config import build
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.first_stage.autoencoder import Autoencoder
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.networks.scaling import parse_budget, slice_teacher, unet_within_budget
@@ -62,7 +61,7 @@ def load_first_stage(
         source = config if config.ckpt else known
         config = FirstStageConfig(config.ckpt, source.target, source.params, scale)
     if planning and config.target and not path.exists():
-        codec = LatentCodec(_vq(config, "first_stage.params"), config.scale_factor or 1.0, precision)
+        codec = LatentCodec(build(config, "first_stage.params", FIRST_STAGES), config.scale_factor or 1.0, precision)
     else:
         codec, config = _codec_and_config(path, config, precision, model.latent_shape[1])
     if codec.latent_channels != model.latent_shape[0]:
@@ -89,8 +88,7 @@ def _codec_and_config(
         if config.target is not None or config.params:
             raise UserError(f"first_stage.target: {path} describes itself; remove target and params")
         card, tensors = read_folder(path, FirstStageCard)
-        vq = _vq(card, f"{path}/config.yaml: params")
-        load_strictly(vq, tensors, path / card.weights)
+        vq = build_loaded(card, f"{path}/config.yaml: params", FIRST_STAGES, tensors, path / card.weights)
         return LatentCodec(vq, config.scale_factor or card.scale_factor, precision), config
     if is_pipeline(path):
         return _pipeline_codec(path, config, precision), config
@@ -106,15 +104,17 @@ def _codec_and_config(
     if config.target is None:
         target, params = infer_first_stage(found, latent_size, path)
         config = replace(config, target=target, params=params)
-    vq = _vq(config, "first_stage.params")
-    load_strictly(vq, found, path)
-    stored = tensors.get("scale_factor")
-    scale = config.scale_factor or (1.0 if stored is None else float(stored))
-    return LatentCodec(vq, scale, precision), config
+    vq = build_loaded(config, "first_stage.params", FIRST_STAGES, found, path)
+    return LatentCodec(vq, config.scale_factor or _stored_scale(tensors.get("scale_factor"), path), precision), config
 
 
-def _vq(node: Any, where: str) -> Autoencoder:
-    return build(node, where, FIRST_STAGES)
+def _stored_scale(stored: Tensor | None, path: Path) -> float:
+    """The scale of the latents in a CompVis checkpoint; 1 where it stores none."""
+    if stored is None:
+        return 1.0
+    if stored.numel() != 1 or not stored.is_floating_point() or not 0 < stored.item() < math.inf:
+        raise UserError(f"{path}: scale_factor is no number above 0; set first_stage.scale_factor")
+    return stored.item()
 
 
 def _pipeline_codec(path: Path, config: FirstStageConfig, precision: str) -> LatentCodec:
@@ -126,8 +126,8 @@ def _pipeline_codec(path: Path, config: FirstStageConfig, precision: str) -> Lat
 
 def _stage_codec(stage: FirstStage, path: Path, config: FirstStageConfig, precision: str) -> LatentCodec:
     """The codec of diffusers' first stage."""
-    vq = _vq({"target": stage.target, "params": stage.params}, "first_stage.params")
-    load_strictly(vq, stage.tensors, path)
+    node = {"target": stage.target, "params": stage.params}
+    vq = build_loaded(node, "first_stage.params", FIRST_STAGES, stage.tensors, path)
     return LatentCodec(vq, config.scale_factor or stage.scale_factor, precision)
 
 
@@ -135,6 +135,10 @@ def make_student(config: StudentConfig, teacher: Model) -> tuple[nn.Module, Netw
     """The student with its first weights, and what its card says of it; its states have the teacher's shape."""
     node = student_node(config, teacher)
     student = build(node, "student.params", NETWORKS)
+    if config.budget is not None:
+        millions = sum(p.numel() for p in student.parameters()) / 1e6
+        width = node.params["model_channels"]
+        print(f"student.budget {config.budget}: model_channels {width}, {millions:.3g} M parameters")
     for key in ("in_channels", "image_size"):
         own, teachers = getattr(student, key), getattr(teacher.network, key)
         if own != teachers:
@@ -168,7 +172,6 @@ def student_node(config: StudentConfig, teacher: Model) -> NetworkConfig:
     if not isinstance(teacher.network, UNet):
         raise UserError("student.budget: narrows a UNet, and this teacher is none; set student.target and params")
     params = unet_within_budget(node.params, parse_budget(config.budget))
-    print(f"student.budget {config.budget}: model_channels {params['model_channels']}")
     return NetworkConfig("ldm_dkdm.networks.UNet", params, config.parameterization)
 
 
@@ -184,7 +187,8 @@ def load_initial(network: nn.Module, node: NewNetworkConfig, where: str) -> None
         return
     home = home_of(Path(init))
     if not is_model_folder(home):
-        raise UserError(f"{where}: '{init}' is neither 'random' nor a model folder with config.yaml and weights")
+        words = "random nor teacher" if isinstance(node, StudentConfig) else "random"
+        raise UserError(f"{where}: '{init}' is neither {words} nor a model folder with config.yaml and weights")
     card, tensors = read_folder(home, ModelCard)
     found = card.network.parameterization
     if found != node.parameterization:

@@ -3,11 +3,30 @@
 import argparse
 import os
 from pathlib import Path
+from typing import NoReturn
+
+from ldm_dkdm.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line."""
+
+    hint = "see --help"
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a `UserError` in place of printing the usage."""
+        raise UserError(f"{message}; {self.hint}")
+
+
+class ConfigParser(Parser):
+    """A parser of scripts whose options are mostly keys of a config."""
+
+    hint = "keys are set as key=value, for example trainer.max_steps=1000; see --help"
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
     """A parser with `--base FILE [FILE ...] [key=value ...]`."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = ConfigParser(description=description)
     parser.add_argument(
         "--base",
         nargs="+",
@@ -22,8 +41,9 @@ def config_parser(description: str) -> argparse.ArgumentParser:
 
 def split_base(arguments: argparse.Namespace) -> tuple[list[Path], list[str]]:
     """The config files and the overrides, which may follow them after `--base`."""
-    overrides = [item for item in arguments.base if "=" in item] + arguments.overrides
-    return [Path(item) for item in arguments.base if "=" not in item], overrides
+    items = [*arguments.base, *arguments.overrides]
+    files = [item for item in items if "=" not in item and (item in arguments.base or item.endswith((".yaml", ".yml")))]
+    return [Path(item) for item in files], [item for item in items if item not in files]
 
 
 def local_rank() -> int:

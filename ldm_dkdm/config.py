@@ -39,7 +39,7 @@ def load_config(
         UserError: a missing or unreadable file, an unknown key, a value of the wrong type or range.
     """
     files = [base] if isinstance(base, (str, Path)) else list(base)
-    parts = [_unwrap_sections(part, schema) for part in [*map(_read_yaml, map(Path, files)), _dotlist(overrides)]]
+    parts = [_unwrap_sections(part, schema) for part in [*map(read_yaml, map(Path, files)), _dotlist(overrides)]]
     try:
         tree = OmegaConf.to_container(reduce(_merge, parts), resolve=True)
     except OmegaConfBaseException as error:
@@ -96,12 +96,13 @@ def _unwrap_sections(part: DictConfig, schema: type) -> DictConfig:
     return OmegaConf.create({k: _unwrap(v) if isinstance(v, Mapping) else v for k, v in tree.items()})
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path) -> DictConfig:
+    """The mapping in a YAML file."""
     if not path.is_file():
-        raise UserError(f"{path}: no such config file")
+        raise UserError(f"{path}: " + ("is a folder; name a file in it" if path.is_dir() else "no such config file"))
     try:
         node = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(node, DictConfig):
         raise UserError(f"{path}: a config is a mapping of sections, this file is not")
@@ -122,7 +123,7 @@ def read_card(path: Path, schema: type[T]) -> T:
     """Read and validate the config.yaml of a model folder."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; a model folder holds config.yaml and its weights")
-    if "${" in path.read_text(errors="replace"):
+    if _refers(OmegaConf.to_container(read_yaml(path), resolve=False)):
         raise UserError(f"{path}: a model folder's config holds plain values, no ${{...}}")
     found = card_kind(path)
     if found and found != schema.KIND:
@@ -133,9 +134,18 @@ def read_card(path: Path, schema: type[T]) -> T:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
+def _refers(node: Any) -> bool:
+    """Whether a tree of plain values holds an interpolation, which could read the environment."""
+    if isinstance(node, str):
+        return "${" in node
+    if isinstance(node, Mapping):
+        return any(_refers(item) for pair in node.items() for item in pair)
+    return isinstance(node, Sequence) and any(map(_refers, node))
+
+
 def card_kind(path: Path) -> str | None:
     """What the folder of a config.yaml is, if its keys tell."""
-    tree = _read_yaml(path)
+    tree = read_yaml(path)
     if "network" in tree:
         return ModelCard.KIND
     if "trainer" in tree:
@@ -164,7 +174,8 @@ def parse(schema: type[T], node: Any, where: str) -> T:
             values[name] = _convert(hints[name], node[name], _join(where, name))
             _check_range(values[name], field.metadata, _join(where, name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{_join(where, name)}: missing; set it in a --base file or as {_join(where, name)}=...")
+            key = _join(where, name) + (".KEY" if dataclasses.is_dataclass(hints[name]) else "")
+            raise UserError(f"{_join(where, name)}: missing; set it in a --base file or as {key}=...")
     return schema(**values)
 
 

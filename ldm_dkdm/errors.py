@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from zipfile import BadZipFile
 
 
 class Stopped(Exception):
@@ -11,6 +13,28 @@ class Stopped(Exception):
 
 class UserError(ValueError):
     """A mistake in a file, a key or an option; the message names it and says what to do."""
+
+
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    BadZipFile,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # what content that nobody foresaw raises
+
+
+@contextmanager
+def blaming(source: str | Path, fault: str = "is damaged, or no file of its kind") -> Iterator[None]:
+    """Turn what malformed content raises into a `UserError` that names its file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MALFORMED as error:
+        raise UserError(f"{source}: {fault} ({type(error).__name__}: {error})") from error
 
 
 @contextmanager

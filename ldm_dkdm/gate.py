@@ -24,6 +24,7 @@ from ldm_dkdm.sources import Model
 from ldm_dkdm.teacher import Teacher
 
 IMAGES, STEPS = 8, 10
+START = 1e-3  # abar where the sampler begins: below it, x_0 magnifies every error, unclipped latents' beyond use
 COMPARED = 32  # images where readings are compared: one alone decides nothing
 SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)  # of T, where the samples are noised to
 LEVELS = (0.2, 0.5, 0.8, 0.95)  # abar, where readings are compared: the same noise, whatever t their schedules call it
@@ -106,7 +107,7 @@ def measure(
     label = teacher.draw_labels(images, generator)
     schedule, final = teacher.schedule, teacher.schedule.num_timesteps - 1
     at_T = teacher.predict(noise, torch.full((images,), final, device=device), label).eps
-    x_0 = last(dpm_solver(schedule, teacher.predict, noise, min(STEPS, final + 1), label))
+    x_0 = last(dpm_solver(schedule, teacher.predict, noise, min(STEPS, final + 1), label, START))
     rows, linear = [], math.nan
     for share in SHARES:
         t = torch.full((images,), round(share * final), device=device)
@@ -157,6 +158,11 @@ def fault(figures: Figures) -> str | None:
         return (
             f"it denoises its own samples no better than a linear filter ({figures.linear:.2f} of that error at T/4, "
             f"expected below {LINEAR}); the weights are random, scrambled, or read in a wrong architecture"
+        )
+    if figures.rows[-1].x0_error > figures.rows[0].x0_error:
+        return (
+            f"its x_0 does not come closer as t falls (error {figures.rows[0].x0_error:.2f} near T, "
+            f"{figures.rows[-1].x0_error:.2f} near 0); the weights are damaged or read in a wrong architecture"
         )
     if figures.deviation > UNCALIBRATED:
         return (

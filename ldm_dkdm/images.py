@@ -33,10 +33,15 @@ def find_images(path: Path) -> list[Path]:
     """The image files below a folder, sorted."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder of images or .npz file")
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and not _hidden(f.relative_to(path)))
     if not files:
         raise UserError(f"{path}: the folder holds no images ({', '.join(sorted(SUFFIXES))})")
     return files
+
+
+def _hidden(path: Path) -> bool:
+    """Whether a file, or a folder that it lies in, is hidden, such as .ipynb_checkpoints."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def square_npz(path: Path, size: int) -> Tensor:

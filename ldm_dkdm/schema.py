@@ -144,7 +144,7 @@ class LoggingConfig:
     """Where a run writes and how often, in training steps."""
 
     dir: str = "logs"
-    name: str | None = None  # default: the name of the last --base file
+    name: str | None = None  # default: the names of the --base files
     save_every: int = field(default=5000, metadata=AT_LEAST_ONE)
     sample_every: int = field(default=5000, metadata=AT_LEAST_ONE)
     sample_count: int = field(default=16, metadata=AT_LEAST_ONE)

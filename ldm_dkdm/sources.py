@@ -1,7 +1,7 @@
 """Where a teacher comes from: a model folder, a diffusers folder, or a checkpoint of another code base."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -11,11 +11,11 @@ from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline, read_pipeline
 from ldm_dkdm.checkpoints.export import read_description
 from ldm_dkdm.checkpoints.folder import home_of, is_model_folder, read_folder
 from ldm_dkdm.checkpoints.foreign import NAMES, Foreign, open_foreign
-from ldm_dkdm.checkpoints.loading import load_strictly
+from ldm_dkdm.checkpoints.loading import build_loaded
 from ldm_dkdm.config import build
 from ldm_dkdm.denoiser import Denoiser
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError, naming
+from ldm_dkdm.errors import UserError, blaming, naming
 from ldm_dkdm.pixel import PixelDenoiser
 from ldm_dkdm.registry import NETWORKS
 from ldm_dkdm.schema import DiffusionConfig, DistillRun, ModelCard, NetworkConfig, TeacherConfig
@@ -61,8 +61,8 @@ def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
 def load_model(folder: Path) -> Model:
     """Read a student's or teacher's folder."""
     card, tensors = read_folder(folder, ModelCard)
-    network = build(card.network, f"{folder}/config.yaml: network.params", NETWORKS)
-    load_strictly(network, tensors, folder / card.weights)
+    where = f"{folder}/config.yaml: network.params"
+    network = build_loaded(card.network, where, NETWORKS, tensors, folder / card.weights)
     pointer = folder / card.first_stage.path if card.first_stage else None
     return Model(network, card, pointer)
 
@@ -83,9 +83,8 @@ def open_model(path: Path) -> Model | None:
 
 def _described(card: ModelCard, path: Path) -> Model:
     """A safetensors file with a card in its metadata; it does not say where its first stage lies."""
-    network = build(card.network, f"{path}: params", NETWORKS)
+    network = build_loaded(card.network, f"{path}: params", NETWORKS, read_tensors(path), path)
     check_network(network, f"{path}: params")
-    load_strictly(network, read_tensors(path), path)
     return Model(network, card, None)
 
 
@@ -108,7 +107,7 @@ def load_teacher(config: DistillRun, planning: bool = False) -> Model:
             raise UserError(f"teacher.ckpt: {path} is missing; {how_to_get(path)}")
         node = NetworkConfig(teacher.target, teacher.params, teacher.parameterization or "eps")
         return _model(node, {}, config.diffusion, teacher, path, load=False)
-    with naming("teacher.ckpt"):
+    with naming("teacher.ckpt"), blaming(path):
         described = read_description(path)
         foreign = open_foreign(path) if described is None else None
     if described is not None:
@@ -142,7 +141,11 @@ def _own_folder(config: DistillRun, path: Path) -> Model:
 
 def _same_diffusion(config: DistillRun, own: DiffusionConfig) -> None:
     if config.diffusion not in (None, own):
-        raise UserError(f"diffusion: {config.diffusion} differs from the teacher's own {own}")
+        pairs = {f.name: (getattr(config.diffusion, f.name), getattr(own, f.name)) for f in fields(own)}
+        words = [
+            f"diffusion.{key}: {here}, but the teacher's is {its}" for key, (here, its) in pairs.items() if here != its
+        ]
+        raise UserError(f"{'; '.join(words)}; remove the section")
 
 
 def _model(
@@ -153,10 +156,9 @@ def _model(
     path: Path,
     load: bool = True,
 ) -> Model:
-    network = build(node, "teacher.params", NETWORKS)
-    check_network(network, "teacher.params")
-    if load:
-        load_strictly(network, weights, path)
+    where = "teacher.params"
+    network = build_loaded(node, where, NETWORKS, weights, path) if load else build(node, where, NETWORKS)
+    check_network(network, where)
     card = ModelCard(path.name, node, diffusion, null_label=teacher.null_label)
     return Model(network, card, path if diffusion.space == "latent" else None)
 
@@ -178,9 +180,10 @@ def _diffusion(config: DistillRun, foreign: Foreign) -> DiffusionConfig:
         return config.diffusion
     found = foreign.diffusion()
     if found is None:
+        space, stored = ("latent", "scaled_linear") if foreign.kind == "compvis" else ("pixel", "cosine")
         raise UserError(
             f"diffusion: {foreign.path} ({NAMES[foreign.kind]}) does not tell its noise schedule; add the section, "
-            "for example diffusion.space=pixel diffusion.schedule=cosine diffusion.num_timesteps=1000"
+            f"for example diffusion.space={space} diffusion.schedule={stored} diffusion.num_timesteps=1000"
         )
     return found
 

@@ -1,14 +1,14 @@
 """A model for other tools: python scripts/convert.py MODEL OUT --to diffusers | compvis | adm | safetensors"""
 
-import argparse
 from pathlib import Path
 
+from ldm_dkdm.cli import Parser
 from ldm_dkdm.errors import run_cli
 
 
 def main() -> None:
     """Parse and convert."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("source", type=Path, help="run, model folder or training checkpoint")
     parser.add_argument("out", type=Path, help="the file (diffusers: folder) to write; it must not exist")
     parser.add_argument("--to", required=True, choices=("diffusers", "compvis", "adm", "safetensors"))

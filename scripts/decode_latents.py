@@ -1,14 +1,14 @@
 """Decode latents: python scripts/decode_latents.py LATENTS.{npz,pt,safetensors} --first_stage DIR -o OUT"""
 
-import argparse
 from pathlib import Path
 
+from ldm_dkdm.cli import Parser
 from ldm_dkdm.errors import UserError, run_cli
 
 
 def main() -> None:
     """Parse, decode, write a grid, PNG files and an ADM-style .npz."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "latents", type=Path, help="(N,C,h,w): arr_0 of an .npz, or the one tensor of a .pt or .safetensors"
     )

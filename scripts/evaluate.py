@@ -1,15 +1,15 @@
 """Measure a student against its teacher, without data: python scripts/evaluate.py -r RUN [--teacher DIR]"""
 
-import argparse
 import json
 from pathlib import Path
 
+from ldm_dkdm.cli import Parser
 from ldm_dkdm.errors import UserError, run_cli
 
 
 def main() -> None:
     """Parse, measure, print and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "-r", "--resume", type=Path, required=True, metavar="RUN", help="run or model folder of the student"
     )

@@ -1,14 +1,14 @@
 """What is in a checkpoint: python scripts/inspect_checkpoint.py PATH [--config]"""
 
-import argparse
 from pathlib import Path
 
+from ldm_dkdm.cli import Parser
 from ldm_dkdm.errors import run_cli
 
 
 def main() -> None:
     """Parse and print; nothing in the file runs."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "file",
         type=Path,

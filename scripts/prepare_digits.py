@@ -4,18 +4,18 @@ The 1,797 handwritten digits of 8x8 pixels that come inside scikit-learn (UCI, C
 ADM-style .npz with their labels.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
+from ldm_dkdm.cli import Parser
 from ldm_dkdm.errors import run_cli
 from ldm_dkdm.images import save_npz
 
 
 def main() -> None:
     """Read the digits, write them as RGB."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
 

@@ -5,12 +5,12 @@ ADM-style .npz of 64x64 images on white: train.npz and held_out.npz for the firs
 the one is a variant of an emoji of the other), teacher.npz for the teacher (faces, animals, food).
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ldm_dkdm.cli import Parser
 from ldm_dkdm.errors import UserError, run_cli
 from ldm_dkdm.images import read_image, save_npz
 
@@ -46,7 +46,7 @@ def group_of(name: str) -> str:
 
 def main() -> None:
     """Read every picture once, split by group, write the three sets."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("assets", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()

@@ -4,12 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from ldm_dkdm.cli import Parser
 from ldm_dkdm.errors import UserError, run_cli
 
 
 def parse() -> argparse.Namespace:
     """-r -n -c -e -v -l mean what they mean in CompVis's sample script."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "-r",
         "--resume",
@@ -62,6 +63,8 @@ def main() -> None:
         raise UserError(f"--eta: has no effect with {arguments.sampler}; leave it out")
     if min(arguments.guidance) < 0:
         raise UserError(f"--guidance: must be at least 0, got {min(arguments.guidance)}")
+    if arguments.compare and arguments.compare.suffix.lower() != ".png":
+        raise UserError(f"--compare: {arguments.compare} must be a .png")
     if arguments.seed < 0:
         raise UserError(f"--seed: must be at least 0, got {arguments.seed}")
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher, UserError
+from ldm_dkdm.diffusion.process import x0_to_eps
 from ldm_dkdm.distill.stream import DistillStream
 from ldm_dkdm.distill.warmup import Warmup
 from ldm_dkdm.generate import SamplerConfig, sample_states
@@ -14,6 +15,7 @@ from ldm_dkdm.schema import DistillConfig, WarmupConfig
 from tests.parts import UNET_PARAMS, randomised
 
 SCHEDULE = NoiseSchedule(num_timesteps=20)
+STEEP = NoiseSchedule(num_timesteps=100, beta_start=0.015, beta_end=0.195)  # abar falls to 1e-4 in 100 steps
 SHAPE = (2, 3, 3)
 
 
@@ -43,6 +45,26 @@ def test_every_slot_gets_a_label_that_means_a_class(mode: str) -> None:
     teacher = Teacher(Labelled(), SCHEDULE, null_label=3)
     pool = pool_of(teacher, WarmupConfig(mode, steps=5, images=30, batch_size=16))
     assert sorted(pool.label.unique().tolist()) == [0, 1, 2]
+
+
+class OneCanvas(nn.Module):
+    """Knows that x_0 equals its label everywhere."""
+
+    num_classes = 4
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return x0_to_eps(STEEP, x, t, label.view(-1, 1, 1, 1) * torch.ones_like(x))
+
+
+@pytest.mark.parametrize("mode", ["ancestral", "ddim", "dpm-solver++"])
+def test_a_slot_s_state_is_of_its_label(mode: str) -> None:
+    pool = NoisyPool(90, (1, 64, 64), torch.float32, labeled=True)
+    list(Warmup(pool, Teacher(OneCanvas(), STEEP), WarmupConfig(mode, steps=10, images=30, batch_size=16)).run())
+    signal = STEEP.alphas_cumprod[pool.t.long()].sqrt()
+    seen = signal > 0.25  # the others are noise
+    means = pool.x.mean((1, 2, 3)) / signal
+    assert seen.sum() > 30 and len(pool.label[seen].unique()) == 4
+    assert torch.equal(means[seen].round().int(), pool.label[seen])
 
 
 def test_the_student_gets_the_label_of_the_teachers_target() -> None:

@@ -11,7 +11,6 @@ from tests.cli import distil, run_script, write_yaml
 from tests.parts import distill_config
 
 SMALL_DIT = {"in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2, "learn_sigma": False}
-ELSEWHERE = "mps" if torch.cuda.is_available() else "cuda"  # no machine has both
 GONE = object()  # an edit that removes the key
 
 
@@ -75,7 +74,7 @@ EDITS = {
     "learning_rate_zero": ({"trainer.learning_rate": 0}, ("trainer.learning_rate", "above 0")),
     "ema_decay": ({"trainer.ema_decay": 2}, ("trainer.ema_decay", "below 1")),
     "precision": ({"trainer.precision": "fp8"}, ("trainer.precision", "fp8", "bf16")),
-    "no_such_device": ({"trainer.accelerator": ELSEWHERE}, ("trainer.accelerator", ELSEWHERE)),
+    "no_such_device": ({"trainer.accelerator": "cuda"}, ("trainer.accelerator", "cuda")),
     "more_devices_than_there_are": ({"trainer.devices": 5000}, ("trainer.devices", "5000", "this machine has")),
     "pool_beyond_memory": ({"distill.rho": 1e18}, ("distill.rho", "of memory here")),
     "pool_beyond_disk": ({"distill.rho": 1e9, "distill.pool_storage": "mmap"}, ("distill.rho", "free on the disk")),
@@ -85,6 +84,7 @@ EDITS = {
     "student_param_misspelt": ({"student.params.model_chanels": 32}, ("student.params.model_chanels", "'model_ch")),
     "student_param_missing": ({"student.params.num_res_blocks": GONE}, ("student.params.num_res_blocks: missing",)),
     "student_target_of_another_kind": ({"student.target": "ldm_dkdm.first_stage.VQModel"}, ("student.target: ", "DiT")),
+    "student_without_width": ({"student.params.model_channels": 0}, ("student.params.model_channels", "no channels")),
     "student_width": ({"student.params.model_channels": 40}, ("student.params.model_channels", "40", "32")),
     "student_mults": ({"student.params.channel_mult": 3}, ("student.params.channel_mult: expected a list", "3")),
     "student_mult_of_a_half": ({"student.params.channel_mult": [1, 1.5]}, ("student.params.channel_mult[1]", "1.5")),
@@ -147,6 +147,13 @@ COMMAND_LINES = {
     "override_not_yaml": (["--base", "BASE", "distill.rho=[1"], ("distill.rho=[1",)),
     "override_to_nothing": (["--base", "BASE", "distill.rho="], ("distill.rho", "missing")),
     "override_through_a_value": (["--base", "BASE", "distill.rho.x=3"], ("distill.rho", "number")),
+    "list_by_its_entries": (["--base", "BASE", "student.params.channel_mult.0=2"], ("channel_mult.0=2", "[1,2]")),
+    "list_for_a_section": (["--base", "BASE", "trainer=[1]"], ("trainer=[1]",)),
+    "keys_as_options": (["--base", "BASE", "--max_steps", "9"], ("--max_steps", "key=value")),
+    "folder_as_base": (["--base", "."], (".: is a folder",)),
+    "name_outside": (["--base", "BASE", "logging.name=../other"], ("logging.name", "../other")),
+    "init_of_nothing": (["--base", "BASE", "student.init=nowhere"], ("student.init", "random nor teacher")),
+    "pool_from_nothing": (["--base", "BASE", "distill.pool_from=nowhere.pt"], ("distill.pool_from", "nowhere.pt")),
     "interpolation_of_nothing": (["--base", "BASE", "distill.rho=${nowhere}"], ("nowhere",)),
     "resume_of_no_run": (["--resume", "nowhere"], ("--resume", "nowhere")),
     "resume_last_without_runs": (["--resume", "last"], ("--resume last", "logs")),
@@ -171,6 +178,19 @@ def test_a_config_of_another_script_is_named_as_that(teacher_folder: Path, tmp_p
         assert_one_error_line(capsys, code, (str(base), "made for scripts/dkdm_ldm.py", script))
 
 
+def test_a_model_s_folder_is_no_run_to_resume(teacher_folder: Path, capsys) -> None:
+    assert_one_error_line(capsys, distil("--resume", teacher_folder), ("--resume", "a diffusion model's folder"))
+
+
+def test_resume_last_passes_damaged_folders_by(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs" / "x").mkdir(parents=True)
+    (tmp_path / "logs" / "x" / "config.yaml").write_text("a: [")
+    assert_one_error_line(capsys, distil("--resume", "last"), ("no run of dkdm_ldm.py",))
+
+
 def test_base_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["x", "--base", "a.yaml", "a=1", "--base", "b.yaml"])
     assert split_base(config_parser("x").parse_args()) == ([Path("a.yaml"), Path("b.yaml")], ["a=1"])
+    monkeypatch.setattr("sys.argv", ["x", "a.yaml", "a=1"])  # --base left out
+    assert split_base(config_parser("x").parse_args()) == ([Path("a.yaml")], ["a=1"])

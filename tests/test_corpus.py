@@ -1,4 +1,4 @@
-"""Sixty files that are no teacher: each ends in one line, and none runs code."""
+"""Seventy files that are no teacher: each ends in one line, and none runs code."""
 
 import argparse
 import gzip
@@ -72,6 +72,30 @@ def compressed(content: bytes) -> bytes:
         for name in old.namelist():
             new.writestr(name, old.read(name))
     return buffer.getvalue()
+
+
+def deep_key() -> bytes:
+    """A dictionary whose key is a tuple three million deep: hashing it would end the interpreter."""
+    return b"\x80\x02})" + b"\x85" * 3_000_000 + b"K\x01s."
+
+
+def torch_zip(pickled: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("archive/data.pkl", pickled)
+        file.writestr("archive/version", b"3\n")
+    return buffer.getvalue()
+
+
+def shadowed() -> OrderedDict[str, torch.Tensor]:
+    """Weights whose dictionary has its methods replaced by numbers."""
+    weights = OrderedDict(unet())
+    weights.get = weights.keys = weights.values = 3
+    return weights
+
+
+def broken_directory() -> bytes:
+    return zipped(unet()).replace(b"PK\x01\x02", b"PK\x01\x09")
 
 
 def unet() -> dict[str, torch.Tensor]:
@@ -200,6 +224,14 @@ CORPUS: dict[str, tuple[Callable[[Path], bytes], str]] = {
         lambda m: b"\x80\x04cnumpy.dtypes\n__builtins__\n.",
         "numpy.dtypes.__builtins__, which no array needs",
     ),
+    "deep_key.pkl": (lambda m: deep_key(), "nested more than 1000 deep"),
+    "deep_key.pt": (lambda m: torch_zip(deep_key()), "nested more than 1000 deep"),
+    "far_memo.pkl": (lambda m: b"\x80\x02}r\xff\xff\xff\x7f.", "numbers its objects up to 2147483647"),
+    "bytes_on_demand.pt": (lambda m: zipped({"x": Call(bytearray, 3 * 10**9)}), "builtin"),
+    "number_as_name.pt": (lambda m: zipped({**unet(), 3: torch.zeros(1)}), "under 3, which is no name"),
+    "shadowed.pt": (lambda m: zipped(shadowed()), "is damaged"),
+    "broken_directory.pt": (lambda m: broken_directory(), "is damaged"),
+    "flat_schedule.ckpt": (lambda m: zipped(compvis({"alphas_cumprod": torch.zeros(2, 2)})), "which is no schedule"),
     "wrong_shape.pt": (lambda m: zipped(changed("out.0.weight", lambda v: v[:16])), "of another shape"),
     "more_tensors.pt": (lambda m: zipped({**unet(), "extra.weight": torch.zeros(1)}), "unexpected: extra.weight"),
     "text_to_image.ckpt": (
@@ -209,8 +241,8 @@ CORPUS: dict[str, tuple[Callable[[Path], bytes], str]] = {
 }
 
 
-def test_there_are_sixty() -> None:
-    assert len(CORPUS) >= 60
+def test_there_are_seventy() -> None:
+    assert len(CORPUS) >= 70
 
 
 @pytest.mark.parametrize("name", CORPUS)

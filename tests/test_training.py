@@ -12,7 +12,7 @@ import torch
 from ldm_dkdm.baselines.stream import DataStream
 from ldm_dkdm.config import build
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.evaluate.agreement import eps_error_by_quarter, held_out_chains
+from ldm_dkdm.evaluate.agreement import eps_error_by_quarter, eps_errors, held_out_chains
 from ldm_dkdm.runs.ema import StudentEMA
 from ldm_dkdm.schema import NetworkConfig
 from ldm_dkdm.sources import Model, load_model, make_schedule
@@ -116,7 +116,9 @@ def test_a_distilled_student_agrees_with_its_teacher(teacher_folder: Path, tmp_p
     states = held_out_chains(teacher, (3, 8, 8), chains=16, seed=99, device="cpu", every=2)
     student = load_model(tmp_path / "logs" / "run" / "student")
     untrained = Model(build(NetworkConfig("ldm_dkdm.networks.UNet", UNET_PARAMS)), student.card, None)
-    before, after = (eps_error_by_quarter(denoiser(m).predict, states, 20) for m in (untrained, student))
+    before, after = (
+        eps_error_by_quarter(eps_errors(denoiser(m).predict, states), states, 20) for m in (untrained, student)
+    )
     assert all(a < 0.5 * b for a, b in zip(after, before, strict=True))
 
 

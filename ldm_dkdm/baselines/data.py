@@ -133,12 +133,14 @@ class EncodedStates:
         chosen = torch.randint(int(ends[-1]), (count,), generator=generator)
         owner = torch.searchsorted(ends, chosen, right=True)
         inside = chosen - torch.cat([ends.new_zeros(1), ends])[owner]
-        pairs = list(zip(owner.tolist(), inside.tolist(), strict=True))
-        pictures = torch.cat([self.sets[k].take(torch.tensor([i])) for k, i in pairs])
+        places = [(owner == k).nonzero().flatten() for k in range(len(self.sets))]
+        order = torch.cat(places).argsort()
+        parts = list(zip(self.sets, places, strict=True))
+        pictures = torch.cat([images.take(inside[place]) for images, place in parts if len(place)])[order]
         if self.flip:
             mirrored = torch.rand(count, generator=generator) < 0.5
             pictures = torch.where(mirrored.view(-1, 1, 1, 1), pictures.flip(2), pictures)
-        labels = torch.stack([self.sets[k].labels[i] for k, i in pairs]) if self.labeled else None
+        labels = torch.cat([images.labels[inside[place]] for images, place in parts])[order] if self.labeled else None
         return self.codec.encode(pictures).cpu(), labels
 
 

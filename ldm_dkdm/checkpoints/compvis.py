@@ -22,11 +22,16 @@ def ema_name(parameter: str) -> str:
 def check_schedule(stored: Tensor, schedule: NoiseSchedule, source: str | Path) -> None:
     """Refuse a configured schedule that is not the `alphas_cumprod` (T,) that a checkpoint was trained with."""
     wanted = schedule.alphas_cumprod
-    if stored.shape != wanted.shape or not torch.allclose(stored.double(), wanted, rtol=1e-3, atol=1e-6):
+    if stored.shape != wanted.shape or not torch.allclose(stored.double(), wanted, rtol=tolerance(stored), atol=1e-6):
         raise UserError(
             f"diffusion: {source} was trained with {_ends(stored)}, the configuration gives {_ends(wanted)}; "
             "correct schedule, num_timesteps, beta_start or beta_end"
         )
+
+
+def tolerance(stored: Tensor) -> float:
+    """How far a stored schedule may lie from a configured one, relatively: 0.1%, or what its precision leaves."""
+    return max(1e-3, torch.finfo(stored.dtype).eps)
 
 
 def _ends(abar: Tensor) -> str:

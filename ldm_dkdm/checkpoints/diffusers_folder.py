@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ldm_dkdm.checkpoints.diffusers_names import (
 )
 from ldm_dkdm.checkpoints.reading import read_tensors
 from ldm_dkdm.config import build
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.files import write_text
 from ldm_dkdm.schema import DiffusionConfig, NetworkConfig
 
@@ -79,7 +79,8 @@ def read_first_stage(folder: Path, latent_size: int | None = None) -> FirstStage
     Raises:
         UserError: another model, or an option that we do not have.
     """
-    return _plainly(_first_stage_from, folder, latent_size)
+    with blaming(folder, "a config in it is incomplete or does not fit its weights"):
+        return _first_stage_from(folder, latent_size)
 
 
 def read_pipeline(folder: Path) -> Pipeline:
@@ -88,17 +89,8 @@ def read_pipeline(folder: Path) -> Pipeline:
     Raises:
         UserError: a missing part, or an option that we do not have; names the file and the key.
     """
-    return _plainly(_read, folder)
-
-
-def _plainly(read: Callable[..., Any], folder: Path, *arguments: object) -> Any:
-    """What `read` makes of a folder; a config that lacks or contradicts something is a `UserError`."""
-    try:
-        return read(folder, *arguments)
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ZeroDivisionError) as error:
-        raise UserError(f"{folder}: a config in it is incomplete or does not fit its weights ({error})") from error
+    with blaming(folder, "a config in it is incomplete or does not fit its weights"):
+        return _read(folder)
 
 
 def _read(folder: Path) -> Pipeline:
@@ -142,7 +134,9 @@ def _first_stage_from(folder: Path, latent_size: int | None) -> FirstStage:
     if config.get("_class_name") not in FIRST_STAGES:
         raise UserError(f"{folder}: is a {config.get('_class_name')}; only {' and '.join(FIRST_STAGES)} work")
     params = first_stage_params(config, latent_size, folder / "config.json")
-    stage = FirstStage(params, {}, float(config.get("scaling_factor", 0.18215)))
+    # The library's own default for both, 0.18215, is an AutoencoderKL's; VQModels without the key mean 1, as CompVis's.
+    default = 1.0 if "n_embed" in params else 0.18215
+    stage = FirstStage(params, {}, float(config.get("scaling_factor", default)))
     found = {_modern(name): tensor for name, tensor in read_tensors(folder).items()}
     for name, shape in _shapes({"target": stage.target, "params": params}, folder).items():
         theirs = first_stage_name(name, len(config["block_out_channels"]))

@@ -105,6 +105,8 @@ def compvis_config(
     """The `model` section that CompVis's scripts instantiate."""
     diffusion, params = card.diffusion, dict(card.network.params)
     params.pop("num_classes", None)
+    if params.get("num_head_channels", -1) == -1:
+        params.setdefault("num_heads", 1)  # CompVis's code has no default
     stage = {**first_stage_params, "lossconfig": {"target": "torch.nn.Identity"}}
     return {
         "model": {

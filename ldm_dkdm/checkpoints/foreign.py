@@ -11,7 +11,7 @@ from ldm_dkdm.checkpoints import compvis
 from ldm_dkdm.checkpoints.inference import TOO_FEW, Inferred, infer_dit, infer_unet
 from ldm_dkdm.checkpoints.reading import read_content, select_part, tensors_in
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.schema import DiffusionConfig
 
 NAMES = {
@@ -19,6 +19,10 @@ NAMES = {
     "adm": "guided-diffusion / DDPM-IP",
     "dit": "DiT",
 }
+
+
+USUAL_SCALED = (0.0015, 0.0195), (0.00085, 0.012)  # ends of beta: LDM's, Stable Diffusion's
+USUAL_LINEAR = (1e-4, 0.02)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,12 @@ class Foreign:
     @property
     def alphas_cumprod(self) -> Tensor | None:
         """The schedule (T,) that the file stores."""
-        return self.tensors.get("alphas_cumprod") if self.kind == "compvis" else None
+        stored = self.tensors.get("alphas_cumprod") if self.kind == "compvis" else None
+        if stored is not None and not (stored.ndim == 1 and len(stored) and stored.is_floating_point()):
+            raise UserError(
+                f"{self.path}: alphas_cumprod is {stored.dtype} {tuple(stored.shape)}, which is no schedule"
+            )
+        return stored
 
     def diffusion(self) -> DiffusionConfig | None:
         """The schedule that the file stores, as a config; None where it stores none or one that we cannot name."""
@@ -90,7 +99,8 @@ def open_foreign(path: Path) -> Foreign:
     Raises:
         UserError: an unreadable file, or one that holds something else; says what.
     """
-    return recognise(read_content(path), path)
+    with blaming(path):
+        return recognise(read_content(path), path)
 
 
 def recognise(content: object, path: Path) -> Foreign:
@@ -140,7 +150,7 @@ def _tensors(content: object, part: str | None, path: Path) -> dict[str, Tensor]
     if isinstance(content, Tensor):
         raise UserError(f"{path}: holds one tensor of shape {tuple(content.shape)}, not a network")
     tree = select_part(content, part, path)
-    found = {name: value for name, value in tensors_in(tree, path).items() if isinstance(name, str)}
+    found = tensors_in(tree, path)
     if not found:
         raise UserError(f"{path}: holds no weights (keys: {', '.join(map(str, list(content)[:6]))})")
     return found
@@ -155,17 +165,17 @@ def infer_schedule(alphas_cumprod: Tensor) -> DiffusionConfig | None:
     """The config whose schedule (T,) this is to 0.1%; None if we have none."""
     abar = alphas_cumprod.double()
     betas = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-    first, last = (float(f"{value:.4g}") for value in (betas[0], betas[-1]))
+    stored = tuple(float(f"{value:.4g}") for value in (betas[0], betas[-1]))  # half precision leaves little of them
     steps = len(abar)
     for config in (
-        DiffusionConfig("scaled_linear", steps, first, last),
-        DiffusionConfig("linear", steps, first, last),
+        *(DiffusionConfig("scaled_linear", steps, *ends) for ends in (stored, *USUAL_SCALED)),
+        *(DiffusionConfig("linear", steps, *ends) for ends in (stored, USUAL_LINEAR)),
         DiffusionConfig("cosine", steps),
     ):
         try:
             schedule = NoiseSchedule(config.schedule, steps, config.beta_start, config.beta_end)
         except UserError:
             continue
-        if torch.allclose(schedule.alphas_cumprod, abar, rtol=1e-3, atol=1e-6):
+        if torch.allclose(schedule.alphas_cumprod, abar, rtol=compvis.tolerance(alphas_cumprod), atol=1e-6):
             return config
     return None

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Inferred:
     target: str
     params: dict[str, Any]
     demands: tuple[Demand, ...]
+    usual: Mapping[str, Any] = field(default_factory=dict)  # what no tensor tells, but nearly all such files have
 
     def missing(self, given: Mapping[str, Any]) -> list[Demand]:
         """What is neither inferred nor given."""
@@ -49,7 +50,7 @@ class Inferred:
         if missing:
             wanted = "; ".join(f"{where}.{' or .'.join(demand.keys)} ({demand.hint})" for demand in missing)
             raise UserError(f"{source}: its tensors do not tell everything; set {wanted}")
-        return {**self.params, **given}
+        return {**self.usual, **self.params, **given}
 
 
 def _plain(value: Any) -> Any:
@@ -62,7 +63,7 @@ def infer_unet(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> In
     Args:
         tensors: of the network, without a prefix.
         source: for messages.
-        compvis: the file is CompVis's, whose attention has one order only.
+        compvis: the file is CompVis's, whose attention has the old order unless told otherwise.
 
     Raises:
         UserError: a UNet of another kind: a classifier, a text-conditional one, one that resamples without weights.
@@ -96,11 +97,10 @@ def infer_unet(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> In
     )
     size = "64 in CompVis's VQ-f4 releases" if compvis else "side of the pictures that it was trained on"
     demands = [Demand(("image_size",), size), Demand(("num_head_channels", "num_heads"), heads)]
-    if compvis:
-        params["use_new_attention_order"] = False
-    else:
+    if not compvis:
         demands.append(Demand(("use_new_attention_order",), "the training's flag; false unless it was set"))
-    return Inferred("ldm_dkdm.networks.UNet", params, tuple(demands))
+    usual = {"use_new_attention_order": False} if compvis else {}
+    return Inferred("ldm_dkdm.networks.UNet", params, tuple(demands), usual)
 
 
 def _refuse_other_unets(tensors: Mapping[str, Tensor], source: Path) -> None:
@@ -114,7 +114,8 @@ def _refuse_other_unets(tensors: Mapping[str, Tensor], source: Path) -> None:
 
 def _count(tensors: Mapping[str, Tensor], part: str) -> int:
     """How many blocks `part.0`, `part.1`, ... there are."""
-    indices = {int(name.split(".")[1]) for name in tensors if name.startswith(f"{part}.")}
+    place = len(part.split("."))
+    indices = {int(name.split(".")[place]) for name in tensors if name.startswith(f"{part}.")}
     if indices != set(range(len(indices))):
         raise ValueError(f"{part} lacks blocks: it goes up to {max(indices)}, but there are {len(indices)}")
     return len(indices)
@@ -169,8 +170,7 @@ def infer_first_stage(tensors: Mapping[str, Tensor], latent_size: int, source: P
 
 def _first_stage(tensors: Mapping[str, Tensor], latent_size: int) -> tuple[str, dict[str, Any]]:
     channels = tensors["encoder.conv_in.weight"].shape[0]
-    levels = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.down."))
-    blocks = 1 + max(int(name.split(".")[4]) for name in tensors if name.startswith("encoder.down.0.block."))
+    levels, blocks = _count(tensors, "encoder.down"), _count(tensors, "encoder.down.0.block")
     resolution = latent_size * 2 ** (levels - 1)
     codes = tensors.get("quantize.embedding.weight")
     moments = tensors["encoder.conv_out.weight"].shape[0] // tensors["decoder.conv_in.weight"].shape[1]

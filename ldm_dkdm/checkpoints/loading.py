@@ -2,11 +2,34 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm_dkdm.config import build
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.registry import Targets
+
+
+def build_loaded(node: Any, where: str, targets: Targets, tensors: Mapping[str, Tensor], source: str | Path) -> Any:
+    """Build the module that a config node describes, with its weights.
+
+    Names and shapes are compared before the module takes any memory.
+
+    Args:
+        node, where, targets: as in `build`.
+        tensors, source: as in `load_strictly`.
+
+    Raises:
+        UserError: what `build` and `load_strictly` refuse.
+    """
+    with torch.device("meta"):
+        module = build(node, where, targets)
+    _refuse_misfits(module, tensors, source)
+    module.to_empty(device="cpu")
+    load_strictly(module, tensors, source)
+    return module
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
@@ -16,6 +39,16 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
         UserError: missing, unexpected or mis-shaped keys, of which it lists the first few; values that are not
             finite; tensors of whole numbers where weights belong.
     """
+    _refuse_misfits(module, tensors, source)
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not tensors[name].is_floating_point():
+            raise UserError(f"{source}: {name} holds {tensors[name].dtype}, not weights; quantised files do not work")
+        if not torch.isfinite(tensors[name]).all():
+            raise UserError(f"{source}: {name} holds values that are not finite; the file is damaged")
+    module.load_state_dict(dict(tensors))
+
+
+def _refuse_misfits(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     own = module.state_dict()
     problems = {
         "missing": [k for k in own if k not in tensors],
@@ -29,9 +62,3 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
     found = [f"{len(keys)} keys {kind}: {', '.join(keys[:4])}" for kind, keys in problems.items() if keys]
     if found:
         raise UserError(f"{source}: does not fit this {type(module).__name__}; {'; '.join(found)}")
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not tensors[name].is_floating_point():
-            raise UserError(f"{source}: {name} holds {tensors[name].dtype}, not weights; quantised files do not work")
-        if not torch.isfinite(tensors[name]).all():
-            raise UserError(f"{source}: {name} holds values that are not finite; the file is damaged")
-    module.load_state_dict(dict(tensors))

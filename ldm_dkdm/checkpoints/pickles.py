@@ -33,7 +33,12 @@ STUBBED = (
 class Inert:
     """Takes the place of a class or function that a pickle names; it does nothing."""
 
+    __slots__ = ()
+
     def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
         pass
 
     def __new__(cls, *args: object, **kwargs: object) -> "Inert":
@@ -56,11 +61,16 @@ def asked_globals(path: Path) -> set[str]:
         if is_zip(path):
             with zipfile.ZipFile(path) as archive:
                 names = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
-                return {found for name in names for found in _globals_in(archive.open(name))}
+                return {found for name in names for found in _globals_of_member(archive, name)}
         with path.open("rb") as file:
             return set(_globals_of_all(file))
     except Exception as error:  # damage can raise anything; nothing of the file has run
         raise UserError(f"{path}: not a readable checkpoint (is the download complete?): {error}") from error
+
+
+def _globals_of_member(archive: zipfile.ZipFile, name: str) -> set[str]:
+    with archive.open(name) as file:
+        return set(_globals_in(file))
 
 
 def _globals_of_all(file: IO[bytes]) -> Iterator[str]:
@@ -78,7 +88,9 @@ def _globals_of_all(file: IO[bytes]) -> Iterator[str]:
 def _globals_in(file: IO[bytes]) -> Iterator[str]:
     memo: dict[int, str] = {}
     strings: list[str] = ["", ""]
+    nesting = _Nesting()
     for opcode, argument, _ in pickletools.genops(file):
+        nesting.follow(opcode, argument)
         if opcode.name in ("GLOBAL", "INST"):
             yield argument.replace(" ", ".", 1)
         elif opcode.name == "STACK_GLOBAL":
@@ -93,18 +105,60 @@ def _globals_in(file: IO[bytes]) -> Iterator[str]:
             strings.append(memo[argument])
 
 
+class _Nesting:
+    """Follows how deeply the containers of a pickle nest: hashing tuples a million deep would end the interpreter."""
+
+    LIMIT = 1000
+    FAR = 10**6  # picklers number objects one by one
+    GROW = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # their first operand stays
+
+    def __init__(self) -> None:
+        self.stack: list[int] = []  # depth of every object; -1 is a mark
+        self.memo: dict[int, int] = {}
+
+    def follow(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        """The effect of an opcode, as pickletools describes it."""
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            place = len(self.memo) if argument is None else argument
+            if place > self.FAR + 2 * len(self.memo):
+                raise pickle.UnpicklingError(f"it numbers its objects up to {place}, which takes memory for nothing")
+            self.memo[place] = self.stack[-1]
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[argument])
+        elif opcode.name == "MARK":
+            self.stack.append(-1)
+        elif opcode.name == "DUP":
+            self.stack.append(self.stack[-1])
+        else:
+            taken = self._take(opcode)
+            depth = 1 + max(taken, default=-1)
+            if opcode.name in self.GROW:
+                depth = max(taken[0], 1 + max(taken[1:], default=-1))
+            if depth > self.LIMIT:
+                raise pickle.UnpicklingError(f"its content is nested more than {self.LIMIT} deep")
+            self.stack += [depth] * len(opcode.stack_after)
+
+    def _take(self, opcode: pickletools.OpcodeInfo) -> list[int]:
+        """Depths of the operands that an opcode takes off the stack."""
+        taken: list[int] = []
+        before = list(opcode.stack_before)
+        if pickletools.markobject in before:
+            while (top := self.stack.pop()) != -1:
+                taken.insert(0, top)
+            before = before[: before.index(pickletools.markobject)]
+        for _ in before:
+            taken.insert(0, self.stack.pop())
+        return taken
+
+
 def refused_globals(names: set[str]) -> list[str]:
     """Those of the names that are neither tensors' nor known to be harmless."""
     return sorted(name for name in names if not (_is_torch(name) or name in STAND_INS or _is_stubbed(name)))
 
 
 def _is_torch(name: str) -> bool:
-    return name.startswith(("torch.", "collections.OrderedDict", "collections.Counter", "_codecs.encode")) or name in (
-        "builtins.set",
-        "__builtin__.set",
-        "builtins.bytearray",
-        "__builtin__.bytearray",
-    )
+    harmless = ("torch.", "collections.OrderedDict", "collections.Counter", "_codecs.encode")
+    return name.startswith(harmless) or name in ("builtins.set", "__builtin__.set")
 
 
 def _is_stubbed(name: str) -> bool:
@@ -183,6 +237,8 @@ def read_array_pickle(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
+            set(_globals_in(file))  # refuses what is nested too deeply
+            file.seek(0)
             return _ArrayUnpickler(file).load()
     except Exception as error:  # as above
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

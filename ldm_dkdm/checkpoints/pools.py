@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.arrays import PickledArray
 from ldm_dkdm.checkpoints.reading import as_tensor, read_content
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.records import NoisyBatch
 
 STEPS, STATES = "total_t", "total_x_t_1"
@@ -24,19 +24,26 @@ def read_reference_pool(path: Path, shape: tuple[int, int, int], num_timesteps: 
     Raises:
         UserError: another file, or states of another shape or length of chain.
     """
+    with blaming(path):
+        return _read(path, shape, num_timesteps)
+
+
+def _read(path: Path, shape: tuple[int, int, int], num_timesteps: int) -> NoisyBatch:
     content = read_content(path)
     cache = content.get(IN_CHECKPOINT, content) if isinstance(content, Mapping) else content
     if not (isinstance(cache, Mapping) and STEPS in cache and STATES in cache):
         raise UserError(f"{path}: holds no pool of the reference implementation ({STEPS} and {STATES})")
     steps, states = _tensor(cache[STEPS], STEPS, path), _tensor(cache[STATES], STATES, path)
-    if states.shape != (len(steps), *shape) or steps.ndim != 1:
+    if steps.ndim != 1 or steps.is_floating_point():
+        raise UserError(f"{path}: {STEPS} is {steps.dtype} {tuple(steps.shape)}, wanted one whole number a state")
+    if states.shape != (len(steps), *shape):
         raise UserError(
             f"{path}: states {tuple(states.shape)} with steps {tuple(steps.shape)}; the teacher's are {shape}"
         )
     if len(steps) == 0 or steps.min() < 0 or steps.max() > num_timesteps:
         raise UserError(f"{path}: its steps do not lie in 0 ... {num_timesteps}, the teacher's")
-    if not torch.isfinite(states).all():
-        raise UserError(f"{path}: holds states that are not finite; the file is damaged")
+    if not torch.isfinite(states.half()).all():
+        raise UserError(f"{path}: holds states that are not finite, in half precision; the file is damaged")
     return NoisyBatch(states.float(), steps.long() - 1, None)
 
 

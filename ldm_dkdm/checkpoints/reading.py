@@ -13,11 +13,16 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.arrays import PickledArray
 from ldm_dkdm.checkpoints.pickles import read_array_pickle, read_torch_file
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, blaming
 
 TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files before it wrote zips
 PARTS = ("state_dict", "ema", "model")  # Lightning's and CompVis's; DiT's, its EMA first
-WEIGHTS = ("diffusion_pytorch_model*.safetensors", "*.safetensors", "diffusion_pytorch_model*.bin")  # in a folder
+WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model*.safetensors",
+    "*.safetensors",
+    "diffusion_pytorch_model*.bin",
+)  # in a folder
 SIGNATURES = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
     b"\x1f\x8b": "is a gzip archive; unpack it first",
@@ -53,14 +58,15 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
         return _of_components(path)
     if path.is_dir():
         return read_tensors(_weights_in(path))
-    content = read_content(path)
-    if isinstance(content, Tensor):
-        return {path.stem: content}
-    tree = select_part(content, part, path)
-    tensors = tensors_in(tree, path)
-    if not tensors:
-        raise UserError(f"{path}: holds no tensors (keys: {', '.join(map(str, list(tree)[:8]))})")
-    return tensors
+    with blaming(path):
+        content = read_content(path)
+        if isinstance(content, Tensor):
+            return {path.stem: content}
+        tree = select_part(content, part, path)
+        tensors = tensors_in(tree, path)
+        if not tensors:
+            raise UserError(f"{path}: holds no tensors (keys: {', '.join(map(str, list(tree)[:8]))})")
+        return tensors
 
 
 def select_part(content: Any, part: str | None, path: Path) -> Mapping[Any, Any]:
@@ -174,15 +180,18 @@ def _weights_in(folder: Path) -> Path:
     raise UserError(f"{folder}: no such checkpoint file, and the folder holds no weights")
 
 
-def tensors_in(tree: Mapping[Any, Any], path: Path) -> dict[Any, Tensor]:
+def tensors_in(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     """The tensors and arrays among the values of a dictionary; `path` is for messages.
 
     Raises:
-        UserError: a tensor without numbers of its own: sparse, quantised, nested, on no device, one number repeated.
+        UserError: a tensor without a name, or without numbers of its own: sparse, quantised, nested, on no
+            device, one number repeated.
     """
     found = {}
     for name, value in tree.items():
         if isinstance(value, (Tensor, PickledArray)):
+            if not isinstance(name, str):
+                raise UserError(f"{path}: holds a tensor under {name!r}, which is no name")
             found[name] = as_tensor(value, name, path)
     return found
 

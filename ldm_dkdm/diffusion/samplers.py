@@ -45,7 +45,10 @@ def ddim_timesteps(num_timesteps: int, steps: int, offset: int = 1) -> list[int]
 
 
 def respaced_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """`steps` ascending timesteps spread evenly from 0 to T-1, both included (Improved DDPM, Sec. 4)."""
+    """`steps` ascending timesteps spread evenly from 0 to T-1, both included (Improved DDPM, Sec. 4).
+
+    At some numbers of steps, none of the usual ones, the authors' code rounds a few of them to the other side.
+    """
     _check_steps(num_timesteps, steps)
     if steps == 1:
         return [num_timesteps - 1]
@@ -110,15 +113,18 @@ def dpm_solver(
     x: Tensor,
     steps: int,
     label: Tensor | None = None,
+    start: float = 0.0,
 ) -> Iterator[Tensor]:
     """DPM-Solver++(2M) from x_T (B,C,H,W), deterministic; last yields x_0 (Lu et al. 2022, Alg. 2).
 
-    The first and the last step are of first order: the one has no predecessor, the other ends at x_0.
+    Timesteps whose abar is below `start` are left out. The first and the last step are of first
+    order: the one has no predecessor, the other ends at x_0.
     """
     abar = schedule.alphas_cumprod
     lam = 0.5 * (abar / (1 - abar)).log()  # half the log signal-to-noise ratio
     x_0_before, h_before = None, 0.0
-    for step, following in _downwards(solver_timesteps(schedule.num_timesteps, steps), -1):
+    timesteps = [t for t in solver_timesteps(schedule.num_timesteps, steps) if abar[t] >= start]
+    for step, following in _downwards(timesteps, -1):
         t = torch.full((len(x),), step, device=x.device)
         x_0 = denoise(x, t, label).x_0
         if following < 0:

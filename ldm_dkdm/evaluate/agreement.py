@@ -50,14 +50,12 @@ def eps_errors(denoise: Denoise, states: HeldOutStates, batch_size: int = 128) -
     return torch.cat(errors)
 
 
-def eps_error_by_t(denoise: Denoise, states: HeldOutStates) -> dict[int, float]:
-    """Mean squared eps error at every timestep that the states cover."""
-    error = eps_errors(denoise, states)
+def eps_error_by_t(error: Tensor, states: HeldOutStates) -> dict[int, float]:
+    """Mean of the errors (N,) of `eps_errors` at every timestep that the states cover."""
     return {int(t): error[states.t == t].mean().item() for t in states.t.unique()}
 
 
-def eps_error_by_quarter(denoise: Denoise, states: HeldOutStates, num_timesteps: int) -> list[float]:
-    """Mean squared eps error for t in the four quarters of [0, T), ascending."""
-    error = eps_errors(denoise, states)
+def eps_error_by_quarter(error: Tensor, states: HeldOutStates, num_timesteps: int) -> list[float]:
+    """Mean of the errors (N,) of `eps_errors` for t in the four quarters of [0, T), ascending."""
     quarter = (states.t * 4) // num_timesteps
     return [error[quarter == q].mean().item() for q in range(4)]

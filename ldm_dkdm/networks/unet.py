@@ -173,6 +173,8 @@ def _check_levels(size: int, mults: Sequence[int], attention: Sequence[int], blo
 
 
 def _check_widths(width: int, mults: Sequence[int], heads: int, head_channels: int) -> None:
+    if width * min(mults, default=1) < 1:
+        raise UserError(f"model_channels: {width} x channel_mult {list(mults)} leaves no channels")
     for mult in mults:
         channels = width * mult
         if channels % 32:

@@ -41,4 +41,4 @@ def read_arguments(parser: argparse.ArgumentParser, schema: type[T]) -> Argument
     if not files:
         raise UserError("--base: name at least one config file, for example --base configs/quickstart.yaml")
     config = load_config(files, overrides, schema)
-    return Arguments(config, run_folder(config.logging, files[-1].stem), False, options)
+    return Arguments(config, run_folder(config.logging, "+".join(file.stem for file in files)), False, options)

@@ -45,6 +45,8 @@ def _to_compvis(model: Model, out: Path) -> None:
         raise UserError(
             "--to: compvis holds unconditional models only here, and this one takes labels; choose safetensors"
         )
+    if out.suffix in (".yaml", ".yml"):
+        raise UserError(f"{out}: is where the config goes; name the weights, for example {out.with_suffix('.ckpt')}")
     if out.with_suffix(".yaml").exists():
         raise UserError(
             f"{out.with_suffix('.yaml')}: exists, and the config goes there; choose another name or delete it"
@@ -84,7 +86,8 @@ def _to_diffusers(model: Model, out: Path) -> None:
 
 @torch.no_grad()
 def prove(folder: Path, model: Model, codec: Codec) -> float | None:
-    """Largest difference, in [-1,1], of two pictures by DDIM-10 here and in diffusers; None without that library."""
+    """Largest difference, of two pictures' states by DDIM-10 and of what is decoded from the same states, here and in
+    diffusers; None without that library."""
     try:
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel, VQModel
     except ImportError:
@@ -105,11 +108,16 @@ def prove(folder: Path, model: Model, codec: Codec) -> float | None:
     for t in scheduler.timesteps:
         output = network(x, t, class_labels=label).sample[:, : x.shape[1]]
         x = scheduler.step(output, t, x, use_clipped_model_output=clips).prev_sample
-    if isinstance(codec, LatentCodec):
-        kind = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}[type(codec.vq).__name__]
-        vq = kind.from_pretrained(folder / "vqvae", low_cpu_mem_usage=False).eval()
-        x, ours = vq.decode(x / vq.config.scaling_factor).sample, codec.vq.eval().decode(ours / codec.scale_factor)
-    return (x - ours).abs().max().item()
+    difference = (x - ours).abs().max().item()
+    if not isinstance(codec, LatentCodec):
+        return difference
+    kind = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}[type(codec.vq).__name__]
+    vq = kind.from_pretrained(folder / "vqvae", low_cpu_mem_usage=False).eval()
+    z = ours / codec.scale_factor
+    if codec.vq.codes:  # a latent between two codes would fall to either side by its last bit
+        z = codec.vq.quantise(z)[0]
+    theirs = vq.decode(z * codec.scale_factor / vq.config.scaling_factor).sample
+    return max(difference, (theirs - codec.vq.decode(z)).abs().max().item())
 
 
 def _first_stage_params(pointer: FirstStagePointer) -> dict[str, object]:

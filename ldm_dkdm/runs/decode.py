@@ -23,8 +23,12 @@ def read_latents(path: Path) -> Tensor:
     else:
         tensors = read_tensors(path)
         if len(tensors) != 1:
-            raise UserError(f"{path}: expected one tensor of latents, found {', '.join(tensors)}")
+            raise UserError(f"{path}: expected one tensor, found {len(tensors)}: {', '.join([*tensors][:4])}")
         latents = next(iter(tensors.values()))
+    if latents.dtype == torch.uint8:
+        raise UserError(
+            f"{path}: holds pictures already (uint8), not latents; --latents of txt-free_sample.py writes those"
+        )
     if latents.ndim != 4:
         raise UserError(f"{path}: latents are (N,C,h,w), found {tuple(latents.shape)}")
     return latents.float()

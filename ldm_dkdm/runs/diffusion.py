@@ -15,7 +15,7 @@ from ldm_dkdm.images import save_grid
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.registry import NETWORKS
 from ldm_dkdm.runs.export import export_on_save
-from ldm_dkdm.runs.folder import RunFolder, go_on, open_run
+from ldm_dkdm.runs.folder import RunFolder, check_run, go_on, open_run
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.loop import finished, first_batch, fit, training_device
 from ldm_dkdm.runs.samples import SampleGrid
@@ -32,15 +32,16 @@ def train_diffusion(config: DiffusionRun, folder: RunFolder, resumed: bool = Fal
     model = Model(network, ModelCard("model.safetensors", plain(config.model), config.diffusion), None)
     codec, pointer = load_first_stage(config.first_stage, model, precision)
     sets = open_sets(config.data, config.trainer.seed)
-    _check_labels(network, sets)
+    _check_labels(network, dict(zip([key for key in ("path", "synthetic") if getattr(config.data, key)], sets)))
     found = tuple(codec.to(device).encode(sets[0].take(torch.zeros(1, dtype=torch.long))).shape[1:])
     if found != model.latent_shape:
         raise UserError(f"model.params: states of {model.latent_shape}, but the images make {found}")
-    open_run(config, folder, resumed)
+    check_run(config, folder, resumed)
     if end := finished(folder, config.trainer):
         print(f"{folder.path}: {end}")
         return
     states = _states(config, sets, codec, network.num_classes is not None)
+    open_run(config, folder, resumed)
     schedule = make_schedule(config.diffusion)
     module = StudentModule(
         network, schedule, config.model.parameterization, config.loss, config.trainer, model.denoiser
@@ -83,17 +84,17 @@ def _network(config: DiffusionRun) -> nn.Module:
     return network
 
 
-def _check_labels(network: nn.Module, sets: list[ImageSet]) -> None:
+def _check_labels(network: nn.Module, sets: dict[str, ImageSet]) -> None:
     if network.num_classes is None:
         return
-    for images in sets:
+    for key, images in sets.items():
         if images.labels is None:
             raise UserError(
-                "data: a class-conditional model needs labels: arr_1 of an .npz, or a sub-folder for every class"
+                f"data.{key}: a class-conditional model needs labels: arr_1 of an .npz, or a sub-folder for every class"
             )
         if not 0 <= int(images.labels.min()) <= int(images.labels.max()) < network.num_classes:
             raise UserError(
-                f"model.params.num_classes: {network.num_classes}, but the data's labels go from "
+                f"model.params.num_classes: {network.num_classes}, but the labels of data.{key} go from "
                 f"{int(images.labels.min())} to {int(images.labels.max())}"
             )
 

@@ -23,7 +23,7 @@ from ldm_dkdm.distill.pool import NoisyPool, pool_slots, slot_bytes
 from ldm_dkdm.distill.refill import check_supply, refill
 from ldm_dkdm.distill.stream import VARIANTS, DistillStream
 from ldm_dkdm.distill.warmup import Warmup, preparation
-from ldm_dkdm.errors import Stopped, UserError
+from ldm_dkdm.errors import Stopped, UserError, naming
 from ldm_dkdm.gate import check_teacher
 from ldm_dkdm.generate import SamplerConfig
 from ldm_dkdm.precision import resolve_precision
@@ -160,6 +160,8 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
 
         callbacks, log = [grids, saving], config.logging
         fit(module, stream_for, config.trainer, log, folder, callbacks, stop, parts.precision, go_on(config, folder))
+    for mapped in folder.path.glob("pool-rank*.bin"):  # the checkpoints hold the same
+        mapped.unlink(missing_ok=True)
 
 
 def _check(config: DistillRun, parts: Parts) -> None:
@@ -213,7 +215,8 @@ def _supply(config: DistillRun, parts: Parts) -> NoisyBatch | None:
     if VARIANTS[config.distill.variant].from_noise:
         raise UserError("distill.pool_from: iterative distillation begins with noise; remove the key")
     steps = parts.schedule.num_timesteps
-    states = read_reference_pool(Path(config.distill.pool_from), parts.model.latent_shape, steps)
+    with naming("distill.pool_from"):
+        states = read_reference_pool(Path(config.distill.pool_from), parts.model.latent_shape, steps)
     check_supply(states, parts.slots, config.trainer.devices, config.distill.batch_size, steps)
     return states
 

@@ -11,7 +11,7 @@ from ldm_dkdm.assemble import load_first_stage
 from ldm_dkdm.config import build, load_config
 from ldm_dkdm.diffusion.samplers import ddim_timesteps
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.evaluate.agreement import eps_error_by_quarter, eps_error_by_t, held_out_chains
+from ldm_dkdm.evaluate.agreement import eps_error_by_quarter, eps_error_by_t, eps_errors, held_out_chains
 from ldm_dkdm.evaluate.frechet import pixel_frechet_distance
 from ldm_dkdm.generate import SamplerConfig, sample_images
 from ldm_dkdm.precision import resolve_precision
@@ -35,12 +35,13 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, object], Path]:
     ddim_timesteps(as_teacher.schedule.num_timesteps, arguments.custom_steps)  # refuses what does not fit
     states = held_out_chains(as_teacher, teacher.latent_shape, arguments.chains, arguments.seed, device)
     steps = as_teacher.schedule.num_timesteps
+    errors, first_errors = (eps_errors(model.predict, states) for model in (as_student, untrained))
     figures: dict[str, object] = {
         "measured_with": measured_with(arguments),
-        "eps_mse_by_t_quarter_untrained": _rounded(eps_error_by_quarter(untrained.predict, states, steps)),
-        "eps_mse_by_t_quarter": _rounded(eps_error_by_quarter(as_student.predict, states, steps)),
+        "eps_mse_by_t_quarter_untrained": _rounded(eps_error_by_quarter(first_errors, states, steps)),
+        "eps_mse_by_t_quarter": _rounded(eps_error_by_quarter(errors, states, steps)),
     }
-    figures["eps_mse_by_t"] = {str(t): round(e, 6) for t, e in eps_error_by_t(as_student.predict, states).items()}
+    figures["eps_mse_by_t"] = {str(t): round(e, 6) for t, e in eps_error_by_t(errors, states).items()}
     for name, model in (("teacher", teacher), ("student", student)):
         figures[f"{name}_parameters"] = parameters(model.network)
         figures[f"{name}_gflops"] = round(gflops(model.network, model.latent_shape), 4)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ldm_dkdm.config import fits, load_config, to_yaml
+from ldm_dkdm.config import card_kind, fits, load_config, read_yaml, to_yaml
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_text
-from ldm_dkdm.schema import LoggingConfig
+from ldm_dkdm.schema import FirstStageCard, LoggingConfig, ModelCard
 
 FREE = ("trainer", "logging")  # sections that may change when a run is resumed, but for:
 FIXED = ("trainer.seed", "trainer.accumulate", "trainer.devices")
@@ -50,7 +50,15 @@ def step_of(checkpoint: Path) -> int:
 
 
 def open_run(config: object, folder: RunFolder, resumed: bool = False) -> None:
-    """Create the folder, or go on in it.
+    """Create the folder, or go on in it (`check_run`)."""
+    check_run(config, folder, resumed)
+    stored, text = folder.path / "config.yaml", to_yaml(config)
+    if not stored.is_file() or stored.read_text() != text:
+        write_text(stored, text)
+
+
+def check_run(config: object, folder: RunFolder, resumed: bool) -> None:
+    """Refuse to go on in a folder of another run; nothing is written.
 
     Args:
         config: must be the one that the folder was made with; if `resumed`, but for what a resume may change.
@@ -70,8 +78,6 @@ def open_run(config: object, folder: RunFolder, resumed: bool = False) -> None:
         for key in (*sections, *FIXED):
             if OmegaConf.select(before, key) != OmegaConf.select(now, key):
                 raise UserError(f"{key}: cannot change when {folder.path} is resumed; start a new run for that")
-    if not stored.is_file() or stored.read_text() != text:
-        write_text(stored, text)
 
 
 def _made_with(stored: Path, schema: type) -> str:
@@ -83,21 +89,33 @@ def _made_with(stored: Path, schema: type) -> str:
 
 
 def run_folder(log: LoggingConfig, default_name: str) -> RunFolder:
-    """logs/<name>; the name is that of the last --base file unless the config gives one."""
-    return RunFolder(Path(log.dir) / (log.name or default_name))
+    """logs/<name>; the name is that of the --base files, joined by +, unless the config gives one."""
+    name = log.name or default_name
+    if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts:
+        raise UserError(f"logging.name: '{name}' must be a folder below {log.dir}; logging.dir says where that is")
+    return RunFolder(Path(log.dir) / name)
 
 
 def find_run(name: str, schema: type, logs: Path = Path("logs")) -> RunFolder:
     """The folder of a run to resume; `last` is the one of its kind in logs/ that was written to last."""
     if name == "last":
-        runs = [f for f in logs.glob("*/config.yaml") if fits(OmegaConf.load(f), schema)]
+        runs = [f for f in logs.glob("*/config.yaml") if _is_run_of(f, schema)]
         if not runs:
             raise UserError(f"--resume last: {logs}/ holds no run of {schema.SCRIPT}; name its folder instead")
         return RunFolder(max(runs, key=lambda f: newest_change(f.parent)).parent)
     folder = RunFolder(Path(name))
     if not (folder.path / "config.yaml").is_file():
         raise UserError(f"--resume: {name} is no run folder (it has no config.yaml)")
+    if (found := card_kind(folder.path / "config.yaml")) in (ModelCard.KIND, FirstStageCard.KIND):
+        raise UserError(f"--resume: {name} is {found}, which a run made; name the run's folder")
     return folder
+
+
+def _is_run_of(file: Path, schema: type) -> bool:
+    try:
+        return fits(read_yaml(file), schema)
+    except UserError:  # somebody else's, or damaged
+        return False
 
 
 def newest_change(folder: Path) -> float:

@@ -17,7 +17,7 @@ from ldm_dkdm.checkpoints.inference import Inferred
 from ldm_dkdm.checkpoints.pickles import asked_globals
 from ldm_dkdm.checkpoints.reading import file_kind, read_content
 from ldm_dkdm.config import build
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.runs.plan import parameters
 from ldm_dkdm.runs.units import size
 from ldm_dkdm.schema import DiffusionConfig, FirstStageCard, ModelCard, NetworkConfig
@@ -103,7 +103,9 @@ def _progress(content: object) -> dict[str, str]:
 
 def _parts(foreign: Foreign) -> dict[str, str]:
     named = {"EMA weights": foreign.ema, "weights": foreign.raw, "first stage": foreign.first_stage() or None}
-    return {name: "none" if part is None else _count(part) for name, part in named.items()}
+    lines = {name: "none" if part is None else _count(part) for name, part in named.items()}
+    scale = foreign.tensors.get("scale_factor")
+    return lines if scale is None or scale.numel() != 1 else {**lines, "scale factor": f"{scale.item():g}"}
 
 
 def _count(part: Mapping[str, Tensor]) -> str:
@@ -145,7 +147,7 @@ def _schedule(foreign: Foreign) -> dict[str, str]:
 
 
 def as_config(path: Path) -> str:
-    """The teacher, diffusion and first_stage sections as YAML; what the file does not tell is marked `???`."""
+    """The sections that name a file, as YAML; what it does not tell is marked `???`."""
     path = home_of(path)
     if path.is_dir() and is_first_stage(path):
         return yaml.safe_dump({"first_stage": {"ckpt": str(path)}})
@@ -153,14 +155,15 @@ def as_config(path: Path) -> str:
         return yaml.safe_dump({"teacher": {"ckpt": str(path)}})  # it tells the rest itself
     foreign = open_foreign(path)
     inferred, diffusion = foreign.infer(), foreign.diffusion()
-    params = {**inferred.params, **{demand.keys[0]: "???" for demand in inferred.demands}}
+    params = {**inferred.usual, **inferred.params, **{demand.keys[0]: "???" for demand in inferred.demands}}
     tree: dict[str, Any] = {"teacher": {"ckpt": str(path), "target": inferred.target, "params": params}}
     if diffusion is not None:
         tree["diffusion"] = {key: getattr(diffusion, key) for key in ("schedule", "num_timesteps")}
         if diffusion.schedule != "cosine":
             tree["diffusion"] |= {"beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}
     else:
-        tree["diffusion"] = {"space": "pixel", "schedule": "???", "num_timesteps": "???"}
+        space = "latent" if foreign.kind == "compvis" else "pixel"
+        tree["diffusion"] = {"space": space, "schedule": "???", "num_timesteps": "???"}
     text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)
     for demand in inferred.demands:
         other = f"or {demand.keys[1]}; " if len(demand.keys) > 1 else ""
@@ -170,10 +173,11 @@ def as_config(path: Path) -> str:
 
 def print_report(path: Path, config: bool) -> None:
     """Print the report of a file, or its config."""
-    if config:
-        print(as_config(path), end="")
-        return
-    lines = describe(path)
+    with blaming(path):
+        if config:
+            print(as_config(path), end="")
+            return
+        lines = describe(path)
     width = max(map(len, lines))
     for subject, value in lines.items():
         print(f"{subject:<{width}}  {value}")

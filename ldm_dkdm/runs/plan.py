@@ -46,7 +46,8 @@ def parameters(network: nn.Module) -> int:
 def costs(config: DistillRun, parts: Parts) -> dict[str, str]:
     """The lines of a plan that need no measurement, in order: what is meant and how much."""
     shape, batch, iterations = parts.model.latent_shape, config.distill.batch_size, _iterations(config)
-    pool = pool_bytes(config, parts)
+    devices, mapped = config.trainer.devices, config.distill.pool_storage == "mmap"
+    pool, each = devices * pool_bytes(config, parts), f" on each of {devices} devices" if devices > 1 else ""
     source = config.distill.pool_from or preparation(config.distill).mode
     student, teacher = parameters(parts.student), parameters(parts.teacher.network)
     # student in float32: weights, gradients, two Adam moments, EMA; teacher and first stage: weights
@@ -56,14 +57,14 @@ def costs(config: DistillRun, parts: Parts) -> dict[str, str]:
     return {
         "teacher": f"{teacher / 1e6:.6f} M parameters, {gflops(parts.teacher.network, shape):.2f} GFLOPs a sample",
         "student": f"{student / 1e6:.6f} M parameters, {gflops(parts.student, shape):.2f} GFLOPs a sample",
-        "pool": f"{parts.slots:,} slots ({config.distill.variant}), {size(pool)} of host "
-        + ("disk, memory-mapped" if config.distill.pool_storage == "mmap" else "memory"),
-        "teacher calls, warm-up": f"{_warmup_samples(config, parts):,} samples ({source})",
-        "teacher calls, training": f"{iterations * batch:,} samples ({iterations:,} iterations of {batch})",
+        "pool": f"{parts.slots:,} slots ({config.distill.variant}){each}, {size(pool)} of host "
+        + ("disk, memory-mapped" if mapped else "memory"),
+        "teacher calls, warm-up": f"{_warmup_samples(config, parts):,} samples ({source}){each}",
+        "teacher calls, training": f"{iterations * batch:,} samples ({iterations:,} iterations of {batch}){each}",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({precision})",
-        "memory, host": size(0 if config.distill.pool_storage == "mmap" else pool) + " for the pool",
-        "disk": f"{size((KEPT + 1) * (pool + 16 * student) + 4 * student)} for the student, {KEPT} checkpoints "
-        "and the next one while it is written",
+        "memory, host": size(0 if mapped else pool) + " for the pool",
+        "disk": f"{size((KEPT + 1) * (pool + 16 * student) + 4 * student + mapped * pool)} for the student, {KEPT} "
+        "checkpoints and the next one while it is written" + (", the mapped pool" if mapped else ""),
     }
 
 

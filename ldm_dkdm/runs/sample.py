@@ -16,14 +16,14 @@ from tqdm import tqdm
 from ldm_dkdm.assemble import Codec, load_first_stage
 from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
-from ldm_dkdm.checkpoints.loading import load_strictly
-from ldm_dkdm.config import build
+from ldm_dkdm.checkpoints.loading import build_loaded
 from ldm_dkdm.diffusion.samplers import ddim_timesteps
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing
 from ldm_dkdm.generate import SamplerConfig, sample_states
 from ldm_dkdm.images import grid, npz_writer, save_image, side_by_side
 from ldm_dkdm.precision import resolve_precision
+from ldm_dkdm.registry import NETWORKS
 from ldm_dkdm.runs.loop import default_device
 from ldm_dkdm.schema import FirstStageConfig, ModelCard
 from ldm_dkdm.sources import Model, load_model, open_model
@@ -181,9 +181,8 @@ def _from_training_checkpoint(path: Path, part: str) -> tuple[Model, Path]:
     if not is_model_folder(folder):
         raise UserError(f"{path}: no {folder}/config.yaml beside it that says what the weights are")
     card, _ = read_folder(folder, ModelCard)
-    network = build(card.network, f"{folder}/config.yaml: network.params")
     prefix = "network."
     tensors = {k.removeprefix(prefix): v for k, v in read_tensors(path, part).items() if k.startswith(prefix)}
-    load_strictly(network, tensors, path)
+    network = build_loaded(card.network, f"{folder}/config.yaml: network.params", NETWORKS, tensors, path)
     pointer = folder / card.first_stage.path if card.first_stage else None
     return Model(network, card, pointer), folder
