@@ -8,7 +8,7 @@ QUICK := logs/quickstart
 # Distil the shipped teacher and let both paint from the same noise; a second call reuses what is there.
 demo: setup
 	@echo "distilling models/teachers/emoji64 into $(QUICK), without a picture"
-	@$(RUN) scripts/dkdm_ldm.py --base configs/quickstart.yaml || \
+	@trap : INT; $(RUN) scripts/dkdm_ldm.py --base configs/quickstart.yaml || \
 	  { code=$$?; [ $$code != 130 ] || echo "make demo: goes on too, and paints the comparison at the end" >&2; exit $$code; }
 	@$(MAKE) --no-print-directory $(QUICK)/teacher_vs_student.png
 	@echo $(QUICK)/teacher_vs_student.png

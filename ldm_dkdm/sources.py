@@ -202,6 +202,8 @@ def how_to_get(path: Path, key: str = "teacher.ckpt") -> str:
     release = RELEASES.get(path.parent.name)
     if release:
         return f"download {release} and put it there, or set {key}=PATH"
+    if path.parts[:1] == ("logs",):
+        return f"it is the folder of a run: train that model first (scripts/train_ldm.py), or set {key}=PATH"
     if key == "first_stage.ckpt":
         return "name a first-stage folder (config.yaml and weights), or a checkpoint that holds one"
     return "set the key to a CompVis .ckpt, a guided-diffusion .pt, or a model folder with config.yaml and weights"

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_dkdm import UserError
-from ldm_dkdm.checkpoints.folder import read_folder, write_folder
+from ldm_dkdm.checkpoints.folder import home_of, read_folder, write_folder
 from ldm_dkdm.schema import FirstStageCard
 from tests.parts import VQ_PARAMS
 
@@ -39,6 +39,16 @@ def test_a_folder_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert card == CARD
     expected = {name: value.half() for name, value in TENSORS.items()}
     assert _equal(tensors, {**expected, "count": torch.tensor([2**40])})
+
+
+def test_weights_mean_the_folder_whose_config_names_them(tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", CARD, TENSORS)
+    weights = tmp_path / "model" / "model.safetensors"
+    assert home_of(weights) == tmp_path / "model"
+    (tmp_path / "model" / "config.yaml").write_text("model: {target: x}")  # somebody else's, beside a file of the name
+    assert home_of(weights) == weights
+    (tmp_path / "model" / "config.yaml").write_text("a: [")
+    assert home_of(weights) == weights
 
 
 def test_a_failed_write_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

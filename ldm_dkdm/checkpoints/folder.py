@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.reading import read_tensors
-from ldm_dkdm.config import card_kind, read_card, to_yaml
+from ldm_dkdm.config import card_kind, read_card, read_yaml, to_yaml
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing, write_text
 from ldm_dkdm.schema import FirstStageCard, ModelCard
@@ -29,8 +29,18 @@ def is_first_stage(path: Path) -> bool:
 
 
 def home_of(path: Path) -> Path:
-    """The model folder that a path means: a run's folder means its student/."""
+    """The model folder that a path means: a run's folder means its student/, a folder's weights mean the folder."""
+    if path.is_file() and _weights_of(path.parent) == path.name:
+        return path.parent
     return path / "student" if is_model_folder(path / "student") else path
+
+
+def _weights_of(folder: Path) -> str | None:
+    """The weights that a folder's config names; None where it has no config of ours."""
+    try:
+        return read_yaml(folder / "config.yaml").get("weights") if is_model_folder(folder) else None
+    except UserError:  # somebody else's file
+        return None
 
 
 def read_folder(folder: Path, schema: type[Card]) -> tuple[Card, dict[str, Tensor]]:

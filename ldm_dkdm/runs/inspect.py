@@ -32,8 +32,9 @@ def describe(path: Path) -> dict[str, str]:
     Raises:
         UserError: the file is unreadable or is refused. The globals that it asks for are in the message.
     """
+    path = home_of(path)
     if path.is_dir():
-        return _folder(home_of(path))
+        return _folder(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     kind = file_kind(path)

@@ -19,7 +19,7 @@ from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.runs.distill import Parts, assemble, pool_bytes, student_module
 from ldm_dkdm.runs.loop import default_device
 from ldm_dkdm.runs.saving import KEPT
-from ldm_dkdm.runs.units import duration, size
+from ldm_dkdm.runs.units import duration, pace, size
 from ldm_dkdm.schema import DistillRun, TrainerConfig
 from ldm_dkdm.sources import how_to_get
 
@@ -92,7 +92,7 @@ def time_needed(config: DistillRun, parts: Parts) -> str:
     eta = min(training, limit) + warm * teacher_seconds
     ends = f", trainer.max_minutes ends it at step {int(steps * limit / training):,}" if limit < training else ""
     return (
-        f"about {duration(eta)}: {seconds:.3g} s an iteration, {duration(warm * teacher_seconds)} of warm-up{ends} "
+        f"about {duration(eta)}: {pace(seconds)} an iteration, {duration(warm * teacher_seconds)} of warm-up{ends} "
         f"(from {TIMED_ITERATIONS} timed iterations of {timed} sample{'s' if timed > 1 else ''})"
     )
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ldm_dkdm.assemble import Codec, load_first_stage
 from ldm_dkdm.checkpoints import read_tensors
-from ldm_dkdm.checkpoints.folder import is_model_folder, read_folder
+from ldm_dkdm.checkpoints.folder import home_of, is_model_folder, read_folder
 from ldm_dkdm.checkpoints.loading import build_loaded
 from ldm_dkdm.diffusion.samplers import ddim_timesteps
 from ldm_dkdm.errors import UserError
@@ -160,8 +160,9 @@ def find_model(path: Path, raw: bool = False) -> tuple[Model, Path]:
     """
     if raw and path.suffix != ".ckpt":
         raise UserError(f"--raw: {path} holds EMA weights only; name a checkpoint in checkpoints/*.ckpt")
-    if is_model_folder(path / "student"):
-        return load_model(path / "student"), path / "student"
+    home = home_of(path)
+    if home != path:
+        return load_model(home), home
     if path.suffix == ".ckpt" and path.is_file():
         return _from_training_checkpoint(path, "current_model_state" if raw else "state_dict")
     if (path / "checkpoints").is_dir():

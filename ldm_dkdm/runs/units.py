@@ -18,4 +18,11 @@ def duration(seconds: float) -> str:
         return f"{seconds / 60:.0f} min"
     if seconds < 172800:
         return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.1f} days"
+    if seconds < 730 * 86400:
+        return f"{seconds / 86400:.1f} days"
+    return f"{seconds / 86400 / 365:.0f} years"
+
+
+def pace(seconds: float) -> str:
+    """Seconds of one of many things, for people."""
+    return f"{seconds:.3g} s" if seconds < 100 else duration(seconds)
