@@ -55,11 +55,11 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytes
     write_folder(tmp_path, CARD, TENSORS)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def fail(tensors: object, filename: Path) -> None:
+    def fail(tensors: object, filename: Path, metadata: object) -> None:
         filename.write_bytes(b"half a file")
         raise OSError("disk full")
 
-    monkeypatch.setattr("ldm_dkdm.checkpoints.folder.save_file", fail)
+    monkeypatch.setattr("ldm_dkdm.files.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         write_folder(tmp_path, FirstStageCard("model.safetensors", "other", {}), {"b": torch.zeros(1)})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

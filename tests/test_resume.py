@@ -100,7 +100,7 @@ def test_a_resume_with_other_parts_is_refused_and_the_run_stays_whole(
     signal_in_training.append(signal.SIGINT)
     assert distil("--base", base) == 130
     assert distil("--resume", tmp_path / "logs" / "stopped", change) == 2
-    assert f"error: {change.split('.')[0]}" in capsys.readouterr().err
+    assert f"error: {change.split('=')[0]}: cannot change" in capsys.readouterr().err
     assert distil("--resume", tmp_path / "logs" / "stopped") == 0
 
 
@@ -192,6 +192,29 @@ def test_a_resume_without_the_pool_is_refused(teacher_folder: Path, tmp_path: Pa
     capsys.readouterr()
     assert distil("--resume", run, "trainer.max_steps=9") == 2
     assert "step=00000006.pool-rank0.safetensors: missing" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = whole_run(teacher_folder, tmp_path, logging={"save_every": 4})
+    run = tmp_path / "logs" / "whole"
+    newest = run / "checkpoints" / "step=00000006.ckpt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert distil("--resume", run, "trainer.max_steps=7") == 2
+    assert f"{newest}: is damaged; delete it" in capsys.readouterr().err
+    newest.unlink()
+    assert distil("--resume", run) == 0
+    assert result(run) == whole
+
+
+def test_what_a_killed_process_left_behind_goes_with_the_next_save(teacher_folder: Path, tmp_path: Path) -> None:
+    base = write_config(teacher_folder, tmp_path, "killed")
+    student = tmp_path / "logs" / "killed" / "student"
+    student.mkdir(parents=True)
+    (student / ".student.safetensors.1.tmp").write_bytes(b"half")
+    assert distil("--base", base) == 0
+    assert not list(student.glob(".*.tmp"))
 
 
 def test_a_run_that_an_older_version_began_goes_on(teacher_folder: Path, tmp_path: Path) -> None:

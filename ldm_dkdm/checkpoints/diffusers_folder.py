@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.diffusers_names import (
@@ -27,7 +26,7 @@ from ldm_dkdm.checkpoints.diffusers_names import (
 from ldm_dkdm.checkpoints.reading import read_tensors
 from ldm_dkdm.config import build
 from ldm_dkdm.errors import UserError, blaming
-from ldm_dkdm.files import write_text
+from ldm_dkdm.files import write_tensors, write_text
 from ldm_dkdm.schema import DiffusionConfig, NetworkConfig
 
 UNET_TARGET = "ldm_dkdm.networks.UNet"
@@ -215,7 +214,7 @@ def write_pipeline(folder: Path, pipeline: Pipeline) -> None:
         for name, (config, tensors) in parts.items():
             (temporary / name).mkdir(parents=True)
             write_text(temporary / name / "config.json", json.dumps(config, indent=2) + "\n")
-            save_file(tensors, temporary / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+            write_tensors(temporary / name / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
         write_text(temporary / "scheduler" / "scheduler_config.json", json.dumps(scheduler, indent=2) + "\n")
         classes = {name: config["_class_name"] for name, (config, _) in parts.items()}
         classes["scheduler"] = scheduler["_class_name"]

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm_dkdm.checkpoints.compvis import FIRST_STAGE, UNET, ema_name
@@ -16,7 +15,7 @@ from ldm_dkdm.checkpoints.reading import file_kind
 from ldm_dkdm.config import parse
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import replacing, write_text
+from ldm_dkdm.files import replacing, write_tensors, write_text
 from ldm_dkdm.networks import UNet
 from ldm_dkdm.schema import ModelCard
 
@@ -149,8 +148,7 @@ def write_safetensors(path: Path, network: nn.Module, card: ModelCard) -> None:
         "null_label": json.dumps(card.null_label),
         "info": json.dumps(_values(card.info)),
     }
-    with replacing(path) as temporary:
-        save_file(_plain(network.state_dict()), temporary, metadata=described)
+    write_tensors(path, _plain(network.state_dict()), described)
 
 
 def read_description(path: Path) -> ModelCard | None:

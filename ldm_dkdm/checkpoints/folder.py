@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.reading import read_tensors
 from ldm_dkdm.config import card_kind, read_card, read_yaml, to_yaml
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import replacing, write_text
+from ldm_dkdm.files import write_tensors, write_text
 from ldm_dkdm.schema import FirstStageCard, ModelCard
 
 Card = TypeVar("Card", ModelCard, FirstStageCard)
@@ -69,8 +68,7 @@ def write_folder(
     stored = {
         k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()
     }
-    with replacing(folder / card.weights) as temporary:
-        save_file(stored, temporary)
+    write_tensors(folder / card.weights, stored)
     write_text(folder / "config.yaml", to_yaml(card))
 
 

@@ -2,16 +2,16 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import replacing
+from ldm_dkdm.files import write_tensors
 from ldm_dkdm.records import NoisyBatch
 
 
@@ -75,8 +75,7 @@ class NoisyPool:
     def save(self, path: Path, step: int, origin: str = "") -> None:
         """Write the slots to a safetensors file, whole or not at all; `origin` names what filled them."""
         metadata = json.dumps({"step": step, "filled": self.filled, "origin": origin})
-        with replacing(path) as temporary:
-            save_file(self._tensors(), temporary, metadata={"pool": metadata})
+        write_tensors(path, self._tensors(), {"pool": metadata})
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"x": self.x, "t": self.t} | ({} if self.label is None else {"label": self.label})
@@ -130,5 +129,7 @@ def slot_bytes(shape: tuple[int, ...], dtype: torch.dtype, labeled: bool) -> int
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, storage: Path | None) -> Tensor:
     if storage is None:
         return torch.zeros(shape, dtype=dtype)
-    count = int(np.prod(shape))
+    count = math.prod(shape)
+    with storage.open("wb") as file:  # the disk's space now: without it a later write would kill the process
+        os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
     return torch.from_file(str(storage), shared=True, size=count, dtype=dtype).view(shape)

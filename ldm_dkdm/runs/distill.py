@@ -30,7 +30,7 @@ from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.runs.card import teacher_facts
 from ldm_dkdm.runs.export import export_on_save
-from ldm_dkdm.runs.folder import RunFolder, go_on, open_run, step_of
+from ldm_dkdm.runs.folder import RunFolder, check_run, go_on, open_run, step_of
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.loop import default_device, finished, first_batch, fit, training_device
 from ldm_dkdm.runs.samples import SampleGrid
@@ -63,7 +63,7 @@ def assemble(config: DistillRun, planning: bool = False) -> Parts:
     if preparation(config.distill).mode in ("ancestral", "noise") and config.distill.warmup.t_cap is not None:
         raise UserError(
             "distill.warmup.t_cap: has an effect with mode: ddim or dpm-solver++ only, "
-            "and none with variant: iterative; remove it"
+            "and none with variant: iterative; remove it, or set it to null"
         )
     device = training_device(config.trainer)
     precision = resolve_precision(config.trainer.precision, device)
@@ -140,10 +140,11 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
     if not folder.latest():
         supply = _supply(config, parts)
         _check(config, parts)
-    open_run(config, folder, resumed)
+    check_run(config, folder, resumed)
     if end := finished(folder, config.trainer):
         print(f"{folder.path}: {end}")
         return
+    open_run(config, folder, resumed)
     module = student_module(config, parts, config.trainer)
     saving, grids = _callbacks(config, parts, folder)
 

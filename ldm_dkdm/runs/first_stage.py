@@ -16,7 +16,7 @@ from ldm_dkdm.images import endless_batches, load_images
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.registry import VQ_MODELS
 from ldm_dkdm.runs.ema import averaged
-from ldm_dkdm.runs.folder import RunFolder, go_on, open_run, step_of
+from ldm_dkdm.runs.folder import RunFolder, check_run, go_on, open_run, step_of
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.loop import finished, fit, training_device
 from ldm_dkdm.runs.perceptual import lpips_loss
@@ -51,10 +51,11 @@ def train_first_stage(config: FirstStageRun, folder: RunFolder, resumed: bool = 
     held_out = load_images(config.data.held_out, config.data.image_size) if config.data.held_out else None
     perceptual = lpips_loss(config.loss.perceptual_backbone) if config.loss.perceptual else None
     module = FirstStageModule(vq, config, perceptual)
-    open_run(config, folder, resumed)
+    check_run(config, folder, resumed)
     if end := finished(folder, config.trainer):
         print(f"{folder.path}: {end}")
         return
+    open_run(config, folder, resumed)
 
     def stream_for(trainer: L.Trainer) -> _ImageStream:
         latest = folder.latest()

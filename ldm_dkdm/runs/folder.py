@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from ldm_dkdm.config import card_kind, fits, load_config, read_yaml, to_yaml
 from ldm_dkdm.errors import UserError
@@ -76,8 +76,16 @@ def check_run(config: object, folder: RunFolder, resumed: bool) -> None:
         before, now = OmegaConf.create(made_with), OmegaConf.create(text)
         sections = [field.name for field in dataclasses.fields(config) if field.name not in FREE]
         for key in (*sections, *FIXED):
-            if OmegaConf.select(before, key) != OmegaConf.select(now, key):
-                raise UserError(f"{key}: cannot change when {folder.path} is resumed; start a new run for that")
+            if changed := _first_change(OmegaConf.select(before, key), OmegaConf.select(now, key), key):
+                raise UserError(f"{changed}: cannot change when {folder.path} is resumed; start a new run for that")
+
+
+def _first_change(before: object, now: object, key: str) -> str | None:
+    """The dotted key of the first value that differs."""
+    if isinstance(before, DictConfig) and isinstance(now, DictConfig):
+        changes = (_first_change(before.get(k), now.get(k), f"{key}.{k}") for k in {**before, **now})
+        return next((change for change in changes if change), None)
+    return None if before == now else key
 
 
 def _made_with(stored: Path, schema: type) -> str:

@@ -84,9 +84,8 @@ def finished(folder: RunFolder, config: TrainerConfig) -> str | None:
     step = step_of(latest)
     if step >= config.max_steps:
         return f"already at step {step}; --resume {folder.path} with a larger trainer.max_steps goes on"
-    ends = early_ends(config)
-    states = read_callbacks(latest) if ends else {}
-    for end in ends:
+    states = read_callbacks(latest)  # also says whether the file is whole
+    for end in early_ends(config):
         if end.state_key in states:
             end.load_state_dict(states[end.state_key])
         if end.reached:
@@ -126,6 +125,10 @@ class _ProgressBar(TQDMProgressBar):
         if used:  # the ETA is that of the limit where it comes first
             steps = min(trainer.max_steps, max(done, round(done / used)))
             self.train_progress_bar.total = steps * trainer.accumulate_grad_batches
+
+    def on_exception(self, trainer: L.Trainer, *args: object) -> None:
+        super().on_exception(trainer, *args)
+        print()  # what follows is not glued to the bar
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, int | str | float]:
         metrics = super().get_metrics(trainer, module)

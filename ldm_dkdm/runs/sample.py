@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,7 +18,7 @@ from ldm_dkdm.checkpoints.folder import home_of, is_model_folder, read_folder
 from ldm_dkdm.checkpoints.loading import build_loaded
 from ldm_dkdm.diffusion.samplers import ddim_timesteps
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import replacing
+from ldm_dkdm.files import write_tensors
 from ldm_dkdm.generate import SamplerConfig, sample_states
 from ldm_dkdm.images import grid, npz_writer, save_image, side_by_side
 from ldm_dkdm.precision import resolve_precision
@@ -102,8 +101,7 @@ def sample(
     sheet = grid(torch.cat(first)[:GRID])
     save_image(sheet, out / "grid.png")
     if arguments.latents:
-        with replacing(out / "latents.safetensors") as temporary:
-            save_file({"latents": torch.cat(latents)}, temporary)
+        write_tensors(out / "latents.safetensors", {"latents": torch.cat(latents)})
     millions = sum(p.numel() for p in painter.model.network.parameters()) / 1e6
     return f"{painter.name}: {millions:.1f}M parameters, {rate:.2g} images/s", sheet
 
@@ -180,7 +178,10 @@ def _from_training_checkpoint(path: Path, part: str) -> tuple[Model, Path]:
     """The weights in a part of a training checkpoint; the run's student folder says what they are."""
     folder = path.parent.parent / "student"
     if not is_model_folder(folder):
-        raise UserError(f"{path}: no {folder}/config.yaml beside it that says what the weights are")
+        raise UserError(
+            f"{path}: no {folder}/config.yaml beside it that says what the weights are, as in a run's checkpoints/; "
+            "somebody else's checkpoint is for teacher.ckpt"
+        )
     card, _ = read_folder(folder, ModelCard)
     prefix = "network."
     tensors = {k.removeprefix(prefix): v for k, v in read_tensors(path, part).items() if k.startswith(prefix)}

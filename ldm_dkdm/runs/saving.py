@@ -8,11 +8,12 @@ import lightning as L
 import torch
 
 from ldm_dkdm.distill.pool import NoisyPool
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.runs.folder import checkpoints
 from ldm_dkdm.runs.steps import StepCallback
 
 KEPT = 2
+CHECKED_EVERY = 100  # steps between looks at the loss, each of which waits for the device
 
 
 class RunCheckpoint(StepCallback):
@@ -33,6 +34,8 @@ class RunCheckpoint(StepCallback):
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
+        if step % CHECKED_EVERY == 0:
+            refuse_divergence(trainer)
         if step % self.every == 0 or step >= trainer.max_steps or trainer.should_stop:
             self.save(trainer)
 
@@ -41,10 +44,7 @@ class RunCheckpoint(StepCallback):
         step = trainer.global_step
         if step == self.last_saved:
             return
-        if not torch.isfinite(trainer.callback_metrics["loss"]):
-            raise UserError(
-                f"trainer.learning_rate: the loss is no longer finite at step {step}; nothing was overwritten"
-            )
+        refuse_divergence(trainer)
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.pool is not None:
             self.pool.save(pool_path(self.folder, step, trainer.global_rank), step)
@@ -68,9 +68,21 @@ class RunCheckpoint(StepCallback):
             file.unlink()
 
 
+def refuse_divergence(trainer: L.Trainer) -> None:
+    """End a run whose loss is no longer finite."""
+    if not torch.isfinite(trainer.callback_metrics["loss"]):
+        step = trainer.global_step
+        raise UserError(f"trainer.learning_rate: the loss is no longer finite at step {step}; nothing was overwritten")
+
+
 def read_callbacks(checkpoint: Path) -> dict[str, Any]:
-    """The states of the callbacks in a checkpoint, by `Callback.state_key`; no code of it runs."""
-    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
+    """The states of the callbacks in a checkpoint, by `Callback.state_key`; no code of it runs.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with blaming(checkpoint, "is damaged; delete it, and the run goes on from the checkpoint before"):
+        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
 
 
 def pool_path(folder: Path, step: int, rank: int) -> Path:
