@@ -65,8 +65,8 @@ def main() -> None:
         raise UserError(f"--guidance: must be at least 0, got {min(arguments.guidance)}")
     if arguments.compare and arguments.compare.suffix.lower() != ".png":
         raise UserError(f"--compare: {arguments.compare} must be a .png")
-    if arguments.seed < 0:
-        raise UserError(f"--seed: must be at least 0, got {arguments.seed}")
+    if not 0 <= arguments.seed < 2**63 - arguments.n_samples:
+        raise UserError(f"--seed: must be at least 0 and below 2^63, got {arguments.seed}")
 
     from ldm_dkdm.generate import SamplerConfig
     from ldm_dkdm.runs.sample import sample_all

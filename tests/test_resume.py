@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from ldm_dkdm.distill.stream import DistillStream
 from ldm_dkdm.distill.warmup import Warmup
 from ldm_dkdm.records import DistillBatch
+from ldm_dkdm.runs.folder import RunFolder, alone_in
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config
 
@@ -206,6 +207,23 @@ def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(
     newest.unlink()
     assert distil("--resume", run) == 0
     assert result(run) == whole
+
+
+def test_weights_that_diverged_are_not_saved(teacher_folder: Path, tmp_path: Path, capsys) -> None:
+    base = write_config(teacher_folder, tmp_path, "wild", trainer={"learning_rate": 1e30}, logging={"save_every": 1})
+    assert distil("--base", base) == 2
+    assert "trainer.learning_rate: the run diverged by step 1" in capsys.readouterr().err
+    assert not list((tmp_path / "logs" / "wild" / "checkpoints").glob("step=*"))
+
+
+def test_two_processes_do_not_train_in_one_folder(teacher_folder: Path, tmp_path: Path, capsys) -> None:
+    base = write_config(teacher_folder, tmp_path, "shared")
+    run = tmp_path / "logs" / "shared"
+    run.mkdir(parents=True)
+    with alone_in(RunFolder(run)):
+        assert distil("--base", base) == 2
+    assert f"{run}: another process trains there" in capsys.readouterr().err
+    assert distil("--base", base) == 0
 
 
 def test_what_a_killed_process_left_behind_goes_with_the_next_save(teacher_folder: Path, tmp_path: Path) -> None:

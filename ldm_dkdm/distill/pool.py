@@ -130,6 +130,7 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, storage: Path | None) 
     if storage is None:
         return torch.zeros(shape, dtype=dtype)
     count = math.prod(shape)
-    with storage.open("wb") as file:  # the disk's space now: without it a later write would kill the process
-        os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+    if hasattr(os, "posix_fallocate"):  # the disk's space now: without it a later write would kill the process
+        with storage.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
     return torch.from_file(str(storage), shared=True, size=count, dtype=dtype).view(shape)

@@ -29,8 +29,8 @@ def read_latents(path: Path) -> Tensor:
         raise UserError(
             f"{path}: holds pictures already (uint8), not latents; --latents of txt-free_sample.py writes those"
         )
-    if latents.ndim != 4:
-        raise UserError(f"{path}: latents are (N,C,h,w), found {tuple(latents.shape)}")
+    if latents.ndim != 4 or len(latents) == 0:
+        raise UserError(f"{path}: latents are (N,C,h,w), N > 0, found {tuple(latents.shape)}")
     return latents.float()
 
 

@@ -15,7 +15,7 @@ from ldm_dkdm.images import save_grid
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.registry import NETWORKS
 from ldm_dkdm.runs.export import export_on_save
-from ldm_dkdm.runs.folder import RunFolder, check_run, go_on, open_run
+from ldm_dkdm.runs.folder import RunFolder, alone_in, check_run, go_on, open_run
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.loop import finished, first_batch, fit, training_device
 from ldm_dkdm.runs.samples import SampleGrid
@@ -64,7 +64,7 @@ def train_diffusion(config: DiffusionRun, folder: RunFolder, resumed: bool = Fal
     samples = folder.path / "samples"
     save_grid(sets[0].take(torch.arange(min(log.sample_count, len(sets[0])))), samples / "data.png")
     export = export_on_save(folder.model, model.card, pointer, log.export_dtype)
-    with GracefulStop() as stop:
+    with alone_in(folder), GracefulStop() as stop:
         sampling = SamplerConfig(log.sample_count, seed=config.trainer.seed, steps=log.sample_steps)
         callbacks = [
             SampleGrid(samples, codec, model.latent_shape, log.sample_every, sampling, model.classes),
@@ -94,7 +94,7 @@ def _check_labels(network: nn.Module, sets: dict[str, ImageSet]) -> None:
             )
         if not 0 <= int(images.labels.min()) <= int(images.labels.max()) < network.num_classes:
             raise UserError(
-                f"model.params.num_classes: {network.num_classes}, but the labels of data.{key} go from "
+                f"model.params.num_classes: {network.num_classes}, but data.{key}'s labels go from "
                 f"{int(images.labels.min())} to {int(images.labels.max())}"
             )
 

@@ -30,7 +30,7 @@ from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.runs.card import teacher_facts
 from ldm_dkdm.runs.export import export_on_save
-from ldm_dkdm.runs.folder import RunFolder, check_run, go_on, open_run, step_of
+from ldm_dkdm.runs.folder import RunFolder, alone_in, check_run, go_on, open_run, step_of
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.loop import default_device, finished, first_batch, fit, training_device
 from ldm_dkdm.runs.samples import SampleGrid
@@ -148,7 +148,7 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
     module = student_module(config, parts, config.trainer)
     saving, grids = _callbacks(config, parts, folder)
 
-    with GracefulStop() as stop:
+    with alone_in(folder), GracefulStop() as stop:
 
         def stream_for(trainer: L.Trainer) -> DistillStream:
             device, rank = trainer.strategy.root_device, trainer.global_rank

@@ -16,7 +16,7 @@ from ldm_dkdm.images import endless_batches, load_images
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.registry import VQ_MODELS
 from ldm_dkdm.runs.ema import averaged
-from ldm_dkdm.runs.folder import RunFolder, check_run, go_on, open_run, step_of
+from ldm_dkdm.runs.folder import RunFolder, alone_in, check_run, go_on, open_run, step_of
 from ldm_dkdm.runs.interrupt import GracefulStop
 from ldm_dkdm.runs.loop import finished, fit, training_device
 from ldm_dkdm.runs.perceptual import lpips_loss
@@ -63,7 +63,7 @@ def train_first_stage(config: FirstStageRun, folder: RunFolder, resumed: bool = 
         first_step = step_of(latest) if latest else 0
         return _ImageStream(images, config.data.batch_size, config.trainer.max_steps, seed, first_step)
 
-    with GracefulStop() as stop:
+    with alone_in(folder), GracefulStop() as stop:
         export = _export_on_save(config, folder, images, held_out)
         saving = RunCheckpoint(folder.checkpoints, config.logging.save_every, export)
         fit(

@@ -1,12 +1,16 @@
 """Run folders: made, found again, gone on in."""
 
 import dataclasses
+import fcntl
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ldm_dkdm.cli import is_first_rank
 from ldm_dkdm.config import card_kind, fits, load_config, read_yaml, to_yaml
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_text
@@ -55,6 +59,24 @@ def open_run(config: object, folder: RunFolder, resumed: bool = False) -> None:
     stored, text = folder.path / "config.yaml", to_yaml(config)
     if not stored.is_file() or stored.read_text() != text:
         write_text(stored, text)
+
+
+@contextmanager
+def alone_in(folder: RunFolder) -> Iterator[None]:
+    """Keep other processes out of a run while it trains; the system ends this with the process.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    if not is_first_rank():
+        yield
+        return
+    with (folder.path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder.path}: another process trains there; wait, or set logging.name=NEW") from error
+        yield
 
 
 def check_run(config: object, folder: RunFolder, resumed: bool) -> None:

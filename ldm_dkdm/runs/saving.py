@@ -1,11 +1,12 @@
 """Checkpoints with their pools."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from ldm_dkdm.distill.pool import NoisyPool
 from ldm_dkdm.errors import UserError, blaming
@@ -44,7 +45,7 @@ class RunCheckpoint(StepCallback):
         step = trainer.global_step
         if step == self.last_saved:
             return
-        refuse_divergence(trainer)
+        refuse_divergence(trainer, trainer.lightning_module.parameters())
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.pool is not None:
             self.pool.save(pool_path(self.folder, step, trainer.global_rank), step)
@@ -68,11 +69,12 @@ class RunCheckpoint(StepCallback):
             file.unlink()
 
 
-def refuse_divergence(trainer: L.Trainer) -> None:
-    """End a run whose loss is no longer finite."""
-    if not torch.isfinite(trainer.callback_metrics["loss"]):
+def refuse_divergence(trainer: L.Trainer, weights: Iterable[Tensor] = ()) -> None:
+    """End a run whose loss is no longer finite, or whose weights' norms overflow."""
+    figures = [trainer.callback_metrics["loss"], *(weight.detach().norm() for weight in weights)]
+    if not all(map(torch.isfinite, figures)):
         step = trainer.global_step
-        raise UserError(f"trainer.learning_rate: the loss is no longer finite at step {step}; nothing was overwritten")
+        raise UserError(f"trainer.learning_rate: the run diverged by step {step}; the checkpoints are as they were")
 
 
 def read_callbacks(checkpoint: Path) -> dict[str, Any]:
