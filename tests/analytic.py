@@ -8,7 +8,7 @@ from ldm_dkdm.diffusion.schedule import NoiseSchedule
 class GaussianNetwork(nn.Module):
     """E[eps | x_t] for data N(mean, std^2), elementwise; counts its calls and the samples in them."""
 
-    def __init__(self, schedule: NoiseSchedule, mean: float, std: float) -> None:
+    def __init__(self, schedule: NoiseSchedule, mean: float | Tensor, std: float) -> None:
         super().__init__()
         self.abar, self.mean, self.std = schedule.alphas_cumprod, mean, std
         self.calls = self.samples = 0

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_dkdm import UserError
+from ldm_dkdm import NoiseSchedule, Teacher, UserError
 from ldm_dkdm.gate import COMPARED, Figures, Row, check_teacher, fault, measure, other_readings, preferred, reread
 from ldm_dkdm.sources import Model, load_model
+from tests.analytic import GaussianNetwork
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config
 
@@ -33,6 +34,19 @@ def with_weights(model: Model, change: Callable[[nn.Parameter], torch.Tensor]) -
 
 def check(model: Model) -> None:
     check_teacher(model, model.as_teacher("32"), told=True)
+
+
+class Rough(GaussianNetwork):
+    """Errs by 1% of eps."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x, t) + 0.14 * torch.sin(40 * x + t.view(-1, 1, 1, 1))
+
+
+def test_a_good_teacher_of_unclipped_latents_passes_where_x_0_explodes_near_T() -> None:
+    cosine, picture = NoiseSchedule("cosine"), torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert cosine.alphas_cumprod[-1] < 1e-8
+    assert fault(measure(Teacher(Rough(cosine, picture, std=0.2), cosine), (3, 16, 16))) is None
 
 
 def test_the_shipped_teacher_passes_with_room_to_spare(good: Model) -> None:
