@@ -48,7 +48,7 @@ def load_first_stage(
 
     While `planning`, a first stage that is not there yet keeps random weights.
     """
-    if model.card.diffusion.space == "pixel":
+    if not model.space.encoded:
         if config != FirstStageConfig():
             raise UserError("first_stage: pixel space has none; remove the section, or set diffusion.space=latent")
         return IdentityCodec(), None

@@ -1,6 +1,6 @@
 """Pixel space: all that differs from latent space (conventions of Improved DDPM)."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,3 +42,21 @@ class IdentityCodec:
     def decode(self, states: Tensor) -> Tensor:
         """States (B,3,H,W) -> the nearest images uint8 (B,H,W,3); ADM rounds down."""
         return ((states.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1)
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a model's states are, as far as it makes a difference.
+
+    Attributes:
+        encoded: a first stage makes them out of images.
+        denoiser: how a network's output is read.
+        steps_offset: DDIM's, see `NoiseSchedule`.
+    """
+
+    encoded: bool
+    denoiser: type[Denoiser]
+    steps_offset: int
+
+
+SPACES = {"latent": Space(True, Denoiser, 1), "pixel": Space(False, PixelDenoiser, 0)}  # by `diffusion.space`

@@ -16,7 +16,7 @@ from ldm_dkdm.config import build
 from ldm_dkdm.denoiser import Denoiser
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, blaming, naming
-from ldm_dkdm.pixel import PixelDenoiser
+from ldm_dkdm.pixel import SPACES, Space
 from ldm_dkdm.registry import NETWORKS
 from ldm_dkdm.schema import DiffusionConfig, DistillRun, ModelCard, NetworkConfig, TeacherConfig
 from ldm_dkdm.teacher import Teacher, class_labels
@@ -36,9 +36,14 @@ class Model:
         return self.network.in_channels, self.network.image_size, self.network.image_size
 
     @property
+    def space(self) -> Space:
+        """What the states are."""
+        return SPACES[self.card.diffusion.space]
+
+    @property
     def denoiser(self) -> type[Denoiser]:
         """How the network's output is read."""
-        return PixelDenoiser if self.card.diffusion.space == "pixel" else Denoiser
+        return self.space.denoiser
 
     @property
     def classes(self) -> list[int] | None:
@@ -54,7 +59,7 @@ class Model:
 
 def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
     """The forward process that a config section describes."""
-    steps_offset = 0 if config.space == "pixel" else 1
+    steps_offset = SPACES[config.space].steps_offset
     return NoiseSchedule(config.schedule, config.num_timesteps, config.beta_start, config.beta_end, steps_offset)
 
 
@@ -160,7 +165,7 @@ def _model(
     network = build_loaded(node, where, NETWORKS, weights, path) if load else build(node, where, NETWORKS)
     check_network(network, where)
     card = ModelCard(path.name, node, diffusion, null_label=teacher.null_label)
-    return Model(network, card, path if diffusion.space == "latent" else None)
+    return Model(network, card, path if SPACES[diffusion.space].encoded else None)
 
 
 def _network(teacher: TeacherConfig, foreign: Foreign) -> NetworkConfig:
@@ -219,7 +224,7 @@ def check_network(network: nn.Module, where: str) -> None:
 def check_trainable(network: nn.Module, diffusion: DiffusionConfig, where: str) -> None:
     """Refuse what data cannot teach: outside pixel space L_vlb's likelihood of 8-bit values means nothing."""
     check_network(network, where)
-    if diffusion.space == "latent" and network.out_channels != network.in_channels:
+    if SPACES[diffusion.space].encoded and network.out_channels != network.in_channels:
         said = " (learn_sigma: false)" if hasattr(network, "null_label") else ""
         raise UserError(
             f"{where}.out_channels: {network.out_channels} must be {network.in_channels} in latent space{said}"

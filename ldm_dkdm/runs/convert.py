@@ -39,7 +39,7 @@ def convert(source: Path, out: Path, to: str) -> None:
 
 
 def _to_compvis(model: Model, out: Path) -> None:
-    if model.card.diffusion.space != "latent":
+    if not model.space.encoded:
         raise UserError("--to: CompVis's latent diffusion has no pixel-space models; choose adm or safetensors")
     if model.network.num_classes is not None:
         raise UserError(
@@ -104,7 +104,7 @@ def prove(folder: Path, model: Model, codec: Codec) -> float | None:
         folder, subfolder="scheduler", set_alpha_to_one=offset == 0, steps_offset=offset
     )
     scheduler.set_timesteps(steps)
-    x, clips = noise, model.card.diffusion.space == "pixel"
+    x, clips = noise, not model.space.encoded
     for t in scheduler.timesteps:
         output = network(x, t, class_labels=label).sample[:, : x.shape[1]]
         x = scheduler.step(output, t, x, use_clipped_model_output=clips).prev_sample

@@ -12,6 +12,7 @@ from ldm_dkdm.distill.module import StudentModule
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.generate import SamplerConfig
 from ldm_dkdm.images import save_grid
+from ldm_dkdm.pixel import SPACES
 from ldm_dkdm.precision import resolve_precision
 from ldm_dkdm.registry import NETWORKS
 from ldm_dkdm.runs.export import export_on_save
@@ -100,7 +101,7 @@ def _check_labels(network: nn.Module, sets: dict[str, ImageSet]) -> None:
 
 
 def _states(config: DiffusionRun, sets: list[ImageSet], codec: Codec, labeled: bool) -> States:
-    if config.data.cache and config.diffusion.space == "latent":
+    if config.data.cache and SPACES[config.diffusion.space].encoded:
         return encode_sets(sets, codec, config.data.flip, labeled)
     if config.data.cache:  # pixels need no encoding, but files need reading
         sets = [images.loaded() for images in sets]

@@ -52,7 +52,7 @@ def prepare(path: Path, guidance: float, arguments: argparse.Namespace) -> Paint
     model, home = find_model(path, arguments.raw)
     device = _device(arguments.device)
     precision = resolve_precision(arguments.precision, device)
-    if model.first_stage is None and model.card.diffusion.space == "latent" and not arguments.first_stage:
+    if model.first_stage is None and model.space.encoded and not arguments.first_stage:
         raise UserError(f"--first_stage: {path} does not say where its first stage lies; name that folder")
     if guidance != 1 and model.network.num_classes is None:
         raise UserError(f"--guidance: {path} is an unconditional model; leave it out")
