@@ -42,13 +42,19 @@ def config_parser(description: str) -> argparse.ArgumentParser:
 def split_base(arguments: argparse.Namespace) -> tuple[list[Path], list[str]]:
     """The config files and the overrides, which may follow them after `--base`."""
     items = [*arguments.base, *arguments.overrides]
-    files = [item for item in items if "=" not in item and (item in arguments.base or item.endswith((".yaml", ".yml")))]
+    files = [item for item in items if _is_file(item, item in arguments.base)]
     return [Path(item) for item in files], [item for item in items if item not in files]
+
+
+def _is_file(item: str, after_base: bool) -> bool:
+    """Whether an argument names a config; its path may hold a =."""
+    named = after_base or item.endswith((".yaml", ".yml"))
+    return named and ("=" not in item or Path(item).is_file())
 
 
 def local_rank() -> int:
     """The number of this process among a run's processes on the machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def is_first_rank() -> bool:

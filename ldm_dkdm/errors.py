@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from zipfile import BadZipFile
 
 
@@ -19,9 +20,11 @@ MALFORMED = (
     ArithmeticError,
     AttributeError,
     BadZipFile,
+    EOFError,
     LookupError,
     RuntimeError,
     TypeError,
+    UnpicklingError,
     ValueError,
 )  # what content that nobody foresaw raises
 

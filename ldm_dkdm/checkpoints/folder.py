@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.reading import read_tensors
@@ -38,7 +39,7 @@ def _weights_of(folder: Path) -> str | None:
     """The weights that a folder's config names; None where it has no config of ours."""
     try:
         return read_yaml(folder / "config.yaml").get("weights") if is_model_folder(folder) else None
-    except UserError:  # somebody else's file
+    except (UserError, OmegaConfBaseException):  # somebody else's file
         return None
 
 

@@ -144,11 +144,11 @@ class _Nesting:
         before = list(opcode.stack_before)
         if pickletools.markobject in before:
             while (top := self.stack.pop()) != -1:
-                taken.insert(0, top)
+                taken.append(top)
             before = before[: before.index(pickletools.markobject)]
         for _ in before:
-            taken.insert(0, self.stack.pop())
-        return taken
+            taken.append(self.stack.pop())
+        return taken[::-1]
 
 
 def refused_globals(names: set[str]) -> list[str]:

@@ -7,6 +7,7 @@ from torch import nn
 from ldm_dkdm.assemble import Codec, check_loss, load_first_stage, load_initial, plain
 from ldm_dkdm.baselines.data import EncodedStates, ImageSet, States, encode_sets, open_sets
 from ldm_dkdm.baselines.stream import DataStream
+from ldm_dkdm.cli import is_first_rank
 from ldm_dkdm.config import build
 from ldm_dkdm.distill.module import StudentModule
 from ldm_dkdm.errors import UserError
@@ -42,7 +43,6 @@ def train_diffusion(config: DiffusionRun, folder: RunFolder, resumed: bool = Fal
         print(f"{folder.path}: {end}")
         return
     states = _states(config, sets, codec, network.num_classes is not None)
-    open_run(config, folder, resumed)
     schedule = make_schedule(config.diffusion)
     module = StudentModule(
         network, schedule, config.model.parameterization, config.loss, config.trainer, model.denoiser
@@ -63,9 +63,11 @@ def train_diffusion(config: DiffusionRun, folder: RunFolder, resumed: bool = Fal
 
     log = config.logging
     samples = folder.path / "samples"
-    save_grid(sets[0].take(torch.arange(min(log.sample_count, len(sets[0])))), samples / "data.png")
     export = export_on_save(folder.model, model.card, pointer, log.export_dtype)
     with alone_in(folder), GracefulStop() as stop:
+        open_run(config, folder, resumed)
+        if is_first_rank():
+            save_grid(sets[0].take(torch.arange(min(log.sample_count, len(sets[0])))), samples / "data.png")
         sampling = SamplerConfig(log.sample_count, seed=config.trainer.seed, steps=log.sample_steps)
         callbacks = [
             SampleGrid(samples, codec, model.latent_shape, log.sample_every, sampling, model.classes),

@@ -65,7 +65,7 @@ def assemble(config: DistillRun, planning: bool = False) -> Parts:
             "distill.warmup.t_cap: has an effect with mode: ddim or dpm-solver++ only, "
             "and none with variant: iterative; remove it, or set it to null"
         )
-    device = training_device(config.trainer)
+    device = default_device(config.trainer.accelerator) if planning else training_device(config.trainer)
     precision = resolve_precision(config.trainer.precision, device)
     model = load_teacher(config, planning)
     codec, pointer = load_first_stage(config.first_stage, model, precision, planning)
@@ -82,10 +82,7 @@ def assemble(config: DistillRun, planning: bool = False) -> Parts:
     ):
         if value > schedule.num_timesteps:
             raise UserError(f"{key}: {value} is more than the {schedule.num_timesteps} diffusion steps")
-    parts = Parts(model, teacher, student, node, codec, pointer, schedule, precision, slots)
-    if not planning:
-        _check_room(config, parts)
-    return parts
+    return Parts(model, teacher, student, node, codec, pointer, schedule, precision, slots)
 
 
 def _slots(config: DistillConfig, num_timesteps: int) -> int:
@@ -138,17 +135,18 @@ def distill(config: DistillRun, folder: RunFolder, resumed: bool = False) -> Non
     parts = assemble(config)
     supply = None
     if not folder.latest():
+        _check_room(config, parts)
         supply = _supply(config, parts)
         _check(config, parts)
     check_run(config, folder, resumed)
     if end := finished(folder, config.trainer):
         print(f"{folder.path}: {end}")
         return
-    open_run(config, folder, resumed)
     module = student_module(config, parts, config.trainer)
     saving, grids = _callbacks(config, parts, folder)
 
     with alone_in(folder), GracefulStop() as stop:
+        open_run(config, folder, resumed)
 
         def stream_for(trainer: L.Trainer) -> DistillStream:
             device, rank = trainer.strategy.root_device, trainer.global_rank

@@ -55,7 +55,6 @@ def train_first_stage(config: FirstStageRun, folder: RunFolder, resumed: bool = 
     if end := finished(folder, config.trainer):
         print(f"{folder.path}: {end}")
         return
-    open_run(config, folder, resumed)
 
     def stream_for(trainer: L.Trainer) -> _ImageStream:
         latest = folder.latest()
@@ -64,6 +63,7 @@ def train_first_stage(config: FirstStageRun, folder: RunFolder, resumed: bool = 
         return _ImageStream(images, config.data.batch_size, config.trainer.max_steps, seed, first_step)
 
     with alone_in(folder), GracefulStop() as stop:
+        open_run(config, folder, resumed)
         export = _export_on_save(config, folder, images, held_out)
         saving = RunCheckpoint(folder.checkpoints, config.logging.save_every, export)
         fit(

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,11 +72,14 @@ def alone_in(folder: RunFolder) -> Iterator[None]:
     if not is_first_rank():
         yield
         return
+    folder.path.mkdir(parents=True, exist_ok=True)
     with (folder.path / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{folder.path}: another process trains there; wait, or set logging.name=NEW") from error
+        except OSError as error:  # some network file systems know no locks
+            print(f"{folder.path}: not locked against a second process ({error.strerror})", file=sys.stderr)
         yield
 
 

@@ -72,7 +72,8 @@ class RunCheckpoint(StepCallback):
 def refuse_divergence(trainer: L.Trainer, weights: Iterable[Tensor] = ()) -> None:
     """End a run whose loss is no longer finite, or whose weights' norms overflow."""
     figures = [trainer.callback_metrics["loss"], *(weight.detach().norm() for weight in weights)]
-    if not all(map(torch.isfinite, figures)):
+    bad = not all(map(torch.isfinite, figures))
+    if trainer.strategy.reduce_boolean_decision(bad, all=False):  # all processes end together
         step = trainer.global_step
         raise UserError(f"trainer.learning_rate: the run diverged by step {step}; the checkpoints are as they were")
 
@@ -83,8 +84,12 @@ def read_callbacks(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged.
     """
-    with blaming(checkpoint, "is damaged; delete it, and the run goes on from the checkpoint before"):
-        return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
+    fault = "is damaged; delete it, and the run goes on from the checkpoint before"
+    try:
+        with blaming(checkpoint, fault):
+            return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
+    except OSError as error:  # too short to be mapped
+        raise UserError(f"{checkpoint}: {fault} ({error})") from error
 
 
 def pool_path(folder: Path, step: int, rank: int) -> Path:
