@@ -101,6 +101,17 @@ def test_a_first_level_wider_than_the_base_is_refused_where_compvis_s_code_has_n
     assert not (tmp_path / "out.ckpt").exists()
 
 
+def test_the_config_of_a_compvis_file_has_a_place_of_its_own_and_says_how_many_heads(
+    first_stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = model_folder(tmp_path / "model", first_stage, num_head_channels=-1)
+    assert convert(folder, tmp_path / "x.yaml", "--to", "compvis") == 2
+    assert "is where the config goes" in capsys.readouterr().err and not (tmp_path / "x.yaml").exists()
+    assert convert(folder, tmp_path / "x.ckpt", "--to", "compvis") == 0
+    config = json.loads((tmp_path / "x.yaml").read_text())
+    assert config["model"]["params"]["unet_config"]["params"]["num_heads"] == 1
+
+
 def test_nothing_is_written_over(teacher_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_text("precious")
     assert convert(teacher_folder, tmp_path / "x.pt", "--to", "adm") == 2

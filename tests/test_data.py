@@ -46,6 +46,13 @@ def test_a_folder_is_read_when_asked_for_and_its_subfolders_are_classes(folder: 
     assert torch.equal(images.take(torch.tensor([5, 0])), numbered(7)[[5, 0]])
 
 
+def test_hidden_folders_are_no_classes(folder: Path) -> None:
+    hidden = folder / "cat" / ".ipynb_checkpoints" / "0.png"
+    hidden.parent.mkdir()
+    hidden.write_bytes((folder / "cat" / "0.png").read_bytes())
+    assert open_images(folder, 4).labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+
+
 def test_an_npz_gives_its_images_and_labels(tmp_path: Path) -> None:
     save_npz(numbered(5), tmp_path / "x.npz", torch.tensor([4, 3, 2, 1, 0]))
     images = open_images(tmp_path / "x.npz", 4)

@@ -186,6 +186,10 @@ def test_the_library_s_own_ldm_pipeline_is_read(tmp_path: Path) -> None:
     )
     scheduler = DDIMScheduler(20, 0.0015, 0.0195, "scaled_linear", clip_sample=False)
     LDMPipeline(randomised(vq), randomised(UNet2DModel(**BASE)), scheduler).save_pretrained(tmp_path / "in")
+    config = tmp_path / "in" / "vqvae" / "config.json"
+    plain = {key: value for key, value in json.loads(config.read_text()).items() if key != "scaling_factor"}
+    config.write_text(json.dumps(plain))  # as in CompVis/ldm-celebahq-256
+    assert read_pipeline(tmp_path / "in").first_stage.scale_factor == 1
     base = distill_config(tmp_path / "in", tmp_path / "logs")
     base["student"]["params"] |= {"image_size": 16}
     assert distil("--base", write_yaml(tmp_path / "run.yaml", base)) == 0

@@ -167,6 +167,12 @@ def test_a_plan_counts_parameters_and_slots_and_writes_nothing(
     assert contents(tmp_path) == before
 
 
+def test_a_plan_may_be_made_for_more_devices_than_there_are_here(teacher_folder: Path, tmp_path: Path, capsys) -> None:
+    base = write_yaml(tmp_path / "quick.yaml", distill_config(teacher_folder, tmp_path / "logs"))
+    assert distil("--base", base, "--plan", "trainer.devices=64") == 0
+    assert "40 slots (dynamic) on each of 64 devices" in capsys.readouterr().out
+
+
 def test_a_checkpoints_raw_weights_are_another_choice_than_its_average(run: Path, tmp_path: Path, capsys) -> None:
     checkpoint = run / "checkpoints" / "step=00000006.ckpt"
     for name, flags in (("ema", []), ("raw", ["--raw"]), ("student", [])):

@@ -12,6 +12,7 @@ from torch import nn
 from ldm_dkdm import UserError, build
 from ldm_dkdm.assemble import load_first_stage
 from ldm_dkdm.checkpoints.foreign import infer_schedule, open_foreign
+from ldm_dkdm.checkpoints.inference import infer_first_stage
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.first_stage import VQModel
 from ldm_dkdm.networks import DiT, UNet
@@ -130,6 +131,45 @@ def test_a_compvis_file_tells_its_schedule_and_its_first_stage(compvis: tuple[Pa
     load_strictly(rebuilt, vq.state_dict(), path)
     latents = torch.randn(1, *model.latent_shape)
     assert torch.equal(rebuilt.eval().decode(latents), vq.eval().decode(latents))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_file_in_half_precision_still_tells_its_schedule(dtype: torch.dtype, tmp_path: Path) -> None:
+    long = DiffusionConfig()
+    state = {f"model.diffusion_model.{k}": v for k, v in randomised(UNet(**UNET_PARAMS)).state_dict().items()}
+    state["alphas_cumprod"] = make_schedule(long).alphas_cumprod
+    torch.save({"state_dict": {name: value.to(dtype) for name, value in state.items()}}, tmp_path / "half.ckpt")
+    given = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
+    assert load_teacher(run_with(tmp_path / "half.ckpt", params=given)).card.diffusion == long
+    load_teacher(run_with(tmp_path / "half.ckpt", long, params=given))  # and agrees with the same one configured
+    with pytest.raises(UserError, match="was trained with"):
+        load_teacher(run_with(tmp_path / "half.ckpt", DiffusionConfig("linear"), params=given))
+
+
+@pytest.mark.parametrize("scale", [torch.zeros(2), torch.tensor(0.0), torch.tensor(-1.0), torch.tensor(float("nan"))])
+def test_a_scale_that_is_none_is_refused(
+    scale: torch.Tensor, compvis: tuple[Path, nn.Module, nn.Module], tmp_path: Path
+) -> None:
+    content = torch.load(compvis[0], weights_only=True)
+    content["state_dict"]["scale_factor"] = scale
+    torch.save(content, tmp_path / "model.ckpt")
+    given = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
+    model = load_teacher(run_with(tmp_path / "model.ckpt", params=given))
+    with pytest.raises(UserError, match="scale_factor is no number above 0"):
+        load_first_stage(FirstStageConfig(), model, "32")
+
+
+def test_levels_without_end_are_refused_at_once(compvis: tuple[Path, nn.Module, nn.Module]) -> None:
+    tensors = {**compvis[2].state_dict(), "encoder.down.99999999999.block.0.x": torch.zeros(1)}
+    with pytest.raises(UserError, match="lacks blocks"):
+        infer_first_stage(tensors, 8, Path("x.ckpt"))
+
+
+def test_the_other_attention_order_of_a_compvis_file_may_be_told(compvis: tuple[Path, nn.Module, nn.Module]) -> None:
+    given = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
+    told = load_teacher(run_with(compvis[0], params={**given, "use_new_attention_order": True}))
+    assert told.card.network.params["use_new_attention_order"] is True
+    assert load_teacher(run_with(compvis[0], params=given)).card.network.params["use_new_attention_order"] is False
 
 
 @pytest.mark.parametrize(
