@@ -9,8 +9,8 @@ import time
 
 import torch
 
+from ldm_dkdm.device import autocast, resolve_precision
 from ldm_dkdm.networks import UNet, layers
-from ldm_dkdm.precision import autocast, resolve_precision
 
 SIZES = {
     "student 32 ch, 16x16": ({"image_size": 16, "model_channels": 32, "num_res_blocks": 1}, [1, 2, 4], [2, 4], 64),

@@ -18,8 +18,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ldm_dkdm import build, load_config  # noqa: E402
-from ldm_dkdm.schema import DistillRun  # noqa: E402
+from ldm_dkdm.config.load import load_config  # noqa: E402
+from ldm_dkdm.config.registry import build  # noqa: E402
+from ldm_dkdm.config.schema import DistillRun  # noqa: E402
+from ldm_dkdm.first_stage import FIRST_STAGES  # noqa: E402
+from ldm_dkdm.networks import NETWORKS  # noqa: E402
 from ldm_dkdm.sources import make_schedule  # noqa: E402
 from tests.parts import write_compvis_checkpoint  # noqa: E402
 
@@ -39,12 +42,12 @@ def main() -> None:
 
 def write_teacher(config: DistillRun, folder: Path) -> Path:
     """A checkpoint of the recipe's teacher with random weights."""
-    unet = build(config.teacher)
+    unet = build(config.teacher, NETWORKS)
     torch.nn.init.normal_(unet.out[2].weight, std=0.02)  # a network starts with zeros there and would predict none
     if config.diffusion.space == "pixel":
         torch.save(unet.state_dict(), folder / "model.pt")
         return folder / "model.pt"
-    vq = build(config.first_stage)
+    vq = build(config.first_stage, FIRST_STAGES)
     return write_compvis_checkpoint(folder / "model.ckpt", unet, vq, make_schedule(config.diffusion))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.gate import COMPARED, check_teacher, measure, reread
+from ldm_dkdm.evaluation.teacher_check import COMPARED, check_teacher, measure, reread
 from ldm_dkdm.sources import Model, load_model
 
 

@@ -17,15 +17,8 @@ from ldm_dkdm.checkpoints.diffusers_folder import (
 from ldm_dkdm.checkpoints.folder import home_of, is_model_folder, read_folder
 from ldm_dkdm.checkpoints.inference import infer_first_stage
 from ldm_dkdm.checkpoints.loading import build_loaded, load_strictly
-from ldm_dkdm.config import build
-from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError
-from ldm_dkdm.first_stage.codec import LatentCodec
-from ldm_dkdm.networks import DiT, UNet
-from ldm_dkdm.networks.scaling import parse_budget, slice_teacher, unet_within_budget
-from ldm_dkdm.pixel import IdentityCodec
-from ldm_dkdm.registry import FIRST_STAGES, NETWORKS
-from ldm_dkdm.schema import (
+from ldm_dkdm.config.registry import build
+from ldm_dkdm.config.schema import (
     FirstStageCard,
     FirstStageConfig,
     FirstStagePointer,
@@ -35,7 +28,14 @@ from ldm_dkdm.schema import (
     NewNetworkConfig,
     StudentConfig,
 )
-from ldm_dkdm.sources import Model, check_network, how_to_get
+from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.first_stage import FIRST_STAGES
+from ldm_dkdm.first_stage.codec import LatentCodec
+from ldm_dkdm.networks import NETWORKS, DiT, UNet
+from ldm_dkdm.networks.scaling import parse_budget, slice_teacher, unet_within_budget
+from ldm_dkdm.pixel import IdentityCodec
+from ldm_dkdm.sources import Model, check_network, how_to_get, load_model, open_model
 
 Codec = LatentCodec | IdentityCodec
 LARGEST_WEIGHT = 1e4  # of a step in the loss; LDM's schedule has 200
@@ -61,7 +61,7 @@ def load_first_stage(
         source = config if config.ckpt else known
         config = FirstStageConfig(config.ckpt, source.target, source.params, scale)
     if planning and config.target and not path.exists():
-        codec = LatentCodec(build(config, "first_stage.params", FIRST_STAGES), config.scale_factor or 1.0, precision)
+        codec = LatentCodec(build(config, FIRST_STAGES, "first_stage.params"), config.scale_factor or 1.0, precision)
     else:
         codec, config = _codec_and_config(path, config, precision, model.latent_shape[1])
     if codec.latent_channels != model.latent_shape[0]:
@@ -134,7 +134,7 @@ def _stage_codec(stage: FirstStage, path: Path, config: FirstStageConfig, precis
 def make_student(config: StudentConfig, teacher: Model) -> tuple[nn.Module, NetworkConfig]:
     """The student with its first weights, and what its card says of it; its states have the teacher's shape."""
     node = student_node(config, teacher)
-    student = build(node, "student.params", NETWORKS)
+    student = build(node, NETWORKS, "student.params")
     if config.budget is not None:
         millions = sum(p.numel() for p in student.parameters()) / 1e6
         width = node.params["model_channels"]
@@ -206,3 +206,42 @@ def check_loss(loss: LossConfig, schedule: NoiseSchedule, where: str) -> None:
             f"{where}.weight_cap: with space: {loss.space} this schedule weighs the last step {largest:.1e} times; "
             "set a cap, for example 10"
         )
+
+
+def find_model(path: Path, raw: bool = False) -> tuple[Model, Path]:
+    """The model at a run folder, a model folder or a training checkpoint, and the folder it lives in.
+
+    `raw`: the weights of a training checkpoint as the optimizer left them, not their EMA.
+    """
+    if raw and path.suffix != ".ckpt":
+        raise UserError(f"--raw: {path} holds EMA weights only; name a checkpoint in checkpoints/*.ckpt")
+    home = home_of(path)
+    if home != path:
+        return load_model(home), home
+    if path.suffix == ".ckpt" and path.is_file():
+        return _from_training_checkpoint(path, "current_model_state" if raw else "state_dict")
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"{path}: the run has no student/ yet; let it save once, or go on with --resume {path}")
+    model = open_model(path)
+    if model is None:
+        raise UserError(
+            f"{path}: no run, model folder (config.yaml and weights), training checkpoint, diffusers pipeline or "
+            "safetensors of convert.py"
+        )
+    return model, path
+
+
+def _from_training_checkpoint(path: Path, part: str) -> tuple[Model, Path]:
+    """The weights in a part of a training checkpoint; the run's student folder says what they are."""
+    folder = path.parent.parent / "student"
+    if not is_model_folder(folder):
+        raise UserError(
+            f"{path}: no {folder}/config.yaml beside it that says what the weights are, as in a run's checkpoints/; "
+            "somebody else's checkpoint is for teacher.ckpt"
+        )
+    card, _ = read_folder(folder, ModelCard)
+    prefix = "network."
+    tensors = {k.removeprefix(prefix): v for k, v in read_tensors(path, part).items() if k.startswith(prefix)}
+    network = build_loaded(card.network, f"{folder}/config.yaml: network.params", NETWORKS, tensors, path)
+    pointer = folder / card.first_stage.path if card.first_stage else None
+    return Model(network, card, pointer), folder

@@ -12,13 +12,13 @@ from ldm_dkdm.checkpoints.export import read_description
 from ldm_dkdm.checkpoints.folder import home_of, is_model_folder, read_folder
 from ldm_dkdm.checkpoints.foreign import NAMES, Foreign, open_foreign
 from ldm_dkdm.checkpoints.loading import build_loaded
-from ldm_dkdm.config import build
+from ldm_dkdm.config.registry import build
+from ldm_dkdm.config.schema import DiffusionConfig, DistillRun, ModelCard, NetworkConfig, TeacherConfig
 from ldm_dkdm.denoiser import Denoiser
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, blaming, naming
+from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.pixel import SPACES, Space
-from ldm_dkdm.registry import NETWORKS
-from ldm_dkdm.schema import DiffusionConfig, DistillRun, ModelCard, NetworkConfig, TeacherConfig
 from ldm_dkdm.teacher import Teacher, class_labels
 
 
@@ -162,7 +162,7 @@ def _model(
     load: bool = True,
 ) -> Model:
     where = "teacher.params"
-    network = build_loaded(node, where, NETWORKS, weights, path) if load else build(node, where, NETWORKS)
+    network = build_loaded(node, where, NETWORKS, weights, path) if load else build(node, NETWORKS, where)
     check_network(network, where)
     card = ModelCard(path.name, node, diffusion, null_label=teacher.null_label)
     return Model(network, card, path if SPACES[diffusion.space].encoded else None)

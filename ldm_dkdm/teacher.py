@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm_dkdm.denoiser import Denoiser
+from ldm_dkdm.device import autocast
 from ldm_dkdm.diffusion.process import reverse_step
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.precision import autocast
 from ldm_dkdm.records import NoisyBatch, Prediction
 
 

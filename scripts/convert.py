@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ldm_dkdm.cli import Parser
+from ldm_dkdm.commands.parser import Parser
 from ldm_dkdm.errors import run_cli
 
 
@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--to", required=True, choices=("diffusers", "compvis", "adm", "safetensors"))
     arguments = parser.parse_args()
 
-    from ldm_dkdm.runs.convert import convert
+    from ldm_dkdm.commands.convert import convert
 
     convert(arguments.source, arguments.out, arguments.to)
     print(arguments.out)

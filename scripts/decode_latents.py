@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ldm_dkdm.cli import Parser
+from ldm_dkdm.commands.parser import Parser
 from ldm_dkdm.errors import UserError, run_cli
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     if arguments.scale_factor is not None and arguments.scale_factor <= 0:
         raise UserError(f"--scale_factor: must be above 0, got {arguments.scale_factor}")
 
-    from ldm_dkdm.runs.decode import decode_file
+    from ldm_dkdm.commands.decode import decode_file
 
     count = decode_file(
         arguments.latents, arguments.first_stage, arguments.out, arguments.scale_factor, arguments.batch_size

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ldm_dkdm.cli import Parser
+from ldm_dkdm.commands.parser import Parser
 from ldm_dkdm.errors import UserError, run_cli
 
 
@@ -33,10 +33,10 @@ def main() -> None:
         raise UserError("--n_samples: at least 65, the distance uses 64 principal components; or 0")
 
     from ldm_dkdm.checkpoints.folder import read_card_of
+    from ldm_dkdm.config.schema import ModelCard
+    from ldm_dkdm.evaluation.student import evaluate
     from ldm_dkdm.files import write_text
-    from ldm_dkdm.runs.card import FIGURES, PER_T, write_readme
-    from ldm_dkdm.runs.evaluate import evaluate
-    from ldm_dkdm.schema import ModelCard
+    from ldm_dkdm.training.card import FIGURES, PER_T, write_readme
 
     figures, home = evaluate(arguments)
     for name, value in figures.items():

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ldm_dkdm.cli import Parser
+from ldm_dkdm.commands.parser import Parser
 from ldm_dkdm.errors import run_cli
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--config", action="store_true", help="print config sections to paste instead")
     arguments = parser.parse_args()
 
-    from ldm_dkdm.runs.inspect import print_report
+    from ldm_dkdm.commands.inspect import print_report
 
     print_report(arguments.file, arguments.config)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ldm_dkdm.cli import Parser
+from ldm_dkdm.commands.parser import Parser
 from ldm_dkdm.errors import run_cli
 from ldm_dkdm.images import save_npz
 

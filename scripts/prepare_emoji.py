@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm_dkdm.cli import Parser
+from ldm_dkdm.commands.parser import Parser
 from ldm_dkdm.errors import UserError, run_cli
 from ldm_dkdm.images import read_image, save_npz
 

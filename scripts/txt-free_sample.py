@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ldm_dkdm.cli import Parser
+from ldm_dkdm.commands.parser import Parser
 from ldm_dkdm.errors import UserError, run_cli
 
 
@@ -68,8 +68,8 @@ def main() -> None:
     if not 0 <= arguments.seed < 2**63 - arguments.n_samples:
         raise UserError(f"--seed: must be at least 0 and below 2^63, got {arguments.seed}")
 
+    from ldm_dkdm.commands.sample import sample_all
     from ldm_dkdm.generate import SamplerConfig
-    from ldm_dkdm.runs.sample import sample_all
 
     config = SamplerConfig(
         arguments.n_samples,

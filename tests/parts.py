@@ -7,10 +7,10 @@ from torch import nn
 
 from ldm_dkdm.checkpoints.compvis import FIRST_STAGE, UNET, ema_name
 from ldm_dkdm.checkpoints.folder import write_folder
+from ldm_dkdm.config.schema import DiffusionConfig, FirstStageCard, FirstStagePointer, ModelCard, NetworkConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.first_stage import VQModel
 from ldm_dkdm.networks import UNet
-from ldm_dkdm.schema import DiffusionConfig, FirstStageCard, FirstStagePointer, ModelCard, NetworkConfig
 
 UNET_PARAMS = {
     "image_size": 8,

@@ -12,16 +12,18 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "scripts").glob("*.py")])
 # A part may import the layers before its own, and itself; parts of one layer do not know each other.
 LAYERS = [
     {"errors"},
-    {"schema", "rng", "files", "precision"},
+    {"rng", "files", "device", "reporting"},
     {"records", "images"},
-    {"streams"},
+    {"config"},
     {"diffusion", "networks", "first_stage"},
-    {"denoiser", "registry", "generate", "baselines"},
-    {"teacher", "config", "pixel"},
-    {"checkpoints", "evaluate", "distill"},
-    {"sources", "cli"},
-    {"assemble", "gate"},
-    {"runs"},
+    {"denoiser", "generate"},
+    {"teacher", "pixel"},
+    {"checkpoints", "distillation"},
+    {"sources"},
+    {"assemble"},
+    {"evaluation"},
+    {"training"},
+    {"commands"},
     {"scripts"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -61,7 +63,7 @@ def test_imports_run_one_way() -> None:
 
 
 def test_the_layers_keep_the_order_of_the_design() -> None:
-    chain = ["records", "diffusion", "teacher", "distill", "runs", "scripts"]
+    chain = ["records", "diffusion", "teacher", "distillation", "training", "commands", "scripts"]
     assert sorted(chain, key=LEVEL.get) == chain
     assert LEVEL["diffusion"] == LEVEL["networks"] == LEVEL["first_stage"]
 

@@ -5,13 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher, UserError
+from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
 from ldm_dkdm.diffusion.process import x0_to_eps
-from ldm_dkdm.distill.stream import DistillStream
-from ldm_dkdm.distill.warmup import Warmup
+from ldm_dkdm.distillation.stream import DistillStream
+from ldm_dkdm.distillation.warmup import Warmup
 from ldm_dkdm.generate import SamplerConfig, sample_states
 from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.records import NoisyBatch
-from ldm_dkdm.schema import DistillConfig, WarmupConfig
 from tests.parts import UNET_PARAMS, randomised
 
 SCHEDULE = NoiseSchedule(num_timesteps=20)

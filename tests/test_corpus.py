@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import save
 
 from ldm_dkdm import UserError
+from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.networks import UNet
-from ldm_dkdm.schema import DiffusionConfig
 from ldm_dkdm.sources import load_teacher
 from tests.parts import UNET_PARAMS, randomised
 from tests.test_foreign import run_with

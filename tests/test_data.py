@@ -9,10 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_dkdm import UserError
-from ldm_dkdm.baselines.data import CachedStates, EncodedStates, ImageSet, encode_sets, open_images, open_sets
+from ldm_dkdm.config.schema import DiffusionDataConfig
+from ldm_dkdm.distillation.image_data import CachedStates, EncodedStates, ImageSet, encode_sets, open_images, open_sets
 from ldm_dkdm.images import npz_writer, save_npz
 from ldm_dkdm.pixel import IdentityCodec
-from ldm_dkdm.schema import DiffusionDataConfig
 
 
 def numbered(count: int, first: int = 0) -> Tensor:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.checkpoints.diffusers_folder import Pipeline, read_pipeline, write_pipeline
+from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
 from ldm_dkdm.networks import UNet
-from ldm_dkdm.schema import DiffusionConfig, NetworkConfig
 from ldm_dkdm.sources import load_teacher
 from tests.cli import distil, run_script, write_yaml
 from tests.parts import distill_config, model_folder, randomised

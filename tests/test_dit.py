@@ -8,8 +8,9 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
-from ldm_dkdm import UserError, build
-from ldm_dkdm.networks import DiT
+from ldm_dkdm import UserError
+from ldm_dkdm.config.registry import build
+from ldm_dkdm.networks import NETWORKS, DiT
 from ldm_dkdm.networks.dit import grid_positions
 from tests.parts import randomised
 
@@ -251,6 +252,6 @@ def test_states_of_another_size_are_refused(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("target", ["ldm_dkdm.networks.DiT", "models.DiT"])
 def test_configs_may_name_it(target: str) -> None:
-    network = build({"target": target, "params": {**PARAMS, "learn_sigma": False}})
+    network = build({"target": target, "params": {**PARAMS, "learn_sigma": False}}, NETWORKS)
     assert isinstance(network, DiT)
     assert (network.image_size, network.in_channels, network.out_channels, network.num_classes) == (8, 3, 3, None)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from ldm_dkdm.checkpoints.folder import write_folder
+from ldm_dkdm.config.schema import FirstStageCard
 from ldm_dkdm.first_stage import VQModel
-from ldm_dkdm.schema import FirstStageCard
 from tests.cli import ROOT, contents, distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, VQ_PARAMS, distill_config
 from tests.test_config_errors import assert_one_error_line

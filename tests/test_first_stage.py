@@ -9,7 +9,7 @@ import torch
 
 from ldm_dkdm.first_stage import VQModel, codec
 from ldm_dkdm.first_stage.codec import LatentCodec
-from ldm_dkdm.runs.perceptual import lpips_loss
+from ldm_dkdm.training.perceptual import lpips_loss
 from tests.parts import DDCONFIG, VQ_PARAMS, randomised
 
 RENAMES = [

@@ -12,9 +12,9 @@ from ldm_dkdm import UserError
 from ldm_dkdm.assemble import load_first_stage
 from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.checkpoints.diffusers_folder import read_first_stage
+from ldm_dkdm.config.schema import FirstStageConfig
 from ldm_dkdm.first_stage import AutoencoderKL, VQModel
 from ldm_dkdm.networks import DiT, UNet
-from ldm_dkdm.schema import FirstStageConfig
 from ldm_dkdm.sources import load_teacher, make_schedule
 from tests.cli import distil, run_script, sample, write_yaml
 from tests.parts import (

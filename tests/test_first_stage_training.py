@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from ldm_dkdm.assemble import load_codec
-from ldm_dkdm.config import parse
+from ldm_dkdm.config.load import parse
+from ldm_dkdm.config.schema import FirstStageConfig, FirstStageRun
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage import VQModel
-from ldm_dkdm.first_stage.losses import Discriminator
-from ldm_dkdm.first_stage.training import FirstStageModule, as_vectors, held_out_psnr
-from ldm_dkdm.runs.perceptual import lpips_loss
-from ldm_dkdm.schema import FirstStageConfig, FirstStageRun
+from ldm_dkdm.first_stage.discriminator import Discriminator
+from ldm_dkdm.first_stage.vqgan import FirstStageModule, as_vectors, held_out_psnr
+from ldm_dkdm.training.perceptual import lpips_loss
 from tests.cli import run_script, write_yaml
 from tests.parts import VQ_PARAMS
 from tests.pictures import LOGGING, TRAINER, pictures

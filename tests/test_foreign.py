@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_dkdm import UserError, build
+from ldm_dkdm import UserError
 from ldm_dkdm.assemble import load_first_stage
 from ldm_dkdm.checkpoints.foreign import infer_schedule, open_foreign
 from ldm_dkdm.checkpoints.inference import infer_first_stage
 from ldm_dkdm.checkpoints.loading import load_strictly
-from ldm_dkdm.first_stage import VQModel
-from ldm_dkdm.networks import DiT, UNet
-from ldm_dkdm.schema import (
+from ldm_dkdm.config.registry import build
+from ldm_dkdm.config.schema import (
     DiffusionConfig,
     DistillConfig,
     DistillRun,
@@ -25,6 +24,8 @@ from ldm_dkdm.schema import (
     TeacherConfig,
     TrainerConfig,
 )
+from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
+from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.sources import load_teacher, make_schedule
 from tests.parts import DIFFUSION, UNET_PARAMS, VQ_PARAMS, randomised, write_compvis_checkpoint
 
@@ -127,7 +128,7 @@ def test_a_compvis_file_tells_its_schedule_and_its_first_stage(compvis: tuple[Pa
     assert all(map(torch.equal, model.network.state_dict().values(), unet.state_dict().values()))
     codec, pointer = load_first_stage(FirstStageConfig(), model, "32")
     assert all(map(torch.equal, codec.vq.state_dict().values(), vq.state_dict().values()))
-    rebuilt = build({"target": pointer.target, "params": pointer.params}, "first_stage.params")
+    rebuilt = build({"target": pointer.target, "params": pointer.params}, FIRST_STAGES, "first_stage.params")
     load_strictly(rebuilt, vq.state_dict(), path)
     latents = torch.randn(1, *model.latent_shape)
     assert torch.equal(rebuilt.eval().decode(latents), vq.eval().decode(latents))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_dkdm.evaluate.frechet import frechet_distance, pixel_frechet_distance
+from ldm_dkdm.evaluation.frechet import frechet_distance, pixel_frechet_distance
 
 
 def gaussian_images(mean: float, std: float, seed: int, count: int = 20_000) -> torch.Tensor:

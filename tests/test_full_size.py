@@ -5,9 +5,12 @@ import torch
 import yaml
 from torch import nn
 
-from ldm_dkdm.config import build, load_config, parse
-from ldm_dkdm.distill.pool import pool_slots
-from ldm_dkdm.schema import DistillRun, NetworkConfig
+from ldm_dkdm.config.load import load_config, parse
+from ldm_dkdm.config.registry import build
+from ldm_dkdm.config.schema import DistillRun, NetworkConfig
+from ldm_dkdm.distillation.pool import pool_slots
+from ldm_dkdm.first_stage import FIRST_STAGES
+from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.sources import make_schedule
 from tests.cli import ROOT
 
@@ -51,7 +54,7 @@ def recipe(name: str) -> DistillRun:
 
 def on_meta(node: object) -> nn.Module:
     with torch.device("meta"):
-        return build(node)
+        return build(node, {**NETWORKS, **FIRST_STAGES})
 
 
 def shapes(module: nn.Module) -> dict[str, torch.Size]:

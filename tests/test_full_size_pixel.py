@@ -7,12 +7,15 @@ import torch
 import yaml
 from torch import nn
 
-from ldm_dkdm.config import build, load_config
-from ldm_dkdm.distill.pool import pool_slots
-from ldm_dkdm.runs.distill import assemble
-from ldm_dkdm.runs.plan import costs
-from ldm_dkdm.schema import DiffusionRun, DistillRun
+from ldm_dkdm.config.load import load_config
+from ldm_dkdm.config.registry import build
+from ldm_dkdm.config.schema import DiffusionRun, DistillRun
+from ldm_dkdm.distillation.pool import pool_slots
+from ldm_dkdm.first_stage import FIRST_STAGES
+from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.sources import check_trainable, make_schedule
+from ldm_dkdm.training.from_teacher import assemble
+from ldm_dkdm.training.plan import costs
 from tests.cli import ROOT, distil, write_yaml
 
 # Tab. 6: parameters of teacher and student, channels, blocks, head channels, dropout; batch, iterations, early stop
@@ -43,7 +46,7 @@ def recipe(*names: str) -> DistillRun:
 
 def on_meta(node: object) -> nn.Module:
     with torch.device("meta"):
-        return build(node)
+        return build(node, {**NETWORKS, **FIRST_STAGES})
 
 
 def parameters(network: nn.Module) -> int:

@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 from ldm_dkdm import NoiseSchedule, Teacher, UserError
-from ldm_dkdm.gate import COMPARED, Figures, Row, check_teacher, fault, measure, other_readings, preferred, reread
+from ldm_dkdm.evaluation.teacher_check import (
+    COMPARED,
+    Figures,
+    Row,
+    check_teacher,
+    fault,
+    measure,
+    other_readings,
+    preferred,
+    reread,
+)
 from ldm_dkdm.sources import Model, load_model
 from tests.analytic import GaussianNetwork
 from tests.cli import distil, write_yaml

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints.folder import home_of, read_folder, write_folder
-from ldm_dkdm.schema import FirstStageCard
+from ldm_dkdm.config.schema import FirstStageCard
 from tests.parts import VQ_PARAMS
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor, nn
 
 from ldm_dkdm import NoiseSchedule
+from ldm_dkdm.config.schema import LossConfig, TrainerConfig
 from ldm_dkdm.diffusion.objectives import loss_weight, simple_loss, vlb_loss
 from ldm_dkdm.diffusion.process import eps_to_x0
-from ldm_dkdm.distill.module import StudentModule
+from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.pixel import PixelDenoiser
 from ldm_dkdm.records import DistillBatch, Prediction
-from ldm_dkdm.schema import LossConfig, TrainerConfig
 
 SCHEDULE = NoiseSchedule()
 T = torch.tensor([0, 10, 500, 999])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm_dkdm.runs import steps
 from ldm_dkdm.sources import load_model
+from ldm_dkdm.training import ends
 from tests.cli import contents, distil, run_script, sample
 from tests.digits import DIT, TRAINER, distil_config, train
 
@@ -140,7 +140,7 @@ class Clock:
 def test_a_time_limit_ends_a_run_with_the_learning_rate_and_more_time_goes_on(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(steps, "time", Clock())
+    monkeypatch.setattr(ends, "time", Clock())
     trainer = {"max_steps": 50, "max_minutes": 1.0, "lr_schedule": "cosine"}
     base = distil_config(teacher, tmp_path, "short", trainer=trainer, logging={"save_every": 3})
     run = tmp_path / "short"

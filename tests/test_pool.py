@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from ldm_dkdm import NoisyPool, UserError
-from ldm_dkdm.distill.pool import pool_slots, slot_bytes
+from ldm_dkdm.distillation.pool import pool_slots, slot_bytes
 from ldm_dkdm.records import NoisyBatch
 
 SHAPE = (2, 3, 3)

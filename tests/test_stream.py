@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher
+from ldm_dkdm.config.schema import DistillConfig
 from ldm_dkdm.diffusion.process import eps_to_x0, posterior
-from ldm_dkdm.distill.stream import DistillStream
+from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.records import DistillBatch, NoisyBatch
-from ldm_dkdm.schema import DistillConfig
 from tests.analytic import GaussianNetwork
 
 SCHEDULE = NoiseSchedule(num_timesteps=20)

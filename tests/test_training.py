@@ -9,14 +9,15 @@ import lightning as L
 import pytest
 import torch
 
-from ldm_dkdm.baselines.stream import DataStream
-from ldm_dkdm.config import build
+from ldm_dkdm.config.registry import build
+from ldm_dkdm.config.schema import NetworkConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.evaluate.agreement import eps_error_by_quarter, eps_errors, held_out_chains
-from ldm_dkdm.runs.ema import StudentEMA
-from ldm_dkdm.schema import NetworkConfig
+from ldm_dkdm.distillation.data_stream import DataStream
+from ldm_dkdm.evaluation.agreement import eps_error_by_quarter, eps_errors, held_out_chains
+from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.sources import Model, load_model, make_schedule
 from ldm_dkdm.teacher import Teacher
+from ldm_dkdm.training.ema import StudentEMA
 from tests.cli import distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
 from tests.pictures import LOGGING, TRAINER, pictures
@@ -115,7 +116,7 @@ def test_a_distilled_student_agrees_with_its_teacher(teacher_folder: Path, tmp_p
     teacher = denoiser(teacher_model)
     states = held_out_chains(teacher, (3, 8, 8), chains=16, seed=99, device="cpu", every=2)
     student = load_model(tmp_path / "logs" / "run" / "student")
-    untrained = Model(build(NetworkConfig("ldm_dkdm.networks.UNet", UNET_PARAMS)), student.card, None)
+    untrained = Model(build(NetworkConfig("ldm_dkdm.networks.UNet", UNET_PARAMS), NETWORKS), student.card, None)
     before, after = (
         eps_error_by_quarter(eps_errors(denoiser(m).predict, states), states, 20) for m in (untrained, student)
     )

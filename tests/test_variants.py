@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher
-from ldm_dkdm.distill.stream import VARIANTS, DistillStream
-from ldm_dkdm.distill.warmup import Warmup, preparation
+from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
+from ldm_dkdm.distillation.stream import VARIANTS, DistillStream
+from ldm_dkdm.distillation.warmup import Warmup, preparation
 from ldm_dkdm.records import DistillBatch
-from ldm_dkdm.schema import DistillConfig, WarmupConfig
 from tests.analytic import GaussianNetwork
 
 SCHEDULE = NoiseSchedule(num_timesteps=20)

@@ -8,8 +8,8 @@ import torch
 from scipy.stats import chisquare
 
 from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher
-from ldm_dkdm.distill.warmup import Warmup, warmup_calls
-from ldm_dkdm.schema import WarmupConfig
+from ldm_dkdm.config.schema import WarmupConfig
+from ldm_dkdm.distillation.warmup import Warmup, warmup_calls
 from tests.analytic import GaussianNetwork
 
 SHORT = NoiseSchedule(num_timesteps=20)

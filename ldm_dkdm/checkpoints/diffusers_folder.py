@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.diffusers_names import (
-    FIRST_STAGES,
+    FIRST_STAGE_CLASSES,
     OLD_ATTENTION,
     first_stage_config,
     first_stage_name,
@@ -24,10 +24,12 @@ from ldm_dkdm.checkpoints.diffusers_names import (
     unet_params,
 )
 from ldm_dkdm.checkpoints.reading import read_tensors
-from ldm_dkdm.config import build
+from ldm_dkdm.config.registry import build
+from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.files import write_tensors, write_text
-from ldm_dkdm.schema import DiffusionConfig, NetworkConfig
+from ldm_dkdm.first_stage import FIRST_STAGES
+from ldm_dkdm.networks import NETWORKS
 
 UNET_TARGET = "ldm_dkdm.networks.UNet"
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -130,8 +132,8 @@ def _read_scheduler(path: Path, pixel: bool) -> tuple[DiffusionConfig, str]:
 
 def _first_stage_from(folder: Path, latent_size: int | None) -> FirstStage:
     config = _json(folder / "config.json")
-    if config.get("_class_name") not in FIRST_STAGES:
-        raise UserError(f"{folder}: is a {config.get('_class_name')}; only {' and '.join(FIRST_STAGES)} work")
+    if config.get("_class_name") not in FIRST_STAGE_CLASSES:
+        raise UserError(f"{folder}: is a {config.get('_class_name')}; only {' and '.join(FIRST_STAGE_CLASSES)} work")
     params = first_stage_params(config, latent_size, folder / "config.json")
     # The library's own default for both, 0.18215, is an AutoencoderKL's; VQModels without the key mean 1, as CompVis's.
     default = 1.0 if "n_embed" in params else 0.18215
@@ -176,7 +178,7 @@ def _take(tensors: Mapping[str, Tensor], name: str, source: Path) -> Tensor:
 
 def _shapes(node: dict[str, Any], folder: Path) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        network = build(node, f"{folder}/config.json: in our terms")
+        network = build(node, {**NETWORKS, **FIRST_STAGES}, f"{folder}/config.json: in our terms")
     return {name: value.shape for name, value in network.state_dict().items()}
 
 

@@ -219,14 +219,14 @@ def first_stage_name(name: str, levels: int) -> str:
     return name
 
 
-FIRST_STAGES = ("VQModel", "AutoencoderKL")
+FIRST_STAGE_CLASSES = ("VQModel", "AutoencoderKL")
 DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
 
 def first_stage_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
     """diffusers' VQModel or AutoencoderKL config for our first stage's parameters."""
     dd, codes = params["ddconfig"], params.get("n_embed")
-    kind = FIRST_STAGES[codes is None]
+    kind = FIRST_STAGE_CLASSES[codes is None]
     if dd["z_channels"] != params["embed_dim"]:
         raise UserError(f"--to: diffusers' {kind} needs embed_dim = z_channels")
     widths = [dd["ch"] * mult for mult in dd["ch_mult"]]

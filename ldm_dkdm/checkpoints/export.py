@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ldm_dkdm.checkpoints.compvis import FIRST_STAGE, UNET, ema_name
 from ldm_dkdm.checkpoints.reading import file_kind
-from ldm_dkdm.config import parse
+from ldm_dkdm.config.load import parse
+from ldm_dkdm.config.schema import ModelCard
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing, write_tensors, write_text
 from ldm_dkdm.networks import UNet
-from ldm_dkdm.schema import ModelCard
 
 COMPVIS_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}
 

@@ -10,10 +10,10 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.reading import read_tensors
-from ldm_dkdm.config import card_kind, read_card, read_yaml, to_yaml
+from ldm_dkdm.config.load import card_kind, read_card, read_yaml, to_yaml
+from ldm_dkdm.config.schema import FirstStageCard, ModelCard
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_tensors, write_text
-from ldm_dkdm.schema import FirstStageCard, ModelCard
 
 Card = TypeVar("Card", ModelCard, FirstStageCard)
 

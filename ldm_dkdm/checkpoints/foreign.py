@@ -10,9 +10,9 @@ from torch import Tensor
 from ldm_dkdm.checkpoints import compvis
 from ldm_dkdm.checkpoints.inference import TOO_FEW, Inferred, infer_dit, infer_unet
 from ldm_dkdm.checkpoints.reading import read_content, select_part, tensors_in
+from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, blaming
-from ldm_dkdm.schema import DiffusionConfig
 
 NAMES = {
     "compvis": "CompVis latent diffusion",

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_dkdm.config import build
+from ldm_dkdm.config.registry import Targets, build
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.registry import Targets
 
 
 def build_loaded(node: Any, where: str, targets: Targets, tensors: Mapping[str, Tensor], source: str | Path) -> Any:
@@ -25,7 +24,7 @@ def build_loaded(node: Any, where: str, targets: Targets, tensors: Mapping[str, 
         UserError: what `build` and `load_strictly` refuse.
     """
     with torch.device("meta"):
-        module = build(node, where, targets)
+        module = build(node, targets, where)
     _refuse_misfits(module, tensors, source)
     module.to_empty(device="cpu")
     load_strictly(module, tensors, source)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ldm_dkdm.device import autocast
 from ldm_dkdm.first_stage.autoencoder import Autoencoder
-from ldm_dkdm.precision import autocast
 
 MAX_DISTANCES = 1 << 27  # between latents and codes at once: 0.5 GB in float32
 CODES = 8192  # where there is no codebook, batches are as large as with this one

@@ -1,0 +1,70 @@
+"""Networks and first stages out of `target` and `params`: a config, like a checkpoint, cannot run other code."""
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ldm_dkdm.config.load import convert, nearest
+from ldm_dkdm.errors import UserError
+
+Targets = Mapping[str, Callable[..., nn.Module]]
+
+# Keys of the foreign classes that we do without, and the values at which they change nothing.
+IGNORED: dict[str, tuple[Any, ...]] = {
+    "dims": (2,),
+    "use_fp16": (False, True),  # precision is the trainer's business
+    "use_spatial_transformer": (False,),
+    "legacy": (False, True),
+    "num_heads_upsample": (-1,),
+    "monitor": (),
+    "lossconfig": (),
+    "ckpt_path": (),  # the weights come from the checkpoint that the section names
+}
+
+
+def build(node: Any, targets: Targets, where: str = "params") -> nn.Module:
+    """Build the network or first stage that a node with `target` and `params` describes.
+
+    Args:
+        node: a config section or a mapping.
+        targets: the classes that may be named here: `NETWORKS` or `FIRST_STAGES`.
+        where: prefix of the keys in messages.
+
+    Raises:
+        UserError: an unknown target, an unknown or missing parameter, or one of the wrong kind.
+    """
+    get = node.get if isinstance(node, Mapping) else lambda key: getattr(node, key, None)
+    factory, params = resolve(get("target"), dict(get("params") or {}), where, targets)
+    accepted = inspect.signature(factory).parameters
+    hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    for key, value in params.items():
+        if key not in accepted:
+            raise UserError(f"{where}.{key}: unknown key of {factory.__name__}{nearest(key, accepted)}")
+        convert(hints[key], value, f"{where}.{key}")
+    for name, parameter in accepted.items():
+        if parameter.default is inspect.Parameter.empty and name not in params:
+            raise UserError(f"{where}.{name}: missing; {factory.__name__} needs it")
+    try:
+        return factory(**params)
+    except UserError as error:  # it names the parameter
+        raise UserError(f"{where}.{error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{where}: {factory.__name__} cannot be built from these values: {error}") from error
+
+
+def resolve(
+    target: Any, params: dict[str, Any], where: str, targets: Targets
+) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """The class among `targets` that `target` names and its parameters without those that mean nothing here."""
+    if target not in targets:
+        section = where.rpartition(".")[0]
+        raise UserError(f"{section + '.' if section else ''}target: '{target}' is not one of {', '.join(targets)}")
+    if not target.startswith("ldm_dkdm."):
+        for key in [k for k in params if k in IGNORED]:
+            if IGNORED[key] and params[key] not in IGNORED[key]:
+                raise UserError(f"{where}.{key}: {params[key]!r} is not supported; remove the key")
+            del params[key]
+    return targets[target], params

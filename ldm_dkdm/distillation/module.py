@@ -1,0 +1,87 @@
+"""The Lightning module of a denoiser in training: the student only, whatever makes its batches."""
+
+import math
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from ldm_dkdm.config.schema import LossConfig, TrainerConfig
+from ldm_dkdm.denoiser import Denoiser
+from ldm_dkdm.diffusion.objectives import loss_weight, simple_loss, vlb_loss
+from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.records import DistillBatch
+from ldm_dkdm.rng import seed_of
+
+
+class StudentModule(L.LightningModule):
+    """Regresses the targets of the stream: L'_simple + lambda L'_vlb (DKDM, Alg. 1; with data as target, Alg. 2).
+
+    Args:
+        network: the student, (x, t, label) -> (B,C,H,W).
+        schedule: the forward process, the teacher's.
+        parameterization: what the student's network predicts, `eps` or `v`.
+        loss: the space in which its error counts.
+        trainer_config: learning rate, its schedule, weight decay, seed.
+        denoiser: how the network's output is read; `pixel.PixelDenoiser` in pixel space.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        parameterization: str,
+        loss: LossConfig,
+        trainer_config: TrainerConfig,
+        denoiser: type[Denoiser] = Denoiser,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.time_used = 0.0  # share of a time limit, 0 ... 1
+        self.schedule, self.parameterization = schedule, parameterization
+        self.loss, self.config = loss, trainer_config
+        self.denoiser_type = denoiser
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The student as a predictor of eps."""
+        return self.denoiser_type(self.network, self.schedule, self.parameterization)
+
+    def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
+        batch_number = self.global_step * self.config.accumulate + batch_idx % self.config.accumulate
+        torch.manual_seed(seed_of(self.config.seed, self.global_rank, batch_number, "network"))
+
+    def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
+        prediction = self.denoiser(batch.x, batch.t, batch.label)
+        per_sample = simple_loss(batch.target.eps, prediction.eps)
+        weight = loss_weight(self.schedule, batch.t, self.loss.space, self.loss.weight_cap)
+        loss = (weight * per_sample).mean()
+        if prediction.var_fraction is not None and self.loss.vlb_weight:
+            vlb = vlb_loss(self.schedule, batch.x, batch.t, batch.target, prediction).mean()
+            loss = loss + self.loss.vlb_weight * vlb
+            self.log("vlb", vlb.detach(), prog_bar=True)
+        self.log("loss", loss.detach(), prog_bar=True)
+        self.log("eps_mse", per_sample.detach().mean(), prog_bar=True)
+        return loss
+
+    def transfer_batch_to_device(self, batch: DistillBatch, device: torch.device, dataloader_idx: int) -> DistillBatch:
+        return batch  # the stream makes its batches on the device
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.config.grad_clip is not None:  # bf16 needs no loss scaling, so gradients are what they are
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
+
+    def configure_optimizers(self) -> dict[str, object]:
+        config = self.config
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, step: int) -> float:
+        ramp = min(1.0, (step + 1) / (self.config.lr_warmup + 1))
+        if self.config.lr_schedule == "constant":
+            return ramp
+        progress = min(1.0, max(step / self.config.max_steps, self.time_used))
+        return ramp * 0.5 * (1 + math.cos(math.pi * progress))

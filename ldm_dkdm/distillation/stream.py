@@ -1,0 +1,119 @@
+"""The stream of training examples: one teacher call each, never two (DKDM, Alg. 1 and Sec. 3.3)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_dkdm.config.schema import DistillConfig
+from ldm_dkdm.diffusion.process import q_sample
+from ldm_dkdm.distillation.batches import BatchStream
+from ldm_dkdm.distillation.pool import NoisyPool
+from ldm_dkdm.records import DistillBatch, NoisyBatch
+from ldm_dkdm.rng import numpy_generator, torch_generator
+from ldm_dkdm.teacher import Teacher
+
+
+def draw_all(pool: NoisyPool, batch_size: int, rng: np.random.Generator) -> Tensor:
+    """Every slot, every time: the batch stays together (iterative and shuffled iterative distillation)."""
+    return torch.arange(len(pool))
+
+
+def draw_some(pool: NoisyPool, batch_size: int, rng: np.random.Generator) -> Tensor:
+    """Distinct slots of a larger pool, uniformly at random (dynamic iterative distillation)."""
+    return pool.draw(batch_size, rng)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the paper's three ways to make batches (Sec. 3.3)."""
+
+    draw: Callable[[NoisyPool, int, np.random.Generator], Tensor]
+    expands: bool = False  # the pool has round(rho * T) batches instead of one
+    from_noise: bool = False  # all slots begin at T
+
+
+VARIANTS = {
+    "iterative": Variant(draw_all, from_noise=True),
+    "shuffled": Variant(draw_all),
+    "dynamic": Variant(draw_some, expands=True),
+}
+
+
+class DistillStream(BatchStream):
+    """Draws slots, lets the teacher predict and step them, and hands over the prediction.
+
+    Args:
+        teacher: on the device where the batches are wanted.
+        pool: filled.
+        config: batch size, variant and stride; `discard`, the probability that an advanced batch is not handed
+            over (Sec. 11); `input_perturbation`, gamma: the student sees x_t + gamma sqrt(1 - abar_t) noise
+            (Ning et al. 2023), with the prediction at x_t as target; L'_vlb takes both means at what the student sees.
+        max_steps: batches of the whole training.
+        seed, rank: with the step, they decide every random choice.
+        device: where the student trains.
+        first_step: batches already handed over.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        pool: NoisyPool,
+        config: DistillConfig,
+        max_steps: int,
+        seed: int = 0,
+        rank: int = 0,
+        device: torch.device | str = "cpu",
+        first_step: int = 0,
+    ) -> None:
+        self.teacher, self.pool, self.config = teacher, pool, config
+        self.max_steps, self.step = max_steps, first_step
+        self.seed, self.rank, self.device = seed, rank, device
+        self.draw = VARIANTS[config.variant].draw
+
+    def next_batch(self) -> DistillBatch:
+        """Advance batches until one is not discarded; the pool is up to date when it is handed over."""
+        rng = numpy_generator(self.seed, self.rank, self.step, "draw")
+        generator = torch_generator(self.seed, self.rank, self.step, "step_noise", self.device)
+        while True:
+            batch = self._advance(rng, generator)
+            if rng.random() >= self.config.discard:
+                break
+        self.step += 1
+        return self._perturbed(batch, generator) if self.config.input_perturbation else batch
+
+    def _advance(self, rng: np.random.Generator, generator: torch.Generator) -> DistillBatch:
+        """Draw, predict, step, put back: ONE teacher call."""
+        indices = self.draw(self.pool, self.config.batch_size, rng)
+        slots = self.pool.take(indices).to(self.device)
+        stride = self._strides(slots.t, rng)
+        target, x_next = self.teacher.step(slots, self._randn(slots.x, generator), stride)
+        t_next = slots.t - stride
+        finished = t_next < 0
+        x_next = torch.where(finished.view(-1, 1, 1, 1), self._randn(slots.x, generator), x_next)
+        t_next = torch.where(finished, self.teacher.schedule.num_timesteps - 1, t_next)
+        label = slots.label
+        if label is not None:
+            label = torch.where(finished, self.teacher.draw_labels(len(label), generator), label)
+        self.pool.put_back(indices, NoisyBatch(x_next, t_next, label))
+        return DistillBatch(slots.x, slots.t, target, slots.label)
+
+    def _strides(self, t: Tensor, rng: np.random.Generator) -> int | Tensor:
+        """How far each slot (B,) advances: the first step from T is a random part of the stride, one for the batch.
+
+        Otherwise every chain would visit the same timesteps, and the student would see no others.
+        """
+        stride = self.config.stride
+        if stride == 1:
+            return 1
+        first = int(rng.integers(1, stride + 1))
+        return torch.where(t == self.teacher.schedule.num_timesteps - 1, first, stride)
+
+    def _perturbed(self, batch: DistillBatch, generator: torch.Generator) -> DistillBatch:
+        noise = q_sample(self.teacher.schedule, torch.zeros_like(batch.x), batch.t, self._randn(batch.x, generator))
+        return DistillBatch(batch.x + self.config.input_perturbation * noise, batch.t, batch.target, batch.label)
+
+    def _randn(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.randn(like.shape, generator=generator, device=like.device)

@@ -1,0 +1,114 @@
+"""Filling the pool: every slot gets a state of the teacher's chain at its first t."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
+from ldm_dkdm.diffusion.process import q_sample
+from ldm_dkdm.diffusion.samplers import ddim, ddim_timesteps, dpm_solver, last
+from ldm_dkdm.distillation.pool import NoisyPool
+from ldm_dkdm.distillation.stream import VARIANTS
+from ldm_dkdm.records import NoisyBatch, Prediction
+from ldm_dkdm.rng import numpy_generator, torch_generator
+from ldm_dkdm.teacher import Teacher
+
+NOISED = 1024  # states noised at once: few samples can fill many slots
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Fills a pool batch by batch.
+
+    Attributes:
+        pool: where the states go.
+        teacher: on `device`.
+        config: the mode and its cost.
+        seed, rank: of every random choice.
+        device: where the teacher computes.
+        check: called before every teacher call; what it raises ends the warm-up at the last whole batch.
+    """
+
+    pool: NoisyPool
+    teacher: Teacher
+    config: WarmupConfig
+    seed: int = 0
+    rank: int = 0
+    device: torch.device | str = "cpu"
+    check: Callable[[], None] = lambda: None
+
+    def run(self) -> Iterator[int]:
+        """Fill the slots that are still empty; yields the number of filled slots after every batch.
+
+        A batch follows from (seed, rank, first slot), so an interrupted warm-up goes on exactly.
+        """
+        fill = {"ancestral": self._ancestral, "noise": self._noise}.get(self.config.mode, self._samples)
+        while self.pool.filled < len(self.pool):
+            self.pool.fill(fill(torch_generator(self.seed, self.rank, self.pool.filled, "warmup", self.device)))
+            yield self.pool.filled
+
+    def _ancestral(self, generator: torch.Generator) -> NoisyBatch:
+        """Walk fresh noise from T down to each slot's own t, one reverse step a call; finished slots wait."""
+        steps, first = self.teacher.schedule.num_timesteps, self.pool.filled
+        # The slots' random t, sorted: the slots of a batch stop at nearly the same t, so hardly a call is
+        # spent on a slot that has arrived. Draws are uniform over the slots, so their order does not matter.
+        targets = numpy_generator(self.seed, self.rank, 0, "warmup").integers(0, steps, len(self.pool))
+        target = torch.from_numpy(targets).sort().values[first : first + self.config.batch_size].to(self.device)
+        x, label = self._randn(len(target), generator), self.teacher.draw_labels(len(target), generator)
+        for step in range(steps - 1, int(target.min()), -1):
+            self.check()
+            t = torch.full_like(target, step)
+            moved = self.teacher.step(NoisyBatch(x, t, label), self._randn(len(x), generator))[1]
+            x = torch.where((t > target).view(-1, 1, 1, 1), moved, x)
+        return NoisyBatch(x, target, label)
+
+    def _samples(self, generator: torch.Generator) -> NoisyBatch:
+        """Noise each sample of the teacher to several random t: sample i fills the slots of its share."""
+        images, schedule = min(self.config.images, len(self.pool)), self.teacher.schedule
+        starts = torch.arange(images + 1) * len(self.pool) // images
+        first = int(torch.searchsorted(starts, self.pool.filled))
+        copies = starts.diff()[first : first + self.config.batch_size].to(self.device)
+        noise, label = self._randn(len(copies), generator), self.teacher.draw_labels(len(copies), generator)
+
+        def denoise(x: Tensor, t: Tensor, label: Tensor | None) -> Prediction:
+            self.check()
+            return self.teacher.predict(x, t, label)
+
+        if self.config.mode == "ddim":
+            chain = ddim(schedule, denoise, noise, lambda: noise, self.config.steps, label=label)
+        else:
+            chain = dpm_solver(schedule, denoise, noise, self.config.steps, label)
+        x_0, owner = last(chain), torch.arange(len(copies), device=self.device).repeat_interleave(copies)
+        quantiles = torch.rand(len(owner), generator=generator, device=generator.device)
+        t = schedule.timesteps_at(quantiles, self.config.t_cap)
+        x = torch.empty((len(owner), *x_0.shape[1:]), dtype=self.pool.x.dtype)
+        for part in torch.arange(len(owner), device=self.device).split(NOISED):
+            noise = self._randn(len(part), generator)
+            x[part.cpu()] = q_sample(schedule, x_0[owner[part]], t[part], noise).to("cpu", x.dtype)
+        return NoisyBatch(x, t, None if label is None else label[owner])
+
+    def _noise(self, generator: torch.Generator) -> NoisyBatch:
+        """Fresh noise at T: nothing to prepare."""
+        count = min(self.config.batch_size, len(self.pool) - self.pool.filled)
+        t = torch.full((count,), self.teacher.schedule.num_timesteps - 1, device=self.device)
+        return NoisyBatch(self._randn(count, generator), t, self.teacher.draw_labels(count, generator))
+
+    def _randn(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randn((count, *self.pool.x.shape[1:]), generator=generator, device=generator.device)
+
+
+def preparation(config: DistillConfig) -> WarmupConfig:
+    """The warm-up that a variant needs: iterative distillation begins with noise."""
+    return replace(config.warmup, mode="noise") if VARIANTS[config.variant].from_noise else config.warmup
+
+
+def warmup_calls(config: WarmupConfig, slots: int, num_timesteps: int) -> int:
+    """Teacher evaluations (of one sample) that a warm-up needs; for `ancestral` the expected number."""
+    if config.mode == "ancestral":
+        return slots * (num_timesteps - 1) // 2
+    if config.mode == "noise":
+        return 0
+    calls = config.steps if config.mode == "dpm-solver++" else len(ddim_timesteps(num_timesteps, config.steps))
+    return min(config.images, slots) * calls

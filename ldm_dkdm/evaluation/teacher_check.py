@@ -1,0 +1,282 @@
+"""Whether a teacher is what its configuration says, found out in seconds before a distillation begins.
+
+A teacher paints a few pictures, noises them again, and predicts the noise. What it cannot know is random; what it
+should know tells a trained network from a scrambled one, and the right reading of its weights from a wrong one.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm_dkdm.config.registry import build
+from ldm_dkdm.config.schema import DiffusionConfig
+from ldm_dkdm.diffusion.process import q_sample
+from ldm_dkdm.diffusion.samplers import dpm_solver, last
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.networks import NETWORKS, UNet
+from ldm_dkdm.rng import torch_generator
+from ldm_dkdm.sources import Model
+from ldm_dkdm.teacher import Teacher
+
+IMAGES, STEPS = 8, 10
+START = 1e-3  # abar where the sampler begins: below it, x_0 magnifies every error, unclipped latents' beyond use
+COMPARED = 32  # images where readings are compared: one alone decides nothing
+SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)  # of T, where the samples are noised to
+LEVELS = (0.2, 0.5, 0.8, 0.95)  # abar, where readings are compared: the same noise, whatever t their schedules call it
+NOISY = (0.05, 0.2)  # abar at which biases are measured: there hardly a prediction depends on the sampler's own faults
+BIASED, UNBIASED = 4.0, 2.0  # standard errors
+# The bounds lie between good teachers and faulty ones in docs/gate.md.
+ALONG = 0.7  # least cosine of eps and pure noise at T-1
+LINEAR = 0.7  # largest eps error at T/4, in units of the best linear denoiser's
+UNCALIBRATED = 0.15  # largest |rms of eps - sqrt(1 - its error)|, which vanishes for a posterior mean
+BETTER = 0.85  # another reading is preferred if its error is below this share of the configured one's ...
+SIGMAS = 3.0  # ... by as many standard errors
+
+
+@dataclass(frozen=True)
+class Row:
+    """At timestep t: mean squared errors of eps and (in units of the samples' variance) of x_0, rms of eps."""
+
+    t: int
+    eps_error: float
+    x0_error: float
+    scale: float
+
+    @property
+    def deviation(self) -> float:
+        """How far the scale is from that of a posterior mean with this error."""
+        return abs(self.scale - math.sqrt(max(0.0, 1 - self.eps_error)))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a teacher's predictions on its own samples say.
+
+    Args:
+        along: cosine of eps and its input, pure noise at T-1.
+        rows: from near T to near 0.
+        linear: eps error at T/4 in units of the best linear denoiser's.
+        log_errors: (n,) of each picture, the mean logarithm of its eps errors at `LEVELS`.
+        biases: (n,) of each picture, the mean of eps_hat (eps_hat - eps) at `NOISY`: 0 on average for a posterior mean.
+    """
+
+    along: float
+    rows: tuple[Row, ...]
+    linear: float
+    log_errors: Tensor
+    biases: Tensor
+
+    @property
+    def bias(self) -> float:
+        """Mean of the biases: how far the predictions are from being orthogonal to their errors."""
+        return self.biases.mean().item()
+
+    @property
+    def bias_sigmas(self) -> float:
+        """The same in standard errors."""
+        return abs(self.bias) / (self.biases.std().item() / math.sqrt(len(self.biases)) + 1e-12)
+
+    @property
+    def error(self) -> float:
+        """Geometric mean of the eps errors at `LEVELS`."""
+        return self.log_errors.mean().exp().item()
+
+    @property
+    def deviation(self) -> float:
+        """The largest deviation of the scale, down to T/4."""
+        return max(row.deviation for row in self.rows[:-1])
+
+    @property
+    def finite(self) -> bool:
+        """Whether every figure is a number."""
+        return all(map(math.isfinite, (self.along, self.linear, self.error, self.deviation)))
+
+
+@torch.no_grad()
+def measure(
+    teacher: Teacher, shape: tuple[int, int, int], device: torch.device | str = "cpu", images: int = IMAGES
+) -> Figures:
+    """Sample, noise, predict: 20 calls of `images` states (n,*shape), always from the same noise."""
+    generator = torch_generator(0, 0, 0, "warmup", device)
+    noise = torch.randn((images, *shape), generator=generator, device=device)
+    label = teacher.draw_labels(images, generator)
+    schedule, final = teacher.schedule, teacher.schedule.num_timesteps - 1
+    at_T = teacher.predict(noise, torch.full((images,), final, device=device), label).eps
+    x_0 = last(dpm_solver(schedule, teacher.predict, noise, min(STEPS, final + 1), label, START))
+    rows, linear = [], math.nan
+    for share in SHARES:
+        t = torch.full((images,), round(share * final), device=device)
+        eps = torch.randn(x_0.shape, generator=generator, device=device)
+        prediction = teacher.predict(q_sample(schedule, x_0, t, eps), t, label)
+        error = (prediction.eps - eps).square().mean().item()
+        x0_error = ((prediction.x_0 - x_0).square().mean() / x_0.var()).item()
+        rows.append(Row(int(t[0]), error, x0_error, prediction.eps.square().mean().sqrt().item()))
+        if share == SHARES[-2]:
+            linear = error / _linear_error(schedule.alpha_bar(t[:1], x_0).item(), x_0)
+    along = F.cosine_similarity(at_T.flatten(1), noise.flatten(1)).mean().item()
+    return Figures(along, tuple(rows), linear, *_of_pictures(teacher, x_0, label, generator))
+
+
+def _of_pictures(
+    teacher: Teacher, x_0: Tensor, label: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """log_errors and biases (n,) of every picture."""
+    errors, biases = [], []
+    for abar in dict.fromkeys((*LEVELS, *NOISY)):
+        step = int((teacher.schedule.alphas_cumprod - abar).abs().argmin())
+        t = torch.full((len(x_0),), step, device=x_0.device)
+        eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+        found = teacher.predict(q_sample(teacher.schedule, x_0, t, eps), t, label).eps
+        if abar in LEVELS:
+            errors.append((found - eps).square().flatten(1).mean(1).log())
+        if abar in NOISY:
+            biases.append((found * (found - eps)).flatten(1).mean(1))
+    return torch.stack(errors).mean(0), torch.stack(biases).mean(0)
+
+
+def _linear_error(abar: float, x_0: Tensor) -> float:
+    """eps error of the best linear denoiser without memory of positions: abar s^2 / (abar s^2 + 1 - abar)."""
+    signal = abar * x_0.var().item()
+    return signal / (signal + 1 - abar)
+
+
+def fault(figures: Figures) -> str | None:
+    """What is wrong with a teacher by its own figures; None if nothing is."""
+    if not figures.finite:
+        return "its predictions are not finite; the weights are damaged or overflow in this precision"
+    if figures.along < ALONG:
+        return (
+            f"at t = T-1 its eps does not point along pure noise (cosine {figures.along:.2f}, expected above {ALONG}); "
+            "the weights are random or scrambled, or teacher.parameterization is wrong"
+        )
+    if figures.linear > LINEAR:
+        return (
+            f"it denoises its own samples no better than a linear filter ({figures.linear:.2f} of that error at T/4, "
+            f"expected below {LINEAR}); the weights are random, scrambled, or read in a wrong architecture"
+        )
+    if figures.rows[-1].x0_error > figures.rows[0].x0_error:
+        return (
+            f"its x_0 does not come closer as t falls (error {figures.rows[0].x0_error:.2f} near T, "
+            f"{figures.rows[-1].x0_error:.2f} near 0); the weights are damaged or read in a wrong architecture"
+        )
+    if figures.deviation > UNCALIBRATED:
+        return (
+            f"the scale of its eps is off by {figures.deviation:.2f} (expected below {UNCALIBRATED}); the schedule "
+            "(diffusion.schedule, num_timesteps, betas) or teacher.parameterization is not that of these weights"
+        )
+    return None
+
+
+def other_readings(model: Model) -> Iterator[tuple[str, Model]]:
+    """The same weights with what no tensor tells chosen otherwise: attention, then the schedule."""
+    yield from _other_attention(model)
+    diffusion = model.card.diffusion
+    for other in (
+        DiffusionConfig("scaled_linear", 1000, space=diffusion.space),
+        DiffusionConfig("linear", 1000, 1e-4, 0.02, diffusion.space),
+        DiffusionConfig("cosine", 1000, space=diffusion.space),
+        DiffusionConfig("cosine", 4000, space=diffusion.space),
+    ):
+        same = other.schedule == diffusion.schedule and other.num_timesteps == diffusion.num_timesteps
+        if not (same and (other.schedule == "cosine" or other == diffusion)):
+            words = f"diffusion.schedule={other.schedule} num_timesteps={other.num_timesteps}"
+            words += "" if other.schedule == "cosine" else f" beta_start={other.beta_start} beta_end={other.beta_end}"
+            yield words, replace(model, card=replace(model.card, diffusion=other))
+
+
+def _other_attention(model: Model) -> Iterator[tuple[str, Model]]:
+    network, params = model.network, dict(model.card.network.params)
+    if not isinstance(network, UNet) or not any(name.endswith("qkv.weight") for name in network.state_dict()):
+        return
+    flipped = not params.get("use_new_attention_order", False)
+    yield f"use_new_attention_order={str(flipped).lower()}", reread(model, use_new_attention_order=flipped)
+    widths = [{"num_head_channels": width} for width in (32, 64, 16)]
+    for changes in (*widths, {"num_heads": 1}, {"num_heads": 4}):
+        whole = {"num_head_channels": -1, "num_heads": 1, **changes}
+        if any(
+            whole[key] != params.get(key, default) for key, default in (("num_head_channels", -1), ("num_heads", 1))
+        ):
+            try:
+                other = reread(model, **whole)
+            except UserError:
+                continue  # these channels do not divide into such heads
+            if _heads(other.network) != _heads(network):
+                yield " ".join(f"{key}={value}" for key, value in changes.items()), other
+
+
+def _heads(network: nn.Module) -> list[int]:
+    return [layer.heads for layer in network.modules() if hasattr(layer, "heads")]
+
+
+def reread(model: Model, **changes: Any) -> Model:
+    """The same weights in an architecture with other parameters, which must change no shape."""
+    node = replace(model.card.network, params={**model.card.network.params, **changes})
+    with torch.device("meta"):
+        network = build(node, NETWORKS, "teacher.params")
+    network.load_state_dict(model.network.state_dict(), assign=True)
+    return replace(model, network=network, card=replace(model.card, network=node))
+
+
+def preferred(own: Figures, other: Figures) -> bool:
+    """Whether another reading fits the weights so much better that the configured one must be wrong.
+
+    Both began with the same noise, so that pictures are compared one by one.
+    """
+    if not other.finite or fault(other):
+        return False
+    gain = own.log_errors - other.log_errors
+    sure = bool(gain.mean() > SIGMAS * gain.std() / math.sqrt(len(gain)))
+    return (sure and other.error < BETTER * own.error) or less_biased(own, other)
+
+
+def less_biased(own: Figures, other: Figures) -> bool:
+    """Whether only the other reading predicts posterior means.
+
+    A wrong reading can paint simpler pictures and so have the smaller error on them, but it is not calibrated:
+    E[eps_hat (eps_hat - eps)] = 0 holds for the mean of eps given x_t, whatever the pictures are.
+    """
+    return own.bias_sigmas > BIASED and other.bias_sigmas < UNBIASED and abs(other.bias) < 0.5 * abs(own.bias)
+
+
+def check_teacher(
+    model: Model,
+    teacher: Teacher,
+    device: torch.device | str = "cpu",
+    told: bool = False,
+) -> Figures:
+    """Refuse a teacher that does not denoise its own samples, or whose weights fit another reading much better.
+
+    Guidance is left out: what it makes of the predictions is no posterior mean.
+
+    Args:
+        model: the teacher's network and card.
+        teacher: the same, as the distillation will call it, on `device`.
+        told: the checkpoint itself says how it is to be read, so that no other readings are tried.
+
+    Raises:
+        UserError: the figure that failed, its value, what is expected, and the likely cause.
+    """
+    images = IMAGES if told else COMPARED
+    plain = model.as_teacher(teacher.precision, null_label=teacher.null_label).to(device)
+    own = measure(plain, model.latent_shape, device, images)
+    reason = fault(own)
+    if not told and own.finite:
+        for words, other in other_readings(model):
+            as_other = other.as_teacher(teacher.precision, null_label=teacher.null_label).to(device)
+            figures = measure(as_other, model.latent_shape, device, images)
+            if preferred(own, figures):
+                shown = f"eps error {figures.error:.3f} instead of {own.error:.3f}"
+                if less_biased(own, figures):
+                    shown = f"bias of eps {figures.bias:.4f} instead of {own.bias:.4f}"
+                raise UserError(
+                    f"teacher: its weights fit {words} better than the configuration ({shown}); correct it, or set "
+                    "teacher.check=false"
+                )
+    if reason:
+        raise UserError(f"teacher: {reason}; set teacher.check=false to distil it all the same")
+    return own

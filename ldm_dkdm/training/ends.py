@@ -1,0 +1,137 @@
+"""Callbacks that act after optimizer steps, which gradient accumulation makes rarer than batches."""
+
+import math
+import time
+
+import lightning as L
+import torch
+
+from ldm_dkdm.config.schema import EarlyStopConfig, TrainerConfig
+
+
+class StepCallback(L.Callback):
+    """Calls `on_step` after every optimizer step and not after the batches in between."""
+
+    _seen = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+        if trainer.global_step > self._seen:
+            self._seen = trainer.global_step
+            self.on_step(trainer, module)
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """What the callback does; `trainer.global_step` steps are done."""
+
+
+class EarlyEnd(StepCallback):
+    """Ends a run before `trainer.max_steps`; an ended run stays so until its config is changed."""
+
+    key = ""  # of the config
+
+    @property
+    def reached(self) -> bool:
+        """Whether the run has come to its end."""
+        return False
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        if self.reached:
+            trainer.should_stop = True  # before the first batch
+
+
+def early_ends(config: TrainerConfig) -> list[EarlyEnd]:
+    """What a config lets end a run."""
+    ends: list[EarlyEnd] = [TimeLimit(config.max_minutes)] if config.max_minutes else []
+    return ends + ([EarlyStop(config.early_stop)] if config.early_stop else [])
+
+
+class TimeLimit(EarlyEnd):
+    """Ends a run when its training, with that before every resume, has taken the time given.
+
+    `module.time_used` says how much of the time is gone, so that the learning rate falls with it: a schedule made
+    for the budget is what a cut run lacks (Li et al. 2020, "Budgeted Training").
+    """
+
+    key = "trainer.max_minutes"
+
+    def __init__(self, minutes: float) -> None:
+        self.limit = 60 * minutes
+        self.spent, self._since = 0.0, 0.0
+
+    @property
+    def reached(self) -> bool:
+        """Whether the run has come to its end; a larger limit takes it back."""
+        return self.spent >= self.limit
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._since = time.monotonic() - self.spent
+        module.time_used = self.spent / self.limit
+        super().on_train_start(trainer, module)
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        spent = torch.tensor(time.monotonic() - self._since, device=module.device)
+        self.spent = trainer.strategy.reduce(spent).item()  # one clock for all processes
+        module.time_used = self.spent / self.limit
+        if self.reached:
+            steps = f"step {trainer.global_step} of {trainer.max_steps}"
+            print(f"\ntrainer.max_minutes: {self.limit / 60:g} are over at {steps}; more of them make a better student")
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resume needs."""
+        return {"spent": self.spent}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on counting."""
+        self.spent = state_dict["spent"]
+
+
+class EarlyStop(EarlyEnd):
+    """Stops when the monitored figure's mean over a window has not fallen for `patience` windows.
+
+    Lightning's EarlyStopping acts at the ends of epochs and validations, which a stream has not.
+    """
+
+    key = "trainer.early_stop.patience"
+
+    def __init__(self, config: EarlyStopConfig) -> None:
+        self.config = config
+        self.best, self.bad_windows = math.inf, 0
+        self.total, self.batches, self.steps = 0.0, 0, 0  # of the running window
+
+    @property
+    def reached(self) -> bool:
+        """Whether the run has come to its end; a larger limit takes it back."""
+        return self.bad_windows >= self.config.patience
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+        self.total = self.total + trainer.callback_metrics[self.config.monitor]
+        self.batches += 1
+        super().on_train_batch_end(trainer, module, *args)
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.steps += 1
+        if self.steps == self.config.window:
+            self._judge(trainer.strategy.reduce(torch.as_tensor(self.total) / self.batches).item())
+        if self.reached:
+            step, monitor = trainer.global_step, self.config.monitor
+            print(f"\nearly stop at step {step}: {monitor} stays above {self.best:.6g}")
+            trainer.should_stop = True
+
+    def _judge(self, mean: float) -> None:
+        improved = mean < self.best - self.config.min_delta
+        self.best = min(self.best, mean)
+        self.bad_windows = 0 if improved else self.bad_windows + 1
+        self.total, self.batches, self.steps = 0.0, 0, 0
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resume needs."""
+        return {k: float(getattr(self, k)) for k in ("best", "bad_windows", "total", "batches", "steps")}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on with the saved windows."""
+        self.best, self.total = state_dict["best"], state_dict["total"]
+        self.bad_windows, self.batches, self.steps = (int(state_dict[k]) for k in ("bad_windows", "batches", "steps"))

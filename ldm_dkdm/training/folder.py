@@ -1,0 +1,162 @@
+"""Run folders: made, found again, gone on in."""
+
+import dataclasses
+import fcntl
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm_dkdm.config.load import card_kind, fits, load_config, read_yaml, to_yaml
+from ldm_dkdm.config.schema import FirstStageCard, LoggingConfig, ModelCard
+from ldm_dkdm.device import is_first_rank
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import write_text
+
+FREE = ("trainer", "logging")  # sections that may change when a run is resumed, but for:
+FIXED = ("trainer.seed", "trainer.accumulate", "trainer.devices")
+_NAME = re.compile(r"step=(\d+)\.ckpt")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """logs/<run>: config.yaml, checkpoints/, samples/, metrics/, student/."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints and pools lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The model's folder, with the EMA weights."""
+        return self.path / "student"
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint."""
+        found = checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(f for f in folder.glob("step=*.ckpt") if _NAME.fullmatch(f.name))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(_NAME.fullmatch(checkpoint.name).group(1))
+
+
+def open_run(config: object, folder: RunFolder, resumed: bool = False) -> None:
+    """Create the folder, or go on in it (`check_run`)."""
+    check_run(config, folder, resumed)
+    stored, text = folder.path / "config.yaml", to_yaml(config)
+    if not stored.is_file() or stored.read_text() != text:
+        write_text(stored, text)
+
+
+@contextmanager
+def alone_in(folder: RunFolder) -> Iterator[None]:
+    """Keep other processes out of a run while it trains; the system ends this with the process.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    if not is_first_rank():
+        yield
+        return
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with (folder.path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder.path}: another process trains there; wait, or set logging.name=NEW") from error
+        except OSError as error:  # some network file systems know no locks
+            print(f"{folder.path}: not locked against a second process ({error.strerror})", file=sys.stderr)
+        yield
+
+
+def check_run(config: object, folder: RunFolder, resumed: bool) -> None:
+    """Refuse to go on in a folder of another run; nothing is written.
+
+    Args:
+        config: must be the one that the folder was made with; if `resumed`, but for what a resume may change.
+        folder: logs/<run>.
+        resumed: the run was asked to go on by name.
+    """
+    stored, text = folder.path / "config.yaml", to_yaml(config)
+    made_with = _made_with(stored, type(config)) if stored.is_file() else text
+    if made_with != text:
+        if not resumed:
+            raise UserError(
+                f"{folder.path}: made with another configuration; choose logging.name=NEW, go on with "
+                f"--resume {folder.path}, or delete the folder"
+            )
+        before, now = OmegaConf.create(made_with), OmegaConf.create(text)
+        sections = [field.name for field in dataclasses.fields(config) if field.name not in FREE]
+        for key in (*sections, *FIXED):
+            if changed := _first_change(OmegaConf.select(before, key), OmegaConf.select(now, key), key):
+                raise UserError(f"{changed}: cannot change when {folder.path} is resumed; start a new run for that")
+
+
+def _first_change(before: object, now: object, key: str) -> str | None:
+    """The dotted key of the first value that differs."""
+    if isinstance(before, DictConfig) and isinstance(now, DictConfig):
+        changes = (_first_change(before.get(k), now.get(k), f"{key}.{k}") for k in {**before, **now})
+        return next((change for change in changes if change), None)
+    return None if before == now else key
+
+
+def _made_with(stored: Path, schema: type) -> str:
+    """The config of a run's folder; keys that did not exist when it was made have their defaults."""
+    try:
+        return to_yaml(load_config(stored, schema=schema))
+    except UserError:  # of another script
+        return stored.read_text()
+
+
+def run_folder(log: LoggingConfig, default_name: str) -> RunFolder:
+    """logs/<name>; the name is that of the --base files, joined by +, unless the config gives one."""
+    name = log.name or default_name
+    if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts:
+        raise UserError(f"logging.name: '{name}' must be a folder below {log.dir}; logging.dir says where that is")
+    return RunFolder(Path(log.dir) / name)
+
+
+def find_run(name: str, schema: type, logs: Path = Path("logs")) -> RunFolder:
+    """The folder of a run to resume; `last` is the one of its kind in logs/ that was written to last."""
+    if name == "last":
+        runs = [f for f in logs.glob("*/config.yaml") if _is_run_of(f, schema)]
+        if not runs:
+            raise UserError(f"--resume last: {logs}/ holds no run of {schema.SCRIPT}; name its folder instead")
+        return RunFolder(max(runs, key=lambda f: newest_change(f.parent)).parent)
+    folder = RunFolder(Path(name))
+    if not (folder.path / "config.yaml").is_file():
+        raise UserError(f"--resume: {name} is no run folder (it has no config.yaml)")
+    if (found := card_kind(folder.path / "config.yaml")) in (ModelCard.KIND, FirstStageCard.KIND):
+        raise UserError(f"--resume: {name} is {found}, which a run made; name the run's folder")
+    return folder
+
+
+def _is_run_of(file: Path, schema: type) -> bool:
+    try:
+        return fits(read_yaml(file), schema)
+    except UserError:  # somebody else's, or damaged
+        return False
+
+
+def newest_change(folder: Path) -> float:
+    """When a run last saved something."""
+    return max(f.stat().st_mtime for f in [folder / "config.yaml", *folder.glob("checkpoints/*")])
+
+
+def go_on(config: object, folder: RunFolder) -> str:
+    """How to resume."""
+    return f"go on with: python scripts/{config.SCRIPT} --resume {folder.path}"

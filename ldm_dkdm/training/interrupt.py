@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM end a run at the next whole iteration, so that what is saved is exact."""
+
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+
+import lightning as L
+
+from ldm_dkdm.training.ends import StepCallback
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class GracefulStop(StepCallback):
+    """Context manager and Lightning callback: the first signal asks for a stop, a second one forces it."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "GracefulStop":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this iteration and saving (once more: stop at once)", file=sys.stderr)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        for number in self._previous:  # Lightning's own handler of SIGTERM would end the run before it is saved
+            signal.signal(number, self._on_signal)
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.strategy.reduce_boolean_decision(self.requested, all=False):
+            trainer.should_stop = True
