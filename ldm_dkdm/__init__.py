@@ -1,10 +1,59 @@
 """ldm_dkdm: data-free knowledge distillation of diffusion models (DKDM, CVPR 2025)."""
 
-from ldm_dkdm.config.load import load_config
-from ldm_dkdm.config.registry import build
-from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.distillation.pool import NoisyPool
-from ldm_dkdm.errors import UserError
-from ldm_dkdm.teacher import Teacher
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["NoiseSchedule", "NoisyPool", "Teacher", "UserError", "build", "load_config"]
+if TYPE_CHECKING:
+    from ldm_dkdm.config.load import load_config
+    from ldm_dkdm.diffusion.schedule import NoiseSchedule
+    from ldm_dkdm.distillation.pool import NoisyPool
+    from ldm_dkdm.errors import Stopped, UserError
+    from ldm_dkdm.evaluation.student import evaluate
+    from ldm_dkdm.model import DiffusionModel, load_model
+    from ldm_dkdm.training.first_stages import train_first_stage
+    from ldm_dkdm.training.from_images import train
+    from ldm_dkdm.training.from_teacher import distill
+
+__version__ = "0.2.0"
+
+# Where a public name lives; it is imported when it is first used, so that `import ldm_dkdm` does not import torch.
+_HOMES = {
+    "DiffusionModel": "ldm_dkdm.model",
+    "NoiseSchedule": "ldm_dkdm.diffusion.schedule",
+    "NoisyPool": "ldm_dkdm.distillation.pool",
+    "Stopped": "ldm_dkdm.errors",
+    "UserError": "ldm_dkdm.errors",
+    "distill": "ldm_dkdm.training.from_teacher",
+    "evaluate": "ldm_dkdm.evaluation.student",
+    "load_config": "ldm_dkdm.config.load",
+    "load_model": "ldm_dkdm.model",
+    "train": "ldm_dkdm.training.from_images",
+    "train_first_stage": "ldm_dkdm.training.first_stages",
+}
+
+__all__ = [
+    "DiffusionModel",
+    "NoiseSchedule",
+    "NoisyPool",
+    "Stopped",
+    "UserError",
+    "__version__",
+    "distill",
+    "evaluate",
+    "load_config",
+    "load_model",
+    "train",
+    "train_first_stage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ldm_dkdm' has no attribute '{name}'")
+    with warnings.catch_warnings():  # imports below install filters of their own
+        return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,15 +1,32 @@
-"""Where a process computes and how: ranks, devices, bf16 autocast where the machine multiplies bf16 faster."""
+"""Where a process computes and how: ranks, devices, bf16 autocast where the machine multiplies bf16 faster.
+
+torch is imported when a function needs it, so that a command line can ask for its rank without it.
+"""
 
 import os
+from typing import TYPE_CHECKING
 
-import torch
-from torch import autocast as torch_autocast
+from ldm_dkdm.errors import UserError, pick
 
-from ldm_dkdm.errors import UserError
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = {
+    "auto": "bf16 where the device multiplies it faster, else float32",
+    "bf16": "bf16 autocast; weights stay float32",
+    "32": "float32",
+}
 
 
-def resolve_precision(choice: str, device: torch.device | str) -> str:
-    """`auto` -> `bf16` on a CPU with bf16 instructions or a GPU that supports it, else `32`."""
+def resolve_precision(choice: str, device: "torch.device | str") -> str:
+    """`auto` -> `bf16` on a CPU with bf16 instructions or a GPU that supports it, else `32`.
+
+    Raises:
+        UserError: another name.
+    """
+    import torch
+
+    pick(PRECISIONS, choice, "precision")
     if choice != "auto":
         return choice
     kind = torch.device(device).type
@@ -20,9 +37,11 @@ def resolve_precision(choice: str, device: torch.device | str) -> str:
     return "bf16" if fast else "32"
 
 
-def autocast(precision: str, device: torch.device | str) -> torch_autocast:
+def autocast(precision: str, device: "torch.device | str") -> "torch.autocast":
     """Autocast context for `bf16`; a disabled one for `32`."""
-    return torch_autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    import torch
+
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def local_rank() -> int:
@@ -35,12 +54,34 @@ def is_first_rank() -> bool:
     return local_rank() == 0
 
 
-def default_device(accelerator: str) -> torch.device:
-    """The device that Lightning will choose for this process."""
+def default_device(accelerator: str) -> "torch.device":
+    """The device that Lightning will choose for this process.
+
+    Raises:
+        UserError: PyTorch finds no such device here.
+    """
+    import torch
+
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.device("cuda", local_rank())
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")
     if accelerator not in ("auto", "cpu"):
-        raise UserError(f"trainer.accelerator: PyTorch finds no {accelerator} device here; set it to auto or cpu")
+        raise UserError(f"accelerator: PyTorch finds no {accelerator} device here; set it to auto or cpu")
     return torch.device("cpu")
+
+
+def resolve_device(name: str) -> "torch.device":
+    """The device of a name that PyTorch knows; `auto` is the default one.
+
+    Raises:
+        UserError: PyTorch cannot use it here.
+    """
+    import torch
+
+    if name == "auto":
+        return default_device("auto")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: '{name}' cannot be used here: {str(error).splitlines()[0]}") from error

@@ -1,11 +1,14 @@
 """The one family of errors that a user can cause and mend."""
 
-import sys
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TypeVar
 from zipfile import BadZipFile
+
+T = TypeVar("T")
 
 
 class Stopped(Exception):
@@ -14,6 +17,30 @@ class Stopped(Exception):
 
 class UserError(ValueError):
     """A mistake in a file, a key or an option; the message names it and says what to do."""
+
+
+def pick(table: Mapping[str, T], name: object, parameter: str) -> T:
+    """The entry of a table.
+
+    Raises:
+        UserError: the table has no such name; the message names the parameter and lists the names.
+    """
+    if not isinstance(name, str) or name not in table:
+        raise UserError(f"{parameter}: {name!r} is not one of {', '.join(table)}{closest(str(name), table)}")
+    return table[name]
+
+
+def closest(name: str, valid: Iterable[str]) -> str:
+    """A hint that names the nearest valid name, if one is near."""
+    close = difflib.get_close_matches(name, list(valid), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def nearest(key: str, valid: Iterable[str]) -> str:
+    """A hint that names the nearest valid key, or all of them."""
+    names = list(valid)
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; valid keys: {', '.join(names)}"
 
 
 MALFORMED = (
@@ -47,21 +74,3 @@ def naming(key: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
-
-
-def run_cli(main: Callable[[], None]) -> None:
-    """Run an entry point: a `UserError` is one line on stderr and exit code 2, a stop is 130."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # disk full, no permission
-        print(f"error: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)

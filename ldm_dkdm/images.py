@@ -77,6 +77,20 @@ def read_image(path: Path, size: int) -> Tensor:
     return torch.from_numpy(np.asarray(square.resize((size, size), Image.Resampling.LANCZOS)).copy())
 
 
+def to_signed(images: Tensor) -> Tensor:
+    """Images uint8 (B,H,W,C) -> float32 (B,C,H,W) in [-1,1]; contiguous, since channels_last is slow on a CPU."""
+    return images.movedim(-1, 1).contiguous().float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor, nearest: bool = False) -> Tensor:
+    """Images (B,C,H,W), nominally in [-1,1], -> uint8 (B,H,W,C).
+
+    Values are truncated, as CompVis's and guided-diffusion's scripts do, or rounded to the `nearest` level.
+    """
+    levels = (images.float() + 1) * 127.5
+    return (levels.round() if nearest else levels).clamp(0, 255).to(torch.uint8).movedim(1, -1)
+
+
 def endless_batches(data: Tensor, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Tensor]:
     """Shuffled batches without end. Epoch e's order follows from (seed, e), so a resumed run that
     passes its `first_step` sees the batches that it would have seen."""

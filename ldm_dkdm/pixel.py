@@ -1,28 +1,15 @@
-"""Pixel space: all that differs from latent space (conventions of Improved DDPM)."""
+"""Pixel space: all that differs from latent space stands in the table SPACES (conventions of Improved DDPM)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ldm_dkdm.denoiser import Denoiser
-from ldm_dkdm.records import Prediction
+from ldm_dkdm.images import to_signed, to_uint8
 
 
-class PixelDenoiser(Denoiser):
-    """A pixel-space network: x_0 is clipped to [-1,1].
-
-    eps is what the network says, unclipped: it is the student's target.
-    """
-
-    def read(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
-        """What the network says, with x_0 clipped."""
-        prediction = super().read(output, x, t)
-        return replace(prediction, x_0=prediction.x_0.clamp(-1, 1))
-
-
-class IdentityCodec:
-    """The first stage of pixel space: uint8 images to [-1,1] and back."""
+class PixelCodec:
+    """The first stage of pixel space: uint8 images to states in [-1,1] and back."""
 
     parameters = 0
     scale_factor = 1.0
@@ -30,18 +17,18 @@ class IdentityCodec:
     def __init__(self) -> None:
         self.device: torch.device | str = "cpu"
 
-    def to(self, device: torch.device | str) -> "IdentityCodec":
-        """Encode to this device; returns self."""
+    def to(self, device: torch.device | str, precision: str | None = None) -> "PixelCodec":
+        """Encode to this device, always in float32; returns self."""
         self.device = device
         return self
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images uint8 (B,H,W,3) -> states (B,3,H,W) in [-1,1], float32."""
-        return images.to(self.device).movedim(-1, 1).contiguous().float() / 127.5 - 1
+        """Images uint8 (B,H,W,C) -> states (B,C,H,W) in [-1,1], float32."""
+        return to_signed(images.to(self.device))
 
     def decode(self, states: Tensor) -> Tensor:
-        """States (B,3,H,W) -> the nearest images uint8 (B,H,W,3); ADM rounds down."""
-        return ((states.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1)
+        """States (B,C,H,W) -> the nearest images uint8 (B,H,W,C), so that encoded images come back unchanged."""
+        return to_uint8(states, nearest=True)
 
 
 @dataclass(frozen=True)
@@ -49,14 +36,23 @@ class Space:
     """What a model's states are, as far as it makes a difference.
 
     Attributes:
-        encoded: a first stage makes them out of images.
-        denoiser: how a network's output is read.
+        encoded: a first stage makes the states out of images; without one they are the images.
+        clip: x_0 is clipped to [-clip, clip]; None leaves it as it is.
         steps_offset: DDIM's, see `NoiseSchedule`.
+        likelihood: data can teach a variance, since states are 8-bit values whose likelihood is known.
     """
 
     encoded: bool
-    denoiser: type[Denoiser]
+    clip: float | None
     steps_offset: int
+    likelihood: bool
+
+    def clipped(self, x_0: Tensor) -> Tensor:
+        """x_0 (B,C,H,W) as a reverse step uses it."""
+        return x_0 if self.clip is None else x_0.clamp(-self.clip, self.clip)
 
 
-SPACES = {"latent": Space(True, Denoiser, 1), "pixel": Space(False, PixelDenoiser, 0)}  # by `diffusion.space`
+SPACES = {  # by `diffusion.space`
+    "latent": Space(encoded=True, clip=None, steps_offset=1, likelihood=False),
+    "pixel": Space(encoded=False, clip=1.0, steps_offset=0, likelihood=True),
+}

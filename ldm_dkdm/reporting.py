@@ -1,8 +1,36 @@
-"""Quantities for people."""
+"""What long work says: one logger, progress, and byte counts and durations in messages."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+logger = logging.getLogger("ldm_dkdm")
+logger.addHandler(logging.NullHandler())  # a command shows what is logged, a program decides for itself
+
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+
+
+@contextmanager
+def following(
+    progress: bool | Progress, what: str, unit: str, total: int, initial: int = 0
+) -> Iterator[Callable[[int], None]]:
+    """Yield a function that is told how many of `total` are done.
+
+    Args:
+        progress: True shows a bar with an ETA, False nothing; a function is called with (what, done, total).
+        what: the work. unit: of the numbers. initial: what was done before.
+    """
+    if callable(progress):
+        yield lambda done: progress(what, done, total)
+        return
+    with tqdm(total=total, initial=initial, desc=what, unit=unit, disable=not progress) as bar:
+        yield lambda done: bar.update(done - bar.n)
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """A number of bytes, such as 1.5 GB."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -11,7 +39,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time span for people."""
+    """A time span, such as 90 s or 3.2 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:
@@ -24,5 +52,5 @@ def duration(seconds: float) -> str:
 
 
 def pace(seconds: float) -> str:
-    """Seconds of one of many things, for people."""
+    """Seconds of one of many things, to three digits."""
     return f"{seconds:.3g} s" if seconds < 100 else duration(seconds)

@@ -1,5 +1,8 @@
 """Every random choice follows from (seed, rank, step, purpose): an exact resume stores no generator state."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -26,3 +29,11 @@ def torch_generator(
 ) -> torch.Generator:
     """A torch generator on the device where its numbers are wanted."""
     return torch.Generator(device).manual_seed(seed_of(seed, rank, step, purpose))
+
+
+@contextmanager
+def forked_rng(seed: int) -> Iterator[None]:
+    """Seed torch's global generators inside the block; they are as before after it."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ldm_dkdm.commands.parser import Parser
-from ldm_dkdm.errors import run_cli
+from ldm_dkdm.commands.arguments import Parser
+from ldm_dkdm.commands.main import guarded
 from ldm_dkdm.images import save_npz
 
 
@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    guarded(main)

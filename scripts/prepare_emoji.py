@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm_dkdm.commands.parser import Parser
-from ldm_dkdm.errors import UserError, run_cli
+from ldm_dkdm.commands.arguments import Parser
+from ldm_dkdm.commands.main import guarded
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.images import read_image, save_npz
 
 SIZE = 64
@@ -65,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    guarded(main)

@@ -1,5 +1,53 @@
-"""The only readers and writers of checkpoint files."""
+"""The only readers and writers of checkpoint files: one file a format, FORMATS is their list."""
 
+from pathlib import Path
+from typing import Protocol
+
+from ldm_dkdm.checkpoints import adm, compvis, described, diffusers, dit, folder, run_checkpoint
+from ldm_dkdm.checkpoints.contents import Contents, Hints
 from ldm_dkdm.checkpoints.reading import read_tensors
+from ldm_dkdm.checkpoints.writing import SavedModel
+from ldm_dkdm.checkpoints.source import Source
+from ldm_dkdm.checkpoints.strangers import what_else
+from ldm_dkdm.errors import UserError, blaming
 
-__all__ = ["read_tensors"]
+__all__ = ["FORMATS", "Contents", "Format", "Hints", "Source", "read", "read_tensors"]
+
+
+class Format(Protocol):
+    """What a module of this package offers for its format."""
+
+    NAME: str
+
+    def recognises(self, source: Source) -> bool:
+        """Whether the source is of this format; the first format that says so reads it."""
+
+    def read(self, source: Source) -> Contents:
+        """What it tells of a model."""
+
+    def write(self, model: SavedModel, path: Path) -> None:
+        """Write a model, or raise a `UserError` that says why not."""
+
+
+FORMATS: dict[str, Format] = {
+    "folder": folder,
+    "diffusers": diffusers,
+    "safetensors": described,
+    "checkpoint": run_checkpoint,
+    "compvis": compvis,
+    "adm": adm,
+    "dit": dit,
+}  # in the order in which they are asked
+
+
+def read(source: Source) -> Contents:
+    """What a source tells of the diffusion model in it; it is recognised here, once.
+
+    Raises:
+        UserError: nothing there, an unreadable file, or one that holds something else; says what.
+    """
+    with blaming(source.path):
+        found = next((format for format in FORMATS.values() if format.recognises(source)), None)
+        if found is None:
+            raise UserError(f"{source.path}: {what_else(source)}")
+        return found.read(source)

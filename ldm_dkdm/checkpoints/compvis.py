@@ -1,17 +1,66 @@
-"""CompVis's layout: UNet, its EMA and the first stage in one state dict."""
+"""CompVis's layout: UNet, its EMA, the schedule and the first stage in one state dict."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.checkpoints.contents import Contents, schedule_of, tolerance
+from ldm_dkdm.checkpoints.first_stages import PREFIX, FirstStage, stored_scale, tensors_of
+from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing, require_eps_unet
+from ldm_dkdm.checkpoints.shapes import detached, plain, under
+from ldm_dkdm.checkpoints.source import Source
+from ldm_dkdm.checkpoints.unet_shapes import infer_unet
+from ldm_dkdm.config.schema import DiffusionConfig
+from ldm_dkdm.diffusion.schedule import NoiseSchedule, betas_of
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import replacing, write_text
 
+NAME = "CompVis latent diffusion"
 UNET = "model.diffusion_model."
 EMA = "model_ema."
-FIRST_STAGE = "first_stage_model."
+USUAL_SCALED = (0.0015, 0.0195), (0.00085, 0.012)  # ends of beta: LDM's, Stable Diffusion's
+USUAL_LINEAR = (1e-4, 0.02)
+SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}  # ours -> CompVis's names
+FIRST_STAGES = {
+    "VQModel": "ldm.models.autoencoder.VQModelInterface",
+    "AutoencoderKL": "ldm.models.autoencoder.AutoencoderKL",
+}  # by the class here
+
+
+def recognises(source: Source) -> bool:
+    """Whether a file holds a UNet under CompVis's prefix."""
+    return source.kind != "folder" and any(name.startswith(UNET) for name in source.tensors)
+
+
+def read(source: Source) -> Contents:
+    """What a file of CompVis's layout tells.
+
+    Raises:
+        UserError: a network of another kind, or one whose tensors are incomplete.
+    """
+    tensors = source.tensors
+    raw = under(tensors, UNET)
+    ema = {name: tensors[ema_name(name)] for name in raw if ema_name(name) in tensors}
+    stored = _stored_schedule(tensors, source.path)
+    stage = None
+    if any(name.startswith(PREFIX) for name in tensors):
+        stage = FirstStage(source.path, stored_scale(tensors, source.path), tensors=tensors_of(tensors))
+    return Contents(
+        path=source.path,
+        file=source.path,
+        format=NAME,
+        **infer_unet(ema or raw, source.path, compvis=True),
+        ema=ema or None,
+        raw=raw,
+        diffusion=None if stored is None else name_schedule(stored),
+        alphas_cumprod=stored,
+        first_stage=stage or FirstStage(source.path),
+    )
 
 
 def ema_name(parameter: str) -> str:
@@ -19,31 +68,127 @@ def ema_name(parameter: str) -> str:
     return EMA + (UNET.removeprefix("model.") + parameter).replace(".", "")
 
 
-def check_schedule(stored: Tensor, schedule: NoiseSchedule, source: str | Path) -> None:
-    """Refuse a configured schedule that is not the `alphas_cumprod` (T,) that a checkpoint was trained with."""
-    wanted = schedule.alphas_cumprod
-    if stored.shape != wanted.shape or not torch.allclose(stored.double(), wanted, rtol=tolerance(stored), atol=1e-6):
+def _stored_schedule(tensors: Mapping[str, Tensor], path: Path) -> Tensor | None:
+    stored = tensors.get("alphas_cumprod")
+    if stored is not None and not (stored.ndim == 1 and len(stored) and stored.is_floating_point()):
+        raise UserError(f"{path}: alphas_cumprod is {stored.dtype} {tuple(stored.shape)}, which is no schedule")
+    return stored
+
+
+def name_schedule(alphas_cumprod: Tensor) -> DiffusionConfig | None:
+    """The config whose schedule this (T,) is to 0.1%: a named one, or its own betas; None if it is no schedule."""
+    betas, steps = betas_of(alphas_cumprod), len(alphas_cumprod)
+    ends = tuple(float(f"{value:.4g}") for value in (betas[0], betas[-1]))  # half precision leaves little of them
+    candidates = [("scaled_linear", *pair) for pair in (ends, *USUAL_SCALED)]
+    candidates += [("linear", *pair) for pair in (ends, USUAL_LINEAR)] + [("cosine", *USUAL_SCALED[0])]
+    for name, start, end in candidates:
+        if name != "cosine" and not 0 < start <= end < 1:
+            continue
+        config = DiffusionConfig(name, steps, start, end)
+        wanted = schedule_of(config).alphas_cumprod
+        if torch.allclose(wanted, alphas_cumprod.double(), rtol=tolerance(alphas_cumprod), atol=1e-6):
+            return config
+    if bool(((betas > 0) & (betas < 1)).all()):
+        return DiffusionConfig(num_timesteps=steps, betas=betas.tolist())
+    return None
+
+
+def schedule_buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
+    """The schedule buffers (T,), float32, that CompVis's DDPM class registers (v_posterior = 0)."""
+    betas, abar = schedule.betas, schedule.alphas_cumprod
+    before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    variance = betas * (1 - before) / (1 - abar)
+    buffers = {
+        "betas": betas,
+        "alphas_cumprod": abar,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": abar.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - abar).log(),
+        "sqrt_recip_alphas_cumprod": abar.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * before.sqrt() / (1 - abar),
+        "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - abar),
+    }
+    return {name: values.float() for name, values in buffers.items()}
+
+
+def write(model: SavedModel, path: Path) -> None:
+    """Write weights, EMA (the same), schedule and first stage; and CompVis's config beside it as YAML.
+
+    Raises:
+        UserError: a pixel-space or class-conditional model, one that predicts v, or an architecture that CompVis's
+            code does not have.
+    """
+    require_eps_unet(model, "CompVis's code")
+    _require_latents(model, path)
+    refuse_existing(path.with_suffix(".yaml"), "the config goes there; ")
+    if model.node.params.get("channel_mult", [1])[0] != 1:
+        raise UserError("format: in CompVis's code channel_mult begins with 1; choose safetensors")
+    weights, codec = detached(model.network.state_dict()), model.codec()
+    state = {f"{UNET}{name}": value for name, value in weights.items()}
+    state |= {ema_name(name): value for name, value in weights.items()}
+    steps = torch.tensor(int(model.info.get("step", 0)), dtype=torch.int)
+    state |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": steps}
+    state |= schedule_buffers(model.schedule)
+    state |= {f"{PREFIX}{name}": value for name, value in detached(codec.autoencoder.state_dict()).items()}
+    if codec.scale_factor != 1:
+        state["scale_factor"] = torch.tensor(codec.scale_factor)
+    content = {"epoch": 0, "global_step": int(steps), "pytorch-lightning_version": "1.4.2", "state_dict": state}
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+    write_text(path.with_suffix(".yaml"), json.dumps(config_of(model), indent=2) + "\n")  # JSON is YAML
+
+
+def _require_latents(model: SavedModel, path: Path) -> None:
+    if not model.space.encoded:
+        raise UserError("format: CompVis's latent diffusion has no pixel-space models; choose adm or safetensors")
+    if model.num_classes is not None:
         raise UserError(
-            f"diffusion: {source} was trained with {_ends(stored)}, the configuration gives {_ends(wanted)}; "
-            "correct schedule, num_timesteps, beta_start or beta_end"
+            "format: compvis holds unconditional models only, and this one takes labels; choose safetensors"
         )
+    if path.suffix in (".yaml", ".yml"):
+        raise UserError(f"{path}: is where the config goes; name the weights, for example {path.with_suffix('.ckpt')}")
 
 
-def tolerance(stored: Tensor) -> float:
-    """How far a stored schedule may lie from a configured one, relatively: 0.1%, or what its precision leaves."""
-    return max(1e-3, torch.finfo(stored.dtype).eps)
+def config_of(model: SavedModel) -> dict[str, Any]:
+    """The `model` section that CompVis's scripts instantiate."""
+    codec, params = model.codec(), dict(model.node.params)
+    params.pop("num_classes", None)
+    if params.get("num_head_channels", -1) == -1:
+        params.setdefault("num_heads", 1)  # CompVis's code has no default
+    stage = {**plain(codec.params), "lossconfig": {"target": "torch.nn.Identity"}}
+    return {
+        "model": {
+            "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+            "params": {
+                **_schedule_keys(model.diffusion),
+                "first_stage_key": "image",
+                "image_size": params["image_size"],
+                "channels": params["in_channels"],
+                "scale_by_std": codec.scale_factor != 1,
+                "unet_config": {
+                    "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+                    "params": plain(params),
+                },
+                "first_stage_config": {"target": FIRST_STAGES[type(codec.autoencoder).__name__], "params": stage},
+                "cond_stage_config": "__is_unconditional__",
+            },
+        }
+    }
 
 
-def _ends(abar: Tensor) -> str:
-    return f"T = {len(abar)}, alphas_cumprod {abar[0]:.6f} ... {abar[len(abar) // 2]:.6f} ... {abar[-1]:.6f}"
-
-
-def first_stage_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The first stage inside a checkpoint, under its own names, without its training loss; may be empty."""
-    found = under(tensors, FIRST_STAGE)
-    return {name: tensor for name, tensor in found.items() if not name.startswith("loss.")}
-
-
-def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _schedule_keys(diffusion: DiffusionConfig) -> dict[str, Any]:
+    if diffusion.betas is not None:
+        return {"given_betas": list(diffusion.betas), "timesteps": len(diffusion.betas)}
+    if diffusion.schedule not in SCHEDULES:
+        raise UserError(f"format: CompVis's code has no schedule {diffusion.schedule}; choose safetensors")
+    values = asdict(diffusion)
+    return {
+        "beta_schedule": SCHEDULES[diffusion.schedule],
+        "linear_start": values["beta_start"],
+        "linear_end": values["beta_end"],
+        "timesteps": values["num_timesteps"],
+    }

@@ -1,62 +1,114 @@
-"""Our own model folders: config.yaml and a safetensors file; the config describes the model whole."""
+"""Our own model folders: config.yaml, which describes the model whole, and a safetensors file."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.card import write_readme
+from ldm_dkdm.checkpoints.contents import Contents
+from ldm_dkdm.checkpoints.first_stages import FirstStage, is_first_stage_folder
 from ldm_dkdm.checkpoints.reading import read_tensors
-from ldm_dkdm.config.load import card_kind, read_card, read_yaml, to_yaml
-from ldm_dkdm.config.schema import FirstStageCard, ModelCard
+from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
+from ldm_dkdm.checkpoints.source import Source, has_config
+from ldm_dkdm.config.load import read_card, to_yaml
+from ldm_dkdm.config.schema import FirstStageCard, FirstStagePointer, ModelCard
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_tensors, write_text
 
-Card = TypeVar("Card", ModelCard, FirstStageCard)
+NAME = "model folder"
+WEIGHTS = "model.safetensors"
 
 
-def is_model_folder(path: Path) -> bool:
-    """Whether the path is a folder of ours."""
-    return (path / "config.yaml").is_file()
+def recognises(source: Source) -> bool:
+    """Whether the path is a folder with a config.yaml."""
+    return source.is_folder and has_config(source.path)
 
 
-def is_first_stage(path: Path) -> bool:
-    """Whether the path is a first stage's folder."""
-    return is_model_folder(path) and card_kind(path / "config.yaml") == FirstStageCard.KIND
+def read(source: Source) -> Contents:
+    """The model in a folder.
+
+    Raises:
+        UserError: no weights, a card of another kind, or one that is damaged.
+    """
+    return described(source.path, raw=_tensors(source.path, read_card(source.path / "config.yaml", ModelCard).weights))
 
 
-def home_of(path: Path) -> Path:
-    """The model folder that a path means: a run's folder means its student/, a folder's weights mean the folder."""
-    if path.is_file() and _weights_of(path.parent) == path.name:
-        return path.parent
-    return path / "student" if is_model_folder(path / "student") else path
+def described(home: Path, format: str = NAME, file: Path | None = None, **weights: Any) -> Contents:
+    """What a folder's card says, with weights of the folder or of another file."""
+    card = read_card(home / "config.yaml", ModelCard)
+    pointer = card.first_stage
+    stage = pointer and FirstStage(home / pointer.path, pointer.scale_factor, pointer.target, pointer.params)
+    return Contents(
+        path=home,
+        file=file or home / card.weights,
+        format=format,
+        target=card.network.target,
+        params=card.network.params,
+        parameterization=card.network.parameterization,
+        diffusion=card.diffusion,
+        first_stage=stage,
+        null_label=card.null_label,
+        shape=card.shape,
+        num_classes=card.num_classes,
+        info=card.info,
+        described=True,
+        **weights,
+    )
 
 
-def _weights_of(folder: Path) -> str | None:
-    """The weights that a folder's config names; None where it has no config of ours."""
-    try:
-        return read_yaml(folder / "config.yaml").get("weights") if is_model_folder(folder) else None
-    except (UserError, OmegaConfBaseException):  # somebody else's file
-        return None
+def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    if Path(name).name != name:
+        raise UserError(f"{folder}/config.yaml: weights: '{name}' must be a file name in the same folder")
+    if not (folder / name).is_file():
+        raise UserError(f"{folder / name}: missing; the folder {folder} has a config but no weights")
+    return read_tensors(folder / name)
 
 
-def read_folder(folder: Path, schema: type[Card]) -> tuple[Card, dict[str, Tensor]]:
-    """Read a model folder -> its card and its tensors."""
-    card = read_card(folder / "config.yaml", schema)
-    weights = folder / card.weights
-    if Path(card.weights).name != card.weights:
-        raise UserError(f"{folder}/config.yaml: weights: '{card.weights}' must be a file name in the same folder")
-    if not weights.is_file():
-        raise UserError(f"{weights}: missing; the folder {folder} has a config but no weights")
-    return card, read_tensors(weights)
+def write(model: SavedModel, path: Path) -> None:
+    """Write a model folder; config.yaml comes last.
+
+    Raises:
+        UserError: the folder holds another model.
+    """
+    refuse_existing(path / "config.yaml")
+    write_model(path, card_of(model, path), model.network.state_dict())
 
 
-def read_card_of(folder: Path, schema: type[Card]) -> Card:
-    """The card of a model folder, without its tensors."""
-    return read_card(folder / "config.yaml", schema)
+def card_of(model: SavedModel, folder: Path, weights: str = WEIGHTS, **info: Any) -> ModelCard:
+    """What config.yaml in `folder` says of a model; `info` is added to the model's own."""
+    told = hasattr(model.network, "image_size")
+    return ModelCard(
+        weights,
+        model.node,
+        model.diffusion,
+        first_stage=None if model.first_stage is None else pointer_to(model.first_stage, model, folder),
+        null_label=model.null_label,
+        shape=None if told else list(model.shape),
+        num_classes=None if told else model.num_classes,
+        info={**model.info, **info},
+    )
+
+
+def pointer_to(stage: FirstStage, model: SavedModel, folder: Path) -> FirstStagePointer:
+    """How a card in `folder` points to a first stage."""
+    path = os.path.relpath(stage.path.resolve(), folder.resolve())
+    scale = stage.scale_factor or model.codec().scale_factor
+    if is_first_stage_folder(stage.path) or (stage.path / "model_index.json").is_file():
+        return FirstStagePointer(path, scale)
+    opened = stage if stage.target else stage.opened(model.shape[1])
+    return FirstStagePointer(path, scale, opened.target, dict(opened.params))
+
+
+def write_model(
+    folder: Path, card: ModelCard, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a diffusion model's folder with its README, each file whole or not at all."""
+    write_folder(folder, card, tensors, dtype)
+    write_readme(folder, card)
 
 
 def write_folder(
@@ -65,14 +117,9 @@ def write_folder(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a model folder, each file whole or not at all; the config comes last."""
+    """Write weights and config.yaml, each file whole or not at all; the config comes last."""
     stored = {
         k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()
     }
     write_tensors(folder / card.weights, stored)
     write_text(folder / "config.yaml", to_yaml(card))
-
-
-def relative_to_folder(path: Path, folder: Path) -> str:
-    """How a card in `folder` points to `path`."""
-    return os.path.relpath(path.resolve(), folder.resolve())

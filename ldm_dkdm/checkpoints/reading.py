@@ -57,7 +57,7 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
     if (path / "model_index.json").is_file():
         return _of_components(path)
     if path.is_dir():
-        return read_tensors(_weights_in(path))
+        return read_tensors(weights_in(path))
     with blaming(path):
         content = read_content(path)
         if isinstance(content, Tensor):
@@ -167,8 +167,12 @@ def _of_components(pipeline: Path) -> dict[str, Tensor]:
     return {f"{part.name}.{name}": tensor for part in parts for name, tensor in read_tensors(part).items()}
 
 
-def _weights_in(folder: Path) -> Path:
-    """The weights of a model folder: ours, or one component of a diffusers pipeline."""
+def weights_in(folder: Path) -> Path:
+    """The weights of a model folder: ours, or one component of a diffusers pipeline.
+
+    Raises:
+        UserError: none, or several.
+    """
     for pattern in WEIGHTS:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:

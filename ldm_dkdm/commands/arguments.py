@@ -1,44 +1,178 @@
-"""The command line of the scripts that train."""
+"""What the command lines share: parsers, `--base` and `key=value`, hints, plugins, words for errors."""
 
 import argparse
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+import importlib.util
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
 
-from ldm_dkdm.commands.parser import config_parser, split_base
-from ldm_dkdm.config.load import load_config
+from ldm_dkdm.config.keys import keys_text
+from ldm_dkdm.config.load import load_config, read_overrides
+from ldm_dkdm.config.recipes import find_config, recipe_names
+from ldm_dkdm.config.schema import DiffusionDataConfig, DistillConfig, LoggingConfig, TrainerConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.training.folder import RunFolder, find_run, run_folder
 
 T = TypeVar("T")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a training command to save and stop
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line."""
+
+    hint = "see --help"
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a `UserError` in place of printing the usage."""
+        raise UserError(f"{message}; {self.hint}")
 
 
 @dataclass(frozen=True)
-class Arguments(Generic[T]):
+class TrainingCall(Generic[T]):
     """A validated config, the run's folder, and whether that run was asked to go on by `--resume`."""
 
     config: T
     folder: RunFolder
     resumed: bool
-    options: argparse.Namespace
 
 
-def training_parser(description: str) -> argparse.ArgumentParser:
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """`--base FILE [FILE ...] [key=value ...]` for a new run, `--resume RUN|last [key=value ...]` for an old one."""
-    parser = config_parser(description)
+    if isinstance(parser, Parser):
+        parser.hint = "keys are set as key=value, for example trainer.max_steps=1000; see --help"
+    parser.add_argument(
+        "--base",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="YAML|key=value",
+        help="config files or names of recipes, merged left to right, then overrides",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example trainer.max_steps=1000")
     parser.add_argument("--resume", metavar="RUN|last", help="go on with a run folder, with its own configuration")
-    return parser
+    parser.add_argument("--keys", nargs="?", const="", metavar="SECTION", help="list the keys of the config, and stop")
+    add_plugin_argument(parser)
 
 
-def read_arguments(parser: argparse.ArgumentParser, schema: type[T]) -> Arguments[T]:
-    """Parse a command line and load the config that it names, a new one or that of a run."""
-    options = parser.parse_args()
-    files, overrides = split_base(options)
+def read_training_call(options: argparse.Namespace, schema: type[T]) -> TrainingCall[T]:
+    """Load the config that a command line names, a new one or that of a run."""
+    files, overrides = split_base(options.base, options.overrides)
     if options.resume:
         if files:
             raise UserError("--resume: a run has its own configuration; leave --base out (key=value still works)")
         folder = find_run(options.resume, schema)
-        return Arguments(load_config(folder.path / "config.yaml", overrides, schema), folder, True, options)
+        return TrainingCall(load_config(folder.path / "config.yaml", overrides, schema), folder, True)
     if not files:
-        raise UserError("--base: name at least one config file, for example --base configs/quickstart.yaml")
+        names = ", ".join(name for name in recipe_names() if "/" not in name)
+        raise UserError(f"--base: name at least one config file or recipe, for example --base quickstart ({names})")
     config = load_config(files, overrides, schema)
-    return Arguments(config, run_folder(config.logging, "+".join(file.stem for file in files)), False, options)
+    return TrainingCall(config, run_folder(config.logging, "+".join(Path(f).stem for f in files), schema), False)
+
+
+def print_keys(options: argparse.Namespace, schema: type) -> bool:
+    """Print the keys of a config if `--keys` asks for them; says whether it did."""
+    if options.keys is None:
+        return False
+    try:
+        print(keys_text(schema, options.keys or None))
+    except UserError as error:
+        raise UserError(f"--keys: {error}") from error
+    return True
+
+
+def split_base(base: Sequence[str], rest: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The config files or recipes and the overrides, which may follow them after `--base`."""
+    files = [item for item in base if "=" not in item or Path(item).is_file()]
+    files += [item for item in rest if item.endswith((".yaml", ".yml")) and ("=" not in item or Path(item).is_file())]
+    for name in files:
+        find_config(name)  # a wrong name before a wrong key
+    return files, [item for item in [*base, *rest] if item not in files]
+
+
+def add_hints(parser: argparse.ArgumentParser) -> None:
+    """`key=value` for what no tensor of a third-party checkpoint tells."""
+    parser.add_argument(
+        "hints",
+        nargs="*",
+        metavar="key=value",
+        help="what the checkpoint does not tell: image_size=64 num_head_channels=32 schedule=cosine ...",
+    )
+    add_plugin_argument(parser)
+
+
+def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
+    """`--plugin FILE`: networks of the user's own."""
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE.py",
+        help="Python file whose nn.Module classes may be named as FILE.Class",
+    )
+
+
+def split_hints(items: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Paths and hints: what holds a = and is no file is a hint."""
+    paths = [item for item in items if "=" not in item or Path(item).exists()]
+    return paths, read_overrides([item for item in items if item not in paths])
+
+
+def load_plugins(files: Sequence[Path]) -> None:
+    """Import the files that the user named and enter their nn.Module classes into NETWORKS as FILE.Class.
+
+    Raises:
+        UserError: no such file, or one that defines no network.
+    """
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"--plugin: {file}: no such file")
+        from torch import nn
+
+        from ldm_dkdm.networks import NETWORKS
+
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = module
+        spec.loader.exec_module(module)
+        found = [
+            kind
+            for kind in vars(module).values()
+            if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == file.stem
+        ]
+        if not found:
+            raise UserError(f"--plugin: {file}: defines no nn.Module class")
+        NETWORKS.update({f"{file.stem}.{kind.__name__}": kind for kind in found})
+
+
+SECTIONS = {
+    "distill": {f.name for f in fields(DistillConfig)},
+    "trainer": {f.name for f in fields(TrainerConfig)},
+    "logging": {f.name for f in fields(LoggingConfig)},
+    "data": {f.name for f in fields(DiffusionDataConfig)},
+}
+
+
+@contextmanager
+def dotted_keys(*sections: str) -> Iterator[None]:
+    """Name the keys of a config in what the library says of its parameters: `rho: ...` -> `distill.rho: ...`."""
+    try:
+        yield
+    except UserError as error:
+        name = str(error).partition(":")[0]
+        owner = next((section for section in sections if name.partition(".")[0] in SECTIONS[section]), None)
+        raise UserError(f"{owner}.{error}" if owner else str(error)) from error
+
+
+@contextmanager
+def flags(**names: str) -> Iterator[None]:
+    """Name the flags of a command in what the library says of its parameters: `steps: ...` -> `--custom_steps: ...`."""
+    try:
+        yield
+    except UserError as error:
+        name, colon, rest = str(error).partition(":")
+        raise UserError(f"{names[name]}{colon}{rest}" if name in names else str(error)) from error

@@ -1,22 +1,42 @@
-"""Latents in files to pictures in files."""
+"""Decode latents in a file: dkdm decode LATENTS.{npz,pt,safetensors} --first_stage DIR -o OUT"""
 
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-
-from ldm_dkdm.assemble import load_codec
-from ldm_dkdm.checkpoints import read_tensors
-from ldm_dkdm.config.schema import FirstStageConfig
-from ldm_dkdm.device import default_device, resolve_precision
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.images import read_npz, save_grid, save_image, save_npz
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def read_latents(path: Path) -> Tensor:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The file, the first stage, the output folder."""
+    add = parser.add_argument
+    add("latents", type=Path, help="(N,C,h,w): arr_0 of an .npz, or the one tensor of a .pt or .safetensors")
+    add("--first_stage", type=Path, required=True, metavar="DIR", help="first-stage folder")
+    add("-o", "--out", type=Path, required=True)
+    add("--scale_factor", type=float, help="if not the folder's own")
+    add("--batch_size", type=int, default=16)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Decode, write a grid, PNG files and an ADM-style .npz."""
+    if options.batch_size < 1:
+        raise UserError(f"--batch_size: must be at least 1, got {options.batch_size}")
+    if options.scale_factor is not None and options.scale_factor <= 0:
+        raise UserError(f"--scale_factor: must be above 0, got {options.scale_factor}")
+    count = decode_file(options.latents, options.first_stage, options.out, options.scale_factor, options.batch_size)
+    print(f"{count} images: {options.out}")
+
+
+def read_latents(path: Path) -> "Tensor":
     """The one tensor (N,C,h,w) in an .npz (`arr_0`), .pt or .safetensors file."""
+    import torch
+
+    from ldm_dkdm.checkpoints import read_tensors
+    from ldm_dkdm.images import read_npz
+
     if path.suffix == ".npz":
         latents = torch.from_numpy(read_npz(path))
     else:
@@ -25,9 +45,7 @@ def read_latents(path: Path) -> Tensor:
             raise UserError(f"{path}: expected one tensor, found {len(tensors)}: {', '.join([*tensors][:4])}")
         latents = next(iter(tensors.values()))
     if latents.dtype == torch.uint8:
-        raise UserError(
-            f"{path}: holds pictures already (uint8), not latents; --latents of txt-free_sample.py writes those"
-        )
+        raise UserError(f"{path}: holds images already (uint8), not latents; dkdm sample --latents writes those")
     if latents.ndim != 4 or len(latents) == 0:
         raise UserError(f"{path}: latents are (N,C,h,w), N > 0, found {tuple(latents.shape)}")
     return latents.float()
@@ -35,14 +53,24 @@ def read_latents(path: Path) -> Tensor:
 
 def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | None, batch_size: int) -> int:
     """Decode a file of latents into `out`: grid.png, img/*.png, samples.npz; returns how many images."""
-    latents = read_latents(path)
-    device = default_device("auto")
-    config = FirstStageConfig(scale_factor=scale_factor)
-    codec = load_codec(first_stage, config, resolve_precision("auto", device)).to(device)
+    import torch
+    from PIL import Image
+
+    from ldm_dkdm.checkpoints.first_stages import FirstStage
+    from ldm_dkdm.device import default_device, resolve_precision
+    from ldm_dkdm.images import save_grid, save_image, save_npz
+    from ldm_dkdm.reporting import following
+
+    latents, device = read_latents(path), default_device("auto")
+    codec = FirstStage(first_stage, scale_factor).codec(precision=resolve_precision("auto", device)).to(device)
     if latents.shape[1] != codec.latent_channels:
         raise UserError(f"{path}: {latents.shape[1]} channels, but {first_stage} decodes {codec.latent_channels}")
-    batches = tqdm(latents.split(batch_size), desc="decoding", unit="batch")
-    images = torch.cat([codec.decode(batch.to(device)).cpu() for batch in batches])
+    parts = []
+    with following(True, "decoding", "image", len(latents)) as done:
+        for batch in latents.split(batch_size):
+            parts.append(codec.decode(batch.to(device)).cpu())
+            done(sum(map(len, parts)))
+    images = torch.cat(parts)
     for i, image in enumerate(images):
         save_image(Image.fromarray(image.numpy()), out / "img" / f"{i:06d}.png")
     save_grid(images, out / "grid.png")

@@ -1,100 +1,98 @@
-"""What a checkpoint file holds, for people and as a config."""
+"""Say what is in a checkpoint: dkdm inspect PATH [--config]. Nothing in a file runs."""
 
+import argparse
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import yaml
-from torch import Tensor
+from ldm_dkdm.commands.arguments import add_plugin_argument, load_plugins
+from ldm_dkdm.errors import blaming
 
-from ldm_dkdm.checkpoints import read_tensors
-from ldm_dkdm.checkpoints.diffusers_folder import is_pipeline, read_pipeline
-from ldm_dkdm.checkpoints.export import read_description
-from ldm_dkdm.checkpoints.folder import home_of, is_first_stage, is_model_folder, read_folder
-from ldm_dkdm.checkpoints.foreign import NAMES, Foreign, open_foreign, recognise
-from ldm_dkdm.checkpoints.inference import Inferred
-from ldm_dkdm.checkpoints.pickles import asked_globals
-from ldm_dkdm.checkpoints.reading import file_kind, read_content
-from ldm_dkdm.config.registry import build
-from ldm_dkdm.config.schema import DiffusionConfig, FirstStageCard, ModelCard, NetworkConfig
-from ldm_dkdm.errors import UserError, blaming
-from ldm_dkdm.networks import NETWORKS
-from ldm_dkdm.networks.cost import parameters
-from ldm_dkdm.reporting import size
-from ldm_dkdm.sources import make_schedule
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm_dkdm.checkpoints import Contents, Source
 
 KINDS = {"torch": "PyTorch pickle", "safetensors": "safetensors", "pickle": "plain pickle of arrays"}
 
 
-def describe(path: Path) -> dict[str, str]:
-    """The lines of a report, in order; nothing in the file runs.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The path, and whether a config is wanted."""
+    parser.add_argument("file", metavar="PATH", help="anything that opens as a model, or a first stage")
+    parser.add_argument("--config", action="store_true", help="print config sections to paste instead")
+    add_plugin_argument(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the report of a path, or its config."""
+    load_plugins(options.plugin)
+    with blaming(options.file):
+        if options.config:
+            print(as_config(options.file), end="")
+            return
+        lines = describe(options.file)
+    width = max(map(len, lines))
+    for subject, value in lines.items():
+        print(f"{subject:<{width}}  {value}")
+
+
+def describe(path: str) -> dict[str, str]:
+    """The lines of a report, in order.
 
     Raises:
-        UserError: the file is unreadable or is refused. The globals that it asks for are in the message.
+        UserError: nothing there, or a file that is refused; the globals that it asks for are in the message.
     """
-    path = home_of(path)
-    if path.is_dir():
-        return _folder(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
-    kind = file_kind(path)
-    described = read_description(path)
-    if described is not None:
-        lines = {"file": f"{path}, {size(path.stat().st_size)}", "format": "safetensors that describe themselves"}
-        return lines | {"weights": _count(read_tensors(path))} | _told(described.network, described.diffusion)
-    content = read_content(path)
-    foreign = recognise(content, path)
-    lines = {"file": f"{path}, {size(path.stat().st_size)}", "format": KINDS[kind]}
-    if kind != "safetensors":
-        lines["pickle asks for"] = ", ".join(sorted(asked_globals(path))) or "nothing"
-    lines["code base"] = NAMES[foreign.kind]
-    return lines | _progress(content) | _parts(foreign) | _architecture(foreign) | _schedule(foreign)
+    from ldm_dkdm.checkpoints import Source, read
+
+    source = Source(path)
+    if is_first_stage(source):
+        return _first_stage(source)
+    contents = read(source)
+    lines = {"path": str(source.path), "format": contents.format} | _file(source) | _progress(source) | _parts(contents)
+    return lines | _architecture(contents) | _process(contents)
 
 
-def _folder(path: Path) -> dict[str, str]:
-    """A model folder of ours or a diffusers pipeline; both describe themselves."""
-    if is_pipeline(path):
-        pipeline = read_pipeline(path)
-        node, diffusion, tensors = pipeline.network, pipeline.diffusion, pipeline.tensors
-        kind, stage = (
-            "diffusers pipeline",
-            "none" if pipeline.first_stage is None else _count(pipeline.first_stage.tensors),
-        )
-    elif is_first_stage(path):
-        stage, tensors = read_folder(path, FirstStageCard)
-        return {
-            "folder": str(path),
-            "format": "first-stage folder",
-            "weights": _count(tensors),
-            "architecture": stage.target,
-            "parameters": ", ".join(f"{key} {value}" for key, value in stage.params.items()),
-            "scale factor": str(stage.scale_factor),
-        }
-    elif is_model_folder(path):
-        card, tensors = read_folder(path, ModelCard)
-        node, diffusion = card.network, card.diffusion
-        kind, stage = "model folder", card.first_stage.path if card.first_stage else "none"
-    else:
-        raise UserError(f"{path}: is neither a model folder (config.yaml) nor a diffusers pipeline (model_index.json)")
+def is_first_stage(source: "Source") -> bool:
+    """Whether a path is a first stage's folder, ours or diffusers'."""
+    from ldm_dkdm.checkpoints.diffusers_first_stage import CLASSES
+    from ldm_dkdm.checkpoints.first_stages import is_first_stage_folder
+
+    if not source.is_folder:
+        return False
+    theirs = source.holds("config.json") and source.json("config.json").get("_class_name") in CLASSES
+    return theirs or is_first_stage_folder(source.path)
+
+
+def _first_stage(source: "Source") -> dict[str, str]:
+    from ldm_dkdm.checkpoints.first_stages import FirstStage
+
+    stage = FirstStage(source.path).opened()
     return {
-        "folder": str(path),
-        "format": kind,
-        "weights": _count(tensors),
-        "first stage": stage,
-    } | _told(node, diffusion)
-
-
-def _told(node: NetworkConfig, diffusion: DiffusionConfig) -> dict[str, str]:
-    """What a model says of itself."""
-    return {
-        "architecture": f"{node.target}, predicts {node.parameterization}",
-        "parameters": ", ".join(f"{key} {value}" for key, value in node.params.items()),
-        "noise schedule": f"{diffusion.schedule}, T = {diffusion.num_timesteps}, {diffusion.space} space",
+        "path": str(source.path),
+        "format": "first-stage folder",
+        "weights": _count(stage.tensors or {}),
+        "architecture": str(stage.target),
+        "parameters": ", ".join(f"{key} {value}" for key, value in stage.params.items()),
+        "scale factor": str(stage.scale_factor),
     }
 
 
-def _progress(content: object) -> dict[str, str]:
+def _file(source: "Source") -> dict[str, str]:
+    """What kind of file it is, and what a pickle asks for."""
+    from ldm_dkdm.checkpoints.pickles import asked_globals
+    from ldm_dkdm.reporting import size
+
+    if source.is_folder:
+        return {}
+    lines = {"file": f"{KINDS[source.kind]}, {size(source.path.stat().st_size)}"}
+    if source.kind != "safetensors":
+        lines["pickle asks for"] = ", ".join(sorted(asked_globals(source.path))) or "nothing"
+    return lines
+
+
+def _progress(source: "Source") -> dict[str, str]:
+    from torch import Tensor
+
+    content = source.content
     if not isinstance(content, Mapping):
         return {}
     found = {key: content[key] for key in ("epoch", "global_step") if isinstance(content.get(key), int)}
@@ -103,83 +101,95 @@ def _progress(content: object) -> dict[str, str]:
     return lines | ({"besides weights": ", ".join(others[:10])} if others else {})
 
 
-def _parts(foreign: Foreign) -> dict[str, str]:
-    named = {"EMA weights": foreign.ema, "weights": foreign.raw, "first stage": foreign.first_stage() or None}
+def _parts(contents: "Contents") -> dict[str, str]:
+    named = {"EMA weights": contents.ema, "weights": contents.raw}
     lines = {name: "none" if part is None else _count(part) for name, part in named.items()}
-    scale = foreign.tensors.get("scale_factor")
-    return lines if scale is None or scale.numel() != 1 else {**lines, "scale factor": f"{scale.item():g}"}
+    stage = contents.first_stage
+    if stage is None:
+        return lines | {"first stage": "none"}
+    inside = "none" if stage.path == contents.path and stage.tensors is None else str(stage.path)
+    lines["first stage"] = inside if stage.tensors is None else _count(stage.tensors)
+    return lines if stage.scale_factor is None else lines | {"scale factor": f"{stage.scale_factor:g}"}
 
 
-def _count(part: Mapping[str, Tensor]) -> str:
+def _count(part: "Mapping[str, Tensor]") -> str:
     kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in part.values()})
     total = sum(tensor.numel() for tensor in part.values())
     return f"{len(part)} tensors, {total / 1e6:.6f} M numbers, {' and '.join(kinds)}"
 
 
-def _architecture(foreign: Foreign) -> dict[str, str]:
-    inferred = foreign.infer()
-    with torch.device("meta"):
-        network = build({"target": inferred.target, "params": _buildable(inferred)}, NETWORKS)
-    missing = "; ".join(f"{' or '.join(d.keys)} ({d.hint})" for d in inferred.demands)
+def _architecture(contents: "Contents") -> dict[str, str]:
+    told = ", ".join(f"{key} {value}" for key, value in contents.params.items())
+    missing = "; ".join(f"{' or '.join(d.keys)} ({d.hint})" for d in contents.demands)
+    predicts = "" if contents.parameterization is None else f", predicts {contents.parameterization}"
     return {
-        "architecture": f"{inferred.target}, {parameters(network) / 1e6:.6f} M parameters",
-        "inferred": ", ".join(f"{key} {value}" for key, value in inferred.params.items()),
-        "cannot be inferred": missing or "nothing",
+        "architecture": f"{contents.target}, {_parameters(contents) / 1e6:.6f} M parameters{predicts}",
+        "parameters" if contents.described else "inferred": told,
+        **({} if contents.described else {"cannot be inferred": missing or "nothing"}),
     }
 
 
-def _buildable(inferred: Inferred) -> dict[str, Any]:
-    """Parameters with stand-ins that change no shape, so that the network can be counted."""
-    params = {"num_heads": 1, **inferred.params}
-    if inferred.target.endswith("UNet"):
-        return {**params, "image_size": 2 ** len(params["channel_mult"])}
-    return params
+def _parameters(contents: "Contents") -> int:
+    """Of the network; stand-ins that change no shape take the place of what is not told."""
+    import torch
+
+    from ldm_dkdm.config.registry import build
+    from ldm_dkdm.networks import NETWORKS
+    from ldm_dkdm.networks.cost import parameters
+
+    weights = contents.raw if contents.ema is None else contents.ema
+    if contents.target not in NETWORKS:
+        return sum(tensor.numel() for tensor in (weights or {}).values())
+    params = {"num_heads": 1, **contents.params}
+    if contents.target.endswith("UNet"):
+        params = {**params, "image_size": 2 ** len(params["channel_mult"])}
+    with torch.device("meta"):
+        return parameters(build({"target": contents.target, "params": params}, NETWORKS))
 
 
-def _schedule(foreign: Foreign) -> dict[str, str]:
-    stored, found = foreign.alphas_cumprod, foreign.diffusion()
-    if stored is None:
-        return {"noise schedule": "not stored; set the diffusion section"}
-    ends = f"T = {len(stored)}, alphas_cumprod {stored[0]:.6f} ... {stored[-1]:.6f}"
+def _process(contents: "Contents") -> dict[str, str]:
+    from ldm_dkdm.checkpoints.contents import schedule_of
+
+    stored, found = contents.alphas_cumprod, contents.diffusion
     if found is None:
-        return {"noise schedule": f"{ends}, none that has a name here"}
-    error = (make_schedule(found).alphas_cumprod - stored.double()).abs().max()
-    name = found.schedule if found.schedule == "cosine" else f"{found.schedule} {found.beta_start} ... {found.beta_end}"
-    return {"noise schedule": f"{ends}: {name} (largest difference {error:.1e})"}
+        return {"noise schedule": "not stored; give it as schedule=... or in the diffusion section"}
+    name = "its own betas" if found.betas is not None else found.schedule
+    if name in ("scaled_linear", "linear"):
+        name += f" {found.beta_start} ... {found.beta_end}"
+    told = f"{name}, T = {found.num_timesteps}, {found.space} space"
+    if stored is None:
+        return {"noise schedule": told}
+    error = (schedule_of(found).alphas_cumprod - stored.double()).abs().max()
+    return {"noise schedule": f"{told}; alphas_cumprod {stored[0]:.6f} ... {stored[-1]:.6f}, differs by {error:.1e}"}
 
 
-def as_config(path: Path) -> str:
-    """The sections that name a file, as YAML; what it does not tell is marked `???`."""
-    path = home_of(path)
-    if path.is_dir() and is_first_stage(path):
-        return yaml.safe_dump({"first_stage": {"ckpt": str(path)}})
-    if is_model_folder(path) or is_pipeline(path) or (path.is_file() and read_description(path) is not None):
-        return yaml.safe_dump({"teacher": {"ckpt": str(path)}})  # it tells the rest itself
-    foreign = open_foreign(path)
-    inferred, diffusion = foreign.infer(), foreign.diffusion()
-    params = {**inferred.usual, **inferred.params, **{demand.keys[0]: "???" for demand in inferred.demands}}
-    tree: dict[str, Any] = {"teacher": {"ckpt": str(path), "target": inferred.target, "params": params}}
-    if diffusion is not None:
-        tree["diffusion"] = {key: getattr(diffusion, key) for key in ("schedule", "num_timesteps")}
-        if diffusion.schedule != "cosine":
-            tree["diffusion"] |= {"beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}
-    else:
-        space = "latent" if foreign.kind == "compvis" else "pixel"
-        tree["diffusion"] = {"space": space, "schedule": "???", "num_timesteps": "???"}
+def as_config(path: str) -> str:
+    """The sections that name a model, as YAML; what it does not tell is marked `???`."""
+    import yaml
+
+    from ldm_dkdm.checkpoints import Source, read
+
+    source = Source(path)
+    if is_first_stage(source):
+        return yaml.safe_dump({"first_stage": {"ckpt": str(source.path)}})
+    contents = read(source)
+    if contents.described:
+        return yaml.safe_dump({"teacher": {"ckpt": str(source.path)}})  # it tells the rest itself
+    params = {**contents.usual, **contents.params, **{demand.keys[0]: "???" for demand in contents.demands}}
+    tree: dict[str, Any] = {"teacher": {"ckpt": str(source.path), "target": contents.target, "params": params}}
+    tree["diffusion"] = _process_section(contents)
     text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)
-    for demand in inferred.demands:
+    for demand in contents.demands:
         other = f"or {demand.keys[1]}; " if len(demand.keys) > 1 else ""
         text = f"# {demand.keys[0]}: {other}{demand.hint}\n{text}"
     return text
 
 
-def print_report(path: Path, config: bool) -> None:
-    """Print the report of a file, or its config."""
-    with blaming(path):
-        if config:
-            print(as_config(path), end="")
-            return
-        lines = describe(path)
-    width = max(map(len, lines))
-    for subject, value in lines.items():
-        print(f"{subject:<{width}}  {value}")
+def _process_section(contents: "Contents") -> dict[str, Any]:
+    found = contents.diffusion
+    if found is None:
+        return {"space": contents.space, "schedule": "???", "num_timesteps": "???"}
+    if found.betas is not None:
+        return {"betas": list(found.betas)}
+    ends = {} if found.schedule == "cosine" else {"beta_start": found.beta_start, "beta_end": found.beta_end}
+    return {"schedule": found.schedule, "num_timesteps": found.num_timesteps, **ends}

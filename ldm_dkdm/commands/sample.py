@@ -1,146 +1,202 @@
-"""Sampling from a run, a model folder or a training checkpoint."""
+"""Draw images from any model: dkdm sample -r MODEL [MODEL ...] -n 64 [-c STEPS] [-e ETA] [-v] [key=value ...]"""
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-
-from ldm_dkdm.assemble import Codec, find_model, load_first_stage
-from ldm_dkdm.config.schema import FirstStageConfig
-from ldm_dkdm.device import default_device, resolve_precision
-from ldm_dkdm.diffusion.samplers import ddim_timesteps
+from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, split_hints
+from ldm_dkdm.config.checked import names_of
+from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import write_tensors
-from ldm_dkdm.generate import SamplerConfig, sample_states
-from ldm_dkdm.images import grid, npz_writer, save_image, side_by_side
-from ldm_dkdm.sources import Model
-from ldm_dkdm.teacher import Teacher
+from ldm_dkdm.reporting import logger
 
-GRID = 64  # pictures on a grid, at most
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from ldm_dkdm.model import DiffusionModel
+
+GRID = 64  # samples on a grid, at most
+FLAGS = {
+    "count": "--n_samples",
+    "steps": "--custom_steps",
+    "eta": "--eta",
+    "seed": "--seed",
+    "batch_size": "--batch_size",
+    "labels": "--labels",
+    "guidance": "--guidance",
+    "sampler": "--sampler",
+    "first_stage": "--first_stage",
+    "precision": "--precision",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """-r -n -c -e -v -l mean what they mean in CompVis's sample script."""
+    add = parser.add_argument
+    add("-r", "--resume", required=True, nargs="+", metavar="MODEL", help="anything that opens; two make a comparison")
+    add("-n", "--n_samples", type=int, default=64, help="number of images")
+    add("-c", "--custom_steps", type=int, help="sampling steps; default: 200, with ddpm all of them")
+    add("--sampler", choices=names_of("ldm_dkdm.diffusion.samplers:SAMPLERS"), default="ddim")
+    add("-e", "--eta", type=float, default=0.0, help="DDIM's eta: 0 deterministic, 1 ancestral")
+    add("-v", "--vanilla_sample", action="store_true", help="--sampler ddpm with every timestep")
+    add("-l", "--logdir", type=Path, help="output folder; default: logs/samples/<model>")
+    add("--seed", type=int, default=0, help="image i depends on seed + i only")
+    add("--batch_size", type=int, default=64)
+    add("--labels", type=int, nargs="+", default=[], help="class labels, in turn; default: by the seeds")
+    add("--guidance", type=float, nargs="+", default=[1.0], help="classifier-free, for all -r or for each; 1: none")
+    add("--raw", action="store_true", help="of a training .ckpt: the raw weights, not their EMA")
+    add("--npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
+    add("--latents", action="store_true", help="also write latents.safetensors")
+    add("--no_png", action="store_true", help="no PNG per image, only the grid")
+    add("--compare", type=Path, metavar="PNG", help="write a labelled grid of all -r beside each other")
+    add("--first_stage", metavar="DIR", help="first-stage folder, if not the one the model points to")
+    add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="auto")
+    add("--device", default="auto", help="cpu, cuda, ...")
+    add_hints(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Sample from every model after all are found to work; the comparison's path is the last line."""
+    paths, hints = split_hints([*options.resume, *options.hints])
+    if not paths:
+        raise UserError("-r: name at least one model")
+    with flags(**FLAGS):
+        config = _sampling(options)
+    weights = options.guidance * len(paths) if len(options.guidance) == 1 else options.guidance
+    if len(weights) != len(paths):
+        raise UserError(f"--guidance: {len(weights)} weights for {len(paths)} models; give one, or one for each")
+    if min(weights) < 0:
+        raise UserError(f"--guidance: must be at least 0, got {min(weights)}")
+    if options.compare and options.compare.suffix.lower() != ".png":
+        raise UserError(f"--compare: {options.compare} must be a .png")
+    for folder in (options.logdir, options.compare and options.compare.parent):
+        require_writable(folder)
+    load_plugins(options.plugin)
+    hints |= {"use_ema": False if options.raw else None, "first_stage": options.first_stage}
+    device, precision = options.device, options.precision
+    models = [open_for_sampling(p, w, config, hints, device, precision) for p, w in zip(paths, weights, strict=True)]
+    outputs = Outputs(png=not options.no_png, npz=options.npz, latents=options.latents)
+    panels = [_sample(model, config, _folder(model, options.logdir, len(models)), outputs) for model in models]
+    if options.compare:
+        from ldm_dkdm.images import save_image, side_by_side
+
+        save_image(side_by_side(panels), options.compare)
+        print(options.compare)
+
+
+def _sampling(options: argparse.Namespace) -> SamplingConfig:
+    """What the command line asks for, in one record."""
+    sampler, steps = options.sampler, options.custom_steps
+    if options.vanilla_sample:
+        if steps is not None:
+            logger.warning("-v takes every timestep; -c is ignored")
+        sampler, steps = "ddpm", None
+    if not 0 <= options.seed < 2**63 - max(options.n_samples, 0):
+        raise UserError(f"seed: must be at least 0 and below 2^63, got {options.seed}")
+    if steps is not None and steps < 1:
+        raise UserError(f"steps: must be at least 1, got {steps}")
+    count, batch_size = options.n_samples, options.batch_size
+    return SamplingConfig(count, batch_size, options.seed, steps, options.eta, sampler, options.labels)
+
+
+def open_for_sampling(
+    path: str, guidance: float, config: SamplingConfig, hints: Mapping[str, Any], device: str, precision: str
+) -> "DiffusionModel":
+    """A model on its device, found to fit what is asked of it; nothing is written.
+
+    Raises:
+        UserError: the flag or hint that does not fit.
+    """
+    from ldm_dkdm.checkpoints import Hints
+    from ldm_dkdm.device import resolve_device
+    from ldm_dkdm.model import open_model
+
+    where = resolve_device(device)
+    with flags(use_ema="--raw"):
+        model = open_model(path, Hints.of(**hints), lenient=True)
+    if guidance != 1 and "teacher" in model.info:
+        raise UserError(f"--guidance: {path} is a student and learned the guided prediction itself; give it 1")
+    with flags(**FLAGS):
+        model = model.changed(guidance=guidance).to(where, precision)
+        model.require_sampling(config)
+        model.codec()
+    return model
 
 
 @dataclass(frozen=True)
-class Painter:
-    """A model on its device, ready to sample."""
+class Outputs:
+    """Which files a sampling writes beside the grid."""
 
-    home: Path  # the model's folder
-    model: Model
-    denoiser: Teacher
-    codec: Codec
-    device: torch.device
-
-    @property
-    def name(self) -> str:
-        """The last two folders, such as quickstart/student."""
-        return f"{self.home.resolve().parent.name}/{self.home.name}"
+    png: bool
+    npz: bool
+    latents: bool
 
 
-def prepare(path: Path, guidance: float, arguments: argparse.Namespace) -> Painter:
-    """Load a model as the command line of `txt-free_sample.py` asks; nothing is written."""
-    model, home = find_model(path, arguments.raw)
-    device = _device(arguments.device)
-    precision = resolve_precision(arguments.precision, device)
-    if model.first_stage is None and model.space.encoded and not arguments.first_stage:
-        raise UserError(f"--first_stage: {path} does not say where its first stage lies; name that folder")
-    if guidance != 1 and model.network.num_classes is None:
-        raise UserError(f"--guidance: {path} is an unconditional model; leave it out")
-    first_stage = FirstStageConfig(ckpt=arguments.first_stage)
-    codec, _ = load_first_stage(first_stage, model, precision)
-    if guidance != 1 and "teacher" in model.card.info:
-        raise UserError(f"--guidance: {path} is a student and learned the guided prediction itself; give it 1")
-    denoiser = model.as_teacher(precision, guidance)
-    ddim_timesteps(denoiser.schedule.num_timesteps, arguments.custom_steps or 1)  # refuses what does not fit
-    _check_labels(arguments.labels, denoiser, home)
-    return Painter(home, model, denoiser.to(device), codec.to(device), device)
+def name_of(model: "DiffusionModel") -> str:
+    """The last two parts of a model's path, such as quickstart/student."""
+    home = model.path.resolve()
+    return f"{home.parent.name}/{home.name}"
 
 
-def _check_labels(labels: Sequence[int], denoiser: Teacher, home: Path) -> None:
-    if labels and denoiser.num_classes is None:
-        raise UserError(f"--labels: {home} is an unconditional model; leave them out")
-    outside = [label for label in labels if label not in (denoiser.classes or ())]
-    if outside:
-        raise UserError(f"--labels: {outside[0]} is none of the {len(denoiser.classes)} classes of {home}")
+def _folder(model: "DiffusionModel", logdir: Path | None, models: int) -> Path:
+    name = name_of(model).replace("/", "-")
+    if logdir is None:
+        return Path("logs/samples") / name
+    return logdir / name if models > 1 else logdir
 
 
-def sample(
-    painter: Painter, config: SamplerConfig, out: Path, arguments: argparse.Namespace
-) -> tuple[str, Image.Image]:
-    """Sample, decode and write batch by batch; returns a label and the grid of the first pictures."""
-    denoise, schedule, shape = painter.denoiser.predict, painter.denoiser.schedule, painter.model.latent_shape
-    started = time.monotonic()
-    steps = config.steps or schedule.num_timesteps
-    config = replace(config, steps=steps)
-    latents, first = [], []
+def _sample(model: "DiffusionModel", config: SamplingConfig, out: Path, outputs: Outputs) -> tuple[str, "Image"]:
+    """Sample, decode and write batch by batch; returns a label and the grid of the first samples."""
+    import torch
+
+    from ldm_dkdm.files import write_tensors
+    from ldm_dkdm.images import grid, npz_writer, save_image
+    from ldm_dkdm.reporting import following
+
+    latents, first, done, started = [], [], 0, time.monotonic()
     with ExitStack() as files:
-        npz = files.enter_context(npz_writer(out / "samples.npz", config.count)) if arguments.npz else None
-        bar = files.enter_context(tqdm(total=config.count, desc=f"sampling {painter.name}", unit="image"))
-        for batch, label in sample_states(denoise, schedule, shape, config, painter.device, painter.denoiser.classes):
-            pictures = painter.codec.decode(batch).cpu()
-            if not arguments.no_png:
-                _write_png(pictures, out / "img", config.seed + bar.n)
+        npz = files.enter_context(npz_writer(out / "samples.npz", config.count)) if outputs.npz else None
+        show = files.enter_context(following(True, f"sampling {name_of(model)}", "image", config.count))
+        for batch in model.sample_batches(config):
+            if outputs.png:
+                _write_png(batch.images, out / "img", config.seed + done)
             if npz:
-                npz.add(pictures, None if label is None else label.cpu())
-            if bar.n < GRID:
-                first.append(pictures)
-            if arguments.latents:
-                latents.append(batch.cpu())
-            bar.update(len(batch))
+                npz.add(batch.images, None if batch.labels is None else batch.labels.cpu())
+            if done < GRID:
+                first.append(batch.images)
+            if outputs.latents:
+                latents.append(batch.states.cpu())
+            done += len(batch.images)
+            show(done)
     rate = config.count / (time.monotonic() - started)
     sheet = grid(torch.cat(first)[:GRID])
     save_image(sheet, out / "grid.png")
-    if arguments.latents:
+    if outputs.latents:
         write_tensors(out / "latents.safetensors", {"latents": torch.cat(latents)})
-    millions = sum(p.numel() for p in painter.model.network.parameters()) / 1e6
-    return f"{painter.name}: {millions:.1f}M parameters, {rate:.2g} images/s", sheet
+    label = f"{name_of(model)}: {model.parameters / 1e6:.1f}M parameters, {rate:.2g} images/s"
+    others = len(list((out / "img").glob("*.png"))) - config.count if outputs.png else 0
+    if others > 0:
+        print(f"{out}/img: holds {others} images of earlier calls too; -l names another folder")
+    print(f"{label}: {out}")
+    return label, sheet
 
 
-def _write_png(images: Tensor, folder: Path, first: int) -> None:
+def _write_png(images: "Tensor", folder: Path, first: int) -> None:
+    from PIL import Image
+
+    from ldm_dkdm.images import save_image
+
     for i, image in enumerate(images, first):
         save_image(Image.fromarray(image.numpy()), folder / f"{i:06d}.png")
 
 
-def sample_all(paths: list[Path], config: SamplerConfig, arguments: argparse.Namespace) -> None:
-    """Sample from every model after all are found to work; the comparison's path is the last line."""
-    weights = arguments.guidance * len(paths) if len(arguments.guidance) == 1 else arguments.guidance
-    if len(weights) != len(paths):
-        raise UserError(f"--guidance: {len(weights)} weights for {len(paths)} models; give one, or one for each")
-    for folder in (arguments.logdir, arguments.compare and arguments.compare.parent):
-        _check_writable(folder)
-    painters = [prepare(path, weight, arguments) for path, weight in zip(paths, weights, strict=True)]
-    panels = []
-    for painter in painters:
-        name = painter.name.replace("/", "-")
-        out = arguments.logdir or Path("logs/samples") / name
-        if arguments.logdir and len(painters) > 1:
-            out = out / name
-        panels.append(sample(painter, config, out, arguments))
-        others = 0 if arguments.no_png else len(list((out / "img").glob("*.png"))) - config.count
-        if others > 0:
-            print(f"{out}/img: holds {others} pictures of earlier calls too; -l names another folder")
-        print(f"{panels[-1][0]}: {out}")
-    if arguments.compare:
-        save_image(side_by_side(panels), arguments.compare)
-        print(arguments.compare)
-
-
-def _check_writable(folder: Path | None) -> None:
+def require_writable(folder: Path | None) -> None:
     """Refuse, before the work, an output folder that is a file or lies below one."""
     for place in [folder, *folder.parents] if folder else []:
         if place.exists() and not place.is_dir():
             raise UserError(f"-l: {place} is a file; name a folder")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return default_device("auto")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: '{name}' cannot be used here: {str(error).splitlines()[0]}") from error

@@ -1,1 +1,7 @@
-"""Configuration files and the sections in them."""
+"""Configurations: files, recipes, and the sections in them, which check themselves."""
+
+from ldm_dkdm.config.load import load_config
+from ldm_dkdm.config.schema import *  # noqa: F403
+from ldm_dkdm.config.schema import __all__ as _schema
+
+__all__ = ["load_config", *_schema]

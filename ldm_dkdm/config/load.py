@@ -1,44 +1,57 @@
-"""Configuration files: load, merge, validate, build."""
+"""Configuration files: read, merge and validate YAML."""
 
 import dataclasses
-import difflib
-import math
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm_dkdm.config.checked import convert, is_required, nearest, parse, unwrap
+from ldm_dkdm.config.recipes import find_config
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard
 from ldm_dkdm.errors import UserError
 
+__all__ = [
+    "card_kind",
+    "convert",
+    "fits",
+    "load_config",
+    "nearest",
+    "parse",
+    "read_card",
+    "read_overrides",
+    "read_yaml",
+    "to_yaml",
+]
+
 T = TypeVar("T")
-LARGEST = 2**63  # of whole numbers
+Card = TypeVar("Card", ModelCard, FirstStageCard)
 RUNS = (DistillRun, DiffusionRun, FirstStageRun)
 
 
 def load_config(
-    base: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), schema: type[T] = DistillRun
+    base: str | Path | Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    schema: type[T] = DistillRun,  # type: ignore[assignment]
 ) -> T:
     """Merge YAML files left to right, then `key=value` overrides, and validate.
 
     Args:
-        base: one path or several.
+        base: one path or several, or names of shipped recipes such as `ffhq256`.
         overrides: dotted, such as `distill.batch_size=8`.
         schema: the dataclass of the expected sections; default: a distillation run.
 
     Raises:
         UserError: a missing or unreadable file, an unknown key, a value of the wrong type or range.
     """
-    files = [base] if isinstance(base, (str, Path)) else list(base)
-    parts = [_unwrap_sections(part, schema) for part in [*map(read_yaml, map(Path, files)), _dotlist(overrides)]]
+    files = [find_config(name) for name in ([base] if isinstance(base, (str, Path)) else base)]
+    parts = [_unwrap_sections(part, schema) for part in [*map(read_yaml, files), _dotlist(overrides)]]
     try:
-        tree = OmegaConf.to_container(reduce(_merge, parts), resolve=True)
+        tree: Any = OmegaConf.to_container(reduce(_merge, parts), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{files[-1]}: {error}") from error
     except TypeError as error:
@@ -50,8 +63,8 @@ def load_config(
     return parse(schema, tree, "")
 
 
-def _refuse_other_scripts(tree: Mapping[str, Any], schema: type, files: Sequence[Path]) -> None:
-    """A whole config of another script is named as that, and not key by key."""
+def _refuse_other_scripts(tree: Mapping[str, Any], schema: Any, files: Sequence[Path]) -> None:
+    """Refuse a whole config of another script by that name, before its keys are refused one by one."""
     fitting = [run for run in RUNS if fits(tree, run)]
     if schema in RUNS and fitting and schema not in fitting:
         raise UserError(
@@ -59,38 +72,38 @@ def _refuse_other_scripts(tree: Mapping[str, Any], schema: type, files: Sequence
         )
 
 
-def fits(tree: Mapping[str, Any], run: type) -> bool:
+def fits(tree: Mapping[str, Any], run: Any) -> bool:
     """Whether a tree has the sections of a script's config, and no others."""
     fields = dataclasses.fields(run)
-    needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    needed = {f.name for f in fields if is_required(f)}
     return needed <= set(tree) <= {f.name for f in fields}
 
 
 def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
-    """OmegaConf's merge, but another `target` or a `budget` inherits nothing of the network before it."""
+    """Merge as OmegaConf does, but drop the earlier network's keys where `target` changes or a `budget` comes."""
     before = before.copy()
     for section, node in after.items():
         old = before.get(section)
         if not (isinstance(node, DictConfig) and isinstance(old, DictConfig)):
             continue
         if "target" in node and node.target != old.get("target"):
-            replaced = ("params", "target", "budget", "init")
+            replaced: tuple[str, ...] = ("params", "target", "budget", "init")
         else:
             replaced = ("params", "target") if "budget" in node else ()
         for key in replaced:
             old.pop(key, None)
-    return OmegaConf.merge(before, after)
+    return cast(DictConfig, OmegaConf.merge(before, after))
 
 
 def _unwrap_sections(part: DictConfig, schema: type) -> DictConfig:
-    """A pasted `unet_config` is target and params before files are merged, so that a later file can replace them.
+    """Turn a pasted `unet_config` into target and params before the merge, so that a later file can replace them.
 
-    A file of nothing but a student says what a training on data trains too.
+    A file that holds only a student is the model of a training on images.
     """
-    tree = OmegaConf.to_container(part)
+    tree: Any = OmegaConf.to_container(part)
     if schema is DiffusionRun and set(tree) == {"student"}:
         tree = {"model": tree["student"]}
-    return OmegaConf.create({k: _unwrap(v) if isinstance(v, Mapping) else v for k, v in tree.items()})
+    return OmegaConf.create({k: unwrap(v) if isinstance(v, Mapping) else v for k, v in tree.items()})
 
 
 def read_yaml(path: Path) -> DictConfig:
@@ -106,6 +119,15 @@ def read_yaml(path: Path) -> DictConfig:
     return node
 
 
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`key=value` items as a tree of plain values.
+
+    Raises:
+        UserError: an item of another form, or a value that is not YAML.
+    """
+    return OmegaConf.to_container(_dotlist(overrides), resolve=True)
+
+
 def _dotlist(overrides: Sequence[str]) -> DictConfig:
     for item in overrides:
         if "=" not in item or item.startswith(("=", "-")):
@@ -116,7 +138,7 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
         raise UserError(f"overrides {' '.join(overrides)}: {error}") from error
 
 
-def read_card(path: Path, schema: type[T]) -> T:
+def read_card(path: Path, schema: type[Card]) -> Card:
     """Read and validate the config.yaml of a model folder."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; a model folder holds config.yaml and its weights")
@@ -141,109 +163,15 @@ def _refers(node: Any) -> bool:
 
 
 def card_kind(path: Path) -> str | None:
-    """What the folder of a config.yaml is, if its keys tell."""
+    """What kind of folder a config.yaml lies in, or None where its keys do not tell."""
     tree = read_yaml(path)
     if "network" in tree:
         return ModelCard.KIND
     if "trainer" in tree:
-        return "a run's folder without a student/ (it comes with the first save)"
+        return "a run's folder without a saved model (the first save writes it)"
     return FirstStageCard.KIND if {"weights", "target"} <= set(tree) else None
 
 
 def to_yaml(config: Any) -> str:
     """A validated config as YAML text."""
     return OmegaConf.to_yaml(dataclasses.asdict(config))
-
-
-def parse(schema: type[T], node: Any, where: str) -> T:
-    """Turn a tree of plain values into the dataclass `schema`; `where` prefixes keys in messages."""
-    if not isinstance(node, Mapping):
-        raise UserError(f"{where or 'config'}: expected a section with keys, got {node!r}")
-    node = _unwrap(node)
-    fields = {f.name: f for f in dataclasses.fields(schema)}
-    for key in node:
-        if key not in fields:
-            raise UserError(f"{_join(where, key)}: unknown key{nearest(str(key), fields)}")
-    hints = typing.get_type_hints(schema)
-    values = {}
-    for name, field in fields.items():
-        if name in node:
-            values[name] = convert(hints[name], node[name], _join(where, name))
-            _check_range(values[name], field.metadata, _join(where, name))
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            key = _join(where, name) + (".KEY" if dataclasses.is_dataclass(hints[name]) else "")
-            raise UserError(f"{_join(where, name)}: missing; set it in a --base file or as {key}=...")
-    return schema(**values)
-
-
-def _unwrap(node: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Accept CompVis's `unet_config: {target, params}` and `first_stage_config` in place of target and params."""
-    for key in ("unet_config", "first_stage_config"):
-        inner = node.get(key)
-        if isinstance(inner, Mapping):
-            node = {**{k: v for k, v in node.items() if k != key}, **inner}
-    return node
-
-
-def convert(hint: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(hint)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        fitting = [o for o in options if o is type(value)] or [o for o in options if o is not type(None)]
-        return convert(fitting[0], value, where)
-    if typing.get_origin(hint) is typing.Literal:
-        if str(value) not in options:
-            raise UserError(f"{where}: '{value}' is not one of {', '.join(options)}")
-        return str(value)
-    if dataclasses.is_dataclass(hint):
-        return parse(hint, value, where)
-    kind = typing.get_origin(hint) or hint
-    if kind is Sequence:
-        return _sequence(options[0], value, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)  # YAML reads a run's name such as 2024 as a number
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{where}: expected {_NAMES[kind]}, got {value!r}")
-    return value
-
-
-def _sequence(item: type, value: Any, where: str) -> list[Any]:
-    wanted = f"a list, every entry {_NAMES[item]}"
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise UserError(f"{where}: expected {wanted}, got {value!r}")
-    return [convert(item, entry, f"{where}[{i}]") for i, entry in enumerate(value)]
-
-
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"} | dict.fromkeys(
-    (dict, Mapping), "a section with keys"
-)
-
-
-def _check_range(value: Any, limits: Mapping[str, float], where: str) -> None:
-    if value is None:
-        return
-    if isinstance(value, int) and abs(value) >= LARGEST:
-        raise UserError(f"{where}: {value} is too large")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: must be a finite number, got {value}")
-    if "above" in limits and not value > limits["above"]:
-        raise UserError(f"{where}: must be above {limits['above']}, got {value}")
-    if "min" in limits and not value >= limits["min"]:
-        raise UserError(f"{where}: must be at least {limits['min']}, got {value}")
-    if "below" in limits and not value < limits["below"]:
-        raise UserError(f"{where}: must be below {limits['below']}, got {value}")
-    if "max" in limits and not value <= limits["max"]:
-        raise UserError(f"{where}: must be at most {limits['max']}, got {value}")
-
-
-def nearest(key: str, valid: Mapping[str, Any]) -> str:
-    """A hint that names the nearest valid key, or all of them."""
-    close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; valid keys: {', '.join(valid)}"
-
-
-def _join(where: str, key: Any) -> str:
-    return f"{where}.{key}" if where else str(key)

@@ -1,4 +1,4 @@
-"""Networks and first stages out of `target` and `params`: a config, like a checkpoint, cannot run other code."""
+"""Build networks and first stages from `target` and `params`; a config can name only the classes in a table."""
 
 import inspect
 import typing
@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from ldm_dkdm.config.load import convert, nearest
+from ldm_dkdm.config.checked import convert, nearest
 from ldm_dkdm.errors import UserError
 
 Targets = Mapping[str, Callable[..., nn.Module]]
 
-# Keys of the foreign classes that we do without, and the values at which they change nothing.
+# Keys of third-party classes that are not needed here, and the values at which they change nothing.
 IGNORED: dict[str, tuple[Any, ...]] = {
     "dims": (2,),
-    "use_fp16": (False, True),  # precision is the trainer's business
+    "use_fp16": (False, True),  # trainer.precision decides
     "use_spatial_transformer": (False,),
     "legacy": (False, True),
     "num_heads_upsample": (-1,),
@@ -58,7 +58,7 @@ def build(node: Any, targets: Targets, where: str = "params") -> nn.Module:
 def resolve(
     target: Any, params: dict[str, Any], where: str, targets: Targets
 ) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
-    """The class among `targets` that `target` names and its parameters without those that mean nothing here."""
+    """The class among `targets` that `target` names and its parameters without the ignored ones."""
     if target not in targets:
         section = where.rpartition(".")[0]
         raise UserError(f"{section + '.' if section else ''}target: '{target}' is not one of {', '.join(targets)}")

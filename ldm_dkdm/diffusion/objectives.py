@@ -1,12 +1,14 @@
 """Objectives: one value per sample (B,); the caller reduces and logs."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ldm_dkdm.diffusion.process import learned_log_variance, posterior
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.errors import pick
 from ldm_dkdm.records import Prediction
 
 
@@ -15,13 +17,17 @@ def simple_loss(target_eps: Tensor, eps: Tensor) -> Tensor:
     return (target_eps.float() - eps.float()).square().flatten(1).mean(1)
 
 
-def loss_weight(schedule: NoiseSchedule, t: Tensor, space: str, cap: float | None = None) -> Tensor:
-    """Factor (B,) that turns an eps error at t into an error of `space`, at most `cap`.
+# factor of abar_t (B,) that turns a squared error of eps into one of this space
+LOSS_SPACES: dict[str, Callable[[Tensor], Tensor]] = {
+    "eps": torch.ones_like,  # the paper
+    "v": lambda abar: 1 / abar,
+    "x0": lambda abar: (1 - abar) / abar,
+}
 
-    `eps`: 1 (the paper). `v`: 1 / abar_t. `x0`: (1 - abar_t) / abar_t.
-    """
-    abar = schedule.alpha_bar(t, t)
-    weight = {"eps": abar**0, "v": 1 / abar, "x0": (1 - abar) / abar}[space]
+
+def loss_weight(schedule: NoiseSchedule, t: Tensor, space: str, cap: float | None = None) -> Tensor:
+    """Factor (B,) that turns an eps error at t into an error of `space` (one of LOSS_SPACES), at most `cap`."""
+    weight = pick(LOSS_SPACES, space, "space")(schedule.alpha_bar(t, t))
     return weight.clamp(max=cap or float("inf")).float().to(t.device)
 
 

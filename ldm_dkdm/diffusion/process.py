@@ -1,6 +1,9 @@
 """The forward process and one reverse step. x and eps are (B,C,H,W), t is (B,); coefficients are float64
 until they meet x, whose type the results keep."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -40,6 +43,20 @@ def v_to_x0(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, v: Tensor) -> Tenso
     """x_0 = sqrt(abar_t) x_t - sqrt(1 - abar_t) v (Salimans & Ho 2022, App. D)."""
     abar = schedule.alpha_bar(t, x_t)
     return _mix(abar.sqrt(), x_t, -(1 - abar).sqrt(), v)
+
+
+@dataclass(frozen=True)
+class Parameterization:
+    """What a network's output means: functions (schedule, x_t, t, output) -> eps and -> x_0."""
+
+    eps: Callable[[NoiseSchedule, Tensor, Tensor, Tensor], Tensor]
+    x_0: Callable[[NoiseSchedule, Tensor, Tensor, Tensor], Tensor]
+
+
+PARAMETERIZATIONS = {
+    "eps": Parameterization(lambda schedule, x_t, t, eps: eps, eps_to_x0),
+    "v": Parameterization(v_to_eps, v_to_x0),
+}
 
 
 def posterior(schedule: NoiseSchedule, x_0: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def respaced_timesteps(num_timesteps: int, steps: int) -> list[int]:
 
 def _check_steps(num_timesteps: int, steps: int) -> None:
     if not 1 <= steps <= num_timesteps:
-        raise UserError(f"sampling steps: {steps} is not between 1 and the {num_timesteps} diffusion steps")
+        raise UserError(f"steps: {steps} is not between 1 and the {num_timesteps} diffusion steps")
 
 
 def ddpm(
@@ -67,11 +68,12 @@ def ddpm(
     noise: Noise,
     steps: int | None = None,
     label: Tensor | None = None,
+    eta: float = 1.0,
 ) -> Iterator[Tensor]:
     """Ancestral sampling from x_T (B,C,H,W) through `steps` of the T timesteps, all of them by default.
 
     Alg. 3, with the variance that the model learned or the posterior's; last yields x_0. Fewer steps
-    respace the process (Improved DDPM, Sec. 4).
+    respace the process (Improved DDPM, Sec. 4). There is no eta: the variance is the model's.
     """
     timesteps = respaced_timesteps(schedule.num_timesteps, steps or schedule.num_timesteps)
     for step, following in _downwards(timesteps, -1):
@@ -86,8 +88,8 @@ def ddim(
     x: Tensor,
     noise: Noise,
     steps: int,
-    eta: float = 0.0,
     label: Tensor | None = None,
+    eta: float = 0.0,
 ) -> Iterator[Tensor]:
     """DDIM, Eq. 12 and 16, from x_T (B,C,H,W); last yields the sample.
 
@@ -111,13 +113,15 @@ def dpm_solver(
     schedule: NoiseSchedule,
     denoise: Denoise,
     x: Tensor,
+    noise: Noise,
     steps: int,
     label: Tensor | None = None,
+    eta: float = 0.0,
     start: float = 0.0,
 ) -> Iterator[Tensor]:
     """DPM-Solver++(2M) from x_T (B,C,H,W), deterministic; last yields x_0 (Lu et al. 2022, Alg. 2).
 
-    Timesteps whose abar is below `start` are left out. The first and the last step are of first
+    It draws no noise and knows no eta. Timesteps whose abar is below `start` are left out. The first and the last step are of first
     order: the one has no predecessor, the other ends at x_0.
     """
     abar = schedule.alphas_cumprod
@@ -151,6 +155,30 @@ def solver_timesteps(num_timesteps: int, steps: int) -> list[int]:
 def _downwards(timesteps: list[int], end: int) -> Iterator[tuple[int, int]]:
     """Pairs (t, the t after it) from the highest timestep down to `end`."""
     return zip(reversed(timesteps), reversed([end, *timesteps[:-1]]), strict=True)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler as the tables and command lines know it.
+
+    Attributes:
+        walk: (schedule, denoise, x_T, noise, steps, label, eta) -> iterator of states; the last one is the sample.
+        timesteps: (schedule, steps) -> the timesteps at which the model is called.
+        default_steps: where the user names none; None means all T.
+        takes_eta: whether `eta` has an effect.
+    """
+
+    walk: Callable[..., Iterator[Tensor]]
+    timesteps: Callable[[NoiseSchedule, int], list[int]]
+    default_steps: int | None = 200
+    takes_eta: bool = False
+
+
+SAMPLERS = {
+    "ddim": Sampler(ddim, lambda s, n: ddim_timesteps(s.num_timesteps, n, s.steps_offset), takes_eta=True),
+    "ddpm": Sampler(ddpm, lambda s, n: respaced_timesteps(s.num_timesteps, n), default_steps=None),
+    "dpm-solver++": Sampler(dpm_solver, lambda s, n: solver_timesteps(s.num_timesteps, n)),
+}
 
 
 def last(states: Iterator[Tensor]) -> Tensor:

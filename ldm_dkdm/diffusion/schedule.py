@@ -1,24 +1,52 @@
 """Noise schedules, in float64."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, pick
+
+
+def scaled_linear(num_timesteps: int, start: float, end: float) -> Tensor:
+    """Betas that are linear in sqrt(beta); CompVis calls this "linear"."""
+    return torch.linspace(start**0.5, end**0.5, num_timesteps, dtype=torch.float64) ** 2
+
+
+def linear(num_timesteps: int, start: float, end: float) -> Tensor:
+    """Linear betas (Ho et al. 2020)."""
+    return torch.linspace(start, end, num_timesteps, dtype=torch.float64)
+
+
+def cosine(num_timesteps: int, start: float, end: float) -> Tensor:
+    """Betas of abar_t = cos^2 (Nichol & Dhariwal 2021, Eq. 17), at most 0.999; the ends are not used."""
+    abar = [math.cos((i / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_timesteps + 1)]
+    return torch.from_numpy(np.minimum(1 - np.divide(abar[1:], abar[:-1]), 0.999))
+
+
+# name -> maker (num_timesteps, beta_start, beta_end) -> betas (T,), float64
+SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
+    "scaled_linear": scaled_linear,
+    "linear": linear,
+    "cosine": cosine,
+}
 
 
 class NoiseSchedule:
     """The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), t = 0 ... T-1.
 
     Args:
-        name: `scaled_linear` (linear in sqrt(beta); CompVis calls it "linear"), `linear`
-            (Ho et al. 2020) or `cosine` (Nichol & Dhariwal 2021, Eq. 17).
+        name: one of SCHEDULES.
         num_timesteps: T.
         beta_start, beta_end: ends of the two linear schedules; `cosine` does not use them.
         steps_offset: DDIM's lowest timestep, and its last target is the one below it: 1 in CompVis's code (samples
             end at abar_0), 0 in guided-diffusion's (they end at x_0, abar_{-1} = 1). The name is diffusers'.
+        betas: any betas (T,), each strictly between 0 and 1, in place of a named schedule.
+
+    Raises:
+        UserError: an unknown name, or values outside these ranges.
 
     Attributes:
         betas, alphas_cumprod: float64 tensors (T,) on the CPU.
@@ -31,14 +59,14 @@ class NoiseSchedule:
         beta_start: float = 0.0015,
         beta_end: float = 0.0195,
         steps_offset: int = 1,
+        *,
+        betas: Tensor | Sequence[float] | None = None,
     ) -> None:
-        if num_timesteps < 1:
-            raise UserError(f"diffusion.num_timesteps: {num_timesteps} is not at least 1")
-        if name != "cosine" and not 0 < beta_start <= beta_end < 1:
-            raise UserError(f"diffusion: 0 < beta_start <= beta_end < 1 is not so for {beta_start}, {beta_end}")
-        self.name, self.steps_offset = name, steps_offset
-        self.num_timesteps = num_timesteps
-        self.betas = _betas(name, num_timesteps, beta_start, beta_end)
+        self.steps_offset = steps_offset
+        self.betas = _named(name, num_timesteps, beta_start, beta_end) if betas is None else _given(betas)
+        self.name = name if betas is None else "betas"
+        self.num_timesteps = len(self.betas)
+        self.beta_start, self.beta_end = beta_start, beta_end
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
         self._tables: dict[torch.device, Tensor] = {}
 
@@ -68,12 +96,23 @@ class NoiseSchedule:
         return self._tables[device]
 
 
-def _betas(name: str, num_timesteps: int, start: float, end: float) -> Tensor:
-    if name == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, num_timesteps, dtype=torch.float64) ** 2
-    if name == "linear":
-        return torch.linspace(start, end, num_timesteps, dtype=torch.float64)
-    if name == "cosine":
-        abar = [math.cos((i / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_timesteps + 1)]
-        return torch.from_numpy(np.minimum(1 - np.divide(abar[1:], abar[:-1]), 0.999))
-    raise UserError(f"diffusion.schedule: '{name}' is not one of scaled_linear, linear, cosine")
+def _named(name: str, num_timesteps: int, start: float, end: float) -> Tensor:
+    make = pick(SCHEDULES, name, "schedule")
+    if num_timesteps < 1:
+        raise UserError(f"num_timesteps: {num_timesteps} is not at least 1")
+    if make is not cosine and not 0 < start <= end < 1:
+        raise UserError(f"beta_start, beta_end: 0 < beta_start <= beta_end < 1 is not so for {start}, {end}")
+    return make(num_timesteps, start, end)
+
+
+def _given(betas: Tensor | Sequence[float]) -> Tensor:
+    values = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
+    if values.ndim != 1 or not len(values) or not bool(((values > 0) & (values < 1)).all()):
+        raise UserError(f"betas: {tuple(values.shape)} values must be one row, each strictly between 0 and 1")
+    return values
+
+
+def betas_of(alphas_cumprod: Tensor) -> Tensor:
+    """The betas (T,) whose cumulative product of 1 - beta is alphas_cumprod (T,), float64."""
+    abar = alphas_cumprod.double()
+    return 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])

@@ -8,11 +8,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm_dkdm.config.schema import DiffusionDataConfig
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.first_stage.codec import Codec
 from ldm_dkdm.images import find_images, read_image, read_npz, square_npz
+from ldm_dkdm.reporting import Progress, following
 
 ENCODE_BATCH = 64
 
@@ -40,12 +41,16 @@ class ImageSet:
             return self.images[indices]
         return torch.stack([read_image(self.images[int(i)], self.size) for i in indices])
 
-    def loaded(self) -> "ImageSet":
+    def loaded(self, progress: bool | Progress = True) -> "ImageSet":
         """The same images in memory."""
         if isinstance(self.images, Tensor):
             return self
-        pictures = [read_image(file, self.size) for file in tqdm(self.images, desc="reading", unit="image")]
-        return ImageSet(torch.stack(pictures), self.size, self.labels)
+        images = []
+        with following(progress, "reading", "image", len(self.images)) as done:
+            for file in self.images:
+                images.append(read_image(file, self.size))
+                done(len(images))
+        return ImageSet(torch.stack(images), self.size, self.labels)
 
     def part(self, fraction: float, seed: int) -> "ImageSet":
         """A random share, at least one image; the same for the same seed."""
@@ -91,13 +96,6 @@ def open_sets(config: DiffusionDataConfig, seed: int) -> list[ImageSet]:
     return real + ([open_images(config.synthetic, config.image_size)] if config.synthetic else [])
 
 
-class Encoder(Protocol):
-    """A first stage, as far as training needs it."""
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Images uint8 (B,H,W,3) -> states (B,C,h,w)."""
-
-
 class States(Protocol):
     """Clean states to draw from."""
 
@@ -123,7 +121,7 @@ class EncodedStates:
     """States that are encoded when they are drawn; half of them mirrored if `flip`."""
 
     sets: Sequence[ImageSet]
-    codec: Encoder
+    codec: Codec
     flip: bool
     labeled: bool
 
@@ -144,17 +142,19 @@ class EncodedStates:
         return self.codec.encode(pictures).cpu(), labels
 
 
-def encode_sets(sets: Sequence[ImageSet], codec: Encoder, flip: bool, labeled: bool) -> CachedStates:
+def encode_sets(
+    sets: Sequence[ImageSet], codec: Codec, flip: bool, labeled: bool, progress: bool | Progress = True
+) -> CachedStates:
     """Encode every image once, and once mirrored if `flip`."""
     total = sum(map(len, sets)) * (1 + flip)
     parts: list[Tensor] = []
     labels: list[Tensor] = []
-    with tqdm(total=total, desc="encoding", unit="image") as bar:
+    with following(progress, "encoding", "image", total) as done:
         for mirrored in (False, True)[: 1 + flip]:
             for images in sets:
                 for indices in torch.arange(len(images)).split(ENCODE_BATCH):
                     pictures = images.take(indices)
                     parts.append(codec.encode(pictures.flip(2) if mirrored else pictures).cpu())
                     labels += [images.labels[indices]] if labeled else []
-                    bar.update(len(indices))
+                    done(sum(map(len, parts)))
     return CachedStates(torch.cat(parts), torch.cat(labels) if labeled else None)

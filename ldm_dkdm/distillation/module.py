@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm_dkdm.config.schema import LossConfig, TrainerConfig
-from ldm_dkdm.denoiser import Denoiser
 from ldm_dkdm.diffusion.objectives import loss_weight, simple_loss, vlb_loss
-from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import DistillBatch
 from ldm_dkdm.rng import seed_of
 
@@ -18,46 +17,29 @@ class StudentModule(L.LightningModule):
     """Regresses the targets of the stream: L'_simple + lambda L'_vlb (DKDM, Alg. 1; with data as target, Alg. 2).
 
     Args:
-        network: the student, (x, t, label) -> (B,C,H,W).
-        schedule: the forward process, the teacher's.
-        parameterization: what the student's network predicts, `eps` or `v`.
+        model: the student.
         loss: the space in which its error counts.
         trainer_config: learning rate, its schedule, weight decay, seed.
-        denoiser: how the network's output is read; `pixel.PixelDenoiser` in pixel space.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        schedule: NoiseSchedule,
-        parameterization: str,
-        loss: LossConfig,
-        trainer_config: TrainerConfig,
-        denoiser: type[Denoiser] = Denoiser,
-    ) -> None:
+    def __init__(self, model: DiffusionModel, loss: LossConfig, trainer_config: TrainerConfig) -> None:
         super().__init__()
-        self.network = network
+        self.model = model
+        self.network = model.network
         self.time_used = 0.0  # share of a time limit, 0 ... 1
-        self.schedule, self.parameterization = schedule, parameterization
         self.loss, self.config = loss, trainer_config
-        self.denoiser_type = denoiser
-
-    @property
-    def denoiser(self) -> Denoiser:
-        """The student as a predictor of eps."""
-        return self.denoiser_type(self.network, self.schedule, self.parameterization)
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         batch_number = self.global_step * self.config.accumulate + batch_idx % self.config.accumulate
         torch.manual_seed(seed_of(self.config.seed, self.global_rank, batch_number, "network"))
 
     def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
-        prediction = self.denoiser(batch.x, batch.t, batch.label)
+        prediction = self.model(batch.x, batch.t, batch.label)
         per_sample = simple_loss(batch.target.eps, prediction.eps)
-        weight = loss_weight(self.schedule, batch.t, self.loss.space, self.loss.weight_cap)
+        weight = loss_weight(self.model.schedule, batch.t, self.loss.space, self.loss.weight_cap)
         loss = (weight * per_sample).mean()
         if prediction.var_fraction is not None and self.loss.vlb_weight:
-            vlb = vlb_loss(self.schedule, batch.x, batch.t, batch.target, prediction).mean()
+            vlb = vlb_loss(self.model.schedule, batch.x, batch.t, batch.target, prediction).mean()
             loss = loss + self.loss.vlb_weight * vlb
             self.log("vlb", vlb.detach(), prog_bar=True)
         self.log("loss", loss.detach(), prog_bar=True)

@@ -37,7 +37,7 @@ class NoisyPool:
         labeled: bool = False,
     ) -> None:
         if slots < 1:
-            raise UserError(f"distill.rho: a pool of {slots} slots; rho * T must round to at least 1")
+            raise UserError(f"rho: a pool of {slots} slots; rho * T must round to at least 1")
         self.x = _allocate((slots, *shape), dtype, storage)
         self.t = torch.zeros(slots, dtype=torch.int32)
         self.label = torch.zeros(slots, dtype=torch.int32) if labeled else None
@@ -57,7 +57,7 @@ class NoisyPool:
     def draw(self, batch_size: int, rng: np.random.Generator) -> Tensor:
         """Indices (batch_size,) of distinct slots, uniformly at random."""
         if batch_size > len(self):
-            raise UserError(f"distill.batch_size: {batch_size} is larger than the pool of {len(self)} slots")
+            raise UserError(f"batch_size: {batch_size} is larger than the pool of {len(self)} slots")
         return torch.from_numpy(rng.choice(len(self), batch_size, replace=False))
 
     def take(self, indices: Tensor) -> NoisyBatch:

@@ -15,8 +15,8 @@ def check_supply(states: NoisyBatch, slots: int, ranks: int, batch_size: int, nu
     if len(states.t) < slots * ranks:
         rho = len(states.t) // (ranks * batch_size) / num_timesteps
         raise UserError(
-            f"distill.pool_from: holds {len(states.t)} slots, this configuration needs {slots} x {ranks} "
-            f"(devices); set distill.rho={rho:g} or less"
+            f"pool_from: holds {len(states.t)} slots, this configuration needs {slots} x {ranks} "
+            f"(devices); set rho={rho:g} or less"
         )
 
 

@@ -13,7 +13,7 @@ from ldm_dkdm.distillation.batches import BatchStream
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.records import DistillBatch, NoisyBatch
 from ldm_dkdm.rng import numpy_generator, torch_generator
-from ldm_dkdm.teacher import Teacher
+from ldm_dkdm.model import DiffusionModel
 
 
 def draw_all(pool: NoisyPool, batch_size: int, rng: np.random.Generator) -> Tensor:
@@ -59,7 +59,7 @@ class DistillStream(BatchStream):
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: DiffusionModel,
         pool: NoisyPool,
         config: DistillConfig,
         max_steps: int,

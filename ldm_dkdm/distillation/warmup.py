@@ -8,12 +8,14 @@ from torch import Tensor
 
 from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
 from ldm_dkdm.diffusion.process import q_sample
-from ldm_dkdm.diffusion.samplers import ddim, ddim_timesteps, dpm_solver, last
+from ldm_dkdm.diffusion.samplers import SAMPLERS, last
+from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import VARIANTS
+from ldm_dkdm.errors import pick
 from ldm_dkdm.records import NoisyBatch, Prediction
 from ldm_dkdm.rng import numpy_generator, torch_generator
-from ldm_dkdm.teacher import Teacher
+from ldm_dkdm.model import DiffusionModel
 
 NOISED = 1024  # states noised at once: few samples can fill many slots
 
@@ -32,7 +34,7 @@ class Warmup:
     """
 
     pool: NoisyPool
-    teacher: Teacher
+    teacher: DiffusionModel
     config: WarmupConfig
     seed: int = 0
     rank: int = 0
@@ -44,12 +46,13 @@ class Warmup:
 
         A batch follows from (seed, rank, first slot), so an interrupted warm-up goes on exactly.
         """
-        fill = {"ancestral": self._ancestral, "noise": self._noise}.get(self.config.mode, self._samples)
+        mode = pick(WARMUPS, self.config.mode, "mode")
         while self.pool.filled < len(self.pool):
-            self.pool.fill(fill(torch_generator(self.seed, self.rank, self.pool.filled, "warmup", self.device)))
+            generator = torch_generator(self.seed, self.rank, self.pool.filled, "warmup", self.device)
+            self.pool.fill(mode.fill(self, generator))
             yield self.pool.filled
 
-    def _ancestral(self, generator: torch.Generator) -> NoisyBatch:
+    def ancestral(self, generator: torch.Generator) -> NoisyBatch:
         """Walk fresh noise from T down to each slot's own t, one reverse step a call; finished slots wait."""
         steps, first = self.teacher.schedule.num_timesteps, self.pool.filled
         # The slots' random t, sorted: the slots of a batch stop at nearly the same t, so hardly a call is
@@ -64,8 +67,11 @@ class Warmup:
             x = torch.where((t > target).view(-1, 1, 1, 1), moved, x)
         return NoisyBatch(x, target, label)
 
-    def _samples(self, generator: torch.Generator) -> NoisyBatch:
-        """Noise each sample of the teacher to several random t: sample i fills the slots of its share."""
+    def samples(self, generator: torch.Generator) -> NoisyBatch:
+        """Noise each sample of the teacher to several random t: sample i fills the slots of its share.
+
+        The mode names a sampler that needs no noise of its own.
+        """
         images, schedule = min(self.config.images, len(self.pool)), self.teacher.schedule
         starts = torch.arange(images + 1) * len(self.pool) // images
         first = int(torch.searchsorted(starts, self.pool.filled))
@@ -76,10 +82,8 @@ class Warmup:
             self.check()
             return self.teacher.predict(x, t, label)
 
-        if self.config.mode == "ddim":
-            chain = ddim(schedule, denoise, noise, lambda: noise, self.config.steps, label=label)
-        else:
-            chain = dpm_solver(schedule, denoise, noise, self.config.steps, label)
+        walk = SAMPLERS[self.config.mode].walk
+        chain = walk(schedule, denoise, noise, lambda: noise, self.config.steps, label)
         x_0, owner = last(chain), torch.arange(len(copies), device=self.device).repeat_interleave(copies)
         quantiles = torch.rand(len(owner), generator=generator, device=generator.device)
         t = schedule.timesteps_at(quantiles, self.config.t_cap)
@@ -89,7 +93,7 @@ class Warmup:
             x[part.cpu()] = q_sample(schedule, x_0[owner[part]], t[part], noise).to("cpu", x.dtype)
         return NoisyBatch(x, t, None if label is None else label[owner])
 
-    def _noise(self, generator: torch.Generator) -> NoisyBatch:
+    def noise(self, generator: torch.Generator) -> NoisyBatch:
         """Fresh noise at T: nothing to prepare."""
         count = min(self.config.batch_size, len(self.pool) - self.pool.filled)
         t = torch.full((count,), self.teacher.schedule.num_timesteps - 1, device=self.device)
@@ -99,16 +103,38 @@ class Warmup:
         return torch.randn((count, *self.pool.x.shape[1:]), generator=generator, device=generator.device)
 
 
+@dataclass(frozen=True)
+class Mode:
+    """A way to fill the pool.
+
+    Attributes:
+        fill: (warm-up, generator) -> the next states.
+        calls: (config, slots, schedule) -> teacher evaluations of one sample that it needs, expected.
+        takes_t_cap: whether `t_cap` has an effect.
+    """
+
+    fill: Callable[[Warmup, torch.Generator], NoisyBatch]
+    calls: Callable[[WarmupConfig, int, NoiseSchedule], int]
+    takes_t_cap: bool = False
+
+
+def _sampling_calls(config: WarmupConfig, slots: int, schedule: NoiseSchedule) -> int:
+    return min(config.images, slots) * len(SAMPLERS[config.mode].timesteps(schedule, config.steps))
+
+
+WARMUPS = {
+    "ancestral": Mode(Warmup.ancestral, lambda config, slots, schedule: slots * (schedule.num_timesteps - 1) // 2),
+    "ddim": Mode(Warmup.samples, _sampling_calls, takes_t_cap=True),
+    "dpm-solver++": Mode(Warmup.samples, _sampling_calls, takes_t_cap=True),
+    "noise": Mode(Warmup.noise, lambda config, slots, schedule: 0),
+}
+
+
 def preparation(config: DistillConfig) -> WarmupConfig:
     """The warm-up that a variant needs: iterative distillation begins with noise."""
     return replace(config.warmup, mode="noise") if VARIANTS[config.variant].from_noise else config.warmup
 
 
-def warmup_calls(config: WarmupConfig, slots: int, num_timesteps: int) -> int:
+def warmup_calls(config: WarmupConfig, slots: int, schedule: NoiseSchedule) -> int:
     """Teacher evaluations (of one sample) that a warm-up needs; for `ancestral` the expected number."""
-    if config.mode == "ancestral":
-        return slots * (num_timesteps - 1) // 2
-    if config.mode == "noise":
-        return 0
-    calls = config.steps if config.mode == "dpm-solver++" else len(ddim_timesteps(num_timesteps, config.steps))
-    return min(config.images, slots) * calls
+    return WARMUPS[config.mode].calls(config, slots, schedule)

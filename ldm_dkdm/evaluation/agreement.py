@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ldm_dkdm.diffusion.samplers import Denoise
 from ldm_dkdm.records import NoisyBatch
-from ldm_dkdm.teacher import Teacher
+from ldm_dkdm.model import DiffusionModel
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class HeldOutStates:
 
 
 def held_out_chains(
-    teacher: Teacher, shape: tuple[int, int, int], chains: int, seed: int, device: torch.device | str, every: int = 25
+    teacher: DiffusionModel, chains: int, seed: int, device: torch.device | str = "cpu", every: int = 25
 ) -> HeldOutStates:
     """Walk `chains` fresh ancestral chains through all T steps and keep every `every`-th state."""
     generator = torch.Generator(device).manual_seed(seed)
-    x = torch.randn((chains, *shape), generator=generator, device=device)
+    x = torch.randn((chains, *teacher.shape), generator=generator, device=device)
     label = teacher.draw_labels(chains, generator)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for step in reversed(range(teacher.schedule.num_timesteps)):

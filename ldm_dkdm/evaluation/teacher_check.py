@@ -1,11 +1,11 @@
-"""Whether a teacher is what its configuration says, found out in seconds before a distillation begins.
+"""Whether a model is what it is said to be, found out in seconds before a distillation begins.
 
-A teacher paints a few pictures, noises them again, and predicts the noise. What it cannot know is random; what it
+The model draws a few samples, noises them again, and predicts the noise. What it cannot know is random; what it
 should know tells a trained network from a scrambled one, and the right reading of its weights from a wrong one.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,13 +20,12 @@ from ldm_dkdm.diffusion.samplers import dpm_solver, last
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks import NETWORKS, UNet
 from ldm_dkdm.rng import torch_generator
-from ldm_dkdm.sources import Model
-from ldm_dkdm.teacher import Teacher
+from ldm_dkdm.model import DiffusionModel
 
 IMAGES, STEPS = 8, 10
 START = 1e-3  # abar where the sampler begins: below it, x_0 magnifies every error, unclipped latents' beyond use
 COMPARED = 32  # images where readings are compared: one alone decides nothing
-SHARES = (0.9, 0.75, 0.5, 0.25, 0.1)  # of T, where the samples are noised to
+QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.1)  # of T, where the samples are noised to
 LEVELS = (0.2, 0.5, 0.8, 0.95)  # abar, where readings are compared: the same noise, whatever t their schedules call it
 NOISY = (0.05, 0.2)  # abar at which biases are measured: there hardly a prediction depends on the sampler's own faults
 BIASED, UNBIASED = 4.0, 2.0  # standard errors
@@ -34,7 +33,7 @@ BIASED, UNBIASED = 4.0, 2.0  # standard errors
 ALONG = 0.7  # least cosine of eps and pure noise at T-1
 LINEAR = 0.7  # largest eps error at T/4, in units of the best linear denoiser's
 UNCALIBRATED = 0.15  # largest |rms of eps - sqrt(1 - its error)|, which vanishes for a posterior mean
-BETTER = 0.85  # another reading is preferred if its error is below this share of the configured one's ...
+BETTER = 0.85  # another reading is preferred if its error is below this quantile of the configured one's ...
 SIGMAS = 3.0  # ... by as many standard errors
 
 
@@ -98,32 +97,31 @@ class Figures:
 
 
 @torch.no_grad()
-def measure(
-    teacher: Teacher, shape: tuple[int, int, int], device: torch.device | str = "cpu", images: int = IMAGES
-) -> Figures:
-    """Sample, noise, predict: 20 calls of `images` states (n,*shape), always from the same noise."""
+def measure(teacher: DiffusionModel, images: int = IMAGES) -> Figures:
+    """Sample, noise, predict: 20 calls of `images` states, always from the same noise, where the model lies."""
+    device = teacher.device
     generator = torch_generator(0, 0, 0, "warmup", device)
-    noise = torch.randn((images, *shape), generator=generator, device=device)
+    noise = torch.randn((images, *teacher.shape), generator=generator, device=device)
     label = teacher.draw_labels(images, generator)
     schedule, final = teacher.schedule, teacher.schedule.num_timesteps - 1
     at_T = teacher.predict(noise, torch.full((images,), final, device=device), label).eps
-    x_0 = last(dpm_solver(schedule, teacher.predict, noise, min(STEPS, final + 1), label, START))
+    x_0 = last(dpm_solver(schedule, teacher.predict, noise, lambda: noise, min(STEPS, final + 1), label, start=START))
     rows, linear = [], math.nan
-    for share in SHARES:
-        t = torch.full((images,), round(share * final), device=device)
+    for quantile in QUANTILES:
+        t = torch.full((images,), round(quantile * final), device=device)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
         prediction = teacher.predict(q_sample(schedule, x_0, t, eps), t, label)
         error = (prediction.eps - eps).square().mean().item()
         x0_error = ((prediction.x_0 - x_0).square().mean() / x_0.var()).item()
         rows.append(Row(int(t[0]), error, x0_error, prediction.eps.square().mean().sqrt().item()))
-        if share == SHARES[-2]:
+        if quantile == QUANTILES[-2]:
             linear = error / _linear_error(schedule.alpha_bar(t[:1], x_0).item(), x_0)
     along = F.cosine_similarity(at_T.flatten(1), noise.flatten(1)).mean().item()
     return Figures(along, tuple(rows), linear, *_of_pictures(teacher, x_0, label, generator))
 
 
 def _of_pictures(
-    teacher: Teacher, x_0: Tensor, label: Tensor | None, generator: torch.Generator
+    teacher: DiffusionModel, x_0: Tensor, label: Tensor | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """log_errors and biases (n,) of every picture."""
     errors, biases = [], []
@@ -152,7 +150,7 @@ def fault(figures: Figures) -> str | None:
     if figures.along < ALONG:
         return (
             f"at t = T-1 its eps does not point along pure noise (cosine {figures.along:.2f}, expected above {ALONG}); "
-            "the weights are random or scrambled, or teacher.parameterization is wrong"
+            "the weights are random or scrambled, or the parameterization is wrong"
         )
     if figures.linear > LINEAR:
         return (
@@ -167,34 +165,36 @@ def fault(figures: Figures) -> str | None:
     if figures.deviation > UNCALIBRATED:
         return (
             f"the scale of its eps is off by {figures.deviation:.2f} (expected below {UNCALIBRATED}); the schedule "
-            "(diffusion.schedule, num_timesteps, betas) or teacher.parameterization is not that of these weights"
+            "(schedule, num_timesteps, betas) or the parameterization is not that of these weights"
         )
     return None
 
 
-def other_readings(model: Model) -> Iterator[tuple[str, Model]]:
+def other_readings(model: DiffusionModel) -> Iterator[tuple[str, DiffusionModel]]:
     """The same weights with what no tensor tells chosen otherwise: attention, then the schedule."""
     yield from _other_attention(model)
-    diffusion = model.card.diffusion
+    own = model.diffusion
     for other in (
-        DiffusionConfig("scaled_linear", 1000, space=diffusion.space),
-        DiffusionConfig("linear", 1000, 1e-4, 0.02, diffusion.space),
-        DiffusionConfig("cosine", 1000, space=diffusion.space),
-        DiffusionConfig("cosine", 4000, space=diffusion.space),
+        DiffusionConfig("scaled_linear", 1000, space=own.space),
+        DiffusionConfig("linear", 1000, 1e-4, 0.02, own.space),
+        DiffusionConfig("cosine", 1000, space=own.space),
+        DiffusionConfig("cosine", 4000, space=own.space),
     ):
-        same = other.schedule == diffusion.schedule and other.num_timesteps == diffusion.num_timesteps
-        if not (same and (other.schedule == "cosine" or other == diffusion)):
-            words = f"diffusion.schedule={other.schedule} num_timesteps={other.num_timesteps}"
-            words += "" if other.schedule == "cosine" else f" beta_start={other.beta_start} beta_end={other.beta_end}"
-            yield words, replace(model, card=replace(model.card, diffusion=other))
+        same = own.betas is None and (other.schedule, other.num_timesteps) == (own.schedule, own.num_timesteps)
+        if not (same and (other.schedule == "cosine" or other == own)):
+            keys = ("schedule", "num_timesteps", *(() if other.schedule == "cosine" else ("beta_start", "beta_end")))
+            yield _words(model, {key: getattr(other, key) for key in keys}), model.changed(diffusion=other)
 
 
-def _other_attention(model: Model) -> Iterator[tuple[str, Model]]:
-    network, params = model.network, dict(model.card.network.params)
+def _other_attention(model: DiffusionModel) -> Iterator[tuple[str, DiffusionModel]]:
+    network, params = model.network, dict(model.node.params)
     if not isinstance(network, UNet) or not any(name.endswith("qkv.weight") for name in network.state_dict()):
         return
     flipped = not params.get("use_new_attention_order", False)
-    yield f"use_new_attention_order={str(flipped).lower()}", reread(model, use_new_attention_order=flipped)
+    yield (
+        _words(model, {"use_new_attention_order": str(flipped).lower()}),
+        reread(model, use_new_attention_order=flipped),
+    )
     widths = [{"num_head_channels": width} for width in (32, 64, 16)]
     for changes in (*widths, {"num_heads": 1}, {"num_heads": 4}):
         whole = {"num_head_channels": -1, "num_heads": 1, **changes}
@@ -206,20 +206,25 @@ def _other_attention(model: Model) -> Iterator[tuple[str, Model]]:
             except UserError:
                 continue  # these channels do not divide into such heads
             if _heads(other.network) != _heads(network):
-                yield " ".join(f"{key}={value}" for key, value in changes.items()), other
+                yield _words(model, changes), other
+
+
+def _words(model: DiffusionModel, changes: Mapping[str, object]) -> str:
+    """Hints as the user would write them."""
+    return " ".join(f"{model.hints.key(key)}={value}" for key, value in changes.items())
 
 
 def _heads(network: nn.Module) -> list[int]:
     return [layer.heads for layer in network.modules() if hasattr(layer, "heads")]
 
 
-def reread(model: Model, **changes: Any) -> Model:
+def reread(model: DiffusionModel, **changes: Any) -> DiffusionModel:
     """The same weights in an architecture with other parameters, which must change no shape."""
-    node = replace(model.card.network, params={**model.card.network.params, **changes})
+    node = replace(model.node, params={**model.node.params, **changes})
     with torch.device("meta"):
-        network = build(node, NETWORKS, "teacher.params")
+        network = build(node, NETWORKS, "params")
     network.load_state_dict(model.network.state_dict(), assign=True)
-    return replace(model, network=network, card=replace(model.card, network=node))
+    return model.changed(network=network.eval(), node=node)
 
 
 def preferred(own: Figures, other: Figures) -> bool:
@@ -243,40 +248,33 @@ def less_biased(own: Figures, other: Figures) -> bool:
     return own.bias_sigmas > BIASED and other.bias_sigmas < UNBIASED and abs(other.bias) < 0.5 * abs(own.bias)
 
 
-def check_teacher(
-    model: Model,
-    teacher: Teacher,
-    device: torch.device | str = "cpu",
-    told: bool = False,
-) -> Figures:
-    """Refuse a teacher that does not denoise its own samples, or whose weights fit another reading much better.
+def check_teacher(model: DiffusionModel) -> Figures:
+    """Refuse a model that does not denoise its own samples, or whose weights fit another reading much better.
 
-    Guidance is left out: what it makes of the predictions is no posterior mean.
-
-    Args:
-        model: the teacher's network and card.
-        teacher: the same, as the distillation will call it, on `device`.
-        told: the checkpoint itself says how it is to be read, so that no other readings are tried.
+    Guidance is left out: what it makes of the predictions is no posterior mean. A model that describes itself (a
+    folder of ours, a diffusers pipeline) is not read otherwise.
 
     Raises:
         UserError: the figure that failed, its value, what is expected, and the likely cause.
     """
-    images = IMAGES if told else COMPARED
-    plain = model.as_teacher(teacher.precision, null_label=teacher.null_label).to(device)
-    own = measure(plain, model.latent_shape, device, images)
+    plain = model.changed(guidance=1.0)
+    told = model.described
+    own = measure(plain, IMAGES if told else COMPARED)
     reason = fault(own)
     if not told and own.finite:
-        for words, other in other_readings(model):
-            as_other = other.as_teacher(teacher.precision, null_label=teacher.null_label).to(device)
-            figures = measure(as_other, model.latent_shape, device, images)
-            if preferred(own, figures):
-                shown = f"eps error {figures.error:.3f} instead of {own.error:.3f}"
-                if less_biased(own, figures):
-                    shown = f"bias of eps {figures.bias:.4f} instead of {own.bias:.4f}"
-                raise UserError(
-                    f"teacher: its weights fit {words} better than the configuration ({shown}); correct it, or set "
-                    "teacher.check=false"
-                )
+        _refuse_better(plain, own)
     if reason:
-        raise UserError(f"teacher: {reason}; set teacher.check=false to distil it all the same")
+        raise UserError(f"{model.path or 'the model'}: {reason}")
     return own
+
+
+def _refuse_better(model: DiffusionModel, own: Figures) -> None:
+    for words, other in other_readings(model):
+        figures = measure(other, COMPARED)
+        if preferred(own, figures):
+            shown = f"eps error {figures.error:.3f} instead of {own.error:.3f}"
+            if less_biased(own, figures):
+                shown = f"bias of eps {figures.bias:.4f} instead of {own.bias:.4f}"
+            raise UserError(
+                f"{model.path or 'the model'}: its weights fit {words} better than what is set ({shown}); correct it"
+            )

@@ -1,8 +1,9 @@
 """The networks that can be teacher or student: callables (x, t, label=None) -> tensor."""
 
 from collections.abc import Callable
+from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ldm_dkdm.networks.dit import DiT
 from ldm_dkdm.networks.unet import UNet
@@ -15,4 +16,17 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "models.DiT": DiT,
 }  # by the `target` of a config, ours and those of other code bases
 
-__all__ = ["NETWORKS", "DiT", "UNet"]
+
+class Network(Protocol):
+    """What the package's own networks tell of themselves; a plain nn.Module has only the call."""
+
+    in_channels: int
+    out_channels: int
+    image_size: int
+    num_classes: int | None
+
+    def __call__(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """States x (B,in_channels,H,W), timesteps t (B,), labels (B,) -> (B,out_channels,H,W)."""
+
+
+__all__ = ["NETWORKS", "DiT", "Network", "UNet"]

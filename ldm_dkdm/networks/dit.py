@@ -7,12 +7,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.networks.arguments import remembers_arguments
 from ldm_dkdm.networks.layers import attend, timestep_embedding, zero_init
 
 MAX_DEPTH = 1000
 FREQUENCIES = 256  # width of the sinusoids that the timestep's MLP reads
 
 
+@remembers_arguments
 class DiT(nn.Module):
     """A ViT over the patches of x, conditioned by adaLN-Zero (Peebles & Xie 2023, Sec. 3.2).
 

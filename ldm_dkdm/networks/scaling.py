@@ -29,7 +29,7 @@ def parse_budget(text: str | int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", str(text).strip().lower())
     budget = round(float(match[1]) * UNITS[match[2]]) if match else 0
     if budget < 1:
-        raise UserError(f"student.budget: expected a number of parameters such as 60M or 300k, got {text!r}")
+        raise UserError(f"budget: expected a number of parameters such as 60M or 300k, got {text!r}")
     return budget
 
 
@@ -49,8 +49,7 @@ def unet_within_budget(params: Mapping[str, Any], budget: int) -> dict[str, Any]
     if not fitting:
         narrowest = _millions(_unet_size({**params, "model_channels": widths[0]}))
         raise UserError(
-            f"student.budget: {_millions(budget)} is too small; "
-            f"the narrowest UNet of the teacher's shape has {narrowest}"
+            f"budget: {_millions(budget)} is too small; the narrowest UNet of the teacher's shape has {narrowest}"
         )
     return {**params, "model_channels": widths[fitting - 1]}
 
@@ -84,7 +83,7 @@ class SliceReport:
     random: int
 
     def __str__(self) -> str:
-        return f"student.init: {self.sliced} tensors sliced, {self.copied} copied, {self.random} left random"
+        return f"init: {self.sliced} tensors sliced, {self.copied} copied, {self.random} left random"
 
 
 @torch.no_grad()
@@ -99,7 +98,7 @@ def slice_teacher(student: nn.Module, teacher: nn.Module) -> SliceReport:
     """
     if not (isinstance(student, UNet) and isinstance(teacher, UNet)):
         kinds = f"{type(student).__name__} and {type(teacher).__name__}"
-        raise UserError(f"student.init: teacher needs a UNet student and a UNet teacher (here {kinds}); choose random")
+        raise UserError(f"init: teacher needs a UNet student and a UNet teacher (here {kinds}); choose random")
     theirs = dict(_tensors(teacher))
     counts = Counter(_inherit(own, theirs.get(key)) for key, own in _tensors(student))
     return SliceReport(counts["sliced"], counts["copied"], counts["random"])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.networks.arguments import remembers_arguments
 from ldm_dkdm.networks.layers import (
     AttentionBlock,
     Downsample,
@@ -21,6 +22,7 @@ from ldm_dkdm.networks.layers import (
 MAX_BLOCKS = 100  # a level
 
 
+@remembers_arguments
 class UNet(nn.Module):
     """CompVis's `UNetModel` without cross-attention and guided-diffusion's, name for name.
 

@@ -7,6 +7,7 @@ import lightning as L
 import torch
 
 from ldm_dkdm.config.schema import EarlyStopConfig, TrainerConfig
+from ldm_dkdm.reporting import logger
 
 
 class StepCallback(L.Callback):
@@ -77,7 +78,7 @@ class TimeLimit(EarlyEnd):
         module.time_used = self.spent / self.limit
         if self.reached:
             steps = f"step {trainer.global_step} of {trainer.max_steps}"
-            print(f"\ntrainer.max_minutes: {self.limit / 60:g} are over at {steps}; more of them make a better student")
+            logger.info(f"stopped by trainer.max_minutes ({self.limit / 60:g}) at {steps}")
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, float]:
@@ -118,7 +119,7 @@ class EarlyStop(EarlyEnd):
             self._judge(trainer.strategy.reduce(torch.as_tensor(self.total) / self.batches).item())
         if self.reached:
             step, monitor = trainer.global_step, self.config.monitor
-            print(f"\nearly stop at step {step}: {monitor} stays above {self.best:.6g}")
+            logger.info(f"early stop at step {step}: {monitor} stays above {self.best:.6g}")
             trainer.should_stop = True
 
     def _judge(self, mean: float) -> None:

@@ -2,28 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import lightning as L
 import torch
 
-from ldm_dkdm.checkpoints.folder import relative_to_folder, write_folder
-from ldm_dkdm.config.schema import FirstStagePointer, ModelCard
-from ldm_dkdm.training.card import write_readme
+from ldm_dkdm.checkpoints.folder import card_of, write_model
+from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.training.ema import averaged
+from ldm_dkdm.training.folder import RunFolder
 
 
-def export_on_save(
-    folder: Path, card: ModelCard, pointer: FirstStagePointer | None, dtype: str
-) -> Callable[[L.Trainer], None]:
-    """A function that writes the EMA weights of a trainer and the card into `folder`."""
-    relative = pointer and replace(pointer, path=relative_to_folder(Path(pointer.path), folder))
+def export_on_save(model: DiffusionModel, folder: RunFolder, dtype: str) -> Callable[[L.Trainer], None]:
+    """A function that writes the EMA weights of a trainer and the model's card into the run's model folder."""
+    card = card_of(model, folder.model, f"{folder.model_name}.safetensors")
 
     def export(trainer: L.Trainer) -> None:
         info = {**card.info, "step": trainer.global_step, "max_steps": trainer.max_steps}
         network = averaged(trainer.callbacks).network
-        described = replace(card, first_stage=relative, info=info)
-        write_folder(folder, described, network.state_dict(), getattr(torch, dtype))
-        write_readme(folder, described)
+        write_model(folder.model, replace(card, info=info), network.state_dict(), getattr(torch, dtype))
 
     return export

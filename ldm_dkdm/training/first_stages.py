@@ -1,6 +1,8 @@
 """Training a first stage on images."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -10,17 +12,16 @@ from torch.utils.data import IterableDataset
 from ldm_dkdm.checkpoints.folder import write_folder
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageRun, TrainerConfig
-from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.first_stage import FIRST_STAGES
-from ldm_dkdm.first_stage.vq import VQModel
+from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
 from ldm_dkdm.first_stage.vqgan import FirstStageModule, held_out_psnr, latent_scale
 from ldm_dkdm.images import endless_batches, load_images
+from ldm_dkdm.reporting import Progress, logger
+from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.ema import averaged
-from ldm_dkdm.training.folder import RunFolder, alone_in, check_run, go_on, open_run, step_of
-from ldm_dkdm.training.interrupt import GracefulStop
-from ldm_dkdm.training.loop import finished, fit, training_device
+from ldm_dkdm.training.folder import RunFolder, step_of
 from ldm_dkdm.training.perceptual import lpips_loss
+from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.saving import RunCheckpoint
 
 VQ_MODELS = {name: kind for name, kind in FIRST_STAGES.items() if kind is VQModel}
@@ -40,37 +41,51 @@ class _ImageStream(IterableDataset[Tensor]):
         return endless_batches(*self.arguments)
 
 
-def train_first_stage(config: FirstStageRun, folder: RunFolder, resumed: bool = False) -> None:
-    """Train to `trainer.max_steps`; a second call goes on where the first stopped."""
-    device = training_device(config.trainer)
-    precision = resolve_precision(config.trainer.precision, device)
-    torch.manual_seed(config.trainer.seed)  # of the first weights
-    vq = build(config.first_stage, VQ_MODELS, "first_stage.params")
+def train_first_stage(
+    config: FirstStageRun, out: str | Path, *, resume: bool = False, progress: bool | Progress = True
+) -> Result:
+    """Train a first stage to `trainer.max_steps`; a second call goes on where the first stopped.
+
+    Args:
+        config: of the training, for example `load_config(FILE, schema=FirstStageRun)`.
+        out: folder of the run.
+        resume, progress: as in `distill`.
+
+    Returns:
+        The `VQModel` with its EMA weights, the folder, the steps taken and what ended the run.
+
+    Raises:
+        UserError: a bad value, images that do not fit, or a folder that holds another run.
+        Stopped: Ctrl-C; all is saved.
+    """
+    return train_first_stage_in(Run(config, RunFolder(Path(out), config.MODEL), resume, progress))
+
+
+def train_first_stage_in(run: Run) -> Result:
+    """Train a first stage in a run's folder; errors as `train_first_stage`."""
+    config: FirstStageRun = run.config
+    with forked_rng(config.trainer.seed):
+        vq = build(config.first_stage, VQ_MODELS, "first_stage.params")
+        module = FirstStageModule(
+            vq, config, lpips_loss(config.loss.perceptual_backbone) if config.loss.perceptual else None
+        )
     _refuse_unused(config)
     images = load_images(config.data.path, config.data.image_size)
     if config.data.batch_size > len(images):
         raise UserError(f"data.batch_size: {config.data.batch_size} is more than the {len(images)} images")
     held_out = load_images(config.data.held_out, config.data.image_size) if config.data.held_out else None
-    perceptual = lpips_loss(config.loss.perceptual_backbone) if config.loss.perceptual else None
-    module = FirstStageModule(vq, config, perceptual)
-    check_run(config, folder, resumed)
-    if end := finished(folder, config.trainer):
-        print(f"{folder.path}: {end}")
-        return
+    if end := run.end():
+        logger.info(f"{run.folder.path}: {end}")
+        return Result(vq, run.folder.path, step_of(run.folder.latest()), end)
 
     def stream_for(trainer: L.Trainer) -> _ImageStream:
-        latest = folder.latest()
-        seed = config.trainer.seed + trainer.global_rank
-        first_step = step_of(latest) if latest else 0
-        return _ImageStream(images, config.data.batch_size, config.trainer.max_steps, seed, first_step)
+        seed, steps = config.trainer.seed + trainer.global_rank, config.trainer.max_steps
+        return _ImageStream(images, config.data.batch_size, steps, seed, run.first_batch)
 
-    with alone_in(folder), GracefulStop() as stop:
-        open_run(config, folder, resumed)
-        export = _export_on_save(config, folder, images, held_out)
-        saving = RunCheckpoint(folder.checkpoints, config.logging.save_every, export)
-        fit(
-            module, stream_for, config.trainer, config.logging, folder, [saving], stop, precision, go_on(config, folder)
-        )
+    export = _export_on_save(config, run.folder, images, held_out)
+    with run.open():
+        result = run.fit(module, stream_for, [RunCheckpoint(run.folder.checkpoints, config.logging.save_every, export)])
+    return replace(result, model=vq.eval())
 
 
 OWN_CHOICES = (
@@ -106,7 +121,7 @@ def _export_on_save(
         info = {"step": trainer.global_step}
         if held_out is not None:
             info["held_out_psnr_db"] = round(held_out_psnr(vq, held_out), 2)
-            print(f"step {trainer.global_step}: held-out PSNR {info['held_out_psnr_db']} dB")
+            logger.info(f"step {trainer.global_step}: held-out PSNR {info['held_out_psnr_db']} dB")
         scale = latent_scale(vq, images[:: max(1, len(images) // 512)])
         card = FirstStageCard(
             "model.safetensors", config.first_stage.target, config.first_stage.params, round(scale, 6), info

@@ -3,7 +3,6 @@
 import dataclasses
 import fcntl
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ldm_dkdm.config.schema import FirstStageCard, LoggingConfig, ModelCard
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_text
+from ldm_dkdm.reporting import logger
 
 FREE = ("trainer", "logging")  # sections that may change when a run is resumed, but for:
 FIXED = ("trainer.seed", "trainer.accumulate", "trainer.devices")
@@ -24,9 +24,15 @@ _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """logs/<run>: config.yaml, checkpoints/, samples/, metrics/, student/."""
+    """logs/<run>: config.yaml, checkpoints/, samples/, metrics/ and the model's folder.
+
+    Attributes:
+        path: logs/<run>.
+        model_name: of the model's folder: student, model or first_stage.
+    """
 
     path: Path
+    model_name: str = "student"
 
     @property
     def checkpoints(self) -> Path:
@@ -36,7 +42,7 @@ class RunFolder:
     @property
     def model(self) -> Path:
         """The model's folder, with the EMA weights."""
-        return self.path / "student"
+        return self.path / self.model_name
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint."""
@@ -79,7 +85,7 @@ def alone_in(folder: RunFolder) -> Iterator[None]:
         except BlockingIOError as error:
             raise UserError(f"{folder.path}: another process trains there; wait, or set logging.name=NEW") from error
         except OSError as error:  # some network file systems know no locks
-            print(f"{folder.path}: not locked against a second process ({error.strerror})", file=sys.stderr)
+            logger.warning(f"{folder.path}: not locked against a second process ({error.strerror})")
         yield
 
 
@@ -122,12 +128,12 @@ def _made_with(stored: Path, schema: type) -> str:
         return stored.read_text()
 
 
-def run_folder(log: LoggingConfig, default_name: str) -> RunFolder:
+def run_folder(log: LoggingConfig, default_name: str, schema: type) -> RunFolder:
     """logs/<name>; the name is that of the --base files, joined by +, unless the config gives one."""
     name = log.name or default_name
     if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts:
         raise UserError(f"logging.name: '{name}' must be a folder below {log.dir}; logging.dir says where that is")
-    return RunFolder(Path(log.dir) / name)
+    return RunFolder(Path(log.dir) / name, schema.MODEL)
 
 
 def find_run(name: str, schema: type, logs: Path = Path("logs")) -> RunFolder:
@@ -136,8 +142,8 @@ def find_run(name: str, schema: type, logs: Path = Path("logs")) -> RunFolder:
         runs = [f for f in logs.glob("*/config.yaml") if _is_run_of(f, schema)]
         if not runs:
             raise UserError(f"--resume last: {logs}/ holds no run of {schema.SCRIPT}; name its folder instead")
-        return RunFolder(max(runs, key=lambda f: newest_change(f.parent)).parent)
-    folder = RunFolder(Path(name))
+        return RunFolder(max(runs, key=lambda f: newest_change(f.parent)).parent, schema.MODEL)
+    folder = RunFolder(Path(name), schema.MODEL)
     if not (folder.path / "config.yaml").is_file():
         raise UserError(f"--resume: {name} is no run folder (it has no config.yaml)")
     if (found := card_kind(folder.path / "config.yaml")) in (ModelCard.KIND, FirstStageCard.KIND):

@@ -1,109 +1,239 @@
-"""Training a diffusion model on images (Alg. 2)."""
+"""Training a diffusion model on images (Alg. 2): teachers, and the baselines that distillation is compared with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
 
-from ldm_dkdm.assemble import Codec, check_loss, load_first_stage, load_initial, plain
+from ldm_dkdm.checkpoints.contents import schedule_of
+from ldm_dkdm.checkpoints.first_stages import named_first_stage
+from ldm_dkdm.checkpoints.loading import load_strictly
+from ldm_dkdm.checkpoints.reading import read_tensors
+from ldm_dkdm.config.checked import nearest
 from ldm_dkdm.config.registry import build
-from ldm_dkdm.config.schema import DiffusionRun, ModelCard
-from ldm_dkdm.device import is_first_rank, resolve_precision
+from ldm_dkdm.config.schema import (
+    DiffusionDataConfig,
+    DiffusionRun,
+    FirstStageConfig,
+    LoggingConfig,
+    LossConfig,
+    NewNetworkConfig,
+    TrainerConfig,
+)
+from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.distillation.image_data import EncodedStates, ImageSet, States, encode_sets, open_sets
 from ldm_dkdm.distillation.module import StudentModule
+from ldm_dkdm.distillation.student import check_loss, load_initial, require_call
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.generate import SamplerConfig
 from ldm_dkdm.images import save_grid
+from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS
-from ldm_dkdm.pixel import SPACES
-from ldm_dkdm.sources import Model, check_trainable, make_schedule
+from ldm_dkdm.reporting import Progress, logger
+from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.export import export_on_save
-from ldm_dkdm.training.folder import RunFolder, alone_in, check_run, go_on, open_run
+from ldm_dkdm.training.folder import RunFolder, step_of
 from ldm_dkdm.training.grids import SampleGrid
-from ldm_dkdm.training.interrupt import GracefulStop
-from ldm_dkdm.training.loop import finished, first_batch, fit, training_device
+from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.saving import RunCheckpoint
 
 
-def train_diffusion(config: DiffusionRun, folder: RunFolder, resumed: bool = False) -> None:
-    """Train to `trainer.max_steps` on real or synthetic images; a second call goes on where the first stopped."""
-    device = training_device(config.trainer)
-    precision = resolve_precision(config.trainer.precision, device)
-    network = _network(config)
-    model = Model(network, ModelCard("model.safetensors", plain(config.model), config.diffusion), None)
-    codec, pointer = load_first_stage(config.first_stage, model, precision)
-    sets = open_sets(config.data, config.trainer.seed)
-    _check_labels(network, dict(zip([key for key in ("path", "synthetic") if getattr(config.data, key)], sets)))
-    found = tuple(codec.to(device).encode(sets[0].take(torch.zeros(1, dtype=torch.long))).shape[1:])
-    if found != model.latent_shape:
-        raise UserError(f"model.params: states of {model.latent_shape}, but the images make {found}")
-    check_run(config, folder, resumed)
-    if end := finished(folder, config.trainer):
-        print(f"{folder.path}: {end}")
-        return
-    states = _states(config, sets, codec, network.num_classes is not None)
-    schedule = make_schedule(config.diffusion)
-    module = StudentModule(
-        network, schedule, config.model.parameterization, config.loss, config.trainer, model.denoiser
+def train(
+    model: DiffusionModel,
+    data: str | Path | Mapping[str, Any] | DiffusionDataConfig,
+    out: str | Path,
+    *,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    image_size: int | None = None,
+    loss: str | Mapping[str, Any] | LossConfig = "eps",
+    learning_rate: float = 1e-4,
+    config: DiffusionRun | None = None,
+    resume: bool = False,
+    progress: bool | Progress = True,
+    **options: Any,
+) -> Result:
+    """Train a model on images (Alg. 2); a second call goes on where the first one stopped.
+
+    Args:
+        model: to train; on latents its first stage encodes the images.
+        data: folder of images (a sub-folder is a class), an ADM-style .npz, or the keys of `DiffusionDataConfig`.
+        out: folder of the run.
+        steps: optimizer steps. batch_size: images in a batch, per device.
+        image_size: side of the images in pixels; default: what the model's states decode to.
+        loss: one of LOSS_SPACES, or the keys of `LossConfig`.
+        learning_rate, config, resume, progress: as in `distill`.
+        options: further keys of `DiffusionDataConfig`, `TrainerConfig` and `LoggingConfig`.
+
+    Raises:
+        UserError: images that do not fit the model, a bad value, or a folder that holds another run.
+        Stopped: Ctrl-C; all is saved.
+    """
+    if config is None:
+        given = {"max_steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, **options}
+        given["image_size"] = image_size or _image_size(model)
+        named = {"path": str(data)} if isinstance(data, (str, Path)) else dict(_mapping(data))
+        config = run_config(model, Path(out), loss, {**given, **named})
+    run = Run(config, RunFolder(Path(out), config.MODEL), resume, progress)
+    return train_in(run, model)
+
+
+def _mapping(data: Mapping[str, Any] | DiffusionDataConfig) -> Mapping[str, Any]:
+    return data if isinstance(data, Mapping) else asdict(data)
+
+
+def _image_size(model: DiffusionModel) -> int:
+    if not model.space.encoded:
+        return model.shape[1]
+    autoencoder = model.codec().autoencoder
+    return model.shape[1] * autoencoder.downsampling
+
+
+def run_config(
+    model: DiffusionModel, out: Path, loss: str | Mapping[str, Any] | LossConfig, numbers: Mapping[str, Any]
+) -> DiffusionRun:
+    """The configuration of a call from Python.
+
+    Raises:
+        UserError: an unknown or missing key, or a bad value.
+    """
+    sections: dict[type, dict[str, Any]] = {DiffusionDataConfig: {}, TrainerConfig: {}, LoggingConfig: {}}
+    owner = {f.name: section for section in sections for f in fields(section)}
+    given = {key: value for key, value in numbers.items() if value is not None}
+    for key, value in given.items():
+        if key not in owner:
+            raise UserError(f"{key}: unknown argument{nearest(key, owner)}")
+        sections[owner[key]][key] = value
+    for key, word in (("max_steps", "steps"), ("batch_size", "batch_size")):
+        if key not in given:
+            raise UserError(f"{word}: missing")
+    node, stage = model.node, model.first_stage
+    return DiffusionRun(
+        model=NewNetworkConfig(node.target, dict(node.params), node.parameterization),
+        diffusion=model.diffusion,
+        data=DiffusionDataConfig(**sections[DiffusionDataConfig]),
+        trainer=TrainerConfig(**sections[TrainerConfig]),
+        first_stage=FirstStageConfig(str(stage.path), stage.target, dict(stage.params), stage.scale_factor)
+        if stage
+        else FirstStageConfig(),
+        loss=LossConfig(space=loss) if isinstance(loss, str) else loss,
+        logging=LoggingConfig(**{"dir": str(out.parent), "name": out.name, **sections[LoggingConfig]}),
     )
+
+
+def new_model(config: DiffusionRun) -> DiffusionModel:
+    """The model that a configuration describes, with its first weights.
+
+    Raises:
+        UserError: an unknown target, a bad parameter, or first weights that do not fit.
+    """
+    with forked_rng(config.trainer.seed):
+        network = build(config.model, NETWORKS, "model.params")
+    load_initial(network, config.model, "model.init")
+    return DiffusionModel(
+        network,
+        schedule=schedule_of(config.diffusion),
+        space=config.diffusion.space,
+        parameterization=config.model.parameterization,
+        first_stage=named_first_stage(config.first_stage),
+        node=config.model.plain,
+    )
+
+
+def train_in(run: Run, model: DiffusionModel) -> Result:
+    """Train a model in a run's folder; errors as `train`."""
+    config = run.config
+    model.to(model.device, run.precision)
+    require_trainable(model, config)
+    codec = model.codec().to(run.device, run.precision)
+    sets = open_sets(config.data, run.trainer.seed)
+    _require_labels(model, dict(zip([key for key in ("path", "synthetic") if getattr(config.data, key)], sets)))
+    found = tuple(codec.encode(sets[0].take(torch.zeros(1, dtype=torch.long))).shape[1:])
+    if found != model.shape:
+        raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
+    if end := run.end():
+        logger.info(f"{run.folder.path}: {end}")
+        return _ended(run, model, end)
+    states = _states(config, sets, model, run.progress)
+    model.network.train()
+    batches = run.trainer.max_steps * run.trainer.accumulate
 
     def stream_for(trainer: L.Trainer) -> DataStream:
         return DataStream(
             states,
-            schedule,
+            model.schedule,
             config.data.batch_size,
-            config.trainer.max_steps * config.trainer.accumulate,
-            config.trainer.seed,
+            batches,
+            run.trainer.seed,
             trainer.global_rank,
             trainer.strategy.root_device,
-            first_batch(folder, config.trainer),
+            run.first_batch,
             config.data.t_cap,
         )
 
-    log = config.logging
-    samples = folder.path / "samples"
-    export = export_on_save(folder.model, model.card, pointer, log.export_dtype)
-    with alone_in(folder), GracefulStop() as stop:
-        open_run(config, folder, resumed)
+    samples = run.folder.path / "samples"
+    export = export_on_save(model, run.folder, config.logging.export_dtype)
+    saving = RunCheckpoint(run.folder.checkpoints, config.logging.save_every, export)
+    with run.open():
         if is_first_rank():
-            save_grid(sets[0].take(torch.arange(min(log.sample_count, len(sets[0])))), samples / "data.png")
-        sampling = SamplerConfig(log.sample_count, seed=config.trainer.seed, steps=log.sample_steps)
-        callbacks = [
-            SampleGrid(samples, codec, model.latent_shape, log.sample_every, sampling, model.classes),
-            RunCheckpoint(folder.checkpoints, log.save_every, export),
-        ]
-        fit(module, stream_for, config.trainer, log, folder, callbacks, stop, precision, go_on(config, folder))
+            count = min(config.logging.sample_count, len(sets[0]))
+            save_grid(sets[0].take(torch.arange(count)), samples / "data.png")
+        grids = SampleGrid(samples, config.logging, run.trainer.seed)
+        result = run.fit(StudentModule(model, config.loss, run.trainer), stream_for, [grids, saving])
+    model.network.eval()
+    model.path = run.folder.model
+    return replace(result, model=model)
 
 
-def _network(config: DiffusionRun) -> nn.Module:
-    check_loss(config.loss, make_schedule(config.diffusion), "loss")
-    if config.logging.sample_steps > config.diffusion.num_timesteps:
-        raise UserError(f"logging.sample_steps: {config.logging.sample_steps} is more than the diffusion steps")
-    torch.manual_seed(config.trainer.seed)  # of the first weights
-    network = build(config.model, NETWORKS, "model.params")
-    load_initial(network, config.model, "model.init")
-    check_trainable(network, config.diffusion, "model.params")
-    return network
+def _ended(run: Run, model: DiffusionModel, end: str) -> Result:
+    """The model of a run that has nothing more to do, with the weights that it saved."""
+    home = next(place for place in (run.folder.model, run.folder.path / "student") if place.is_dir())
+    load_strictly(model.network.eval(), read_tensors(home), home)
+    model.path = home
+    return Result(model, run.folder.path, step_of(run.folder.latest()), end)
 
 
-def _check_labels(network: nn.Module, sets: dict[str, ImageSet]) -> None:
-    if network.num_classes is None:
+def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:
+    """Refuse what images cannot teach: outside pixel space L_vlb's likelihood of 8-bit values means nothing.
+
+    Raises:
+        UserError: the key that does not fit.
+    """
+    check_loss(config.loss, model.schedule)
+    if config.logging.sample_steps > model.schedule.num_timesteps:
+        raise UserError(f"sample_steps: {config.logging.sample_steps} is more than the diffusion steps")
+    require_call(model)
+    network = model.network
+    inputs, outputs = model.shape[0], getattr(network, "out_channels", model.shape[0])
+    if outputs not in (inputs, 2 * inputs):
+        raise UserError(f"model.params.out_channels: {outputs} must be {inputs} or {2 * inputs}")
+    if outputs != inputs and not model.space.likelihood:
+        said = " (learn_sigma: false)" if hasattr(network, "null_label") else ""
+        raise UserError(f"model.params.out_channels: {outputs} must be {inputs} in latent space{said}")
+
+
+def _require_labels(model: DiffusionModel, sets: Mapping[str, ImageSet]) -> None:
+    if model.num_classes is None:
         return
     for key, images in sets.items():
         if images.labels is None:
             raise UserError(
                 f"data.{key}: a class-conditional model needs labels: arr_1 of an .npz, or a sub-folder for every class"
             )
-        if not 0 <= int(images.labels.min()) <= int(images.labels.max()) < network.num_classes:
+        if not 0 <= int(images.labels.min()) <= int(images.labels.max()) < model.num_classes:
             raise UserError(
-                f"model.params.num_classes: {network.num_classes}, but data.{key}'s labels go from "
+                f"model.params.num_classes: {model.num_classes}, but data.{key}'s labels go from "
                 f"{int(images.labels.min())} to {int(images.labels.max())}"
             )
 
 
-def _states(config: DiffusionRun, sets: list[ImageSet], codec: Codec, labeled: bool) -> States:
-    if config.data.cache and SPACES[config.diffusion.space].encoded:
-        return encode_sets(sets, codec, config.data.flip, labeled)
+def _states(config: DiffusionRun, sets: Sequence[ImageSet], model: DiffusionModel, progress: bool | Progress) -> States:
+    labeled = model.num_classes is not None
+    if config.data.cache and model.space.encoded:
+        return encode_sets(sets, model.codec(), config.data.flip, labeled, progress)
     if config.data.cache:  # pixels need no encoding, but files need reading
-        sets = [images.loaded() for images in sets]
-    return EncodedStates(sets, codec, config.data.flip, labeled)
+        sets = [images.loaded(progress) for images in sets]
+    return EncodedStates(sets, model.codec(), config.data.flip, labeled)

@@ -1,57 +1,32 @@
-"""A picture every few hundred steps: what the student paints from the same noise."""
+"""A grid of samples every few steps, always from the same noise."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
 import torch
 
-from ldm_dkdm.assemble import Codec
-from ldm_dkdm.generate import SamplerConfig, sample_images
+from ldm_dkdm.config.schema import LoggingConfig, SamplingConfig
 from ldm_dkdm.images import save_grid
 from ldm_dkdm.training.ema import averaged
 from ldm_dkdm.training.ends import StepCallback
 
 
 class SampleGrid(StepCallback):
-    """Writes samples/step=N.png, from the EMA weights.
+    """Writes samples/step=N.png, from the EMA weights of a module with a `model`.
 
     Args:
         folder: logs/<run>/samples.
-        codec: the first stage.
-        shape: (C,H,W) of a state.
-        every: steps between grids.
-        config: how many, which seeds, how many DDIM steps.
-        classes: the labels of a class-conditional model.
+        log: every how many steps, how many samples, in how many DDIM steps.
+        seed: of the samples.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        codec: Codec,
-        shape: tuple[int, int, int],
-        every: int,
-        config: SamplerConfig,
-        classes: Sequence[int] | None = None,
-    ) -> None:
-        self.folder, self.codec, self.shape = folder, codec, shape
-        self.every, self.config, self.classes = every, config, classes
+    def __init__(self, folder: Path, log: LoggingConfig, seed: int) -> None:
+        self.folder, self.every = folder, log.sample_every
+        self.config = SamplingConfig(log.sample_count, seed=seed, steps=log.sample_steps)
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
         if trainer.is_global_zero and step % self.every == 0:
-            student = averaged(trainer.callbacks).eval()
-            self.codec.to(module.device)
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
-                batches = list(
-                    sample_images(
-                        student.denoiser,
-                        student.schedule,
-                        self.shape,
-                        self.codec,
-                        self.config,
-                        module.device,
-                        self.classes,
-                    )
-                )
-            save_grid(torch.cat(batches), self.folder / f"step={step:08d}.png")
+            model = averaged(trainer.callbacks).model
+            images = [batch.images for batch in model.sample_batches(self.config)]
+            save_grid(torch.cat(images), self.folder / f"step={step:08d}.png")

@@ -1,27 +1,31 @@
-"""Ctrl-C and SIGTERM end a run at the next whole iteration, so that what is saved is exact."""
+"""A signal ends a run at the next whole iteration, so that what is saved is exact."""
 
 import signal
-import sys
 import threading
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 
 import lightning as L
 
+from ldm_dkdm.reporting import logger
 from ldm_dkdm.training.ends import StepCallback
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class GracefulStop(StepCallback):
-    """Context manager and Lightning callback: the first signal asks for a stop, a second one forces it."""
+    """Context manager and Lightning callback: the first signal asks for a stop, a second one forces it.
 
-    def __init__(self) -> None:
+    Args:
+        signals: those that ask; their handlers are as before after the block.
+    """
+
+    def __init__(self, signals: Sequence[int]) -> None:
+        self.signals = signals
         self.requested = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._on_signal) for number in self.signals}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -32,7 +36,7 @@ class GracefulStop(StepCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this iteration and saving (once more: stop at once)", file=sys.stderr)
+        logger.warning("stopping after this iteration and saving (once more: stop at once)")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)

@@ -1,37 +1,15 @@
-"""The model card of a student: README.md in its folder."""
+"""The model card: README.md in a model's folder."""
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
-from ldm_dkdm.checkpoints.folder import home_of, is_model_folder, read_card_of
-from ldm_dkdm.config.schema import DistillRun, ModelCard
+from ldm_dkdm.config.schema import ModelCard
 from ldm_dkdm.files import write_text
 
 FIGURES = "evaluation.json"
-PER_T = "eps_mse_by_t"  # in the file of figures only: too long for people
+PER_T = "eps_mse_by_t"  # in the file of figures only: too long for a card
 NOT_MEASURED = "Not measured yet (scripts/evaluate.py)."
-
-
-def teacher_facts(config: DistillRun) -> dict[str, Any]:
-    """Name, SHA-256 and licence (as the user states it) of a teacher, and the recipe, for a card's `info`."""
-    path, distill, trainer = home_of(Path(config.teacher.ckpt)), config.distill, config.trainer
-    return {
-        "teacher": config.teacher.ckpt,
-        "teacher_sha256": sha256(_weights(path)),
-        "teacher_licence": config.teacher.licence or "not stated (teacher.licence)",
-        "method": f"DKDM, {distill.variant} iterative distillation",
-        "batch_size": distill.batch_size * trainer.accumulate * trainer.devices,
-        "learning_rate": trainer.learning_rate,
-        "ema_decay": trainer.ema_decay,
-    }
-
-
-def _weights(path: Path) -> Path:
-    if is_model_folder(path):
-        return path / read_card_of(path, ModelCard).weights
-    return next(iter(sorted((path / "unet").glob("diffusion_pytorch_model*"))), path) if path.is_dir() else path
 
 
 def sha256(path: Path) -> str:

@@ -1,14 +1,14 @@
-"""Our tensors' names and diffusers', and the parameters that both sides call differently."""
+"""diffusers' UNet2DModel and our UNet: names of tensors, parameters that both sides call differently."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.networks import UNet
 
 RESNET = {
     "in_layers.0": "norm1",
@@ -95,17 +95,17 @@ def unet_config(params: Mapping[str, Any]) -> dict[str, Any]:
     attends = [2**level in params["attention_resolutions"] for level in range(len(mults))]
     if mults[0] != 1:
         raise UserError(
-            f"--to: diffusers derives the timestep's width from the first level; channel_mult[0] is {mults[0]}"
+            f"format: diffusers derives the timestep's width from the first level; channel_mult[0] is {mults[0]}"
         )
     if not params.get("conv_resample", True):
-        raise UserError("--to: diffusers has no UNet that resamples without weights (conv_resample: false)")
+        raise UserError("format: diffusers has no UNet that resamples without weights (conv_resample: false)")
     updown = params.get("resblock_updown", False)
     head = params.get("num_head_channels", -1)
     if head == -1:
         per_level = {w // params.get("num_heads", 1) for w, on in zip(widths, attends, strict=True) if on}
         per_level.add(widths[-1] // params.get("num_heads", 1))  # the middle
         if len(per_level) > 1:
-            raise UserError(f"--to: diffusers has one head width for all levels, this model has {sorted(per_level)}")
+            raise UserError(f"format: diffusers has one head width for all levels, this model has {sorted(per_level)}")
         (head,) = per_level
     return {
         "_class_name": "UNet2DModel",
@@ -186,109 +186,78 @@ def split_qkv(value: Tensor, heads: int, new_order: bool) -> tuple[Tensor, Tenso
     return tuple(part.reshape(-1, *value.shape[1:]).contiguous() for part in parts)
 
 
-def join_qkv(parts: list[Tensor], heads: int) -> Tensor:
-    """The inverse, in CompVis's order: weights (3C,C,1) or biases (3C,)."""
+def join_qkv(parts: Sequence[Tensor], heads: int, new_order: bool = False) -> Tensor:
+    """The inverse: weights (3C,C,1) or biases (3C,)."""
     shaped = [part.view(heads, -1, *part.shape[1:]) for part in parts]
-    joined = torch.stack(shaped, 1).flatten(0, 2)
+    joined = torch.stack(shaped, 0 if new_order else 1).flatten(0, 2)
     return joined[..., None] if joined.ndim == 2 else joined
 
 
-ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}  # of a first stage
+def to_ours(tensors: Mapping[str, Tensor], params: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
+    """A UNet2DModel's tensors under our names.
 
-
-def first_stage_name(name: str, levels: int) -> str:
-    """The name in diffusers' VQModel and AutoencoderKL of one of taming's."""
-    found = re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d+)\.(block|attn|downsample|upsample)\.(.*)", name)
-    if found:
-        half, way, level, kind, rest = found.groups()
-        level = int(level) if way == "down" else levels - 1 - int(level)
-        rest = rest.replace("nin_shortcut", "conv_shortcut")
-        if kind == "attn":
-            index, part, end = rest.split(".")
-            inner = f"attentions.{index}.{ATTENTION[part]}.{end}"
+    Raises:
+        UserError: a tensor is missing, or one is left over.
+    """
+    found = {modern(name): tensor for name, tensor in tensors.items()}
+    result, used = {}, set()
+    for name, shape in shapes_of(UNet, params).items():
+        theirs = unet_name(name, params["num_res_blocks"])
+        if ".to_qkv." in theirs:
+            names = [theirs.replace("to_qkv", part) for part in ("to_q", "to_k", "to_v")]
+            parts = [take(found, part, source) for part in names]
+            order = params.get("use_new_attention_order", False)
+            result[name] = join_qkv(parts, _heads(params, shape[0] // 3), order)
         else:
-            inner = f"resnets.{rest}" if kind == "block" else f"{kind}rs.0.{rest}"
-        return f"{half}.{way}_blocks.{level}.{inner}"
-    for ours, theirs in (
-        ("mid.block_1", "mid_block.resnets.0"),
-        ("mid.block_2", "mid_block.resnets.1"),
-        *((f"mid.attn_1.{part}.", f"mid_block.attentions.0.{theirs}.") for part, theirs in ATTENTION.items()),
-        (".norm_out", ".conv_norm_out"),
-    ):
-        name = name.replace(ours, theirs)
+            names = [theirs]
+            result[name] = take(found, theirs, source).reshape(shape)
+        used.update(names)
+    unknown = sorted(set(found) - used)
+    if unknown:
+        raise UserError(f"{source}: holds tensors that this architecture does not have: {', '.join(unknown[:4])}")
+    return result
+
+
+def to_theirs(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Our UNet's tensors under UNet2DModel's names."""
+    result = {}
+    for name, value in tensors.items():
+        theirs = unet_name(name, params["num_res_blocks"])
+        if ".to_qkv." in theirs:
+            split = split_qkv(value, _heads(params, len(value) // 3), params.get("use_new_attention_order", False))
+            result |= {
+                theirs.replace("to_qkv", part): v for part, v in zip(("to_q", "to_k", "to_v"), split, strict=True)
+            }
+        else:
+            result[theirs] = (value.flatten(1) if value.ndim == 3 else value).contiguous()
+    return result
+
+
+def modern(name: str) -> str:
+    """Attention's names in today's library, for those of older files."""
+    for old, new in OLD_ATTENTION.items():
+        name = name.replace(f".{old}.", f".{new}.")
     return name
 
 
-FIRST_STAGE_CLASSES = ("VQModel", "AutoencoderKL")
-DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+def take(tensors: Mapping[str, Tensor], name: str, source: Path) -> Tensor:
+    """A tensor by its name.
 
-
-def first_stage_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
-    """diffusers' VQModel or AutoencoderKL config for our first stage's parameters."""
-    dd, codes = params["ddconfig"], params.get("n_embed")
-    kind = FIRST_STAGE_CLASSES[codes is None]
-    if dd["z_channels"] != params["embed_dim"]:
-        raise UserError(f"--to: diffusers' {kind} needs embed_dim = z_channels")
-    widths = [dd["ch"] * mult for mult in dd["ch_mult"]]
-    attends = [dd["resolution"] // 2**level in dd["attn_resolutions"] for level in range(len(widths))]
-    own = {} if codes is None else {"num_vq_embeddings": codes, "vq_embed_dim": params["embed_dim"]}
-    return {
-        "_class_name": kind,
-        "in_channels": dd["in_channels"],
-        "out_channels": dd["out_ch"],
-        "down_block_types": [DOWN[on] for on in attends],
-        "up_block_types": [UP[on] for on in reversed(attends)],
-        "block_out_channels": widths,
-        "layers_per_block": dd["num_res_blocks"],
-        "act_fn": "silu",
-        "latent_channels": dd["z_channels"],
-        "sample_size": dd["resolution"],
-        "norm_num_groups": 32,
-        "scaling_factor": scale_factor,
-        **own,
-    }
-
-
-WANTED = {  # of a first stage; the values at which it is like ours
-    "norm_num_groups": 32,
-    "norm_type": "group",
-    "act_fn": "silu",
-    "mid_block_add_attention": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "lookup_from_codebook": False,
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-}
-
-
-def first_stage_params(config: Mapping[str, Any], latent_size: int | None, source: Path) -> dict[str, Any]:
-    """Our first stage's parameters for a VQModel's or AutoencoderKL's config.
-
-    The resolution follows from the latents' side, or from `sample_size` where that is None.
+    Raises:
+        UserError: it is missing.
     """
-    widths, codes = list(config["block_out_channels"]), config.get("num_vq_embeddings")
-    down, up = list(config["down_block_types"]), list(config["up_block_types"])
-    attends = [kind == DOWN[1] for kind in down]
-    kinds = {*down, *up} - {*DOWN, *UP}
-    other = [f"{key} {config[key]}" for key, value in WANTED.items() if config.get(key, value) != value]
-    if not kinds and up != [UP[on] for on in reversed(attends)]:
-        other.append(f"up_block_types {up} that do not mirror the down_block_types")
-    if kinds or other:
-        raise UserError(f"{source}: a first stage with {', '.join(sorted(kinds) + other)} is not supported")
-    resolution = config["sample_size"] if latent_size is None else latent_size * 2 ** (len(widths) - 1)
-    embed = config.get("vq_embed_dim") or config["latent_channels"]
-    ddconfig = {
-        "double_z": config["_class_name"] == "AutoencoderKL",
-        "z_channels": config["latent_channels"],
-        "resolution": resolution,
-        "in_channels": config["in_channels"],
-        "out_ch": config["out_channels"],
-        "ch": widths[0],
-        "ch_mult": [width // widths[0] for width in widths],
-        "num_res_blocks": config["layers_per_block"],
-        "attn_resolutions": [resolution // 2**level for level, on in enumerate(attends) if on],
-        "dropout": 0.0,
-    }
-    return {"ddconfig": ddconfig, "embed_dim": embed} | ({} if codes is None else {"n_embed": codes})
+    if name not in tensors:
+        raise UserError(f"{source}: {name} is missing")
+    return tensors[name]
+
+
+def shapes_of(kind: Callable[..., nn.Module], params: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """The shapes of a module's tensors; nothing takes memory."""
+    with torch.device("meta"):
+        module = kind(**params)
+    return {name: value.shape for name, value in module.state_dict().items()}
+
+
+def _heads(params: Mapping[str, Any], channels: int) -> int:
+    head = params.get("num_head_channels", -1)
+    return params.get("num_heads", 1) if head == -1 else channels // head

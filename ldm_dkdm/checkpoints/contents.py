@@ -1,0 +1,258 @@
+"""What a checkpoint tells of a diffusion model, and the hints that complete it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_dkdm.checkpoints.first_stages import FirstStage
+from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig, TeacherConfig
+from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.errors import UserError, nearest
+from ldm_dkdm.pixel import SPACES
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A parameter that no tensor's shape tells: any one of `keys`, and what is usual."""
+
+    keys: tuple[str, ...]
+    hint: str
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the user says of a checkpoint; everything that its tensors do not tell.
+
+    Attributes:
+        params: parameters of the network.
+        target: the network's class, where the whole architecture is given.
+        parameterization: `eps` or `v`.
+        use_ema: EMA weights or those that the optimizer left; None: EMA where the file has them.
+        null_label: the class label that means none.
+        diffusion: keys of the forward process.
+        first_stage: another first stage than the one that the model points to, or its scale.
+        sections: the hints are sections of a config, so that messages name them by their dotted keys.
+    """
+
+    params: Mapping[str, Any] = field(default_factory=dict)
+    target: str | None = None
+    parameterization: str | None = None
+    use_ema: bool | None = None
+    null_label: int | None = None
+    diffusion: Mapping[str, Any] = field(default_factory=dict)
+    first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
+    sections: bool = False
+
+    @classmethod
+    def of(cls, **given: Any) -> "Hints":
+        """Hints by flat names: keys of `diffusion`, `first_stage` (a path) and `scale_factor`, parameters of the network.
+
+        None means: not given.
+        """
+        given = {key: value for key, value in given.items() if value is not None}
+        diffusion = {f.name: given.pop(f.name) for f in fields(DiffusionConfig) if f.name in given}
+        stage = {ours: given.pop(name) for name, ours in STAGE_HINTS.items() if name in given}
+        stage = {key: str(value) if key == "ckpt" else value for key, value in stage.items()}
+        own = {name: given.pop(name) for name in OWN_HINTS if name in given}
+        params = {**dict(given.pop("params", {})), **given}
+        if diffusion:
+            DiffusionConfig(**diffusion)  # refuses bad values
+        return cls(**own, params=params, diffusion=diffusion, first_stage=FirstStageConfig(**stage))
+
+    @classmethod
+    def of_sections(
+        cls, teacher: TeacherConfig, diffusion: DiffusionConfig | None, first_stage: FirstStageConfig
+    ) -> "Hints":
+        """Hints out of the sections of a distillation's config."""
+        own = {name: getattr(teacher, name) for name in OWN_HINTS}
+        process = {} if diffusion is None else asdict(diffusion)
+        return cls(**own, params=teacher.params, diffusion=process, first_stage=first_stage, sections=True)
+
+    def key(self, name: str) -> str:
+        """How the user writes a hint: its name, or its dotted key in a config."""
+        if not self.sections:
+            return {ours: name for name, ours in STAGE_HINTS.items()}.get(name, name)
+        if name in {f.name for f in fields(DiffusionConfig)}:
+            return f"diffusion.{name}"
+        if name in STAGE_HINTS.values():
+            return f"first_stage.{name}"
+        return f"teacher.{name}" if name in OWN_HINTS else f"teacher.params.{name}"
+
+
+OWN_HINTS = ("target", "parameterization", "use_ema", "null_label")
+STAGE_HINTS = {"first_stage": "ckpt", "scale_factor": "scale_factor"}  # by the names of `Hints.of`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a file or folder tells of a diffusion model.
+
+    Attributes:
+        path: of the model; `file` is where its weights were read.
+        format: its name in FORMATS.
+        target, params: the network as far as it is told.
+        ema, raw: weights under the network's own names; where the file does not tell them apart, `raw`.
+        demands: parameters that must be given as hints.
+        usual: parameters that no tensor tells, but nearly all such files have.
+        parameterization: None where the format stores none; then it is eps unless a hint says otherwise.
+        diffusion: the forward process; None where it must be given.
+        alphas_cumprod: the stored schedule (T,), in the file's precision.
+        space: of models of this format that do not say.
+        first_stage: where it lies; None where the file does not say.
+        described: the model describes itself, so that it needs no hints and may not contradict them.
+    """
+
+    path: Path
+    format: str
+    target: str
+    params: Mapping[str, Any]
+    file: Path
+    ema: Mapping[str, Tensor] | None = None
+    raw: Mapping[str, Tensor] | None = None
+    demands: Sequence[Demand] = ()
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    parameterization: str | None = None
+    diffusion: DiffusionConfig | None = None
+    alphas_cumprod: Tensor | None = None
+    space: str = "latent"
+    first_stage: FirstStage | None = None
+    null_label: int | None = None
+    shape: Sequence[int] | None = None
+    num_classes: int | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    described: bool = False
+
+    def weights(self, hints: Hints) -> Mapping[str, Tensor]:
+        """The network's tensors: EMA unless told otherwise; where only one kind is there, that one.
+
+        Raises:
+            UserError: the kind that was asked for is not in the file.
+        """
+        if hints.use_ema is None:
+            found = self.raw if self.ema is None else self.ema
+        else:
+            found = self.ema if hints.use_ema else self.raw
+        if found is None:
+            has, value = ("no EMA weights", "false") if hints.use_ema else ("EMA weights only", "true")
+            raise UserError(f"{self.path}: holds {has}; set {hints.key('use_ema')}={value}, or remove the key")
+        return found
+
+    def network(self, hints: Hints) -> NetworkConfig:
+        """The whole network: what is told and what is given.
+
+        Raises:
+            UserError: something is missing, or a hint contradicts the file.
+        """
+        if self.described:
+            self._refuse_descriptions(hints)
+            return NetworkConfig(self.target, dict(self.params), self.parameterization or "eps")
+        kind = hints.parameterization or self.parameterization or "eps"
+        if hints.target is not None:
+            return NetworkConfig(hints.target, dict(hints.params), kind)
+        self._refuse_contradictions(hints)
+        missing = self.missing(hints.params)
+        if missing:
+            wanted = "; ".join(f"{' or '.join(map(hints.key, demand.keys))} ({demand.hint})" for demand in missing)
+            raise UserError(f"{self.path}: its tensors do not tell everything; set {wanted}")
+        return NetworkConfig(self.target, {**self.usual, **self.params, **hints.params}, kind)
+
+    def missing(self, given: Mapping[str, Any]) -> list[Demand]:
+        """What is neither told nor given."""
+        return [demand for demand in self.demands if not any(key in given for key in demand.keys)]
+
+    def _refuse_contradictions(self, hints: Hints) -> None:
+        for key, value in hints.params.items():
+            if key in self.params and _plain(value) != _plain(self.params[key]):
+                told = self.params[key]
+                raise UserError(f"{hints.key(key)}: {_plain(value)}, but the tensors of {self.path} say {told}")
+
+    def _refuse_descriptions(self, hints: Hints) -> None:
+        own = {"target": self.target, "parameterization": self.parameterization or "eps"}
+        given = {key: getattr(hints, key) for key in own if getattr(hints, key) is not None} | dict(hints.params)
+        for key, value in given.items():
+            told = own[key] if key in own else self.params.get(key)
+            if _plain(value) != _plain(told):
+                said = f"{key}: {_plain(told)}" if key in own or key in self.params else f"no {key}"
+                raise UserError(f"{hints.key(key)}: {self.path} describes itself ({said}); remove the key")
+
+    def process(self, hints: Hints) -> DiffusionConfig:
+        """The forward process: the stored one, which a hint must not contradict, or the one that hints give.
+
+        Raises:
+            UserError: neither is there, or they differ.
+        """
+        given = dict(hints.diffusion)
+        if not given and self.diffusion is not None:
+            return self.diffusion
+        if self.diffusion is None:
+            if not {"schedule", "betas"} & set(given):
+                raise UserError(self._no_schedule(hints))
+            return DiffusionConfig(**{"space": self.space, **given})
+        wanted = DiffusionConfig(**(given if hints.sections else {**_named(self.diffusion, given), **given}))
+        if self.alphas_cumprod is not None:
+            check_schedule(self.alphas_cumprod, schedule_of(wanted), self.path)
+            return wanted
+        return self._same_process(wanted, hints)
+
+    def _same_process(self, wanted: DiffusionConfig, hints: Hints) -> DiffusionConfig:
+        own, here = asdict(self.diffusion), asdict(wanted)
+        words = [
+            f"{hints.key(key)}: {here[key]}, but the model's is {own[key]}" for key in own if here[key] != own[key]
+        ]
+        if words:
+            raise UserError(
+                f"{'; '.join(words)} ({self.path}); remove the " + ("section" if hints.sections else "hint")
+            )
+        return self.diffusion
+
+    def _no_schedule(self, hints: Hints) -> str:
+        usual = {"space": self.space, "schedule": "cosine" if self.space == "pixel" else "scaled_linear"}
+        example = " ".join(f"{hints.key(key)}={value}" for key, value in {**usual, "num_timesteps": 1000}.items())
+        return f"{self.path} ({self.format}) does not tell its noise schedule; set it, for example {example}"
+
+
+def _named(stored: DiffusionConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a partial hint leaves as it is stored; another schedule brings its own betas."""
+    tree = asdict(stored)
+    if {"schedule", "betas"} & set(given):
+        tree.pop("betas", None)
+    return tree
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
+    """The forward process that a config section describes."""
+    return NoiseSchedule(
+        config.schedule,
+        config.num_timesteps,
+        config.beta_start,
+        config.beta_end,
+        SPACES[config.space].steps_offset,
+        betas=config.betas,
+    )
+
+
+def check_schedule(stored: Tensor, schedule: NoiseSchedule, source: str | Path) -> None:
+    """Refuse a given schedule that is not the `alphas_cumprod` (T,) that a checkpoint was trained with."""
+    wanted = schedule.alphas_cumprod
+    if stored.shape != wanted.shape or not torch.allclose(stored.double(), wanted, rtol=tolerance(stored), atol=1e-6):
+        raise UserError(
+            f"diffusion: {source} was trained with {_ends(stored)}, the configuration gives {_ends(wanted)}; "
+            "correct schedule, num_timesteps, beta_start or beta_end"
+        )
+
+
+def tolerance(stored: Tensor) -> float:
+    """How far a stored schedule may lie from a given one, relatively: 0.1%, or what its precision leaves."""
+    return max(1e-3, torch.finfo(stored.dtype).eps)
+
+
+def _ends(abar: Tensor) -> str:
+    return f"T = {len(abar)}, alphas_cumprod {abar[0]:.6f} ... {abar[len(abar) // 2]:.6f} ... {abar[-1]:.6f}"

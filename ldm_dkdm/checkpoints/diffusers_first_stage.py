@@ -1,0 +1,152 @@
+"""diffusers' VQModel and AutoencoderKL and our first stages: names of tensors, parameters."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm_dkdm.checkpoints.diffusers_unet import modern, shapes_of, take
+from ldm_dkdm.checkpoints.reading import read_tensors
+from ldm_dkdm.checkpoints.source import read_json
+from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.first_stage import FIRST_STAGES
+
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}  # of a first stage
+
+
+def first_stage_name(name: str, levels: int) -> str:
+    """The name in diffusers' VQModel and AutoencoderKL of one of taming's."""
+    found = re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d+)\.(block|attn|downsample|upsample)\.(.*)", name)
+    if found:
+        half, way, level, kind, rest = found.groups()
+        level = int(level) if way == "down" else levels - 1 - int(level)
+        rest = rest.replace("nin_shortcut", "conv_shortcut")
+        if kind == "attn":
+            index, part, end = rest.split(".")
+            inner = f"attentions.{index}.{ATTENTION[part]}.{end}"
+        else:
+            inner = f"resnets.{rest}" if kind == "block" else f"{kind}rs.0.{rest}"
+        return f"{half}.{way}_blocks.{level}.{inner}"
+    for ours, theirs in (
+        ("mid.block_1", "mid_block.resnets.0"),
+        ("mid.block_2", "mid_block.resnets.1"),
+        *((f"mid.attn_1.{part}.", f"mid_block.attentions.0.{theirs}.") for part, theirs in ATTENTION.items()),
+        (".norm_out", ".conv_norm_out"),
+    ):
+        name = name.replace(ours, theirs)
+    return name
+
+
+CLASSES = ("VQModel", "AutoencoderKL")
+DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
+
+
+def first_stage_config(params: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
+    """diffusers' VQModel or AutoencoderKL config for our first stage's parameters."""
+    dd, codes = params["ddconfig"], params.get("n_embed")
+    kind = CLASSES[codes is None]
+    if dd["z_channels"] != params["embed_dim"]:
+        raise UserError(f"format: diffusers' {kind} needs embed_dim = z_channels")
+    widths = [dd["ch"] * mult for mult in dd["ch_mult"]]
+    attends = [dd["resolution"] // 2**level in dd["attn_resolutions"] for level in range(len(widths))]
+    own = {} if codes is None else {"num_vq_embeddings": codes, "vq_embed_dim": params["embed_dim"]}
+    return {
+        "_class_name": kind,
+        "in_channels": dd["in_channels"],
+        "out_channels": dd["out_ch"],
+        "down_block_types": [DOWN[on] for on in attends],
+        "up_block_types": [UP[on] for on in reversed(attends)],
+        "block_out_channels": widths,
+        "layers_per_block": dd["num_res_blocks"],
+        "act_fn": "silu",
+        "latent_channels": dd["z_channels"],
+        "sample_size": dd["resolution"],
+        "norm_num_groups": 32,
+        "scaling_factor": scale_factor,
+        **own,
+    }
+
+
+WANTED = {  # of a first stage; the values at which it is like ours
+    "norm_num_groups": 32,
+    "norm_type": "group",
+    "act_fn": "silu",
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "lookup_from_codebook": False,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
+
+
+def first_stage_params(config: Mapping[str, Any], latent_size: int | None, source: Path) -> dict[str, Any]:
+    """Our first stage's parameters for a VQModel's or AutoencoderKL's config.
+
+    The resolution follows from the latents' side, or from `sample_size` where that is None.
+    """
+    widths, codes = list(config["block_out_channels"]), config.get("num_vq_embeddings")
+    down, up = list(config["down_block_types"]), list(config["up_block_types"])
+    attends = [kind == DOWN[1] for kind in down]
+    kinds = {*down, *up} - {*DOWN, *UP}
+    other = [f"{key} {config[key]}" for key, value in WANTED.items() if config.get(key, value) != value]
+    if not kinds and up != [UP[on] for on in reversed(attends)]:
+        other.append(f"up_block_types {up} that do not mirror the down_block_types")
+    if kinds or other:
+        raise UserError(f"{source}: a first stage with {', '.join(sorted(kinds) + other)} is not supported")
+    resolution = config["sample_size"] if latent_size is None else latent_size * 2 ** (len(widths) - 1)
+    embed = config.get("vq_embed_dim") or config["latent_channels"]
+    ddconfig = {
+        "double_z": config["_class_name"] == "AutoencoderKL",
+        "z_channels": config["latent_channels"],
+        "resolution": resolution,
+        "in_channels": config["in_channels"],
+        "out_ch": config["out_channels"],
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": config["layers_per_block"],
+        "attn_resolutions": [resolution // 2**level for level, on in enumerate(attends) if on],
+        "dropout": 0.0,
+    }
+    return {"ddconfig": ddconfig, "embed_dim": embed} | ({} if codes is None else {"n_embed": codes})
+
+
+def read_component(folder: Path, latent_size: int | None = None) -> dict[str, Any]:
+    """A folder of config.json and weights -> target, params, tensors and scale_factor of our first stage.
+
+    Args:
+        folder: for example a release of Stable Diffusion's VAE.
+        latent_size: side of the latents; default: that of the config's `sample_size`.
+
+    Raises:
+        UserError: another model, or an option that we do not have.
+    """
+    with blaming(folder, "a config in it is incomplete or does not fit its weights"):
+        config = read_json(folder / "config.json")
+        if config.get("_class_name") not in CLASSES:
+            raise UserError(f"{folder}: is a {config.get('_class_name')}; only {' and '.join(CLASSES)} work")
+        params = first_stage_params(config, latent_size, folder / "config.json")
+        target = f"ldm_dkdm.first_stage.{config['_class_name']}"
+        # The library's own default for both, 0.18215, is an AutoencoderKL's; VQModels without the key mean 1, as CompVis's.
+        default = 1.0 if "n_embed" in params else 0.18215
+        scale = float(config.get("scaling_factor", default))
+        found = {modern(name): tensor for name, tensor in read_tensors(folder).items()}
+        levels, tensors = len(config["block_out_channels"]), {}
+        for name, shape in shapes_of(FIRST_STAGES[target], params).items():
+            tensors[name] = take(found, first_stage_name(name, levels), folder).reshape(shape)
+        return {"target": target, "params": params, "tensors": tensors, "scale_factor": scale}
+
+
+def component(
+    params: Mapping[str, Any], tensors: Mapping[str, Tensor], scale_factor: float
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Our first stage as diffusers' config and tensors."""
+    config, result = first_stage_config(params, scale_factor), {}
+    for name, value in tensors.items():
+        attention = ".attn" in name and value.ndim == 4
+        flat = value.flatten(1) if attention else value
+        result[first_stage_name(name, len(config["block_out_channels"]))] = flat.contiguous()
+    return config, result

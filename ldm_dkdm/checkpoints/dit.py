@@ -1,0 +1,85 @@
+"""DiT's layout: `{model, ema, opt, args}` of a training, or a release's bare tensors."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_dkdm.checkpoints.contents import Contents, Demand
+from ldm_dkdm.checkpoints.writing import SavedModel
+from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, detached
+from ldm_dkdm.checkpoints.source import Source
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import replacing
+from ldm_dkdm.networks import DiT
+
+NAME = "DiT"
+NAMES = {"x_embedder.proj.weight", "final_layer.linear.weight", "pos_embed"}
+IMAGENET_TABLE = 1001  # rows of a public DiT's label table: 1,000 classes and none
+
+
+def recognises(source: Source) -> bool:
+    """Whether a file holds a DiT's tensors."""
+    return source.kind != "folder" and NAMES <= set(source.tensors)
+
+
+def read(source: Source) -> Contents:
+    """What the tensors tell; the noise schedule is not among it.
+
+    Raises:
+        UserError: tensors are missing.
+    """
+    try:
+        told = _inferred(source.tensors)
+    except TOO_FEW as error:
+        raise UserError(f"{source.path}: its network is incomplete or of another kind ({error})") from error
+    content, both = source.content, {"ema", "model"}
+    trained = isinstance(content, Mapping) and both <= set(content) and isinstance(content["ema"], Mapping)
+    return Contents(
+        path=source.path,
+        file=source.path,
+        format=NAME,
+        **told,
+        ema=source.tensors if trained else None,
+        raw=source.part("model") if trained else source.tensors,
+        space="pixel",
+    )
+
+
+def _inferred(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
+    outputs = tensors["final_layer.linear.weight"].shape[0] // patch**2
+    params: dict[str, Any] = {
+        "input_size": math.isqrt(tensors["pos_embed"].shape[1]) * patch,
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden_size": width,
+        "depth": count_blocks(tensors, "blocks"),
+        "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "learn_sigma": outputs == 2 * channels,
+    }
+    demands = [Demand(("num_heads",), "6 in DiT-S, 12 in B, 16 in L and XL")]
+    table = tensors.get("y_embedder.embedding_table.weight")
+    if table is not None and len(table) == IMAGENET_TABLE:
+        params |= {"num_classes": IMAGENET_TABLE - 1, "class_dropout_prob": 0.1}
+    elif table is not None:
+        demands.append(
+            Demand(("num_classes",), f"the table has {len(table)} rows, one of them none's if it has a null label")
+        )
+        demands.append(Demand(("class_dropout_prob",), "0.1 in public DiTs, 0 without a null label"))
+    return {"target": "ldm_dkdm.networks.DiT", "params": params, "demands": tuple(demands)}
+
+
+def write(model: SavedModel, path: Path) -> None:
+    """Write the bare dictionary of tensors, as the public releases are.
+
+    Raises:
+        UserError: another architecture, or a network that predicts v.
+    """
+    if not isinstance(model.network, DiT) or model.node.parameterization != "eps":
+        raise UserError("format: dit holds a DiT that predicts eps; choose safetensors")
+    with replacing(path) as temporary:
+        torch.save(detached(model.network.state_dict()), temporary)

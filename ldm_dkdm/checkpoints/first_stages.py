@@ -1,0 +1,190 @@
+"""First stages out of folders of ours, of diffusers, and files that hold one."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm_dkdm.checkpoints.diffusers_first_stage import CLASSES, read_component
+from ldm_dkdm.checkpoints.loading import build_loaded
+from ldm_dkdm.checkpoints.reading import read_tensors
+from ldm_dkdm.checkpoints.releases import how_to_get
+from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, under
+from ldm_dkdm.checkpoints.source import Source, has_config
+from ldm_dkdm.config.load import card_kind, read_card
+from ldm_dkdm.config.schema import FirstStageCard, FirstStageConfig
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.first_stage import FIRST_STAGES
+from ldm_dkdm.first_stage.codec import LatentCodec
+
+PREFIX = "first_stage_model."  # in CompVis's files
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """Where a model's first stage lies and what it is; it is opened when it is first needed.
+
+    Attributes:
+        path: folder or file.
+        scale_factor: of the latents; None: what the path tells, else 1.
+        target, params: the autoencoder; None where the path tells them.
+        tensors: under the autoencoder's own names, where they were read along with the model.
+    """
+
+    path: Path
+    scale_factor: float | None = None
+    target: str | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+
+    def opened(self, latent_size: int | None = None) -> "FirstStage":
+        """The same with everything known and its tensors read.
+
+        Args:
+            latent_size: side of the latents, which no tensor tells; None where the path describes itself.
+
+        Raises:
+            UserError: no first stage there, or one that is incomplete.
+        """
+        if self.tensors is not None:
+            return self._inferred(self.tensors, latent_size)
+        source = Source(self.path)
+        if source.is_folder:
+            return replace(self._of_folder(source, latent_size), path=source.path)
+        if not source.path.is_file():
+            raise UserError(f"first_stage: {self.path} is missing; {how_to_get(self.path)}")
+        found = tensors_of(source.tensors)
+        scale = self.scale_factor or stored_scale(source.tensors, self.path)
+        return replace(self, scale_factor=scale)._inferred(found, latent_size)
+
+    def _of_folder(self, source: Source, latent_size: int | None) -> "FirstStage":
+        if is_first_stage_folder(source.path):
+            if self.target is not None or self.params:
+                raise UserError(f"first_stage: {self.path} describes itself; remove target and params")
+            card = read_card(source.path / "config.yaml", FirstStageCard)
+            tensors = read_tensors(source.path / card.weights)
+            found = FirstStage(source.path, card.scale_factor, card.target, card.params, tensors)
+        else:
+            folder = component_of(source)
+            found = FirstStage(source.path, **read_component(folder, latent_size))
+        return replace(found, scale_factor=self.scale_factor or found.scale_factor)
+
+    def _inferred(self, tensors: Mapping[str, Tensor], latent_size: int | None) -> "FirstStage":
+        if self.target is not None:
+            return replace(self, tensors=tensors)
+        if latent_size is None:
+            raise UserError(f"first_stage: {self.path} is no first-stage folder; its target and params must be given")
+        target, params = infer_first_stage(tensors, latent_size, self.path)
+        return replace(self, target=target, params=params, tensors=tensors)
+
+    def codec(self, latent_size: int | None = None, precision: str = "32") -> LatentCodec:
+        """The autoencoder with its weights, ready to encode and decode.
+
+        Raises:
+            UserError: no first stage there, or tensors that do not fit it.
+        """
+        stage = self.opened(latent_size)
+        autoencoder = build_loaded(stage, "first_stage.params", FIRST_STAGES, stage.tensors or {}, stage.path)
+        return LatentCodec(autoencoder, stage.scale_factor or 1.0, precision, stage.target, stage.params)
+
+    def changed(self, config: FirstStageConfig) -> "FirstStage":
+        """What a user says instead; the scale belongs to the diffusion model, whichever file is named."""
+        scale = config.scale_factor or self.scale_factor
+        if config.ckpt is not None:
+            return FirstStage(Path(config.ckpt), scale, config.target, config.params)
+        if config.target is None:
+            return replace(self, scale_factor=scale)
+        return replace(self, scale_factor=scale, target=config.target, params=config.params)
+
+
+def named_first_stage(config: FirstStageConfig) -> FirstStage | None:
+    """The first stage that a user names, if one is named."""
+    return None if config.ckpt is None else FirstStage(Path(config.ckpt)).changed(config)
+
+
+def is_first_stage_folder(path: Path) -> bool:
+    """Whether the path is a first-stage folder of ours."""
+    return has_config(path) and card_kind(path / "config.yaml") == FirstStageCard.KIND
+
+
+def component_of(source: Source) -> Path:
+    """The folder of diffusers' VQModel or AutoencoderKL: the source itself, or a part of a pipeline.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if source.holds("config.json") and source.json("config.json").get("_class_name") in CLASSES:
+        return source.path
+    parts = source.json("model_index.json") if source.holds("model_index.json") else {}
+    found = next((name for name in ("vqvae", "vae") if name in parts), None)
+    if found is None:
+        raise UserError(f"first_stage: {source.path} holds no first stage; name its file or folder")
+    return source.path / found
+
+
+def tensors_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first stage in a file, under its own names, without its training loss."""
+    found = under(tensors, PREFIX) or dict(tensors)
+    return {name: tensor for name, tensor in found.items() if not name.startswith("loss.")}
+
+
+def stored_scale(tensors: Mapping[str, Tensor], path: Path) -> float:
+    """The scale of the latents in a CompVis checkpoint; 1 where it stores none."""
+    stored = tensors.get("scale_factor")
+    if stored is None:
+        return 1.0
+    if stored.numel() != 1 or not stored.is_floating_point() or not 0 < stored.item() < math.inf:
+        raise UserError(f"{path}: scale_factor is no number above 0; set first_stage.scale_factor")
+    return stored.item()
+
+
+def infer_first_stage(tensors: Mapping[str, Tensor], latent_size: int, source: Path) -> tuple[str, dict[str, Any]]:
+    """Target and parameters of a VQModel or AutoencoderKL, from its tensors and the side of its latents.
+
+    Args:
+        tensors: of the first stage, without a prefix.
+        latent_size: side of the latents; no tensor tells it.
+        source: for messages.
+
+    Raises:
+        UserError: no first stage, or one whose tensors are incomplete.
+    """
+    if "encoder.conv_in.weight" not in tensors or "quant_conv.weight" not in tensors:
+        raise UserError(f"{source}: holds no first stage; name its file or folder in first_stage.ckpt")
+    try:
+        return _inferred(tensors, latent_size)
+    except TOO_FEW as error:
+        raise UserError(f"{source}: its first stage is incomplete or of another kind ({error})") from error
+
+
+def _inferred(tensors: Mapping[str, Tensor], latent_size: int) -> tuple[str, dict[str, Any]]:
+    channels = tensors["encoder.conv_in.weight"].shape[0]
+    levels, blocks = count_blocks(tensors, "encoder.down"), count_blocks(tensors, "encoder.down.0.block")
+    resolution = latent_size * 2 ** (levels - 1)
+    codes = tensors.get("quantize.embedding.weight")
+    moments = tensors["encoder.conv_out.weight"].shape[0] // tensors["decoder.conv_in.weight"].shape[1]
+    if moments != (2 if codes is None else 1):  # mean and log variance, or a latent that a codebook rounds
+        raise KeyError("quantize.embedding.weight")
+    ddconfig = {
+        "double_z": codes is None,
+        "z_channels": tensors["encoder.conv_out.weight"].shape[0] // moments,
+        "resolution": resolution,
+        "in_channels": tensors["encoder.conv_in.weight"].shape[1],
+        "out_ch": tensors["decoder.conv_out.weight"].shape[0],
+        "ch": channels,
+        "ch_mult": [
+            tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] // channels for level in range(levels)
+        ],
+        "num_res_blocks": blocks,
+        "attn_resolutions": [
+            resolution // 2**level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in tensors
+        ],
+        "dropout": 0.0,
+    }
+    params = {"ddconfig": ddconfig, "embed_dim": tensors["quant_conv.weight"].shape[0] // moments}
+    if codes is None:
+        return "ldm_dkdm.first_stage.AutoencoderKL", params
+    return "ldm_dkdm.first_stage.VQModel", {**params, "n_embed": codes.shape[0]}

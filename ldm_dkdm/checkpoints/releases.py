@@ -1,0 +1,23 @@
+"""What to put where a recipe expects a checkpoint."""
+
+from pathlib import Path
+
+RELEASES = {
+    "ffhq256": "CompVis's LDM-VQ-4 release for FFHQ (ffhq.zip), unpack its model.ckpt",
+    "celebahq256": "CompVis's LDM-VQ-4 release for CelebA-HQ (celeba.zip), unpack its model.ckpt",
+    "cifar10": "DDPM-IP's release ADM_cifar10_baseline.pt",
+    "celeba64": "DDPM-IP's release DDPM_IP_celeba64.pt",
+    "imagenet32": "DDPM-IP's release DDPM_IP_imageNet32.pt",
+}  # by the name of the folder
+
+
+def how_to_get(path: Path) -> str:
+    """What to do about a checkpoint that is missing."""
+    release = RELEASES.get(path.parent.name)
+    if release:
+        return f"download {release} and put it there, or name another path"
+    if path.parts[:1] == ("logs",):
+        return "it is the folder of a run: train that model first (scripts/train_ldm.py), or name another path"
+    return (
+        "name a CompVis .ckpt, a guided-diffusion .pt, a diffusers folder, or a model folder (config.yaml and weights)"
+    )

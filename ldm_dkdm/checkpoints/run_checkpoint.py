@@ -1,0 +1,45 @@
+"""A training checkpoint of a run of ours: EMA and raw weights, the run's model folder says what they are."""
+
+from pathlib import Path
+
+from ldm_dkdm.checkpoints import folder
+from ldm_dkdm.checkpoints.contents import Contents
+from ldm_dkdm.checkpoints.writing import SavedModel
+from ldm_dkdm.checkpoints.shapes import under
+from ldm_dkdm.checkpoints.source import Source, has_config, home_of
+from ldm_dkdm.errors import UserError
+
+NAME = "training checkpoint"
+PREFIX = "network."  # of the network in the Lightning module
+RAW = "current_model_state"  # where Lightning's averaging keeps the weights as the optimizer left them
+
+
+def recognises(source: Source) -> bool:
+    """Whether a file is what a run saved."""
+    return source.kind == "torch" and any(name.startswith(PREFIX) for name in source.tensors)
+
+
+def read(source: Source) -> Contents:
+    """The weights in the checkpoint and the description in the run's model folder.
+
+    Raises:
+        UserError: no model folder beside it.
+    """
+    run = source.path.parent.parent
+    home = home_of(run)
+    if home == run or not has_config(home):
+        raise UserError(
+            f"{source.path}: is a run's checkpoint, but no model folder beside it says what its weights are; keep it "
+            "in the run's checkpoints/, or name the run"
+        )
+    raw = under(source.part(RAW), PREFIX) if RAW in source.content else None
+    return folder.described(home, file=source.path, format=NAME, ema=under(source.tensors, PREFIX), raw=raw)
+
+
+def write(model: SavedModel, path: Path) -> None:
+    """Refuse: a checkpoint also holds the optimizer and the pool.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError("format: only a run writes its checkpoints; choose folder or safetensors")

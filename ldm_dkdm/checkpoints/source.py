@@ -1,0 +1,127 @@
+"""A path that is opened once: what lies there is read when it is first asked for, and kept."""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ldm_dkdm.checkpoints.reading import file_kind, read_content, select_part, tensors_in
+from ldm_dkdm.config.load import read_yaml
+from ldm_dkdm.config.recipes import find_shipped
+from ldm_dkdm.errors import UserError
+
+RUN_MODELS = ("model", "first_stage", "student")  # folders in a run where its model may lie
+
+
+class Source:
+    """A file or folder that may hold a model.
+
+    A run's folder means the model in it; the weights of a model folder mean the folder.
+
+    Args:
+        path: of the file or folder; a relative path may name a model that ships with the package.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = home_of(find_shipped(path))
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the path is a folder."""
+        return self.path.is_dir()
+
+    @cached_property
+    def kind(self) -> str:
+        """`folder`, or the kind of the file by its content: `torch`, `safetensors`, `pickle`.
+
+        Raises:
+            UserError: no such file, or one of another kind; says which.
+        """
+        if self.is_folder:
+            return "folder"
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: no such checkpoint file")
+        return file_kind(self.path)
+
+    @cached_property
+    def content(self) -> Any:
+        """All that a file holds: a dictionary, or whatever was saved; unknown classes are inert."""
+        return None if self.kind == "folder" else read_content(self.path)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of a file in its usual part, without the prefix that DistributedDataParallel leaves."""
+        return {} if self.kind == "folder" else self.part(None)
+
+    def part(self, name: str | None) -> dict[str, Tensor]:
+        """The tensors in a named part of a file, as above."""
+        if isinstance(self.content, Tensor):
+            shape = tuple(self.content.shape)
+            raise UserError(f"{self.path}: holds one tensor of shape {shape}, not a network")
+        found = tensors_in(select_part(self.content, name, self.path), self.path)
+        if not found:
+            raise UserError(f"{self.path}: holds no weights (keys: {', '.join(map(str, list(self.content)[:6]))})")
+        return {key.removeprefix("module."): tensor for key, tensor in found.items()}
+
+    @cached_property
+    def metadata(self) -> Mapping[str, str]:
+        """The metadata of a safetensors file; empty for any other."""
+        if self.kind != "safetensors":
+            return {}
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return file.metadata() or {}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{self.path}: not a readable safetensors file (is it complete?): {error}") from error
+
+    def holds(self, name: str) -> bool:
+        """Whether a folder holds a file of this name."""
+        return (self.path / name).is_file()
+
+    def json(self, *names: str) -> dict[str, Any]:
+        """The object in a JSON file of the folder.
+
+        Raises:
+            UserError: a missing or malformed file.
+        """
+        return read_json(self.path.joinpath(*names))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: a missing or malformed file, or one that holds no object.
+    """
+    try:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: is no JSON object")
+    return tree
+
+
+def has_config(folder: Path) -> bool:
+    """Whether a folder holds a config.yaml, as model folders and runs do."""
+    return (folder / "config.yaml").is_file()
+
+
+def home_of(path: Path) -> Path:
+    """The model folder that a path means: that in a run, or that whose weights the path names; else the path."""
+    if path.is_file() and _weights_of(path.parent) == path.name:
+        return path.parent
+    return next((path / name for name in RUN_MODELS if has_config(path / name)), path)
+
+
+def _weights_of(folder: Path) -> str | None:
+    """The weights that a folder's config names; None where it has no config of ours."""
+    try:
+        return read_yaml(folder / "config.yaml").get("weights") if has_config(folder) else None
+    except (UserError, OmegaConfBaseException):  # a third-party file
+        return None

@@ -1,0 +1,27 @@
+"""What a file is that holds no diffusion model."""
+
+from ldm_dkdm.checkpoints.source import Source
+
+
+def what_else(source: Source) -> str:
+    """What a file or folder holds instead, and where it belongs."""
+    if source.is_folder:
+        if (source.path / "checkpoints").is_dir():
+            return f"the run has no model yet; let it save once, or go on with --resume {source.path}"
+        return "is neither a model folder (config.yaml), nor a diffusers folder (model_index.json or config.json)"
+    return _of_names(set(source.tensors))
+
+
+def _of_names(names: set[str]) -> str:
+    def holds(*prefixes: str) -> bool:
+        return all(any(name.startswith(prefix) for name in names) for prefix in prefixes)
+
+    if any("lora" in name.lower() for name in names):
+        return "is a LoRA adapter, which changes a model and is none; name the model itself"
+    if holds("encoder.", "decoder."):
+        return "is a first stage, not a diffusion model; it belongs in first_stage.ckpt"
+    if holds("down_blocks.", "mid_block."):
+        return "is a diffusers network without its config.json; name the folder that holds both"
+    if holds("total_t", "total_x_t_1"):
+        return "is a pool of noisy states, not a network; it belongs in distill.pool_from"
+    return f"holds no diffusion network that is known here (keys: {', '.join(sorted(names)[:4])})"

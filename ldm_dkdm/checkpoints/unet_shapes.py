@@ -1,0 +1,77 @@
+"""The UNet's architecture, read off the shapes of its tensors, and what shapes do not tell."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm_dkdm.checkpoints.contents import Demand
+from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks
+from ldm_dkdm.errors import UserError
+
+# What doubles the resolution in a decoder: `Upsample`, or a second residual block.
+UPSAMPLER = re.compile(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight")
+
+
+def infer_unet(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> dict[str, Any]:
+    """The UNet of CompVis's or guided-diffusion's names, as keywords of `Contents`: target, params, demands, usual.
+
+    Args:
+        tensors: of the network, without a prefix.
+        source: for messages.
+        compvis: the file is CompVis's, whose attention has the old order unless told otherwise.
+
+    Raises:
+        UserError: a UNet of another kind: a classifier, a text-conditional one, one that resamples without weights.
+    """
+    _refuse_other_unets(tensors, source)
+    try:
+        return _inferred(tensors, source, compvis)
+    except TOO_FEW as error:
+        raise UserError(f"{source}: its network is incomplete or of another kind ({error})") from error
+
+
+def _inferred(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> dict[str, Any]:
+    width = tensors["time_embed.0.weight"].shape[1]
+    ends = {name.split(".")[1] for name in tensors if UPSAMPLER.fullmatch(name)}
+    levels, outputs = 1 + len(ends), count_blocks(tensors, "output_blocks")
+    blocks = outputs // levels - 1
+    if outputs % levels or count_blocks(tensors, "input_blocks") != levels * (blocks + 1):
+        raise UserError(f"{source}: its blocks do not divide into {levels} levels; give target and all params")
+    firsts = [1 + level * (blocks + 1) for level in range(levels)]  # the first residual block of every level
+    widths = [tensors[f"input_blocks.{first}.0.out_layers.3.weight"].shape[0] for first in firsts]
+    out = tensors["input_blocks.1.0.out_layers.3.weight"].shape[0]
+    params: dict[str, Any] = {
+        "in_channels": tensors["input_blocks.0.0.weight"].shape[1],
+        "model_channels": width,
+        "out_channels": tensors["out.2.weight"].shape[0],
+        "num_res_blocks": blocks,
+        "attention_resolutions": [
+            2**level for level, first in enumerate(firsts) if f"input_blocks.{first}.1.qkv.weight" in tensors
+        ],
+        "channel_mult": [channels // width for channels in widths],
+        "use_scale_shift_norm": tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0] == 2 * out,
+        "resblock_updown": f"input_blocks.{blocks + 1}.0.in_layers.2.weight" in tensors,
+    }
+    if "label_emb.weight" in tensors:
+        params["num_classes"] = tensors["label_emb.weight"].shape[0]
+    heads = (
+        "32 channels a head in CompVis's VQ-f4 releases" if compvis else "the training's flag; 4 heads or 64 channels"
+    )
+    size = "64 in CompVis's VQ-f4 releases" if compvis else "side of the pictures that it was trained on"
+    demands = [Demand(("image_size",), size), Demand(("num_head_channels", "num_heads"), heads)]
+    if not compvis:
+        demands.append(Demand(("use_new_attention_order",), "the training's flag; false unless it was set"))
+    usual = {"use_new_attention_order": False} if compvis else {}
+    return {"target": "ldm_dkdm.networks.UNet", "params": params, "demands": tuple(demands), "usual": usual}
+
+
+def _refuse_other_unets(tensors: Mapping[str, Tensor], source: Path) -> None:
+    if any(".transformer_blocks." in name for name in tensors):
+        raise UserError(
+            f"{source}: is a text-conditional UNet (cross-attention); only unconditional and class ones work"
+        )
+    if not any(name.startswith("output_blocks.") for name in tensors):
+        raise UserError(f"{source}: is guided-diffusion's classifier (half a UNet), not a diffusion model")

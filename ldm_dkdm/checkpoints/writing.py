@@ -1,0 +1,66 @@
+"""What the writers of all formats share."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from ldm_dkdm.checkpoints.first_stages import FirstStage
+from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
+from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.first_stage.codec import Codec
+from ldm_dkdm.networks import UNet
+from ldm_dkdm.pixel import Space
+
+
+class SavedModel(Protocol):
+    """What a format writes of a `DiffusionModel`."""
+
+    network: nn.Module
+    node: NetworkConfig
+    diffusion: DiffusionConfig
+    schedule: NoiseSchedule
+    first_stage: FirstStage | None
+    shape: tuple[int, int, int]
+    num_classes: int | None
+    null_label: int | None
+    info: Mapping[str, Any]
+
+    @property
+    def space(self) -> Space:
+        """What its states are."""
+
+    @property
+    def classes(self) -> Sequence[int] | None:
+        """The labels that it takes."""
+
+    def codec(self) -> Any:
+        """Its first stage, opened."""
+
+
+def require_eps_unet(model: SavedModel, code_base: str) -> None:
+    """Refuse what CompVis's and guided-diffusion's samplers would misread.
+
+    Raises:
+        UserError: another architecture, or a network that predicts v.
+    """
+    if not isinstance(model.network, UNet):
+        raise UserError(f"format: {code_base} has no {type(model.network).__name__}; choose safetensors")
+    kind = model.node.parameterization
+    if kind != "eps":
+        raise UserError(
+            f"format: {code_base} reads the output as eps, and this network predicts {kind}; "
+            "choose diffusers or safetensors"
+        )
+
+
+def refuse_existing(path: Path, reason: str = "") -> None:
+    """Refuse to write over a file or folder.
+
+    Raises:
+        UserError: something is there.
+    """
+    if path.exists():
+        raise UserError(f"{path}: exists; {reason}choose another name or delete it")

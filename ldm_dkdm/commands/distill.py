@@ -1,0 +1,108 @@
+"""Distil a diffusion model without data: dkdm distill --base FILE_OR_RECIPE [key=value ...]"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm_dkdm.commands.arguments import (
+    SIGNALS,
+    TrainingCall,
+    add_training_arguments,
+    dotted_keys,
+    load_plugins,
+    print_keys,
+    read_training_call,
+)
+from ldm_dkdm.config.schema import DistillRun
+
+if TYPE_CHECKING:
+    from ldm_dkdm.model import DiffusionModel
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--plan` beside what all trainings take."""
+    add_training_arguments(parser)
+    parser.add_argument("--plan", action="store_true", help="print what the run will cost, and stop")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Plan or distil, then say where the student lies."""
+    if print_keys(options, DistillRun):
+        return
+    call = read_training_call(options, DistillRun)  # its mistakes before the slow imports
+    load_plugins(options.plugin)
+    with dotted_keys("distill", "trainer", "logging"):
+        _plan(call.config) if options.plan else _distil(call)
+
+
+def _distil(call: TrainingCall[DistillRun]) -> None:
+    from ldm_dkdm.device import is_first_rank
+    from ldm_dkdm.distillation.student import make_student
+    from ldm_dkdm.training.from_teacher import distil_in
+    from ldm_dkdm.training.run import Run
+
+    go_on = f"go on with: dkdm distill --resume {call.folder.path}"
+    run = Run(call.config, call.folder, call.resumed, signals=SIGNALS, go_on=go_on)
+    teacher = open_teacher(call.config).to("cpu", run.precision)
+    student = make_student(call.config.student, teacher, call.config.trainer.seed)
+    distil_in(run, teacher, student)
+    if is_first_rank():
+        print(f"student: {call.folder.model}")
+
+
+def open_teacher(config: DistillRun) -> "DiffusionModel":
+    """The teacher that a config names, with its guidance."""
+    from ldm_dkdm.checkpoints import Hints
+    from ldm_dkdm.errors import naming
+    from ldm_dkdm.model import open_model
+
+    hints = Hints.of_sections(config.teacher, config.diffusion, config.first_stage)
+    with naming("teacher"):
+        return open_model(config.teacher.ckpt, hints).changed(guidance=config.teacher.guidance)
+
+
+def _plan(config: DistillRun) -> None:
+    from ldm_dkdm.checkpoints.releases import how_to_get
+    from ldm_dkdm.config.recipes import find_shipped
+    from ldm_dkdm.device import default_device, resolve_precision
+    from ldm_dkdm.distillation.student import make_student
+    from ldm_dkdm.training.from_teacher import assemble
+    from ldm_dkdm.training.plan import costs, time_needed
+
+    path = find_shipped(config.teacher.ckpt)
+    missing = not path.exists() and config.teacher.target is not None and config.diffusion is not None
+    if missing:
+        print(f"{path} is missing: planned with random weights; {how_to_get(path)}")
+    teacher = _untrained_teacher(config, path) if missing else open_teacher(config)
+    device = default_device(config.trainer.accelerator)
+    teacher.precision = resolve_precision(config.trainer.precision, device)
+    parts = assemble(teacher, make_student(config.student, teacher, config.trainer.seed), config)
+    lines = costs(parts)
+    width = max(map(len, lines))
+    for subject, value in lines.items():
+        print(f"{subject:<{width}}  {value}", flush=True)
+    print("timing a few iterations on this machine ...", file=sys.stderr)
+    print(f"{'time':<{width}}  {time_needed(parts)}")
+
+
+def _untrained_teacher(config: DistillRun, path: Path) -> "DiffusionModel":
+    """A teacher of the configured architecture with random weights, for a plan without its checkpoint."""
+    from ldm_dkdm.checkpoints.contents import schedule_of
+    from ldm_dkdm.checkpoints.first_stages import FirstStage
+    from ldm_dkdm.config.registry import build
+    from ldm_dkdm.config.schema import NetworkConfig
+    from ldm_dkdm.model import DiffusionModel
+    from ldm_dkdm.networks import NETWORKS
+
+    node = NetworkConfig(config.teacher.target, config.teacher.params, config.teacher.parameterization or "eps")
+    return DiffusionModel(
+        build(node, NETWORKS, "teacher.params"),
+        schedule=schedule_of(config.diffusion),
+        parameterization=node.parameterization,
+        space=config.diffusion.space,
+        first_stage=FirstStage(path).changed(config.first_stage),
+        node=node,
+        null_label=config.teacher.null_label,
+        guidance=config.teacher.guidance,
+    )

@@ -1,0 +1,96 @@
+"""Measure a student against its teacher, without data: dkdm evaluate -r MODEL [--teacher MODEL] [key=value ...]"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, split_hints
+from ldm_dkdm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm_dkdm.model import DiffusionModel
+
+FLAGS = {
+    "images": "--n_samples",
+    "steps": "--custom_steps",
+    "chains": "--chains",
+    "batch_size": "--batch_size",
+    "seed": "--seed",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The student, the teacher, and how much is measured."""
+    add = parser.add_argument
+    add("-r", "--resume", required=True, metavar="MODEL", help="the student: a run, or anything that opens")
+    add("--teacher", help="the teacher, anything that opens; default: the one in the run's config")
+    add("-n", "--n_samples", type=int, default=1000, help="images for the Frechet distance, 65 or more; 0: none")
+    add("-c", "--custom_steps", type=int, default=20, help="DDIM steps")
+    add("--chains", type=int, default=32, help="held-out ancestral chains of the teacher")
+    add("--seed", type=int, default=1_000_000)
+    add("--batch_size", type=int, default=128)
+    add("-o", "--out", type=Path, help="JSON file; default: evaluation.json beside the student")
+    add_hints(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print and write the figures."""
+    numbers = {
+        "images": options.n_samples,
+        "steps": options.custom_steps,
+        "chains": options.chains,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+    }
+    if options.chains < 1 or options.batch_size < 1 or options.seed < 0:
+        raise UserError("--chains and --batch_size must be at least 1, --seed at least 0")
+    if options.n_samples != 0 and options.n_samples < 65:
+        raise UserError("--n_samples: at least 65, the distance uses 64 principal components; or 0")
+    _, hints = split_hints(options.hints)
+    load_plugins(options.plugin)
+
+    from ldm_dkdm.checkpoints import Hints
+    from ldm_dkdm.checkpoints.card import FIGURES, PER_T, write_readme
+    from ldm_dkdm.config.load import read_card
+    from ldm_dkdm.config.schema import ModelCard
+    from ldm_dkdm.device import default_device
+    from ldm_dkdm.evaluation.student import evaluate
+    from ldm_dkdm.files import write_text
+    from ldm_dkdm.model import open_model
+
+    device = default_device("auto")
+    student = open_model(options.resume, Hints.of(**hints), lenient=True).to(device, "auto")
+    teacher = find_teacher(Path(options.resume), options.teacher, hints).to(device, "auto")
+    with flags(**FLAGS):
+        figures = evaluate(student, teacher, progress=True, **numbers)
+    for name, value in figures.items():
+        if name != PER_T:
+            print(f"{name}: {value}")
+    home = student.path if student.path.is_dir() else student.path.parent
+    out = options.out or home / FIGURES
+    write_text(out, json.dumps(figures, indent=2) + "\n")
+    print(f"{out}: these and the eps error of every t")
+    if options.out is None and "teacher_sha256" in student.info:
+        write_readme(home, read_card(home / "config.yaml", ModelCard))
+
+
+def find_teacher(student: Path, teacher: str | None, hints: dict[str, Any]) -> "DiffusionModel":
+    """The teacher at a path, or the one that the student's run was distilled from, as the run used it."""
+    from ldm_dkdm.checkpoints import Hints
+    from ldm_dkdm.commands.distill import open_teacher
+    from ldm_dkdm.config.load import fits, load_config, read_yaml
+    from ldm_dkdm.config.schema import DistillRun
+    from ldm_dkdm.model import open_model
+
+    file = student / "config.yaml"
+    run = load_config(file) if file.is_file() and fits(read_yaml(file), DistillRun) else None
+    if teacher is None:
+        if run is None:
+            raise UserError(f"--teacher: {student} is no run of a distillation, so the teacher must be named")
+        return open_teacher(run)
+    found = open_model(teacher, Hints.of(**hints), lenient=True)
+    if run is None:
+        return found
+    null = run.teacher.null_label if found.null_label is None else found.null_label
+    return found.changed(null_label=null, guidance=run.teacher.guidance)

@@ -1,0 +1,122 @@
+"""`dkdm COMMAND ...`: finds the command, runs it, and turns errors into one line."""
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from ldm_dkdm import __version__
+from ldm_dkdm.commands.arguments import Parser
+from ldm_dkdm.errors import Stopped, UserError, nearest
+
+COMMANDS = {
+    "distill": "turn a diffusion model into a smaller one without data (Alg. 1)",
+    "sample": "draw images from any model",
+    "evaluate": "measure a student against its teacher",
+    "convert": "write a model in another format",
+    "inspect": "say what is in a checkpoint",
+    "train": "train a diffusion model on images (Alg. 2)",
+    "train-first-stage": "train a first stage on images",
+    "decode": "decode latents in a file",
+    "demo": "distil the shipped teacher on a CPU, and compare both",
+}
+
+
+def main(command: str | None = None, arguments: Sequence[str] | None = None) -> None:
+    """Run a command line and exit: 0, 2 after a user's error, 130 after a stop.
+
+    Args:
+        command: the command; None: the first argument names it.
+        arguments: default: those of the process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    guarded(lambda: _dispatch(command, given))
+
+
+def guarded(work: Callable[[], None]) -> None:
+    """Do the work of a command and exit with its code; a user's error is one line on stderr."""
+    sys.exit(_exit_code(work))
+
+
+def _exit_code(work: Callable[[], None]) -> int:
+    try:
+        with spoken():
+            work()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:  # disk full, no permission
+        print(f"error: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as end:  # argparse's --help
+        return int(end.code or 0)
+    return 0
+
+
+def _dispatch(command: str | None, arguments: list[str]) -> None:
+    if command is None:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(usage())
+            return
+        if arguments[0] == "--version":
+            print(f"ldm_dkdm {__version__}")
+            return
+        command, arguments = arguments[0], arguments[1:]
+    parser = parser_of(command)
+    _module(command).run(parser.parse_args(arguments))
+
+
+def usage() -> str:
+    """What `dkdm -h` prints."""
+    lines = [f"  {name:<18} {meaning}" for name, meaning in COMMANDS.items()]
+    head = "usage: dkdm COMMAND ... | --version\n\nData-free distillation of diffusion models (DKDM).\n"
+    return "\n".join([head, *lines, "\ndkdm COMMAND --help says more."])
+
+
+def parser_of(command: str) -> Parser:
+    """The parser of a command.
+
+    Raises:
+        UserError: there is no such command.
+    """
+    if command not in COMMANDS:
+        raise UserError(f"'{command}' is not a command{nearest(command, COMMANDS).replace('valid keys', 'commands')}")
+    module = _module(command)
+    parser = Parser(prog=f"dkdm {command}", description=module.__doc__)
+    parser.add_argument("--version", action="version", version=f"ldm_dkdm {__version__}")
+    module.add_arguments(parser)
+    return parser
+
+
+def _module(command: str):  # noqa: ANN202 (a command's module)
+    return importlib.import_module(f"ldm_dkdm.commands.{command.replace('-', '_')}")
+
+
+@contextmanager
+def spoken() -> Iterator[None]:
+    """Print what the library logs: information on stdout, warnings on stderr."""
+    handler = _Printer()
+    logger = logging.getLogger("ldm_dkdm")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _Printer(logging.Handler):
+    """Prints messages as they are, below a progress bar that may be there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        print(record.getMessage(), file=stream, flush=True)

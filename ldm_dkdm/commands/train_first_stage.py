@@ -1,0 +1,23 @@
+"""Train a first stage on images: dkdm train-first-stage --base FILE_OR_RECIPE [key=value ...]"""
+
+import argparse
+
+from ldm_dkdm.commands.arguments import SIGNALS, add_training_arguments, dotted_keys, print_keys, read_training_call
+from ldm_dkdm.config.schema import FirstStageRun
+
+add_arguments = add_training_arguments
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, then say where the first stage lies."""
+    if print_keys(options, FirstStageRun):
+        return
+    call = read_training_call(options, FirstStageRun)  # its mistakes before the slow imports
+
+    from ldm_dkdm.training.first_stages import train_first_stage_in
+    from ldm_dkdm.training.run import Run
+
+    go_on = f"go on with: dkdm train-first-stage --resume {call.folder.path}"
+    with dotted_keys("trainer", "logging"):
+        train_first_stage_in(Run(call.config, call.folder, call.resumed, signals=SIGNALS, go_on=go_on))
+    print(f"first stage: {call.folder.model}")

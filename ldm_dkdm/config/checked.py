@@ -1,0 +1,248 @@
+"""Sections that check themselves: dataclasses whose values are converted and checked when they are made."""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import math
+import numbers
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ldm_dkdm.errors import UserError, nearest
+
+T = TypeVar("T")
+LARGEST = 2**63  # every integer accepted is smaller
+PACKAGE = Path(__file__).parents[1]
+KINDS: dict[Any, str] = {int: "whole number", float: "number", bool: "true or false", str: "text"} | dict.fromkeys(
+    (dict, Mapping), "section with keys"
+)
+LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "above": ("above", lambda value, limit: value > limit),
+    "min": ("at least", lambda value, limit: value >= limit),
+    "below": ("below", lambda value, limit: value < limit),
+    "max": ("at most", lambda value, limit: value <= limit),
+}
+
+
+class Section:
+    """Base of the configuration's dataclasses: it converts and checks every field when an instance is made.
+
+    A field's type hint and its metadata (`key`, `one_of`) say what it may hold. A nested section may be given as a
+    mapping.
+
+    Raises:
+        UserError: a value of the wrong type or range; the message begins with the field's name.
+    """
+
+    def __post_init__(self) -> None:
+        """Replace every value by its converted and checked form."""
+        hints = hints_of(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = _field_value(hints[field.name], field.metadata, getattr(self, field.name), field.name)
+            object.__setattr__(self, field.name, value)
+
+
+def key(default: Any = MISSING, *, help: str, factory: Callable[[], Any] | None = None, **limits: float | None) -> Any:
+    """Declare a key of a section.
+
+    Args:
+        default: value of a key that is left out; without it (and without `factory`) the key is required.
+        help: meaning of the key in one sentence.
+        factory: makes the default, where that is a section or a mapping.
+        limits: bounds of a number, or of every entry of a list: `min`, `above`, `below`, `max`; `length` of a list.
+    """
+    metadata = {"help": help, **limits}
+    if factory is not None:
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def one_of(table: str, default: Any = MISSING, *, help: str) -> Any:
+    """Declare a text key whose values are the names in a table, written `package.module:TABLE`."""
+    return dataclasses.field(default=default, metadata={"help": help, "table": table})
+
+
+def names_of(table: str) -> list[str]:
+    """Names in a table such as `ldm_dkdm.diffusion.samplers:SAMPLERS`.
+
+    An imported module is asked for its present names. Otherwise they are read from the module's source, because an
+    import of it would import torch.
+    """
+    module, _, name = table.partition(":")
+    loaded = getattr(sys.modules.get(module), name, None)
+    return list(_names_in_source(module, name) if loaded is None else loaded)
+
+
+@functools.cache
+def _names_in_source(module: str, name: str) -> tuple[str, ...]:
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        named = any(isinstance(target, ast.Name) and target.id == name for target in targets)
+        value = getattr(node, "value", None)
+        if named and isinstance(value, ast.Dict):
+            return tuple(str(item.value) for item in value.keys if isinstance(item, ast.Constant))
+    raise LookupError(f"{path}: {name} is not a dict that is written out in the module")
+
+
+def hints_of(schema: Any) -> dict[str, Any]:
+    """The resolved type hints of a dataclass."""
+    return typing.get_type_hints(schema)
+
+
+def parse(schema: type[T], node: Any, where: str = "") -> T:
+    """Turn a tree of plain values into the dataclass `schema`.
+
+    Args:
+        schema: a subclass of `Section`.
+        node: a mapping from field names to values.
+        where: dotted key of the section; it prefixes the keys in messages.
+
+    Raises:
+        UserError: an unknown or missing key, or a bad value.
+    """
+    if not isinstance(node, Mapping):
+        raise UserError(f"{where or 'config'}: expected a section with keys, got {node!r}")
+    node = unwrap(node)
+    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    for name in node:
+        if name not in fields:
+            raise UserError(f"{_join(where, name)}: unknown key{nearest(str(name), fields)}")
+    values = {}
+    for name, field in fields.items():
+        if name in node:
+            values[name] = _field_value(hints_of(schema)[name], field.metadata, node[name], _join(where, name))
+        elif is_required(field):
+            raise _missing(hints_of(schema)[name], _join(where, name))
+    try:
+        return schema(**values)
+    except UserError as error:
+        raise UserError(_join(where, error)) from error
+
+
+def is_required(field: dataclasses.Field) -> bool:
+    """Whether a field has no default."""
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _missing(hint: Any, where: str) -> UserError:
+    name = where + (".KEY" if dataclasses.is_dataclass(hint) else "")
+    return UserError(f"{where}: missing; set it in a --base file or as {name}=...")
+
+
+def unwrap(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Accept CompVis's `unet_config: {target, params}` and `first_stage_config` in place of target and params."""
+    for name in ("unet_config", "first_stage_config"):
+        inner = node.get(name)
+        if isinstance(inner, Mapping):
+            node = {**{k: v for k, v in node.items() if k != name}, **inner}
+    return node
+
+
+def _field_value(hint: Any, metadata: Mapping[str, Any], value: Any, where: str) -> Any:
+    """The converted value of a field, within the limits of its metadata."""
+    value = convert(hint, value, where)
+    if value is not None and "table" in metadata:
+        _require_choice(value, names_of(metadata["table"]), where)
+    if isinstance(value, tuple):
+        if value and len(value) != metadata.get("length", len(value)):
+            raise UserError(f"{where}: expected {metadata['length']} entries, got {len(value)}")
+        for i, entry in enumerate(value):
+            _require_limits(entry, metadata, f"{where}[{i}]")
+    else:
+        _require_limits(value, metadata, where)
+    return value
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """Convert a plain value to what a type hint says.
+
+    A list becomes a tuple, an integer becomes a float where one is wanted, a number or a path becomes text where text
+    is wanted, a mapping becomes the section that the hint names.
+
+    Raises:
+        UserError: the value is of another type; the message begins with `where`.
+    """
+    options = typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in options:
+            return None
+        fitting = [o for o in options if o is type(value)] or [o for o in options if o is not type(None)]
+        return convert(fitting[0], value, where)
+    if origin is typing.Literal:
+        return _require_choice(str(value), options, where)
+    if dataclasses.is_dataclass(hint):
+        return _section(hint, value, where)
+    if (origin or hint) is Sequence:
+        return _sequence(options[0], value, where)
+    return _plain(origin or hint, value, where)
+
+
+def _section(schema: Any, value: Any, where: str) -> Any:
+    """A section as it is, or made from a mapping or from an instance of a base class, such as NetworkConfig."""
+    if isinstance(value, schema):
+        return value
+    if isinstance(value, Section) and issubclass(schema, type(value)):
+        return schema(**vars(value))
+    return parse(schema, value, where)
+
+
+def _plain(kind: Any, value: Any, where: str) -> Any:
+    """A number, a flag, a text or a mapping."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if kind is float and number:
+        return float(value)
+    if kind is int and number and isinstance(value, numbers.Integral):
+        return int(value)
+    if kind is str and (number or isinstance(value, os.PathLike)):
+        return str(value)  # YAML reads a run's name such as 2024 as a number
+    if kind in (dict, Mapping) and isinstance(value, Mapping):
+        return dict(value)
+    if kind is int or not isinstance(value, kind):
+        raise UserError(f"{where}: expected {article(KINDS[kind])}, got {value!r}")
+    return value
+
+
+def _sequence(item: type, value: Any, where: str) -> tuple[Any, ...]:
+    value = value.tolist() if hasattr(value, "tolist") else value  # an array or a tensor
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise UserError(f"{where}: expected a list, every entry {article(KINDS[item])}, got {value!r}")
+    return tuple(convert(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
+
+
+def article(kind: str) -> str:
+    """Put `a` before the kinds of values that take it."""
+    return kind if kind in (KINDS[bool], KINDS[str]) else f"a {kind}"
+
+
+def _require_choice(value: str, options: Sequence[str], where: str) -> str:
+    if value not in options:
+        close = difflib.get_close_matches(value, options, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        raise UserError(f"{where}: '{value}' is not one of {', '.join(options)}{hint}")
+    return value
+
+
+def _require_limits(value: Any, limits: Mapping[str, Any], where: str) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise UserError(f"{where}: {value} is too large")
+    if not math.isfinite(value):
+        raise UserError(f"{where}: must be a finite number, got {value}")
+    for name, (words, holds) in LIMITS.items():
+        if limits.get(name) is not None and not holds(value, limits[name]):
+            raise UserError(f"{where}: must be {words} {limits[name]}, got {value}")
+
+
+def _join(where: str, name: Any) -> str:
+    return f"{where}.{name}" if where else str(name)

@@ -1,0 +1,277 @@
+"""The sections that runs and models share, and what each key may hold."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from ldm_dkdm.config.checked import Section, key, one_of
+from ldm_dkdm.errors import UserError
+
+PARAMETERIZATIONS = "ldm_dkdm.diffusion.process:PARAMETERIZATIONS"
+SAMPLERS = "ldm_dkdm.diffusion.samplers:SAMPLERS"
+
+
+@dataclass(frozen=True)
+class NetworkConfig(Section):
+    """A network as CompVis writes one: `target` and `params`."""
+
+    target: str = key(help="Name of the network's class, such as `ldm_dkdm.networks.UNet`.")
+    params: dict[str, Any] = key(help="Keyword arguments of the network's class.")
+    parameterization: str = one_of(PARAMETERIZATIONS, "eps", help="What the network predicts.")
+
+    @property
+    def plain(self) -> "NetworkConfig":
+        """What a model's card says of its network: not how its training began."""
+        return NetworkConfig(self.target, self.params, self.parameterization)
+
+
+@dataclass(frozen=True)
+class NewNetworkConfig(NetworkConfig):
+    """A network to train."""
+
+    init: str = key("random", help="First weights: `random`, or the path of a model folder.")
+
+
+@dataclass(frozen=True)
+class StudentConfig(NewNetworkConfig):
+    """The student: `target` and `params`, or a `budget` of parameters for a narrower UNet of the teacher's shape."""
+
+    target: str | None = key(  # type: ignore[assignment]
+        None, help="Name of the student's class; not needed with `budget`."
+    )
+    params: dict[str, Any] = key(factory=dict, help="Keyword arguments of the student's class.")
+    init: str = key(
+        "random",
+        help="First weights: `random`, `teacher` (copies and slices of its tensors), or a model folder's path.",
+    )
+    budget: str | int | None = key(None, help="Parameters of a narrowed copy of the teacher's UNet, such as `60M`.")
+
+
+@dataclass(frozen=True)
+class TeacherConfig(Section):
+    """The teacher: a model that describes itself, or a third-party checkpoint with `target` and `params`."""
+
+    ckpt: str = key(help="Path of a run, a model folder or a checkpoint file.")
+    target: str | None = key(None, help="Class of a third-party checkpoint's network, where the file does not tell it.")
+    params: dict[str, Any] = key(factory=dict, help="Keyword arguments of that class that no tensor tells.")
+    parameterization: str | None = one_of(
+        PARAMETERIZATIONS, None, help="What the network of a third-party checkpoint predicts; null means eps."
+    )
+    use_ema: bool | None = key(None, help="Load the EMA weights of a third-party checkpoint; null means true.")
+    guidance: float = key(1.0, min=0, help="Classifier-free guidance of a class-conditional teacher; 1 is unguided.")
+    null_label: int | None = key(None, min=0, help="Label that means no class; a DiT knows its own.")
+    licence: str | None = key(None, help="Licence of the teacher's weights, for the student's card.")
+    check: bool = key(True, help="Before a distillation, test that the teacher denoises its own samples.")
+
+
+@dataclass(frozen=True)
+class FirstStageConfig(Section):
+    """The first stage of a latent model: a folder, or the checkpoint that holds one with `target` and `params`."""
+
+    ckpt: str | None = key(None, help="Path of the first stage; null takes the one that comes with the model.")
+    target: str | None = key(None, help="Name of the first stage's class, such as `ldm_dkdm.first_stage.VQModel`.")
+    params: dict[str, Any] = key(factory=dict, help="Keyword arguments of that class.")
+    scale_factor: float | None = key(None, above=0, help="Factor from encoded images to the network's latents.")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(Section):
+    """The forward process (`NoiseSchedule`) and the space in which it runs."""
+
+    schedule: str = one_of(
+        "ldm_dkdm.diffusion.schedule:SCHEDULES",
+        "scaled_linear",
+        help="Noise schedule; `scaled_linear` is what CompVis calls linear.",
+    )
+    num_timesteps: int = key(1000, min=1, help="Number of timesteps T.")
+    beta_start: float = key(0.0015, above=0, help="First beta of the linear schedules.")
+    beta_end: float = key(0.0195, above=0, help="Last beta of the linear schedules.")
+    space: str = one_of(
+        "ldm_dkdm.pixel:SPACES",
+        "latent",
+        help="`pixel` has no first stage, clips x_0 to [-1,1] and can learn the variance.",
+    )
+    betas: Sequence[float] | None = key(
+        None, above=0, below=1, help="All T betas, in place of `schedule`, `beta_start` and `beta_end`."
+    )
+
+    def __post_init__(self) -> None:
+        """Set `num_timesteps` to the number of `betas`, where they are given."""
+        super().__post_init__()
+        if self.betas is None:
+            return
+        default = next(f.default for f in fields(self) if f.name == "num_timesteps")
+        if not self.betas:
+            raise UserError("betas: expected one beta per timestep, got an empty list")
+        if self.num_timesteps not in (default, len(self.betas)):
+            raise UserError(
+                f"num_timesteps: {self.num_timesteps} is not the number of betas, which is {len(self.betas)}"
+            )
+        object.__setattr__(self, "num_timesteps", len(self.betas))
+
+
+@dataclass(frozen=True)
+class WarmupConfig(Section):
+    """How the pool is filled before the first step."""
+
+    mode: str = one_of(
+        "ldm_dkdm.distillation.warmup:WARMUPS",
+        "ancestral",
+        help="`ancestral` walks every slot from noise to its t; `ddim` and `dpm-solver++` add noise to samples of the "
+        "teacher; `noise` starts every slot at T.",
+    )
+    steps: int = key(50, min=1, help="Sampling steps of each of the teacher's samples.")
+    images: int = key(1000, min=1, help="Number of samples of the teacher that are noised.")
+    batch_size: int = key(64, min=1, help="States in one teacher call of the warm-up.")
+    t_cap: float | None = key(
+        None, above=0, help="Draws fewer t near pure noise: density min(1, t_cap * abar_t); null is uniform."
+    )
+
+
+@dataclass(frozen=True)
+class LossConfig(Section):
+    """The student's loss."""
+
+    space: str = one_of(
+        "ldm_dkdm.diffusion.objectives:LOSS_SPACES", "eps", help="Quantity whose squared error is the loss."
+    )
+    weight_cap: float | None = key(
+        None, above=0, help="Cap on the weight per t that `v` and `x0` give to the eps error."
+    )
+    vlb_weight: float = key(1.0, min=0, help="Weight lambda of the variational bound, where the variance is learned.")
+
+
+@dataclass(frozen=True)
+class DistillConfig(Section):
+    """Iterative distillation: the pool of `dynamic` has round(rho * T) * batch_size slots, others have batch_size."""
+
+    batch_size: int = key(min=1, help="States in a training batch, per device.")
+    variant: str = one_of(
+        "ldm_dkdm.distillation.stream:VARIANTS",
+        "dynamic",
+        help="How batches are made; `dynamic` is the method, the others are the paper's comparisons.",
+    )
+    rho: float | None = key(
+        None, above=0, help="Size of the pool of `dynamic`, which needs it; the others do not use it."
+    )
+    discard: float = key(0.0, min=0, below=1, help="Share of advanced batches that are not shown to the student.")
+    input_perturbation: float = key(0.0, min=0, help="Noise added to the student's input: gamma of DDPM-IP.")
+    stride: int = key(1, min=1, help="Timesteps that a drawn slot advances; 1 is the paper.")
+    pool_dtype: Literal["float16", "float32"] = key("float16", help="Number format of the pool's states.")
+    pool_storage: Literal["memory", "mmap"] = key("memory", help="`mmap` keeps the pool in a file of the run.")
+    pool_from: str | None = key(
+        None, help="Pool cache or checkpoint of the reference implementation, in place of a warm-up."
+    )
+    loss: LossConfig = key(factory=LossConfig, help="The student's loss.")
+    warmup: WarmupConfig = key(factory=WarmupConfig, help="How the pool is filled before the first step.")
+
+
+@dataclass(frozen=True)
+class EarlyStopConfig(Section):
+    """Stop when a figure's mean over `window` steps has not fallen for `patience` windows."""
+
+    monitor: Literal["loss", "eps_mse"] = key("loss", help="Figure that should fall.")
+    window: int = key(1000, min=1, help="Steps over which the figure is averaged.")
+    patience: int = key(10, min=1, help="Windows without a fall before the run ends.")
+    min_delta: float = key(0.0, min=0, help="Smallest fall that counts.")
+
+
+@dataclass(frozen=True)
+class TrainerConfig(Section):
+    """Optimisation and hardware."""
+
+    max_steps: int = key(min=1, help="Training steps of the run.")
+    learning_rate: float = key(above=0, help="Learning rate of Adam (AdamW with a weight decay).")
+    max_minutes: float | None = key(None, above=0, help="Minutes of training after which a run ends; null is no limit.")
+    lr_schedule: Literal["constant", "cosine"] = key(
+        "constant", help="`cosine` falls to 0 at the end of the run (steps or minutes)."
+    )
+    lr_warmup: int = key(0, min=0, help="Steps in which the learning rate rises to its full value.")
+    weight_decay: float = key(0.0, min=0, help="Weight decay of AdamW; 0 is Adam.")
+    grad_clip: float | None = key(None, above=0, help="Largest norm of the gradient; null does not clip.")
+    accumulate: int = key(1, min=1, help="Batches per step.")
+    early_stop: EarlyStopConfig | None = key(None, help="End the run when a figure no longer falls.")
+    ema_decay: float = key(0.9999, min=0, below=1, help="Decay per step of the averaged weights.")
+    precision: str = one_of(
+        "ldm_dkdm.device:PRECISIONS",
+        "auto",
+        help="`auto` is bf16 autocast where the machine has fast bf16, else float32.",
+    )
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = key("auto", help="Kind of device to train on.")
+    devices: int = key(1, min=1, help="Number of devices; each has a pool of its own.")
+    seed: int = key(0, min=0, help="Seed of every random choice.")
+
+
+@dataclass(frozen=True)
+class LoggingConfig(Section):
+    """Where a run writes and how often, in training steps."""
+
+    dir: str = key("logs", help="Folder that holds the runs.")
+    name: str | None = key(None, help="Name of the run's folder; null joins the names of the config files.")
+    save_every: int = key(5000, min=1, help="Steps between checkpoints.")
+    sample_every: int = key(5000, min=1, help="Steps between grids of samples.")
+    sample_count: int = key(16, min=1, help="Samples in a grid.")
+    sample_steps: int = key(50, min=1, help="DDIM steps of the grids' samples.")
+    export_dtype: Literal["float32", "float16"] = key("float32", help="Number format of the saved model's weights.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Training images, and an optional held-out set."""
+
+    path: str = key(help="Folder of images or ADM-style .npz.")
+    image_size: int = key(min=1, help="Side of the images in pixels, after cropping and scaling.")
+    batch_size: int = key(min=1, help="Images in a training batch, per device.")
+    held_out: str | None = key(None, help="Images that measure the reconstruction: a folder or an .npz.")
+    flip: bool = key(True, help="Mirror half of the images at random.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionDataConfig(Section):
+    """Data-based: `path`; data-free: `synthetic`; data-limited: both, with a `fraction` of `path` (Sec. 4.1)."""
+
+    path: str | None = key(None, help="Real images: a folder (a sub-folder is a class) or an ADM-style .npz.")
+    fraction: float = key(1.0, above=0, max=1, help="Share of the images in `path` that is used, chosen by the seed.")
+    synthetic: str | None = key(None, help="Samples of a teacher: the .npz that sampling with `--npz` writes.")
+    image_size: int = key(min=1, help="Side of the images in pixels, after cropping and scaling.")
+    batch_size: int = key(min=1, help="Images in a training batch, per device.")
+    flip: bool = key(True, help="Mirror half of the images at random.")
+    cache: bool = key(True, help="Encode all images once before the training; false encodes them in every step.")
+    t_cap: float | None = key(
+        None, above=0, help="Draws fewer t near pure noise: density min(1, t_cap * abar_t); null is uniform."
+    )
+
+
+@dataclass(frozen=True)
+class FirstStageLoss(Section):
+    """Weights of the first stage's loss; 0 switches a term off."""
+
+    l1: float = key(1.0, min=0, help="Weight of the mean absolute error.")
+    l2: float = key(1.0, min=0, help="Weight of the mean squared error.")
+    color: float = key(0.0, min=0, help="Weight of the absolute error between averages of 8x8 pixels.")
+    codebook: float = key(1.0, min=0, help="Weight of the codebook's loss.")
+    adversarial: float = key(0.0, min=0, help="Weight of the discriminator's loss.")
+    adversarial_start: int = key(0, min=0, help="Step at which the discriminator's loss begins.")
+    perceptual: float = key(0.0, min=0, help="Weight of the perceptual loss (LPIPS).")
+    perceptual_backbone: str | None = key(None, help="File with torchvision's VGG16 weights, for LPIPS.")
+
+
+@dataclass(frozen=True)
+class CodebookConfig(Section):
+    """How the codebook is initialised and kept in use."""
+
+    continuous_steps: int = key(500, min=1, help="First steps, in which latents are not quantised.")
+    restart_every: int = key(100, min=1, help="Steps between replacements of the entries that are not used.")
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Section):
+    """How images are sampled from a model."""
+
+    count: int = key(64, min=1, help="Number of images.")
+    batch_size: int = key(64, min=1, help="Images in one network call.")
+    seed: int = key(0, min=0, help="Seed of the first image; image i has seed + i.")
+    steps: int | None = key(None, min=1, help="Sampling steps; null takes the sampler's default.")
+    eta: float = key(0.0, min=0, max=1, help="Share of DDPM's noise that DDIM adds in each step.")
+    sampler: str = one_of(SAMPLERS, "ddim", help="How a step is taken.")
+    labels: Sequence[int] = key((), min=0, help="Labels of a class-conditional model, repeated over the images.")

@@ -1,0 +1,132 @@
+"""The student: made for a teacher's states, given its first weights, found to fit."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm_dkdm.checkpoints import Source, read
+from ldm_dkdm.checkpoints.contents import Hints
+from ldm_dkdm.checkpoints.loading import load_strictly
+from ldm_dkdm.config.schema import LossConfig, NetworkConfig, NewNetworkConfig, StudentConfig
+from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.networks import DiT
+from ldm_dkdm.networks.scaling import slice_teacher
+from ldm_dkdm.reporting import logger
+
+LARGEST_WEIGHT = 1e4  # cap on a step's weight in the loss; LDM's schedule has 200
+
+
+def make_student(config: StudentConfig, teacher: DiffusionModel, seed: int = 0) -> DiffusionModel:
+    """The student that a config describes, with its first weights.
+
+    Raises:
+        UserError: an architecture that does not fit the teacher, or first weights that do not fit it.
+    """
+    if config.budget is not None:
+        student = _narrowed(config, teacher, seed)
+    elif config.target is None:
+        raise UserError("student.target: missing; name a network and its params, or set student.budget=60M")
+    else:
+        node = NetworkConfig(config.target, config.params, config.parameterization)
+        student = teacher.student(node, seed, "student.params")
+    require_fit(student, teacher)
+    if config.init == "teacher":
+        logger.info(f"student.init: {slice_teacher(student.network, teacher.network)}")
+    else:
+        load_initial(student.network, config, "student.init", "random nor teacher")
+    return student
+
+
+def _narrowed(config: StudentConfig, teacher: DiffusionModel, seed: int) -> DiffusionModel:
+    if config.target is not None or config.params:
+        raise UserError("student.budget: chooses target and params itself; remove them or the budget")
+    try:
+        student = teacher.narrowed(config.budget, parameterization=config.parameterization, seed=seed)
+    except UserError as error:
+        raise UserError(f"student.{error}") from error
+    width = student.node.params["model_channels"]
+    logger.info(f"student.budget {config.budget}: model_channels {width}, {student.parameters / 1e6:.3g} M parameters")
+    return student
+
+
+def require_fit(student: DiffusionModel, teacher: DiffusionModel) -> None:
+    """Refuse a student whose labels, process or outputs are not the teacher's; its states are by construction.
+
+    Raises:
+        UserError: what differs.
+    """
+    network, own = student.network, "student.params"
+    if student.network is teacher.network:
+        raise UserError("student: is the teacher itself; make a new network")
+    if student.diffusion != teacher.diffusion or student.shape != teacher.shape:
+        raise UserError("student: another process or other states than the teacher's; make it with like=teacher")
+    if student.num_classes not in (None, teacher.num_classes):
+        raise UserError(f"{own}.num_classes: {student.num_classes} differs from the teacher's {teacher.num_classes}")
+    outputs = getattr(network, "out_channels", None)
+    channels = student.shape[0]
+    if outputs not in (None, channels, 2 * channels):
+        raise UserError(f"{own}.out_channels: {outputs} must be {channels} or {2 * channels}")
+    if outputs is not None and outputs > getattr(teacher.network, "out_channels", outputs):
+        raise UserError(
+            f"{own}.out_channels: {outputs}, but the teacher has no variance to teach; "
+            + ("set learn_sigma: false" if isinstance(network, DiT) else f"set it to {channels}")
+        )
+
+
+@torch.no_grad()
+def require_call(student: DiffusionModel) -> None:
+    """Refuse a module of the user's own that cannot be called as a network; one sample is tried.
+
+    Raises:
+        UserError: what the call raised, or the shape that it gave.
+    """
+    channels, *sides = student.shape
+    label = None if student.classes is None else torch.tensor(student.classes[:1], device=student.device)
+    x, t = (
+        torch.zeros(1, *student.shape, device=student.device),
+        torch.zeros(1, dtype=torch.long, device=student.device),
+    )
+    mode = student.network.training
+    try:
+        output = student.network.eval()(x, t, label)
+    except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"student: its network cannot be called as network(x {tuple(x.shape)}, t (1,), label): {error}"
+        ) from error
+    finally:
+        student.network.train(mode)
+    allowed = [(1, count * channels, *sides) for count in (1, 2)]
+    if tuple(output.shape) not in allowed:
+        raise UserError(f"student: its network gives {tuple(output.shape)} for states {tuple(x.shape)}")
+
+
+def load_initial(network: nn.Module, node: NewNetworkConfig, where: str, words: str = "random") -> None:
+    """Give a network its first weights: as they are (`random`), or those of a model.
+
+    Raises:
+        UserError: no model there, or one that predicts something else or does not fit.
+    """
+    if node.init == "random":
+        return
+    if not Path(node.init).exists():
+        raise UserError(f"{where}: '{node.init}' is neither {words} nor a model folder with config.yaml and weights")
+    contents, hints = read(Source(node.init)), Hints()
+    found = contents.parameterization or "eps"
+    if found != node.parameterization:
+        raise UserError(f"{where}: {node.init} predicts {found}; set parameterization to that, or init to random")
+    load_strictly(network, contents.weights(hints), contents.file)
+
+
+def check_loss(loss: LossConfig, schedule: NoiseSchedule, where: str = "loss") -> None:
+    """Refuse a cap that has no effect, and weights that leave nothing but the noisiest steps."""
+    if loss.space == "eps" and loss.weight_cap is not None:
+        raise UserError(f"{where}.weight_cap: has no effect with space: eps; remove it or choose v or x0")
+    largest = 1 / schedule.alphas_cumprod[-1].item()
+    if loss.space != "eps" and loss.weight_cap is None and largest > LARGEST_WEIGHT:
+        raise UserError(
+            f"{where}.weight_cap: with space: {loss.space} this schedule weighs the last step {largest:.1e} times; "
+            "set a cap, for example 10"
+        )

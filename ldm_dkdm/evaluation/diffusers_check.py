@@ -1,0 +1,55 @@
+"""Whether a diffusers folder that was written computes what the model computes, found out with that library."""
+
+from pathlib import Path
+
+import torch
+
+from ldm_dkdm.diffusion.samplers import ddim, last
+from ldm_dkdm.first_stage.codec import LatentCodec
+from ldm_dkdm.model import DiffusionModel
+
+STEPS = 10
+
+
+@torch.no_grad()
+def largest_difference(folder: Path, model: DiffusionModel) -> float | None:
+    """Between two samples' states by DDIM-10, and what is decoded from the same states, here and in diffusers.
+
+    None without that library.
+    """
+    try:
+        from diffusers import DDIMScheduler, UNet2DModel
+    except ImportError:
+        return None
+    noise = torch.randn((2, *model.shape), generator=torch.Generator().manual_seed(0))
+    classes, model = model.classes, model.changed(guidance=1.0, precision="32")
+    label = None if classes is None else torch.tensor([classes[0], classes[-1]])
+    steps = min(STEPS, model.schedule.num_timesteps)
+    ours = last(ddim(model.schedule, model.predict, noise, lambda: noise, steps, label))
+    network = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
+    offset = model.schedule.steps_offset
+    scheduler = DDIMScheduler.from_pretrained(
+        folder, subfolder="scheduler", set_alpha_to_one=offset == 0, steps_offset=offset
+    )
+    scheduler.set_timesteps(steps)
+    x, clips = noise, model.space.clip is not None
+    for t in scheduler.timesteps:
+        output = network(x, t, class_labels=label).sample[:, : x.shape[1]]
+        x = scheduler.step(output, t, x, use_clipped_model_output=clips).prev_sample
+    difference = (x - ours).abs().max().item()
+    codec = model.codec()
+    return max(difference, _decoded(folder, codec, ours)) if isinstance(codec, LatentCodec) else difference
+
+
+def _decoded(folder: Path, codec: LatentCodec, states: torch.Tensor) -> float:
+    """Largest difference of what both first stages decode from states (B,C,h,w)."""
+    from diffusers import AutoencoderKL, VQModel
+
+    own = codec.autoencoder
+    kind = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}[type(own).__name__]
+    theirs = kind.from_pretrained(folder / "vqvae", low_cpu_mem_usage=False).eval()
+    z = states / codec.scale_factor
+    if own.codes:  # a latent between two codes would fall to either side by its last bit
+        z = own.quantise(z)[0]
+    decoded = theirs.decode(z * codec.scale_factor / theirs.config.scaling_factor).sample
+    return (decoded - own.decode(z)).abs().max().item()

@@ -1,0 +1,23 @@
+"""Networks remember what they were built from, so that a model can be written and rebuilt."""
+
+import functools
+import inspect
+from typing import TypeVar
+
+from torch import nn
+
+Kind = TypeVar("Kind", bound=type[nn.Module])
+
+
+def remembers_arguments(kind: Kind) -> Kind:
+    """Class decorator: an instance keeps the keyword arguments that it was given in `arguments`."""
+    initialise, signature = kind.__init__, inspect.signature(kind)
+
+    @functools.wraps(initialise)
+    def remember(self: nn.Module, *args: object, **kwargs: object) -> None:
+        initialise(self, *args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        self.arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+
+    kind.__init__ = remember
+    return kind

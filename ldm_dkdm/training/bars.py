@@ -1,0 +1,63 @@
+"""Progress of a Lightning run, and the data that have no epochs."""
+
+from collections.abc import Callable
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch.utils.data import DataLoader, IterableDataset
+
+from ldm_dkdm.reporting import Progress
+from ldm_dkdm.training.ends import StepCallback
+
+
+class ProgressBar(TQDMProgressBar):
+    """Steps, speed, ETA and losses; a stream has no epochs, and the logger's version is left out."""
+
+    def on_train_start(self, trainer: L.Trainer, *args: object) -> None:
+        super().on_train_start(trainer, *args)
+        bar, done = self.train_progress_bar, trainer.global_step * trainer.accumulate_grad_batches
+        bar.reset(total=trainer.max_steps * trainer.accumulate_grad_batches)
+        bar.initial = bar.n = done  # a resumed epoch has no start of its own
+        bar.set_description("training")
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: object) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.total = trainer.max_steps * trainer.accumulate_grad_batches
+        self.train_progress_bar.set_description("training")
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+        super().on_train_batch_end(trainer, module, *args)
+        used, done = getattr(module, "time_used", 0.0), trainer.global_step
+        if used:  # the ETA is that of the limit where it comes first
+            steps = min(trainer.max_steps, max(done, round(done / used)))
+            self.train_progress_bar.total = steps * trainer.accumulate_grad_batches
+
+    def on_exception(self, trainer: L.Trainer, *args: object) -> None:
+        super().on_exception(trainer, *args)
+        print()  # what follows is not glued to the bar
+
+    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, int | str | float]:
+        metrics = super().get_metrics(trainer, module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+class StreamModule(L.LightningDataModule):
+    """Makes the stream when Lightning knows the device; the stream starts at the resumed step."""
+
+    def __init__(self, stream_for: Callable[[L.Trainer], IterableDataset]) -> None:
+        super().__init__()
+        self.stream_for = stream_for
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.stream_for(self.trainer), batch_size=None, num_workers=0)
+
+
+class ProgressCalls(StepCallback):
+    """Calls a function (what, done, total) after every step."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.progress("training", trainer.global_step, trainer.max_steps)

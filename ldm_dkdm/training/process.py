@@ -1,0 +1,46 @@
+"""The process is left as it was found: warnings, loggers, random generators, backend flags, environment."""
+
+import logging
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+# Lightning's advertisements, and advice that does not fit a stream of batches.
+IRRELEVANT = (
+    ".*does not have many workers.*",
+    ".*IterableDataset.*__len__.*",
+    ".*GPU available.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*You have overridden `transfer_batch_to_device`.*",
+    ".*number of training batches.*",
+    ".*callbacks used to create the checkpoint.*",  # an early stop that was taken out
+    ".*your dataloader is not resumable.*",  # it is: the stream starts at the resumed step
+    ".*Experiment logs directory.*",  # only what a lost stretch of this run logged is replaced
+)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let a run change what it needs inside the block, and undo it after it; irrelevant warnings are left out."""
+    lightning = logging.getLogger("lightning.pytorch")
+    level, environment = lightning.level, dict(os.environ)
+    python, numpy = random.getstate(), np.random.get_state()
+    flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        for message in IRRELEVANT:
+            warnings.filterwarnings("ignore", message=message)
+        lightning.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            lightning.setLevel(level)
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = flags
+            os.environ.clear()
+            os.environ.update(environment)

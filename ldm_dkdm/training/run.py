@@ -1,0 +1,187 @@
+"""One run: the same for distillation, for training on images and for first stages."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import IterableDataset
+
+from ldm_dkdm.config.schema import TrainerConfig
+from ldm_dkdm.device import default_device, resolve_precision
+from ldm_dkdm.errors import Stopped, UserError
+from ldm_dkdm.reporting import Progress
+from ldm_dkdm.training.bars import ProgressBar, ProgressCalls, StreamModule
+from ldm_dkdm.training.ema import StudentEMA
+from ldm_dkdm.training.ends import early_ends
+from ldm_dkdm.training.folder import RunFolder, alone_in, check_run, open_run, step_of
+from ldm_dkdm.training.interrupt import GracefulStop
+from ldm_dkdm.training.process import undisturbed
+from ldm_dkdm.training.saving import read_callbacks
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made.
+
+    Attributes:
+        model: the trained `DiffusionModel`, or the `VQModel` of a first stage, with its EMA weights.
+        folder: the run's folder.
+        step: the optimizer steps that it has taken.
+        end: why it ended.
+    """
+
+    model: Any
+    folder: Path
+    step: int
+    end: str
+
+
+class Run:
+    """A run's folder, locked while it trains, with its config, its device and its way to stop and go on.
+
+    Args:
+        config: one of the run schemas.
+        folder: logs/<run>.
+        resumed: go on although trainer or logging keys have changed.
+        progress: True shows bars, False nothing; a function is called with (what, done, total).
+        signals: what asks for a stop at the next whole iteration while the run trains; Ctrl-C alone from Python.
+        go_on: how to resume, for the message after a stop.
+
+    Raises:
+        UserError: fewer devices than the config asks for.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        folder: RunFolder,
+        resumed: bool = False,
+        progress: bool | Progress = True,
+        signals: Sequence[int] = (signal.SIGINT,),
+        go_on: str | None = None,
+    ) -> None:
+        self.config, self.folder, self.resumed, self.progress = config, folder, resumed, progress
+        self.trainer: TrainerConfig = config.trainer
+        self.device = training_device(self.trainer)
+        self.precision = resolve_precision(self.trainer.precision, self.device)
+        self.go_on = go_on or "call it again with the same arguments to go on"
+        self.stop = GracefulStop(signals)
+
+    def end(self) -> str | None:
+        """Why the run in the folder is at its end; None if there is more to do. Nothing is written.
+
+        Raises:
+            UserError: the folder is another run's, or its newest checkpoint is damaged.
+        """
+        check_run(self.config, self.folder, self.resumed)
+        latest = self.folder.latest()
+        if latest is None:
+            return None
+        step = step_of(latest)
+        if step >= self.trainer.max_steps:
+            return f"already at step {step}; --resume {self.folder.path} with a larger trainer.max_steps goes on"
+        states = read_callbacks(latest)  # also says whether the file is whole
+        for end in early_ends(self.trainer):
+            if end.state_key in states:
+                end.load_state_dict(states[end.state_key])
+            if end.reached:
+                return (
+                    f"already ended at step {step} by {end.key}; --resume {self.folder.path} with a larger one goes on"
+                )
+        return None
+
+    @property
+    def first_batch(self) -> int:
+        """How many batches the newest checkpoint has seen."""
+        latest = self.folder.latest()
+        return step_of(latest) * self.trainer.accumulate if latest else 0
+
+    @contextmanager
+    def open(self) -> Iterator["Run"]:
+        """Lock the folder, write the config, and let a signal ask for a stop; afterwards the process is as before.
+
+        Raises:
+            UserError: another process trains in the folder.
+        """
+        with undisturbed(), alone_in(self.folder), self.stop:
+            open_run(self.config, self.folder, self.resumed)
+            yield self
+
+    def check_stop(self, where: str) -> None:
+        """End the run between two calls of the teacher if a signal has asked for it.
+
+        Raises:
+            Stopped: it has.
+        """
+        if self.stop.requested:
+            raise Stopped(f"stopped and saved {where}; {self.go_on}")
+
+    def fit(
+        self,
+        module: L.LightningModule,
+        stream_for: Callable[[L.Trainer], IterableDataset],
+        callbacks: Sequence[L.Callback],
+    ) -> Result:
+        """Train to `max_steps`, or to an earlier end that the config asks for, from the newest checkpoint.
+
+        Args:
+            module: ends up with the EMA weights.
+            stream_for: makes the stream of batches once the device and the rank are known.
+            callbacks: among them one `RunCheckpoint`, which must come after whatever changes the state.
+
+        Raises:
+            Stopped: a signal ended the run before its end; all is saved.
+        """
+        latest, ends = self.folder.latest(), early_ends(self.trainer)
+        trainer = self._lightning(latest, [self.stop, *ends, *callbacks])
+        with contextlib.suppress(SIGTERMException):  # the signal asked for a stop, and that saved the run
+            trainer.fit(module, datamodule=StreamModule(stream_for), ckpt_path=latest, weights_only=True)
+        reached = [end.key for end in ends if end.reached]
+        if trainer.global_step < self.trainer.max_steps and (self.stop.requested or not reached):
+            raise Stopped(f"stopped and saved at step {trainer.global_step}; {self.go_on}")
+        return Result(module, self.folder.path, trainer.global_step, (reached or ["trainer.max_steps"])[0])
+
+    def _lightning(self, latest: Path | None, callbacks: Sequence[L.Callback]) -> L.Trainer:
+        config = self.trainer
+        bar = ProgressCalls(self.progress) if callable(self.progress) else ProgressBar(refresh_rate=10)
+        return L.Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            precision="bf16-mixed" if self.precision == "bf16" else "32-true",
+            max_steps=config.max_steps,
+            accumulate_grad_batches=config.accumulate,
+            logger=CSVLogger(self.folder.path, name="", version=_metrics_name(latest)),
+            log_every_n_steps=min(10, config.max_steps),
+            callbacks=[StudentEMA(config.ema_decay), *([bar] if self.progress else []), *callbacks],
+            enable_progress_bar=isinstance(bar, ProgressBar) and bool(self.progress),
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+
+
+def _metrics_name(resumed: Path | None) -> str:
+    """A resumed run gets a folder of its own: Lightning's logger empties the one that it is given."""
+    return f"metrics-from-{step_of(resumed)}" if resumed else "metrics"
+
+
+def training_device(config: TrainerConfig) -> torch.device:
+    """The device of this process in a training.
+
+    Raises:
+        UserError: no such device here, or fewer than `devices`.
+    """
+    device = default_device(config.accelerator)
+    count = {"cuda": torch.cuda.device_count(), "cpu": os.cpu_count() or 1}.get(device.type, 1)
+    if config.devices > count:
+        raise UserError(f"trainer.devices: {config.devices}, but this machine has {count} ({device.type})")
+    return device
