@@ -18,10 +18,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
 from ldm_dkdm.commands.main import parser_of
+from ldm_dkdm.config.keys import RUNS
+from ldm_dkdm.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,7 +38,10 @@ SCRIPTS = {
     "inspect_checkpoint.py": "inspect",
     "evaluate.py": "evaluate",
 }
-BLOCK = re.compile(r"(?:^<!-- run(?P<edits>.*?)-->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"(?:^ *<!-- run(?P<edits>.*?)-->\n)?^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$",
+    re.M | re.S,
+)
 OPTION = re.compile(r"(?:^|[\s\[])(--?[a-zA-Z][\w-]*)")
 
 
@@ -58,7 +64,7 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     return [
-        Block(match["language"], match["text"], None if match["edits"] is None else _edits(match["edits"]))
+        Block(match["language"], dedent(match["text"]), None if match["edits"] is None else _edits(match["edits"]))
         for match in BLOCK.finditer(page.read_text())
     ]
 
@@ -101,10 +107,12 @@ def _target(words: list[str]) -> tuple[str | None, list[str]]:
     return SCRIPTS.get(Path(words[1]).name), words[2:]
 
 
-def _require_recipes(bases: list[str]) -> None:
-    for base in bases:
-        if "=" not in base:
-            assert any((ROOT / name).is_file() for name in (base, f"configs/{base}", f"configs/{base}.yaml")), base
+def _require_config(command: str, arguments: list[str]) -> None:
+    """Load the config that a training command names: recipes exist, keys are known, values are in range."""
+    items = arguments[arguments.index("--base") + 1 :] if "--base" in arguments else []
+    files, overrides = ([i for i in items if i[0] != "-" and ("=" in i) == is_key] for is_key in (False, True))
+    if files:
+        load_config(files, overrides, {run.COMMAND: run for run in RUNS}[command])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -115,8 +123,8 @@ def test_command_lines_parse(page: Path) -> None:
             continue
         command, arguments = _target(words)
         if command is not None:
-            options = parser_of(command).parse_args(arguments)
-            _require_recipes(getattr(options, "base", []))
+            parser_of(command).parse_args(arguments)
+            _require_config(command, arguments)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
