@@ -2,14 +2,15 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 QUICK := logs/quickstart
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo demo-pixel test setup quickstart-teacher
+.PHONY: demo demo-pixel docs test setup quickstart-teacher
 
-# Distil the shipped teacher and let both paint from the same noise; a second call reuses what is there.
+# Distil the shipped teacher and sample both models from the same noise; a second call reuses what is there.
 demo: setup
-	@echo "distilling models/teachers/emoji64 into $(QUICK), without a picture"
+	@echo "distilling models/teachers/emoji64 into $(QUICK), without a training image"
 	@trap : INT; $(RUN) scripts/dkdm_ldm.py --base configs/quickstart.yaml || \
-	  { code=$$?; [ $$code != 130 ] || echo "make demo: goes on too, and paints the comparison at the end" >&2; exit $$code; }
+	  { code=$$?; [ $$code != 130 ] || echo "make demo: continues this run too, and writes the comparison at its end" >&2; exit $$code; }
 	@$(MAKE) --no-print-directory $(QUICK)/teacher_vs_student.png
 	@echo $(QUICK)/teacher_vs_student.png
 
@@ -21,20 +22,28 @@ $(QUICK)/teacher_vs_student.png: $(QUICK)/student/student.safetensors
 demo-pixel: setup data/digits.npz
 	$(RUN) scripts/train_ldm.py --base configs/digits_teacher.yaml
 	$(RUN) scripts/dkdm_ldm.py --base configs/digits.yaml
-	$(RUN) scripts/txt-free_sample.py -r logs/digits_teacher/student logs/digits -n 100 --sampler ddpm -c 50 --no_png \
+	$(RUN) scripts/txt-free_sample.py -r logs/digits_teacher logs/digits -n 100 --sampler ddpm -c 50 --no_png \
 	  --labels 0 1 2 3 4 5 6 7 8 9 -l logs/digits/samples/final --compare logs/digits/teacher_vs_student.png
 
 data/digits.npz: | setup
 	$(RUN) scripts/prepare_digits.py $@
 
+# All that CI runs.
 test: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 	$(RUN) -m pytest
+	$(VENV)/bin/mkdocs build --quiet --strict
+
+# docs/options.md from the schema of the configuration, then the site.
+docs: setup
+	$(RUN) -m ldm_dkdm.config.keys docs/options.md
+	$(VENV)/bin/mkdocs build --strict
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.lock setup.py
+$(VENV)/.installed: requirements.lock pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11; name another with PYTHON=..." >&2; exit 2; }
 	@echo "installing into $(VENV): about 6 GB, some minutes, once"
@@ -43,13 +52,13 @@ $(VENV)/.installed: requirements.lock setup.py
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-# Repeat the training of the shipped autoencoder and teacher (hours; needs npm for the pictures).
+# Repeat the training of the shipped autoencoder and teacher (hours; needs npm for the emoji).
 quickstart-teacher: setup data/emoji64/teacher.npz
 	$(RUN) scripts/train_first_stage.py --base configs/emoji64_first_stage.yaml
-	cp logs/emoji64_first_stage/student/* models/first_stage/vq-f4-emoji64/
+	cp logs/emoji64_first_stage/first_stage/* models/first_stage/vq-f4-emoji64/
 	$(RUN) scripts/train_ldm.py --base configs/emoji64_teacher.yaml
 	$(RUN) scripts/train_ldm.py --base configs/emoji64_teacher.yaml configs/emoji64_teacher_longer.yaml
-	cp logs/emoji64_teacher_longer/student/* models/teachers/emoji64/
+	cp logs/emoji64_teacher_longer/model/* models/teachers/emoji64/
 
 data/emoji64/teacher.npz:
 	mkdir -p data
