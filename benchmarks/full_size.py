@@ -18,12 +18,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from ldm_dkdm.sources import make_schedule  # noqa: E402
+
 from ldm_dkdm.config.load import load_config  # noqa: E402
 from ldm_dkdm.config.registry import build  # noqa: E402
 from ldm_dkdm.config.schema import DistillRun  # noqa: E402
 from ldm_dkdm.first_stage import FIRST_STAGES  # noqa: E402
 from ldm_dkdm.networks import NETWORKS  # noqa: E402
-from ldm_dkdm.sources import make_schedule  # noqa: E402
 from tests.parts import write_compvis_checkpoint  # noqa: E402
 
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from ldm_dkdm.sources import Model, load_model
 from torch import nn
 
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.teacher_check import COMPARED, check_teacher, measure, reread
-from ldm_dkdm.sources import Model, load_model
 
 
 def faults(model: Model) -> Iterator[tuple[str, Model]]:

@@ -93,7 +93,8 @@ def to_uint8(images: Tensor, nearest: bool = False) -> Tensor:
 
 def endless_batches(data: Tensor, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Tensor]:
     """Shuffled batches without end. Epoch e's order follows from (seed, e), so a resumed run that
-    passes its `first_step` sees the batches that it would have seen."""
+    passes its `first_step` sees the batches that it would have seen.
+    """
     per_epoch = len(data) // batch_size
     epoch, offset = divmod(first_step, per_epoch)
     while True:

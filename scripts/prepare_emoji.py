@@ -41,7 +41,7 @@ def is_teacher_picture(name: str) -> bool:
 
 def group_of(name: str) -> str:
     """Variants of one emoji share a group: the first code point, but a flag is its own."""
-    first = name.split("-")[0]
+    first = name.split("-", maxsplit=1)[0]
     return name if "1f1e6" <= first <= "1f1ff" else first
 
 

@@ -7,17 +7,17 @@ from types import ModuleType
 
 import pytest
 import torch
+from ldm_dkdm.checkpoints.foreign import open_foreign
+from ldm_dkdm.sources import load_teacher, make_schedule
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints import compvis, read_tensors
-from ldm_dkdm.checkpoints.foreign import open_foreign
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.config.schema import DistillConfig, DistillRun, NetworkConfig, TeacherConfig, TrainerConfig
 from ldm_dkdm.first_stage import VQModel
 from ldm_dkdm.networks import UNet
-from ldm_dkdm.sources import load_teacher, make_schedule
 from tests.parts import DIFFUSION, UNET_PARAMS, VQ_PARAMS, randomised, write_compvis_checkpoint
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ldm_dkdm.generate import SamplerConfig, sample_states
 from torch import Tensor, nn
 
 from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher, UserError
@@ -9,7 +10,6 @@ from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
 from ldm_dkdm.diffusion.process import x0_to_eps
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.distillation.warmup import Warmup
-from ldm_dkdm.generate import SamplerConfig, sample_states
 from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.records import NoisyBatch
 from tests.parts import UNET_PARAMS, randomised

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from ldm_dkdm.commands.parser import config_parser, split_base
+
 from tests.cli import distil, run_script, write_yaml
 from tests.parts import distill_config
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ldm_dkdm.assemble import load_first_stage
+from ldm_dkdm.sources import load_model, load_teacher
 
 from ldm_dkdm import NoisyPool, UserError
-from ldm_dkdm.assemble import load_first_stage
 from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.checkpoints.pools import read_reference_pool
 from ldm_dkdm.config.schema import FirstStageConfig
 from ldm_dkdm.distillation.refill import check_supply, refill
-from ldm_dkdm.sources import load_model, load_teacher
 from tests.cli import distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, distill_config, model_folder
 from tests.test_foreign import run_with

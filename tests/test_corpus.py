@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ldm_dkdm.sources import load_teacher
 from safetensors.torch import save
 
 from ldm_dkdm import UserError
 from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.networks import UNet
-from ldm_dkdm.sources import load_teacher
 from tests.parts import UNET_PARAMS, randomised
 from tests.test_foreign import run_with
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
+from ldm_dkdm.checkpoints.diffusers_folder import Pipeline, read_pipeline, write_pipeline
+from ldm_dkdm.sources import load_teacher
 from safetensors.torch import load_file
 
 from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints import read_tensors
-from ldm_dkdm.checkpoints.diffusers_folder import Pipeline, read_pipeline, write_pipeline
 from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
 from ldm_dkdm.networks import UNet
-from ldm_dkdm.sources import load_teacher
 from tests.cli import distil, run_script, write_yaml
 from tests.parts import distill_config, model_folder, randomised
 from tests.test_foreign import ADM, run_with

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ldm_dkdm.sources import load_model
 from PIL import Image
 from safetensors.torch import load_file
 
 from ldm_dkdm.config.load import load_config, to_yaml
-from ldm_dkdm.sources import load_model
 from tests.cli import contents, distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
 

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL as Theirs
+from ldm_dkdm.assemble import load_first_stage
+from ldm_dkdm.checkpoints.diffusers_folder import read_first_stage
+from ldm_dkdm.sources import load_teacher, make_schedule
 from safetensors.torch import load_file
 
 from ldm_dkdm import UserError
-from ldm_dkdm.assemble import load_first_stage
 from ldm_dkdm.checkpoints import read_tensors
-from ldm_dkdm.checkpoints.diffusers_folder import read_first_stage
 from ldm_dkdm.config.schema import FirstStageConfig
 from ldm_dkdm.first_stage import AutoencoderKL, VQModel
 from ldm_dkdm.networks import DiT, UNet
-from ldm_dkdm.sources import load_teacher, make_schedule
 from tests.cli import distil, run_script, sample, write_yaml
 from tests.parts import (
     DDCONFIG,

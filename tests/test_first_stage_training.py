@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 from ldm_dkdm.assemble import load_codec
+
 from ldm_dkdm.config.load import parse
 from ldm_dkdm.config.schema import FirstStageConfig, FirstStageRun
 from ldm_dkdm.errors import UserError

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
-from ldm_dkdm import UserError
 from ldm_dkdm.assemble import load_first_stage
 from ldm_dkdm.checkpoints.foreign import infer_schedule, open_foreign
 from ldm_dkdm.checkpoints.inference import infer_first_stage
+from ldm_dkdm.sources import load_teacher, make_schedule
+from torch import nn
+
+from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import (
@@ -26,7 +27,6 @@ from ldm_dkdm.config.schema import (
 )
 from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
 from ldm_dkdm.networks import DiT, UNet
-from ldm_dkdm.sources import load_teacher, make_schedule
 from tests.parts import DIFFUSION, UNET_PARAMS, VQ_PARAMS, randomised, write_compvis_checkpoint
 
 ADM: dict[str, Any] = {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+from ldm_dkdm.sources import make_schedule
 from torch import nn
 
 from ldm_dkdm.config.load import load_config, parse
@@ -11,7 +12,6 @@ from ldm_dkdm.config.schema import DistillRun, NetworkConfig
 from ldm_dkdm.distillation.pool import pool_slots
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.networks import NETWORKS
-from ldm_dkdm.sources import make_schedule
 from tests.cli import ROOT
 
 TABLE_7 = {

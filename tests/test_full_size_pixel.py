@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from ldm_dkdm.sources import check_trainable, make_schedule
 from torch import nn
 
 from ldm_dkdm.config.load import load_config
@@ -13,7 +14,6 @@ from ldm_dkdm.config.schema import DiffusionRun, DistillRun
 from ldm_dkdm.distillation.pool import pool_slots
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.networks import NETWORKS
-from ldm_dkdm.sources import check_trainable, make_schedule
 from ldm_dkdm.training.from_teacher import assemble
 from ldm_dkdm.training.plan import costs
 from tests.cli import ROOT, distil, write_yaml

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ldm_dkdm.sources import Model, load_model
 from torch import nn
 
 from ldm_dkdm import NoiseSchedule, Teacher, UserError
@@ -21,7 +22,6 @@ from ldm_dkdm.evaluation.teacher_check import (
     preferred,
     reread,
 )
-from ldm_dkdm.sources import Model, load_model
 from tests.analytic import GaussianNetwork
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from ldm_dkdm.denoiser import Denoiser
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from ldm_dkdm import NoiseSchedule
-from ldm_dkdm.denoiser import Denoiser
 from ldm_dkdm.diffusion.objectives import gaussian_kl, pixel_log_likelihood, vlb_loss
 from ldm_dkdm.diffusion.process import learned_log_variance, posterior, reverse_step
 from ldm_dkdm.diffusion.samplers import ddpm, dpm_solver, respaced_timesteps, solver_timesteps

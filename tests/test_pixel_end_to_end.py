@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ldm_dkdm.sources import load_model
 from safetensors.torch import load_file
 
-from ldm_dkdm.sources import load_model
 from ldm_dkdm.training import ends
 from tests.cli import contents, distil, run_script, sample
 from tests.digits import DIT, TRAINER, distil_config, train

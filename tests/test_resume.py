@@ -101,7 +101,7 @@ def test_a_resume_with_other_parts_is_refused_and_the_run_stays_whole(
     signal_in_training.append(signal.SIGINT)
     assert distil("--base", base) == 130
     assert distil("--resume", tmp_path / "logs" / "stopped", change) == 2
-    assert f"error: {change.split('=')[0]}: cannot change" in capsys.readouterr().err
+    assert f"error: {change.split('=', maxsplit=1)[0]}: cannot change" in capsys.readouterr().err
     assert distil("--resume", tmp_path / "logs" / "stopped") == 0
 
 

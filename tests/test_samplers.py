@@ -3,13 +3,13 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from ldm_dkdm.denoiser import Denoiser
+from ldm_dkdm.generate import SamplerConfig, sample_states
 from torch import Tensor
 
 from ldm_dkdm import NoiseSchedule, UserError
-from ldm_dkdm.denoiser import Denoiser
 from ldm_dkdm.diffusion.process import eps_to_x0, reverse_step
 from ldm_dkdm.diffusion.samplers import ddim, ddim_timesteps, ddpm, last
-from ldm_dkdm.generate import SamplerConfig, sample_states
 from ldm_dkdm.records import Prediction
 from tests.analytic import GaussianNetwork
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ldm_dkdm.sources import load_model
 from safetensors.torch import load_file
 
-from ldm_dkdm.sources import load_model
 from tests.cli import distil, write_yaml
 from tests.parts import UNET_PARAMS, distill_config, model_folder
 

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from ldm_dkdm.sources import Model, load_model, make_schedule
+from ldm_dkdm.teacher import Teacher
 
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import NetworkConfig
@@ -15,8 +17,6 @@ from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.evaluation.agreement import eps_error_by_quarter, eps_errors, held_out_chains
 from ldm_dkdm.networks import NETWORKS
-from ldm_dkdm.sources import Model, load_model, make_schedule
-from ldm_dkdm.teacher import Teacher
 from ldm_dkdm.training.ema import StudentEMA
 from tests.cli import distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, distill_config

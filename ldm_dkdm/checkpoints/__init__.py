@@ -6,9 +6,9 @@ from typing import Protocol
 from ldm_dkdm.checkpoints import adm, compvis, described, diffusers, dit, folder, run_checkpoint
 from ldm_dkdm.checkpoints.contents import Contents, Hints
 from ldm_dkdm.checkpoints.reading import read_tensors
-from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.strangers import what_else
+from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.errors import UserError, blaming
 
 __all__ = ["FORMATS", "Contents", "Format", "Hints", "Source", "read", "read_tensors"]

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from ldm_dkdm.checkpoints.contents import Contents
-from ldm_dkdm.checkpoints.writing import SavedModel, require_eps_unet
 from ldm_dkdm.checkpoints.shapes import detached
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.unet_shapes import infer_unet
+from ldm_dkdm.checkpoints.writing import SavedModel, require_eps_unet
 from ldm_dkdm.files import replacing
 
 NAME = "guided-diffusion / DDPM-IP"

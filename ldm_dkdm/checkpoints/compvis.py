@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.contents import Contents, schedule_of, tolerance
 from ldm_dkdm.checkpoints.first_stages import PREFIX, FirstStage, stored_scale, tensors_of
-from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing, require_eps_unet
 from ldm_dkdm.checkpoints.shapes import detached, plain, under
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.unet_shapes import infer_unet
+from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing, require_eps_unet
 from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule, betas_of
 from ldm_dkdm.errors import UserError

@@ -1,7 +1,7 @@
 """What a checkpoint tells of a diffusion model, and the hints that complete it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm_dkdm.checkpoints.first_stages import FirstStage
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig, TeacherConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError, nearest
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.pixel import SPACES
 
 

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ldm_dkdm.checkpoints.contents import Contents
-from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.checkpoints.shapes import detached, plain
 from ldm_dkdm.checkpoints.source import Source
+from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.config.load import parse
 from ldm_dkdm.config.schema import ModelCard
 from ldm_dkdm.errors import UserError

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.contents import Contents, Demand
-from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, detached
 from ldm_dkdm.checkpoints.source import Source
+from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing
 from ldm_dkdm.networks import DiT
@@ -23,7 +23,7 @@ IMAGENET_TABLE = 1001  # rows of a public DiT's label table: 1,000 classes and n
 
 def recognises(source: Source) -> bool:
     """Whether a file holds a DiT's tensors."""
-    return source.kind != "folder" and NAMES <= set(source.tensors)
+    return source.kind != "folder" and set(source.tensors) >= NAMES
 
 
 def read(source: Source) -> Contents:

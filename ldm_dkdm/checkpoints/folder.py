@@ -12,8 +12,8 @@ from ldm_dkdm.checkpoints.card import write_readme
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.first_stages import FirstStage, is_first_stage_folder
 from ldm_dkdm.checkpoints.reading import read_tensors
-from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
 from ldm_dkdm.checkpoints.source import Source, has_config
+from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
 from ldm_dkdm.config.load import read_card, to_yaml
 from ldm_dkdm.config.schema import FirstStageCard, FirstStagePointer, ModelCard
 from ldm_dkdm.errors import UserError

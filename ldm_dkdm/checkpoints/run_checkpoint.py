@@ -4,9 +4,9 @@ from pathlib import Path
 
 from ldm_dkdm.checkpoints import folder
 from ldm_dkdm.checkpoints.contents import Contents
-from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.checkpoints.shapes import under
 from ldm_dkdm.checkpoints.source import Source, has_config, home_of
+from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.errors import UserError
 
 NAME = "training checkpoint"

@@ -10,7 +10,6 @@ from ldm_dkdm.checkpoints.first_stages import FirstStage
 from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.first_stage.codec import Codec
 from ldm_dkdm.networks import UNet
 from ldm_dkdm.pixel import Space
 

@@ -1,5 +1,6 @@
 """The forward process and one reverse step. x and eps are (B,C,H,W), t is (B,); coefficients are float64
-until they meet x, whose type the results keep."""
+until they meet x, whose type the results keep.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -11,9 +11,9 @@ from ldm_dkdm.config.schema import DistillConfig
 from ldm_dkdm.diffusion.process import q_sample
 from ldm_dkdm.distillation.batches import BatchStream
 from ldm_dkdm.distillation.pool import NoisyPool
+from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import DistillBatch, NoisyBatch
 from ldm_dkdm.rng import numpy_generator, torch_generator
-from ldm_dkdm.model import DiffusionModel
 
 
 def draw_all(pool: NoisyPool, batch_size: int, rng: np.random.Generator) -> Tensor:

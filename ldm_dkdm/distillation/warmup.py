@@ -13,9 +13,9 @@ from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import VARIANTS
 from ldm_dkdm.errors import pick
+from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import NoisyBatch, Prediction
 from ldm_dkdm.rng import numpy_generator, torch_generator
-from ldm_dkdm.model import DiffusionModel
 
 NOISED = 1024  # states noised at once: few samples can fill many slots
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.diffusion.samplers import Denoise
-from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.records import NoisyBatch
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.diffusion.process import q_sample
 from ldm_dkdm.diffusion.samplers import dpm_solver, last
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS, UNet
 from ldm_dkdm.rng import torch_generator
-from ldm_dkdm.model import DiffusionModel
 
 IMAGES, STEPS = 8, 10
 START = 1e-3  # abar where the sampler begins: below it, x_0 magnifies every error, unclipped latents' beyond use

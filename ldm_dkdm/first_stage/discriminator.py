@@ -20,7 +20,8 @@ class Discriminator(nn.Module):
 
     def generator_loss(self, reconstruction_loss: Tensor, reconstructions: Tensor, last_layer: Tensor) -> Tensor:
         """The generator's term, weighted so that its gradient at the decoder's last layer matches
-        that of `reconstruction_loss` (Eq. 7)."""
+        that of `reconstruction_loss` (Eq. 7).
+        """
         loss = -self.net(reconstructions).mean()
         rec_grad = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0]
         gan_grad = torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
