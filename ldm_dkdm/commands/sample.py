@@ -114,7 +114,7 @@ def open_for_sampling(
     """
     from ldm_dkdm.checkpoints import Hints
     from ldm_dkdm.device import resolve_device
-    from ldm_dkdm.model import open_model
+    from ldm_dkdm.model import open_model, require_sampling
 
     where = resolve_device(device)
     with flags(use_ema="--raw"):
@@ -123,7 +123,7 @@ def open_for_sampling(
         raise UserError(f"--guidance: {path} is a student and learned the guided prediction itself; give it 1")
     with flags(**FLAGS):
         model = model.changed(guidance=guidance).to(where, precision)
-        model.require_sampling(config)
+        require_sampling(model, config)
         model.codec()
     return model
 
