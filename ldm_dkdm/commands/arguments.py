@@ -13,7 +13,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 from ldm_dkdm.config.keys import keys_text
 from ldm_dkdm.config.load import load_config, read_overrides
 from ldm_dkdm.config.recipes import find_config, recipe_names
-from ldm_dkdm.config.schema import DiffusionDataConfig, DistillConfig, LoggingConfig, TrainerConfig
+from ldm_dkdm.config.schema import DiffusionDataConfig, DistillConfig, LoggingConfig, TeacherConfig, TrainerConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.training.folder import RunFolder, find_run, run_folder
 
@@ -150,6 +150,7 @@ def load_plugins(files: Sequence[Path]) -> None:
 
 
 SECTIONS = {
+    "teacher": {f.name for f in fields(TeacherConfig)},
     "distill": {f.name for f in fields(DistillConfig)},
     "trainer": {f.name for f in fields(TrainerConfig)},
     "logging": {f.name for f in fields(LoggingConfig)},
