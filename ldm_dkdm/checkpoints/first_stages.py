@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.diffusers_first_stage import CLASSES, read_component
 from ldm_dkdm.checkpoints.loading import build_loaded
-from ldm_dkdm.checkpoints.reading import read_tensors
+from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.releases import how_to_get
 from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, under
 from ldm_dkdm.checkpoints.source import Source, has_config
@@ -80,7 +80,7 @@ class FirstStage:
             if self.target is not None or self.params:
                 raise UserError(f"first_stage: {self.path} describes itself; remove target and params")
             card = read_card(source.path / "config.yaml", FirstStageCard)
-            tensors = read_tensors(source.path / card.weights)
+            tensors = read_named_weights(source.path, card.weights)
             found = FirstStage(source.path, card.scale_factor, card.target, card.params, tensors)
         else:
             folder = component_of(source)

@@ -167,6 +167,19 @@ def _of_components(pipeline: Path) -> dict[str, Tensor]:
     return {f"{part.name}.{name}": tensor for part in parts for name, tensor in read_tensors(part).items()}
 
 
+def read_named_weights(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of the file that a folder's config names.
+
+    Raises:
+        UserError: no such file, or a name that leads out of the folder.
+    """
+    if Path(name).name != name:
+        raise UserError(f"{folder}/config.yaml: weights: '{name}' must be a file name in the same folder")
+    if not (folder / name).is_file():
+        raise UserError(f"{folder / name}: missing; the folder {folder} has a config but no weights")
+    return read_tensors(folder / name)
+
+
 def weights_in(folder: Path) -> Path:
     """The weights of a model folder: ours, or one component of a diffusers pipeline.
 
