@@ -22,9 +22,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a training command to save and 
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a command line."""
+    """Says in one line what is wrong with a command line; options may stand between positional arguments."""
 
     hint = "see --help"
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse a command line, whether `key=value` stands before options or after them."""
+        return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` in place of printing the usage."""
@@ -120,6 +126,18 @@ def split_hints(items: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Paths and hints: what holds a = and is no file is a hint."""
     paths = [item for item in items if "=" not in item or Path(item).exists()]
     return paths, read_overrides([item for item in items if item not in paths])
+
+
+def read_hints(items: Sequence[str]) -> dict[str, Any]:
+    """Hints where a command line names no more paths.
+
+    Raises:
+        UserError: an item that is not key=value.
+    """
+    for item in items:
+        if "=" not in item:
+            raise UserError(f"'{item}': one argument too many; hints look like key=value, such as image_size=64")
+    return read_overrides(items)
 
 
 def load_plugins(files: Sequence[Path]) -> None:
