@@ -66,10 +66,11 @@ def convert(*arguments: object) -> int:
     return run_script("convert.py", *arguments)
 
 
-def test_compvis_to_diffusers_and_back_is_bit_for_bit(teacher_folder: Path, tmp_path: Path) -> None:
-    first, folder, second = tmp_path / "first.ckpt", tmp_path / "pipeline", tmp_path / "second.ckpt"
+@pytest.mark.parametrize("format", ["diffusers", "folder"])
+def test_compvis_to_another_format_and_back_is_bit_for_bit(format: str, teacher_folder: Path, tmp_path: Path) -> None:
+    first, folder, second = tmp_path / "first.ckpt", tmp_path / "between", tmp_path / "second.ckpt"
     load_model(teacher_folder).save(first, "compvis")
-    assert convert(first, folder, "--to", "diffusers", "image_size=8", "num_head_channels=32") == 0
+    assert convert(first, folder, "--to", format, "image_size=8", "num_head_channels=32") == 0
     assert convert(folder, second, "--to", "compvis") == 0
     assert same_tensors(first, second)
 
