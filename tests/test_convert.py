@@ -74,12 +74,12 @@ def test_the_sampler_takes_what_the_converter_writes(
     assert convert(teacher_folder, tmp_path / "model.safetensors", "--to", "safetensors") == 0
     assert sample("-r", tmp_path / "model.safetensors") == 2
     assert "--first_stage" in capsys.readouterr().err
-    pictures = []
+    drawn = []
     named = ("--first_stage", first_stage)  # which a file of one network cannot hold
     for source, more in ((teacher_folder, ()), (tmp_path / "pipeline", ()), (tmp_path / "model.safetensors", named)):
         assert sample("-r", source, "-n", 2, "-c", 4, "--npz", "--no_png", "-l", tmp_path / "out", *more) == 0
-        pictures.append(np.load(tmp_path / "out" / "samples.npz")["arr_0"].astype(int))
-    assert all(np.abs(other - pictures[0]).max() <= 1 for other in pictures[1:])
+        drawn.append(np.load(tmp_path / "out" / "samples.npz")["arr_0"].astype(int))
+    assert all(np.abs(other - drawn[0]).max() <= 1 for other in drawn[1:])
 
 
 @pytest.mark.parametrize("layout", ["compvis", "adm"])

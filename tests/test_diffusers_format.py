@@ -119,8 +119,8 @@ def test_a_student_leaves_as_a_pipeline_that_samples_the_same(
     assert pipeline.vqvae.config.scaling_factor == 0.5
     parts = {f"{part}.{name}" for part in ("unet", "vqvae") for name in getattr(pipeline, part).state_dict()}
     assert read_tensors(tmp_path / "out").keys() == parts
-    pictures = pipeline(batch_size=1, num_inference_steps=5, output_type="np").images
-    assert pictures.shape == (1, 32, 32, 3)
+    images = pipeline(batch_size=1, num_inference_steps=5, output_type="np").images
+    assert images.shape == (1, 32, 32, 3)
     back, own = load_model(tmp_path / "out"), load_file(folder / "model.safetensors")
     assert all(torch.equal(back.network.state_dict()[name], value) for name, value in own.items())
     vq = load_file(first_stage / "model.safetensors")

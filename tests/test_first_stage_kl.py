@@ -33,7 +33,7 @@ DIT = {"input_size": 8, "in_channels": 3, "hidden_size": 32, "depth": 1, "num_he
 
 
 def write_vae(folder: Path, attends: bool = False) -> Path:
-    """A folder that diffusers writes: 32x32 pictures, 8x8x3 latents; attention at side 8 if wanted."""
+    """A folder that diffusers writes: 32x32 images, 8x8x3 latents; attention at side 8 if wanted."""
     theirs = Theirs(
         down_block_types=["DownEncoderBlock2D"] * 2 + [f"{'Attn' * attends}DownEncoderBlock2D"],
         up_block_types=[f"{'Attn' * attends}UpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 2,
@@ -53,7 +53,7 @@ def vae(tmp_path: Path) -> Path:
 
 @torch.no_grad()
 @pytest.mark.parametrize("attends", [False, True])
-def test_latents_and_pictures_equal_diffusers(attends: bool, tmp_path: Path) -> None:
+def test_latents_and_images_equal_diffusers(attends: bool, tmp_path: Path) -> None:
     vae = write_vae(tmp_path / "vae", attends)
     stage, theirs = FirstStage(vae).opened(), Theirs.from_pretrained(vae, low_cpu_mem_usage=False).eval()
     ours = AutoencoderKL(**stage.params).eval()

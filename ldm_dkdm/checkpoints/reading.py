@@ -32,8 +32,8 @@ SIGNATURES = {
     b"\x89HDF": "is an HDF5 file (Keras?); a PyTorch or safetensors file is needed",
     b"GGUF": "is a GGUF file; a PyTorch or safetensors file is needed",
     b"\x93NUMPY": "is a NumPy array, not a checkpoint",
-    b"\x89PNG": "is a picture, not a checkpoint",
-    b"\xff\xd8\xff": "is a picture, not a checkpoint",
+    b"\x89PNG": "is an image, not a checkpoint",
+    b"\xff\xd8\xff": "is an image, not a checkpoint",
 }
 
 
@@ -135,7 +135,7 @@ def _kind_of_zip(path: Path) -> str:
             raise UserError(f"{path}: is compressed, as torch.save never writes files; unpack and save it again")
         return "torch"
     if any(name.endswith(".npy") for name in names):
-        raise UserError(f"{path}: is an .npz of arrays (pictures or statistics), not a checkpoint")
+        raise UserError(f"{path}: is an .npz of arrays (images or statistics), not a checkpoint")
     raise UserError(f"{path}: is an archive ({', '.join(names[:3]) or 'empty'}), not a checkpoint; unpack it first")
 
 
