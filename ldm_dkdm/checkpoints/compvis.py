@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.contents import Contents, schedule_of, tolerance
-from ldm_dkdm.checkpoints.first_stages import PREFIX, FirstStage, stored_scale, tensors_of
+from ldm_dkdm.checkpoints.first_stages import PREFIX, FirstStage, tensors_of
 from ldm_dkdm.checkpoints.shapes import detached, plain, under
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.unet_shapes import infer_unet
@@ -48,7 +48,8 @@ def read(source: Source) -> Contents:
     stored = _stored_schedule(tensors, source.path)
     stage = None
     if any(name.startswith(PREFIX) for name in tensors):
-        stage = FirstStage(source.path, stored_scale(tensors, source.path), tensors=tensors_of(tensors))
+        scale = tensors.get("scale_factor")
+        stage = FirstStage(source.path, 1.0 if scale is None else None, tensors=tensors_of(tensors), stored=scale)
     return Contents(
         path=source.path,
         file=source.path,

@@ -77,7 +77,8 @@ def run(options: argparse.Namespace) -> None:
     for folder in (options.logdir, options.compare and options.compare.parent):
         require_writable(folder)
     load_plugins(options.plugin)
-    hints |= {"use_ema": False if options.raw else None, "first_stage": options.first_stage}
+    flagged = {"use_ema": False if options.raw else None, "first_stage": options.first_stage}
+    hints |= {name: value for name, value in flagged.items() if value is not None}
     device, precision = options.device, options.precision
     models = [open_for_sampling(p, w, config, hints, device, precision) for p, w in zip(paths, weights, strict=True)]
     outputs = Outputs(png=not options.no_png, npz=options.npz, latents=options.latents)
