@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher
+from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool
 from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
 from ldm_dkdm.distillation.stream import VARIANTS, DistillStream
 from ldm_dkdm.distillation.warmup import Warmup, preparation
@@ -22,7 +22,7 @@ def stream_of(
     """A prepared pool and the stream over it, with a teacher that counts its calls from zero."""
     config = DistillConfig(batch_size, variant=variant, warmup=WarmupConfig("ancestral", batch_size=8), **options)
     pool = NoisyPool(slots if VARIANTS[variant].expands else batch_size, SHAPE, torch.float32)
-    teacher = Teacher(GaussianNetwork(SCHEDULE, 0.3, 0.5), SCHEDULE)
+    teacher = DiffusionModel(GaussianNetwork(SCHEDULE, 0.3, 0.5), schedule=SCHEDULE, shape=SHAPE)
     list(Warmup(pool, teacher, preparation(config)).run())
     teacher.network.calls = 0
     return DistillStream(teacher, pool, config, max_steps)
