@@ -63,13 +63,8 @@ class OneCanvas(nn.Module):
 @pytest.mark.parametrize("mode", ["ancestral", "ddim", "dpm-solver++"])
 def test_a_slot_s_state_is_of_its_label(mode: str) -> None:
     pool = NoisyPool(90, (1, 64, 64), torch.float32, labeled=True)
-    list(
-        Warmup(
-            pool,
-            teacher_of(OneCanvas(), STEEP, shape=(1, 64, 64)),
-            WarmupConfig(mode, steps=10, images=30, batch_size=16),
-        ).run()
-    )
+    teacher = teacher_of(OneCanvas(), STEEP, shape=(1, 64, 64))
+    list(Warmup(pool, teacher, WarmupConfig(mode, steps=10, images=30, batch_size=16)).run())
     signal = STEEP.alphas_cumprod[pool.t.long()].sqrt()
     seen = signal > 0.25  # the others are noise
     means = pool.x.mean((1, 2, 3)) / signal
