@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 
 from ldm_dkdm import __version__
 from ldm_dkdm.commands.arguments import Parser
@@ -95,7 +96,7 @@ def parser_of(command: str) -> Parser:
     return parser
 
 
-def _module(command: str):  # noqa: ANN202 (a command's module)
+def _module(command: str) -> ModuleType:
     return importlib.import_module(f"ldm_dkdm.commands.{command.replace('-', '_')}")
 
 
