@@ -308,11 +308,11 @@ class DiffusionModel:
             raise UserError(f"first_stage: {self.path or 'the model'} does not say where its first stage lies; name it")
         codec = stage.codec(self.shape[1], self.precision)
         for what, own, theirs in (
-            ("latent channels", self.shape[0], codec.latent_channels),
-            ("latents of side", self.shape[1], codec.latent_size),
+            ("{} latent channels", self.shape[0], codec.latent_channels),
+            ("latents of side {}", self.shape[1], codec.latent_size),
         ):
             if own != theirs:
-                raise UserError(f"first_stage: {stage.path} makes {what} {theirs}, the model has {own}")
+                raise UserError(f"first_stage: {stage.path} makes {what.format(theirs)}, the model has {own}")
         return codec
 
     # Checking, narrowing, saving

@@ -54,11 +54,10 @@ def _distil(call: TrainingCall[DistillRun]) -> None:
 def open_teacher(config: DistillRun) -> "DiffusionModel":
     """The teacher that a config names, with its guidance."""
     from ldm_dkdm.checkpoints import Hints
-    from ldm_dkdm.errors import naming
     from ldm_dkdm.model import open_model
 
     hints = Hints.of_sections(config.teacher, config.diffusion, config.first_stage)
-    with naming("teacher"):
+    with dotted_keys("teacher", path="teacher.ckpt"):
         return open_model(config.teacher.ckpt, hints).changed(guidance=config.teacher.guidance)
 
 
