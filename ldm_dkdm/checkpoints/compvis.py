@@ -78,9 +78,9 @@ def _stored_schedule(tensors: Mapping[str, Tensor], path: Path) -> Tensor | None
 def name_schedule(alphas_cumprod: Tensor) -> DiffusionConfig | None:
     """The config whose schedule this (T,) is to 0.1%: a named one, or its own betas; None if it is no schedule."""
     betas, steps = betas_of(alphas_cumprod), len(alphas_cumprod)
-    ends = tuple(float(f"{value:.4g}") for value in (betas[0], betas[-1]))  # half precision leaves little of them
-    candidates = [("scaled_linear", *pair) for pair in (ends, *USUAL_SCALED)]
-    candidates += [("linear", *pair) for pair in (ends, USUAL_LINEAR)] + [("cosine", *USUAL_SCALED[0])]
+    first, final = (float(f"{value:.4g}") for value in (betas[0], betas[-1]))  # half precision leaves little of them
+    candidates = [("scaled_linear", *pair) for pair in ((first, final), *USUAL_SCALED)]
+    candidates += [("linear", *pair) for pair in ((first, final), USUAL_LINEAR)] + [("cosine", *USUAL_SCALED[0])]
     for name, start, end in candidates:
         if name != "cosine" and not 0 < start <= end < 1:
             continue
