@@ -87,14 +87,14 @@ class DiffusionModel:
         precision: str = "32",
     ) -> None:
         self.network = network
-        self.parameterization = parameterization or (like.parameterization if like and not node else "eps")
+        self.parameterization: str = parameterization or (like.parameterization if like and not node else "eps")
         pick(PARAMETERIZATIONS, self.parameterization, "parameterization")
         self.diffusion = _process(schedule, space, like)
         self.schedule = schedule_of(self.diffusion)
         self.shape = _shape(network, shape, like)
         self.num_classes, self.null_label = _labels(network, num_classes, null_label, like)
         stage = FirstStage(Path(first_stage)) if isinstance(first_stage, (str, Path)) else first_stage
-        self.first_stage = stage or (like.first_stage if like else None)
+        self.first_stage: FirstStage | None = stage or (like.first_stage if like else None)
         self._codec: Codec | None = like._codec if like and stage is None else None
         self.node = replace(node or _remembered(network), parameterization=self.parameterization)
         self.info: dict[str, Any] = dict(info or {})
@@ -188,6 +188,9 @@ class DiffusionModel:
         """
         if self.guidance == 1:
             return self.network(x, t, label)
+        if label is None:
+            raise UserError("label: missing; guidance needs the label of every state")
+        assert self.null_label is not None  # `_check_guidance` has refused that
         labels = torch.cat([label, torch.full_like(label, self.null_label)])
         with_label, without = self.network(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
         channels = x.shape[1]
@@ -477,6 +480,8 @@ def _shape(network: nn.Module, shape: Sequence[int] | None, like: DiffusionModel
     given = tuple(shape) if shape is not None else like.shape if like else own
     if given is None:
         raise UserError("shape: the network does not say what its states are; give (C,H,W) or like=MODEL")
+    if len(given) != 3:
+        raise UserError(f"shape: expected (C,H,W), got {given}")
     if own is not None and own != given:
         raise UserError(f"shape: the network takes states {own}, not {given}")
     return given
@@ -487,9 +492,11 @@ def _labels(
 ) -> tuple[int | None, int | None]:
     """(classes, null label) of a model: what is given, what the network says, or what another model has."""
     told = hasattr(network, "num_classes")
-    own_null = getattr(network, "null_label", None)
+    own_null: int | None = getattr(network, "null_label", None)
+    classes: int | None
+    null: int | None
     if told:
-        classes = network.num_classes
+        classes = getattr(network, "num_classes", None)
         if num_classes not in (None, classes):
             raise UserError(f"num_classes: the network says {classes}, not {num_classes}")
         null = own_null if null_label is None else null_label
