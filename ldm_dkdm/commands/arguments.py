@@ -13,11 +13,19 @@ from typing import Any, Generic, NoReturn, TypeVar
 from ldm_dkdm.config.keys import keys_text
 from ldm_dkdm.config.load import load_config, read_overrides
 from ldm_dkdm.config.recipes import find_config, recipe_names
-from ldm_dkdm.config.schema import DiffusionDataConfig, DistillConfig, LoggingConfig, TrainerConfig
+from ldm_dkdm.config.schema import (
+    DiffusionDataConfig,
+    DiffusionRun,
+    DistillConfig,
+    DistillRun,
+    FirstStageRun,
+    LoggingConfig,
+    TrainerConfig,
+)
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.training.folder import RunFolder, find_run, run_folder
 
-T = TypeVar("T")
+T = TypeVar("T", DistillRun, DiffusionRun, FirstStageRun)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a training command to save and stop
 
 
@@ -136,6 +144,8 @@ def load_plugins(files: Sequence[Path]) -> None:
         from ldm_dkdm.networks import NETWORKS
 
         spec = importlib.util.spec_from_file_location(file.stem, file)
+        if spec is None or spec.loader is None:
+            raise UserError(f"--plugin: {file}: is not a Python file; its name must end with .py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[file.stem] = module
         spec.loader.exec_module(module)
