@@ -33,7 +33,7 @@ def digits_teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A class-conditional pixel teacher with a learned variance."""
     home = tmp_path_factory.mktemp("teacher")
     assert train(home, "teacher", {"path": str(digits)}, trainer={"max_steps": 60}) == 0
-    return home / "teacher" / "student"
+    return home / "teacher" / "model"
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldm_dkdm.checkpoints.compvis import FIRST_STAGE, UNET, ema_name
+from ldm_dkdm.checkpoints.compvis import UNET, ema_name
+from ldm_dkdm.checkpoints.first_stages import PREFIX as FIRST_STAGE
 from ldm_dkdm.checkpoints.folder import write_folder
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageCard, FirstStagePointer, ModelCard, NetworkConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule

@@ -170,20 +170,15 @@ def _notes(model: SavedModel) -> dict[str, Any]:
 
 
 def scheduler_config(model: SavedModel) -> dict[str, Any]:
-    """The config of the scheduler with which diffusers samples as we do.
-
-    Raises:
-        UserError: a schedule that diffusers does not have.
-    """
+    """The config of the scheduler with which diffusers samples as we do."""
     diffusion, params = model.diffusion, model.node.params
-    if diffusion.betas is None and diffusion.schedule not in SCHEDULES:
-        raise UserError(f"format: diffusers has no schedule {diffusion.schedule}; choose safetensors")
+    named = diffusion.betas is None and diffusion.schedule in SCHEDULES
     common = {
         "num_train_timesteps": model.schedule.num_timesteps,
         "beta_schedule": SCHEDULES.get(diffusion.schedule, "linear"),
         "beta_start": diffusion.beta_start,
         "beta_end": diffusion.beta_end,
-        "trained_betas": None if diffusion.betas is None else list(diffusion.betas),
+        "trained_betas": None if named else model.schedule.betas.tolist(),
         "prediction_type": PREDICTIONS[model.node.parameterization],
     }
     if model.space.encoded:

@@ -135,7 +135,7 @@ def read_component(folder: Path, latent_size: int | None = None) -> dict[str, An
         scale = float(config.get("scaling_factor", default))
         found = {modern(name): tensor for name, tensor in read_tensors(folder).items()}
         levels, tensors = len(config["block_out_channels"]), {}
-        for name, shape in shapes_of(FIRST_STAGES[target], params).items():
+        for name, shape in shapes_of(target, FIRST_STAGES, params, folder).items():
             tensors[name] = take(found, first_stage_name(name, levels), folder).reshape(shape)
         return {"target": target, "params": params, "tensors": tensors, "scale_factor": scale}
 

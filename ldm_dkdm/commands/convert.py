@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, split_hints
+from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, read_hints
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.errors import UserError
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Convert; a diffusers folder is compared with that library, if it is installed."""
-    _, hints = split_hints(options.hints)
+    hints = read_hints(options.hints)
     load_plugins(options.plugin)
     convert(options.source, options.out, options.to, hints)
     print(options.out)

@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from ldm_dkdm.commands.arguments import (
     read_training_call,
 )
 from ldm_dkdm.config.schema import DistillRun
+from ldm_dkdm.errors import UserError
 
 if TYPE_CHECKING:
     from ldm_dkdm.model import DiffusionModel
@@ -54,12 +57,22 @@ def _distil(call: TrainingCall[DistillRun]) -> None:
 def open_teacher(config: DistillRun) -> "DiffusionModel":
     """The teacher that a config names, with its guidance."""
     from ldm_dkdm.checkpoints import Hints
-    from ldm_dkdm.errors import naming
     from ldm_dkdm.model import open_model
 
     hints = Hints.of_sections(config.teacher, config.diffusion, config.first_stage)
-    with naming("teacher"):
+    with _keys_of_teacher():
         return open_model(config.teacher.ckpt, hints).changed(guidance=config.teacher.guidance)
+
+
+@contextmanager
+def _keys_of_teacher() -> Iterator[None]:
+    """Name the key to blame for a teacher that does not open: one of its section, or the path of its checkpoint."""
+    try:
+        with dotted_keys("teacher"):
+            yield
+    except UserError as error:
+        named = str(error).startswith(("teacher.", "diffusion", "first_stage"))
+        raise UserError(str(error) if named else f"teacher.ckpt: {error}") from error
 
 
 def _plan(config: DistillRun) -> None:
