@@ -1,5 +1,7 @@
 """The student: made for a teacher's states, given its first weights, found to fit."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,7 +36,8 @@ def make_student(config: StudentConfig, teacher: DiffusionModel, seed: int = 0) 
         student = teacher.student(node, seed, "student.params")
     require_fit(student, teacher)
     if config.init == "teacher":
-        logger.info(f"student.init: {slice_teacher(student.network, teacher.network)}")
+        with _of_student():
+            logger.info(f"student.init: {slice_teacher(student.network, teacher.network)}")
     else:
         load_initial(student.network, config, "student.init", "random nor teacher")
     return student
@@ -43,13 +46,20 @@ def make_student(config: StudentConfig, teacher: DiffusionModel, seed: int = 0) 
 def _narrowed(config: StudentConfig, budget: str | int, teacher: DiffusionModel, seed: int) -> DiffusionModel:
     if config.target is not None or config.params:
         raise UserError("student.budget: chooses target and params itself; remove them or the budget")
-    try:
+    with _of_student():
         student = teacher.narrowed(budget, parameterization=config.parameterization, seed=seed)
-    except UserError as error:
-        raise UserError(f"student.{error}") from error
     width = student.node.params["model_channels"]
     logger.info(f"student.budget {budget}: model_channels {width}, {student.parameters / 1e6:.3g} M parameters")
     return student
+
+
+@contextmanager
+def _of_student() -> Iterator[None]:
+    """Name the section's key before what the library says of its parameter: `budget: ...` -> `student.budget: ...`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"student.{error}") from error
 
 
 def require_fit(student: DiffusionModel, teacher: DiffusionModel) -> None:

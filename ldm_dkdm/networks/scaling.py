@@ -83,7 +83,7 @@ class SliceReport:
     random: int
 
     def __str__(self) -> str:
-        return f"init: {self.sliced} tensors sliced, {self.copied} copied, {self.random} left random"
+        return f"{self.sliced} tensors sliced, {self.copied} copied, {self.random} left random"
 
 
 @torch.no_grad()

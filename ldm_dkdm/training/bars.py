@@ -1,5 +1,6 @@
 """Progress of a Lightning run, and the data that have no epochs."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,8 @@ class ProgressBar(TQDMProgressBar):
 
     def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_exception(trainer, *args)
-        print()  # what follows is not glued to the bar
+        with contextlib.suppress(TypeError):  # there is no bar before the training starts
+            self.train_progress_bar.close()  # the next output begins on a line of its own
 
     def get_metrics(
         self, trainer: L.Trainer, module: L.LightningModule

@@ -297,7 +297,9 @@ def _check_teacher(parts: Distillation, run: Run) -> None:
     try:
         figures = parts.teacher.to(run.device).check()
     except UserError as error:
-        raise UserError(f"teacher: {error}; check=false distils it all the same") from error
+        raise UserError(
+            f"teacher: {error}; check=False (teacher.check=false in a config) distils it all the same"
+        ) from error
     logger.info(
         f"teacher check: eps error {figures.linear:.2f} of a linear denoiser's at T/4, scale off by "
         f"{figures.deviation:.3f} at most ({time.monotonic() - started:.0f} s)"
