@@ -78,8 +78,8 @@ def _stored_schedule(tensors: Mapping[str, Tensor], path: Path) -> Tensor | None
 def name_schedule(alphas_cumprod: Tensor) -> DiffusionConfig | None:
     """The config whose schedule this (T,) is to 0.1%: one of SCHEDULES, or its own betas; None if it is no schedule."""
     betas, steps = betas_of(alphas_cumprod), len(alphas_cumprod)
-    ends = tuple(float(f"{value:.4g}") for value in (betas[0], betas[-1]))  # half precision leaves little of them
-    for name, (start, end) in product(SCHEDULES, (ends, *USUAL_ENDS)):
+    first, final = (float(f"{value:.4g}") for value in (betas[0], betas[-1]))  # half precision leaves little of them
+    for name, (start, end) in product(SCHEDULES, ((first, final), *USUAL_ENDS)):
         if 0 < start <= end < 1:
             config = DiffusionConfig(name, steps, start, end)
             wanted = schedule_of(config).alphas_cumprod

@@ -54,8 +54,15 @@ def _component(folder: Path) -> Contents:
     notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
     params = _params(folder, notes)
     tensors = to_ours(read_tensors(folder), params, folder)
-    unet = {"target": "ldm_dkdm.networks.UNet", "params": params, "raw": tensors}
-    return Contents(path=folder, file=weights_in(folder), format=NAME, **unet, space="pixel")
+    return Contents(
+        path=folder,
+        file=weights_in(folder),
+        format=NAME,
+        target="ldm_dkdm.networks.UNet",
+        params=params,
+        raw=tensors,
+        space="pixel",
+    )
 
 
 def _params(folder: Path, notes: dict[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def read_component(folder: Path, latent_size: int | None = None) -> dict[str, An
             raise UserError(f"{folder}: is a {config.get('_class_name')}; only {' and '.join(CLASSES)} work")
         params = first_stage_params(config, latent_size, folder / "config.json")
         target = f"ldm_dkdm.first_stage.{config['_class_name']}"
-        # The library's own default for both, 0.18215, is an AutoencoderKL's; VQModels without the key mean 1, as CompVis's.
+        # The library's default for both, 0.18215, is an AutoencoderKL's; VQModels without the key mean 1, as CompVis's.
         default = 1.0 if "n_embed" in params else 0.18215
         scale = float(config.get("scaling_factor", default))
         found = {modern(name): tensor for name, tensor in read_tensors(folder).items()}

@@ -221,7 +221,7 @@ def to_ours(tensors: Mapping[str, Tensor], params: Mapping[str, Any], source: Pa
 
 def to_theirs(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> dict[str, Tensor]:
     """Our UNet's tensors under UNet2DModel's names."""
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, value in tensors.items():
         theirs = unet_name(name, params["num_res_blocks"])
         if ".to_qkv." in theirs:

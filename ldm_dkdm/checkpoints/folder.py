@@ -41,7 +41,9 @@ def described(home: Path, format: str = NAME, file: Path | None = None, **weight
     """What a folder's card says, with weights of the folder or of another file."""
     card = read_card(home / "config.yaml", ModelCard)
     pointer = card.first_stage
-    stage = pointer and FirstStage(home / pointer.path, pointer.scale_factor, pointer.target, pointer.params)
+    stage = None
+    if pointer is not None:
+        stage = FirstStage(home / pointer.path, pointer.scale_factor, pointer.target, pointer.params)
     return Contents(
         path=home,
         file=file or home / card.weights,

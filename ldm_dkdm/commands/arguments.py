@@ -15,8 +15,10 @@ from ldm_dkdm.config.load import load_config, read_overrides
 from ldm_dkdm.config.recipes import find_config, recipe_names
 from ldm_dkdm.config.schema import (
     DiffusionDataConfig,
+    DiffusionRun,
     DistillConfig,
     DistillRun,
+    FirstStageRun,
     LoggingConfig,
     TeacherConfig,
     TrainerConfig,
@@ -24,7 +26,7 @@ from ldm_dkdm.config.schema import (
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.training.folder import RunFolder, find_run, run_folder
 
-T = TypeVar("T")
+T = TypeVar("T", DistillRun, DiffusionRun, FirstStageRun)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a training command to save and stop
 
 
@@ -161,6 +163,8 @@ def load_plugins(files: Sequence[Path]) -> None:
         from ldm_dkdm.networks import NETWORKS
 
         spec = importlib.util.spec_from_file_location(file.stem, file)
+        if spec is None or spec.loader is None:
+            raise UserError(f"--plugin: {file}: is not a Python file; its name must end with .py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[file.stem] = module
         spec.loader.exec_module(module)

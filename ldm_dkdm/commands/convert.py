@@ -3,6 +3,7 @@
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, read_hints
 from ldm_dkdm.config.checked import names_of
@@ -27,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     print(options.out)
 
 
-def convert(source: str, out: Path, to: str, hints: dict[str, object]) -> None:
+def convert(source: str, out: Path, to: str, hints: dict[str, Any]) -> None:
     """Write the model at a path in another layout; never over a file.
 
     Raises:

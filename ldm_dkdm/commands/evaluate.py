@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
     for name, value in figures.items():
         if name != PER_T:
             print(f"{name}: {value}")
+    assert student.path is not None  # it was opened
     home = student.path if student.path.is_dir() else student.path.parent
     out = options.out or home / FIGURES
     write_text(out, json.dumps(figures, indent=2) + "\n")

@@ -141,6 +141,7 @@ class Outputs:
 
 def name_of(model: "DiffusionModel") -> str:
     """The last two parts of a model's path, such as quickstart/student."""
+    assert model.path is not None  # it was opened
     home = model.path.resolve()
     return f"{home.parent.name}/{home.name}"
 

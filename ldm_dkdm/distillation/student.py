@@ -28,7 +28,7 @@ def make_student(config: StudentConfig, teacher: DiffusionModel, seed: int = 0) 
         UserError: an architecture that does not fit the teacher, or first weights that do not fit it.
     """
     if config.budget is not None:
-        student = _narrowed(config, teacher, seed)
+        student = _narrowed(config, config.budget, teacher, seed)
     elif config.target is None:
         raise UserError("student.target: missing; name a network and its params, or set student.budget=60M")
     else:
@@ -43,13 +43,13 @@ def make_student(config: StudentConfig, teacher: DiffusionModel, seed: int = 0) 
     return student
 
 
-def _narrowed(config: StudentConfig, teacher: DiffusionModel, seed: int) -> DiffusionModel:
+def _narrowed(config: StudentConfig, budget: str | int, teacher: DiffusionModel, seed: int) -> DiffusionModel:
     if config.target is not None or config.params:
         raise UserError("student.budget: chooses target and params itself; remove them or the budget")
     with _of_student():
-        student = teacher.narrowed(config.budget, parameterization=config.parameterization, seed=seed)
+        student = teacher.narrowed(budget, parameterization=config.parameterization, seed=seed)
     width = student.node.params["model_channels"]
-    logger.info(f"student.budget {config.budget}: model_channels {width}, {student.parameters / 1e6:.3g} M parameters")
+    logger.info(f"student.budget {budget}: model_channels {width}, {student.parameters / 1e6:.3g} M parameters")
     return student
 
 

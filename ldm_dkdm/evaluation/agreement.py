@@ -40,7 +40,8 @@ def held_out_chains(
             kept.append((x, t, prediction.eps))
         x = x_next
     labels = None if label is None else label.repeat(len(kept))
-    return HeldOutStates(*(torch.cat(parts) for parts in zip(*kept, strict=True)), labels)
+    x, t, eps = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return HeldOutStates(x, t, eps, labels)
 
 
 @torch.no_grad()

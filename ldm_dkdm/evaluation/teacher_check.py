@@ -20,6 +20,7 @@ from ldm_dkdm.diffusion.samplers import dpm_solver, last
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS, UNet
+from ldm_dkdm.networks.layers import AttentionBlock
 from ldm_dkdm.rng import torch_generator
 
 IMAGES, STEPS = 8, 10
@@ -215,7 +216,7 @@ def _words(model: DiffusionModel, changes: Mapping[str, object]) -> str:
 
 
 def _heads(network: nn.Module) -> list[int]:
-    return [layer.heads for layer in network.modules() if hasattr(layer, "heads")]
+    return [layer.heads for layer in network.modules() if isinstance(layer, AttentionBlock)]
 
 
 def reread(model: DiffusionModel, **changes: Any) -> DiffusionModel:

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def gflops(network: nn.Module, shape: tuple[int, int, int], labeled: bool = False) -> float:
-    """GFLOPs (multiplications and additions) of one forward pass of one sample of (C,H,W), with a label if `labeled`."""
+    """GFLOPs (multiplications and additions) of a forward pass of one sample (C,H,W), with a label if `labeled`."""
     shapes = {name: value.to("meta") for name, value in network.state_dict().items()}  # nothing is computed
     label = torch.zeros(1, dtype=torch.long, device="meta") if labeled else None
     inputs = torch.zeros(1, *shape, device="meta"), torch.zeros(1, device="meta"), label
