@@ -1,4 +1,4 @@
-"""Strict loading: every key fits, or the error lists those that do not."""
+"""Load weights strictly: every key fits, or the error lists those that do not."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +36,7 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
 
     Raises:
         UserError: missing, unexpected or mis-shaped keys, of which it lists the first few; values that are not
-            finite; tensors of whole numbers where weights belong.
+            finite; integer tensors in place of weights.
     """
     _refuse_misfits(module, tensors, source)
     for name, parameter in module.named_parameters():
