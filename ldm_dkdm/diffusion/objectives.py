@@ -36,9 +36,9 @@ def vlb_loss(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, target: Prediction
 
     The prediction's mean is detached: this term trains its variance only. Both x_0 are clipped in pixel space, as
     they are in sampling, so that a student equal to its teacher has no loss; Improved DDPM's training code leaves
-    the student's unclipped. A target without a variance is
-    data, not a teacher: then p_T is the posterior q(x_{t-1}|x_t,x_0), and at t = 0 the term is the negative
-    log-likelihood of the pixels (Improved DDPM, Eq. 4-7; L_vlb of Alg. 2).
+    the student's unclipped. A target without a variance is data, not a teacher: then p_T is the posterior
+    q(x_{t-1}|x_t,x_0), and at t = 0 the term is the negative log-likelihood of the pixels (Improved DDPM, Eq. 4-7;
+    L_vlb of Alg. 2).
     """
     assert prediction.var_fraction is not None  # the network learns its variance
     from_data = target.var_fraction is None
