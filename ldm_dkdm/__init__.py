@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Where a public name lives; it is imported when it is first used, so that `import ldm_dkdm` does not import torch.
+# Module of each public name; it is imported on first use, so that `import ldm_dkdm` does not import torch.
 _HOMES = {
     "DiffusionModel": "ldm_dkdm.model",
     "NoiseSchedule": "ldm_dkdm.diffusion.schedule",
@@ -51,7 +51,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ldm_dkdm' has no attribute '{name}'")
-    with warnings.catch_warnings():  # imports below install filters of their own
+    with warnings.catch_warnings():  # imported packages install warning filters
         return getattr(importlib.import_module(_HOMES[name]), name)
 
 
