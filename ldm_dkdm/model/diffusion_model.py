@@ -20,7 +20,7 @@ from ldm_dkdm.diffusion.process import PARAMETERIZATIONS, reverse_step
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.first_stage.codec import Codec
-from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, require_guidance, shape_of
+from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, require_valid, shape_of
 from ldm_dkdm.model.sampling import SampleBatch, sample_batches
 from ldm_dkdm.networks import NETWORKS, DiT, UNet
 from ldm_dkdm.networks.scaling import parse_budget, unet_within_budget
@@ -77,7 +77,6 @@ class DiffusionModel:
     ) -> None:
         self.network = network
         self.parameterization: str = parameterization or (like.parameterization if like and not node else "eps")
-        pick(PARAMETERIZATIONS, self.parameterization, "parameterization")
         self.diffusion = process_of(schedule, space, like)
         self.schedule = schedule_of(self.diffusion)
         self.shape = shape_of(network, shape, like)
@@ -91,9 +90,8 @@ class DiffusionModel:
         self.format: str | None = None
         self.file: Path | None = None
         self.hints, self.described = Hints(), False
-        self.precision = precision
-        self.guidance = guidance
-        require_guidance(self)
+        self.precision, self.guidance = precision, guidance
+        require_valid(self)
 
     @property
     def space(self) -> Space:
@@ -130,12 +128,13 @@ class DiffusionModel:
         return own
 
     def changed(self, **attributes: Any) -> "DiffusionModel":
-        """The same network with other attributes: guidance, null_label, precision, diffusion, info, network, node."""
+        """The same model with other attributes: guidance, null_label, precision, parameterization, diffusion ..."""
         own = copy.copy(self)
         for name, value in attributes.items():
             setattr(own, name, value)
         own.schedule = schedule_of(own.diffusion) if "diffusion" in attributes else self.schedule
-        require_guidance(own)
+        own.node = replace(own.node, parameterization=own.parameterization)
+        require_valid(own)
         return own
 
     def frozen(self) -> "DiffusionModel":
@@ -173,7 +172,7 @@ class DiffusionModel:
             return self.network(x, t, label)
         if label is None:
             raise UserError("label: missing; guidance needs the label of every state")
-        assert self.null_label is not None  # `require_guidance` has refused that
+        assert self.null_label is not None  # `require_valid` has refused that
         labels = torch.cat([label, torch.full_like(label, self.null_label)])
         with_label, without = self.network(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
         channels = x.shape[1]

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
-from ldm_dkdm.device import resolve_precision
+from ldm_dkdm.device import PRECISIONS, resolve_precision
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.networks import NETWORKS
 
@@ -74,12 +74,13 @@ def labels_of(
     return classes, null
 
 
-def require_guidance(model: "DiffusionModel") -> None:
-    """Refuse guidance of a model that cannot be guided.
+def require_valid(model: "DiffusionModel") -> None:
+    """Refuse an unknown precision, and guidance of a model that cannot be guided.
 
     Raises:
-        UserError: a negative weight, no labels, or no label that means none.
+        UserError: another precision, a negative weight, no labels, or no label that means none.
     """
+    pick(PRECISIONS, model.precision, "precision")
     if model.guidance == 1:
         return
     if model.guidance < 0:
