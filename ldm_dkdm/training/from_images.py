@@ -116,7 +116,7 @@ def run_config(
         first_stage=FirstStageConfig(str(stage.path), stage.target, dict(stage.params), stage.scale_factor)
         if stage
         else FirstStageConfig(),
-        loss=LossConfig(space=loss) if isinstance(loss, str) else convert(LossConfig, loss, "loss"),
+        loss=convert(LossConfig, {"space": loss} if isinstance(loss, str) else loss, "loss"),
         logging=LoggingConfig(**{"dir": str(out.parent), "name": out.name, **sections[LoggingConfig]}),
     )
 

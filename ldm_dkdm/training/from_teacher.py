@@ -138,8 +138,8 @@ def run_config(
         ),
         student=StudentConfig(target=node.target, params=dict(node.params), parameterization=node.parameterization),
         distill=DistillConfig(
-            warmup=WarmupConfig(mode=warmup) if isinstance(warmup, str) else convert(WarmupConfig, warmup, "warmup"),
-            loss=LossConfig(space=loss) if isinstance(loss, str) else convert(LossConfig, loss, "loss"),
+            warmup=convert(WarmupConfig, {"mode": warmup} if isinstance(warmup, str) else warmup, "warmup"),
+            loss=convert(LossConfig, {"space": loss} if isinstance(loss, str) else loss, "loss"),
             **sections[DistillConfig],
         ),
         trainer=TrainerConfig(**sections[TrainerConfig]),
@@ -202,9 +202,11 @@ def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRu
     """
     method, steps = config.distill, teacher.schedule.num_timesteps
     mode = preparation(method).mode
-    if not WARMUPS[mode].takes_t_cap and method.warmup.t_cap is not None:
+    sampling = WARMUPS[mode].from_samples
+    if not sampling and method.warmup.t_cap is not None:
+        modes = " or ".join(name for name, known in WARMUPS.items() if known.from_samples)
         raise UserError(
-            "warmup.t_cap: has an effect with mode: ddim or dpm-solver++ only, "
+            f"warmup.t_cap: has an effect with mode: {modes} only, "
             "and none with variant: iterative; remove it, or set it to null"
         )
     require_fit(student, teacher)
@@ -212,7 +214,7 @@ def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRu
     check_loss(method.loss, teacher.schedule)
     for key, value in (
         ("stride", method.stride),
-        ("warmup.steps", method.warmup.steps),
+        ("warmup.steps", method.warmup.steps if sampling else 1),
         ("sample_steps", config.logging.sample_steps),
     ):
         if value > steps:
