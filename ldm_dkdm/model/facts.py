@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
-from ldm_dkdm.device import PRECISIONS, resolve_precision
+from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError, pick
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.networks import NETWORKS
 
@@ -72,23 +72,6 @@ def labels_of(
     if null is not None and null >= rows:
         raise UserError(f"null_label: {null} is outside the network's table of {rows} labels")
     return classes, null
-
-
-def require_valid(model: "DiffusionModel") -> None:
-    """Refuse an unknown precision, and guidance of a model that cannot be guided.
-
-    Raises:
-        UserError: another precision, a negative weight, no labels, or no label that means none.
-    """
-    pick(PRECISIONS, model.precision, "precision")
-    if model.guidance == 1:
-        return
-    if model.guidance < 0:
-        raise UserError(f"guidance: must be at least 0, got {model.guidance}")
-    if model.num_classes is None:
-        raise UserError("guidance: the model takes no labels; leave it out")
-    if model.null_label is None:
-        raise UserError("null_label: guidance needs the label that means none; set it")
 
 
 def remembered(network: nn.Module) -> NetworkConfig:
