@@ -235,8 +235,8 @@ def _slots(config: DistillConfig, num_timesteps: int) -> int:
 
 def distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Result:
     """Warm the pool up and train the student in a run's folder; errors as `distill`."""
-    teacher.frozen().to(teacher.device, run.precision)
     teacher.codec()  # shared with the student; refuses what does not fit before anything is written
+    teacher = teacher.frozen().changed(precision=run.precision)
     student = student.changed(precision=run.precision, _codec=teacher.codec(), first_stage=teacher.first_stage)
     parts, supply = assemble(teacher, student, run.config), None
     if not run.folder.latest():
