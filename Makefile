@@ -1,22 +1,13 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-QUICK := logs/quickstart
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: demo demo-pixel docs test setup quickstart-teacher
 
 # Distil the shipped teacher and sample both models from the same noise; a second call reuses what is there.
 demo: setup
-	@echo "distilling models/teachers/emoji64 into $(QUICK), without a training image"
-	@trap : INT; $(RUN) scripts/dkdm_ldm.py --base configs/quickstart.yaml || \
-	  { code=$$?; [ $$code != 130 ] || echo "make demo: continues this run too, and writes the comparison at its end" >&2; exit $$code; }
-	@$(MAKE) --no-print-directory $(QUICK)/teacher_vs_student.png
-	@echo $(QUICK)/teacher_vs_student.png
-
-$(QUICK)/teacher_vs_student.png: $(QUICK)/student/student.safetensors
-	$(RUN) scripts/txt-free_sample.py -r models/teachers/emoji64 $(QUICK) -n 64 -c 30 --sampler dpm-solver++ --no_png \
-	  -l $(QUICK)/samples/final --compare $@
+	@trap : INT; $(VENV)/bin/dkdm demo
 
 # The same in pixel space, from nothing but scikit-learn's digits: train a teacher, distil it, sample both (Alg. 2, 1, 3).
 demo-pixel: setup data/digits.npz

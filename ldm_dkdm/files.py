@@ -42,7 +42,7 @@ def _runs(process: int) -> bool:
     return True
 
 
-def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, whole or not at all.
 
     Raises:

@@ -47,6 +47,7 @@ def _hidden(path: Path) -> bool:
 def square_npz(path: Path, size: int) -> Tensor:
     """The images uint8 (N,size,size,3) of an ADM-style .npz."""
     array = read_npz(path)
+    assert array is not None  # `read_npz` has refused a file without arr_0
     if array.dtype != np.uint8 or array.shape[1:] != (size, size, 3):
         raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}, wanted uint8 (N,{size},{size},3)")
     return torch.from_numpy(array)

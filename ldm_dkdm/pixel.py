@@ -12,6 +12,7 @@ class PixelCodec:
     """The first stage of pixel space: uint8 images to states in [-1,1] and back."""
 
     parameters = 0
+    downsampling = 1
     scale_factor = 1.0
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 @contextmanager
 def following(
     progress: bool | Progress, what: str, unit: str, total: int, initial: int = 0
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Callable[[int], object]]:
     """Yield a function that is told how many of `total` are done.
 
     Args:

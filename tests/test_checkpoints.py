@@ -7,14 +7,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from ldm_dkdm.checkpoints.foreign import open_foreign
-from ldm_dkdm.sources import load_teacher, make_schedule
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm_dkdm import UserError
-from ldm_dkdm.checkpoints import compvis, read_tensors
+from ldm_dkdm.checkpoints import Hints, Source, compvis, read, read_tensors
+from ldm_dkdm.checkpoints.contents import schedule_of
+from ldm_dkdm.checkpoints.first_stages import tensors_of
 from ldm_dkdm.checkpoints.loading import load_strictly
+from ldm_dkdm.commands.distill import open_teacher
 from ldm_dkdm.config.schema import DistillConfig, DistillRun, NetworkConfig, TeacherConfig, TrainerConfig
 from ldm_dkdm.first_stage import VQModel
 from ldm_dkdm.networks import UNet
@@ -84,9 +85,7 @@ def vq() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def compvis_file(tmp_path_factory: pytest.TempPathFactory, unet: nn.Module, vq: nn.Module) -> Path:
-    return write_compvis_checkpoint(
-        tmp_path_factory.mktemp("compvis") / "model.ckpt", unet, vq, make_schedule(DIFFUSION)
-    )
+    return write_compvis_checkpoint(tmp_path_factory.mktemp("compvis") / "model.ckpt", unet, vq, schedule_of(DIFFUSION))
 
 
 @pytest.mark.parametrize(("choice", "shift"), [({}, 0), ({"use_ema": True}, 0), ({"use_ema": False}, 1)])
@@ -96,7 +95,7 @@ def test_a_compvis_teacher_has_the_ema_weights_by_default(
     teacher = TeacherConfig(str(compvis_file), "ldm_dkdm.networks.UNet", UNET_PARAMS, **choice)
     student = NetworkConfig("ldm_dkdm.networks.UNet", UNET_PARAMS)
     run = DistillRun(teacher, student, DistillConfig(4, rho=0.5), TrainerConfig(1, 1e-3), diffusion=DIFFUSION)
-    loaded = load_teacher(run).network.state_dict()
+    loaded = open_teacher(run).network.state_dict()
     assert _equal(loaded, {name: value + shift for name, value in unet.state_dict().items()})
 
 
@@ -106,9 +105,9 @@ def test_a_schedule_that_the_checkpoint_was_not_trained_with_is_refused_with_bot
         config = DistillRun(
             teacher, NetworkConfig("", {}), DistillConfig(1, rho=1.0), TrainerConfig(1, 1.0), diffusion=wrong
         )
-        stored, configured = (make_schedule(d).alphas_cumprod[-1].item() for d in (DIFFUSION, wrong))
+        stored, configured = (schedule_of(d).alphas_cumprod[-1].item() for d in (DIFFUSION, wrong))
         with pytest.raises(UserError, match=rf"T = 20.*{stored:.6f}.*T = {wrong.num_timesteps}.*{configured:.6f}"):
-            load_teacher(config)
+            open_teacher(config)
 
 
 def test_ema_names_have_no_dots() -> None:
@@ -127,21 +126,20 @@ def _without(file: Path, prefix: str, to: Path) -> Path:
 def test_a_checkpoint_without_ema_gives_the_raw_weights_unless_ema_is_asked_for(
     compvis_file: Path, unet: nn.Module, tmp_path: Path
 ) -> None:
-    foreign = open_foreign(_without(compvis_file, "model_ema.", tmp_path / "raw.ckpt"))
+    contents = read(Source(_without(compvis_file, "model_ema.", tmp_path / "raw.ckpt")))
     expected = {name: value + 1 for name, value in unet.state_dict().items()}
-    assert _equal(dict(foreign.weights(None)), expected)
-    assert _equal(dict(foreign.weights(False)), expected)
+    assert _equal(dict(contents.weights(Hints())), expected)
+    assert _equal(dict(contents.weights(Hints(use_ema=False))), expected)
     with pytest.raises(UserError, match="use_ema=false"):
-        foreign.weights(True)
+        contents.weights(Hints(use_ema=True))
 
 
 def test_a_missing_ema_weight_is_named(compvis_file: Path, tmp_path: Path) -> None:
     file = _without(compvis_file, compvis.ema_name("out.2.bias"), tmp_path / "part.ckpt")
     with pytest.raises(UserError, match=r"missing: out\.2\.bias"):
-        load_strictly(UNet(**UNET_PARAMS), open_foreign(file).weights(True), file)
+        load_strictly(UNet(**UNET_PARAMS), read(Source(file)).weights(Hints(use_ema=True)), file)
 
 
 def test_the_first_stage_comes_out_of_a_compvis_file_without_its_loss(compvis_file: Path, vq: nn.Module) -> None:
     tensors = {**read_tensors(compvis_file), "first_stage_model.loss.logvar": torch.zeros(1)}
-    assert _equal(compvis.first_stage_tensors(tensors), dict(vq.state_dict()))
-    assert compvis.first_stage_tensors(TENSORS) == {}
+    assert _equal(tensors_of(tensors), dict(vq.state_dict()))

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from ldm_dkdm.generate import SamplerConfig, sample_states
 from torch import Tensor, nn
 
-from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher, UserError
-from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
+from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool, UserError
+from ldm_dkdm.config.schema import DistillConfig, SamplingConfig, WarmupConfig
 from ldm_dkdm.diffusion.process import x0_to_eps
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.distillation.warmup import Warmup
@@ -34,7 +33,12 @@ class Labelled(nn.Module):
         return torch.cat([eps, 2 * eps], 1) if self.learned else eps
 
 
-def pool_of(teacher: Teacher, config: WarmupConfig, slots: int = 60) -> NoisyPool:
+def teacher_of(network: nn.Module, schedule: NoiseSchedule = SCHEDULE, **options: object) -> DiffusionModel:
+    shape = None if hasattr(network, "image_size") else SHAPE
+    return DiffusionModel(network, **{"schedule": schedule, "shape": shape, **options})
+
+
+def pool_of(teacher: DiffusionModel, config: WarmupConfig, slots: int = 60) -> NoisyPool:
     pool = NoisyPool(slots, SHAPE, torch.float32, labeled=True)
     list(Warmup(pool, teacher, config).run())
     return pool
@@ -42,7 +46,7 @@ def pool_of(teacher: Teacher, config: WarmupConfig, slots: int = 60) -> NoisyPoo
 
 @pytest.mark.parametrize("mode", ["ancestral", "ddim", "noise"])
 def test_every_slot_gets_a_label_that_means_a_class(mode: str) -> None:
-    teacher = Teacher(Labelled(), SCHEDULE, null_label=3)
+    teacher = teacher_of(Labelled(), null_label=3)
     pool = pool_of(teacher, WarmupConfig(mode, steps=5, images=30, batch_size=16))
     assert sorted(pool.label.unique().tolist()) == [0, 1, 2]
 
@@ -59,7 +63,8 @@ class OneCanvas(nn.Module):
 @pytest.mark.parametrize("mode", ["ancestral", "ddim", "dpm-solver++"])
 def test_a_slot_s_state_is_of_its_label(mode: str) -> None:
     pool = NoisyPool(90, (1, 64, 64), torch.float32, labeled=True)
-    list(Warmup(pool, Teacher(OneCanvas(), STEEP), WarmupConfig(mode, steps=10, images=30, batch_size=16)).run())
+    teacher = teacher_of(OneCanvas(), STEEP, shape=(1, 64, 64))
+    list(Warmup(pool, teacher, WarmupConfig(mode, steps=10, images=30, batch_size=16)).run())
     signal = STEEP.alphas_cumprod[pool.t.long()].sqrt()
     seen = signal > 0.25  # the others are noise
     means = pool.x.mean((1, 2, 3)) / signal
@@ -68,14 +73,14 @@ def test_a_slot_s_state_is_of_its_label(mode: str) -> None:
 
 
 def test_the_student_gets_the_label_of_the_teachers_target() -> None:
-    teacher = Teacher(Labelled(), SCHEDULE)
+    teacher = teacher_of(Labelled())
     stream = DistillStream(teacher, pool_of(teacher, WarmupConfig("noise")), DistillConfig(8), 30)
     for batch in stream:
         assert torch.equal(batch.target.eps[:, 0, 0, 0], batch.label.float())
 
 
 def test_a_label_stays_with_its_slot_until_that_restarts_with_a_new_one() -> None:
-    teacher = Teacher(Labelled(), SCHEDULE)
+    teacher = teacher_of(Labelled())
     pool = pool_of(teacher, WarmupConfig("noise"), 400)
     stream = DistillStream(teacher, pool, DistillConfig(400, variant="iterative"), 21)
     before = pool.label.clone()
@@ -88,18 +93,18 @@ def test_a_label_stays_with_its_slot_until_that_restarts_with_a_new_one() -> Non
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_guidance_extrapolates_from_no_label_in_one_call(learned: bool) -> None:
-    teacher = Teacher(Labelled(learned), SCHEDULE, guidance=3.0, null_label=0)
-    output = teacher.denoiser.network(torch.zeros(2, *SHAPE), torch.zeros(2), torch.tensor([1, 2]))
+    teacher = teacher_of(Labelled(learned), guidance=3.0, null_label=0)
+    output = teacher.predict(torch.zeros(2, *SHAPE), torch.zeros(2), torch.tensor([1, 2]))
     assert teacher.network.calls == 1
-    assert output[:, 0, 0, 0].tolist() == [3, 6]
+    assert output.eps[:, 0, 0, 0].tolist() == [3, 6]
     if learned:
-        assert output[:, -1, 0, 0].tolist() == [2, 4]  # the labelled call's own
+        assert output.var_fraction[:, -1, 0, 0].tolist() == [2, 4]  # the labelled call's own
 
 
 def test_the_guided_prediction_is_target_and_step() -> None:
     batch = NoisyBatch(torch.randn(2, *SHAPE), torch.tensor([5, 9]), torch.tensor([1, 2]))
-    guided = Teacher(Labelled(), SCHEDULE, guidance=2.0, null_label=0)
-    plain = Teacher(Labelled(), SCHEDULE)
+    guided = teacher_of(Labelled(), guidance=2.0, null_label=0)
+    plain = teacher_of(Labelled())
     doubled = NoisyBatch(batch.x, batch.t, 2 * batch.label)
     noise = torch.randn(2, *SHAPE)
     for ours, theirs in zip(guided.step(batch, noise), plain.step(doubled, noise), strict=True):
@@ -108,38 +113,41 @@ def test_the_guided_prediction_is_target_and_step() -> None:
 
 def test_guidance_needs_labels_and_one_that_means_none() -> None:
     with pytest.raises(UserError, match="takes no labels"):
-        Teacher(UNet(**UNET_PARAMS), SCHEDULE, guidance=2.0)
+        teacher_of(UNet(**UNET_PARAMS), guidance=2.0)
     with pytest.raises(UserError, match="null_label"):
-        Teacher(Labelled(), SCHEDULE, guidance=2.0)
+        teacher_of(Labelled(), guidance=2.0)
 
 
 def test_a_dit_knows_its_own_null_label() -> None:
     dit = DiT(8, in_channels=3, hidden_size=32, depth=1, num_heads=2, num_classes=5, learn_sigma=False)
-    assert Teacher(dit, SCHEDULE, guidance=2.0).classes == [0, 1, 2, 3, 4]
-    assert Teacher(dit, SCHEDULE).denoiser.network is dit
+    assert teacher_of(dit, guidance=2.0).classes == [0, 1, 2, 3, 4]
+    seen = []
+    dit.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    for guidance in (1.0, 2.0):
+        teacher_of(dit, guidance=guidance).predict(torch.zeros(3, 3, 8, 8), torch.zeros(3), torch.arange(3))
+    assert seen == [3, 6]  # without guidance the network is called as it is
 
 
-def _labels(config: SamplerConfig) -> list[int]:
-    teacher = Teacher(Labelled(), SCHEDULE, null_label=3)
-    drawn = sample_states(teacher.predict, SCHEDULE, SHAPE, config, classes=teacher.classes)
-    return torch.cat([label for _, label in drawn]).tolist()
+def _labels(config: SamplingConfig) -> list[int]:
+    teacher = teacher_of(Labelled(), null_label=3, space="pixel")
+    return torch.cat([batch.labels for batch in teacher.sample_batches(config)]).tolist()
 
 
 def test_labels_are_taken_in_turn_or_follow_from_the_seed() -> None:
-    assert _labels(SamplerConfig(5, 2, steps=2, labels=(2, 0))) == [2, 0, 2, 0, 2]
-    drawn = _labels(SamplerConfig(12, 5, seed=3, steps=2))
+    assert _labels(SamplingConfig(5, 2, steps=2, labels=(2, 0))) == [2, 0, 2, 0, 2]
+    drawn = _labels(SamplingConfig(12, 5, seed=3, steps=2))
     assert set(drawn) == {0, 1, 2}
-    assert drawn[4:] == _labels(SamplerConfig(8, 8, seed=7, steps=2))
+    assert drawn[4:] == _labels(SamplingConfig(8, 8, seed=7, steps=2))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm-solver++"])
 def test_samples_depend_on_their_labels(sampler: str) -> None:
     network = randomised(UNet(**UNET_PARAMS, num_classes=4))
-    teacher = Teacher(network, SCHEDULE)
+    teacher = teacher_of(network, space="pixel")
 
     def states(*labels: int) -> Tensor:
-        config = SamplerConfig(2, steps=3, sampler=sampler, labels=labels)
-        return next(sample_states(teacher.predict, SCHEDULE, (3, 8, 8), config, classes=teacher.classes))[0]
+        config = SamplingConfig(2, steps=3, sampler=sampler, labels=labels)
+        return next(teacher.sample_batches(config)).states
 
     assert torch.equal(states(1, 2), states(1, 2))
     assert torch.equal(states(1, 2)[0], states(1, 3)[0])

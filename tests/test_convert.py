@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ldm_dkdm.assemble import load_first_stage
-from ldm_dkdm.sources import load_model, load_teacher
 
-from ldm_dkdm import NoisyPool, UserError
+from ldm_dkdm import NoisyPool, UserError, load_model
 from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.checkpoints.pools import read_reference_pool
-from ldm_dkdm.config.schema import FirstStageConfig
+from ldm_dkdm.commands.distill import open_teacher
 from ldm_dkdm.distillation.refill import check_supply, refill
 from tests.cli import distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, distill_config, model_folder
@@ -32,12 +30,14 @@ def convert(*arguments: object) -> int:
 def test_a_model_comes_back_from_compvis_bit_for_bit(teacher_folder: Path, tmp_path: Path) -> None:
     files = [tmp_path / "first.ckpt", tmp_path / "second.ckpt"]
     assert convert(teacher_folder, files[0], "--to", "compvis") == 0
-    ours, back = load_model(teacher_folder), load_teacher(run_with(files[0], params=GIVEN))
-    assert back.card.diffusion == ours.card.diffusion
+    ours, back = load_model(teacher_folder), open_teacher(run_with(files[0], params=GIVEN))
+    assert back.diffusion == ours.diffusion
     assert all(map(torch.equal, back.network.state_dict().values(), ours.network.state_dict().values()))
-    codecs = [load_first_stage(FirstStageConfig(), model, "32")[0] for model in (ours, back)]
+    codecs = [model.codec() for model in (ours, back)]
     assert codecs[0].scale_factor == codecs[1].scale_factor == 0.5
-    assert all(map(torch.equal, codecs[0].vq.state_dict().values(), codecs[1].vq.state_dict().values()))
+    assert all(
+        map(torch.equal, codecs[0].autoencoder.state_dict().values(), codecs[1].autoencoder.state_dict().values())
+    )
     run = distill_config(files[0], tmp_path / "logs", student={"parameterization": "eps"})
     run["teacher"] |= {"params": GIVEN}
     assert distil("--base", write_yaml(tmp_path / "run.yaml", run)) == 0  # a teacher that is named and little more
@@ -59,11 +59,12 @@ def test_the_other_layouts_hold_the_same_weights(teacher_folder: Path, tmp_path:
         found = read_tensors(tmp_path / name)
         assert found.keys() == ours.network.state_dict().keys()
         assert all(torch.equal(found[key], value) for key, value in ours.network.state_dict().items())
-    described = load_teacher(run_with(tmp_path / "x.safetensors"))  # it says itself what no tensor tells
-    assert described.card.network == ours.card.network and described.card.diffusion == ours.card.diffusion
+    described = open_teacher(run_with(tmp_path / "x.safetensors"))  # it says itself what no tensor tells
+    assert described.node == ours.node and described.diffusion == ours.diffusion
     assert all(map(torch.equal, described.network.state_dict().values(), ours.network.state_dict().values()))
-    with pytest.raises(UserError, match="describes itself"):
-        load_teacher(run_with(tmp_path / "x.safetensors", params=GIVEN))
+    open_teacher(run_with(tmp_path / "x.safetensors", params=GIVEN))  # says the same
+    with pytest.raises(UserError, match=r"teacher\.params\.image_size: .*x\.safetensors describes itself"):
+        open_teacher(run_with(tmp_path / "x.safetensors", params={"image_size": 16}))
 
 
 def test_the_sampler_takes_what_the_converter_writes(
@@ -73,12 +74,12 @@ def test_the_sampler_takes_what_the_converter_writes(
     assert convert(teacher_folder, tmp_path / "model.safetensors", "--to", "safetensors") == 0
     assert sample("-r", tmp_path / "model.safetensors") == 2
     assert "--first_stage" in capsys.readouterr().err
-    pictures = []
+    drawn = []
     named = ("--first_stage", first_stage)  # which a file of one network cannot hold
     for source, more in ((teacher_folder, ()), (tmp_path / "pipeline", ()), (tmp_path / "model.safetensors", named)):
         assert sample("-r", source, "-n", 2, "-c", 4, "--npz", "--no_png", "-l", tmp_path / "out", *more) == 0
-        pictures.append(np.load(tmp_path / "out" / "samples.npz")["arr_0"].astype(int))
-    assert all(np.abs(other - pictures[0]).max() <= 1 for other in pictures[1:])
+        drawn.append(np.load(tmp_path / "out" / "samples.npz")["arr_0"].astype(int))
+    assert all(np.abs(other - drawn[0]).max() <= 1 for other in drawn[1:])
 
 
 @pytest.mark.parametrize("layout", ["compvis", "adm"])
@@ -188,7 +189,7 @@ def test_a_distillation_starts_from_such_a_pool_and_refuses_a_wrong_one(
     assert words in error and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "logs").exists()
     assert distil("--base", base, f"distill.pool_from={good}") == 0
-    assert load_model(tmp_path / "logs" / "run" / "student").card.info["step"] == 6
+    assert load_model(tmp_path / "logs" / "run" / "student").info["step"] == 6
 
 
 def test_a_student_s_card_names_its_teacher_by_hash_and_licence(teacher_folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Seventy files that are no teacher: each ends in one line, and none runs code."""
+"""Seventy files that hold no usable model: each ends in one line, and none runs code."""
 
 import argparse
 import gzip
@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ldm_dkdm.sources import load_teacher
 from safetensors.torch import save
 
 from ldm_dkdm import UserError
+from ldm_dkdm.commands.distill import open_teacher
 from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.networks import UNet
 from tests.parts import UNET_PARAMS, randomised
@@ -181,10 +181,10 @@ CORPUS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "release.ckpt": (lambda m: archive("ffhq/model.ckpt"), "unpack it first"),
     "release.tar": (lambda m: tar(), "tar archive"),
     "weights.pt.gz": (lambda m: gzip.compress(zipped(FOLDED)), "gzip archive"),
-    "pictures.npz": (lambda m: npz(), "is an .npz"),
+    "images.npz": (lambda m: npz(), "is an .npz"),
     "keras.h5": (lambda m: b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
     "model.gguf": (lambda m: b"GGUF" + bytes(100), "GGUF"),
-    "picture.pt": (lambda m: b"\x89PNG\r\n\x1a\n" + bytes(100), "picture"),
+    "image.pt": (lambda m: b"\x89PNG\r\n\x1a\n" + bytes(100), "is an image"),
     "opt010000.pt": (lambda m: zipped(OPTIMIZER), "optimizer's state"),
     "lora.safetensors": (lambda m: save({"unet.down.lora_A.weight": torch.zeros(2, 2)}), "LoRA"),
     "resnet.pth": (lambda m: zipped(RESNET), "no diffusion network that is known here"),
@@ -251,7 +251,7 @@ def test_each_ends_in_one_line_and_none_runs_code(name: str, tmp_path: Path) -> 
     content, words = CORPUS[name]
     path.write_bytes(content(marker))
     with pytest.raises(UserError) as error:
-        load_teacher(run_with(path, None if name == "text_to_image.ckpt" else PIXEL, params=GIVEN))
+        open_teacher(run_with(path, None if name == "text_to_image.ckpt" else PIXEL, params=GIVEN))
     message = str(error.value)
     assert words in message and name in message and "\n" not in message
     assert "weights_only" not in message
@@ -262,9 +262,9 @@ def test_each_ends_in_one_line_and_none_runs_code(name: str, tmp_path: Path) -> 
 def test_the_same_unet_loads_when_nothing_is_wrong_with_it(tmp_path: Path) -> None:
     for name, content in (("zip.pt", zipped(unet())), ("legacy.pt", legacy(unet())), ("x.safetensors", save(unet()))):
         (tmp_path / name).write_bytes(content)
-        load_teacher(run_with(tmp_path / name, PIXEL, params=GIVEN))
+        open_teacher(run_with(tmp_path / name, PIXEL, params=GIVEN))
     (tmp_path / "half_precision.pt").write_bytes(zipped({k: v.half() for k, v in unet().items()}))
-    network = load_teacher(run_with(tmp_path / "half_precision.pt", PIXEL, params=GIVEN)).network
+    network = open_teacher(run_with(tmp_path / "half_precision.pt", PIXEL, params=GIVEN)).network
     assert torch.equal(network.out[2].weight, unet()["out.2.weight"].half().float())
 
 
@@ -272,8 +272,8 @@ def test_a_legacy_file_with_the_end_of_a_zip_is_read_as_torch_reads_it(tmp_path:
     marker, path = tmp_path / "marker", tmp_path / "both.pt"
     end = b"PK\x05\x06" + bytes(18)
     path.write_bytes(legacy(unet()) + end)
-    load_teacher(run_with(path, PIXEL, params=GIVEN))
+    open_teacher(run_with(path, PIXEL, params=GIVEN))
     path.write_bytes(legacy({**unet(), "x": Hostile(marker)}) + end)
     with pytest.raises(UserError, match=r"posix\.system"):
-        load_teacher(run_with(path, PIXEL, params=GIVEN))
+        open_teacher(run_with(path, PIXEL, params=GIVEN))
     assert not marker.exists()

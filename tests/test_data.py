@@ -12,7 +12,7 @@ from ldm_dkdm import UserError
 from ldm_dkdm.config.schema import DiffusionDataConfig
 from ldm_dkdm.distillation.image_data import CachedStates, EncodedStates, ImageSet, encode_sets, open_images, open_sets
 from ldm_dkdm.images import npz_writer, save_npz
-from ldm_dkdm.pixel import IdentityCodec
+from ldm_dkdm.pixel import PixelCodec
 
 
 def numbered(count: int, first: int = 0) -> Tensor:
@@ -90,7 +90,7 @@ def test_no_images_or_a_share_of_none_is_refused(keys: dict[str, object]) -> Non
 
 def test_draws_cover_all_sets_evenly_with_their_labels_and_half_of_them_mirrored() -> None:
     sets = [ImageSet(numbered(3), 4, torch.arange(3)), ImageSet(numbered(2, 3), 4, torch.arange(3, 5))]
-    states, labels = EncodedStates(sets, IdentityCodec(), flip=True, labeled=True).draw(4000, generator())
+    states, labels = EncodedStates(sets, PixelCodec(), flip=True, labeled=True).draw(4000, generator())
     assert number_of(states) == labels.tolist()
     assert (labels.bincount() / 4000 - 0.2).abs().max() < 0.03
     mirrored = states[:, 0, 0, 0] != -1
@@ -99,13 +99,13 @@ def test_draws_cover_all_sets_evenly_with_their_labels_and_half_of_them_mirrored
 
 def test_encoding_once_gives_the_states_that_encoding_in_every_draw_gives() -> None:
     sets = [ImageSet(numbered(3), 4, torch.arange(3)), ImageSet(numbered(2, 3), 4, torch.arange(3, 5))]
-    cached = encode_sets(sets, IdentityCodec(), flip=True, labeled=True)
-    assert torch.equal(cached.x_0[:5], IdentityCodec().encode(numbered(5)))
-    assert torch.equal(cached.x_0[5:], IdentityCodec().encode(numbered(5)).flip(3))
+    cached = encode_sets(sets, PixelCodec(), flip=True, labeled=True)
+    assert torch.equal(cached.x_0[:5], PixelCodec().encode(numbered(5)))
+    assert torch.equal(cached.x_0[5:], PixelCodec().encode(numbered(5)).flip(3))
     assert cached.labels.tolist() == [0, 1, 2, 3, 4] * 2
-    plain = encode_sets(sets, IdentityCodec(), flip=False, labeled=True)
+    plain = encode_sets(sets, PixelCodec(), flip=False, labeled=True)
     once, _ = plain.draw(64, generator(3))
-    every_time, _ = EncodedStates(sets, IdentityCodec(), flip=False, labeled=False).draw(64, generator(3))
+    every_time, _ = EncodedStates(sets, PixelCodec(), flip=False, labeled=False).draw(64, generator(3))
     assert torch.equal(once, every_time)
 
 

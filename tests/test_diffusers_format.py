@@ -1,21 +1,20 @@
 """diffusers pipelines in and out, against the library itself."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
-from ldm_dkdm.checkpoints.diffusers_folder import Pipeline, read_pipeline, write_pipeline
-from ldm_dkdm.sources import load_teacher
 from safetensors.torch import load_file
 
-from ldm_dkdm import UserError
+from ldm_dkdm import DiffusionModel, UserError, load_model
 from ldm_dkdm.checkpoints import read_tensors
-from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
-from ldm_dkdm.networks import UNet
+from ldm_dkdm.checkpoints.contents import schedule_of
+from ldm_dkdm.commands.distill import open_teacher
+from ldm_dkdm.config.schema import DiffusionConfig
+from ldm_dkdm.networks import DiT, UNet
 from tests.cli import distil, run_script, write_yaml
 from tests.parts import distill_config, model_folder, randomised
 from tests.test_foreign import ADM, run_with
@@ -39,6 +38,10 @@ RESNETS = {
     "downsample_type": "resnet",
     "upsample_type": "resnet",
 }
+
+
+def pixel_model(network: torch.nn.Module) -> DiffusionModel:
+    return DiffusionModel(network, schedule=schedule_of(PIXEL), space=PIXEL.space)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -72,10 +75,10 @@ def test_a_pipeline_of_the_library_is_read_and_written_back_bit_for_bit(change: 
     theirs = randomised(UNet2DModel(**{**BASE, **change}))
     scheduler = DDPMScheduler(40, beta_schedule="squaredcos_cap_v2", clip_sample=True)
     DDPMPipeline(theirs, scheduler).save_pretrained(tmp_path / "in")
-    model = load_teacher(run_with(tmp_path / "in"))
+    model = open_teacher(run_with(tmp_path / "in"))
     label = torch.tensor([1, 4]) if "num_class_embeds" in change else None
-    assert model.card.diffusion == PIXEL
-    write_pipeline(tmp_path / "out", read_pipeline(tmp_path / "in"))
+    assert model.diffusion == PIXEL
+    load_model(tmp_path / "in").save(tmp_path / "out", "diffusers")
     first, second = weights(tmp_path / "in"), weights(tmp_path / "out")
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert outputs(model.network, theirs, label) < 1e-4
@@ -93,8 +96,7 @@ def test_a_pipeline_of_the_library_is_read_and_written_back_bit_for_bit(change: 
 def test_our_pixel_networks_compute_the_same_in_the_library(change: dict[str, Any], tmp_path: Path) -> None:
     params = {**ADM, **change}
     ours = randomised(UNet(**params))
-    node = NetworkConfig("ldm_dkdm.networks.UNet", params)
-    write_pipeline(tmp_path / "out", Pipeline(node, dict(ours.state_dict()), PIXEL, None))
+    pixel_model(ours).save(tmp_path / "out", "diffusers")
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.scheduler.config.variance_type == (
         "learned_range" if params["out_channels"] == 6 else "fixed_small"
@@ -104,25 +106,25 @@ def test_our_pixel_networks_compute_the_same_in_the_library(change: dict[str, An
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "v"])
-def test_a_student_leaves_as_a_pipeline_that_paints_the_same(
+def test_a_student_leaves_as_a_pipeline_that_samples_the_same(
     parameterization: str, first_stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = model_folder(tmp_path / "student", first_stage, parameterization)
     assert run_script("convert.py", folder, tmp_path / "out", "--to", "diffusers") == 0
     said = capsys.readouterr().out
-    assert float(said.split("pictures to ")[1].split()[0]) < 1e-4
+    assert float(said.split("samples to ")[1].split()[0]) < 1e-4
     pipeline = LDMPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.scheduler.config.prediction_type == {"eps": "epsilon", "v": "v_prediction"}[parameterization]
     assert pipeline.scheduler.config.steps_offset == 1 and pipeline.scheduler.config.set_alpha_to_one is False
     assert pipeline.vqvae.config.scaling_factor == 0.5
     parts = {f"{part}.{name}" for part in ("unet", "vqvae") for name in getattr(pipeline, part).state_dict()}
     assert read_tensors(tmp_path / "out").keys() == parts
-    pictures = pipeline(batch_size=1, num_inference_steps=5, output_type="np").images
-    assert pictures.shape == (1, 32, 32, 3)
-    back, own = read_pipeline(tmp_path / "out"), load_file(folder / "model.safetensors")
-    assert all(torch.equal(back.tensors[name], value) for name, value in own.items())
+    images = pipeline(batch_size=1, num_inference_steps=5, output_type="np").images
+    assert images.shape == (1, 32, 32, 3)
+    back, own = load_model(tmp_path / "out"), load_file(folder / "model.safetensors")
+    assert all(torch.equal(back.network.state_dict()[name], value) for name, value in own.items())
     vq = load_file(first_stage / "model.safetensors")
-    assert all(torch.equal(back.first_stage.tensors[name], value) for name, value in vq.items())
+    assert all(torch.equal(back.codec().autoencoder.state_dict()[name], value) for name, value in vq.items())
 
 
 def test_a_pipeline_is_a_teacher_with_its_first_stage(first_stage: Path, tmp_path: Path) -> None:
@@ -158,19 +160,18 @@ def test_an_option_that_we_do_not_have_is_refused(
     path = tmp_path / "in" / part / ("config.json" if part == "unet" else "scheduler_config.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(UserError) as error:
-        load_teacher(run_with(tmp_path / "in"))
+        open_teacher(run_with(tmp_path / "in"))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_the_library_cannot_express_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    node = NetworkConfig("ldm_dkdm.networks.UNet", {**ADM, "channel_mult": [2, 2, 2]})
     for bad, words in (
-        (node, "channel_mult"),
-        (replace(node, params={**ADM, "channel_mult": [1, 2, 4]}), "one head width"),
-        (replace(node, target="ldm_dkdm.networks.DiT"), "frequencies"),
+        (UNet(**{**ADM, "channel_mult": [2, 2, 2]}), "channel_mult"),
+        (UNet(**{**ADM, "channel_mult": [1, 2, 4]}), "one head width"),
+        (DiT(input_size=16, in_channels=3, hidden_size=32, depth=1, num_heads=2), "frequencies"),
     ):
         with pytest.raises(UserError, match=words):
-            write_pipeline(tmp_path / "out", Pipeline(bad, {}, PIXEL, None))
+            pixel_model(bad).save(tmp_path / "out", "diffusers")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -189,7 +190,7 @@ def test_the_library_s_own_ldm_pipeline_is_read(tmp_path: Path) -> None:
     config = tmp_path / "in" / "vqvae" / "config.json"
     plain = {key: value for key, value in json.loads(config.read_text()).items() if key != "scaling_factor"}
     config.write_text(json.dumps(plain))  # as in CompVis/ldm-celebahq-256
-    assert read_pipeline(tmp_path / "in").first_stage.scale_factor == 1
+    assert load_model(tmp_path / "in").codec().scale_factor == 1
     base = distill_config(tmp_path / "in", tmp_path / "logs")
     base["student"]["params"] |= {"image_size": 16}
     assert distil("--base", write_yaml(tmp_path / "run.yaml", base)) == 0

@@ -53,7 +53,7 @@ def as_diffusers(vq: VQModel) -> diffusers.VQModel:
 
 
 @torch.no_grad()
-def test_latents_and_pictures_equal_diffusers(vq: VQModel) -> None:
+def test_latents_and_images_equal_diffusers(vq: VQModel) -> None:
     other, x = as_diffusers(vq), torch.rand(2, 3, 32, 32) * 2 - 1
     z = vq.encode(x)
     torch.testing.assert_close(z, other.encode(x).latents, rtol=1e-4, atol=1e-4)
@@ -94,7 +94,7 @@ def test_a_codec_scales_and_decodes_in_parts(vq: VQModel, monkeypatch: pytest.Mo
     latents = whole.encode(images)
     torch.testing.assert_close(latents, 0.5 * vq.encode(images.movedim(-1, 1) / 127.5 - 1))
     decoded = whole.decode(latents)
-    monkeypatch.setattr(codec, "MAX_DISTANCES", 2 * 64 * 64)  # two pictures of 64 positions and 64 codes
+    monkeypatch.setattr(codec, "MAX_DISTANCES", 2 * 64 * 64)  # two images of 64 positions and 64 codes
     sizes: list[int] = []
     inner = vq.decode
     monkeypatch.setattr(vq, "decode", lambda z: (sizes.append(len(z)), inner(z))[1])

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL as Theirs
-from ldm_dkdm.assemble import load_first_stage
-from ldm_dkdm.checkpoints.diffusers_folder import read_first_stage
-from ldm_dkdm.sources import load_teacher, make_schedule
 from safetensors.torch import load_file
 
 from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints import read_tensors
-from ldm_dkdm.config.schema import FirstStageConfig
+from ldm_dkdm.checkpoints.contents import schedule_of
+from ldm_dkdm.checkpoints.first_stages import FirstStage
+from ldm_dkdm.commands.distill import open_teacher
 from ldm_dkdm.first_stage import AutoencoderKL, VQModel
 from ldm_dkdm.networks import DiT, UNet
 from tests.cli import distil, run_script, sample, write_yaml
@@ -34,7 +33,7 @@ DIT = {"input_size": 8, "in_channels": 3, "hidden_size": 32, "depth": 1, "num_he
 
 
 def write_vae(folder: Path, attends: bool = False) -> Path:
-    """A folder that diffusers writes: 32x32 pictures, 8x8x3 latents; attention at side 8 if wanted."""
+    """A folder that diffusers writes: 32x32 images, 8x8x3 latents; attention at side 8 if wanted."""
     theirs = Theirs(
         down_block_types=["DownEncoderBlock2D"] * 2 + [f"{'Attn' * attends}DownEncoderBlock2D"],
         up_block_types=[f"{'Attn' * attends}UpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 2,
@@ -54,9 +53,9 @@ def vae(tmp_path: Path) -> Path:
 
 @torch.no_grad()
 @pytest.mark.parametrize("attends", [False, True])
-def test_latents_and_pictures_equal_diffusers(attends: bool, tmp_path: Path) -> None:
+def test_latents_and_images_equal_diffusers(attends: bool, tmp_path: Path) -> None:
     vae = write_vae(tmp_path / "vae", attends)
-    stage, theirs = read_first_stage(vae), Theirs.from_pretrained(vae, low_cpu_mem_usage=False).eval()
+    stage, theirs = FirstStage(vae).opened(), Theirs.from_pretrained(vae, low_cpu_mem_usage=False).eval()
     ours = AutoencoderKL(**stage.params).eval()
     ours.load_state_dict(stage.tensors)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -70,17 +69,17 @@ def test_a_first_stage_option_that_we_do_not_have_is_refused(vae: Path) -> None:
     config = vae / "config.json"
     config.write_text(config.read_text().replace('"shift_factor": null', '"shift_factor": 0.1'))
     with pytest.raises(UserError, match=r"shift_factor 0\.1 is not supported"):
-        read_first_stage(vae)
+        FirstStage(vae).opened()
 
 
 def test_a_compvis_file_with_a_kl_first_stage_needs_no_description_of_it(tmp_path: Path) -> None:
     kl = randomised(AutoencoderKL(**KL_PARAMS))
     unet = randomised(UNet(**UNET_PARAMS))
-    file = write_compvis_checkpoint(tmp_path / "model.ckpt", unet, kl, make_schedule(DIFFUSION))
-    model = load_teacher(run_with(file, params=GIVEN))
-    codec, pointer = load_first_stage(FirstStageConfig(), model, "32")
-    assert pointer.target == "ldm_dkdm.first_stage.AutoencoderKL" and pointer.params["ddconfig"]["double_z"]
-    assert all(map(torch.equal, codec.vq.state_dict().values(), kl.state_dict().values()))
+    file = write_compvis_checkpoint(tmp_path / "model.ckpt", unet, kl, schedule_of(DIFFUSION))
+    model = open_teacher(run_with(file, params=GIVEN))
+    codec = model.codec()
+    assert codec.target == "ldm_dkdm.first_stage.AutoencoderKL" and codec.params["ddconfig"]["double_z"]
+    assert all(map(torch.equal, codec.autoencoder.state_dict().values(), kl.state_dict().values()))
     assert codec.decode(torch.randn(2, 3, 8, 8)).shape == (2, 32, 32, 3)
 
 
@@ -92,13 +91,13 @@ def test_a_student_on_kl_latents_leaves_for_diffusers_and_compvis_and_comes_back
     run = tmp_path / "run"
     weights = load_file(run / "student" / "student.safetensors")
     for layout, out in (("diffusers", tmp_path / "pipeline"), ("compvis", tmp_path / "model.ckpt")):
-        assert run_script("convert.py", run, out, "--to", layout) == 0  # diffusers paints the same, or it is an error
-        model = load_teacher(run_with(out, params=GIVEN if layout == "compvis" else {}))
+        assert run_script("convert.py", run, out, "--to", layout) == 0  # diffusers samples the same, or it is an error
+        model = open_teacher(run_with(out, params=GIVEN if layout == "compvis" else {}))
         assert all(torch.equal(model.network.state_dict()[name], value) for name, value in weights.items())
-        codec, _ = load_first_stage(FirstStageConfig(), model, "32")
-        own = read_first_stage(vae).tensors
+        codec = model.codec()
+        own = FirstStage(vae).opened().tensors
         assert codec.scale_factor == 0.5
-        assert all(torch.equal(codec.vq.state_dict()[name], value) for name, value in own.items())
+        assert all(torch.equal(codec.autoencoder.state_dict()[name], value) for name, value in own.items())
     assert "ldm.models.autoencoder.AutoencoderKL" in (tmp_path / "model.yaml").read_text()
     assert "first_stage_model.quant_conv.weight" in read_tensors(tmp_path / "model.ckpt")
 

@@ -1,4 +1,4 @@
-"""Checkpoints of other code bases, named and nothing more."""
+"""Checkpoints of other code bases: what their tensors say, and what must be given."""
 
 import argparse
 from dataclasses import replace
@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from ldm_dkdm.assemble import load_first_stage
-from ldm_dkdm.checkpoints.foreign import infer_schedule, open_foreign
-from ldm_dkdm.checkpoints.inference import infer_first_stage
-from ldm_dkdm.sources import load_teacher, make_schedule
 from torch import nn
 
 from ldm_dkdm import UserError
+from ldm_dkdm.checkpoints import Source, read
+from ldm_dkdm.checkpoints.compvis import name_schedule
+from ldm_dkdm.checkpoints.contents import schedule_of
+from ldm_dkdm.checkpoints.first_stages import infer_first_stage
 from ldm_dkdm.checkpoints.loading import load_strictly
+from ldm_dkdm.commands.distill import open_teacher
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import (
     DiffusionConfig,
@@ -82,21 +83,21 @@ def test_a_bare_unet_is_inferred_but_for_what_shapes_cannot_tell(change: dict[st
         "use_new_attention_order",
         "num_head_channels" if "num_head_channels" in params else "num_heads",
     )
-    model = load_teacher(run_with(path, PIXEL, params={key: params[key] for key in told}))
+    model = open_teacher(run_with(path, PIXEL, params={key: params[key] for key in told}))
     assert same(model.network, unet, torch.tensor([1, 6]) if "num_classes" in params else None)
-    assert model.latent_shape == (3, 16, 16)
+    assert model.shape == (3, 16, 16)
     for key in told:
         partly = {k: params[k] for k in told if k != key}
         with pytest.raises(UserError, match=key):
-            load_teacher(run_with(path, PIXEL, params=partly))
-    with pytest.raises(UserError, match=r"diffusion: .*does not tell its noise schedule"):
-        load_teacher(run_with(path, params={key: params[key] for key in told}))
+            open_teacher(run_with(path, PIXEL, params=partly))
+    with pytest.raises(UserError, match=r"does not tell its noise schedule; set it, for example diffusion.space=pixel"):
+        open_teacher(run_with(path, params={key: params[key] for key in told}))
 
 
 def test_a_given_value_that_contradicts_the_tensors_is_refused(tmp_path: Path) -> None:
     torch.save(UNet(**ADM).state_dict(), tmp_path / "model.pt")
     with pytest.raises(UserError, match=r"teacher.params.model_channels: 64, but the tensors of .* say 32"):
-        load_teacher(run_with(tmp_path / "model.pt", PIXEL, params={"model_channels": 64}))
+        open_teacher(run_with(tmp_path / "model.pt", PIXEL, params={"model_channels": 64}))
 
 
 @pytest.mark.parametrize(("classes", "learn_sigma"), [(None, True), (1000, True), (12, False)])
@@ -107,30 +108,30 @@ def test_a_dit_file_is_unwrapped_and_inferred(classes: int | None, learn_sigma: 
     torch.save({"model": nets[0].state_dict(), "ema": nets[1].state_dict(), "opt": {"state": {}}, "args": args}, path)
     given = {"num_heads": 2} | ({"num_classes": 12, "class_dropout_prob": 0.1} if classes == 12 else {})
     label = None if classes is None else torch.tensor([1, 6])
-    assert same(load_teacher(run_with(path, PIXEL, params=given)).network, nets[1], label)
-    assert same(load_teacher(run_with(path, PIXEL, params=given, use_ema=False)).network, nets[0], label)
+    assert same(open_teacher(run_with(path, PIXEL, params=given)).network, nets[1], label)
+    assert same(open_teacher(run_with(path, PIXEL, params=given, use_ema=False)).network, nets[0], label)
     with pytest.raises(UserError, match="num_heads"):
-        load_teacher(run_with(path, PIXEL))
+        open_teacher(run_with(path, PIXEL))
 
 
 @pytest.fixture(scope="module")
 def compvis(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module, nn.Module]:
     unet, vq = randomised(UNet(**UNET_PARAMS)), randomised(VQModel(**VQ_PARAMS))
     path = tmp_path_factory.mktemp("foreign") / "model.ckpt"
-    return write_compvis_checkpoint(path, unet, vq, make_schedule(DIFFUSION)), unet, vq
+    return write_compvis_checkpoint(path, unet, vq, schedule_of(DIFFUSION)), unet, vq
 
 
 def test_a_compvis_file_tells_its_schedule_and_its_first_stage(compvis: tuple[Path, nn.Module, nn.Module]) -> None:
     path, unet, vq = compvis
     given = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
-    model = load_teacher(run_with(path, params=given))
-    assert model.card.diffusion == DIFFUSION
+    model = open_teacher(run_with(path, params=given))
+    assert model.diffusion == DIFFUSION
     assert all(map(torch.equal, model.network.state_dict().values(), unet.state_dict().values()))
-    codec, pointer = load_first_stage(FirstStageConfig(), model, "32")
-    assert all(map(torch.equal, codec.vq.state_dict().values(), vq.state_dict().values()))
-    rebuilt = build({"target": pointer.target, "params": pointer.params}, FIRST_STAGES, "first_stage.params")
+    codec = model.codec()
+    assert all(map(torch.equal, codec.autoencoder.state_dict().values(), vq.state_dict().values()))
+    rebuilt = build({"target": codec.target, "params": codec.params}, FIRST_STAGES, "first_stage.params")
     load_strictly(rebuilt, vq.state_dict(), path)
-    latents = torch.randn(1, *model.latent_shape)
+    latents = torch.randn(1, *model.shape)
     assert torch.equal(rebuilt.eval().decode(latents), vq.eval().decode(latents))
 
 
@@ -138,13 +139,13 @@ def test_a_compvis_file_tells_its_schedule_and_its_first_stage(compvis: tuple[Pa
 def test_a_file_in_half_precision_still_tells_its_schedule(dtype: torch.dtype, tmp_path: Path) -> None:
     long = DiffusionConfig()
     state = {f"model.diffusion_model.{k}": v for k, v in randomised(UNet(**UNET_PARAMS)).state_dict().items()}
-    state["alphas_cumprod"] = make_schedule(long).alphas_cumprod
+    state["alphas_cumprod"] = schedule_of(long).alphas_cumprod
     torch.save({"state_dict": {name: value.to(dtype) for name, value in state.items()}}, tmp_path / "half.ckpt")
     given = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
-    assert load_teacher(run_with(tmp_path / "half.ckpt", params=given)).card.diffusion == long
-    load_teacher(run_with(tmp_path / "half.ckpt", long, params=given))  # and agrees with the same one configured
+    assert open_teacher(run_with(tmp_path / "half.ckpt", params=given)).diffusion == long
+    open_teacher(run_with(tmp_path / "half.ckpt", long, params=given))  # and agrees with the same one configured
     with pytest.raises(UserError, match="was trained with"):
-        load_teacher(run_with(tmp_path / "half.ckpt", DiffusionConfig("linear"), params=given))
+        open_teacher(run_with(tmp_path / "half.ckpt", DiffusionConfig("linear"), params=given))
 
 
 @pytest.mark.parametrize("scale", [torch.zeros(2), torch.tensor(0.0), torch.tensor(-1.0), torch.tensor(float("nan"))])
@@ -155,9 +156,10 @@ def test_a_scale_that_is_none_is_refused(
     content["state_dict"]["scale_factor"] = scale
     torch.save(content, tmp_path / "model.ckpt")
     given = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
-    model = load_teacher(run_with(tmp_path / "model.ckpt", params=given))
-    with pytest.raises(UserError, match="scale_factor is no number above 0"):
-        load_first_stage(FirstStageConfig(), model, "32")
+    run = run_with(tmp_path / "model.ckpt", params=given)
+    with pytest.raises(UserError, match=r"scale_factor is not a number above 0; set first_stage\.scale_factor"):
+        open_teacher(run)
+    assert open_teacher(replace(run, first_stage=FirstStageConfig(scale_factor=0.5))).codec().scale_factor == 0.5
 
 
 def test_levels_without_end_are_refused_at_once(compvis: tuple[Path, nn.Module, nn.Module]) -> None:
@@ -168,9 +170,9 @@ def test_levels_without_end_are_refused_at_once(compvis: tuple[Path, nn.Module, 
 
 def test_the_other_attention_order_of_a_compvis_file_may_be_told(compvis: tuple[Path, nn.Module, nn.Module]) -> None:
     given = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
-    told = load_teacher(run_with(compvis[0], params={**given, "use_new_attention_order": True}))
-    assert told.card.network.params["use_new_attention_order"] is True
-    assert load_teacher(run_with(compvis[0], params=given)).card.network.params["use_new_attention_order"] is False
+    told = open_teacher(run_with(compvis[0], params={**given, "use_new_attention_order": True}))
+    assert told.node.params["use_new_attention_order"] is True
+    assert open_teacher(run_with(compvis[0], params=given)).node.params["use_new_attention_order"] is False
 
 
 @pytest.mark.parametrize(
@@ -183,15 +185,17 @@ def test_the_other_attention_order_of_a_compvis_file_may_be_told(compvis: tuple[
     ],
 )
 def test_a_stored_schedule_is_named(config: DiffusionConfig) -> None:
-    found = infer_schedule(make_schedule(config).alphas_cumprod.float())
+    found = name_schedule(schedule_of(config).alphas_cumprod.float())
     assert replace(found, beta_start=0.1, beta_end=0.2) == replace(config, beta_start=0.1, beta_end=0.2)
-    assert torch.allclose(
-        make_schedule(found).alphas_cumprod, make_schedule(config).alphas_cumprod, rtol=1e-3, atol=1e-7
-    )
+    assert torch.allclose(schedule_of(found).alphas_cumprod, schedule_of(config).alphas_cumprod, rtol=1e-3, atol=1e-7)
 
 
-def test_a_schedule_without_a_name_is_not_guessed() -> None:
-    assert infer_schedule(torch.linspace(0.99, 0.01, 100)) is None
+def test_a_schedule_without_a_name_keeps_its_own_betas_and_rising_values_are_none() -> None:
+    stored = torch.linspace(0.99, 0.01, 100)
+    found = name_schedule(stored)
+    assert found.betas is not None and found.num_timesteps == 100
+    torch.testing.assert_close(schedule_of(found).alphas_cumprod, stored.double(), rtol=1e-6, atol=0)
+    assert name_schedule(stored.flip(0)) is None
 
 
 @pytest.mark.parametrize(
@@ -199,10 +203,10 @@ def test_a_schedule_without_a_name_is_not_guessed() -> None:
     [
         (["unet.lora_A.weight"], "is a LoRA adapter"),
         (["lora_unet_down_blocks_0.lora_down.weight"], "is a LoRA adapter"),
-        (["network.out.2.weight"], "student/ folder"),
-        (["encoder.conv_in.weight", "decoder.conv_in.weight"], "belongs into first_stage.ckpt"),
+        (["network.out.2.weight"], "or name the run"),
+        (["encoder.conv_in.weight", "decoder.conv_in.weight"], "belongs in first_stage.ckpt"),
         (["down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight"], "without its config.json"),
-        (["total_t", "total_x_t_1"], "belongs into distill.pool_from"),
+        (["total_t", "total_x_t_1"], "belongs in distill.pool_from"),
         (["layer1.0.conv1.weight", "fc.weight"], "no diffusion network that is known here (keys: fc.weight"),
         (["time_embed.0.weight", "input_blocks.0.0.weight", "out.0.weight"], "classifier"),
     ],
@@ -210,7 +214,7 @@ def test_a_schedule_without_a_name_is_not_guessed() -> None:
 def test_what_else_a_file_holds_is_said(names: list[str], words: str, tmp_path: Path) -> None:
     torch.save({name: torch.zeros(2, 2) for name in names}, tmp_path / "x.pt")
     with pytest.raises(UserError) as error:
-        load_teacher(run_with(tmp_path / "x.pt", PIXEL))
+        open_teacher(run_with(tmp_path / "x.pt", PIXEL))
     assert words in str(error.value)
 
 
@@ -219,15 +223,15 @@ def test_a_text_conditional_unet_is_refused(tmp_path: Path) -> None:
     tensors["model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_q.weight"] = torch.zeros(2, 2)
     torch.save({"state_dict": tensors}, tmp_path / "sd.ckpt")
     with pytest.raises(UserError, match="text-conditional"):
-        load_teacher(run_with(tmp_path / "sd.ckpt", DIFFUSION))
+        open_teacher(run_with(tmp_path / "sd.ckpt", DIFFUSION))
 
 
 def test_weights_behind_the_prefix_of_data_parallel_training_load(tmp_path: Path) -> None:
     unet = randomised(UNet(**ADM))
     torch.save({f"module.{k}": v for k, v in unet.state_dict().items()}, tmp_path / "x.pt")
-    assert open_foreign(tmp_path / "x.pt").infer().params["model_channels"] == 32
+    assert read(Source(tmp_path / "x.pt")).params["model_channels"] == 32
     told = {key: ADM[key] for key in ("image_size", "num_heads", "use_new_attention_order")}
-    assert same(load_teacher(run_with(tmp_path / "x.pt", PIXEL, params=told)).network, unet)
+    assert same(open_teacher(run_with(tmp_path / "x.pt", PIXEL, params=told)).network, unet)
 
 
 @pytest.mark.parametrize(
@@ -242,4 +246,4 @@ def test_a_first_stage_that_lacks_tensors_is_refused(
     torch.save(content, tmp_path / "x.ckpt")
     given = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
     with pytest.raises(UserError, match=words):
-        load_first_stage(FirstStageConfig(), load_teacher(run_with(tmp_path / "x.ckpt", params=given)), "32")
+        open_teacher(run_with(tmp_path / "x.ckpt", params=given)).codec()

@@ -8,7 +8,7 @@ from ldm_dkdm.evaluation.frechet import frechet_distance, pixel_frechet_distance
 
 
 def gaussian_images(mean: float, std: float, seed: int, count: int = 20_000) -> torch.Tensor:
-    """Pictures uint8 (N,2,2,3) whose pixels are independent Gaussians."""
+    """Images uint8 (N,2,2,3) whose pixels are independent Gaussians."""
     values = np.random.default_rng(seed).normal(mean, std, (count, 2, 2, 3))
     return torch.from_numpy(values.round().clip(0, 255).astype(np.uint8))
 
@@ -21,7 +21,7 @@ def test_commuting_covariances_have_a_closed_form() -> None:
     assert frechet_distance(np.zeros(5), cov_a, np.full(5, 0.2), cov_b) == pytest.approx(wanted, rel=1e-10)
 
 
-def test_gaussian_pictures_are_as_far_apart_as_their_moments() -> None:
+def test_gaussian_images_are_as_far_apart_as_their_moments() -> None:
     wanted = 12 * ((10 / 255) ** 2 + (15 / 255) ** 2)
     found = pixel_frechet_distance(gaussian_images(120, 15, 0), gaussian_images(130, 30, 1), components=12)
     assert found == pytest.approx(wanted, rel=0.03)

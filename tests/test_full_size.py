@@ -3,9 +3,9 @@
 import pytest
 import torch
 import yaml
-from ldm_dkdm.sources import make_schedule
 from torch import nn
 
+from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.config.load import load_config, parse
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import DistillRun, NetworkConfig
@@ -89,7 +89,7 @@ def test_the_networks_are_those_of_table_7(name: str, role: str) -> None:
 @pytest.mark.parametrize("name", TABLE_7)
 def test_the_process_and_the_first_stage_are_those_of_table_7(name: str) -> None:
     config = recipe(name)
-    schedule = make_schedule(config.diffusion)
+    schedule = schedule_of(config.diffusion)
     assert schedule.num_timesteps == 1000
     middle = (0.0015**0.5 + (0.0195**0.5 - 0.0015**0.5) * 500 / 999) ** 2  # LDM's "linear" is linear in sqrt(beta)
     assert schedule.betas[500].item() == pytest.approx(middle, rel=1e-12)

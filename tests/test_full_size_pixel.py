@@ -1,21 +1,22 @@
 """The paper's pixel recipes and students (Tab. 6, 8, 10) at full size, on the meta device: nothing is computed."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from ldm_dkdm.sources import check_trainable, make_schedule
 from torch import nn
 
+from ldm_dkdm import DiffusionModel
+from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.config.load import load_config
 from ldm_dkdm.config.registry import build
-from ldm_dkdm.config.schema import DiffusionRun, DistillRun
+from ldm_dkdm.config.schema import DiffusionRun, DistillRun, NetworkConfig
 from ldm_dkdm.distillation.pool import pool_slots
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.networks import NETWORKS
-from ldm_dkdm.training.from_teacher import assemble
-from ldm_dkdm.training.plan import costs
+from ldm_dkdm.training.from_images import require_trainable
 from tests.cli import ROOT, distil, write_yaml
 
 # Tab. 6: parameters of teacher and student, channels, blocks, head channels, dropout; batch, iterations, early stop
@@ -49,6 +50,18 @@ def on_meta(node: object) -> nn.Module:
         return build(node, {**NETWORKS, **FIRST_STAGES})
 
 
+def on_data(name: str, *students: str) -> DiffusionRun:
+    """The baseline of a recipe that trains on images."""
+    files = [ROOT / "configs" / f"{name}_data.yaml", *(ROOT / "configs" / "students" / f"{s}.yaml" for s in students)]
+    return load_config(files, schema=DiffusionRun)
+
+
+def check_trainable(node: NetworkConfig, config: DiffusionRun) -> None:
+    """Refuse a network that the images of a baseline cannot train."""
+    schedule, space = schedule_of(config.diffusion), config.diffusion.space
+    require_trainable(DiffusionModel(on_meta(node), schedule=schedule, space=space, node=node), config)
+
+
 def parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
@@ -68,7 +81,7 @@ def test_the_networks_are_those_of_table_6(name: str) -> None:
         assert (params["image_size"], params["channel_mult"], params["dropout"]) == (side, mult, dropout)
         assert [side // factor for factor in params["attention_resolutions"]] == resolutions
         assert params["resblock_updown"] and network.out_channels == 6
-        check_trainable(network, config.diffusion, "student.params")
+        check_trainable(NetworkConfig(node.target, params), on_data(name))
 
 
 @pytest.mark.parametrize("name", TABLE_6)
@@ -81,7 +94,7 @@ def test_the_training_values_are_those_of_table_6(name: str) -> None:
     assert config.distill.loss.space == "eps" and config.distill.loss.vlb_weight == 1
     assert pool_slots(0.4, 1000, batch) == 400 * batch
     assert config.diffusion.space == "pixel"
-    schedule = make_schedule(config.diffusion)
+    schedule = schedule_of(config.diffusion)
     assert schedule.name == "cosine" and schedule.num_timesteps == 1000
 
 
@@ -91,13 +104,11 @@ def test_the_students_of_tables_8_and_10_fit_their_recipes(names: tuple[str, str
     config = recipe(base, f"students/{student}")
     network = on_meta(config.student)
     assert parameters(network) == STUDENTS[names]
-    check_trainable(network, config.diffusion, "student.params")
+    check_trainable(config.student, on_data(base, student))
     teacher = on_meta(config.teacher)
     assert (network.image_size, network.in_channels) == (teacher.image_size, teacher.in_channels)
-    on_data = load_config(
-        [ROOT / "configs" / f"{base}_data.yaml", ROOT / "configs" / "students" / f"{student}.yaml"], schema=DiffusionRun
-    )
-    assert (on_data.model.target, on_data.model.params) == (config.student.target, config.student.params)
+    baseline = on_data(base, student).model
+    assert (baseline.target, baseline.params) == (config.student.target, config.student.params)
     if "dropout" in config.student.params:
         assert config.student.params["dropout"] == 0.3
 
@@ -135,13 +146,16 @@ RECIPES = [(name,) for name in (*TABLE_6, "ffhq256", "celebahq256")] + list(STUD
 
 @pytest.mark.parametrize("names", RECIPES, ids="-".join)
 def test_a_plan_counts_parameters_and_operations_of_every_recipe(
-    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)  # no checkpoint is there
-    for module in ("sources", "assemble"):
+    monkeypatch.setattr("ldm_dkdm.training.plan.time_needed", lambda parts: "not measured")
+    for module in ("model", "config.registry"):
         monkeypatch.setattr(f"ldm_dkdm.{module}.build", lambda node, *_: on_meta(node))
-    config = recipe(names[0], *(f"students/{name}" for name in names[1:]))
-    lines = costs(config, assemble(config, planning=True))
+    bases = [names[0], *(f"students/{name}" for name in names[1:])]
+    assert distil("--base", *(ROOT / "configs" / f"{base}.yaml" for base in bases), "--plan") == 0
+    config = recipe(*bases)
+    lines = dict(re.split("  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines() if "  " in line)
     for subject, node in (("teacher", config.teacher), ("student", config.student)):
         millions = parameters(on_meta(node)) / 1e6
         assert lines[subject].startswith(f"{millions:.6f} M parameters, ")
@@ -151,14 +165,14 @@ def test_a_plan_counts_parameters_and_operations_of_every_recipe(
 @pytest.mark.parametrize("name", [*TABLE_6, "ffhq256", "celebahq256"])
 def test_the_baseline_on_data_trains_the_student_of_the_recipe(name: str) -> None:
     distilled = recipe(name)
-    config = load_config(ROOT / "configs" / f"{name}_data.yaml", schema=DiffusionRun)
+    config = on_data(name)
     assert config.model.params == distilled.student.params and config.diffusion == distilled.diffusion
     assert config.trainer == distilled.trainer and config.data.batch_size == distilled.distill.batch_size
     stage = distilled.first_stage
     assert (config.first_stage.target, config.first_stage.params) == (stage.target, stage.params)
     side = stage.params["ddconfig"]["resolution"] if stage.target else config.model.params["image_size"]
     assert config.data.image_size == side
-    check_trainable(on_meta(config.model), config.diffusion, "model.params")
+    check_trainable(config.model, config)
 
 
 def test_a_plan_needs_no_checkpoint_and_says_what_to_download(

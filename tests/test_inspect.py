@@ -22,7 +22,7 @@ def test_the_inspector_refuses_in_one_line_too(name: str, tmp_path: Path, capsys
 
 def test_the_inspector_tells_a_folder(teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script("convert.py", teacher_folder, tmp_path / "pipeline", "--to", "diffusers") == 0
-    for folder, words in ((teacher_folder, "model folder"), (tmp_path / "pipeline", "diffusers pipeline")):
+    for folder, words in ((teacher_folder, "model folder"), (tmp_path / "pipeline", "diffusers folder")):
         assert run_script("inspect_checkpoint.py", folder) == 0
         assert words in capsys.readouterr().out
     assert run_script("inspect_checkpoint.py", tmp_path) == 2

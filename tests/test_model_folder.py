@@ -8,7 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_dkdm import UserError
-from ldm_dkdm.checkpoints.folder import home_of, read_folder, write_folder
+from ldm_dkdm.checkpoints.first_stages import FirstStage
+from ldm_dkdm.checkpoints.folder import write_folder
+from ldm_dkdm.checkpoints.source import home_of
 from ldm_dkdm.config.schema import FirstStageCard
 from tests.parts import VQ_PARAMS
 
@@ -30,22 +32,22 @@ def test_weights_outside_the_folder_are_refused(tmp_path: Path, escape: str) -> 
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("weights: model.safetensors", f"weights: {escape}"))
     with pytest.raises(UserError, match="must be a file name"):
-        read_folder(folder, FirstStageCard)
+        FirstStage(folder).opened()
 
 
 def test_a_folder_comes_back_as_it_was_written(tmp_path: Path) -> None:
     write_folder(tmp_path, CARD, {**TENSORS, "count": torch.tensor([2**40])}, torch.float16)
-    card, tensors = read_folder(tmp_path, FirstStageCard)
-    assert card == CARD
+    stage = FirstStage(tmp_path).opened()
+    assert (stage.target, stage.params, stage.scale_factor) == (CARD.target, CARD.params, CARD.scale_factor)
     expected = {name: value.half() for name, value in TENSORS.items()}
-    assert _equal(tensors, {**expected, "count": torch.tensor([2**40])})
+    assert _equal(stage.tensors, {**expected, "count": torch.tensor([2**40])})
 
 
 def test_weights_mean_the_folder_whose_config_names_them(tmp_path: Path) -> None:
     write_folder(tmp_path / "model", CARD, TENSORS)
     weights = tmp_path / "model" / "model.safetensors"
     assert home_of(weights) == tmp_path / "model"
-    (tmp_path / "model" / "config.yaml").write_text("model: {target: x}")  # somebody else's, beside a file of the name
+    (tmp_path / "model" / "config.yaml").write_text("model: {target: x}")  # a third-party config
     assert home_of(weights) == weights
     (tmp_path / "model" / "config.yaml").write_text("a: [")
     assert home_of(weights) == weights
@@ -59,7 +61,7 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytes
         filename.write_bytes(b"half a file")
         raise OSError("disk full")
 
-    monkeypatch.setattr("ldm_dkdm.files.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         write_folder(tmp_path, FirstStageCard("model.safetensors", "other", {}), {"b": torch.zeros(1)})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm_dkdm import NoiseSchedule
+from ldm_dkdm import DiffusionModel, NoiseSchedule
 from ldm_dkdm.config.schema import LossConfig, TrainerConfig
 from ldm_dkdm.diffusion.objectives import loss_weight, simple_loss, vlb_loss
 from ldm_dkdm.diffusion.process import eps_to_x0
 from ldm_dkdm.distillation.module import StudentModule
-from ldm_dkdm.pixel import PixelDenoiser
 from ldm_dkdm.records import DistillBatch, Prediction
 
 SCHEDULE = NoiseSchedule()
@@ -59,9 +58,10 @@ def test_a_training_step_is_the_weighted_simple_loss_plus_lambda_times_vlb(vlb_w
     x, target = randn(1).float(), Prediction(randn(2).float(), randn(3).float().tanh(), randn(4).float().tanh())
     loss = LossConfig(space="v", weight_cap=5.0, vlb_weight=vlb_weight)
     network, trainer = Fixed(randn(5, channels=6).float()), TrainerConfig(max_steps=1, learning_rate=1.0)
-    module = StudentModule(network, SCHEDULE, "eps", loss, trainer, PixelDenoiser)
+    model = DiffusionModel(network, schedule=SCHEDULE, space="pixel", shape=(3, 4, 4))
+    module = StudentModule(model, loss, trainer)
     module.log = lambda *args, **kwargs: None
-    prediction = PixelDenoiser(network, SCHEDULE)(x, T)
+    prediction = model(x, T)
     weighted = loss_weight(SCHEDULE, T, "v", 5.0) * simple_loss(target.eps, prediction.eps)
     expected = weighted.mean() + vlb_weight * vlb_loss(SCHEDULE, x, T, target, prediction).mean()
     torch.testing.assert_close(module.training_step(DistillBatch(x, T, target), 0), expected)

@@ -1,19 +1,20 @@
 """Pixel space: learned variance, clipping and the hybrid objective, against closed forms and diffusers."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-from ldm_dkdm.denoiser import Denoiser
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from ldm_dkdm import NoiseSchedule
+from ldm_dkdm import DiffusionModel, NoiseSchedule
 from ldm_dkdm.diffusion.objectives import gaussian_kl, pixel_log_likelihood, vlb_loss
 from ldm_dkdm.diffusion.process import learned_log_variance, posterior, reverse_step
-from ldm_dkdm.diffusion.samplers import ddpm, dpm_solver, respaced_timesteps, solver_timesteps
-from ldm_dkdm.pixel import IdentityCodec, PixelDenoiser
+from ldm_dkdm.diffusion.samplers import Denoise, ddpm, dpm_solver, respaced_timesteps, solver_timesteps
+from ldm_dkdm.diffusion.schedule import betas_of
+from ldm_dkdm.pixel import PixelCodec
 from ldm_dkdm.records import Prediction
 from tests.analytic import GaussianNetwork
 
@@ -31,14 +32,27 @@ def network(x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
     return torch.cat([torch.sin(3 * x + t.view(-1, 1, 1, 1) / 100), torch.cos(5 * x)], 1)
 
 
-class Double(PixelDenoiser):
-    """Keeps float64, which `Denoiser` turns into float32."""
+class Calls(nn.Module):
+    """A function as a network."""
 
-    def __call__(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
-        return self.read(self.network(x, t, label), x, t)
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.function(x, t, label)
 
 
-DENOISE = Double(network, SCHEDULE)
+def model_of(function: Callable[..., Tensor], schedule: NoiseSchedule, **options: object) -> DiffusionModel:
+    return DiffusionModel(Calls(function), schedule=schedule, shape=SHAPE[1:], **{"space": "pixel", **options})
+
+
+def in_float64(model: DiffusionModel) -> Denoise:
+    """A model's predictions in float64; called by itself it predicts in float32."""
+    return lambda x, t, label=None: model.read(model.network(x, t, label), x, t)
+
+
+DENOISE = in_float64(model_of(network, SCHEDULE))
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 57, 500, 998, 999])
@@ -62,7 +76,7 @@ def test_the_clipped_x0_steers_the_chain_but_eps_stays_what_the_network_said() -
 
 
 def test_a_network_of_fixed_variance_has_no_fraction() -> None:
-    prediction = PixelDenoiser(lambda x, t, label: x, SCHEDULE)(randn(3), torch.tensor([1, 2]))
+    prediction = model_of(lambda x, t, label: x, SCHEDULE)(randn(3), torch.tensor([1, 2]))
     assert prediction.var_fraction is None
 
 
@@ -100,7 +114,7 @@ def test_vlb_is_the_kl_of_the_two_reverse_steps_in_bits(step: int) -> None:
 
 def test_vlb_trains_the_variance_only() -> None:
     eps, fraction = randn(1).requires_grad_(), randn(2).requires_grad_()
-    student = PixelDenoiser(lambda x, t, label: torch.cat([eps, fraction], 1), SCHEDULE)
+    student = model_of(lambda x, t, label: torch.cat([eps, fraction], 1), SCHEDULE)
     x, t = randn(3), torch.tensor([5, 600])
     vlb_loss(SCHEDULE, x, t, DENOISE(x, t), student(x, t)).sum().backward()
     assert eps.grad is None or eps.grad.abs().max() == 0
@@ -121,8 +135,8 @@ def test_a_target_from_data_is_the_posterior_and_at_0_the_likelihood_of_its_pixe
 
 def test_the_likelihoods_of_all_256_values_add_up_to_one() -> None:
     values = (torch.arange(256).double() / 127.5 - 1).view(-1, 1, 1, 1)
-    for mean, log_variance in ((0.3, -4.0), (0.97, -5.0), (-2.0, 0.5)):
-        mean, log_variance = (torch.full_like(values, number) for number in (mean, log_variance))
+    for numbers in ((0.3, -4.0), (0.97, -5.0), (-2.0, 0.5)):
+        mean, log_variance = (torch.full_like(values, number) for number in numbers)
         assert pixel_log_likelihood(values, mean, log_variance).exp().sum().item() == pytest.approx(1, abs=1e-9)
 
 
@@ -130,10 +144,8 @@ def test_the_likelihoods_of_all_256_values_add_up_to_one() -> None:
 def test_respaced_sampling_is_sampling_of_the_respaced_process(steps: int) -> None:
     timesteps = respaced_timesteps(1000, steps)
     assert (len(timesteps), timesteps[0], timesteps[-1]) == (steps, 0, 999)
-    short = NoiseSchedule(num_timesteps=steps)
-    short.alphas_cumprod = SCHEDULE.alphas_cumprod[timesteps]
-    short.betas = 1 - short.alphas_cumprod / torch.cat([short.alphas_cumprod.new_ones(1), short.alphas_cumprod[:-1]])
-    of_short = Double(lambda x, t, label: network(x, torch.tensor(timesteps)[t]), short)
+    short = NoiseSchedule(betas=betas_of(SCHEDULE.alphas_cumprod[timesteps]))
+    of_short = in_float64(model_of(lambda x, t, label: network(x, torch.tensor(timesteps)[t]), short))
     noises = randn(7, steps, *SHAPE)
     ours = list(ddpm(SCHEDULE, DENOISE, randn(8), iter(noises).__next__, steps))
     for state, expected in zip(ours, ddpm(short, of_short, randn(8), iter(noises).__next__), strict=True):
@@ -153,9 +165,7 @@ def test_respaced_ddpm_equals_diffusers_where_the_variance_is_fixed() -> None:
     scheduler.set_timesteps(50)
     assert scheduler.timesteps.tolist() == respaced_timesteps(1000, 50)[::-1]
 
-    def denoise(x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
-        return Denoiser(network, schedule).read(network(x, t)[:, :3], x, t)
-
+    denoise = in_float64(model_of(lambda x, t, label: network(x, t)[:, :3], schedule, space="latent"))
     x, seeds = randn(1), iter(range(50))
     ours = ddpm(schedule, denoise, x, lambda: randn(next(seeds)), 50)
     for seed, (state, step) in enumerate(zip(ours, scheduler.timesteps.tolist(), strict=True)):
@@ -183,11 +193,10 @@ def test_dpm_solver_equals_diffusers_state_by_state(parameterization: str, steps
     def output(x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         return torch.sin(2 * x + t.view(-1, 1, 1, 1) / 300)
 
-    def denoise(x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
-        return Denoiser(output, schedule, parameterization).read(output(x, t), x, t)
-
+    denoise = in_float64(model_of(output, schedule, space="latent", parameterization=parameterization))
     x = randn(1)
-    for state, step in zip(dpm_solver(schedule, denoise, x, steps), scheduler.timesteps, strict=True):
+    ours = dpm_solver(schedule, denoise, x, iter(()).__next__, steps)  # it draws no noise
+    for state, step in zip(ours, scheduler.timesteps, strict=True):
         x = scheduler.step(output(x, step.repeat(2)), step, x).prev_sample
         torch.testing.assert_close(state, x, rtol=2e-3, atol=2e-3)  # theirs are float32 sigmas; eps is divided by 5e-5
 
@@ -204,7 +213,8 @@ def _solver_error(steps: int) -> float:
     gaussian = GaussianNetwork(schedule, mean=0.7, std=0.4)
     z = torch.tensor([-1.0, 0.0, 1.0]).view(-1, 1, 1, 1)
     start_mean, start_std = gaussian.moments(999)
-    states = list(dpm_solver(schedule, Denoiser(gaussian, schedule), start_mean + start_std * z, steps))
+    model = DiffusionModel(gaussian, schedule=schedule, shape=(1, 1, 1))
+    states = list(dpm_solver(schedule, model, start_mean + start_std * z, lambda: z, steps))
     mean, std = gaussian.moments(solver_timesteps(1000, steps)[0])
     return (states[-2] - (mean + std * z)).abs().max().item()
 
@@ -216,6 +226,6 @@ def test_dpm_solver_transports_a_gaussian_with_second_order() -> None:
 
 def test_pixels_go_to_states_and_back() -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
-    states = IdentityCodec().encode(images)
+    states = PixelCodec().encode(images)
     assert (states.min(), states.max()) == (-1, 1)
-    assert torch.equal(IdentityCodec().decode(states), images)
+    assert torch.equal(PixelCodec().decode(states), images)

@@ -137,7 +137,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         filename.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("ldm_dkdm.files.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         filled_pool(6).save(path, step=4)
     assert path.read_bytes() == before

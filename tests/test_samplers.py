@@ -1,13 +1,14 @@
 """Samplers against diffusers (1e-10 in float64) and against data whose denoiser is known."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from ldm_dkdm.denoiser import Denoiser
-from ldm_dkdm.generate import SamplerConfig, sample_states
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm_dkdm import NoiseSchedule, UserError
+from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError
+from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.diffusion.process import eps_to_x0, reverse_step
 from ldm_dkdm.diffusion.samplers import ddim, ddim_timesteps, ddpm, last
 from ldm_dkdm.records import Prediction
@@ -54,7 +55,7 @@ def test_ddim_equals_diffusers_state_by_state(eta: float, steps: int, offset: in
     scheduler.set_timesteps(steps)
     x = _randn(2, 2, 3, 4, 4)
     noises = _randn(3, steps, 2, 3, 4, 4)
-    ours = list(ddim(NoiseSchedule(steps_offset=offset), nonlinear, x, iter(noises).__next__, steps, eta))
+    ours = list(ddim(NoiseSchedule(steps_offset=offset), nonlinear, x, iter(noises).__next__, steps, eta=eta))
     assert len(ours) == steps
     for state, step, noise in zip(ours, scheduler.timesteps.tolist(), noises, strict=True):
         eps = nonlinear(x, torch.full((2,), step)).eps
@@ -77,7 +78,7 @@ def test_ddim_timesteps_rise_within_the_schedule_for_every_number_of_steps() -> 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_an_impossible_number_of_steps_is_refused(steps: int) -> None:
-    with pytest.raises(UserError, match="sampling steps"):
+    with pytest.raises(UserError, match=rf"^steps: {steps} .*1000"):
         ddim_timesteps(1000, steps)
 
 
@@ -86,7 +87,8 @@ def _ddim_error(steps: int) -> float:
     network = GaussianNetwork(SCHEDULE, mean=0.7, std=0.4)
     z = torch.tensor([-1.0, 0.0, 1.0]).view(-1, 1, 1, 1)
     (start_mean, start_std), (mean, std) = network.moments(999), network.moments(0)
-    x_0 = last(ddim(SCHEDULE, Denoiser(network, SCHEDULE), start_mean + start_std * z, lambda: z, steps))
+    model = DiffusionModel(network, schedule=SCHEDULE, shape=(1, 1, 1))
+    x_0 = last(ddim(SCHEDULE, model, start_mean + start_std * z, lambda: z, steps))
     return (x_0 - (mean + std * z)).abs().max().item()
 
 
@@ -102,7 +104,7 @@ def test_ddpm_samples_a_gaussian() -> None:
     def noise() -> Tensor:
         return torch.randn(1024, 1, 4, 4, generator=generator)
 
-    x_0 = last(ddpm(SCHEDULE, Denoiser(network, SCHEDULE), noise(), noise))
+    x_0 = last(ddpm(SCHEDULE, DiffusionModel(network, schedule=SCHEDULE, shape=(1, 4, 4)), noise(), noise))
     assert network.calls == 1000
     assert x_0.mean().item() == pytest.approx(0.7, abs=0.015)
     assert x_0.std().item() == pytest.approx(0.4, rel=0.03)
@@ -111,14 +113,22 @@ def test_ddpm_samples_a_gaussian() -> None:
 SHORT = NoiseSchedule(num_timesteps=10)
 
 
-def _latents(**options: object) -> Tensor:
-    config = SamplerConfig(**{"steps": 5, **options})
-    return torch.cat([x for x, _ in sample_states(nonlinear, SHORT, (3, 2, 2), config)])
+class Nonlinear(nn.Module):
+    """A network of no meaning that mixes x and t."""
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return torch.sin(3 * x + t.view(-1, 1, 1, 1) / 100)
+
+
+def _states(first_stage: Path, **options: object) -> Tensor:
+    model = DiffusionModel(Nonlinear(), schedule=SHORT, shape=(3, 8, 8), first_stage=first_stage)
+    config = SamplingConfig(**{"steps": 5, **options})
+    return torch.cat([batch.states for batch in model.sample_batches(config)])
 
 
 @pytest.mark.parametrize("options", [{"eta": 0.7}, {"sampler": "ddpm", "steps": 10}, {"sampler": "dpm-solver++"}])
-def test_image_i_depends_on_seed_plus_i_only(options: dict[str, object]) -> None:
-    whole = _latents(count=5, batch_size=5, seed=3, **options)
-    assert torch.equal(whole, _latents(count=5, batch_size=2, seed=3, **options))
-    assert torch.equal(whole[2:], _latents(count=3, batch_size=1, seed=5, **options))
+def test_image_i_depends_on_seed_plus_i_only(options: dict[str, object], first_stage: Path) -> None:
+    whole = _states(first_stage, count=5, batch_size=5, seed=3, **options)
+    assert torch.equal(whole, _states(first_stage, count=5, batch_size=2, seed=3, **options))
+    assert torch.equal(whole[2:], _states(first_stage, count=3, batch_size=1, seed=5, **options))
     assert not torch.equal(whole[0], whole[1])

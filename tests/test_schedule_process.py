@@ -60,17 +60,17 @@ def test_the_cosine_schedule_is_capped_at_its_end() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("key", "arguments"),
     [
-        {"name": "sigmoid"},
-        {"num_timesteps": 0},
-        {"beta_start": 0.02, "beta_end": 0.01},
-        {"beta_start": 0.0},
-        {"beta_end": 1.0},
+        ("schedule", {"name": "sigmoid"}),
+        ("num_timesteps", {"num_timesteps": 0}),
+        ("beta_start, beta_end", {"beta_start": 0.02, "beta_end": 0.01}),
+        ("beta_start, beta_end", {"beta_start": 0.0}),
+        ("beta_start, beta_end", {"beta_end": 1.0}),
     ],
 )
-def test_impossible_schedules_are_refused(arguments: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="diffusion"):
+def test_impossible_schedules_are_refused(key: str, arguments: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=f"^{key}: "):
         NoiseSchedule(**arguments)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher
+from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool
 from ldm_dkdm.config.schema import DistillConfig
 from ldm_dkdm.diffusion.process import eps_to_x0, posterior
 from ldm_dkdm.distillation.stream import DistillStream
@@ -24,7 +24,7 @@ def _pool(t: Tensor, storage: Path | None = None, shape: tuple[int, ...] = SHAPE
 
 
 def _stream(pool: NoisyPool, mean: float = 0.3, **options: object) -> DistillStream:
-    teacher = Teacher(GaussianNetwork(SCHEDULE, mean, std=0.5), SCHEDULE)
+    teacher = DiffusionModel(GaussianNetwork(SCHEDULE, mean, std=0.5), schedule=SCHEDULE, shape=SHAPE)
     keys = {key: options.pop(key) for key in ("batch_size", "stride", "variant") if key in options}
     return DistillStream(teacher, pool, DistillConfig(**{"batch_size": 4, **keys}), **{"max_steps": 6, **options})
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ldm_dkdm.sources import load_model
 from safetensors.torch import load_file
 
+from ldm_dkdm import load_model
 from tests.cli import distil, write_yaml
 from tests.parts import UNET_PARAMS, distill_config, model_folder
 
@@ -31,8 +31,8 @@ def test_a_budget_narrows_the_teachers_unet_and_says_so(
     student = distilled(wide_teacher, tmp_path, {"budget": "1M", "parameterization": "v"})
     assert "student.budget 1M: model_channels 32" in capsys.readouterr().out
     model = load_model(student)
-    assert model.card.network.params == {**UNET_PARAMS, "model_channels": 32}
-    assert model.card.network.parameterization == "v"
+    assert model.node.params == {**UNET_PARAMS, "model_channels": 32}
+    assert model.parameterization == "v"
     assert sum(p.numel() for p in model.network.parameters()) <= 1_000_000
 
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher
+from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool
 from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
 from ldm_dkdm.distillation.stream import VARIANTS, DistillStream
 from ldm_dkdm.distillation.warmup import Warmup, preparation
-from ldm_dkdm.records import DistillBatch
 from tests.analytic import GaussianNetwork
 
 SCHEDULE = NoiseSchedule(num_timesteps=20)
@@ -22,7 +21,7 @@ def stream_of(
     """A prepared pool and the stream over it, with a teacher that counts its calls from zero."""
     config = DistillConfig(batch_size, variant=variant, warmup=WarmupConfig("ancestral", batch_size=8), **options)
     pool = NoisyPool(slots if VARIANTS[variant].expands else batch_size, SHAPE, torch.float32)
-    teacher = Teacher(GaussianNetwork(SCHEDULE, 0.3, 0.5), SCHEDULE)
+    teacher = DiffusionModel(GaussianNetwork(SCHEDULE, 0.3, 0.5), schedule=SCHEDULE, shape=SHAPE)
     list(Warmup(pool, teacher, preparation(config)).run())
     teacher.network.calls = 0
     return DistillStream(teacher, pool, config, max_steps)
@@ -89,7 +88,7 @@ def test_a_resumed_stream_equals_the_uninterrupted_one(variant: str, options: di
 
 def test_input_perturbation_changes_what_the_student_sees_and_nothing_else() -> None:
     plain, perturbed = (stream_of("iterative", 4096, 4096, input_perturbation=gamma) for gamma in (0.0, 0.1))
-    pairs: list[tuple[DistillBatch, DistillBatch]] = list(zip(plain, perturbed, strict=True))
+    pairs = list(zip(plain, perturbed, strict=True))
     for clean, noisy in (pairs[0], pairs[7]):
         assert torch.equal(clean.target.eps, noisy.target.eps)
         spread = 0.1 * (1 - SCHEDULE.alphas_cumprod[clean.t[0]]).sqrt().item()

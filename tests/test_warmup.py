@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from ldm_dkdm import NoiseSchedule, NoisyPool, Teacher
+from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool
 from ldm_dkdm.config.schema import WarmupConfig
 from ldm_dkdm.distillation.warmup import Warmup, warmup_calls
 from tests.analytic import GaussianNetwork
@@ -31,7 +31,8 @@ def _warm(
     seed: int = 0,
 ) -> tuple[NoisyPool, GaussianNetwork]:
     pool, network = NoisyPool(slots, shape, torch.float32), GaussianNetwork(schedule, 0.7, std)
-    for filled in Warmup(pool, Teacher(network, schedule), config, seed).run():
+    teacher = DiffusionModel(network, schedule=schedule, shape=shape)
+    for filled in Warmup(pool, teacher, config, seed).run():
         assert filled == pool.filled
     return pool, network
 
@@ -54,7 +55,7 @@ def test_t_is_uniform(config: WarmupConfig) -> None:
 @every_mode
 def test_an_interrupted_warm_up_goes_on_exactly(config: WarmupConfig, tmp_path: Path) -> None:
     whole, network = _warm(config, 50)
-    teacher = Teacher(network, SHORT)
+    teacher = DiffusionModel(network, schedule=SHORT, shape=(2, 2, 2))
     first, second = NoisyPool(50, (2, 2, 2), torch.float32), NoisyPool(50, (2, 2, 2), torch.float32)
     next(Warmup(first, teacher, config).run())
     assert 0 < first.filled < 50
@@ -74,7 +75,7 @@ def test_the_seed_decides_the_pool(config: WarmupConfig) -> None:
 def test_ancestral_cost_is_what_the_plan_says() -> None:
     config = WarmupConfig("ancestral", batch_size=16)
     _, network = _warm(config, 800, STEEP, (1, 1, 1))
-    assert network.samples == pytest.approx(warmup_calls(config, 800, 100), rel=0.06)
+    assert network.samples == pytest.approx(warmup_calls(config, 800, STEEP), rel=0.06)
 
 
 @pytest.mark.parametrize(("slots", "images"), [(40, 8), (8, 40), (10, 8)])
@@ -82,7 +83,7 @@ def test_ancestral_cost_is_what_the_plan_says() -> None:
 def test_the_cost_of_samples_is_what_the_plan_says(mode: str, slots: int, images: int) -> None:
     config = WarmupConfig(mode, steps=5, images=images, batch_size=3)
     _, network = _warm(config, slots)
-    assert network.samples == warmup_calls(config, slots, 20)
+    assert network.samples == warmup_calls(config, slots, SHORT)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ def _scalar(kind: PickledType, content: bytes) -> float:
 
 
 CORE = ("numpy.core", "numpy._core")
-STAND_INS = {"numpy.ndarray": PickledArray, "numpy.dtype": PickledType}
+STAND_INS: dict[str, Callable[..., object]] = {"numpy.ndarray": PickledArray, "numpy.dtype": PickledType}
 STAND_INS |= {f"{core}.multiarray._reconstruct": _empty_array for core in CORE}
 STAND_INS |= {f"{core}.multiarray.scalar": _scalar for core in CORE}
 STAND_INS |= {f"{core}.numeric._frombuffer": _array_of for core in CORE}

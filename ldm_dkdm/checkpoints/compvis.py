@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,21 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.contents import Contents, schedule_of, tolerance
-from ldm_dkdm.checkpoints.first_stages import PREFIX, FirstStage, stored_scale, tensors_of
+from ldm_dkdm.checkpoints.first_stages import PREFIX, FirstStage, tensors_of
 from ldm_dkdm.checkpoints.shapes import detached, plain, under
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.unet_shapes import infer_unet
 from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing, require_eps_unet
 from ldm_dkdm.config.schema import DiffusionConfig
-from ldm_dkdm.diffusion.schedule import NoiseSchedule, betas_of
+from ldm_dkdm.diffusion.schedule import SCHEDULES, NoiseSchedule, betas_of
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing, write_text
 
 NAME = "CompVis latent diffusion"
 UNET = "model.diffusion_model."
 EMA = "model_ema."
-USUAL_SCALED = (0.0015, 0.0195), (0.00085, 0.012)  # ends of beta: LDM's, Stable Diffusion's
-USUAL_LINEAR = (1e-4, 0.02)
-SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}  # ours -> CompVis's names
+USUAL_ENDS = (0.0015, 0.0195), (0.00085, 0.012), (1e-4, 0.02)  # of beta: LDM's, Stable Diffusion's, DDPM's
+THEIR_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}  # ours -> CompVis's names
 FIRST_STAGES = {
     "VQModel": "ldm.models.autoencoder.VQModelInterface",
     "AutoencoderKL": "ldm.models.autoencoder.AutoencoderKL",
@@ -49,7 +48,8 @@ def read(source: Source) -> Contents:
     stored = _stored_schedule(tensors, source.path)
     stage = None
     if any(name.startswith(PREFIX) for name in tensors):
-        stage = FirstStage(source.path, stored_scale(tensors, source.path), tensors=tensors_of(tensors))
+        scale = tensors.get("scale_factor")
+        stage = FirstStage(source.path, 1.0 if scale is None else None, tensors=tensors_of(tensors), stored=scale)
     return Contents(
         path=source.path,
         file=source.path,
@@ -76,18 +76,15 @@ def _stored_schedule(tensors: Mapping[str, Tensor], path: Path) -> Tensor | None
 
 
 def name_schedule(alphas_cumprod: Tensor) -> DiffusionConfig | None:
-    """The config whose schedule this (T,) is to 0.1%: a named one, or its own betas; None if it is no schedule."""
+    """The config whose schedule this (T,) is to 0.1%: one of SCHEDULES, or its own betas; None if it is no schedule."""
     betas, steps = betas_of(alphas_cumprod), len(alphas_cumprod)
-    ends = tuple(float(f"{value:.4g}") for value in (betas[0], betas[-1]))  # half precision leaves little of them
-    candidates = [("scaled_linear", *pair) for pair in (ends, *USUAL_SCALED)]
-    candidates += [("linear", *pair) for pair in (ends, USUAL_LINEAR)] + [("cosine", *USUAL_SCALED[0])]
-    for name, start, end in candidates:
-        if name != "cosine" and not 0 < start <= end < 1:
-            continue
-        config = DiffusionConfig(name, steps, start, end)
-        wanted = schedule_of(config).alphas_cumprod
-        if torch.allclose(wanted, alphas_cumprod.double(), rtol=tolerance(alphas_cumprod), atol=1e-6):
-            return config
+    first, final = (float(f"{value:.4g}") for value in (betas[0], betas[-1]))  # half precision leaves little of them
+    for name, (start, end) in product(SCHEDULES, ((first, final), *USUAL_ENDS)):
+        if 0 < start <= end < 1:
+            config = DiffusionConfig(name, steps, start, end)
+            wanted = schedule_of(config).alphas_cumprod
+            if torch.allclose(wanted, alphas_cumprod.double(), rtol=tolerance(alphas_cumprod), atol=1e-6):
+                return config
     if bool(((betas > 0) & (betas < 1)).all()):
         return DiffusionConfig(num_timesteps=steps, betas=betas.tolist())
     return None
@@ -164,7 +161,7 @@ def config_of(model: SavedModel) -> dict[str, Any]:
         "model": {
             "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
             "params": {
-                **_schedule_keys(model.diffusion),
+                **_schedule_keys(model),
                 "first_stage_key": "image",
                 "image_size": params["image_size"],
                 "channels": params["in_channels"],
@@ -180,15 +177,10 @@ def config_of(model: SavedModel) -> dict[str, Any]:
     }
 
 
-def _schedule_keys(diffusion: DiffusionConfig) -> dict[str, Any]:
-    if diffusion.betas is not None:
-        return {"given_betas": list(diffusion.betas), "timesteps": len(diffusion.betas)}
-    if diffusion.schedule not in SCHEDULES:
-        raise UserError(f"format: CompVis's code has no schedule {diffusion.schedule}; choose safetensors")
-    values = asdict(diffusion)
-    return {
-        "beta_schedule": SCHEDULES[diffusion.schedule],
-        "linear_start": values["beta_start"],
-        "linear_end": values["beta_end"],
-        "timesteps": values["num_timesteps"],
-    }
+def _schedule_keys(model: SavedModel) -> dict[str, Any]:
+    """The schedule by CompVis's name, or by its betas."""
+    diffusion, steps = model.diffusion, {"timesteps": model.schedule.num_timesteps}
+    if diffusion.betas is not None or diffusion.schedule not in THEIR_SCHEDULES:
+        return {"given_betas": model.schedule.betas.tolist(), **steps}
+    ends = {"linear_start": diffusion.beta_start, "linear_end": diffusion.beta_end}
+    return {"beta_schedule": THEIR_SCHEDULES[diffusion.schedule], **ends, **steps}

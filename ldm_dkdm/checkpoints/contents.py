@@ -49,7 +49,7 @@ class Hints:
 
     @classmethod
     def of(cls, **given: Any) -> "Hints":
-        """Hints by flat names: keys of `diffusion`, `first_stage` (a path) and `scale_factor`, parameters of the network.
+        """Hints by flat names: `first_stage` (a path), `scale_factor`, keys of `diffusion`, parameters of the network.
 
         None means: not given.
         """
@@ -199,10 +199,10 @@ class Contents:
         if self.alphas_cumprod is not None:
             check_schedule(self.alphas_cumprod, schedule_of(wanted), self.path)
             return wanted
-        return self._same_process(wanted, hints)
+        return self._same_process(self.diffusion, wanted, hints)
 
-    def _same_process(self, wanted: DiffusionConfig, hints: Hints) -> DiffusionConfig:
-        own, here = asdict(self.diffusion), asdict(wanted)
+    def _same_process(self, stored: DiffusionConfig, wanted: DiffusionConfig, hints: Hints) -> DiffusionConfig:
+        own, here = asdict(stored), asdict(wanted)
         words = [
             f"{hints.key(key)}: {here[key]}, but the model's is {own[key]}" for key in own if here[key] != own[key]
         ]
@@ -210,7 +210,7 @@ class Contents:
             raise UserError(
                 f"{'; '.join(words)} ({self.path}); remove the " + ("section" if hints.sections else "hint")
             )
-        return self.diffusion
+        return stored
 
     def _no_schedule(self, hints: Hints) -> str:
         usual = {"space": self.space, "schedule": "cosine" if self.space == "pixel" else "scaled_linear"}

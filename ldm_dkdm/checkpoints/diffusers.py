@@ -54,8 +54,15 @@ def _component(folder: Path) -> Contents:
     notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
     params = _params(folder, notes)
     tensors = to_ours(read_tensors(folder), params, folder)
-    unet = {"target": "ldm_dkdm.networks.UNet", "params": params, "raw": tensors}
-    return Contents(path=folder, file=weights_in(folder), format=NAME, **unet, space="pixel")
+    return Contents(
+        path=folder,
+        file=weights_in(folder),
+        format=NAME,
+        target="ldm_dkdm.networks.UNet",
+        params=params,
+        raw=tensors,
+        space="pixel",
+    )
 
 
 def _params(folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
@@ -165,20 +172,15 @@ def _notes(model: SavedModel) -> dict[str, Any]:
 
 
 def scheduler_config(model: SavedModel) -> dict[str, Any]:
-    """The config of the scheduler with which diffusers samples as we do.
-
-    Raises:
-        UserError: a schedule that diffusers does not have.
-    """
+    """The config of the scheduler with which diffusers samples as we do."""
     diffusion, params = model.diffusion, model.node.params
-    if diffusion.betas is None and diffusion.schedule not in SCHEDULES:
-        raise UserError(f"format: diffusers has no schedule {diffusion.schedule}; choose safetensors")
+    named = diffusion.betas is None and diffusion.schedule in SCHEDULES
     common = {
         "num_train_timesteps": model.schedule.num_timesteps,
         "beta_schedule": SCHEDULES.get(diffusion.schedule, "linear"),
         "beta_start": diffusion.beta_start,
         "beta_end": diffusion.beta_end,
-        "trained_betas": None if diffusion.betas is None else list(diffusion.betas),
+        "trained_betas": None if named else model.schedule.betas.tolist(),
         "prediction_type": PREDICTIONS[model.node.parameterization],
     }
     if model.space.encoded:

@@ -130,12 +130,12 @@ def read_component(folder: Path, latent_size: int | None = None) -> dict[str, An
             raise UserError(f"{folder}: is a {config.get('_class_name')}; only {' and '.join(CLASSES)} work")
         params = first_stage_params(config, latent_size, folder / "config.json")
         target = f"ldm_dkdm.first_stage.{config['_class_name']}"
-        # The library's own default for both, 0.18215, is an AutoencoderKL's; VQModels without the key mean 1, as CompVis's.
+        # The library's default for both, 0.18215, is an AutoencoderKL's; VQModels without the key mean 1, as CompVis's.
         default = 1.0 if "n_embed" in params else 0.18215
         scale = float(config.get("scaling_factor", default))
         found = {modern(name): tensor for name, tensor in read_tensors(folder).items()}
         levels, tensors = len(config["block_out_channels"]), {}
-        for name, shape in shapes_of(FIRST_STAGES[target], params).items():
+        for name, shape in shapes_of(target, FIRST_STAGES, params, folder).items():
             tensors[name] = take(found, first_stage_name(name, levels), folder).reshape(shape)
         return {"target": target, "params": params, "tensors": tensors, "scale_factor": scale}
 

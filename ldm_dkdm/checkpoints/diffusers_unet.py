@@ -1,14 +1,15 @@
 """diffusers' UNet2DModel and our UNet: names of tensors, parameters that both sides call differently."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ldm_dkdm.config.registry import Targets, build
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.networks import UNet
+from ldm_dkdm.networks import NETWORKS
 
 RESNET = {
     "in_layers.0": "norm1",
@@ -201,7 +202,7 @@ def to_ours(tensors: Mapping[str, Tensor], params: Mapping[str, Any], source: Pa
     """
     found = {modern(name): tensor for name, tensor in tensors.items()}
     result, used = {}, set()
-    for name, shape in shapes_of(UNet, params).items():
+    for name, shape in shapes_of("ldm_dkdm.networks.UNet", NETWORKS, params, source).items():
         theirs = unet_name(name, params["num_res_blocks"])
         if ".to_qkv." in theirs:
             names = [theirs.replace("to_qkv", part) for part in ("to_q", "to_k", "to_v")]
@@ -220,7 +221,7 @@ def to_ours(tensors: Mapping[str, Tensor], params: Mapping[str, Any], source: Pa
 
 def to_theirs(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> dict[str, Tensor]:
     """Our UNet's tensors under UNet2DModel's names."""
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, value in tensors.items():
         theirs = unet_name(name, params["num_res_blocks"])
         if ".to_qkv." in theirs:
@@ -251,10 +252,14 @@ def take(tensors: Mapping[str, Tensor], name: str, source: Path) -> Tensor:
     return tensors[name]
 
 
-def shapes_of(kind: Callable[..., nn.Module], params: Mapping[str, Any]) -> dict[str, torch.Size]:
-    """The shapes of a module's tensors; nothing takes memory."""
+def shapes_of(target: str, targets: Targets, params: Mapping[str, Any], source: Path) -> dict[str, torch.Size]:
+    """The shapes of a module's tensors; nothing takes memory.
+
+    Raises:
+        UserError: parameters that the module does not take; names the config in the folder `source`.
+    """
     with torch.device("meta"):
-        module = kind(**params)
+        module = build({"target": target, "params": params}, targets, f"{source / 'config.json'}: in our terms")
     return {name: value.shape for name, value in module.state_dict().items()}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.diffusers_first_stage import CLASSES, read_component
 from ldm_dkdm.checkpoints.loading import build_loaded
-from ldm_dkdm.checkpoints.reading import read_tensors
+from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.releases import how_to_get
 from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, under
 from ldm_dkdm.checkpoints.source import Source, has_config
@@ -32,6 +32,7 @@ class FirstStage:
         scale_factor: of the latents; None: what the path tells, else 1.
         target, params: the autoencoder; None where the path tells them.
         tensors: under the autoencoder's own names, where they were read along with the model.
+        stored: the scale in the same file, as it is stored there.
     """
 
     path: Path
@@ -39,6 +40,21 @@ class FirstStage:
     target: str | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
+    stored: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def scale(self) -> float | None:
+        """The scale that is given or stored; None where neither is.
+
+        Raises:
+            UserError: the stored one is not a number above 0.
+        """
+        if self.scale_factor is not None or self.stored is None:
+            return self.scale_factor
+        stored = self.stored
+        if stored.numel() != 1 or not stored.is_floating_point() or not 0 < stored.item() < math.inf:
+            raise UserError(f"{self.path}: scale_factor is not a number above 0; set first_stage.scale_factor")
+        return stored.item()
 
     def opened(self, latent_size: int | None = None) -> "FirstStage":
         """The same with everything known and its tensors read.
@@ -50,22 +66,21 @@ class FirstStage:
             UserError: no first stage there, or one that is incomplete.
         """
         if self.tensors is not None:
-            return self._inferred(self.tensors, latent_size)
+            return replace(self, scale_factor=self.scale)._inferred(self.tensors, latent_size)
         source = Source(self.path)
         if source.is_folder:
             return replace(self._of_folder(source, latent_size), path=source.path)
         if not source.path.is_file():
             raise UserError(f"first_stage: {self.path} is missing; {how_to_get(self.path)}")
-        found = tensors_of(source.tensors)
-        scale = self.scale_factor or stored_scale(source.tensors, self.path)
-        return replace(self, scale_factor=scale)._inferred(found, latent_size)
+        found = replace(self, tensors=tensors_of(source.tensors), stored=source.tensors.get("scale_factor"))
+        return found.opened(latent_size)
 
     def _of_folder(self, source: Source, latent_size: int | None) -> "FirstStage":
         if is_first_stage_folder(source.path):
             if self.target is not None or self.params:
                 raise UserError(f"first_stage: {self.path} describes itself; remove target and params")
             card = read_card(source.path / "config.yaml", FirstStageCard)
-            tensors = read_tensors(source.path / card.weights)
+            tensors = read_named_weights(source.path, card.weights)
             found = FirstStage(source.path, card.scale_factor, card.target, card.params, tensors)
         else:
             folder = component_of(source)
@@ -92,7 +107,7 @@ class FirstStage:
 
     def changed(self, config: FirstStageConfig) -> "FirstStage":
         """What a user says instead; the scale belongs to the diffusion model, whichever file is named."""
-        scale = config.scale_factor or self.scale_factor
+        scale = config.scale_factor or self.scale
         if config.ckpt is not None:
             return FirstStage(Path(config.ckpt), scale, config.target, config.params)
         if config.target is None:
@@ -131,16 +146,6 @@ def tensors_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The first stage in a file, under its own names, without its training loss."""
     found = under(tensors, PREFIX) or dict(tensors)
     return {name: tensor for name, tensor in found.items() if not name.startswith("loss.")}
-
-
-def stored_scale(tensors: Mapping[str, Tensor], path: Path) -> float:
-    """The scale of the latents in a CompVis checkpoint; 1 where it stores none."""
-    stored = tensors.get("scale_factor")
-    if stored is None:
-        return 1.0
-    if stored.numel() != 1 or not stored.is_floating_point() or not 0 < stored.item() < math.inf:
-        raise UserError(f"{path}: scale_factor is no number above 0; set first_stage.scale_factor")
-    return stored.item()
 
 
 def infer_first_stage(tensors: Mapping[str, Tensor], latent_size: int, source: Path) -> tuple[str, dict[str, Any]]:

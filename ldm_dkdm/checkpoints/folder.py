@@ -11,12 +11,11 @@ from torch import Tensor
 from ldm_dkdm.checkpoints.card import write_readme
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.first_stages import FirstStage, is_first_stage_folder
-from ldm_dkdm.checkpoints.reading import read_tensors
+from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.source import Source, has_config
 from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
 from ldm_dkdm.config.load import RUN_KIND, card_kind, read_card, to_yaml
 from ldm_dkdm.config.schema import FirstStageCard, FirstStagePointer, ModelCard
-from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_tensors, write_text
 
 NAME = "model folder"
@@ -34,14 +33,17 @@ def read(source: Source) -> Contents:
     Raises:
         UserError: no weights, a card of another kind, or one that is damaged.
     """
-    return described(source.path, raw=_tensors(source.path, read_card(source.path / "config.yaml", ModelCard).weights))
+    weights = read_card(source.path / "config.yaml", ModelCard).weights
+    return described(source.path, raw=read_named_weights(source.path, weights))
 
 
 def described(home: Path, format: str = NAME, file: Path | None = None, **weights: Any) -> Contents:
     """What a folder's card says, with weights of the folder or of another file."""
     card = read_card(home / "config.yaml", ModelCard)
     pointer = card.first_stage
-    stage = pointer and FirstStage(home / pointer.path, pointer.scale_factor, pointer.target, pointer.params)
+    stage = None
+    if pointer is not None:
+        stage = FirstStage(home / pointer.path, pointer.scale_factor, pointer.target, pointer.params)
     return Contents(
         path=home,
         file=file or home / card.weights,
@@ -58,14 +60,6 @@ def described(home: Path, format: str = NAME, file: Path | None = None, **weight
         described=True,
         **weights,
     )
-
-
-def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    if Path(name).name != name:
-        raise UserError(f"{folder}/config.yaml: weights: '{name}' must be a file name in the same folder")
-    if not (folder / name).is_file():
-        raise UserError(f"{folder / name}: missing; the folder {folder} has a config but no weights")
-    return read_tensors(folder / name)
 
 
 def write(model: SavedModel, path: Path) -> None:

@@ -89,6 +89,7 @@ def _globals_in(file: IO[bytes]) -> Iterator[str]:
     memo: dict[int, str] = {}
     strings: list[str] = ["", ""]
     nesting = _Nesting()
+    argument: Any  # its type depends on the opcode
     for opcode, argument, _ in pickletools.genops(file):
         nesting.follow(opcode, argument)
         if opcode.name in ("GLOBAL", "INST"):

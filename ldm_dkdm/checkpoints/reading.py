@@ -32,8 +32,8 @@ SIGNATURES = {
     b"\x89HDF": "is an HDF5 file (Keras?); a PyTorch or safetensors file is needed",
     b"GGUF": "is a GGUF file; a PyTorch or safetensors file is needed",
     b"\x93NUMPY": "is a NumPy array, not a checkpoint",
-    b"\x89PNG": "is a picture, not a checkpoint",
-    b"\xff\xd8\xff": "is a picture, not a checkpoint",
+    b"\x89PNG": "is an image, not a checkpoint",
+    b"\xff\xd8\xff": "is an image, not a checkpoint",
 }
 
 
@@ -135,7 +135,7 @@ def _kind_of_zip(path: Path) -> str:
             raise UserError(f"{path}: is compressed, as torch.save never writes files; unpack and save it again")
         return "torch"
     if any(name.endswith(".npy") for name in names):
-        raise UserError(f"{path}: is an .npz of arrays (pictures or statistics), not a checkpoint")
+        raise UserError(f"{path}: is an .npz of arrays (images or statistics), not a checkpoint")
     raise UserError(f"{path}: is an archive ({', '.join(names[:3]) or 'empty'}), not a checkpoint; unpack it first")
 
 
@@ -165,6 +165,19 @@ def _of_components(pipeline: Path) -> dict[str, Tensor]:
     if not parts:
         raise UserError(f"{pipeline}: is a diffusers pipeline without weights")
     return {f"{part.name}.{name}": tensor for part in parts for name, tensor in read_tensors(part).items()}
+
+
+def read_named_weights(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of the file that a folder's config names.
+
+    Raises:
+        UserError: no such file, or a name that leads out of the folder.
+    """
+    if Path(name).name != name:
+        raise UserError(f"{folder}/config.yaml: weights: '{name}' must be a file name in the same folder")
+    if not (folder / name).is_file():
+        raise UserError(f"{folder / name}: missing; the folder {folder} has a config but no weights")
+    return read_tensors(folder / name)
 
 
 def weights_in(folder: Path) -> Path:

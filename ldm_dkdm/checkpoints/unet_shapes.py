@@ -21,7 +21,7 @@ def infer_unet(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> di
     Args:
         tensors: of the network, without a prefix.
         source: for messages.
-        compvis: the file is CompVis's, whose attention has the old order unless told otherwise.
+        compvis: the file is CompVis's, whose attention has the old order unless a hint says otherwise.
 
     Raises:
         UserError: a UNet of another kind: a classifier, a text-conditional one, one that resamples without weights.
@@ -60,7 +60,7 @@ def _inferred(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> dic
     heads = (
         "32 channels a head in CompVis's VQ-f4 releases" if compvis else "the training's flag; 4 heads or 64 channels"
     )
-    size = "64 in CompVis's VQ-f4 releases" if compvis else "side of the pictures that it was trained on"
+    size = "64 in CompVis's VQ-f4 releases" if compvis else "side of the images that it was trained on"
     demands = [Demand(("image_size",), size), Demand(("num_head_channels", "num_heads"), heads)]
     if not compvis:
         demands.append(Demand(("use_new_attention_order",), "the training's flag; false unless it was set"))

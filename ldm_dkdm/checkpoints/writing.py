@@ -1,6 +1,6 @@
 """What the writers of all formats share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ class SavedModel(Protocol):
     shape: tuple[int, int, int]
     num_classes: int | None
     null_label: int | None
-    info: Mapping[str, Any]
+    info: dict[str, Any]
 
     @property
     def space(self) -> Space:

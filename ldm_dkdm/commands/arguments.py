@@ -16,8 +16,10 @@ from ldm_dkdm.config.load import load_config, read_overrides
 from ldm_dkdm.config.recipes import find_config, recipe_names
 from ldm_dkdm.config.schema import (
     DiffusionDataConfig,
+    DiffusionRun,
     DistillConfig,
     DistillRun,
+    FirstStageRun,
     LoggingConfig,
     TeacherConfig,
     TrainerConfig,
@@ -25,14 +27,20 @@ from ldm_dkdm.config.schema import (
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.training.folder import RunFolder, find_run, run_folder
 
-T = TypeVar("T")
+T = TypeVar("T", DistillRun, DiffusionRun, FirstStageRun)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a training command to save and stop
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a command line."""
+    """Says in one line what is wrong with a command line; options may stand between positional arguments."""
 
     hint = "see --help"
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse a command line, whether `key=value` stands before options or after them."""
+        return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` in place of printing the usage."""
@@ -130,6 +138,18 @@ def split_hints(items: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return paths, read_overrides([item for item in items if item not in paths])
 
 
+def read_hints(items: Sequence[str]) -> dict[str, Any]:
+    """Hints where a command line names no more paths.
+
+    Raises:
+        UserError: an item that is not key=value.
+    """
+    for item in items:
+        if "=" not in item:
+            raise UserError(f"'{item}': one argument too many; hints look like key=value, such as image_size=64")
+    return read_overrides(items)
+
+
 def load_plugins(files: Sequence[Path]) -> None:
     """Import the files that the user named and enter their nn.Module classes into NETWORKS as FILE.Class.
 
@@ -173,11 +193,11 @@ def _imported(file: Path) -> ModuleType:
 
 
 SECTIONS = {
+    "teacher": {f.name for f in fields(TeacherConfig)},
     "distill": {f.name for f in fields(DistillConfig)},
     "trainer": {f.name for f in fields(TrainerConfig)},
     "logging": {f.name for f in fields(LoggingConfig)},
     "data": {f.name for f in fields(DiffusionDataConfig)},
-    "teacher": {f.name for f in fields(TeacherConfig)},
 }
 DISTILLATION = {f.name for f in fields(DistillRun)}
 

@@ -3,8 +3,9 @@
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
-from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, split_hints
+from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, read_hints
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.errors import UserError
 
@@ -21,13 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Convert; a diffusers folder is compared with that library, if it is installed."""
-    _, hints = split_hints(options.hints)
+    hints = read_hints(options.hints)
     load_plugins(options.plugin)
     convert(options.source, options.out, options.to, hints)
     print(options.out)
 
 
-def convert(source: str, out: Path, to: str, hints: dict[str, object]) -> None:
+def convert(source: str, out: Path, to: str, hints: dict[str, Any]) -> None:
     """Write the model at a path in another layout; never over a file.
 
     Raises:

@@ -94,6 +94,7 @@ def _untrained_teacher(config: DistillRun, path: Path) -> "DiffusionModel":
     from ldm_dkdm.model import DiffusionModel
     from ldm_dkdm.networks import NETWORKS
 
+    assert config.teacher.target is not None and config.diffusion is not None  # `_plan` has asked
     node = NetworkConfig(config.teacher.target, config.teacher.params, config.teacher.parameterization or "eps")
     return DiffusionModel(
         build(node, NETWORKS, "teacher.params"),

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, split_hints
+from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, read_hints
 from ldm_dkdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--chains and --batch_size must be at least 1, --seed at least 0")
     if options.n_samples != 0 and options.n_samples < 65:
         raise UserError("--n_samples: at least 65, the distance uses 64 principal components; or 0")
-    _, hints = split_hints(options.hints)
+    hints = read_hints(options.hints)
     load_plugins(options.plugin)
 
     from ldm_dkdm.checkpoints import Hints
@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
     for name, value in figures.items():
         if name != PER_T:
             print(f"{name}: {value}")
+    assert student.path is not None  # it was opened
     home = student.path if student.path.is_dir() else student.path.parent
     out = options.out or home / FIGURES
     write_text(out, json.dumps(figures, indent=2) + "\n")

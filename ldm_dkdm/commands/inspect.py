@@ -109,7 +109,7 @@ def _parts(contents: "Contents") -> dict[str, str]:
         return lines | {"first stage": "none"}
     inside = "none" if stage.path == contents.path and stage.tensors is None else str(stage.path)
     lines["first stage"] = inside if stage.tensors is None else _count(stage.tensors)
-    return lines if stage.scale_factor is None else lines | {"scale factor": f"{stage.scale_factor:g}"}
+    return lines if stage.scale is None else lines | {"scale factor": f"{stage.scale:g}"}
 
 
 def _count(part: "Mapping[str, Tensor]") -> str:

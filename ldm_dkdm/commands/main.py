@@ -1,10 +1,12 @@
 """`dkdm COMMAND ...`: finds the command, runs it, and turns errors into one line."""
 
+import argparse
 import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol, cast
 
 from ldm_dkdm import __version__
 from ldm_dkdm.commands.arguments import Parser
@@ -21,6 +23,18 @@ COMMANDS = {
     "decode": "decode latents in a file",
     "demo": "distil the shipped teacher on a CPU, and compare both",
 }
+
+
+class Command(Protocol):
+    """What a module of this package offers for its command; its docstring is the command's description."""
+
+    __doc__: str | None
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare what the command line may hold."""
+
+    def run(self, options: argparse.Namespace) -> None:
+        """Do the work."""
 
 
 def main(command: str | None = None, arguments: Sequence[str] | None = None) -> None:
@@ -95,8 +109,8 @@ def parser_of(command: str) -> Parser:
     return parser
 
 
-def _module(command: str):  # noqa: ANN202 (a command's module)
-    return importlib.import_module(f"ldm_dkdm.commands.{command.replace('-', '_')}")
+def _module(command: str) -> Command:
+    return cast(Command, importlib.import_module(f"ldm_dkdm.commands.{command.replace('-', '_')}"))
 
 
 @contextmanager

@@ -78,7 +78,8 @@ def run(options: argparse.Namespace) -> None:
     for folder in (options.logdir, options.compare and options.compare.parent):
         require_writable(folder)
     load_plugins(options.plugin)
-    hints |= {"use_ema": False if options.raw else None, "first_stage": options.first_stage}
+    flagged = {"use_ema": False if options.raw else None, "first_stage": options.first_stage}
+    hints |= {name: value for name, value in flagged.items() if value is not None}
     device, precision = options.device, options.precision
     models = [open_for_sampling(p, w, config, hints, device, precision) for p, w in zip(paths, weights, strict=True)]
     outputs = Outputs(png=not options.no_png, npz=options.npz, latents=options.latents)
@@ -115,7 +116,7 @@ def open_for_sampling(
     """
     from ldm_dkdm.checkpoints import Hints
     from ldm_dkdm.device import resolve_device
-    from ldm_dkdm.model import open_model
+    from ldm_dkdm.model import open_model, require_sampling
 
     with flags(use_ema="--raw", device="--device"):
         where = resolve_device(device)
@@ -124,7 +125,7 @@ def open_for_sampling(
         raise UserError(f"--guidance: {path} is a student and learned the guided prediction itself; give it 1")
     with flags(**FLAGS):
         model = model.changed(guidance=guidance).to(where, precision)
-        model.require_sampling(config)
+        require_sampling(model, config)
         model.codec()
     return model
 
@@ -140,6 +141,7 @@ class Outputs:
 
 def name_of(model: "DiffusionModel") -> str:
     """The last two parts of a model's path, such as quickstart/student."""
+    assert model.path is not None  # it was opened
     home = model.path.resolve()
     return f"{home.parent.name}/{home.name}"
 

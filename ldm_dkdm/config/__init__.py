@@ -1,7 +1,8 @@
 """Configurations: files, recipes, and the sections in them, which check themselves."""
 
+from ldm_dkdm.config import schema
 from ldm_dkdm.config.load import load_config
 from ldm_dkdm.config.schema import *  # noqa: F403
-from ldm_dkdm.config.schema import __all__ as _schema
 
-__all__ = ["load_config", *_schema]
+__all__ = ["load_config"]
+__all__ += schema.__all__

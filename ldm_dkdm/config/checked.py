@@ -13,11 +13,11 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from ldm_dkdm.errors import UserError, nearest
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Section")
 LARGEST = 2**63  # every integer accepted is smaller
 PACKAGE = Path(__file__).parents[1]
 KINDS: dict[Any, str] = {int: "whole number", float: "number", bool: "true or false", str: "text"} | dict.fromkeys(
@@ -41,10 +41,12 @@ class Section:
         UserError: a value of the wrong type or range; the message begins with the field's name.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # subclasses are dataclasses
+
     def __post_init__(self) -> None:
         """Replace every value by its converted and checked form."""
         hints = hints_of(type(self))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in dataclasses.fields(self):
             value = _field_value(hints[field.name], field.metadata, getattr(self, field.name), field.name)
             object.__setattr__(self, field.name, value)
 
@@ -112,7 +114,7 @@ def parse(schema: type[T], node: Any, where: str = "") -> T:
     if not isinstance(node, Mapping):
         raise UserError(f"{where or 'config'}: expected a section with keys, got {node!r}")
     node = unwrap(node)
-    fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(schema)}
     for name in node:
         if name not in fields:
             raise UserError(f"{_join(where, name)}: unknown key{nearest(str(name), fields)}")
@@ -128,7 +130,7 @@ def parse(schema: type[T], node: Any, where: str = "") -> T:
         raise UserError(_join(where, error)) from error
 
 
-def is_required(field: dataclasses.Field) -> bool:
+def is_required(field: dataclasses.Field[Any]) -> bool:
     """Whether a field has no default."""
     return field.default is MISSING and field.default_factory is MISSING
 

@@ -9,9 +9,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_dkdm.config.checked import KINDS, LIMITS, Section, hints_of, is_required, names_of, nearest
+from ldm_dkdm.config.checked import KINDS, LIMITS, Section, hints_of, is_required, names_of
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageRun
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, nearest
 
 RUNS = (DistillRun, DiffusionRun, FirstStageRun)
 INTRODUCTION = """# Options
@@ -48,7 +48,7 @@ def section_in(hint: Any) -> type | None:
     return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
 
 
-def _default(field: dataclasses.Field, section: type | None) -> str:
+def _default(field: dataclasses.Field[Any], section: type | None) -> str:
     if is_required(field):
         return "required"
     if field.default is MISSING:
@@ -109,7 +109,7 @@ def options_markdown() -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _section(run: Any, field: dataclasses.Field, seen: dict[tuple[str, type], str]) -> str:
+def _section(run: Any, field: dataclasses.Field[Any], seen: dict[tuple[str, type], str]) -> str:
     """A section's heading, meaning and table, or a reference to the command that has listed the same keys."""
     section = section_in(hints_of(run)[field.name])
     if section is None:

@@ -4,16 +4,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm_dkdm.config.checked import convert, is_required, nearest, parse, unwrap
+from ldm_dkdm.config.checked import Section, convert, is_required, parse, unwrap
 from ldm_dkdm.config.recipes import find_config
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, nearest
 
 __all__ = [
     "RUN_KIND",
@@ -29,7 +29,12 @@ __all__ = [
     "to_yaml",
 ]
 
-T = TypeVar("T")
+if TYPE_CHECKING:  # the default of a type variable is Python 3.13's
+    from typing_extensions import TypeVar as DefaultingTypeVar
+
+    T = DefaultingTypeVar("T", bound=Section, default=DistillRun)
+else:
+    T = TypeVar("T", bound=Section)
 Card = TypeVar("Card", ModelCard, FirstStageCard)
 RUNS = (DistillRun, DiffusionRun, FirstStageRun)
 RUN_KIND = "a run's folder without a saved model"
@@ -38,7 +43,7 @@ RUN_KIND = "a run's folder without a saved model"
 def load_config(
     base: str | Path | Sequence[str | Path],
     overrides: Sequence[str] = (),
-    schema: type[T] = DistillRun,  # type: ignore[assignment]
+    schema: type[T] = DistillRun,  # type: ignore[assignment]  # the default of T
 ) -> T:
     """Merge YAML files left to right, then `key=value` overrides, and validate.
 
@@ -127,7 +132,7 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: an item of another form, or a value that is not YAML.
     """
-    return OmegaConf.to_container(_dotlist(overrides), resolve=True)
+    return cast(dict[str, Any], OmegaConf.to_container(_dotlist(overrides), resolve=True))
 
 
 def _dotlist(overrides: Sequence[str]) -> DictConfig:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ldm_dkdm.config.checked import convert, nearest
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.config.checked import convert
+from ldm_dkdm.errors import UserError, nearest
 
 Targets = Mapping[str, Callable[..., nn.Module]]
 

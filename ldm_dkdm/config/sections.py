@@ -36,7 +36,7 @@ class NewNetworkConfig(NetworkConfig):
 class StudentConfig(NewNetworkConfig):
     """The student: `target` and `params`, or a `budget` of parameters for a narrower UNet of the teacher's shape."""
 
-    target: str | None = key(  # type: ignore[assignment]
+    target: str | None = key(  # type: ignore[assignment]  # `budget` may stand in for it
         None, help="Name of the student's class; not needed with `budget`."
     )
     params: dict[str, Any] = key(factory=dict, help="Keyword arguments of the student's class.")

@@ -40,12 +40,12 @@ def vlb_loss(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, target: Prediction
     data, not a teacher: then p_T is the posterior q(x_{t-1}|x_t,x_0), and at t = 0 the term is the negative
     log-likelihood of the pixels (Improved DDPM, Eq. 4-7; L_vlb of Alg. 2).
     """
+    assert prediction.var_fraction is not None  # the network learns its variance
     from_data = target.var_fraction is None
-    lowest = torch.full_like(x_t, -1.0)
     mean, _ = posterior(schedule, prediction.x_0.detach(), x_t, t, t - 1)
     log_variance = learned_log_variance(schedule, t, t - 1, prediction.var_fraction)
     target_mean, _ = posterior(schedule, target.x_0, x_t, t, t - 1)
-    fraction = lowest if from_data else target.var_fraction
+    fraction = torch.full_like(x_t, -1.0) if target.var_fraction is None else target.var_fraction
     loss = gaussian_kl(target_mean, learned_log_variance(schedule, t, t - 1, fraction), mean, log_variance)
     if from_data:
         likelihood = -pixel_log_likelihood(target.x_0, mean, log_variance)

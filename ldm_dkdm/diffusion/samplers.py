@@ -121,8 +121,8 @@ def dpm_solver(
 ) -> Iterator[Tensor]:
     """DPM-Solver++(2M) from x_T (B,C,H,W), deterministic; last yields x_0 (Lu et al. 2022, Alg. 2).
 
-    It draws no noise and knows no eta. Timesteps whose abar is below `start` are left out. The first and the last step are of first
-    order: the one has no predecessor, the other ends at x_0.
+    It draws no noise and knows no eta. Timesteps whose abar is below `start` are left out. The first and the last step
+    are of first order: the one has no predecessor, the other ends at x_0.
     """
     abar = schedule.alphas_cumprod
     lam = 0.5 * (abar / (1 - abar)).log()  # half the log signal-to-noise ratio

@@ -41,6 +41,11 @@ class ImageSet:
             return self.images[indices]
         return torch.stack([read_image(self.images[int(i)], self.size) for i in indices])
 
+    def labels_of(self, indices: Tensor) -> Tensor:
+        """Labels (B,) of images in a set that has labels."""
+        assert self.labels is not None
+        return self.labels[indices]
+
     def loaded(self, progress: bool | Progress = True) -> "ImageSet":
         """The same images in memory."""
         if isinstance(self.images, Tensor):
@@ -57,11 +62,10 @@ class ImageSet:
         if fraction == 1:
             return self
         chosen = np.random.default_rng(seed).permutation(len(self))[: max(1, round(fraction * len(self)))]
-        images = self.images[torch.from_numpy(chosen)] if isinstance(self.images, Tensor) else None
-        files = None if images is not None else [self.images[i] for i in chosen]
-        return ImageSet(
-            images if files is None else files, self.size, None if self.labels is None else self.labels[chosen]
-        )
+        labels = None if self.labels is None else self.labels[chosen]
+        if isinstance(self.images, Tensor):
+            return ImageSet(self.images[torch.from_numpy(chosen)], self.size, labels)
+        return ImageSet([self.images[i] for i in chosen], self.size, labels)
 
 
 def open_images(path: str | Path, size: int) -> ImageSet:
@@ -138,8 +142,10 @@ class EncodedStates:
         if self.flip:
             mirrored = torch.rand(count, generator=generator) < 0.5
             pictures = torch.where(mirrored.view(-1, 1, 1, 1), pictures.flip(2), pictures)
-        labels = torch.cat([images.labels[inside[place]] for images, place in parts])[order] if self.labeled else None
-        return self.codec.encode(pictures).cpu(), labels
+        states = self.codec.encode(pictures).cpu()
+        if not self.labeled:
+            return states, None
+        return states, torch.cat([images.labels_of(inside[place]) for images, place in parts])[order]
 
 
 def encode_sets(
@@ -155,6 +161,6 @@ def encode_sets(
                 for indices in torch.arange(len(images)).split(ENCODE_BATCH):
                     pictures = images.take(indices)
                     parts.append(codec.encode(pictures.flip(2) if mirrored else pictures).cpu())
-                    labels += [images.labels[indices]] if labeled else []
+                    labels += [images.labels_of(indices)] if labeled else []
                     done(sum(map(len, parts)))
     return CachedStates(torch.cat(parts), torch.cat(labels) if labeled else None)

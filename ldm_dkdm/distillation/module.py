@@ -4,6 +4,7 @@ import math
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from ldm_dkdm.config.schema import LossConfig, TrainerConfig
@@ -53,7 +54,7 @@ class StudentModule(L.LightningModule):
         if self.config.grad_clip is not None:  # bf16 needs no loss scaling, so gradients are what they are
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         config = self.config
         optimizer = torch.optim.AdamW(
             self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True

@@ -70,6 +70,7 @@ class NoisyPool:
         self.x[indices] = batch.x.to("cpu", self.x.dtype)
         self.t[indices] = batch.t.to("cpu", self.t.dtype)
         if self.label is not None:
+            assert batch.label is not None  # whoever fills a labelled pool has labels
             self.label[indices] = batch.label.to("cpu", self.label.dtype)
 
     def save(self, path: Path, step: int, origin: str = "") -> None:

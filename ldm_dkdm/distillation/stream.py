@@ -96,7 +96,9 @@ class DistillStream(BatchStream):
         t_next = torch.where(finished, self.teacher.schedule.num_timesteps - 1, t_next)
         label = slots.label
         if label is not None:
-            label = torch.where(finished, self.teacher.draw_labels(len(label), generator), label)
+            fresh = self.teacher.draw_labels(len(label), generator)
+            assert fresh is not None  # labelled slots come from a class-conditional teacher
+            label = torch.where(finished, fresh, label)
         self.pool.put_back(indices, NoisyBatch(x_next, t_next, label))
         return DistillBatch(slots.x, slots.t, target, slots.label)
 

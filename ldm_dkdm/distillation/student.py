@@ -1,5 +1,7 @@
 """The student: made for a teacher's states, given its first weights, found to fit."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ def make_student(config: StudentConfig, teacher: DiffusionModel, seed: int = 0) 
         UserError: an architecture that does not fit the teacher, or first weights that do not fit it.
     """
     if config.budget is not None:
-        student = _narrowed(config, teacher, seed)
+        student = _narrowed(config, config.budget, teacher, seed)
     elif config.target is None:
         raise UserError("student.target: missing; name a network and its params, or set student.budget=60M")
     else:
@@ -34,22 +36,30 @@ def make_student(config: StudentConfig, teacher: DiffusionModel, seed: int = 0) 
         student = teacher.student(node, seed, "student.params")
     require_fit(student, teacher)
     if config.init == "teacher":
-        logger.info(f"student.init: {slice_teacher(student.network, teacher.network)}")
+        with _of_student():
+            logger.info(f"student.init: {slice_teacher(student.network, teacher.network)}")
     else:
         load_initial(student.network, config, "student.init", "random nor teacher")
     return student
 
 
-def _narrowed(config: StudentConfig, teacher: DiffusionModel, seed: int) -> DiffusionModel:
+def _narrowed(config: StudentConfig, budget: str | int, teacher: DiffusionModel, seed: int) -> DiffusionModel:
     if config.target is not None or config.params:
         raise UserError("student.budget: chooses target and params itself; remove them or the budget")
+    with _of_student():
+        student = teacher.narrowed(budget, parameterization=config.parameterization, seed=seed)
+    width = student.node.params["model_channels"]
+    logger.info(f"student.budget {budget}: model_channels {width}, {student.parameters / 1e6:.3g} M parameters")
+    return student
+
+
+@contextmanager
+def _of_student() -> Iterator[None]:
+    """Name the section's key before what the library says of its parameter: `budget: ...` -> `student.budget: ...`."""
     try:
-        student = teacher.narrowed(config.budget, parameterization=config.parameterization, seed=seed)
+        yield
     except UserError as error:
         raise UserError(f"student.{error}") from error
-    width = student.node.params["model_channels"]
-    logger.info(f"student.budget {config.budget}: model_channels {width}, {student.parameters / 1e6:.3g} M parameters")
-    return student
 
 
 def require_fit(student: DiffusionModel, teacher: DiffusionModel) -> None:

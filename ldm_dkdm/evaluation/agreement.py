@@ -23,11 +23,15 @@ class HeldOutStates:
 def held_out_chains(
     teacher: DiffusionModel, chains: int, seed: int, device: torch.device | str = "cpu", every: int = 25
 ) -> HeldOutStates:
-    """Walk `chains` fresh ancestral chains through all T steps and keep every `every`-th state."""
+    """Walk `chains` fresh ancestral chains through all T steps and keep every `every`-th state.
+
+    Where T is below 4 * `every`, more states are kept, so that each quarter of [0, T) has some.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn((chains, *teacher.shape), generator=generator, device=device)
     label = teacher.draw_labels(chains, generator)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    every = max(1, min(every, teacher.schedule.num_timesteps // 4))
     for step in reversed(range(teacher.schedule.num_timesteps)):
         t = torch.full((chains,), step, device=device)
         noise = torch.randn(x.shape, generator=generator, device=device)
@@ -36,7 +40,8 @@ def held_out_chains(
             kept.append((x, t, prediction.eps))
         x = x_next
     labels = None if label is None else label.repeat(len(kept))
-    return HeldOutStates(*(torch.cat(parts) for parts in zip(*kept, strict=True)), labels)
+    x, t, eps = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    return HeldOutStates(x, t, eps, labels)
 
 
 @torch.no_grad()

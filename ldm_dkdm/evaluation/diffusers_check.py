@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from ldm_dkdm.diffusion.samplers import ddim, last
+from ldm_dkdm.first_stage import vq
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.model import DiffusionModel
 
@@ -49,7 +50,7 @@ def _decoded(folder: Path, codec: LatentCodec, states: torch.Tensor) -> float:
     kind = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}[type(own).__name__]
     theirs = kind.from_pretrained(folder / "vqvae", low_cpu_mem_usage=False).eval()
     z = states / codec.scale_factor
-    if own.codes:  # a latent between two codes would fall to either side by its last bit
+    if isinstance(own, vq.VQModel):  # a latent between two codes would fall to either side by its last bit
         z = own.quantise(z)[0]
     decoded = theirs.decode(z * codec.scale_factor / theirs.config.scaling_factor).sample
     return (decoded - own.decode(z)).abs().max().item()

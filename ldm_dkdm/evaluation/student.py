@@ -28,9 +28,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of a student against its teacher, by name.
 
-    eps_mse_by_t: mean squared error of eps on states of exact teacher chains that no training saw, at every 25th t and
-    by quarter of t, ascending; the same for the student's architecture with random weights. frechet_*: distance of
-    images on 64 principal components of pixels. Parameters, GFLOPs a call, images a second.
+    eps_mse_by_t: mean squared error of eps on states of exact teacher chains that no training saw, at every 25th t
+    (more where T < 100) and by quarter of t, ascending; the same for the student's architecture with random weights.
+    frechet_*: distance of images on 64 principal components of pixels. Parameters, GFLOPs a call, images a second.
 
     Args:
         images: for the Frechet distance, 65 or more; 0 leaves it out.

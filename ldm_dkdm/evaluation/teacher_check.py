@@ -20,6 +20,7 @@ from ldm_dkdm.diffusion.samplers import dpm_solver, last
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS, UNet
+from ldm_dkdm.networks.layers import AttentionBlock
 from ldm_dkdm.rng import torch_generator
 
 IMAGES, STEPS = 8, 10
@@ -29,7 +30,7 @@ QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.1)  # of T, where the samples are noised to
 LEVELS = (0.2, 0.5, 0.8, 0.95)  # abar, where readings are compared: the same noise, whatever t their schedules call it
 NOISY = (0.05, 0.2)  # abar at which biases are measured: there hardly a prediction depends on the sampler's own faults
 BIASED, UNBIASED = 4.0, 2.0  # standard errors
-# The bounds lie between good teachers and faulty ones in docs/gate.md.
+# The bounds lie between good teachers and faulty ones in docs/teacher-check.md.
 ALONG = 0.7  # least cosine of eps and pure noise at T-1
 LINEAR = 0.7  # largest eps error at T/4, in units of the best linear denoiser's
 UNCALIBRATED = 0.15  # largest |rms of eps - sqrt(1 - its error)|, which vanishes for a posterior mean
@@ -215,7 +216,7 @@ def _words(model: DiffusionModel, changes: Mapping[str, object]) -> str:
 
 
 def _heads(network: nn.Module) -> list[int]:
-    return [layer.heads for layer in network.modules() if hasattr(layer, "heads")]
+    return [layer.heads for layer in network.modules() if isinstance(layer, AttentionBlock)]
 
 
 def reread(model: DiffusionModel, **changes: Any) -> DiffusionModel:

@@ -23,6 +23,10 @@ class Codec(Protocol):
     def parameters(self) -> int:
         """Number of parameters."""
 
+    @property
+    def downsampling(self) -> int:
+        """Side of an image over the side of its states."""
+
     def to(self, device: torch.device | str, precision: str | None = None) -> Self:
         """Compute on this device, `bf16` or `32` where given; returns self."""
 
@@ -65,6 +69,11 @@ class LatentCodec:
     def parameters(self) -> int:
         """Number of the autoencoder's parameters."""
         return sum(p.numel() for p in self.autoencoder.parameters())
+
+    @property
+    def downsampling(self) -> int:
+        """Side of an image over the side of its latents."""
+        return self.autoencoder.downsampling
 
     @property
     def latent_size(self) -> int:

@@ -32,6 +32,8 @@ class FirstStageModule(L.LightningModule):
         perceptual: LPIPS, frozen, where the loss gives it a weight.
     """
 
+    code_uses: Tensor
+
     def __init__(self, vq: VQModel, config: FirstStageRun, perceptual: nn.Module | None = None) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -47,7 +49,9 @@ class FirstStageModule(L.LightningModule):
         self.augment = AugmentationSequential(*flip, *jitter) if flip or jitter else nn.Identity()
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        optimizers = [torch.optim.AdamW(self.vq.parameters(), self.learning_rate, betas=(0.9, 0.99))]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(self.vq.parameters(), self.learning_rate, betas=(0.9, 0.99))
+        ]
         if self.discriminator is not None:
             parameters = self.discriminator.parameters()
             optimizers.append(torch.optim.AdamW(parameters, self.learning_rate / 4, betas=(0.5, 0.9)))
@@ -95,15 +99,15 @@ class FirstStageModule(L.LightningModule):
 
     def _optimise(self, total: Tensor, images: Tensor, reconstructions: Tensor, step: int) -> None:
         optimizers = self.optimizers()
-        optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
+        optimizer, *critics = optimizers if isinstance(optimizers, list) else [optimizers]
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate * warmup_cosine(step, self.max_steps)
         optimizer.zero_grad()
         self.manual_backward(total)
-        self.clip_gradients(optimizer, 1.0, "norm")
+        self.clip_gradients(optimizer.optimizer, 1.0, "norm")
         optimizer.step()
         if self.discriminator is not None and step >= self.loss.adversarial_start:
-            critic = optimizers[1].optimizer  # stepped unwrapped: global_step counts the autoencoder's steps
+            critic = critics[0].optimizer  # stepped unwrapped: global_step counts the autoencoder's steps
             critic.zero_grad()
             self.manual_backward(self.discriminator.discriminator_loss(images, reconstructions))
             critic.step()

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -14,10 +14,10 @@ def remembers_arguments(kind: Kind) -> Kind:
     initialise, signature = kind.__init__, inspect.signature(kind)
 
     @functools.wraps(initialise)
-    def remember(self: nn.Module, *args: object, **kwargs: object) -> None:
+    def remember(self: Any, *args: object, **kwargs: object) -> None:
         initialise(self, *args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         self.arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
 
-    kind.__init__ = remember
+    kind.__init__ = remember  # type: ignore[method-assign]  # what this decorator is for
     return kind

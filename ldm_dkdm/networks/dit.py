@@ -101,6 +101,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))  # a view: the fans are those of a linear layer
+        assert self.proj.bias is not None  # as by default
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(_linear(FREQUENCIES, width, 0.02), nn.SiLU(), _linear(width, width, 0.02))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t, FREQUENCIES).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(t, FREQUENCIES).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):

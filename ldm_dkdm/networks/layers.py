@@ -1,12 +1,14 @@
 """Building blocks of the UNet, with the parameter names that CompVis and guided-diffusion share."""
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 SMALL_CPU_ATTENTION = 256  # tokens up to which plain matmuls train faster on a CPU (benchmarks/attention.py)
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
@@ -26,7 +28,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def zero_init(module: nn.Module) -> nn.Module:
+def zero_init(module: Layer) -> Layer:
     """Zero a module's parameters, so that a residual branch starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -81,7 +83,7 @@ class ResBlock(nn.Module):
         resample: str | None = None,
     ) -> None:
         super().__init__()
-        self.scale_shift = scale_shift
+        self.channels, self.out_channels, self.scale_shift = channels, out_channels, scale_shift
         self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         resamplers = {"up": Upsample, "down": Downsample}
         self.resample = resamplers[resample](channels, use_conv=False) if resample else nn.Identity()

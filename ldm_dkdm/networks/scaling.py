@@ -83,7 +83,7 @@ class SliceReport:
     random: int
 
     def __str__(self) -> str:
-        return f"init: {self.sliced} tensors sliced, {self.copied} copied, {self.random} left random"
+        return f"{self.sliced} tensors sliced, {self.copied} copied, {self.random} left random"
 
 
 @torch.no_grad()
@@ -121,10 +121,11 @@ class _Axis:
         for own, theirs in zip(self.parts, teacher.parts, strict=True):
             if own.ndim != theirs.ndim or any(n > m for n, m in zip(own.shape, theirs.shape)):
                 return None
+            taken = theirs
             for dim, (n, m) in enumerate(zip(own.shape, theirs.shape)):
-                taken = torch.arange(n) * (m / n if self.spread and n else 1)
-                theirs = theirs.index_select(dim, taken.round().long())
-            index[own] = theirs
+                places = torch.arange(n) * (m / n if self.spread and n else 1)
+                taken = taken.index_select(dim, places.round().long())
+            index[own] = taken
         return index
 
 
@@ -143,7 +144,7 @@ def _inherit(own: _Slot, theirs: _Slot | None) -> str:
     """Fill a parameter from its counterpart; says how."""
     if theirs is None or own.value.ndim != theirs.value.ndim:
         return "random"
-    value = theirs.value
+    value: Tensor = theirs.value
     for dim in range(value.ndim):
         index = own.axis(dim).index_into(theirs.axis(dim))
         if index is None:
@@ -172,19 +173,26 @@ def _layers(unet: UNet) -> Iterator[tuple[tuple[Any, ...], nn.Module, int]]:
     if unet.num_classes is not None:
         yield ("label",), unet.label_emb, 0
     yield ("out_conv",), unet.out, 0
-    levels = 1 + sum(_resamples(block[0]) for block in unet.input_blocks)
+    levels = 1 + sum(_resamples(next(block.children())) for block in unet.input_blocks)
     per_level = len(unet.input_blocks) // levels
     for k, block in enumerate(unet.input_blocks):
-        for layer in block:
+        for layer in block.children():
             yield ("in", k // per_level, k % per_level, *_kind(layer)), layer, 0
     for k, layer in enumerate(unet.middle_block):
         yield ("middle", levels, k), layer, 0
     for k, (before, block) in enumerate(pairwise([unet.middle_block, *unet.output_blocks])):
-        level, place = divmod(len(unet.output_blocks) - 1 - k, per_level)
-        place = "innermost" if place == per_level - 1 else place
-        skip = block[0].in_layers[2].in_channels - before[0].in_layers[2].out_channels
-        for layer in block:
+        level, inside = divmod(len(unet.output_blocks) - 1 - k, per_level)
+        place = "innermost" if inside == per_level - 1 else inside
+        skip = _residual(block).channels - _residual(before).out_channels
+        for layer in block.children():
             yield ("out", level, place, *_kind(layer)), layer, 0 if _resamples(layer) else skip
+
+
+def _residual(block: nn.Module) -> ResBlock:
+    """The residual block that a block of the decoder or the middle begins with."""
+    first = next(block.children())
+    assert isinstance(first, ResBlock)
+    return first
 
 
 def _kind(layer: nn.Module) -> tuple[str, bool]:
@@ -198,7 +206,7 @@ def _resamples(layer: nn.Module) -> bool:
 def _axes(layer: nn.Module, skip: int) -> dict[str, dict[int, _Axis]]:
     """The axes of a layer's parameters whose channels are of several kinds, by name and dimension."""
     if isinstance(layer, ResBlock):
-        channels, rows = layer.in_layers[2].in_channels, torch.arange(layer.emb_layers[1].out_features)
+        channels, rows = layer.channels, torch.arange(layer.out_channels * (1 + layer.scale_shift))
         joined = _Axis(torch.arange(channels).split([channels - skip, skip]))
         film = _Axis((rows.view(2, -1) if layer.scale_shift else rows,))
         return {

@@ -112,8 +112,8 @@ class UNet(nn.Module):
             h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h)
 
-    def _run(self, block: nn.ModuleList, h: Tensor, emb: Tensor) -> Tensor:
-        for layer in block:
+    def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
+        for layer in block.children():
             args = (h, emb) if isinstance(layer, ResBlock) else (h,)
             recompute = self.use_checkpoint and torch.is_grad_enabled()
             h = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)

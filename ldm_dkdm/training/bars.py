@@ -1,6 +1,8 @@
 """Progress of a Lightning run, and the data that have no epochs."""
 
+import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -25,18 +27,21 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.total = trainer.max_steps * trainer.accumulate_grad_batches
         self.train_progress_bar.set_description("training")
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, module, *args)
         used, done = getattr(module, "time_used", 0.0), trainer.global_step
         if used:  # the ETA is that of the limit where it comes first
             steps = min(trainer.max_steps, max(done, round(done / used)))
             self.train_progress_bar.total = steps * trainer.accumulate_grad_batches
 
-    def on_exception(self, trainer: L.Trainer, *args: object) -> None:
+    def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_exception(trainer, *args)
-        print()  # what follows is not glued to the bar
+        with contextlib.suppress(TypeError):  # there is no bar before the training starts
+            self.train_progress_bar.close()  # the next output begins on a line of its own
 
-    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, int | str | float]:
+    def get_metrics(
+        self, trainer: L.Trainer, module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         metrics = super().get_metrics(trainer, module)
         metrics.pop("v_num", None)
         return metrics
@@ -45,11 +50,12 @@ class ProgressBar(TQDMProgressBar):
 class StreamModule(L.LightningDataModule):
     """Makes the stream when Lightning knows the device; the stream starts at the resumed step."""
 
-    def __init__(self, stream_for: Callable[[L.Trainer], IterableDataset]) -> None:
+    def __init__(self, stream_for: Callable[[L.Trainer], IterableDataset[Any]]) -> None:
         super().__init__()
         self.stream_for = stream_for
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None  # it asks
         return DataLoader(self.stream_for(self.trainer), batch_size=None, num_workers=0)
 
 

@@ -1,10 +1,14 @@
 """The exponential moving average of the student."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=L.LightningModule)
 
 
 class StudentEMA(WeightAveraging):
@@ -27,9 +31,13 @@ class StudentEMA(WeightAveraging):
     @property
     def module(self) -> nn.Module:
         """The averaged LightningModule."""
+        assert self._average_model is not None  # made when the training starts
         return self._average_model.module
 
 
-def averaged(callbacks: Sequence[object]) -> nn.Module:
-    """The averaged module of a running trainer's callbacks."""
-    return next(callback for callback in callbacks if isinstance(callback, StudentEMA)).module
+def averaged(trainer: L.Trainer, kind: type[Module]) -> Module:
+    """The averaged module, of a known class, that a running trainer's `StudentEMA` keeps."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it from another class
+    module = next(callback for callback in callbacks if isinstance(callback, StudentEMA)).module
+    assert isinstance(module, kind)
+    return module

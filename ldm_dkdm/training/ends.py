@@ -2,9 +2,11 @@
 
 import math
 import time
+from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from ldm_dkdm.config.schema import EarlyStopConfig, TrainerConfig
 from ldm_dkdm.reporting import logger
@@ -69,17 +71,21 @@ class TimeLimit(EarlyEnd):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._since = time.monotonic() - self.spent
-        module.time_used = self.spent / self.limit
+        self._share_time(module)
         super().on_train_start(trainer, module)
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         spent = torch.tensor(time.monotonic() - self._since, device=module.device)
         self.spent = trainer.strategy.reduce(spent).item()  # one clock for all processes
-        module.time_used = self.spent / self.limit
+        self._share_time(module)
         if self.reached:
             steps = f"step {trainer.global_step} of {trainer.max_steps}"
             logger.info(f"stopped by trainer.max_minutes ({self.limit / 60:g}) at {steps}")
             trainer.should_stop = True
+
+    def _share_time(self, module: Any) -> None:
+        """Tell a `StudentModule` how much of the time is gone."""
+        module.time_used = self.spent / self.limit
 
     def state_dict(self) -> dict[str, float]:
         """What a resume needs."""
@@ -101,7 +107,8 @@ class EarlyStop(EarlyEnd):
     def __init__(self, config: EarlyStopConfig) -> None:
         self.config = config
         self.best, self.bad_windows = math.inf, 0
-        self.total, self.batches, self.steps = 0.0, 0, 0  # of the running window
+        self.total: float | Tensor = 0.0  # of the running window, as are:
+        self.batches, self.steps = 0, 0
 
     @property
     def reached(self) -> bool:

@@ -7,6 +7,7 @@ import lightning as L
 import torch
 
 from ldm_dkdm.checkpoints.folder import card_of, write_model
+from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.training.ema import averaged
 from ldm_dkdm.training.folder import RunFolder
@@ -18,7 +19,7 @@ def export_on_save(model: DiffusionModel, folder: RunFolder, dtype: str) -> Call
 
     def export(trainer: L.Trainer) -> None:
         info = {**card.info, "step": trainer.global_step, "max_steps": trainer.max_steps}
-        network = averaged(trainer.callbacks).network
+        network = averaged(trainer, StudentModule).network
         write_model(folder.model, replace(card, info=info), network.state_dict(), getattr(torch, dtype))
 
     return export

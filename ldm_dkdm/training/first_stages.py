@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -19,7 +20,7 @@ from ldm_dkdm.images import endless_batches, load_images
 from ldm_dkdm.reporting import Progress, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.ema import averaged
-from ldm_dkdm.training.folder import RunFolder, step_of
+from ldm_dkdm.training.folder import RunFolder
 from ldm_dkdm.training.perceptual import lpips_loss
 from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.saving import RunCheckpoint
@@ -66,6 +67,7 @@ def train_first_stage_in(run: Run) -> Result:
     config: FirstStageRun = run.config
     with forked_rng(config.trainer.seed):
         vq = build(config.first_stage, VQ_MODELS, "first_stage.params")
+        assert isinstance(vq, VQModel)
         module = FirstStageModule(
             vq, config, lpips_loss(config.loss.perceptual_backbone) if config.loss.perceptual else None
         )
@@ -76,7 +78,7 @@ def train_first_stage_in(run: Run) -> Result:
     held_out = load_images(config.data.held_out, config.data.image_size) if config.data.held_out else None
     if end := run.end():
         logger.info(f"{run.folder.path}: {end}")
-        return Result(vq, run.folder.path, step_of(run.folder.latest()), end)
+        return Result(vq, run.folder.path, run.step, end)
 
     def stream_for(trainer: L.Trainer) -> _ImageStream:
         seed, steps = config.trainer.seed + trainer.global_rank, config.trainer.max_steps
@@ -116,16 +118,17 @@ def _refuse_unused(config: FirstStageRun) -> None:
 def _export_on_save(
     config: FirstStageRun, folder: RunFolder, images: Tensor, held_out: Tensor | None
 ) -> Callable[[L.Trainer], None]:
+    target = config.first_stage.target
+    assert target is not None  # `build` has refused that
+
     def export(trainer: L.Trainer) -> None:
-        vq: VQModel = averaged(trainer.callbacks).vq.eval()
-        info = {"step": trainer.global_step}
+        vq = averaged(trainer, FirstStageModule).vq.eval()
+        info: dict[str, Any] = {"step": trainer.global_step}
         if held_out is not None:
             info["held_out_psnr_db"] = round(held_out_psnr(vq, held_out), 2)
             logger.info(f"step {trainer.global_step}: held-out PSNR {info['held_out_psnr_db']} dB")
         scale = latent_scale(vq, images[:: max(1, len(images) // 512)])
-        card = FirstStageCard(
-            "model.safetensors", config.first_stage.target, config.first_stage.params, round(scale, 6), info
-        )
+        card = FirstStageCard("model.safetensors", target, config.first_stage.params, round(scale, 6), info)
         write_folder(folder.model, card, vq.state_dict(), getattr(torch, config.logging.export_dtype))
 
     return export

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ldm_dkdm.config.load import card_kind, fits, load_config, read_yaml, to_yaml
-from ldm_dkdm.config.schema import FirstStageCard, LoggingConfig, ModelCard
+from ldm_dkdm.config.schema import FirstStageCard, LoggingConfig, ModelCard, RunConfig
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_text
@@ -58,10 +58,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(_NAME.fullmatch(checkpoint.name).group(1))
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match is not None  # `checkpoints` finds no others
+    return int(match[1])
 
 
-def open_run(config: object, folder: RunFolder, resumed: bool = False) -> None:
+def open_run(config: RunConfig, folder: RunFolder, resumed: bool = False) -> None:
     """Create the folder, or go on in it (`check_run`)."""
     check_run(config, folder, resumed)
     stored, text = folder.path / "config.yaml", to_yaml(config)
@@ -90,7 +92,7 @@ def alone_in(folder: RunFolder) -> Iterator[None]:
         yield
 
 
-def check_run(config: object, folder: RunFolder, resumed: bool) -> None:
+def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
     """Refuse to go on in a folder of another run; nothing is written.
 
     Args:
@@ -128,12 +130,13 @@ def _at(tree: Any, key: str) -> Any:
 def _first_change(before: Any, now: Any, key: str) -> str | None:
     """The dotted key of the first value that differs."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
-        changes = (_first_change(before.get(k), now.get(k), f"{key}.{k}") for k in {**before, **now})
+        keys: dict[Any, Any] = {**before, **now}
+        changes = (_first_change(before.get(k), now.get(k), f"{key}.{k}") for k in keys)
         return next((change for change in changes if change), None)
     return None if before == now else key
 
 
-def _made_with(stored: Path, schema: type) -> str:
+def _made_with(stored: Path, schema: type[RunConfig]) -> str:
     """The config of a run's folder; keys that did not exist when it was made have their defaults."""
     try:
         return to_yaml(load_config(stored, schema=schema))
@@ -141,7 +144,7 @@ def _made_with(stored: Path, schema: type) -> str:
         return stored.read_text()
 
 
-def run_folder(log: LoggingConfig, default_name: str, schema: type) -> RunFolder:
+def run_folder(log: LoggingConfig, default_name: str, schema: type[RunConfig]) -> RunFolder:
     """logs/<name>; the name is that of the --base files, joined by +, unless the config gives one."""
     name = log.name or default_name
     if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts:
@@ -149,7 +152,7 @@ def run_folder(log: LoggingConfig, default_name: str, schema: type) -> RunFolder
     return RunFolder(Path(log.dir) / name, schema.MODEL)
 
 
-def find_run(name: str, schema: type, logs: Path = Path("logs")) -> RunFolder:
+def find_run(name: str, schema: type[RunConfig], logs: Path = Path("logs")) -> RunFolder:
     """The folder of a run to resume; `last` is the one of its kind in logs/ that was written to last."""
     if name == "last":
         runs = [f for f in logs.glob("*/config.yaml") if _is_run_of(f, schema)]
@@ -164,7 +167,7 @@ def find_run(name: str, schema: type, logs: Path = Path("logs")) -> RunFolder:
     return folder
 
 
-def _is_run_of(file: Path, schema: type) -> bool:
+def _is_run_of(file: Path, schema: type[RunConfig]) -> bool:
     try:
         return fits(read_yaml(file), schema)
     except UserError:  # somebody else's, or damaged

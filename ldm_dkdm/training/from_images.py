@@ -12,7 +12,7 @@ from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.checkpoints.first_stages import named_first_stage
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.checkpoints.reading import read_tensors
-from ldm_dkdm.config.checked import nearest
+from ldm_dkdm.config.checked import convert
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import (
     DiffusionDataConfig,
@@ -28,14 +28,14 @@ from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.distillation.image_data import EncodedStates, ImageSet, States, encode_sets, open_sets
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.distillation.student import check_loss, load_initial, require_call
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, nearest
 from ldm_dkdm.images import save_grid
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.reporting import Progress, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.export import export_on_save
-from ldm_dkdm.training.folder import RunFolder, step_of
+from ldm_dkdm.training.folder import RunFolder
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.saving import RunCheckpoint
@@ -86,10 +86,7 @@ def _mapping(data: Mapping[str, Any] | DiffusionDataConfig) -> Mapping[str, Any]
 
 
 def _image_size(model: DiffusionModel) -> int:
-    if not model.space.encoded:
-        return model.shape[1]
-    autoencoder = model.codec().autoencoder
-    return model.shape[1] * autoencoder.downsampling
+    return model.shape[1] * model.codec().downsampling
 
 
 def run_config(
@@ -119,7 +116,7 @@ def run_config(
         first_stage=FirstStageConfig(str(stage.path), stage.target, dict(stage.params), stage.scale_factor)
         if stage
         else FirstStageConfig(),
-        loss=LossConfig(space=loss) if isinstance(loss, str) else loss,
+        loss=LossConfig(space=loss) if isinstance(loss, str) else convert(LossConfig, loss, "loss"),
         logging=LoggingConfig(**{"dir": str(out.parent), "name": out.name, **sections[LoggingConfig]}),
     )
 
@@ -193,7 +190,7 @@ def _ended(run: Run, model: DiffusionModel, end: str) -> Result:
     home = next(place for place in (run.folder.model, run.folder.path / "student") if place.is_dir())
     load_strictly(model.network.eval(), read_tensors(home), home)
     model.path = home
-    return Result(model, run.folder.path, step_of(run.folder.latest()), end)
+    return Result(model, run.folder.path, run.step, end)
 
 
 def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:

@@ -15,7 +15,7 @@ from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.checkpoints.pools import read_reference_pool
 from ldm_dkdm.checkpoints.reading import read_tensors
-from ldm_dkdm.config.checked import nearest
+from ldm_dkdm.config.checked import convert
 from ldm_dkdm.config.schema import (
     DiffusionConfig,
     DistillConfig,
@@ -35,7 +35,7 @@ from ldm_dkdm.distillation.refill import check_supply, refill
 from ldm_dkdm.distillation.stream import VARIANTS, DistillStream
 from ldm_dkdm.distillation.student import check_loss, require_call, require_fit
 from ldm_dkdm.distillation.warmup import WARMUPS, Warmup, preparation
-from ldm_dkdm.errors import UserError, naming
+from ldm_dkdm.errors import UserError, naming, nearest
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.reporting import Progress, following, logger, size
@@ -138,8 +138,8 @@ def run_config(
         ),
         student=StudentConfig(target=node.target, params=dict(node.params), parameterization=node.parameterization),
         distill=DistillConfig(
-            warmup=WarmupConfig(mode=warmup) if isinstance(warmup, str) else warmup,
-            loss=LossConfig(space=loss) if isinstance(loss, str) else loss,
+            warmup=WarmupConfig(mode=warmup) if isinstance(warmup, str) else convert(WarmupConfig, warmup, "warmup"),
+            loss=LossConfig(space=loss) if isinstance(loss, str) else convert(LossConfig, loss, "loss"),
             **sections[DistillConfig],
         ),
         trainer=TrainerConfig(**sections[TrainerConfig]),
@@ -272,7 +272,7 @@ def _ended(run: Run, student: DiffusionModel, end: str) -> Result:
     weights = run.folder.model / f"{run.folder.model_name}.safetensors"
     load_strictly(student.network.eval(), read_tensors(weights), weights)
     student.path = run.folder.model
-    return Result(student, run.folder.path, step_of(run.folder.latest()), end)
+    return Result(student, run.folder.path, run.step, end)
 
 
 def _require_room(parts: Distillation) -> None:
@@ -297,7 +297,9 @@ def _check_teacher(parts: Distillation, run: Run) -> None:
     try:
         figures = parts.teacher.to(run.device).check()
     except UserError as error:
-        raise UserError(f"teacher: {error}; check=false distils it all the same") from error
+        raise UserError(
+            f"teacher: {error}; check=False (teacher.check=false in a config) distils it all the same"
+        ) from error
     logger.info(
         f"teacher check: eps error {figures.linear:.2f} of a linear denoiser's at T/4, scale off by "
         f"{figures.deviation:.3f} at most ({time.monotonic() - started:.0f} s)"

@@ -6,13 +6,14 @@ import lightning as L
 import torch
 
 from ldm_dkdm.config.schema import LoggingConfig, SamplingConfig
+from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.images import save_grid
 from ldm_dkdm.training.ema import averaged
 from ldm_dkdm.training.ends import StepCallback
 
 
 class SampleGrid(StepCallback):
-    """Writes samples/step=N.png, from the EMA weights of a module with a `model`.
+    """Writes samples/step=N.png, from the EMA weights of a `StudentModule`.
 
     Args:
         folder: logs/<run>/samples.
@@ -27,6 +28,6 @@ class SampleGrid(StepCallback):
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
         if trainer.is_global_zero and step % self.every == 0:
-            model = averaged(trainer.callbacks).model
+            model = averaged(trainer, StudentModule).model
             images = [batch.images for batch in model.sample_batches(self.config)]
             save_grid(torch.cat(images), self.folder / f"step={step:08d}.png")

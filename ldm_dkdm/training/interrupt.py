@@ -2,13 +2,16 @@
 
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
+from typing import Any
 
 import lightning as L
 
 from ldm_dkdm.reporting import logger
 from ldm_dkdm.training.ends import StepCallback
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class GracefulStop(StepCallback):
@@ -21,7 +24,7 @@ class GracefulStop(StepCallback):
     def __init__(self, signals: Sequence[int]) -> None:
         self.signals = signals
         self.requested = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Handler] = {}
 
     def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ TIMING_SECONDS = 30  # takes about this long: a plan should take seconds
 
 def costs(parts: Distillation) -> dict[str, str]:
     """The lines of a plan that need no measurement, in order: what is meant and how much."""
-    config, shape = parts.config, parts.teacher.shape
+    config = parts.config
     batch, iterations = config.distill.batch_size, _iterations(config)
     devices, mapped = config.trainer.devices, config.distill.pool_storage == "mmap"
     pool, each = devices * parts.pool_bytes, f" on each of {devices} devices" if devices > 1 else ""
@@ -39,8 +40,8 @@ def costs(parts: Distillation) -> dict[str, str]:
     device = default_device(config.trainer.accelerator)
     precision = {"bf16": "bf16 autocast", "32": "float32"}[parts.teacher.precision]
     return {
-        "teacher": f"{teacher / 1e6:.6f} M parameters, {gflops(parts.teacher.network, shape, parts.labeled):.2f} GFLOPs a sample",
-        "student": f"{student / 1e6:.6f} M parameters, {gflops(parts.student.network, shape, parts.student.num_classes is not None):.2f} GFLOPs a sample",
+        "teacher": _network_cost(parts.teacher),
+        "student": _network_cost(parts.student),
         "pool": f"{parts.slots:,} slots ({config.distill.variant}){each}, {size(pool)} of host "
         + ("disk, memory-mapped" if mapped else "memory"),
         "teacher calls, warm-up": f"{_warmup_samples(parts):,} samples ({source}){each}",
@@ -50,6 +51,11 @@ def costs(parts: Distillation) -> dict[str, str]:
         "disk": f"{size((KEPT + 1) * (pool + 16 * student) + 4 * student + mapped * pool)} for the student, {KEPT} "
         "checkpoints and the next one while it is written" + (", the mapped pool" if mapped else ""),
     }
+
+
+def _network_cost(model: DiffusionModel) -> str:
+    operations = gflops(model.network, model.shape, model.num_classes is not None)
+    return f"{model.parameters / 1e6:.6f} M parameters, {operations:.2f} GFLOPs a sample"
 
 
 def _iterations(config: DistillRun) -> int:
@@ -91,6 +97,13 @@ def time_needed(parts: Distillation) -> str:
     )
 
 
+class _TimedModule(StudentModule):
+    """Logs nothing, since no trainer is attached."""
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 def time_iteration(parts: Distillation, batch: int, iterations: int) -> tuple[float, float]:
     """Seconds of one training iteration at the configured batch, and of one teacher sample; timed at `batch`."""
     config, teacher = parts.config, parts.teacher
@@ -102,8 +115,7 @@ def time_iteration(parts: Distillation, batch: int, iterations: int) -> tuple[fl
     timed = replace(config.distill, batch_size=batch, discard=0.0)
     stream = DistillStream(teacher.to(device), pool, timed, iterations, device=device)
     trainer = TrainerConfig(max_steps=1, learning_rate=1e-9)
-    module = StudentModule(parts.student, config.distill.loss, trainer).to(device)
-    module.log = lambda *args, **kwargs: None  # no trainer is attached
+    module = _TimedModule(parts.student, config.distill.loss, trainer).to(device)
     optimizer = module.configure_optimizers()["optimizer"]
     times, teacher_times, updates = [], [], []
     for _ in range(iterations):

@@ -101,10 +101,15 @@ class Run:
         return f"--resume {self.folder.path}, in Python resume=True"
 
     @property
+    def step(self) -> int:
+        """The optimizer steps of the newest checkpoint; 0 without one."""
+        latest = self.folder.latest()
+        return step_of(latest) if latest else 0
+
+    @property
     def first_batch(self) -> int:
         """How many batches the newest checkpoint has seen."""
-        latest = self.folder.latest()
-        return step_of(latest) * self.trainer.accumulate if latest else 0
+        return self.step * self.trainer.accumulate
 
     @contextmanager
     def open(self) -> Iterator["Run"]:
@@ -129,7 +134,7 @@ class Run:
     def fit(
         self,
         module: L.LightningModule,
-        stream_for: Callable[[L.Trainer], IterableDataset],
+        stream_for: Callable[[L.Trainer], IterableDataset[Any]],
         callbacks: Sequence[L.Callback],
     ) -> Result:
         """Train to `max_steps`, or to an earlier end that the config asks for, from the newest checkpoint.

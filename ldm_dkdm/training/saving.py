@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.training.ends import StepCallback
 from ldm_dkdm.training.folder import checkpoints
+
+if TYPE_CHECKING:
+    from ldm_dkdm.distillation.pool import NoisyPool
 
 KEPT = 2
 CHECKED_EVERY = 100  # steps between looks at the loss, each of which waits for the device

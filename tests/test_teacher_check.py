@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ldm_dkdm.sources import Model, load_model
 from torch import nn
 
-from ldm_dkdm import NoiseSchedule, Teacher, UserError
+from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model
+from ldm_dkdm.checkpoints import Hints
 from ldm_dkdm.evaluation.teacher_check import (
     COMPARED,
     Figures,
     Row,
-    check_teacher,
     fault,
     measure,
     other_readings,
@@ -30,20 +29,16 @@ SHIPPED = Path(__file__).parents[1] / "models" / "teachers" / "emoji64"
 
 
 @pytest.fixture(scope="module")
-def good() -> Model:
+def good() -> DiffusionModel:
     return load_model(SHIPPED)
 
 
-def with_weights(model: Model, change: Callable[[nn.Parameter], torch.Tensor]) -> Model:
+def with_weights(model: DiffusionModel, change: Callable[[nn.Parameter], torch.Tensor]) -> DiffusionModel:
     network = copy.deepcopy(model.network)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(change(parameter))
-    return replace(model, network=network)
-
-
-def check(model: Model) -> None:
-    check_teacher(model, model.as_teacher("32"), told=True)
+    return model.changed(network=network)
 
 
 class Rough(GaussianNetwork):
@@ -54,13 +49,14 @@ class Rough(GaussianNetwork):
 
 
 def test_a_good_teacher_of_unclipped_latents_passes_where_x_0_explodes_near_T() -> None:
-    cosine, picture = NoiseSchedule("cosine"), torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    cosine, image = NoiseSchedule("cosine"), torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
     assert cosine.alphas_cumprod[-1] < 1e-8
-    assert fault(measure(Teacher(Rough(cosine, picture, std=0.2), cosine), (3, 16, 16))) is None
+    teacher = DiffusionModel(Rough(cosine, image, std=0.2), schedule=cosine, shape=(3, 16, 16))
+    assert fault(measure(teacher)) is None
 
 
-def test_the_shipped_teacher_passes_with_room_to_spare(good: Model) -> None:
-    figures = check_teacher(good, good.as_teacher("32"), told=True)
+def test_the_shipped_teacher_passes_with_room_to_spare(good: DiffusionModel) -> None:
+    figures = good.check()
     assert figures.along > 0.95 and figures.linear < 0.2 and figures.deviation < 0.03
     x0_errors = [row.x0_error for row in figures.rows]
     assert x0_errors == sorted(x0_errors, reverse=True)
@@ -77,47 +73,55 @@ def test_the_shipped_teacher_passes_with_room_to_spare(good: Model) -> None:
     ],
     ids=["random", "shuffled", "rows", "zero", "nan"],
 )
-def test_broken_weights_are_refused(good: Model, change: Callable[[nn.Parameter], torch.Tensor], words: str) -> None:
+def test_broken_weights_are_refused(
+    good: DiffusionModel, change: Callable[[nn.Parameter], torch.Tensor], words: str
+) -> None:
     with pytest.raises(UserError, match=words):
-        check(with_weights(good, change))
+        with_weights(good, change).check()
 
 
-def test_an_output_that_is_read_as_something_else_is_refused(good: Model) -> None:
-    node = replace(good.card.network, parameterization="eps")
+def test_an_output_that_is_read_as_something_else_is_refused(good: DiffusionModel) -> None:
     with pytest.raises(UserError, match=r"does not point along pure noise.*parameterization"):
-        check(replace(good, card=replace(good.card, network=node)))
+        good.changed(parameterization="eps").check()
 
 
-def test_another_schedule_is_refused(good: Model) -> None:
-    diffusion = replace(good.card.diffusion, schedule="cosine")
+def test_another_schedule_is_refused(good: DiffusionModel) -> None:
+    diffusion = replace(good.diffusion, schedule="cosine")
     with pytest.raises(UserError, match=r"the schedule .*is not that of these weights"):
-        check(replace(good, card=replace(good.card, diffusion=diffusion)))
+        good.changed(diffusion=diffusion).check()
 
 
-def test_the_right_schedule_is_preferred_where_the_wrong_one_passes(good: Model) -> None:
-    diffusion = replace(good.card.diffusion, beta_start=0.00085, beta_end=0.012)
-    wrong = replace(good, card=replace(good.card, diffusion=diffusion))
+def test_the_right_schedule_is_preferred_where_the_wrong_one_passes(good: DiffusionModel) -> None:
+    wrong = good.changed(diffusion=replace(good.diffusion, beta_start=0.00085, beta_end=0.012))
     readings = dict(other_readings(wrong))
-    right = readings["diffusion.schedule=scaled_linear num_timesteps=1000 beta_start=0.0015 beta_end=0.0195"]
-    figures = [measure(model.as_teacher("32"), model.latent_shape, images=COMPARED) for model in (wrong, right)]
+    right = readings["schedule=scaled_linear num_timesteps=1000 beta_start=0.0015 beta_end=0.0195"]
+    figures = [measure(model, images=COMPARED) for model in (wrong, right)]
     assert fault(figures[0]) is None
     assert preferred(figures[0], figures[1])
     assert not preferred(figures[1], figures[0])
 
 
-def test_the_right_attention_order_is_preferred(good: Model) -> None:
+def test_the_right_attention_order_is_preferred(good: DiffusionModel) -> None:
     wrong = reread(good, use_new_attention_order=True)
     right = dict(other_readings(wrong))["use_new_attention_order=false"]
-    x, t = torch.randn(2, *good.latent_shape), torch.tensor([5, 500])
+    x, t = torch.randn(2, *good.shape), torch.tensor([5, 500])
     with torch.no_grad():
         assert torch.equal(right.network.eval()(x, t), good.network.eval()(x, t))
         assert not torch.allclose(wrong.network.eval()(x, t), good.network(x, t), atol=1e-2)
-    figures = [measure(m.as_teacher("32"), m.latent_shape, images=COMPARED) for m in (wrong, right)]
+    figures = [measure(model, images=COMPARED) for model in (wrong, right)]
     assert preferred(figures[0], figures[1])
     assert not preferred(figures[1], figures[0])
 
 
-def test_the_head_widths_that_are_usual_are_tried(good: Model) -> None:
+def test_a_reading_is_named_as_the_user_would_write_it(good: DiffusionModel) -> None:
+    names = [name for name, _ in other_readings(good.changed(hints=Hints(sections=True)))]
+    assert {
+        "teacher.params.use_new_attention_order=true",
+        "diffusion.schedule=cosine diffusion.num_timesteps=4000",
+    } <= set(names)
+
+
+def test_the_head_widths_that_are_usual_are_tried(good: DiffusionModel) -> None:
     names = [name for name, _ in other_readings(good)]
     assert {"use_new_attention_order=true", "num_head_channels=64", "num_heads=1", "num_heads=4"} <= set(names)
     assert "num_head_channels=32" not in names
@@ -136,14 +140,13 @@ def test_a_distillation_of_a_random_teacher_does_not_start(
 
 
 def test_a_guided_teacher_is_checked_without_its_guidance(digits_teacher: Path) -> None:
-    model = load_model(digits_teacher)
-    plain, guided = model.as_teacher("32", null_label=0), model.as_teacher("32", guidance=8.0, null_label=0)
-    unlike = measure(guided, model.latent_shape)
-    assert unlike.rows != measure(plain, model.latent_shape).rows
+    plain = load_model(digits_teacher, null_label=0)
+    guided = plain.changed(guidance=8.0)
+    assert measure(guided).rows != measure(plain).rows
     reasons = []
     for teacher in (plain, guided):
         try:
-            reasons.append(check_teacher(model, teacher, told=True).rows)
+            reasons.append(teacher.check().rows)
         except UserError as error:
             reasons.append(str(error))
     assert reasons[0] == reasons[1]
@@ -159,4 +162,4 @@ def test_a_reading_that_alone_predicts_posterior_means_is_preferred_whatever_the
     biased, right, worse = figures(0.05), figures(0.0), figures(0.08)
     assert preferred(biased, right)
     assert not preferred(right, biased) and not preferred(right, right)
-    assert not preferred(biased, worse) and not preferred(worse, biased)  # none of the two is right
+    assert not preferred(biased, worse) and not preferred(worse, biased)  # neither of the two is right

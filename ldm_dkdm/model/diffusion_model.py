@@ -2,42 +2,32 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm_dkdm import checkpoints
-from ldm_dkdm.checkpoints import FORMATS, Contents, Hints, Source
+from ldm_dkdm.checkpoints import FORMATS, Hints
 from ldm_dkdm.checkpoints.contents import schedule_of
-from ldm_dkdm.checkpoints.first_stages import FirstStage, named_first_stage
-from ldm_dkdm.checkpoints.loading import build_loaded, load_strictly
+from ldm_dkdm.checkpoints.first_stages import FirstStage
 from ldm_dkdm.checkpoints.writing import refuse_existing
 from ldm_dkdm.config.registry import build
-from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig, SamplingConfig
+from ldm_dkdm.config.schema import NetworkConfig, SamplingConfig
 from ldm_dkdm.device import autocast, resolve_precision
 from ldm_dkdm.diffusion.process import PARAMETERIZATIONS, reverse_step
-from ldm_dkdm.diffusion.samplers import SAMPLERS, ImageNoise, last
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.first_stage.codec import Codec
+from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, require_guidance, shape_of
+from ldm_dkdm.model.sampling import SampleBatch, sample_batches
 from ldm_dkdm.networks import NETWORKS, DiT, UNet
 from ldm_dkdm.networks.scaling import parse_budget, unet_within_budget
 from ldm_dkdm.pixel import SPACES, PixelCodec, Space
 from ldm_dkdm.records import NoisyBatch, Prediction
 from ldm_dkdm.reporting import Progress, following
-from ldm_dkdm.rng import forked_rng, numpy_generator
-
-
-@dataclass(frozen=True)
-class SampleBatch:
-    """Samples of a model: states x_0 (B,C,h,w), images uint8 (B,H,W,C) on the CPU, labels (B,) if there are any."""
-
-    states: Tensor
-    images: Tensor
-    labels: Tensor | None
+from ldm_dkdm.rng import forked_rng
 
 
 class DiffusionModel:
@@ -53,9 +43,8 @@ class DiffusionModel:
         shape: (C,H,W) of a state; default: what the network says (`in_channels`, `image_size`).
         num_classes: size of the label table, null label excluded; None for an unconditional model.
         null_label: the label that means none; default: the network's own.
-        first_stage: where the first stage of a latent model lies.
+        first_stage: where the first stage of a latent model lies. info: facts for the model card.
         node: target and params that rebuild the network; default: those that the network remembers.
-        info: facts for the model card.
         guidance: weight of classifier-free guidance in every prediction; 1 leaves it out.
         precision: `auto`, `bf16` or `32`, of predictions without gradients.
 
@@ -87,16 +76,16 @@ class DiffusionModel:
         precision: str = "32",
     ) -> None:
         self.network = network
-        self.parameterization = parameterization or (like.parameterization if like and not node else "eps")
+        self.parameterization: str = parameterization or (like.parameterization if like and not node else "eps")
         pick(PARAMETERIZATIONS, self.parameterization, "parameterization")
-        self.diffusion = _process(schedule, space, like)
+        self.diffusion = process_of(schedule, space, like)
         self.schedule = schedule_of(self.diffusion)
-        self.shape = _shape(network, shape, like)
-        self.num_classes, self.null_label = _labels(network, num_classes, null_label, like)
+        self.shape = shape_of(network, shape, like)
+        self.num_classes, self.null_label = labels_of(network, num_classes, null_label, like)
         stage = FirstStage(Path(first_stage)) if isinstance(first_stage, (str, Path)) else first_stage
-        self.first_stage = stage or (like.first_stage if like else None)
+        self.first_stage: FirstStage | None = stage or (like.first_stage if like else None)
         self._codec: Codec | None = like._codec if like and stage is None else None
-        self.node = replace(node or _remembered(network), parameterization=self.parameterization)
+        self.node = replace(node or remembered(network), parameterization=self.parameterization)
         self.info: dict[str, Any] = dict(info or {})
         self.path: Path | None = None
         self.format: str | None = None
@@ -104,9 +93,7 @@ class DiffusionModel:
         self.hints, self.described = Hints(), False
         self.precision = precision
         self.guidance = guidance
-        _check_guidance(self)
-
-    # What it is
+        require_guidance(self)
 
     @property
     def space(self) -> Space:
@@ -131,12 +118,10 @@ class DiffusionModel:
         return next((p.device for p in self.network.parameters()), torch.device("cpu"))
 
     def __repr__(self) -> str:
-        kind, origin = type(self.network).__name__, f" from {self.path}" if self.path else ""
-        return (
-            f"DiffusionModel({kind}, {self.parameters / 1e6:.3g} M parameters, predicts {self.parameterization}, "
-            f"{self.diffusion.space} states {self.shape}, {self.schedule.name} schedule, T = "
-            f"{self.schedule.num_timesteps}{origin})"
-        )
+        kind, states = type(self.network).__name__, f"{self.diffusion.space} states {self.shape}"
+        steps = f"{self.schedule.name} schedule, T = {self.schedule.num_timesteps}"
+        size = f"{self.parameters / 1e6:.3g} M parameters"
+        return f"DiffusionModel({kind}, {size}, predicts {self.parameterization}, {states}, {steps}, from {self.path})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DiffusionModel":
         """A copy has a network of its own; the schedule and the first stage are shared."""
@@ -150,7 +135,7 @@ class DiffusionModel:
         for name, value in attributes.items():
             setattr(own, name, value)
         own.schedule = schedule_of(own.diffusion) if "diffusion" in attributes else self.schedule
-        _check_guidance(own)
+        require_guidance(own)
         return own
 
     def frozen(self) -> "DiffusionModel":
@@ -164,10 +149,8 @@ class DiffusionModel:
         if precision is not None:
             self.precision = resolve_precision(precision, device)
         if self._codec is not None:
-            self._codec.to(device, self.precision)
+            self._codec.to(device, resolve_precision(self.precision, device))
         return self
-
-    # Predicting
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
         """States x (B,C,H,W) at timesteps t (B,) with labels (B,) -> the prediction, float32, with gradients."""
@@ -188,6 +171,9 @@ class DiffusionModel:
         """
         if self.guidance == 1:
             return self.network(x, t, label)
+        if label is None:
+            raise UserError("label: missing; guidance needs the label of every state")
+        assert self.null_label is not None  # `require_guidance` has refused that
         labels = torch.cat([label, torch.full_like(label, self.null_label)])
         with_label, without = self.network(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
         channels = x.shape[1]
@@ -211,8 +197,6 @@ class DiffusionModel:
             return None
         classes = torch.tensor(self.classes, device=generator.device)
         return classes[torch.randint(len(classes), (count,), generator=generator, device=generator.device)]
-
-    # Sampling
 
     def sample(
         self,
@@ -246,51 +230,7 @@ class DiffusionModel:
 
     def sample_batches(self, config: SamplingConfig) -> Iterator[SampleBatch]:
         """Draw and decode batch by batch, so that no set of images need be in memory; errors as `sample`."""
-        sampler, steps = self.require_sampling(config), self._steps(config)
-        device, codec = self.device, self.codec().to(self.device, self.precision)
-        mode = self.network.training
-        self.network.eval()
-        try:
-            for start in range(0, config.count, config.batch_size):
-                count = min(config.batch_size, config.count - start)
-                noise = ImageNoise([config.seed + start + i for i in range(count)], self.shape, device)
-                label = self._labels_of(config, start, count)
-                label = None if label is None else label.to(device)
-                states = last(sampler.walk(self.schedule, self.predict, noise(), noise, steps, label, config.eta))
-                yield SampleBatch(states, codec.decode(states).cpu(), label)
-        finally:
-            self.network.train(mode)
-
-    def require_sampling(self, config: SamplingConfig) -> Any:
-        """The sampler of a config, found to fit this model.
-
-        Raises:
-            UserError: as `sample`.
-        """
-        sampler = pick(SAMPLERS, config.sampler, "sampler")
-        sampler.timesteps(self.schedule, self._steps(config))  # refuses what does not fit
-        if config.eta and not sampler.takes_eta:
-            raise UserError(f"eta: has no effect with {config.sampler}; leave it out")
-        if config.labels and self.classes is None:
-            raise UserError("labels: the model is unconditional; leave them out")
-        outside = [label for label in config.labels if label not in (self.classes or ())]
-        if outside:
-            raise UserError(f"labels: {outside[0]} is none of the model's {len(self.classes or ())} classes")
-        return sampler
-
-    def _steps(self, config: SamplingConfig) -> int:
-        default = pick(SAMPLERS, config.sampler, "sampler").default_steps
-        return config.steps or min(default or self.schedule.num_timesteps, self.schedule.num_timesteps)
-
-    def _labels_of(self, config: SamplingConfig, first: int, count: int) -> Tensor | None:
-        """Labels (count,) of the images first ... first+count-1."""
-        classes, numbers = self.classes, range(first, first + count)
-        if classes is None:
-            return None
-        if config.labels:
-            return torch.tensor([config.labels[i % len(config.labels)] for i in numbers])
-        draws = [numpy_generator(config.seed + i, 0, 0, "label").integers(len(classes)) for i in numbers]
-        return torch.tensor([classes[draw] for draw in draws])
+        return sample_batches(self, config)
 
     def codec(self) -> Codec:
         """The first stage, opened when it is first asked for; in pixel space images are the states.
@@ -299,23 +239,8 @@ class DiffusionModel:
             UserError: the model does not say where it lies, or its latents have another shape.
         """
         if self._codec is None:
-            self._codec = self._open_codec() if self.space.encoded else PixelCodec()
+            self._codec = open_codec(self) if self.space.encoded else PixelCodec()
         return self._codec
-
-    def _open_codec(self) -> Codec:
-        stage = self.first_stage
-        if stage is None:
-            raise UserError(f"first_stage: {self.path or 'the model'} does not say where its first stage lies; name it")
-        codec = stage.codec(self.shape[1], self.precision)
-        for what, own, theirs in (
-            ("{} latent channels", self.shape[0], codec.latent_channels),
-            ("latents of side {}", self.shape[1], codec.latent_size),
-        ):
-            if own != theirs:
-                raise UserError(f"first_stage: {stage.path} makes {what.format(theirs)}, the model has {own}")
-        return codec
-
-    # Checking, narrowing, saving
 
     def check(self, *, progress: bool = False) -> Any:
         """Refuse a model that does not denoise its own samples, or whose weights fit another reading better.
@@ -374,154 +299,3 @@ class DiffusionModel:
             refuse_existing(path)
         chosen.write(self, path)
         return path
-
-
-def load_model(
-    path: str | Path,
-    *,
-    network: nn.Module | None = None,
-    precision: str = "32",
-    guidance: float = 1.0,
-    **hints: Any,
-) -> DiffusionModel:
-    """Open a diffusion model: anything that FORMATS lists.
-
-    A run, a model folder, a training .ckpt of ours; CompVis's .ckpt; guided-diffusion's, DDPM-IP's and DiT's .pt;
-    safetensors; a diffusers pipeline or its UNet2DModel. Nothing in a file runs.
-
-    Args:
-        path: file or folder.
-        network: a module of your own class, where the file names one that the package does not know.
-        precision: `auto`, `bf16` or `32`, of its predictions.
-        guidance: weight of classifier-free guidance.
-        hints: what no tensor tells. Keywords of the network (`image_size`, `num_head_channels`, ...), of the forward
-            process (`schedule`, `num_timesteps`, `beta_start`, `beta_end`, `betas`, `space`), and `target`,
-            `parameterization`, `use_ema`, `null_label`, `first_stage` (a path), `scale_factor`.
-
-    Raises:
-        UserError: nothing there, an unreadable or refused file, a hint that is missing or contradicts the file.
-    """
-    return open_model(path, Hints.of(**hints), network).changed(precision=precision, guidance=guidance)
-
-
-def open_model(
-    path: str | Path, hints: Hints, network: nn.Module | None = None, lenient: bool = False
-) -> DiffusionModel:
-    """The same with hints as a record, in float32 and without guidance.
-
-    `lenient`: a model that describes itself takes no notice of hints on its network and process, since a command with
-    several models passes one set of hints to all of them.
-    """
-    contents = checkpoints.read(Source(path))
-    if lenient and contents.described:
-        hints = replace(hints, params={}, diffusion={}, target=None, parameterization=None)
-    where = "teacher.params" if hints.sections else "params"
-    node, diffusion = contents.network(hints), contents.process(hints)
-    if network is None and contents.described and node.target not in NETWORKS:
-        raise UserError(
-            f"{contents.path}: its network is {node.target}, which this package does not know; "
-            "name its file with --plugin FILE.py, or in Python give network=MODULE"
-        )
-    if network is not None:
-        load_strictly(network, contents.weights(hints), contents.file)
-    else:
-        network = build_loaded(node, where, NETWORKS, contents.weights(hints), contents.file)
-    _check_outputs(network, where)
-    return _model_of(contents, hints, network, node, diffusion)
-
-
-def _model_of(
-    contents: Contents, hints: Hints, network: nn.Module, node: NetworkConfig, diffusion: DiffusionConfig
-) -> DiffusionModel:
-    model = DiffusionModel(
-        network.eval(),
-        schedule=schedule_of(diffusion),
-        parameterization=node.parameterization,
-        space=diffusion.space,
-        shape=contents.shape,
-        num_classes=contents.num_classes,
-        null_label=contents.null_label if hints.null_label is None else hints.null_label,
-        first_stage=_stage(contents.first_stage, hints.first_stage, diffusion),
-        node=node,
-        info=contents.info,
-    )
-    model.diffusion = diffusion
-    model.path, model.format, model.file = contents.path, contents.format, contents.file
-    model.hints, model.described = hints, contents.described
-    return model
-
-
-def _stage(stage: FirstStage | None, given: FirstStageConfig, diffusion: DiffusionConfig) -> FirstStage | None:
-    if not SPACES[diffusion.space].encoded:
-        if given != FirstStageConfig():
-            raise UserError("first_stage: pixel space has none; remove it, or set space=latent")
-        return None
-    return named_first_stage(given) if stage is None else stage.changed(given)
-
-
-def _check_outputs(network: nn.Module, where: str) -> None:
-    """Refuse outputs that are neither of the states' channels nor twice as many, for a variance."""
-    inputs, outputs = getattr(network, "in_channels", None), getattr(network, "out_channels", None)
-    if inputs is not None and outputs is not None and outputs not in (inputs, 2 * inputs):
-        raise UserError(f"{where}.out_channels: {outputs} must be {inputs} or {2 * inputs}")
-
-
-def _process(schedule: NoiseSchedule | None, space: str | None, like: DiffusionModel | None) -> DiffusionConfig:
-    if schedule is None:
-        base = like.diffusion if like else DiffusionConfig()
-        return base if space is None else replace(base, space=space)
-    space = space or (like.diffusion.space if like else "latent")
-    if schedule.name == "betas":
-        return DiffusionConfig(num_timesteps=schedule.num_timesteps, space=space, betas=schedule.betas.tolist())
-    return DiffusionConfig(schedule.name, schedule.num_timesteps, schedule.beta_start, schedule.beta_end, space)
-
-
-def _shape(network: nn.Module, shape: Sequence[int] | None, like: DiffusionModel | None) -> tuple[int, int, int]:
-    channels, side = getattr(network, "in_channels", None), getattr(network, "image_size", None)
-    own = (channels, side, side) if isinstance(channels, int) and isinstance(side, int) else None
-    given = tuple(shape) if shape is not None else like.shape if like else own
-    if given is None:
-        raise UserError("shape: the network does not say what its states are; give (C,H,W) or like=MODEL")
-    if own is not None and own != given:
-        raise UserError(f"shape: the network takes states {own}, not {given}")
-    return given
-
-
-def _labels(
-    network: nn.Module, num_classes: int | None, null_label: int | None, like: DiffusionModel | None
-) -> tuple[int | None, int | None]:
-    """(classes, null label) of a model: what is given, what the network says, or what another model has."""
-    told = hasattr(network, "num_classes")
-    own_null = getattr(network, "null_label", None)
-    if told:
-        classes = network.num_classes
-        if num_classes not in (None, classes):
-            raise UserError(f"num_classes: the network says {classes}, not {num_classes}")
-        null = own_null if null_label is None else null_label
-        if null is None and like is not None and like.null_label is not None and like.null_label < (classes or 0):
-            null = like.null_label  # a row of this table that no teacher's label reaches
-    else:
-        classes = num_classes if num_classes is not None else like.num_classes if like else None
-        null = null_label if null_label is not None else like.null_label if like else None
-    rows = 0 if classes is None else classes + (own_null is not None or not told)
-    if null is not None and null >= rows:
-        raise UserError(f"null_label: {null} is outside the network's table of {rows} labels")
-    return classes, null
-
-
-def _check_guidance(model: DiffusionModel) -> None:
-    if model.guidance == 1:
-        return
-    if model.guidance < 0:
-        raise UserError(f"guidance: must be at least 0, got {model.guidance}")
-    if model.num_classes is None:
-        raise UserError("guidance: the model takes no labels; leave it out")
-    if model.null_label is None:
-        raise UserError("null_label: guidance needs the label that means none; set it")
-
-
-def _remembered(network: nn.Module) -> NetworkConfig:
-    """Target and params of a network: what it was built from, or the name of a class of the user's own."""
-    kind = type(network)
-    target = next((name for name, known in NETWORKS.items() if known is kind), f"{kind.__module__}.{kind.__qualname__}")
-    return NetworkConfig(target, dict(getattr(network, "arguments", {})))

@@ -1,0 +1,116 @@
+"""What a model is, out of what the user gives, what its network says and what another model has."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
+from ldm_dkdm.device import resolve_precision
+from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.first_stage.codec import LatentCodec
+from ldm_dkdm.networks import NETWORKS
+
+if TYPE_CHECKING:
+    from ldm_dkdm.model.diffusion_model import DiffusionModel
+
+
+def process_of(schedule: NoiseSchedule | None, space: str | None, like: "DiffusionModel | None") -> DiffusionConfig:
+    """The forward process as a config section."""
+    if schedule is None:
+        base = like.diffusion if like else DiffusionConfig()
+        return base if space is None else replace(base, space=space)
+    space = space or (like.diffusion.space if like else "latent")
+    if schedule.name == "betas":
+        return DiffusionConfig(num_timesteps=schedule.num_timesteps, space=space, betas=schedule.betas.tolist())
+    return DiffusionConfig(schedule.name, schedule.num_timesteps, schedule.beta_start, schedule.beta_end, space)
+
+
+def shape_of(network: nn.Module, shape: Sequence[int] | None, like: "DiffusionModel | None") -> tuple[int, int, int]:
+    """(C,H,W) of a state: what is given, what another model has, or what the network says.
+
+    Raises:
+        UserError: nobody says it, or the network says something else.
+    """
+    channels, side = getattr(network, "in_channels", None), getattr(network, "image_size", None)
+    own = (channels, side, side) if isinstance(channels, int) and isinstance(side, int) else None
+    given = tuple(shape) if shape is not None else like.shape if like else own
+    if given is None:
+        raise UserError("shape: the network does not say what its states are; give (C,H,W) or like=MODEL")
+    if len(given) != 3:
+        raise UserError(f"shape: expected (C,H,W), got {given}")
+    if own is not None and own != given:
+        raise UserError(f"shape: the network takes states {own}, not {given}")
+    return given
+
+
+def labels_of(
+    network: nn.Module, num_classes: int | None, null_label: int | None, like: "DiffusionModel | None"
+) -> tuple[int | None, int | None]:
+    """(classes, null label) of a model: what is given, what the network says, or what another model has.
+
+    Raises:
+        UserError: the network says something else, or its table has no such null label.
+    """
+    told = hasattr(network, "num_classes")
+    own_null: int | None = getattr(network, "null_label", None)
+    classes: int | None
+    null: int | None
+    if told:
+        classes = getattr(network, "num_classes", None)
+        if num_classes not in (None, classes):
+            raise UserError(f"num_classes: the network says {classes}, not {num_classes}")
+        null = own_null if null_label is None else null_label
+        if null is None and like is not None and like.null_label is not None and like.null_label < (classes or 0):
+            null = like.null_label  # a row of this table that no teacher's label reaches
+    else:
+        classes = num_classes if num_classes is not None else like.num_classes if like else None
+        null = null_label if null_label is not None else like.null_label if like else None
+    rows = 0 if classes is None else classes + (own_null is not None or not told)
+    if null is not None and null >= rows:
+        raise UserError(f"null_label: {null} is outside the network's table of {rows} labels")
+    return classes, null
+
+
+def require_guidance(model: "DiffusionModel") -> None:
+    """Refuse guidance of a model that cannot be guided.
+
+    Raises:
+        UserError: a negative weight, no labels, or no label that means none.
+    """
+    if model.guidance == 1:
+        return
+    if model.guidance < 0:
+        raise UserError(f"guidance: must be at least 0, got {model.guidance}")
+    if model.num_classes is None:
+        raise UserError("guidance: the model takes no labels; leave it out")
+    if model.null_label is None:
+        raise UserError("null_label: guidance needs the label that means none; set it")
+
+
+def remembered(network: nn.Module) -> NetworkConfig:
+    """Target and params of a network: what it was built from, or the name of a class of the user's own."""
+    kind = type(network)
+    target = next((name for name, known in NETWORKS.items() if known is kind), f"{kind.__module__}.{kind.__qualname__}")
+    return NetworkConfig(target, dict(getattr(network, "arguments", {})))
+
+
+def open_codec(model: "DiffusionModel") -> LatentCodec:
+    """The first stage of a latent model.
+
+    Raises:
+        UserError: the model does not say where it lies, or its latents have another shape.
+    """
+    stage = model.first_stage
+    if stage is None:
+        raise UserError(f"first_stage: {model.path or 'the model'} does not say where its first stage lies; name it")
+    codec = stage.codec(model.shape[1], resolve_precision(model.precision, model.device))
+    for what, own, theirs in (
+        ("{} latent channels", model.shape[0], codec.latent_channels),
+        ("latents of side {}", model.shape[1], codec.latent_size),
+    ):
+        if own != theirs:
+            raise UserError(f"first_stage: {stage.path} makes {what.format(theirs)}, the model has {own}")
+    return codec

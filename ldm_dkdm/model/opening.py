@@ -1,0 +1,108 @@
+"""The one door: a diffusion model out of any file or folder that the package can read."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ldm_dkdm import checkpoints
+from ldm_dkdm.checkpoints import Contents, Hints, Source
+from ldm_dkdm.checkpoints.contents import schedule_of
+from ldm_dkdm.checkpoints.first_stages import FirstStage, named_first_stage
+from ldm_dkdm.checkpoints.loading import build_loaded, load_strictly
+from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.model.diffusion_model import DiffusionModel
+from ldm_dkdm.networks import NETWORKS
+from ldm_dkdm.pixel import SPACES
+
+
+def load_model(
+    path: str | Path,
+    *,
+    network: nn.Module | None = None,
+    precision: str = "32",
+    guidance: float = 1.0,
+    **hints: Any,
+) -> DiffusionModel:
+    """Open a diffusion model: anything that FORMATS lists.
+
+    A run, a model folder, a training .ckpt of ours; CompVis's .ckpt; guided-diffusion's, DDPM-IP's and DiT's .pt;
+    safetensors; a diffusers pipeline or its UNet2DModel. Nothing in a file runs.
+
+    Args:
+        path: file or folder.
+        network: a module of your own class, where the file names one that the package does not know.
+        precision: `auto`, `bf16` or `32`, of its predictions.
+        guidance: weight of classifier-free guidance.
+        hints: what no tensor tells. Keywords of the network (`image_size`, `num_head_channels`, ...), of the forward
+            process (`schedule`, `num_timesteps`, `beta_start`, `beta_end`, `betas`, `space`), and `target`,
+            `parameterization`, `use_ema`, `null_label`, `first_stage` (a path), `scale_factor`.
+
+    Raises:
+        UserError: nothing there, an unreadable or refused file, a hint that is missing or contradicts the file.
+    """
+    return open_model(path, Hints.of(**hints), network).changed(precision=precision, guidance=guidance)
+
+
+def open_model(
+    path: str | Path, hints: Hints, network: nn.Module | None = None, lenient: bool = False
+) -> DiffusionModel:
+    """The same with hints as a record, in float32 and without guidance.
+
+    `lenient`: a model that describes itself takes no notice of hints on its network and process, since a command with
+    several models passes one set of hints to all of them.
+    """
+    contents = checkpoints.read(Source(path))
+    if lenient and contents.described:
+        hints = replace(hints, params={}, diffusion={}, target=None, parameterization=None)
+    where = "teacher.params" if hints.sections else "params"
+    node, diffusion = contents.network(hints), contents.process(hints)
+    if network is None and contents.described and node.target not in NETWORKS:
+        raise UserError(
+            f"{contents.path}: its network is {node.target}, which this package does not know; "
+            "name its file with --plugin FILE.py, or in Python give network=MODULE"
+        )
+    if network is not None:
+        load_strictly(network, contents.weights(hints), contents.file)
+    else:
+        network = build_loaded(node, where, NETWORKS, contents.weights(hints), contents.file)
+    require_outputs(network, where)
+    return _model_of(contents, hints, network, node, diffusion)
+
+
+def _model_of(
+    contents: Contents, hints: Hints, network: nn.Module, node: NetworkConfig, diffusion: DiffusionConfig
+) -> DiffusionModel:
+    model = DiffusionModel(
+        network.eval(),
+        schedule=schedule_of(diffusion),
+        parameterization=node.parameterization,
+        space=diffusion.space,
+        shape=contents.shape,
+        num_classes=contents.num_classes,
+        null_label=contents.null_label if hints.null_label is None else hints.null_label,
+        first_stage=_stage(contents.first_stage, hints.first_stage, diffusion),
+        node=node,
+        info=contents.info,
+    )
+    model.diffusion = diffusion
+    model.path, model.format, model.file = contents.path, contents.format, contents.file
+    model.hints, model.described = hints, contents.described
+    return model
+
+
+def _stage(stage: FirstStage | None, given: FirstStageConfig, diffusion: DiffusionConfig) -> FirstStage | None:
+    if not SPACES[diffusion.space].encoded:
+        if given != FirstStageConfig():
+            raise UserError("first_stage: pixel space has none; remove it, or set space=latent")
+        return None
+    return named_first_stage(given) if stage is None else stage.changed(given)
+
+
+def require_outputs(network: nn.Module, where: str) -> None:
+    """Refuse outputs that are neither of the states' channels nor twice as many, for a variance."""
+    inputs, outputs = getattr(network, "in_channels", None), getattr(network, "out_channels", None)
+    if inputs is not None and outputs is not None and outputs not in (inputs, 2 * inputs):
+        raise UserError(f"{where}.out_channels: {outputs} must be {inputs} or {2 * inputs}")

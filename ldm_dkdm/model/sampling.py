@@ -1,0 +1,84 @@
+"""From seeds to images: noise -> sampler -> first stage -> batches of uint8 images."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ldm_dkdm.config.schema import SamplingConfig
+from ldm_dkdm.device import resolve_precision
+from ldm_dkdm.diffusion.samplers import SAMPLERS, ImageNoise, Sampler, last
+from ldm_dkdm.errors import UserError, pick
+from ldm_dkdm.rng import numpy_generator
+
+if TYPE_CHECKING:
+    from ldm_dkdm.model.diffusion_model import DiffusionModel
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """Samples of a model: states x_0 (B,C,h,w), images uint8 (B,H,W,C) on the CPU, labels (B,) if there are any."""
+
+    states: Tensor
+    images: Tensor
+    labels: Tensor | None
+
+
+def sample_batches(model: "DiffusionModel", config: SamplingConfig) -> Iterator[SampleBatch]:
+    """Draw and decode batch by batch, so that no set of images need be in memory.
+
+    Raises:
+        UserError: as `DiffusionModel.sample`.
+    """
+    sampler, steps = require_sampling(model, config), steps_of(model, config)
+    device = model.device
+    codec = model.codec().to(model.device, resolve_precision(model.precision, model.device))
+    mode = model.network.training
+    model.network.eval()
+    try:
+        for start in range(0, config.count, config.batch_size):
+            count = min(config.batch_size, config.count - start)
+            noise = ImageNoise([config.seed + start + i for i in range(count)], model.shape, device)
+            label = labels_of(model, config, start, count)
+            label = None if label is None else label.to(device)
+            states = last(sampler.walk(model.schedule, model.predict, noise(), noise, steps, label, config.eta))
+            yield SampleBatch(states, codec.decode(states).cpu(), label)
+    finally:
+        model.network.train(mode)
+
+
+def require_sampling(model: "DiffusionModel", config: SamplingConfig) -> Sampler:
+    """The sampler of a config, found to fit this model.
+
+    Raises:
+        UserError: as `DiffusionModel.sample`.
+    """
+    sampler = pick(SAMPLERS, config.sampler, "sampler")
+    sampler.timesteps(model.schedule, steps_of(model, config))  # refuses what does not fit
+    if config.eta and not sampler.takes_eta:
+        raise UserError(f"eta: has no effect with {config.sampler}; leave it out")
+    if config.labels and model.classes is None:
+        raise UserError("labels: the model is unconditional; leave them out")
+    outside = [label for label in config.labels if label not in (model.classes or ())]
+    if outside:
+        raise UserError(f"labels: {outside[0]} is none of the model's {len(model.classes or ())} classes")
+    return sampler
+
+
+def steps_of(model: "DiffusionModel", config: SamplingConfig) -> int:
+    """Of a config; the sampler's default where it names none."""
+    default = pick(SAMPLERS, config.sampler, "sampler").default_steps
+    return config.steps or min(default or model.schedule.num_timesteps, model.schedule.num_timesteps)
+
+
+def labels_of(model: "DiffusionModel", config: SamplingConfig, first: int, count: int) -> Tensor | None:
+    """Labels (count,) of the images first ... first+count-1."""
+    classes, numbers = model.classes, range(first, first + count)
+    if classes is None:
+        return None
+    if config.labels:
+        return torch.tensor([config.labels[i % len(config.labels)] for i in numbers])
+    draws = [numpy_generator(config.seed + i, 0, 0, "label").integers(len(classes)) for i in numbers]
+    return torch.tensor([classes[draw] for draw in draws])
