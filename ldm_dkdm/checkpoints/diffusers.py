@@ -9,7 +9,7 @@ from typing import Any
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.diffusers_first_stage import component
 from ldm_dkdm.checkpoints.diffusers_unet import to_ours, to_theirs, unet_config, unet_params
-from ldm_dkdm.checkpoints.first_stages import FirstStage
+from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.reading import read_tensors, weights_in
 from ldm_dkdm.checkpoints.shapes import plain
 from ldm_dkdm.checkpoints.source import Source, read_json
@@ -93,7 +93,7 @@ def _pipeline(folder: Path) -> Contents:
         raw=to_ours(read_tensors(folder / "unet"), params, folder / "unet"),
         parameterization=parameterization,
         diffusion=diffusion,
-        first_stage=None if stage is None else FirstStage(folder),
+        first_stage=None if stage is None else FirstStageSource(folder),
         **{key: notes[key] for key in NOTED if notes.get(key) is not None},
         described=True,
     )

@@ -9,7 +9,7 @@ from torch import nn
 from ldm_dkdm import checkpoints
 from ldm_dkdm.checkpoints import Contents, Hints, Source
 from ldm_dkdm.checkpoints.contents import schedule_of
-from ldm_dkdm.checkpoints.first_stages import FirstStage, named_first_stage
+from ldm_dkdm.checkpoints.first_stages import FirstStageSource, named_first_stage
 from ldm_dkdm.checkpoints.loading import build_loaded, load_strictly
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.errors import UserError
@@ -93,7 +93,9 @@ def _model_of(
     return model
 
 
-def _stage(stage: FirstStage | None, given: FirstStageConfig, diffusion: DiffusionConfig) -> FirstStage | None:
+def _stage(
+    stage: FirstStageSource | None, given: FirstStageConfig, diffusion: DiffusionConfig
+) -> FirstStageSource | None:
     if not SPACES[diffusion.space].encoded:
         if given != FirstStageConfig():
             raise UserError("first_stage: pixel space has none; remove it, or set space=latent")

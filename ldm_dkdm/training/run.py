@@ -14,10 +14,14 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import IterableDataset
 
+from ldm_dkdm.checkpoints.loading import load_strictly
+from ldm_dkdm.checkpoints.reading import read_tensors
+from ldm_dkdm.checkpoints.source import home_of
 from ldm_dkdm.config.schema import TrainerConfig
 from ldm_dkdm.device import default_device, resolve_precision
 from ldm_dkdm.errors import Stopped, UserError
-from ldm_dkdm.reporting import Progress
+from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.reporting import Progress, logger
 from ldm_dkdm.training.bars import ProgressBar, ProgressCalls, StreamModule
 from ldm_dkdm.training.ema import StudentEMA
 from ldm_dkdm.training.ends import early_ends
@@ -105,6 +109,13 @@ class Run:
         """The optimizer steps of the newest checkpoint; 0 without one."""
         latest = self.folder.latest()
         return step_of(latest) if latest else 0
+
+    def ended(self, model: DiffusionModel, end: str) -> Result:
+        """The model of a run that has nothing more to do, with the weights that it saved."""
+        logger.info(f"{self.folder.path}: {end}")
+        model.path = home_of(self.folder.path)
+        load_strictly(model.network.eval(), read_tensors(model.path), model.path)
+        return Result(model, self.folder.path, self.step, end)
 
     @property
     def first_batch(self) -> int:
