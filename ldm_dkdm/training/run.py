@@ -1,6 +1,5 @@
 """One run: the same for distillation, for training on images and for first stages."""
 
-import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -92,16 +91,18 @@ class Run:
             return None
         step = step_of(latest)
         if step >= self.trainer.max_steps:
-            return f"already at step {step}; --resume {self.folder.path} with a larger trainer.max_steps goes on"
+            return f"already at step {step}; more steps go on ({self._resume} and a larger trainer.max_steps)"
         states = read_callbacks(latest)  # also says whether the file is whole
         for end in early_ends(self.trainer):
             if end.state_key in states:
                 end.load_state_dict(states[end.state_key])
             if end.reached:
-                return (
-                    f"already ended at step {step} by {end.key}; --resume {self.folder.path} with a larger one goes on"
-                )
+                return f"already ended at step {step} by {end.key}; a larger one goes on ({self._resume})"
         return None
+
+    @property
+    def _resume(self) -> str:
+        return f"--resume {self.folder.path}, in Python resume=True"
 
     @property
     def step(self) -> int:
@@ -159,8 +160,12 @@ class Run:
         """
         latest, ends = self.folder.latest(), early_ends(self.trainer)
         trainer = self._lightning(latest, [self.stop, *ends, *callbacks])
-        with contextlib.suppress(SIGTERMException):  # the signal asked for a stop, and that saved the run
+        try:
             trainer.fit(module, datamodule=StreamModule(stream_for), ckpt_path=latest, weights_only=True)
+        except SIGTERMException:
+            pass  # the signal asked for a stop, and that saved the run
+        except SystemExit as end:  # Lightning's answer to the second Ctrl-C
+            raise KeyboardInterrupt from end
         reached = [end.key for end in ends if end.reached]
         if trainer.global_step < self.trainer.max_steps and (self.stop.requested or not reached):
             raise Stopped(f"stopped and saved at step {trainer.global_step}; {self.go_on}")
