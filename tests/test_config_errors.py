@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ldm_dkdm.commands.parser import config_parser, split_base
 
+from ldm_dkdm.commands.arguments import split_base
+from ldm_dkdm.commands.main import parser_of
 from tests.cli import distil, run_script, write_yaml
 from tests.parts import distill_config
 
@@ -110,9 +111,12 @@ EDITS = {
         },
         ("student.params.use_spatial_transformer", "not supported"),
     ),
-    "folder_with_target": ({"teacher.target": "ldm_dkdm.networks.UNet"}, ("teacher.target", "describes itself")),
+    "folder_with_target": ({"teacher.target": "ldm_dkdm.networks.DiT"}, ("teacher.target", "describes itself")),
     "other_diffusion": ({"diffusion": {"num_timesteps": 30}}, ("diffusion", "30", "teacher")),
-    "teacher_missing": ({"teacher.ckpt": "/nowhere/model.ckpt"}, ("teacher.ckpt", "/nowhere/model.ckpt", "missing")),
+    "teacher_missing": (
+        {"teacher.ckpt": "/nowhere/model.ckpt"},
+        ("teacher.ckpt: /nowhere/model.ckpt", "no such", "name a CompVis .ckpt"),
+    ),
     "first_stage_missing": ({"first_stage": {"ckpt": "/nowhere/vq"}}, ("first_stage", "/nowhere/vq", "missing")),
     "weight_cap_without_effect": (
         {"distill.loss": {"space": "eps", "weight_cap": 5.0}},
@@ -189,8 +193,13 @@ def test_resume_last_passes_damaged_folders_by(tmp_path: Path, capsys, monkeypat
     assert_one_error_line(capsys, distil("--resume", "last"), ("no run of dkdm_ldm.py",))
 
 
-def test_base_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["x", "--base", "a.yaml", "a=1", "--base", "b.yaml"])
-    assert split_base(config_parser("x").parse_args()) == ([Path("a.yaml"), Path("b.yaml")], ["a=1"])
-    monkeypatch.setattr("sys.argv", ["x", "a.yaml", "a=1"])  # --base left out
-    assert split_base(config_parser("x").parse_args()) == ([Path("a.yaml")], ["a=1"])
+def test_base_may_be_repeated_or_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.yaml", "b.yaml"):
+        write_yaml(tmp_path / name, {})
+    for words, files in (
+        (["--base", "a.yaml", "a=1", "--base", "b.yaml"], ["a.yaml", "b.yaml"]),
+        (["a.yaml", "a=1"], ["a.yaml"]),
+    ):
+        options = parser_of("distill").parse_args(words)
+        assert split_base(options.base, options.overrides) == (files, ["a=1"])

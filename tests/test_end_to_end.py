@@ -1,14 +1,14 @@
-"""A distillation from teacher to pictures, through the scripts."""
+"""A distillation from teacher to images, through the scripts."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ldm_dkdm.sources import load_model
 from PIL import Image
 from safetensors.torch import load_file
 
+from ldm_dkdm import load_model
 from ldm_dkdm.config.load import load_config, to_yaml
 from tests.cli import contents, distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
@@ -39,8 +39,8 @@ def pixels(folder: Path) -> np.ndarray:
 
 def test_the_student_folder_describes_itself_and_loads_strictly(run: Path) -> None:
     model = load_model(run / "student")
-    assert model.card.network.parameterization == "v" and model.card.diffusion.num_timesteps == 20
-    assert model.card.info["step"] == model.card.info["max_steps"] == 6
+    assert model.node.parameterization == "v" and model.diffusion.num_timesteps == 20
+    assert model.info["step"] == model.info["max_steps"] == 6
     assert model.network.image_size == UNET_PARAMS["image_size"]
 
 
@@ -76,14 +76,14 @@ def test_a_second_call_says_that_it_is_done_and_changes_no_file(run: Path, base:
     assert (contents(run), {f: f.stat().st_mtime_ns for f in run.rglob("*")}) == before
 
 
-def test_run_student_and_checkpoint_paint_the_same(run: Path, tmp_path: Path) -> None:
-    painted = []
+def test_run_student_and_checkpoint_sample_the_same(run: Path, tmp_path: Path) -> None:
+    sampled = []
     for i, path in enumerate((run, run / "student", run / "checkpoints" / "step=00000006.ckpt")):
         out = tmp_path / str(i)
         assert sample("-r", path, "-n", 3, "-c", 4, "-l", out, "--precision", "32") == 0
-        painted.append(contents(out))
-    assert len(painted[0]) == 4
-    assert painted[0] == painted[1] == painted[2]
+        sampled.append(contents(out))
+    assert len(sampled[0]) == 4
+    assert sampled[0] == sampled[1] == sampled[2]
 
 
 def latents(run: Path, out: Path, *arguments: object) -> torch.Tensor:
@@ -110,35 +110,35 @@ def test_ddpm_differs_from_ddim(run: Path, tmp_path: Path) -> None:
     assert not torch.allclose(plain, vanilla, atol=1e-2)
 
 
-def test_pictures_of_an_earlier_call_are_counted(run: Path, tmp_path: Path, capsys) -> None:
+def test_images_of_an_earlier_call_are_counted(run: Path, tmp_path: Path, capsys) -> None:
     for count, words in ((3, False), (2, True), (3, False)):
         assert sample("-r", run, "-n", count, "-c", 2, "-l", tmp_path) == 0
-        assert ("1 pictures of earlier calls" in capsys.readouterr().out) == words
+        assert ("1 images of earlier calls" in capsys.readouterr().out) == words
 
 
-def test_npz_holds_the_pictures_as_uint8_nhwc(run: Path, tmp_path: Path) -> None:
+def test_npz_holds_the_images_as_uint8_nhwc(run: Path, tmp_path: Path) -> None:
     assert sample("-r", run, "-n", 3, "-c", 2, "-l", tmp_path, "--npz") == 0
     array = np.load(tmp_path / "samples.npz")["arr_0"]
     assert array.dtype == np.uint8 and array.shape == (3, 32, 32, 3)
     assert np.array_equal(array, pixels(tmp_path))
 
 
-def test_latents_decode_to_the_pictures_that_were_painted(run: Path, first_stage: Path, tmp_path: Path) -> None:
-    latents(run, tmp_path / "painted", "-n", 3)
-    file, out = tmp_path / "painted" / "latents.safetensors", tmp_path / "decoded"
+def test_latents_decode_to_the_images_that_were_sampled(run: Path, first_stage: Path, tmp_path: Path) -> None:
+    latents(run, tmp_path / "sampled", "-n", 3)
+    file, out = tmp_path / "sampled" / "latents.safetensors", tmp_path / "decoded"
     code = run_script("decode_latents.py", file, "--first_stage", first_stage, "-o", out, "--batch_size", 3)
     assert code == 0
-    difference = pixels(out).astype(int) - pixels(tmp_path / "painted")
+    difference = pixels(out).astype(int) - pixels(tmp_path / "sampled")
     assert abs(difference).max() <= 2  # decoding may be in bf16, sampling was not
 
 
-def test_a_comparison_is_one_picture_of_all_models(run: Path, teacher_folder: Path, tmp_path: Path) -> None:
+def test_a_comparison_is_one_image_of_all_models(run: Path, teacher_folder: Path, tmp_path: Path) -> None:
     picture = tmp_path / "both.png"
     models = ("-r", teacher_folder, run)
     assert sample(*models, "-n", 4, "-c", 2, "-l", tmp_path / "out", "--compare", picture) == 0
     for name in ("teacher", "student"):
-        (painted,) = (tmp_path / "out").glob(f"*-{name}/grid.png")
-        assert [places(read(painted), read(picture), factor) for factor in range(1, 9)].count(1) == 1
+        (sampled,) = (tmp_path / "out").glob(f"*-{name}/grid.png")
+        assert [places(read(sampled), read(picture), factor) for factor in range(1, 9)].count(1) == 1
 
 
 def places(panel: np.ndarray, sheet: np.ndarray, factor: int) -> int:

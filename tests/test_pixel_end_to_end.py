@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ldm_dkdm.sources import load_model
 from safetensors.torch import load_file
 
+from ldm_dkdm import load_model
 from ldm_dkdm.training import ends
 from tests.cli import contents, distil, run_script, sample
 from tests.digits import DIT, TRAINER, distil_config, train
@@ -47,7 +47,7 @@ def test_a_cnn_teaches_a_vit(teacher: Path, tmp_path: Path) -> None:
     student = {"target": "ldm_dkdm.networks.DiT", "params": DIT, "parameterization": "v"}
     assert distil("--base", distil_config(teacher, tmp_path, "vit", student=student)) == 0
     model = load_model(tmp_path / "vit" / "student")
-    assert type(model.network).__name__ == "DiT" and model.card.diffusion.space == "pixel"
+    assert type(model.network).__name__ == "DiT" and model.diffusion.space == "pixel"
     assert sample("-r", tmp_path / "vit", "-n", 2, "-c", 3, "--labels", 7, "-l", tmp_path / "out") == 0
 
 
@@ -64,20 +64,20 @@ def test_a_guided_vit_teaches_a_cnn_and_is_what_the_student_is_measured_against(
     for guidance in (1.0, 4.0):
         name = f"guided-{guidance:g}"
         teacher = {"guidance": guidance}
-        base = distil_config(tmp_path / "vit" / "student", tmp_path, name, teacher=teacher, trainer={"max_steps": 2})
+        base = distil_config(tmp_path / "vit" / "model", tmp_path, name, teacher=teacher, trainer={"max_steps": 2})
         assert distil("--base", base) == 0
         assert run_script("evaluate.py", "-r", tmp_path / name, "-n", 0, "-c", 4, "--chains", 2) == 0
         found.append(
             json.loads((tmp_path / name / "student" / "evaluation.json").read_text())["eps_mse_by_t_quarter_untrained"]
         )
-    assert load_model(tmp_path / "guided-4" / "student").card.null_label is None  # its table ends at 9
+    assert load_model(tmp_path / "guided-4" / "student").null_label is None  # its table ends at 9
     assert not np.allclose(found[0], found[1], rtol=1e-3)
 
 
 @pytest.mark.parametrize(
     "arguments", [["-c", 5], ["--sampler", "ddpm", "-c", 5], ["--sampler", "dpm-solver++", "-c", 5], ["-v"]]
 )
-def test_samplers_write_labelled_pictures_that_depend_on_the_label(
+def test_samplers_write_labelled_images_that_depend_on_the_label(
     arguments: list[object], teacher: Path, tmp_path: Path
 ) -> None:
     outputs = []
@@ -100,7 +100,7 @@ def test_the_baselines_train_on_synthetic_data_alone_and_with_a_part_of_the_real
     assert train(tmp_path, "free", synthetic) == 0
     assert train(tmp_path, "limited", {**synthetic, "path": str(digits), "fraction": 0.05}) == 0
     assert train(tmp_path, "based", {"path": str(digits)}) == 0
-    models = [load_file(tmp_path / name / "student" / "model.safetensors") for name in ("free", "limited", "based")]
+    models = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("free", "limited", "based")]
     assert not torch.equal(models[0]["out.2.weight"], models[1]["out.2.weight"])
     assert not torch.equal(models[1]["out.2.weight"], models[2]["out.2.weight"])
 
@@ -109,7 +109,7 @@ def test_early_stop_ends_a_run_that_no_longer_improves_and_still_saves(digits: P
     stop = {"monitor": "loss", "window": 2, "patience": 2, "min_delta": 1e9}
     assert train(tmp_path, "early", {"path": str(digits)}, trainer={"max_steps": 40, "early_stop": stop}) == 0
     assert [f.name for f in (tmp_path / "early" / "checkpoints").glob("*.ckpt")][-1:] == ["step=00000006.ckpt"]
-    assert load_model(tmp_path / "early" / "student").card.info["step"] == 6
+    assert load_model(tmp_path / "early" / "model").info["step"] == 6
     before = contents(tmp_path / "early")
     assert train(tmp_path, "early", {"path": str(digits)}, trainer={"max_steps": 40, "early_stop": stop}) == 0
     assert contents(tmp_path / "early") == before
@@ -119,11 +119,11 @@ def test_an_early_stop_that_gets_more_patience_goes_on(teacher: Path, tmp_path: 
     stop = {"monitor": "loss", "window": 2, "patience": 2, "min_delta": 1e9}
     base = distil_config(teacher, tmp_path, "early", trainer={"max_steps": 12, "early_stop": stop})
     assert distil("--base", base) == 0
-    assert load_model(tmp_path / "early" / "student").card.info["step"] == 6
+    assert load_model(tmp_path / "early" / "student").info["step"] == 6
     assert distil("--resume", tmp_path / "early", "trainer.early_stop.patience=3") == 0
-    assert load_model(tmp_path / "early" / "student").card.info["step"] == 8
+    assert load_model(tmp_path / "early" / "student").info["step"] == 8
     assert distil("--resume", tmp_path / "early", "trainer.early_stop=null") == 0
-    assert load_model(tmp_path / "early" / "student").card.info["step"] == 12
+    assert load_model(tmp_path / "early" / "student").info["step"] == 12
 
 
 class Clock:
@@ -145,7 +145,7 @@ def test_a_time_limit_ends_a_run_with_the_learning_rate_and_more_time_goes_on(
     base = distil_config(teacher, tmp_path, "short", trainer=trainer, logging={"save_every": 3})
     run = tmp_path / "short"
     assert distil("--base", base) == 0
-    assert load_model(run / "student").card.info["step"] == 6
+    assert load_model(run / "student").info["step"] == 6
     saved = torch.load(run / "checkpoints" / "step=00000006.ckpt", weights_only=True)
     assert saved["lr_schedulers"][0]["_last_lr"][0] < 0.1 * TRAINER["learning_rate"]
     before = contents(run)
@@ -153,13 +153,13 @@ def test_a_time_limit_ends_a_run_with_the_learning_rate_and_more_time_goes_on(
     assert "already ended at step 6 by trainer.max_minutes" in capsys.readouterr().out
     assert contents(run) == before
     assert distil("--resume", run, "trainer.max_minutes=2") == 0
-    assert load_model(run / "student").card.info["step"] == 12
+    assert load_model(run / "student").info["step"] == 12
 
 
 def test_a_run_that_improves_ends_at_max_steps(digits: Path, tmp_path: Path) -> None:
     stop = {"monitor": "loss", "window": 2, "patience": 100}
     assert train(tmp_path, "whole", {"path": str(digits)}, trainer={"max_steps": 7, "early_stop": stop}) == 0
-    assert load_model(tmp_path / "whole" / "student").card.info["step"] == 7
+    assert load_model(tmp_path / "whole" / "model").info["step"] == 7
 
 
 def test_accumulated_batches_are_one_step_and_resume_exactly(teacher: Path, tmp_path: Path) -> None:

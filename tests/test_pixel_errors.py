@@ -83,4 +83,4 @@ def test_sampler_options_that_cannot_act_are_refused(
 
 def test_labels_that_no_class_has_are_refused(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sample("-r", teacher, "-c", 4, "--labels", 10) == 2
-    assert "--labels: 10 is none of the 10 classes" in capsys.readouterr().err
+    assert "--labels: 10 is none of the model's 10 classes" in capsys.readouterr().err

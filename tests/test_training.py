@@ -1,4 +1,4 @@
-"""Training of a teacher on pictures, the weight average, and what a distillation learns."""
+"""Training of a teacher on images, the weight average, and what a distillation learns."""
 
 import os
 import signal
@@ -8,15 +8,11 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from ldm_dkdm.sources import Model, load_model, make_schedule
-from ldm_dkdm.teacher import Teacher
 
-from ldm_dkdm.config.registry import build
-from ldm_dkdm.config.schema import NetworkConfig
+from ldm_dkdm import load_model
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.evaluation.agreement import eps_error_by_quarter, eps_errors, held_out_chains
-from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.training.ema import StudentEMA
 from tests.cli import distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
@@ -35,7 +31,7 @@ def ldm_config(data: Path, first_stage: Path, logs: Path, name: str) -> dict[str
     }
 
 
-def test_a_teacher_trains_on_pictures_and_resumes_exactly(first_stage: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_teacher_trains_on_images_and_resumes_exactly(first_stage: Path, tmp_path: Path, monkeypatch) -> None:
     data, logs = pictures(tmp_path), tmp_path / "logs"
     bases = [write_yaml(tmp_path / f"{n}.yaml", ldm_config(data, first_stage, logs, n)) for n in ("whole", "stopped")]
     assert run_script("train_ldm.py", "--base", bases[0]) == 0
@@ -50,14 +46,14 @@ def test_a_teacher_trains_on_pictures_and_resumes_exactly(first_stage: Path, tmp
         patch.setattr(DataStream, "next_batch", stopping)
         assert run_script("train_ldm.py", "--base", bases[1]) == 130
     assert run_script("train_ldm.py", "--base", bases[1]) == 0
-    whole, resumed = (logs / name / "student" / "model.safetensors" for name in ("whole", "stopped"))
+    whole, resumed = (logs / name / "model" / "model.safetensors" for name in ("whole", "stopped"))
     assert whole.read_bytes() == resumed.read_bytes()
     monkeypatch.chdir(tmp_path)
     for run in ("last", logs / "whole"):
         assert run_script("train_ldm.py", "--resume", run, "trainer.max_steps=8") == 0
-    assert load_model(logs / "stopped" / "student").card.info["step"] == 8
+    assert load_model(logs / "stopped" / "model").info["step"] == 8
     assert whole.read_bytes() == resumed.read_bytes()
-    assert load_model(logs / "whole" / "student").card.diffusion.num_timesteps == 20
+    assert load_model(logs / "whole" / "model").diffusion.num_timesteps == 20
 
 
 def test_latents_encoded_in_every_step_give_the_losses_that_latents_encoded_once_do(
@@ -82,7 +78,7 @@ def test_a_latent_model_trains_on_a_teachers_samples_alone(
     config = ldm_config(tmp_path / "unused", first_stage, tmp_path / "logs", "free")
     config["data"] |= {"path": None, "synthetic": str(tmp_path / "s" / "samples.npz")}
     assert run_script("train_ldm.py", "--base", write_yaml(tmp_path / "base.yaml", config)) == 0
-    assert load_model(tmp_path / "logs" / "free" / "student").card.info["step"] == 6
+    assert load_model(tmp_path / "logs" / "free" / "model").info["step"] == 6
 
 
 def test_the_average_is_the_closed_form() -> None:
@@ -108,17 +104,12 @@ def test_a_distilled_student_agrees_with_its_teacher(teacher_folder: Path, tmp_p
     config = distill_config(teacher_folder, tmp_path / "logs", **sections)
     config["distill"]["batch_size"] = 16
     assert distil("--base", write_yaml(tmp_path / "c.yaml", config)) == 0
-    teacher_model = load_model(teacher_folder)
-
-    def denoiser(model: Model) -> Teacher:
-        return Teacher(model.network, make_schedule(model.card.diffusion), model.card.network.parameterization)
-
-    teacher = denoiser(teacher_model)
-    states = held_out_chains(teacher, (3, 8, 8), chains=16, seed=99, device="cpu", every=2)
+    teacher = load_model(teacher_folder)
+    states = held_out_chains(teacher, chains=16, seed=99, device="cpu", every=2)
     student = load_model(tmp_path / "logs" / "run" / "student")
-    untrained = Model(build(NetworkConfig("ldm_dkdm.networks.UNet", UNET_PARAMS), NETWORKS), student.card, None)
     before, after = (
-        eps_error_by_quarter(eps_errors(denoiser(m).predict, states), states, 20) for m in (untrained, student)
+        eps_error_by_quarter(eps_errors(model.predict, states), states, 20)
+        for model in (student.student(student.node), student)
     )
     assert all(a < 0.5 * b for a, b in zip(after, before, strict=True))
 

@@ -130,15 +130,18 @@ class Contents:
         """The network's tensors: EMA unless told otherwise; where only one kind is there, that one.
 
         Raises:
-            UserError: the kind that was asked for is not in the file.
+            UserError: the kind that was asked for is not in the file, or a model that describes itself has one kind.
         """
+        key = hints.key("use_ema")
+        if self.described and hints.use_ema is not None and None in (self.ema, self.raw):
+            raise UserError(f"{key}: {self.path} describes itself and holds one set of weights; remove the key")
         if hints.use_ema is None:
             found = self.raw if self.ema is None else self.ema
         else:
             found = self.ema if hints.use_ema else self.raw
         if found is None:
             has, value = ("no EMA weights", "false") if hints.use_ema else ("EMA weights only", "true")
-            raise UserError(f"{self.path}: holds {has}; set {hints.key('use_ema')}={value}, or remove the key")
+            raise UserError(f"{self.path}: holds {has}; set {key}={value}, or remove the key")
         return found
 
     def network(self, hints: Hints) -> NetworkConfig:

@@ -134,10 +134,12 @@ def component_of(source: Source) -> Path:
     if source.holds("config.json") and source.json("config.json").get("_class_name") in CLASSES:
         return source.path
     parts = source.json("model_index.json") if source.holds("model_index.json") else {}
-    found = next((name for name in ("vqvae", "vae") if name in parts), None)
-    if found is None:
-        raise UserError(f"first_stage: {source.path} holds no first stage; name its file or folder")
-    return source.path / found
+    part = next((name for name in ("vqvae", "vae") if name in parts), None)
+    if part is None:
+        kind = card_kind(source.path / "config.yaml") if has_config(source.path) else None
+        found = f"is {kind}, not {FirstStageCard.KIND}" if kind else "holds no first stage"
+        raise UserError(f"first_stage: {source.path} {found}; name the first stage's file or folder")
+    return source.path / part
 
 
 def tensors_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ldm_dkdm.checkpoints.first_stages import FirstStage, is_first_stage_folder
 from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.source import Source, has_config
 from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
-from ldm_dkdm.config.load import read_card, to_yaml
+from ldm_dkdm.config.load import RUN_KIND, card_kind, read_card, to_yaml
 from ldm_dkdm.config.schema import FirstStageCard, FirstStagePointer, ModelCard
 from ldm_dkdm.files import write_tensors, write_text
 
@@ -23,8 +23,8 @@ WEIGHTS = "model.safetensors"
 
 
 def recognises(source: Source) -> bool:
-    """Whether the path is a folder with a config.yaml."""
-    return source.is_folder and has_config(source.path)
+    """Whether the path is a folder with a config.yaml that is not a run's."""
+    return source.is_folder and has_config(source.path) and card_kind(source.path / "config.yaml") != RUN_KIND
 
 
 def read(source: Source) -> Contents:

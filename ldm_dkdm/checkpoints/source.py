@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.reading import file_kind, read_content, select_part, tensors_in
+from ldm_dkdm.checkpoints.releases import how_to_get
 from ldm_dkdm.config.load import read_yaml
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.errors import UserError
@@ -45,7 +46,7 @@ class Source:
         if self.is_folder:
             return "folder"
         if not self.path.is_file():
-            raise UserError(f"{self.path}: no such checkpoint file")
+            raise UserError(f"{self.path}: no such checkpoint file; {how_to_get(self.path)}")
         return file_kind(self.path)
 
     @cached_property

@@ -1,13 +1,15 @@
 """What a file is that holds no diffusion model."""
 
-from ldm_dkdm.checkpoints.source import Source
+from ldm_dkdm.checkpoints.source import Source, has_config
 
 
 def what_else(source: Source) -> str:
     """What a file or folder holds instead, and where it belongs."""
     if source.is_folder:
-        if (source.path / "checkpoints").is_dir():
+        if has_config(source.path) or (source.path / "checkpoints").is_dir():
             return f"the run has no model yet; let it save once, or go on with --resume {source.path}"
+        if source.holds("model.safetensors") or source.holds("student.safetensors"):
+            return "config.yaml is missing; a model folder holds it and the weights"
         return "is neither a model folder (config.yaml), nor a diffusers folder (model_index.json or config.json)"
     return _of_names(set(source.tensors))
 

@@ -185,17 +185,23 @@ SECTIONS = {
     "logging": {f.name for f in fields(LoggingConfig)},
     "data": {f.name for f in fields(DiffusionDataConfig)},
 }
+DISTILLATION = {f.name for f in fields(DistillRun)}
 
 
 @contextmanager
-def dotted_keys(*sections: str) -> Iterator[None]:
-    """Name the keys of a config in what the library says of its parameters: `rho: ...` -> `distill.rho: ...`."""
+def dotted_keys(*sections: str, path: str | None = None) -> Iterator[None]:
+    """Name the keys of a config in what the library says of its parameters: `rho: ...` -> `distill.rho: ...`.
+
+    `path` is the key put before messages that name neither a parameter nor a section, but the file that it gives.
+    """
     try:
         yield
     except UserError as error:
-        name = str(error).partition(":")[0]
-        owner = next((section for section in sections if name.partition(".")[0] in SECTIONS[section]), None)
-        raise UserError(f"{owner}.{error}" if owner else str(error)) from error
+        name = str(error).partition(":")[0].partition(".")[0]
+        owner = next((section for section in sections if name in SECTIONS[section]), None)
+        if owner:
+            raise UserError(f"{owner}.{error}") from error
+        raise UserError(f"{path}: {error}" if path and name not in DISTILLATION else str(error)) from error
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +15,6 @@ from ldm_dkdm.commands.arguments import (
     read_training_call,
 )
 from ldm_dkdm.config.schema import DistillRun
-from ldm_dkdm.errors import UserError
 
 if TYPE_CHECKING:
     from ldm_dkdm.model import DiffusionModel
@@ -60,19 +57,8 @@ def open_teacher(config: DistillRun) -> "DiffusionModel":
     from ldm_dkdm.model import open_model
 
     hints = Hints.of_sections(config.teacher, config.diffusion, config.first_stage)
-    with _keys_of_teacher():
+    with dotted_keys("teacher", path="teacher.ckpt"):
         return open_model(config.teacher.ckpt, hints).changed(guidance=config.teacher.guidance)
-
-
-@contextmanager
-def _keys_of_teacher() -> Iterator[None]:
-    """Name the key to blame for a teacher that does not open: one of its section, or the path of its checkpoint."""
-    try:
-        with dotted_keys("teacher"):
-            yield
-    except UserError as error:
-        named = str(error).startswith(("teacher.", "diffusion", "first_stage"))
-        raise UserError(str(error) if named else f"teacher.ckpt: {error}") from error
 
 
 def _plan(config: DistillRun) -> None:

@@ -32,6 +32,7 @@ FLAGS = {
     "sampler": "--sampler",
     "first_stage": "--first_stage",
     "precision": "--precision",
+    "device": "--device",
 }
 
 
@@ -117,8 +118,8 @@ def open_for_sampling(
     from ldm_dkdm.device import resolve_device
     from ldm_dkdm.model import open_model, require_sampling
 
-    where = resolve_device(device)
-    with flags(use_ema="--raw"):
+    with flags(use_ema="--raw", device="--device"):
+        where = resolve_device(device)
         model = open_model(path, Hints.of(**hints), lenient=True)
     if guidance != 1 and "teacher" in model.info:
         raise UserError(f"--guidance: {path} is a student and learned the guided prediction itself; give it 1")

@@ -16,6 +16,7 @@ from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, Fir
 from ldm_dkdm.errors import UserError, nearest
 
 __all__ = [
+    "RUN_KIND",
     "card_kind",
     "convert",
     "fits",
@@ -36,6 +37,7 @@ else:
     T = TypeVar("T", bound=Section)
 Card = TypeVar("Card", ModelCard, FirstStageCard)
 RUNS = (DistillRun, DiffusionRun, FirstStageRun)
+RUN_KIND = "a run's folder without a saved model"
 
 
 def load_config(
@@ -173,7 +175,7 @@ def card_kind(path: Path) -> str | None:
     if "network" in tree:
         return ModelCard.KIND
     if "trainer" in tree:
-        return "a run's folder without a saved model (the first save writes it)"
+        return RUN_KIND
     return FirstStageCard.KIND if {"weights", "target"} <= set(tree) else None
 
 
