@@ -18,8 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ldm_dkdm.sources import make_schedule  # noqa: E402
-
+from ldm_dkdm.checkpoints.contents import schedule_of  # noqa: E402
 from ldm_dkdm.config.load import load_config  # noqa: E402
 from ldm_dkdm.config.registry import build  # noqa: E402
 from ldm_dkdm.config.schema import DistillRun  # noqa: E402
@@ -43,13 +42,13 @@ def main() -> None:
 
 def write_teacher(config: DistillRun, folder: Path) -> Path:
     """A checkpoint of the recipe's teacher with random weights."""
-    unet = build(config.teacher, NETWORKS)
+    unet = build(config.teacher, NETWORKS, "teacher.params")
     torch.nn.init.normal_(unet.out[2].weight, std=0.02)  # a network starts with zeros there and would predict none
     if config.diffusion.space == "pixel":
         torch.save(unet.state_dict(), folder / "model.pt")
         return folder / "model.pt"
-    vq = build(config.first_stage, FIRST_STAGES)
-    return write_compvis_checkpoint(folder / "model.ckpt", unet, vq, make_schedule(config.diffusion))
+    vq = build(config.first_stage, FIRST_STAGES, "first_stage.params")
+    return write_compvis_checkpoint(folder / "model.ckpt", unet, vq, schedule_of(config.diffusion))
 
 
 def run(recipe: str, folder: Path, batch: int, steps: int, precision: str) -> None:

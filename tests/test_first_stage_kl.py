@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.checkpoints.contents import schedule_of
-from ldm_dkdm.checkpoints.first_stages import FirstStage
+from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.commands.distill import open_teacher
 from ldm_dkdm.first_stage import AutoencoderKL, VQModel
 from ldm_dkdm.networks import DiT, UNet
@@ -55,7 +55,7 @@ def vae(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("attends", [False, True])
 def test_latents_and_images_equal_diffusers(attends: bool, tmp_path: Path) -> None:
     vae = write_vae(tmp_path / "vae", attends)
-    stage, theirs = FirstStage(vae).opened(), Theirs.from_pretrained(vae, low_cpu_mem_usage=False).eval()
+    stage, theirs = FirstStageSource(vae).opened(), Theirs.from_pretrained(vae, low_cpu_mem_usage=False).eval()
     ours = AutoencoderKL(**stage.params).eval()
     ours.load_state_dict(stage.tensors)
     x = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -69,7 +69,7 @@ def test_a_first_stage_option_that_we_do_not_have_is_refused(vae: Path) -> None:
     config = vae / "config.json"
     config.write_text(config.read_text().replace('"shift_factor": null', '"shift_factor": 0.1'))
     with pytest.raises(UserError, match=r"shift_factor 0\.1 is not supported"):
-        FirstStage(vae).opened()
+        FirstStageSource(vae).opened()
 
 
 def test_a_compvis_file_with_a_kl_first_stage_needs_no_description_of_it(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_student_on_kl_latents_leaves_for_diffusers_and_compvis_and_comes_back
         model = open_teacher(run_with(out, params=GIVEN if layout == "compvis" else {}))
         assert all(torch.equal(model.network.state_dict()[name], value) for name, value in weights.items())
         codec = model.codec()
-        own = FirstStage(vae).opened().tensors
+        own = FirstStageSource(vae).opened().tensors
         assert codec.scale_factor == 0.5
         assert all(torch.equal(codec.autoencoder.state_dict()[name], value) for name, value in own.items())
     assert "ldm.models.autoencoder.AutoencoderKL" in (tmp_path / "model.yaml").read_text()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm_dkdm.checkpoints.first_stages import FirstStage
+from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.config.load import parse
 from ldm_dkdm.config.schema import FirstStageRun
 from ldm_dkdm.errors import UserError
@@ -36,7 +36,7 @@ def test_a_first_stage_trains_with_every_term_and_its_folder_loads(tmp_path: Pat
     config = first_stage_config(pictures(tmp_path), tmp_path / "logs", loss=loss) | {"hue": 0.25}
     assert run_script("train_first_stage.py", "--base", write_yaml(tmp_path / "vq.yaml", config)) == 0
     run = tmp_path / "logs" / "vq"
-    codec = FirstStage(run / "first_stage").codec()
+    codec = FirstStageSource(run / "first_stage").codec()
     images = torch.from_numpy(np.load(tmp_path / "pictures.npz")["arr_0"])
     assert codec.encode(images).std().item() == pytest.approx(1.0, abs=1e-3)
     state = torch.load(run / "checkpoints" / "step=00000008.ckpt", weights_only=True)
@@ -50,7 +50,7 @@ def test_training_a_first_stage_raises_its_psnr(tmp_path: Path) -> None:
     base = write_yaml(tmp_path / "vq.yaml", first_stage_config(data, tmp_path / "logs", **sections))
     assert run_script("train_first_stage.py", "--base", base) == 0
     images = torch.from_numpy(np.load(data)["arr_0"])
-    trained = held_out_psnr(FirstStage(tmp_path / "logs" / "vq" / "first_stage").codec().autoencoder, images)
+    trained = held_out_psnr(FirstStageSource(tmp_path / "logs" / "vq" / "first_stage").codec().autoencoder, images)
     assert trained > held_out_psnr(VQModel(**VQ_PARAMS).eval(), images) + 3
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm_dkdm import UserError
-from ldm_dkdm.checkpoints.first_stages import FirstStage
+from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.folder import write_folder
 from ldm_dkdm.checkpoints.source import home_of
 from ldm_dkdm.config.schema import FirstStageCard
@@ -32,12 +32,12 @@ def test_weights_outside_the_folder_are_refused(tmp_path: Path, escape: str) -> 
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("weights: model.safetensors", f"weights: {escape}"))
     with pytest.raises(UserError, match="must be a file name"):
-        FirstStage(folder).opened()
+        FirstStageSource(folder).opened()
 
 
 def test_a_folder_comes_back_as_it_was_written(tmp_path: Path) -> None:
     write_folder(tmp_path, CARD, {**TENSORS, "count": torch.tensor([2**40])}, torch.float16)
-    stage = FirstStage(tmp_path).opened()
+    stage = FirstStageSource(tmp_path).opened()
     assert (stage.target, stage.params, stage.scale_factor) == (CARD.target, CARD.params, CARD.scale_factor)
     expected = {name: value.half() for name, value in TENSORS.items()}
     assert _equal(stage.tensors, {**expected, "count": torch.tensor([2**40])})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.contents import Contents, schedule_of, tolerance
-from ldm_dkdm.checkpoints.first_stages import PREFIX, FirstStage, tensors_of
+from ldm_dkdm.checkpoints.first_stages import PREFIX, FirstStageSource, tensors_of
 from ldm_dkdm.checkpoints.shapes import detached, plain, under
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.unet_shapes import infer_unet
@@ -49,7 +49,7 @@ def read(source: Source) -> Contents:
     stage = None
     if any(name.startswith(PREFIX) for name in tensors):
         scale = tensors.get("scale_factor")
-        stage = FirstStage(source.path, 1.0 if scale is None else None, tensors=tensors_of(tensors), stored=scale)
+        stage = FirstStageSource(source.path, 1.0 if scale is None else None, tensors=tensors_of(tensors), stored=scale)
     return Contents(
         path=source.path,
         file=source.path,
@@ -59,7 +59,7 @@ def read(source: Source) -> Contents:
         raw=raw,
         diffusion=None if stored is None else name_schedule(stored),
         alphas_cumprod=stored,
-        first_stage=stage or FirstStage(source.path),
+        first_stage=stage or FirstStageSource(source.path),
     )
 
 

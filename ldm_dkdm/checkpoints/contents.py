@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_dkdm.checkpoints.first_stages import FirstStage
+from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig, TeacherConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
@@ -119,7 +119,7 @@ class Contents:
     diffusion: DiffusionConfig | None = None
     alphas_cumprod: Tensor | None = None
     space: str = "latent"
-    first_stage: FirstStage | None = None
+    first_stage: FirstStageSource | None = None
     null_label: int | None = None
     shape: Sequence[int] | None = None
     num_classes: int | None = None

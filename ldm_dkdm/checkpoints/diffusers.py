@@ -9,7 +9,7 @@ from typing import Any
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.diffusers_first_stage import component
 from ldm_dkdm.checkpoints.diffusers_unet import to_ours, to_theirs, unet_config, unet_params
-from ldm_dkdm.checkpoints.first_stages import FirstStage
+from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.reading import read_tensors, weights_in
 from ldm_dkdm.checkpoints.shapes import plain
 from ldm_dkdm.checkpoints.source import Source, read_json
@@ -17,7 +17,7 @@ from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
 from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.files import write_tensors, write_text
-from ldm_dkdm.networks import UNet
+from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.pixel import SPACES
 
 NAME = "diffusers folder"
@@ -93,7 +93,7 @@ def _pipeline(folder: Path) -> Contents:
         raw=to_ours(read_tensors(folder / "unet"), params, folder / "unet"),
         parameterization=parameterization,
         diffusion=diffusion,
-        first_stage=None if stage is None else FirstStage(folder),
+        first_stage=None if stage is None else FirstStageSource(folder),
         **{key: notes[key] for key in NOTED if notes.get(key) is not None},
         described=True,
     )
@@ -131,10 +131,12 @@ def write(model: SavedModel, path: Path) -> None:
         UserError: a model that diffusers' classes cannot express, or a folder that exists.
     """
     refuse_existing(path)
-    if not isinstance(model.network, UNet):
+    if isinstance(model.network, DiT):
         raise UserError(
             "format: diffusers' DiT embeds timesteps in other frequencies than DiT's own code; choose safetensors"
         )
+    if not isinstance(model.network, UNet):
+        raise UserError(f"format: diffusers has no {type(model.network).__name__}; choose safetensors")
     parts = {"unet": (unet_config(model.node.params), to_theirs(model.network.state_dict(), model.node.params))}
     if model.space.encoded:
         codec = model.codec()

@@ -24,7 +24,7 @@ PREFIX = "first_stage_model."  # in CompVis's files
 
 
 @dataclass(frozen=True)
-class FirstStage:
+class FirstStageSource:
     """Where a model's first stage lies and what it is; it is opened when it is first needed.
 
     Attributes:
@@ -56,7 +56,7 @@ class FirstStage:
             raise UserError(f"{self.path}: scale_factor is not a number above 0; set first_stage.scale_factor")
         return stored.item()
 
-    def opened(self, latent_size: int | None = None) -> "FirstStage":
+    def opened(self, latent_size: int | None = None) -> "FirstStageSource":
         """The same with everything known and its tensors read.
 
         Args:
@@ -75,19 +75,19 @@ class FirstStage:
         found = replace(self, tensors=tensors_of(source.tensors), stored=source.tensors.get("scale_factor"))
         return found.opened(latent_size)
 
-    def _of_folder(self, source: Source, latent_size: int | None) -> "FirstStage":
+    def _of_folder(self, source: Source, latent_size: int | None) -> "FirstStageSource":
         if is_first_stage_folder(source.path):
             if self.target is not None or self.params:
                 raise UserError(f"first_stage: {self.path} describes itself; remove target and params")
             card = read_card(source.path / "config.yaml", FirstStageCard)
             tensors = read_named_weights(source.path, card.weights)
-            found = FirstStage(source.path, card.scale_factor, card.target, card.params, tensors)
+            found = FirstStageSource(source.path, card.scale_factor, card.target, card.params, tensors)
         else:
             folder = component_of(source)
-            found = FirstStage(source.path, **read_component(folder, latent_size))
+            found = FirstStageSource(source.path, **read_component(folder, latent_size))
         return replace(found, scale_factor=self.scale_factor or found.scale_factor)
 
-    def _inferred(self, tensors: Mapping[str, Tensor], latent_size: int | None) -> "FirstStage":
+    def _inferred(self, tensors: Mapping[str, Tensor], latent_size: int | None) -> "FirstStageSource":
         if self.target is not None:
             return replace(self, tensors=tensors)
         if latent_size is None:
@@ -105,19 +105,19 @@ class FirstStage:
         autoencoder = build_loaded(stage, "first_stage.params", FIRST_STAGES, stage.tensors or {}, stage.path)
         return LatentCodec(autoencoder, stage.scale_factor or 1.0, precision, stage.target, stage.params)
 
-    def changed(self, config: FirstStageConfig) -> "FirstStage":
+    def changed(self, config: FirstStageConfig) -> "FirstStageSource":
         """What a user says instead; the scale belongs to the diffusion model, whichever file is named."""
         scale = config.scale_factor or self.scale
         if config.ckpt is not None:
-            return FirstStage(Path(config.ckpt), scale, config.target, config.params)
+            return FirstStageSource(Path(config.ckpt), scale, config.target, config.params)
         if config.target is None:
             return replace(self, scale_factor=scale)
         return replace(self, scale_factor=scale, target=config.target, params=config.params)
 
 
-def named_first_stage(config: FirstStageConfig) -> FirstStage | None:
+def named_first_stage(config: FirstStageConfig) -> FirstStageSource | None:
     """The first stage that a user names, if one is named."""
-    return None if config.ckpt is None else FirstStage(Path(config.ckpt)).changed(config)
+    return None if config.ckpt is None else FirstStageSource(Path(config.ckpt)).changed(config)
 
 
 def is_first_stage_folder(path: Path) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.card import write_readme
 from ldm_dkdm.checkpoints.contents import Contents
-from ldm_dkdm.checkpoints.first_stages import FirstStage, is_first_stage_folder
+from ldm_dkdm.checkpoints.first_stages import FirstStageSource, is_first_stage_folder
 from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.source import Source, has_config
 from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
@@ -43,7 +43,7 @@ def described(home: Path, format: str = NAME, file: Path | None = None, **weight
     pointer = card.first_stage
     stage = None
     if pointer is not None:
-        stage = FirstStage(home / pointer.path, pointer.scale_factor, pointer.target, pointer.params)
+        stage = FirstStageSource(home / pointer.path, pointer.scale_factor, pointer.target, pointer.params)
     return Contents(
         path=home,
         file=file or home / card.weights,
@@ -87,7 +87,7 @@ def card_of(model: SavedModel, folder: Path, weights: str = WEIGHTS, **info: Any
     )
 
 
-def pointer_to(stage: FirstStage, model: SavedModel, folder: Path) -> FirstStagePointer:
+def pointer_to(stage: FirstStageSource, model: SavedModel, folder: Path) -> FirstStagePointer:
     """How a card in `folder` points to a first stage."""
     path = os.path.relpath(stage.path.resolve(), folder.resolve())
     scale = stage.scale_factor or model.codec().scale_factor

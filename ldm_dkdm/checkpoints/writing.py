@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ldm_dkdm.checkpoints.first_stages import FirstStage
+from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
@@ -21,7 +21,7 @@ class SavedModel(Protocol):
     node: NetworkConfig
     diffusion: DiffusionConfig
     schedule: NoiseSchedule
-    first_stage: FirstStage | None
+    first_stage: FirstStageSource | None
     shape: tuple[int, int, int]
     num_classes: int | None
     null_label: int | None

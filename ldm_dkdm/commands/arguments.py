@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, NoReturn, TypeVar
 
 from ldm_dkdm.config.keys import keys_text
@@ -153,7 +154,7 @@ def load_plugins(files: Sequence[Path]) -> None:
     """Import the files that the user named and enter their nn.Module classes into NETWORKS as FILE.Class.
 
     Raises:
-        UserError: no such file, or one that defines no network.
+        UserError: no such file, one that cannot be imported, or one that defines no network.
     """
     for file in files:
         if not file.is_file():
@@ -162,20 +163,33 @@ def load_plugins(files: Sequence[Path]) -> None:
 
         from ldm_dkdm.networks import NETWORKS
 
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        if spec is None or spec.loader is None:
-            raise UserError(f"--plugin: {file}: is not a Python file; its name must end with .py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[file.stem] = module
-        spec.loader.exec_module(module)
+        module = _imported(file)
         found = [
             kind
             for kind in vars(module).values()
             if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == file.stem
         ]
         if not found:
+            del sys.modules[file.stem]
             raise UserError(f"--plugin: {file}: defines no nn.Module class")
         NETWORKS.update({f"{file.stem}.{kind.__name__}": kind for kind in found})
+
+
+def _imported(file: Path) -> ModuleType:
+    """A Python file as the module of its name; it must not take the place of another module."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--plugin: {file}: is not a Python file; its name ends in .py")
+    loaded = sys.modules.get(file.stem)
+    if file.stem in sys.stdlib_module_names or (loaded and getattr(loaded, "__file__", None) != spec.origin):
+        raise UserError(f"--plugin: {file}: another module is called {file.stem}; rename the file")
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[file.stem]
+        raise UserError(f"--plugin: {file}: cannot be imported: {type(error).__name__}: {error}") from error
+    return module
 
 
 SECTIONS = {

@@ -56,13 +56,13 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
     import torch
     from PIL import Image
 
-    from ldm_dkdm.checkpoints.first_stages import FirstStage
+    from ldm_dkdm.checkpoints.first_stages import FirstStageSource
     from ldm_dkdm.device import default_device, resolve_precision
     from ldm_dkdm.images import save_grid, save_image, save_npz
     from ldm_dkdm.reporting import following
 
     latents, device = read_latents(path), default_device("auto")
-    codec = FirstStage(first_stage, scale_factor).codec(precision=resolve_precision("auto", device)).to(device)
+    codec = FirstStageSource(first_stage, scale_factor).codec(precision=resolve_precision("auto", device)).to(device)
     if latents.shape[1] != codec.latent_channels:
         raise UserError(f"{path}: {latents.shape[1]} channels, but {first_stage} decodes {codec.latent_channels}")
     parts = []

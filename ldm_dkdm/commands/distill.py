@@ -66,7 +66,7 @@ def _plan(config: DistillRun) -> None:
     from ldm_dkdm.config.recipes import find_shipped
     from ldm_dkdm.device import default_device, resolve_precision
     from ldm_dkdm.distillation.student import make_student
-    from ldm_dkdm.training.from_teacher import assemble
+    from ldm_dkdm.training.parts import assemble
     from ldm_dkdm.training.plan import costs, time_needed
 
     path = find_shipped(config.teacher.ckpt)
@@ -88,7 +88,7 @@ def _plan(config: DistillRun) -> None:
 def _untrained_teacher(config: DistillRun, path: Path) -> "DiffusionModel":
     """A teacher of the configured architecture with random weights, for a plan without its checkpoint."""
     from ldm_dkdm.checkpoints.contents import schedule_of
-    from ldm_dkdm.checkpoints.first_stages import FirstStage
+    from ldm_dkdm.checkpoints.first_stages import FirstStageSource
     from ldm_dkdm.config.registry import build
     from ldm_dkdm.config.schema import NetworkConfig
     from ldm_dkdm.model import DiffusionModel
@@ -101,7 +101,7 @@ def _untrained_teacher(config: DistillRun, path: Path) -> "DiffusionModel":
         schedule=schedule_of(config.diffusion),
         parameterization=node.parameterization,
         space=config.diffusion.space,
-        first_stage=FirstStage(path).changed(config.first_stage),
+        first_stage=FirstStageSource(path).changed(config.first_stage),
         node=node,
         null_label=config.teacher.null_label,
         guidance=config.teacher.guidance,

@@ -63,9 +63,9 @@ def is_first_stage(source: "Source") -> bool:
 
 
 def _first_stage(source: "Source") -> dict[str, str]:
-    from ldm_dkdm.checkpoints.first_stages import FirstStage
+    from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 
-    stage = FirstStage(source.path).opened()
+    stage = FirstStageSource(source.path).opened()
     return {
         "path": str(source.path),
         "format": "first-stage folder",

@@ -11,18 +11,20 @@ from torch import Tensor, nn
 
 from ldm_dkdm.checkpoints import FORMATS, Hints
 from ldm_dkdm.checkpoints.contents import schedule_of
-from ldm_dkdm.checkpoints.first_stages import FirstStage
+from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.writing import refuse_existing
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import NetworkConfig, SamplingConfig
-from ldm_dkdm.device import autocast, resolve_precision
+from ldm_dkdm.device import PRECISIONS, autocast, resolve_precision
 from ldm_dkdm.diffusion.process import PARAMETERIZATIONS, reverse_step
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.first_stage.codec import Codec
-from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, require_guidance, shape_of
+from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, shape_of
+from ldm_dkdm.model.guidance import output_of, require_guidance
 from ldm_dkdm.model.sampling import SampleBatch, sample_batches
 from ldm_dkdm.networks import NETWORKS, DiT, UNet
+from ldm_dkdm.networks.cost import parameters
 from ldm_dkdm.networks.scaling import parse_budget, unet_within_budget
 from ldm_dkdm.pixel import SPACES, PixelCodec, Space
 from ldm_dkdm.records import NoisyBatch, Prediction
@@ -69,7 +71,7 @@ class DiffusionModel:
         shape: Sequence[int] | None = None,
         num_classes: int | None = None,
         null_label: int | None = None,
-        first_stage: FirstStage | str | Path | None = None,
+        first_stage: FirstStageSource | str | Path | None = None,
         node: NetworkConfig | None = None,
         info: Mapping[str, Any] | None = None,
         guidance: float = 1.0,
@@ -78,12 +80,13 @@ class DiffusionModel:
         self.network = network
         self.parameterization: str = parameterization or (like.parameterization if like and not node else "eps")
         pick(PARAMETERIZATIONS, self.parameterization, "parameterization")
+        pick(PRECISIONS, precision, "precision")
         self.diffusion = process_of(schedule, space, like)
         self.schedule = schedule_of(self.diffusion)
         self.shape = shape_of(network, shape, like)
         self.num_classes, self.null_label = labels_of(network, num_classes, null_label, like)
-        stage = FirstStage(Path(first_stage)) if isinstance(first_stage, (str, Path)) else first_stage
-        self.first_stage: FirstStage | None = stage or (like.first_stage if like else None)
+        stage = FirstStageSource(Path(first_stage)) if isinstance(first_stage, (str, Path)) else first_stage
+        self.first_stage: FirstStageSource | None = stage or (like.first_stage if like else None)
         self._codec: Codec | None = like._codec if like and stage is None else None
         self.node = replace(node or remembered(network), parameterization=self.parameterization)
         self.info: dict[str, Any] = dict(info or {})
@@ -91,8 +94,7 @@ class DiffusionModel:
         self.format: str | None = None
         self.file: Path | None = None
         self.hints, self.described = Hints(), False
-        self.precision = precision
-        self.guidance = guidance
+        self.precision, self.guidance = precision, guidance
         require_guidance(self)
 
     @property
@@ -110,7 +112,7 @@ class DiffusionModel:
     @property
     def parameters(self) -> int:
         """Number of the network's parameters."""
-        return sum(p.numel() for p in self.network.parameters())
+        return parameters(self.network)
 
     @property
     def device(self) -> torch.device:
@@ -130,16 +132,18 @@ class DiffusionModel:
         return own
 
     def changed(self, **attributes: Any) -> "DiffusionModel":
-        """The same network with other attributes: guidance, null_label, precision, diffusion, info, network, node."""
+        """The same model with other attributes: guidance, null_label, precision, parameterization, diffusion ..."""
         own = copy.copy(self)
         for name, value in attributes.items():
             setattr(own, name, value)
         own.schedule = schedule_of(own.diffusion) if "diffusion" in attributes else self.schedule
+        own.node = replace(own.node, parameterization=own.parameterization)
+        pick(PRECISIONS, own.precision, "precision")
         require_guidance(own)
         return own
 
     def frozen(self) -> "DiffusionModel":
-        """Put the network in eval mode and freeze its parameters, as a teacher's; returns self."""
+        """Put the network in eval mode and freeze its parameters; returns self."""
         self.network.eval().requires_grad_(False)
         return self
 
@@ -154,7 +158,7 @@ class DiffusionModel:
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
         """States x (B,C,H,W) at timesteps t (B,) with labels (B,) -> the prediction, float32, with gradients."""
-        return self.read(self._output(x, t, label).float(), x.float(), t)
+        return self.read(output_of(self, x, t, label).float(), x.float(), t)
 
     def read(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
         """The prediction that a network's output at x means; eps is never clipped, x_0 as the space says."""
@@ -163,22 +167,6 @@ class DiffusionModel:
         output, means = output[:, :channels], PARAMETERIZATIONS[self.parameterization]
         x_0 = self.space.clipped(means.x_0(self.schedule, x, t, output))
         return Prediction(means.eps(self.schedule, x, t, output), x_0, fraction)
-
-    def _output(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
-        """The network's output, with guidance (Ho & Salimans 2022): u + weight (c - u), in one call of twice the batch.
-
-        c is the output with the label, u the one with the null label; a learned variance stays c's.
-        """
-        if self.guidance == 1:
-            return self.network(x, t, label)
-        if label is None:
-            raise UserError("label: missing; guidance needs the label of every state")
-        assert self.null_label is not None  # `require_guidance` has refused that
-        labels = torch.cat([label, torch.full_like(label, self.null_label)])
-        with_label, without = self.network(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
-        channels = x.shape[1]
-        guided = without[:, :channels] + self.guidance * (with_label[:, :channels] - without[:, :channels])
-        return torch.cat([guided, with_label[:, channels:]], 1)
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
@@ -269,8 +257,8 @@ class DiffusionModel:
         if not isinstance(self.network, UNet):
             raise UserError("budget: narrows a UNet, and this model's network is none; make the student yourself")
         params = unet_within_budget(self.node.params, parse_budget(budget))
-        kind = parameterization or self.parameterization
-        return self.student(NetworkConfig("ldm_dkdm.networks.UNet", params, kind), seed)
+        node = NetworkConfig("ldm_dkdm.networks.UNet", params, parameterization or self.parameterization)
+        return self.student(node, seed)
 
     def student(self, node: NetworkConfig, seed: int = 0, where: str = "params") -> "DiffusionModel":
         """A new model of another architecture on this model's states, with random weights that follow from the seed.

@@ -74,22 +74,6 @@ def labels_of(
     return classes, null
 
 
-def require_guidance(model: "DiffusionModel") -> None:
-    """Refuse guidance of a model that cannot be guided.
-
-    Raises:
-        UserError: a negative weight, no labels, or no label that means none.
-    """
-    if model.guidance == 1:
-        return
-    if model.guidance < 0:
-        raise UserError(f"guidance: must be at least 0, got {model.guidance}")
-    if model.num_classes is None:
-        raise UserError("guidance: the model takes no labels; leave it out")
-    if model.null_label is None:
-        raise UserError("null_label: guidance needs the label that means none; set it")
-
-
 def remembered(network: nn.Module) -> NetworkConfig:
     """Target and params of a network: what it was built from, or the name of a class of the user's own."""
     kind = type(network)

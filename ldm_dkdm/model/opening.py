@@ -9,7 +9,7 @@ from torch import nn
 from ldm_dkdm import checkpoints
 from ldm_dkdm.checkpoints import Contents, Hints, Source
 from ldm_dkdm.checkpoints.contents import schedule_of
-from ldm_dkdm.checkpoints.first_stages import FirstStage, named_first_stage
+from ldm_dkdm.checkpoints.first_stages import FirstStageSource, named_first_stage
 from ldm_dkdm.checkpoints.loading import build_loaded, load_strictly
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.errors import UserError
@@ -59,6 +59,11 @@ def open_model(
         hints = replace(hints, params={}, diffusion={}, target=None, parameterization=None)
     where = "teacher.params" if hints.sections else "params"
     node, diffusion = contents.network(hints), contents.process(hints)
+    if network is None and contents.described and node.target not in NETWORKS:
+        raise UserError(
+            f"{contents.path}: its network is {node.target}, which this package does not know; "
+            "name its file with --plugin FILE.py, or in Python give network=MODULE"
+        )
     if network is not None:
         load_strictly(network, contents.weights(hints), contents.file)
     else:
@@ -88,7 +93,9 @@ def _model_of(
     return model
 
 
-def _stage(stage: FirstStage | None, given: FirstStageConfig, diffusion: DiffusionConfig) -> FirstStage | None:
+def _stage(
+    stage: FirstStageSource | None, given: FirstStageConfig, diffusion: DiffusionConfig
+) -> FirstStageSource | None:
     if not SPACES[diffusion.space].encoded:
         if given != FirstStageConfig():
             raise UserError("first_stage: pixel space has none; remove it, or set space=latent")

@@ -1,7 +1,7 @@
 """Training a diffusion model on images (Alg. 2): teachers, and the baselines that distillation is compared with."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +10,24 @@ import torch
 
 from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.checkpoints.first_stages import named_first_stage
-from ldm_dkdm.checkpoints.loading import load_strictly
-from ldm_dkdm.checkpoints.reading import read_tensors
-from ldm_dkdm.config.checked import convert
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import (
     DiffusionDataConfig,
     DiffusionRun,
-    FirstStageConfig,
-    LoggingConfig,
     LossConfig,
-    NewNetworkConfig,
-    TrainerConfig,
 )
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.distillation.image_data import EncodedStates, ImageSet, States, encode_sets, open_sets
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.distillation.student import check_loss, load_initial, require_call
-from ldm_dkdm.errors import UserError, nearest
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.images import save_grid
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS
-from ldm_dkdm.reporting import Progress, logger
+from ldm_dkdm.reporting import Progress
 from ldm_dkdm.rng import forked_rng
+from ldm_dkdm.training.calls import training_of
 from ldm_dkdm.training.export import export_on_save
 from ldm_dkdm.training.folder import RunFolder
 from ldm_dkdm.training.grids import SampleGrid
@@ -73,52 +67,10 @@ def train(
         Stopped: Ctrl-C; all is saved.
     """
     if config is None:
-        given = {"max_steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, **options}
-        given["image_size"] = image_size or _image_size(model)
-        named = {"path": str(data)} if isinstance(data, (str, Path)) else dict(_mapping(data))
-        config = run_config(model, Path(out), loss, {**given, **named})
+        numbers = {"max_steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+        config = training_of(model, data, Path(out), loss, {**numbers, "image_size": image_size, **options})
     run = Run(config, RunFolder(Path(out), config.MODEL), resume, progress)
     return train_in(run, model)
-
-
-def _mapping(data: Mapping[str, Any] | DiffusionDataConfig) -> Mapping[str, Any]:
-    return data if isinstance(data, Mapping) else asdict(data)
-
-
-def _image_size(model: DiffusionModel) -> int:
-    return model.shape[1] * model.codec().downsampling
-
-
-def run_config(
-    model: DiffusionModel, out: Path, loss: str | Mapping[str, Any] | LossConfig, numbers: Mapping[str, Any]
-) -> DiffusionRun:
-    """The configuration of a call from Python.
-
-    Raises:
-        UserError: an unknown or missing key, or a bad value.
-    """
-    sections: dict[type, dict[str, Any]] = {DiffusionDataConfig: {}, TrainerConfig: {}, LoggingConfig: {}}
-    owner = {f.name: section for section in sections for f in fields(section)}
-    given = {key: value for key, value in numbers.items() if value is not None}
-    for key, value in given.items():
-        if key not in owner:
-            raise UserError(f"{key}: unknown argument{nearest(key, owner)}")
-        sections[owner[key]][key] = value
-    for key, word in (("max_steps", "steps"), ("batch_size", "batch_size")):
-        if key not in given:
-            raise UserError(f"{word}: missing")
-    node, stage = model.node, model.first_stage
-    return DiffusionRun(
-        model=NewNetworkConfig(node.target, dict(node.params), node.parameterization),
-        diffusion=model.diffusion,
-        data=DiffusionDataConfig(**sections[DiffusionDataConfig]),
-        trainer=TrainerConfig(**sections[TrainerConfig]),
-        first_stage=FirstStageConfig(str(stage.path), stage.target, dict(stage.params), stage.scale_factor)
-        if stage
-        else FirstStageConfig(),
-        loss=LossConfig(space=loss) if isinstance(loss, str) else convert(LossConfig, loss, "loss"),
-        logging=LoggingConfig(**{"dir": str(out.parent), "name": out.name, **sections[LoggingConfig]}),
-    )
 
 
 def new_model(config: DiffusionRun) -> DiffusionModel:
@@ -143,17 +95,16 @@ def new_model(config: DiffusionRun) -> DiffusionModel:
 def train_in(run: Run, model: DiffusionModel) -> Result:
     """Train a model in a run's folder; errors as `train`."""
     config = run.config
-    model.to(model.device, run.precision)
     require_trainable(model, config)
     codec = model.codec().to(run.device, run.precision)
+    trained = model.changed(precision=run.precision)
     sets = open_sets(config.data, run.trainer.seed)
     _require_labels(model, dict(zip([key for key in ("path", "synthetic") if getattr(config.data, key)], sets)))
     found = tuple(codec.encode(sets[0].take(torch.zeros(1, dtype=torch.long))).shape[1:])
     if found != model.shape:
         raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
     if end := run.end():
-        logger.info(f"{run.folder.path}: {end}")
-        return _ended(run, model, end)
+        return run.ended(model, end)
     states = _states(config, sets, model, run.progress)
     model.network.train()
     batches = run.trainer.max_steps * run.trainer.accumulate
@@ -179,18 +130,10 @@ def train_in(run: Run, model: DiffusionModel) -> Result:
             count = min(config.logging.sample_count, len(sets[0]))
             save_grid(sets[0].take(torch.arange(count)), samples / "data.png")
         grids = SampleGrid(samples, config.logging, run.trainer.seed)
-        result = run.fit(StudentModule(model, config.loss, run.trainer), stream_for, [grids, saving])
+        result = run.fit(StudentModule(trained, config.loss, run.trainer), stream_for, [grids, saving])
     model.network.eval()
     model.path = run.folder.model
     return replace(result, model=model)
-
-
-def _ended(run: Run, model: DiffusionModel, end: str) -> Result:
-    """The model of a run that has nothing more to do, with the weights that it saved."""
-    home = next(place for place in (run.folder.model, run.folder.path / "student") if place.is_dir())
-    load_strictly(model.network.eval(), read_tensors(home), home)
-    model.path = home
-    return Result(model, run.folder.path, run.step, end)
 
 
 def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:

@@ -19,7 +19,7 @@ from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks.cost import gflops, parameters
 from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.reporting import duration, pace, size
-from ldm_dkdm.training.from_teacher import Distillation
+from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.saving import KEPT
 
 TIMED_ITERATIONS = 3

@@ -1,6 +1,5 @@
 """One run: the same for distillation, for training on images and for first stages."""
 
-import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,14 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import IterableDataset
 
+from ldm_dkdm.checkpoints.loading import load_strictly
+from ldm_dkdm.checkpoints.reading import read_tensors
+from ldm_dkdm.checkpoints.source import home_of
 from ldm_dkdm.config.schema import TrainerConfig
 from ldm_dkdm.device import default_device, resolve_precision
 from ldm_dkdm.errors import Stopped, UserError
-from ldm_dkdm.reporting import Progress
+from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.reporting import Progress, logger
 from ldm_dkdm.training.bars import ProgressBar, ProgressCalls, StreamModule
 from ldm_dkdm.training.ema import StudentEMA
 from ldm_dkdm.training.ends import early_ends
@@ -88,22 +91,31 @@ class Run:
             return None
         step = step_of(latest)
         if step >= self.trainer.max_steps:
-            return f"already at step {step}; --resume {self.folder.path} with a larger trainer.max_steps goes on"
+            return f"already at step {step}; more steps go on ({self._resume} and a larger trainer.max_steps)"
         states = read_callbacks(latest)  # also says whether the file is whole
         for end in early_ends(self.trainer):
             if end.state_key in states:
                 end.load_state_dict(states[end.state_key])
             if end.reached:
-                return (
-                    f"already ended at step {step} by {end.key}; --resume {self.folder.path} with a larger one goes on"
-                )
+                return f"already ended at step {step} by {end.key}; a larger one goes on ({self._resume})"
         return None
+
+    @property
+    def _resume(self) -> str:
+        return f"--resume {self.folder.path}, in Python resume=True"
 
     @property
     def step(self) -> int:
         """The optimizer steps of the newest checkpoint; 0 without one."""
         latest = self.folder.latest()
         return step_of(latest) if latest else 0
+
+    def ended(self, model: DiffusionModel, end: str) -> Result:
+        """The model of a run that has nothing more to do, with the weights that it saved."""
+        logger.info(f"{self.folder.path}: {end}")
+        model.path = home_of(self.folder.path)
+        load_strictly(model.network.eval(), read_tensors(model.path), model.path)
+        return Result(model, self.folder.path, self.step, end)
 
     @property
     def first_batch(self) -> int:
@@ -148,8 +160,12 @@ class Run:
         """
         latest, ends = self.folder.latest(), early_ends(self.trainer)
         trainer = self._lightning(latest, [self.stop, *ends, *callbacks])
-        with contextlib.suppress(SIGTERMException):  # the signal asked for a stop, and that saved the run
+        try:
             trainer.fit(module, datamodule=StreamModule(stream_for), ckpt_path=latest, weights_only=True)
+        except SIGTERMException:
+            pass  # the signal asked for a stop, and that saved the run
+        except SystemExit as end:  # Lightning's answer to the second Ctrl-C
+            raise KeyboardInterrupt from end
         reached = [end.key for end in ends if end.reached]
         if trainer.global_step < self.trainer.max_steps and (self.stop.requested or not reached):
             raise Stopped(f"stopped and saved at step {trainer.global_step}; {self.go_on}")

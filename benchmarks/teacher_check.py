@@ -1,35 +1,34 @@
-"""The figures of the teacher check for good teachers and faulty ones: python benchmarks/gate.py [TEACHER ...]
+"""The figures of the teacher check for good teachers and faulty ones: python benchmarks/teacher_check.py [TEACHER ...]
 
-Prints a markdown table; docs/gate.md holds its output.
+Prints a markdown table; docs/teacher-check.md holds its output.
 """
 
 import argparse
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from ldm_dkdm.sources import Model, load_model
 from torch import nn
 
-from ldm_dkdm.errors import UserError
-from ldm_dkdm.evaluation.teacher_check import COMPARED, check_teacher, measure, reread
+from ldm_dkdm import DiffusionModel, UserError, load_model
+from ldm_dkdm.evaluation.teacher_check import COMPARED, measure, reread
 
 
-def faults(model: Model) -> Iterator[tuple[str, Model]]:
+def faults(model: DiffusionModel) -> Iterator[tuple[str, DiffusionModel]]:
     """A model as it is, then broken or misread in every way that users and downloads do."""
     yield "good", model
     for name, change in (("random weights", _reset), ("shuffled weights", _shuffle), ("shuffled rows", _shuffle_rows)):
         yield name, _with_network(model, change)
     yield "output zero", _with_network(model, _zero)
     yield "NaN", _with_network(model, _nan)
-    flipped = not model.card.network.params.get("use_new_attention_order", False)
+    flipped = not model.node.params.get("use_new_attention_order", False)
     yield "other attention order", reread(model, use_new_attention_order=flipped)
     yield "one head", reread(model, num_head_channels=-1, num_heads=1)
-    width = 32 if model.card.network.params.get("num_head_channels") == 16 else 16
+    width = 32 if model.node.params.get("num_head_channels") == 16 else 16
     yield f"heads of {width} channels", reread(model, num_head_channels=width)
-    own = model.card.diffusion
+    own = model.diffusion
     for name, other in (
         ("linear schedule", replace(own, schedule="linear", beta_start=1e-4, beta_end=0.02)),
         ("LDM's schedule", replace(own, schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)),
@@ -38,20 +37,16 @@ def faults(model: Model) -> Iterator[tuple[str, Model]]:
         ("half of T", replace(own, num_timesteps=own.num_timesteps // 2)),
     ):
         if other != own:
-            yield name, replace(model, card=replace(model.card, diffusion=other))
-    node = model.card.network
-    wrong = replace(node, parameterization="v" if node.parameterization == "eps" else "eps")
-    yield (
-        f"{node.parameterization} read as {wrong.parameterization}",
-        replace(model, card=replace(model.card, network=wrong)),
-    )
+            yield name, model.changed(diffusion=other)
+    wrong = "v" if model.parameterization == "eps" else "eps"
+    yield f"{model.parameterization} read as {wrong}", model.changed(parameterization=wrong)
 
 
-def _with_network(model: Model, change: object) -> Model:
+def _with_network(model: DiffusionModel, change: Callable[[nn.Module], None]) -> DiffusionModel:
     network = copy.deepcopy(model.network)
     with torch.no_grad():
         change(network)
-    return replace(model, network=network)
+    return model.changed(network=network)
 
 
 def _reset(network: nn.Module) -> None:
@@ -91,13 +86,12 @@ def main() -> None:
         )
         print("|---|---|---|---|---|---|")
         for name, model in faults(load_model(folder)):
-            teacher = model.as_teacher("32")
-            figures = measure(teacher, model.latent_shape, images=COMPARED)
+            figures = measure(model, images=COMPARED)
             try:
-                check_teacher(model, teacher)
+                model.changed(described=False).check()  # compares other readings, as for a third-party checkpoint
                 verdict = "passes"
             except UserError as error:
-                verdict = str(error).partition(";")[0]
+                verdict = str(error).removeprefix(f"{model.path}: ").partition(";")[0]
             errors = ", ".join(f"{row.eps_error:.3f}" for row in figures.rows[1:])
             shown = f"{figures.along:.3f} | {errors} | {figures.linear:.2f} | {figures.deviation:.3f}"
             print(f"| {name} | {shown} | {verdict} |", flush=True)

@@ -1,0 +1,44 @@
+"""Classifier-free guidance (Ho & Salimans 2022)."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ldm_dkdm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm_dkdm.model.diffusion_model import DiffusionModel
+
+
+def output_of(model: "DiffusionModel", x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
+    """The network's output at x (B,C,H,W), guided: u + weight (c - u), in one call of twice the batch.
+
+    c is the output with the label, u the one with the null label; a learned variance stays c's.
+    """
+    if model.guidance == 1:
+        return model.network(x, t, label)
+    if label is None:
+        raise UserError("label: missing; guidance needs the label of every state")
+    assert model.null_label is not None  # `require_guidance` has refused that
+    labels = torch.cat([label, torch.full_like(label, model.null_label)])
+    with_label, without = model.network(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
+    channels = x.shape[1]
+    guided = without[:, :channels] + model.guidance * (with_label[:, :channels] - without[:, :channels])
+    return torch.cat([guided, with_label[:, channels:]], 1)
+
+
+def require_guidance(model: "DiffusionModel") -> None:
+    """Refuse guidance of a model that cannot be guided.
+
+    Raises:
+        UserError: a negative weight, no labels, or no label that means none.
+    """
+    if model.guidance == 1:
+        return
+    if model.guidance < 0:
+        raise UserError(f"guidance: must be at least 0, got {model.guidance}")
+    if model.num_classes is None:
+        raise UserError("guidance: the model takes no labels; leave it out")
+    if model.null_label is None:
+        raise UserError("null_label: guidance needs the label that means none; set it")

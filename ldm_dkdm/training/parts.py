@@ -1,0 +1,101 @@
+"""Teacher, student and configuration of a distillation, found to fit together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ldm_dkdm.config.schema import DistillConfig, DistillRun
+from ldm_dkdm.distillation.module import StudentModule
+from ldm_dkdm.distillation.pool import NoisyPool, pool_slots, slot_bytes
+from ldm_dkdm.distillation.stream import VARIANTS
+from ldm_dkdm.distillation.student import check_loss, require_call, require_fit
+from ldm_dkdm.distillation.warmup import WARMUPS, preparation
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.model import DiffusionModel
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Teacher, student and configuration of one run, found to fit together.
+
+    Attributes:
+        teacher, student: on the same states.
+        config: the whole configuration.
+        slots: of one rank's pool.
+    """
+
+    teacher: DiffusionModel
+    student: DiffusionModel
+    config: DistillRun
+    slots: int
+
+    @property
+    def labeled(self) -> bool:
+        """Whether slots keep a class label."""
+        return self.teacher.num_classes is not None
+
+    @property
+    def pool_dtype(self) -> torch.dtype:
+        """Number format of the pool's states."""
+        return getattr(torch, self.config.distill.pool_dtype)
+
+    @property
+    def pool_bytes(self) -> int:
+        """Of one rank's pool."""
+        return self.slots * slot_bytes(self.teacher.shape, self.pool_dtype, self.labeled)
+
+    @property
+    def batches(self) -> int:
+        """That the student sees in the whole run."""
+        return self.config.trainer.max_steps * self.config.trainer.accumulate
+
+    def module(self) -> StudentModule:
+        """The student in training."""
+        return StudentModule(self.student, self.config.distill.loss, self.config.trainer)
+
+    def new_pool(self, folder: Path, rank: int) -> NoisyPool:
+        """An empty pool of one rank."""
+        storage = folder / f"pool-rank{rank}.bin" if self.config.distill.pool_storage == "mmap" else None
+        return NoisyPool(self.slots, self.teacher.shape, self.pool_dtype, storage, self.labeled)
+
+
+def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRun) -> Distillation:
+    """Check every part and number of a distillation; nothing is written.
+
+    Raises:
+        UserError: the first thing that does not fit.
+    """
+    method, steps = config.distill, teacher.schedule.num_timesteps
+    mode = preparation(method).mode
+    sampling = WARMUPS[mode].from_samples
+    if not sampling and method.warmup.t_cap is not None:
+        modes = " or ".join(name for name, known in WARMUPS.items() if known.from_samples)
+        raise UserError(
+            f"warmup.t_cap: has an effect with mode: {modes} only, "
+            "and none with variant: iterative; remove it, or set it to null"
+        )
+    require_fit(student, teacher)
+    require_call(student)
+    check_loss(method.loss, teacher.schedule)
+    for key, value in (
+        ("stride", method.stride),
+        ("warmup.steps", method.warmup.steps if sampling else 1),
+        ("sample_steps", config.logging.sample_steps),
+    ):
+        if value > steps:
+            raise UserError(f"{key}: {value} is more than the {steps} diffusion steps")
+    return Distillation(teacher, student, config, _slots(method, steps))
+
+
+def _slots(config: DistillConfig, num_timesteps: int) -> int:
+    if not VARIANTS[config.variant].expands:
+        return config.batch_size
+    if config.rho is None:
+        raise UserError("rho: missing; dynamic distillation needs the size of its pool, the paper's is 0.4 or 4")
+    slots = pool_slots(config.rho, num_timesteps, config.batch_size)
+    if slots < config.batch_size:
+        raise UserError(
+            f"rho: {config.rho} makes a pool of {slots} slots, fewer than a batch of {config.batch_size}; raise rho"
+        )
+    return slots

@@ -1,0 +1,94 @@
+"""The pool of a run: whether there is room for it, and what fills it."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from ldm_dkdm.checkpoints.pools import read_reference_pool
+from ldm_dkdm.distillation.pool import NoisyPool
+from ldm_dkdm.distillation.refill import check_supply, refill
+from ldm_dkdm.distillation.stream import VARIANTS
+from ldm_dkdm.distillation.warmup import Warmup, preparation
+from ldm_dkdm.errors import UserError, naming
+from ldm_dkdm.records import NoisyBatch
+from ldm_dkdm.reporting import Progress, following, size
+from ldm_dkdm.training.folder import step_of
+from ldm_dkdm.training.parts import Distillation
+from ldm_dkdm.training.run import Run
+from ldm_dkdm.training.saving import pool_path, warmup_path
+
+SECONDS_BETWEEN_WARMUP_SAVES = 600.0
+
+
+def require_room(parts: Distillation) -> None:
+    """Refuse pools that this machine cannot hold, before anything is written."""
+    config = parts.config
+    needed = config.trainer.devices * parts.pool_bytes
+    if config.distill.pool_storage == "mmap":
+        logs = Path(config.logging.dir).absolute()
+        place = next(folder for folder in (logs, *logs.parents) if folder.is_dir())
+        room, what = shutil.disk_usage(place).free, f"free on the disk of {config.logging.dir}"
+    else:
+        room, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "of memory here"
+    if needed > room:
+        raise UserError(f"rho: the pool takes {size(needed)}, but there are {size(room)} {what}; lower rho")
+
+
+def supply_of(parts: Distillation) -> NoisyBatch | None:
+    """The states of `pool_from`, found to be enough."""
+    config, teacher = parts.config, parts.teacher
+    method, steps = config.distill, teacher.schedule.num_timesteps
+    if method.pool_from is None:
+        return None
+    if parts.labeled:
+        raise UserError("pool_from: such a cache holds no labels, and the teacher is class-conditional")
+    if VARIANTS[method.variant].from_noise:
+        raise UserError("pool_from: iterative distillation begins with noise; remove the key")
+    with naming("pool_from"):
+        states = read_reference_pool(Path(method.pool_from), teacher.shape, steps)
+    check_supply(states, parts.slots, config.trainer.devices, method.batch_size, steps)
+    return states
+
+
+def prepare_pool(
+    pool: NoisyPool, supply: NoisyBatch | None, parts: Distillation, run: Run, device: torch.device, rank: int
+) -> None:
+    """Fill a rank's pool: from its checkpoint, from states that were given, or by the warm-up.
+
+    Raises:
+        UserError: the pool of a checkpoint is missing or damaged.
+        Stopped: a signal; the warm-up so far is saved.
+    """
+    latest, teacher, seed = run.folder.latest(), parts.teacher, run.trainer.seed
+    if latest:
+        saved = pool_path(run.folder.checkpoints, step_of(latest), rank)
+        if not saved.is_file():
+            raise UserError(f"{saved}: missing; the checkpoint beside it cannot be resumed without its pool")
+        pool.load(saved)
+    elif supply is not None:
+        refill(pool, supply, teacher.schedule.num_timesteps, seed, rank)
+    else:
+        mode = preparation(run.config.distill)
+        origin = f"{run.config.teacher.ckpt}, seed {seed}, {mode}"
+        warmup = Warmup(pool, teacher, mode, seed, rank, device, lambda: run.check_stop("in the warm-up"))
+        _warm_up(warmup, warmup_path(run.folder.checkpoints, rank), origin, run.progress if rank == 0 else False)
+
+
+def _warm_up(warmup: Warmup, partial: Path, origin: str, progress: bool | Progress) -> None:
+    """Run a warm-up, or go on with an interrupted one; it is saved from time to time and at its end."""
+    pool = warmup.pool
+    if partial.is_file():
+        pool.load(partial, origin)
+    last_save = time.monotonic()
+    with following(progress, "warm-up", "slot", len(pool), pool.filled) as done:
+        try:
+            for filled in warmup.run():
+                done(filled)
+                if time.monotonic() - last_save > SECONDS_BETWEEN_WARMUP_SAVES:
+                    pool.save(partial, 0, origin)
+                    last_save = time.monotonic()
+        finally:
+            pool.save(partial, 0, origin)
