@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     hint = "see --help"
 
-    def parse_args(  # type: ignore[override]
+    def parse_args(  # type: ignore[override]  # argparse also takes namespaces of other classes
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse a command line, whether `key=value` stands before options or after them."""

@@ -12,12 +12,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ldm_dkdm.config.load import card_kind, fits, load_config, read_yaml, to_yaml
-from ldm_dkdm.config.schema import FirstStageCard, LoggingConfig, ModelCard, RunConfig
+from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, LoggingConfig, ModelCard
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_text
 from ldm_dkdm.reporting import logger
 
+RunConfig = DistillRun | DiffusionRun | FirstStageRun
 FREE = ("trainer", "logging")  # sections that may change when a run is resumed, but for:
 FIXED = ("trainer.seed", "trainer.accumulate", "trainer.devices")
 _NAME = re.compile(r"step=(\d+)\.ckpt")
