@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of pictures on principal components of pixels: no network, no data."""
+"""Frechet distance between two sets of images on principal components of pixels: no network, no data."""
 
 import numpy as np
 from scipy.linalg import sqrtm

@@ -61,8 +61,8 @@ class Figures:
         along: cosine of eps and its input, pure noise at T-1.
         rows: from near T to near 0.
         linear: eps error at T/4 in units of the best linear denoiser's.
-        log_errors: (n,) of each picture, the mean logarithm of its eps errors at `LEVELS`.
-        biases: (n,) of each picture, the mean of eps_hat (eps_hat - eps) at `NOISY`: 0 on average for a posterior mean.
+        log_errors: (n,) of each image, the mean logarithm of its eps errors at `LEVELS`.
+        biases: (n,) of each image, the mean of eps_hat (eps_hat - eps) at `NOISY`: 0 on average for a posterior mean.
     """
 
     along: float
@@ -118,13 +118,13 @@ def measure(teacher: DiffusionModel, images: int = IMAGES) -> Figures:
         if quantile == QUANTILES[-2]:
             linear = error / _linear_error(schedule.alpha_bar(t[:1], x_0).item(), x_0)
     along = F.cosine_similarity(at_T.flatten(1), noise.flatten(1)).mean().item()
-    return Figures(along, tuple(rows), linear, *_of_pictures(teacher, x_0, label, generator))
+    return Figures(along, tuple(rows), linear, *_of_images(teacher, x_0, label, generator))
 
 
-def _of_pictures(
+def _of_images(
     teacher: DiffusionModel, x_0: Tensor, label: Tensor | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """log_errors and biases (n,) of every picture."""
+    """log_errors and biases (n,) of every image."""
     errors, biases = [], []
     for abar in dict.fromkeys((*LEVELS, *NOISY)):
         step = int((teacher.schedule.alphas_cumprod - abar).abs().argmin())
@@ -231,7 +231,7 @@ def reread(model: DiffusionModel, **changes: Any) -> DiffusionModel:
 def preferred(own: Figures, other: Figures) -> bool:
     """Whether another reading fits the weights so much better that the configured one must be wrong.
 
-    Both began with the same noise, so that pictures are compared one by one.
+    Both began with the same noise, so that images are compared one by one.
     """
     if not other.finite or fault(other):
         return False
@@ -243,8 +243,8 @@ def preferred(own: Figures, other: Figures) -> bool:
 def less_biased(own: Figures, other: Figures) -> bool:
     """Whether only the other reading predicts posterior means.
 
-    A wrong reading can paint simpler pictures and so have the smaller error on them, but it is not calibrated:
-    E[eps_hat (eps_hat - eps)] = 0 holds for the mean of eps given x_t, whatever the pictures are.
+    A wrong reading can sample simpler images and so have the smaller error on them, but it is not calibrated:
+    E[eps_hat (eps_hat - eps)] = 0 holds for the mean of eps given x_t, whatever the images are.
     """
     return own.bias_sigmas > BIASED and other.bias_sigmas < UNBIASED and abs(other.bias) < 0.5 * abs(own.bias)
 
@@ -259,10 +259,10 @@ def check_teacher(model: DiffusionModel) -> Figures:
         UserError: the figure that failed, its value, what is expected, and the likely cause.
     """
     plain = model.changed(guidance=1.0)
-    told = model.described
-    own = measure(plain, IMAGES if told else COMPARED)
+    described = model.described
+    own = measure(plain, IMAGES if described else COMPARED)
     reason = fault(own)
-    if not told and own.finite:
+    if not described and own.finite:
         _refuse_better(plain, own)
     if reason:
         raise UserError(f"{model.path or 'the model'}: {reason}")

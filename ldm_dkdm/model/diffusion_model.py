@@ -15,7 +15,7 @@ from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.writing import refuse_existing
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import NetworkConfig, SamplingConfig
-from ldm_dkdm.device import autocast, resolve_precision
+from ldm_dkdm.device import PRECISIONS, autocast, resolve_precision
 from ldm_dkdm.diffusion.process import PARAMETERIZATIONS, reverse_step
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, pick
@@ -80,6 +80,7 @@ class DiffusionModel:
         self.network = network
         self.parameterization: str = parameterization or (like.parameterization if like and not node else "eps")
         pick(PARAMETERIZATIONS, self.parameterization, "parameterization")
+        pick(PRECISIONS, precision, "precision")
         self.diffusion = process_of(schedule, space, like)
         self.schedule = schedule_of(self.diffusion)
         self.shape = shape_of(network, shape, like)
@@ -93,8 +94,7 @@ class DiffusionModel:
         self.format: str | None = None
         self.file: Path | None = None
         self.hints, self.described = Hints(), False
-        self.precision = precision
-        self.guidance = guidance
+        self.precision, self.guidance = precision, guidance
         require_guidance(self)
 
     @property
@@ -132,11 +132,13 @@ class DiffusionModel:
         return own
 
     def changed(self, **attributes: Any) -> "DiffusionModel":
-        """The same network with other attributes: guidance, null_label, precision, diffusion, info, network, node."""
+        """The same model with other attributes: guidance, null_label, precision, parameterization, diffusion ..."""
         own = copy.copy(self)
         for name, value in attributes.items():
             setattr(own, name, value)
         own.schedule = schedule_of(own.diffusion) if "diffusion" in attributes else self.schedule
+        own.node = replace(own.node, parameterization=own.parameterization)
+        pick(PRECISIONS, own.precision, "precision")
         require_guidance(own)
         return own
 

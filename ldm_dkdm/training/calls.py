@@ -42,7 +42,7 @@ def distillation_of(
         UserError: an unknown or missing argument, or a bad value.
     """
     method, trainer, logging = _spread(numbers, (DistillConfig, TrainerConfig, LoggingConfig), out)
-    warming = WarmupConfig(mode=warmup) if isinstance(warmup, str) else convert(WarmupConfig, warmup, "warmup")
+    warming = convert(WarmupConfig, {"mode": warmup} if isinstance(warmup, str) else warmup, "warmup")
     return DistillRun(
         teacher=_teacher_section(teacher, check),
         student=StudentConfig(**vars(student.node)),
@@ -106,7 +106,7 @@ def _image_size(model: DiffusionModel) -> int:
 
 
 def _loss(loss: str | Mapping[str, Any] | LossConfig) -> LossConfig:
-    return LossConfig(space=loss) if isinstance(loss, str) else convert(LossConfig, loss, "loss")
+    return convert(LossConfig, {"space": loss} if isinstance(loss, str) else loss, "loss")
 
 
 def _spread(numbers: Mapping[str, Any], sections: tuple[type, ...], out: Path) -> list[dict[str, Any]]:
