@@ -1,7 +1,10 @@
 """ldm_dkdm: data-free knowledge distillation of diffusion models (DKDM, CVPR 2025)."""
 
 import importlib
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,8 +54,20 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ldm_dkdm' has no attribute '{name}'")
-    with warnings.catch_warnings():  # imported packages install warning filters
+    with _unchanged():
         return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+@contextmanager
+def _unchanged() -> Iterator[None]:
+    """Undo what imports of other packages do to warning filters and the environment."""
+    environment = dict(os.environ)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
 
 
 def __dir__() -> list[str]:

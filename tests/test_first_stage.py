@@ -44,7 +44,8 @@ def as_diffusers(vq: VQModel) -> diffusers.VQModel:
         scaling_factor=1.0,
     )
     state = {}
-    for name, tensor in vq.state_dict().items():
+    for own_name, tensor in vq.state_dict().items():
+        name = own_name
         for pattern, replacement in RENAMES:
             name = re.sub(pattern, replacement, name)
         state[name] = tensor[..., 0, 0] if ".attentions." in name and tensor.ndim == 4 else tensor

@@ -150,7 +150,7 @@ def test_a_plan_counts_parameters_and_operations_of_every_recipe(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # no checkpoint is there
     monkeypatch.setattr("ldm_dkdm.training.plan.time_needed", lambda parts: "not measured")
-    for module in ("model", "config.registry"):
+    for module in ("model.diffusion_model", "config.registry"):
         monkeypatch.setattr(f"ldm_dkdm.{module}.build", lambda node, *_: on_meta(node))
     bases = [names[0], *(f"students/{name}" for name in names[1:])]
     assert distil("--base", *(ROOT / "configs" / f"{base}.yaml" for base in bases), "--plan") == 0

@@ -17,7 +17,7 @@ from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
 from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.files import write_tensors, write_text
-from ldm_dkdm.networks import UNet
+from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.pixel import SPACES
 
 NAME = "diffusers folder"
@@ -131,10 +131,12 @@ def write(model: SavedModel, path: Path) -> None:
         UserError: a model that diffusers' classes cannot express, or a folder that exists.
     """
     refuse_existing(path)
-    if not isinstance(model.network, UNet):
+    if isinstance(model.network, DiT):
         raise UserError(
             "format: diffusers' DiT embeds timesteps in other frequencies than DiT's own code; choose safetensors"
         )
+    if not isinstance(model.network, UNet):
+        raise UserError(f"format: diffusers has no {type(model.network).__name__}; choose safetensors")
     parts = {"unet": (unet_config(model.node.params), to_theirs(model.network.state_dict(), model.node.params))}
     if model.space.encoded:
         codec = model.codec()

@@ -1,20 +1,34 @@
 """Load weights strictly: every key fits, or the error lists those that do not."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ldm_dkdm.config.registry import Targets, build
+from ldm_dkdm.config.registry import Targets, build, is_own
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.rng import forked_rng
+
+
+class Unfilled(TorchFunctionMode):
+    """Skips random initialisation: the meta device holds no values, but torch would import its compiler for it."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        random = func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == "torch.nn.init"
+        return (args[0] if args else given["tensor"]) if random else func(*args, **given)
 
 
 def build_loaded(node: Any, where: str, targets: Targets, tensors: Mapping[str, Tensor], source: str | Path) -> Any:
     """Build the module that a config node describes, with its weights.
 
-    Names and shapes are compared before the module takes any memory.
+    Names and shapes are compared before the module takes any memory. The user's own classes are built as usual:
+    they may compute tensors that no file holds.
 
     Args:
         node, where, targets: as in `build`.
@@ -23,10 +37,15 @@ def build_loaded(node: Any, where: str, targets: Targets, tensors: Mapping[str, 
     Raises:
         UserError: what `build` and `load_strictly` refuse.
     """
-    with torch.device("meta"):
-        module = build(node, targets, where)
-    _refuse_misfits(module, tensors, source)
-    module.to_empty(device="cpu")
+    if is_own(targets.get(node.target, nn.Module)):
+        with torch.device("meta"), Unfilled():
+            module = build(node, targets, where)
+        _refuse_misfits(module, tensors, source)
+        own = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in module.state_dict().items()}
+        module.load_state_dict(own, assign=True)
+    else:
+        with forked_rng(0):
+            module = build(node, targets, where)
     load_strictly(module, tensors, source)
     return module
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, NoReturn, TypeVar
 
 from ldm_dkdm.config.keys import keys_text
@@ -35,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     hint = "see --help"
 
-    def parse_args(  # type: ignore[override]
+    def parse_args(  # type: ignore[override]  # argparse also takes namespaces of other classes
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse a command line with `key=value` before or after options."""
@@ -153,7 +154,7 @@ def load_plugins(files: Sequence[Path]) -> None:
     """Import the user's files and add their nn.Module classes to NETWORKS as FILE.Class.
 
     Raises:
-        UserError: no such file, or one that defines no network.
+        UserError: no such file, one that cannot be imported or defines no network.
     """
     for file in files:
         if not file.is_file():
@@ -162,20 +163,33 @@ def load_plugins(files: Sequence[Path]) -> None:
 
         from ldm_dkdm.networks import NETWORKS
 
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        if spec is None or spec.loader is None:
-            raise UserError(f"--plugin: {file}: is not a Python file; its name must end with .py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[file.stem] = module
-        spec.loader.exec_module(module)
+        module = _imported(file)
         found = [
             kind
             for kind in vars(module).values()
             if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == file.stem
         ]
         if not found:
+            del sys.modules[file.stem]
             raise UserError(f"--plugin: {file}: defines no nn.Module class")
         NETWORKS.update({f"{file.stem}.{kind.__name__}": kind for kind in found})
+
+
+def _imported(file: Path) -> ModuleType:
+    """Import a Python file under its name, which must not be another module's."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--plugin: {file}: is not a Python file; its name ends in .py")
+    loaded = sys.modules.get(file.stem)
+    if file.stem in sys.stdlib_module_names or (loaded and getattr(loaded, "__file__", None) != spec.origin):
+        raise UserError(f"--plugin: {file}: another module is called {file.stem}; rename the file")
+    module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[file.stem]
+        raise UserError(f"--plugin: {file}: cannot be imported: {type(error).__name__}: {error}") from error
+    return module
 
 
 SECTIONS = {

@@ -38,15 +38,7 @@ def build(node: Any, targets: Targets, where: str = "params") -> nn.Module:
     """
     get = node.get if isinstance(node, Mapping) else lambda key: getattr(node, key, None)
     factory, params = resolve(get("target"), dict(get("params") or {}), where, targets)
-    accepted = inspect.signature(factory).parameters
-    hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
-    for key, value in params.items():
-        if key not in accepted:
-            raise UserError(f"{where}.{key}: unknown key of {factory.__name__}{nearest(key, accepted)}")
-        convert(hints[key], value, f"{where}.{key}")
-    for name, parameter in accepted.items():
-        if parameter.default is inspect.Parameter.empty and name not in params:
-            raise UserError(f"{where}.{name}: missing; {factory.__name__} needs it")
+    _check_params(factory, params, where)
     try:
         return factory(**params)
     except UserError as error:  # it names the parameter
@@ -55,14 +47,36 @@ def build(node: Any, targets: Targets, where: str = "params") -> nn.Module:
         raise UserError(f"{where}: {factory.__name__} cannot be built from these values: {error}") from error
 
 
+def _check_params(factory: Callable[..., nn.Module], params: Mapping[str, Any], where: str) -> None:
+    """Refuse unknown, missing and mistyped parameters; of a user's class only plain types are checked."""
+    parameters = inspect.signature(factory).parameters.values()
+    accepted = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    plain = {name: p.annotation for name, p in accepted.items() if p.annotation in (int, float, bool, str)}
+    hints = typing.get_type_hints(factory.__init__) if is_own(factory) else plain
+    for key, value in params.items():
+        if key not in accepted and not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            raise UserError(f"{where}.{key}: unknown key of {factory.__name__}{nearest(key, accepted)}")
+        if key in hints:
+            convert(hints[key], value, f"{where}.{key}")
+    for name, parameter in accepted.items():
+        if parameter.default is inspect.Parameter.empty and name not in params:
+            raise UserError(f"{where}.{name}: missing; {factory.__name__} needs it")
+
+
+def is_own(factory: Callable[..., nn.Module] | None) -> bool:
+    """Whether a class is this package's, not the user's."""
+    return getattr(factory, "__module__", "").startswith("ldm_dkdm.")
+
+
 def resolve(
     target: Any, params: dict[str, Any], where: str, targets: Targets
 ) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
     """The class among `targets` that `target` names and its parameters without the ignored ones."""
     if target not in targets:
         section = where.rpartition(".")[0]
-        raise UserError(f"{section + '.' if section else ''}target: '{target}' is not one of {', '.join(targets)}")
-    if not target.startswith("ldm_dkdm."):
+        own = "" if where.startswith("first_stage") else "; a class of your own needs --plugin FILE.py"
+        raise UserError(f"{section + '.' if section else ''}target: '{target}' is not one of {', '.join(targets)}{own}")
+    if is_own(targets[target]) and not target.startswith("ldm_dkdm."):
         for key in [k for k in params if k in IGNORED]:
             if IGNORED[key] and params[key] not in IGNORED[key]:
                 raise UserError(f"{where}.{key}: {params[key]!r} is not supported; remove the key")

@@ -44,7 +44,6 @@ __all__ = [
     "ModelCard",
     "NetworkConfig",
     "NewNetworkConfig",
-    "RunConfig",
     "SamplingConfig",
     "StudentConfig",
     "TeacherConfig",
@@ -101,9 +100,6 @@ class FirstStageRun(Section):
     codebook: CodebookConfig = key(factory=CodebookConfig, help="How the codebook is initialised and kept in use.")
     hue: float = key(0.0, min=0, max=0.5, help="Largest random change of the images' hue, as a share of the circle.")
     logging: LoggingConfig = key(factory=LoggingConfig, help="Where the run writes and how often, in training steps.")
-
-
-RunConfig = DistillRun | DiffusionRun | FirstStageRun
 
 
 @dataclass(frozen=True)

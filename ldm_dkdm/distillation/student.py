@@ -95,10 +95,8 @@ def require_call(student: DiffusionModel) -> None:
     """
     channels, *sides = student.shape
     label = None if student.classes is None else torch.tensor(student.classes[:1], device=student.device)
-    x, t = (
-        torch.zeros(1, *student.shape, device=student.device),
-        torch.zeros(1, dtype=torch.long, device=student.device),
-    )
+    x = torch.zeros(1, *student.shape, device=student.device)
+    t = torch.full((1,), student.schedule.num_timesteps - 1, device=student.device)  # the largest timestep
     mode = student.network.training
     try:
         output = student.network.eval()(x, t, label)

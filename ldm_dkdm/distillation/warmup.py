@@ -110,12 +110,12 @@ class Mode:
     Attributes:
         fill: (warm-up, generator) -> the next states.
         calls: (config, slots, schedule) -> expected number of single-sample teacher evaluations.
-        takes_t_cap: whether `t_cap` has an effect.
+        from_samples: it noises samples of the teacher, so that `steps`, `images` and `t_cap` have an effect.
     """
 
     fill: Callable[[Warmup, torch.Generator], NoisyBatch]
     calls: Callable[[WarmupConfig, int, NoiseSchedule], int]
-    takes_t_cap: bool = False
+    from_samples: bool = False
 
 
 def _sampling_calls(config: WarmupConfig, slots: int, schedule: NoiseSchedule) -> int:
@@ -124,8 +124,8 @@ def _sampling_calls(config: WarmupConfig, slots: int, schedule: NoiseSchedule) -
 
 WARMUPS = {
     "ancestral": Mode(Warmup.ancestral, lambda config, slots, schedule: slots * (schedule.num_timesteps - 1) // 2),
-    "ddim": Mode(Warmup.samples, _sampling_calls, takes_t_cap=True),
-    "dpm-solver++": Mode(Warmup.samples, _sampling_calls, takes_t_cap=True),
+    "ddim": Mode(Warmup.samples, _sampling_calls, from_samples=True),
+    "dpm-solver++": Mode(Warmup.samples, _sampling_calls, from_samples=True),
     "noise": Mode(Warmup.noise, lambda config, slots, schedule: 0),
 }
 

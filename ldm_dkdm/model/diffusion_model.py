@@ -15,10 +15,10 @@ from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.writing import refuse_existing
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import NetworkConfig, SamplingConfig
-from ldm_dkdm.device import autocast, resolve_precision
+from ldm_dkdm.device import PRECISIONS, autocast, resolve_precision
 from ldm_dkdm.diffusion.process import PARAMETERIZATIONS, reverse_step
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError, pick
+from ldm_dkdm.errors import UserError, nearest, pick
 from ldm_dkdm.first_stage.codec import Codec
 from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, shape_of
 from ldm_dkdm.model.guidance import output_of, require_guidance
@@ -39,7 +39,7 @@ class DiffusionModel:
         network: nn.Module (x (B,C,H,W), t (B,), label (B,) or None) -> (B,C,H,W), or (B,2C,H,W) with a learned
             variance (learned-range, Improved DDPM, Eq. 15).
         like: another model, which supplies the arguments below that are not given.
-        schedule: the forward process.
+        schedule: the forward process; its `steps_offset` follows from the space.
         parameterization: what the network predicts, one of PARAMETERIZATIONS.
         space: space of the states, one of SPACES.
         shape: (C,H,W) of a state; default: the network's (`in_channels`, `image_size`).
@@ -80,6 +80,7 @@ class DiffusionModel:
         self.network = network
         self.parameterization: str = parameterization or (like.parameterization if like and not node else "eps")
         pick(PARAMETERIZATIONS, self.parameterization, "parameterization")
+        pick(PRECISIONS, precision, "precision")
         self.diffusion = process_of(schedule, space, like)
         self.schedule = schedule_of(self.diffusion)
         self.shape = shape_of(network, shape, like)
@@ -93,8 +94,7 @@ class DiffusionModel:
         self.format: str | None = None
         self.file: Path | None = None
         self.hints, self.described = Hints(), False
-        self.precision = precision
-        self.guidance = guidance
+        self.precision, self.guidance = precision, guidance
         require_guidance(self)
 
     @property
@@ -132,11 +132,19 @@ class DiffusionModel:
         return own
 
     def changed(self, **attributes: Any) -> "DiffusionModel":
-        """The same network with other attributes: guidance, null_label, precision, diffusion, info, network, node."""
+        """The same model with other attributes: guidance, null_label, precision, parameterization, diffusion ...
+
+        Raises:
+            UserError: an attribute that a model does not have, or a value that does not fit.
+        """
         own = copy.copy(self)
         for name, value in attributes.items():
+            if name not in vars(self):
+                raise UserError(f"{name}: is not an attribute of a model{nearest(name, vars(self))}")
             setattr(own, name, value)
         own.schedule = schedule_of(own.diffusion) if "diffusion" in attributes else self.schedule
+        own.node = replace(own.node, parameterization=own.parameterization)
+        pick(PRECISIONS, own.precision, "precision")
         require_guidance(own)
         return own
 
@@ -228,7 +236,7 @@ class DiffusionModel:
             self._codec = open_codec(self) if self.space.encoded else PixelCodec()
         return self._codec
 
-    def check(self, *, progress: bool = False) -> Any:
+    def check(self) -> Any:
         """Refuse a model that does not denoise its own samples, or whose weights fit an alternative better.
 
         Returns:

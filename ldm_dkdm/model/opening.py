@@ -59,6 +59,11 @@ def open_model(
         hints = replace(hints, params={}, diffusion={}, target=None, parameterization=None)
     where = "teacher.params" if hints.sections else "params"
     node, diffusion = contents.network(hints), contents.process(hints)
+    if network is None and contents.described and node.target not in NETWORKS:
+        raise UserError(
+            f"{contents.path}: its network is {node.target}, which this package does not know; "
+            "name its file with --plugin FILE.py, or in Python give network=MODULE"
+        )
     if network is not None:
         load_strictly(network, contents.weights(hints), contents.file)
     else:

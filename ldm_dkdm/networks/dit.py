@@ -3,6 +3,7 @@
 from collections import OrderedDict
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -90,8 +91,7 @@ class DiT(nn.Module):
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """(B,N,p*p*C), channels last within a patch -> (B,C,H,W)."""
         p, side = self.patch_size, self.image_size // self.patch_size
-        patches = tokens.unflatten(2, (p, p, -1)).unflatten(1, (side, side))  # (B,rows,columns,p,p,C)
-        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=side, w=side, p=p, q=p)
 
 
 class PatchEmbedding(nn.Module):
@@ -154,9 +154,10 @@ class Attention(nn.Module):
         self.proj = _linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # each (B,heads,N,width/heads)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = rearrange(
+            self.qkv(tokens), "b n (three heads c) -> three b heads n c", three=3, heads=self.heads
+        ).contiguous()
+        return self.proj(rearrange(attend(q, k, v), "b heads n c -> b n (heads c)"))
 
 
 class Block(nn.Module):

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 SMALL_CPU_ATTENTION = 256  # tokens up to which plain matmuls train faster on a CPU (benchmarks/attention.py)
@@ -127,12 +128,8 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, height, width = x.shape
+        order = "(three heads c)" if self.new_order else "(heads three c)"
         qkv = self.qkv(self.norm(x).flatten(2))
-        if self.new_order:
-            qkv = qkv.view(b, 3, self.heads, c // self.heads, -1).transpose(1, 2)
-        else:
-            qkv = qkv.view(b, self.heads, 3, c // self.heads, -1)
-        q, k, v = qkv.transpose(-1, -2).movedim(2, 0).contiguous()  # each (B,heads,H*W,C/heads)
-        h = attend(q, k, v).transpose(-1, -2).reshape(b, c, -1)
-        return x + self.proj_out(h).view(b, c, height, width)
+        q, k, v = rearrange(qkv, f"b {order} l -> three b heads l c", three=3, heads=self.heads).contiguous()
+        h = rearrange(attend(q, k, v), "b heads l c -> b (heads c) l")
+        return x + self.proj_out(h).view(x.shape)

@@ -41,8 +41,9 @@ def distillation_of(
     Raises:
         UserError: an unknown or missing argument, or a bad value.
     """
-    method, trainer, logging = _spread(numbers, (DistillConfig, TrainerConfig, LoggingConfig), out)
-    warming = WarmupConfig(mode=warmup) if isinstance(warmup, str) else convert(WarmupConfig, warmup, "warmup")
+    given = {"sample_steps": _sample_steps(teacher), **numbers}
+    method, trainer, logging = _spread(given, (DistillConfig, TrainerConfig, LoggingConfig), out)
+    warming = convert(WarmupConfig, {"mode": warmup} if isinstance(warmup, str) else warmup, "warmup")
     return DistillRun(
         teacher=_teacher_section(teacher, check),
         student=StudentConfig(**vars(student.node)),
@@ -82,7 +83,8 @@ def training_of(
     """
     named = vars(data) if isinstance(data, DiffusionDataConfig) else data
     named = {"path": str(named)} if isinstance(named, (str, Path)) else named
-    given = {"image_size": _image_size(model), **{k: v for k, v in numbers.items() if v is not None}, **named}
+    usual = {"image_size": _image_size(model), "sample_steps": _sample_steps(model)}
+    given = {**usual, **{k: v for k, v in numbers.items() if v is not None}, **named}
     images, trainer, logging = _spread(given, (DiffusionDataConfig, TrainerConfig, LoggingConfig), out)
     stage = FirstStageConfig()
     if model.first_stage is not None:
@@ -99,6 +101,11 @@ def training_of(
     )
 
 
+def _sample_steps(model: DiffusionModel) -> int:
+    """The default of a grid's steps, or all T where there are fewer."""
+    return min(LoggingConfig().sample_steps, model.schedule.num_timesteps)
+
+
 def _image_size(model: DiffusionModel) -> int:
     """Side in pixels of what the model's states decode to."""
     autoencoder = getattr(model.codec(), "autoencoder", None)
@@ -106,7 +113,7 @@ def _image_size(model: DiffusionModel) -> int:
 
 
 def _loss(loss: str | Mapping[str, Any] | LossConfig) -> LossConfig:
-    return LossConfig(space=loss) if isinstance(loss, str) else convert(LossConfig, loss, "loss")
+    return convert(LossConfig, {"space": loss} if isinstance(loss, str) else loss, "loss")
 
 
 def _spread(numbers: Mapping[str, Any], sections: tuple[type, ...], out: Path) -> list[dict[str, Any]]:

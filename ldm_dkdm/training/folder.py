@@ -3,21 +3,22 @@
 import dataclasses
 import fcntl
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from ldm_dkdm.config.load import card_kind, fits, load_config, read_yaml, to_yaml
-from ldm_dkdm.config.schema import FirstStageCard, LoggingConfig, ModelCard, RunConfig
+from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, LoggingConfig, ModelCard
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_text
 from ldm_dkdm.reporting import logger
 
+RunConfig = DistillRun | DiffusionRun | FirstStageRun
 FREE = ("trainer", "logging")  # sections that may change when a run is resumed
 FIXED = ("trainer.seed", "trainer.accumulate", "trainer.devices")  # keys in FREE that may not
 _NAME = re.compile(r"step=(\d+)\.ckpt")
@@ -100,24 +101,36 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
         folder: logs/<run>.
         resumed: the user asked to resume the run.
     """
-    stored, text = folder.path / "config.yaml", to_yaml(config)
-    made_with = _made_with(stored, type(config)) if stored.is_file() else text
-    if made_with != text:
+    stored = folder.path / "config.yaml"
+    now = _plain(to_yaml(config))
+    before = _plain(_made_with(stored, type(config))) if stored.is_file() else now
+    if before != now:
         if not resumed:
             raise UserError(
-                f"{folder.path}: made with another configuration; choose logging.name=NEW, continue with "
-                f"--resume {folder.path}, or delete the folder"
+                f"{folder.path}: made with another configuration; name another folder (logging.name=NEW, in Python "
+                f"out), continue in this one (--resume {folder.path}, in Python resume=True), or delete it"
             )
-        before, now = OmegaConf.create(made_with), OmegaConf.create(text)
         sections = [field.name for field in dataclasses.fields(config) if field.name not in FREE]
         for key in (*sections, *FIXED):
-            if changed := _first_change(OmegaConf.select(before, key), OmegaConf.select(now, key), key):
+            if changed := _first_change(_at(before, key), _at(now, key), key):
                 raise UserError(f"{changed}: cannot change when {folder.path} is resumed; start a new run for that")
 
 
-def _first_change(before: object, now: object, key: str) -> str | None:
+def _plain(text: str) -> Any:
+    """A config as plain values, so that the order of keys does not matter."""
+    return OmegaConf.to_container(OmegaConf.create(text))
+
+
+def _at(tree: Any, key: str) -> Any:
+    """The value at a dotted key; None where there is none."""
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _first_change(before: Any, now: Any, key: str) -> str | None:
     """The dotted key of the first value that differs."""
-    if isinstance(before, DictConfig) and isinstance(now, DictConfig):
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys: dict[Any, Any] = {**before, **now}
         changes = (_first_change(before.get(k), now.get(k), f"{key}.{k}") for k in keys)
         return next((change for change in changes if change), None)

@@ -68,9 +68,11 @@ def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRu
     """
     method, steps = config.distill, teacher.schedule.num_timesteps
     mode = preparation(method).mode
-    if not WARMUPS[mode].takes_t_cap and method.warmup.t_cap is not None:
+    sampling = WARMUPS[mode].from_samples
+    if not sampling and method.warmup.t_cap is not None:
+        modes = " or ".join(name for name, known in WARMUPS.items() if known.from_samples)
         raise UserError(
-            "warmup.t_cap: has an effect with mode: ddim or dpm-solver++ only, "
+            f"warmup.t_cap: has an effect with mode: {modes} only, "
             "and none with variant: iterative; remove it, or set it to null"
         )
     require_fit(student, teacher)
@@ -78,7 +80,7 @@ def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRu
     check_loss(method.loss, teacher.schedule)
     for key, value in (
         ("stride", method.stride),
-        ("warmup.steps", method.warmup.steps),
+        ("warmup.steps", method.warmup.steps if sampling else 1),
         ("sample_steps", config.logging.sample_steps),
     ):
         if value > steps:

@@ -1,6 +1,5 @@
 """One run of any kind: distillation, training on images, training of a first stage."""
 
-import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -92,17 +91,18 @@ class Run:
             return None
         step = step_of(latest)
         if step >= self.trainer.max_steps:
-            return f"already at step {step}; to continue: --resume {self.folder.path} with a larger trainer.max_steps"
+            return f"already at step {step}; a larger trainer.max_steps continues it ({self._resume})"
         states = read_callbacks(latest)  # also refuses a damaged file
         for end in early_ends(self.trainer):
             if end.state_key in states:
                 end.load_state_dict(states[end.state_key])
             if end.reached:
-                return (
-                    f"already ended at step {step} by {end.key}; "
-                    f"to continue: --resume {self.folder.path} with a larger one"
-                )
+                return f"already ended at step {step} by {end.key}; a larger one continues it ({self._resume})"
         return None
+
+    @property
+    def _resume(self) -> str:
+        return f"--resume {self.folder.path}, in Python resume=True"
 
     @property
     def step(self) -> int:
@@ -160,8 +160,12 @@ class Run:
         """
         latest, ends = self.folder.latest(), early_ends(self.trainer)
         trainer = self._lightning(latest, [self.stop, *ends, *callbacks])
-        with contextlib.suppress(SIGTERMException):  # the signal asked for a stop, and that saved the run
+        try:
             trainer.fit(module, datamodule=StreamModule(stream_for), ckpt_path=latest, weights_only=True)
+        except SIGTERMException:
+            pass  # the signal asked for a stop, and that saved the run
+        except SystemExit as end:  # Lightning's answer to the second Ctrl-C
+            raise KeyboardInterrupt from end
         reached = [end.key for end in ends if end.reached]
         if trainer.global_step < self.trainer.max_steps and (self.stop.requested or not reached):
             raise Stopped(f"stopped and saved at step {trainer.global_step}; {self.go_on}")
