@@ -17,6 +17,7 @@ from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
 from ldm_dkdm.config.load import RUN_KIND, card_kind, read_card, to_yaml
 from ldm_dkdm.config.schema import FirstStageCard, FirstStagePointer, ModelCard
 from ldm_dkdm.files import write_tensors, write_text
+from ldm_dkdm.reporting import decoration
 
 NAME = "model folder"
 WEIGHTS = "model.safetensors"
@@ -102,7 +103,8 @@ def write_model(
 ) -> None:
     """Write a model folder with its README, each file atomically."""
     write_folder(folder, card, tensors, dtype)
-    write_readme(folder, card)
+    with decoration(str(folder / "README.md")):
+        write_readme(folder, card)
 
 
 def write_folder(

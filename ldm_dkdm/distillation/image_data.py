@@ -1,7 +1,7 @@
 """Images as training data: real ones, a teacher's samples, or both (Alg. 2 and the baselines of Sec. 4.1)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -23,23 +23,29 @@ class ImageSet:
     """Images by index; files are read on use.
 
     Attributes:
-        images: uint8 (N,H,W,3), or the paths of N files.
+        images: uint8 (N,H,W,C), or the paths of N files.
         size: side in pixels.
         labels: (N,) class indices, if any.
+        channels: C, 1 (grey) or 3 for files.
+        classes: what the labels mean, such as `0 cat`, where folders name them.
+        loose: a file in no class folder although others are in one; then there are no labels.
     """
 
     images: Tensor | Sequence[Path]
     size: int
     labels: Tensor | None = None
+    channels: int = 3
+    classes: Sequence[str] = ()
+    loose: Path | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, indices: Tensor) -> Tensor:
-        """Images uint8 (B,H,W,3)."""
+        """Images uint8 (B,H,W,C)."""
         if isinstance(self.images, Tensor):
             return self.images[indices]
-        return torch.stack([read_image(self.images[int(i)], self.size) for i in indices])
+        return torch.stack([read_image(self.images[int(i)], self.size, self.channels) for i in indices])
 
     def labels_of(self, indices: Tensor) -> Tensor:
         """Labels (B,) of images in a set that has labels."""
@@ -53,9 +59,9 @@ class ImageSet:
         images = []
         with following(progress, "reading", "image", len(self.images)) as done:
             for file in self.images:
-                images.append(read_image(file, self.size))
+                images.append(read_image(file, self.size, self.channels))
                 done(len(images))
-        return ImageSet(torch.stack(images), self.size, self.labels)
+        return replace(self, images=torch.stack(images))
 
     def part(self, fraction: float, seed: int) -> "ImageSet":
         """A random share, at least one image; the same for the same seed."""
@@ -64,19 +70,33 @@ class ImageSet:
         chosen = np.random.default_rng(seed).permutation(len(self))[: max(1, round(fraction * len(self)))]
         labels = None if self.labels is None else self.labels[chosen]
         if isinstance(self.images, Tensor):
-            return ImageSet(self.images[torch.from_numpy(chosen)], self.size, labels)
-        return ImageSet([self.images[i] for i in chosen], self.size, labels)
+            return replace(self, images=self.images[torch.from_numpy(chosen)], labels=labels)
+        return replace(self, images=[self.images[i] for i in chosen], labels=labels)
 
 
-def open_images(path: str | Path, size: int) -> ImageSet:
-    """A folder of images (a sub-folder is a class) or an ADM-style .npz (`arr_0`, labels in `arr_1`)."""
+def open_images(path: str | Path, size: int, channels: int = 3) -> ImageSet:
+    """A folder of images (a sub-folder is a class) or an ADM-style .npz (`arr_0`, labels in `arr_1`).
+
+    Sub-folders named by whole numbers are the classes of these numbers; other names are numbered in their order.
+    """
     path = Path(path)
     if path.suffix == ".npz":
-        return ImageSet(images := square_npz(path, size), size, _npz_labels(path, len(images)))
-    files = find_images(path)
+        return ImageSet(images := square_npz(path, size, channels), size, _npz_labels(path, len(images)), channels)
+    files = find_images(path, channels)
     folders = sorted({file.parent for file in files})
-    classes = torch.tensor([folders.index(file.parent) for file in files])
-    return ImageSet(files, size, classes if len(folders) > 1 else None)
+    if path in folders:
+        loose = next(file for file in files if file.parent == path) if len(folders) > 1 else None
+        return ImageSet(files, size, None, channels, loose=loose)
+    numbers = _class_numbers(folders)
+    named = sorted((number, str(folder.relative_to(path))) for folder, number in numbers.items())
+    labels = torch.tensor([numbers[file.parent] for file in files])
+    return ImageSet(files, size, labels, channels, [f"{number} {name}" for number, name in named])
+
+
+def _class_numbers(folders: Sequence[Path]) -> dict[Path, int]:
+    if all(folder.name.isdecimal() for folder in folders):
+        return {folder: int(folder.name) for folder in folders}
+    return {folder: i for i, folder in enumerate(folders)}
 
 
 def _npz_labels(path: Path, count: int) -> Tensor | None:
@@ -90,14 +110,15 @@ def _npz_labels(path: Path, count: int) -> Tensor | None:
     return torch.from_numpy(labels).long()
 
 
-def open_sets(config: DiffusionDataConfig, seed: int) -> list[ImageSet]:
-    """The real images (or a fraction of them) and the synthetic ones that a configuration names."""
+def open_sets(config: DiffusionDataConfig, seed: int, channels: int = 3) -> list[ImageSet]:
+    """The real images (or a fraction of them) and the synthetic ones that a configuration names, of `channels`."""
     if config.path is None and config.synthetic is None:
         raise UserError("data: names no images; set data.path (real), data.synthetic (a teacher's samples) or both")
     if config.path is None and config.fraction != 1:
         raise UserError("data.fraction: is a share of data.path, which is not set")
-    real = [open_images(config.path, config.image_size).part(config.fraction, seed)] if config.path else []
-    return real + ([open_images(config.synthetic, config.image_size)] if config.synthetic else [])
+    size = config.image_size
+    real = [open_images(config.path, size, channels).part(config.fraction, seed)] if config.path else []
+    return real + ([open_images(config.synthetic, size, channels)] if config.synthetic else [])
 
 
 class States(Protocol):

@@ -22,7 +22,7 @@ class Autoencoder(nn.Module):
     def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()
         moments = 2 if ddconfig.get("double_z", True) else 1  # mean and log variance, or a latent
-        self.in_channels = ddconfig["in_channels"]
+        self.in_channels, self.out_channels = ddconfig["in_channels"], ddconfig["out_ch"]
         self.embed_dim = embed_dim
         self.resolution = ddconfig["resolution"]
         self.downsampling = 2 ** (len(ddconfig["ch_mult"]) - 1)

@@ -29,7 +29,7 @@ VQ_MODELS = {name: kind for name, kind in FIRST_STAGES.items() if kind is VQMode
 
 
 class _ImageStream(IterableDataset[Tensor]):
-    """Image batches uint8 (B,H,W,3), the same after a resume."""
+    """Image batches uint8 (B,H,W,C), the same after a resume."""
 
     def __init__(self, images: Tensor, batch_size: int, max_steps: int, seed: int, first_step: int) -> None:
         self.arguments = (images, batch_size, seed, first_step)
@@ -72,10 +72,13 @@ def train_first_stage_in(run: Run) -> Result:
             vq, config, lpips_loss(config.loss.perceptual_backbone) if config.loss.perceptual else None
         )
     _refuse_unused(config)
-    images = load_images(config.data.path, config.data.image_size)
+    _require_channels(vq, config)
+    images = load_images(config.data.path, config.data.image_size, vq.in_channels)
     if config.data.batch_size > len(images):
         raise UserError(f"data.batch_size: {config.data.batch_size} is more than the {len(images)} images")
-    held_out = load_images(config.data.held_out, config.data.image_size) if config.data.held_out else None
+    held_out = None
+    if config.data.held_out:
+        held_out = load_images(config.data.held_out, config.data.image_size, vq.in_channels)
     if end := run.end():
         logger.info(f"{run.folder.path}: {end}")
         return Result(vq, run.folder.path, run.step, end)
@@ -88,6 +91,17 @@ def train_first_stage_in(run: Run) -> Result:
     with run.open():
         result = run.fit(module, stream_for, [RunCheckpoint(run.folder.checkpoints, config.logging.save_every, export)])
     return replace(result, model=vq.eval())
+
+
+def _require_channels(vq: VQModel, config: FirstStageRun) -> None:
+    """Refuse channels of the images that a term of the loss or the augmentation cannot take."""
+    channels, where = vq.in_channels, "first_stage.params.ddconfig"
+    if vq.out_channels != channels:
+        raise UserError(f"{where}.out_ch: {vq.out_channels} must be in_channels, {channels}")
+    if config.hue and channels != 3:
+        raise UserError(f"hue: images of {channels} channels have none; set it to 0")
+    if config.loss.perceptual and channels not in (1, 3):
+        raise UserError(f"loss.perceptual: LPIPS takes grey or RGB images, not {channels} channels; set it to 0")
 
 
 OWN_CHOICES = (

@@ -22,10 +22,11 @@ from ldm_dkdm.distillation.image_data import EncodedStates, ImageSet, States, en
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.distillation.student import check_loss, load_initial, require_call
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.first_stage.codec import Codec, LatentCodec
 from ldm_dkdm.images import save_grid
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS
-from ldm_dkdm.reporting import Progress
+from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.calls import training_of
 from ldm_dkdm.training.export import export_on_save
@@ -97,8 +98,9 @@ def train_in(run: Run, model: DiffusionModel) -> Result:
     config = run.config
     require_trainable(model, config)
     codec = model.codec().to(run.device, run.precision)
+    _require_same_channels(codec)
     trained = model.changed(precision=run.precision)
-    sets = open_sets(config.data, run.trainer.seed)
+    sets = open_sets(config.data, run.trainer.seed, codec.channels)
     _require_labels(model, dict(zip([key for key in ("path", "synthetic") if getattr(config.data, key)], sets)))
     found = tuple(codec.encode(sets[0].take(torch.zeros(1, dtype=torch.long))).shape[1:])
     if found != model.shape:
@@ -128,9 +130,11 @@ def train_in(run: Run, model: DiffusionModel) -> Result:
     with run.open():
         if is_first_rank():
             count = min(config.logging.sample_count, len(sets[0]))
-            save_grid(sets[0].take(torch.arange(count)), samples / "data.png")
+            shown = sets[0].take(torch.arange(count))
+            with decoration(str(samples / "data.png")):
+                save_grid(shown, samples / "data.png")
         grids = SampleGrid(samples, config.logging, run.trainer.seed)
-        result = run.fit(StudentModule(trained, config.loss, run.trainer), stream_for, [grids, saving])
+        result = run.fit(StudentModule(trained, config.loss, run.trainer), stream_for, [saving, grids])
     model.network.eval()
     model.path = run.folder.model
     return replace(result, model=model)
@@ -155,14 +159,28 @@ def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:
         raise UserError(f"model.params.out_channels: {outputs} must be {inputs} in latent space{advice}")
 
 
+def _require_same_channels(codec: Codec) -> None:
+    """Refuse a first stage that cannot encode what it decodes."""
+    if isinstance(codec, LatentCodec) and codec.autoencoder.in_channels != codec.channels:
+        raise UserError(
+            f"first_stage: it encodes images of {codec.autoencoder.in_channels} channels and decodes {codec.channels}; "
+            "training needs one that decodes what it encodes"
+        )
+
+
 def _require_labels(model: DiffusionModel, sets: Mapping[str, ImageSet]) -> None:
     if model.num_classes is None:
         return
     for key, images in sets.items():
         if images.labels is None:
+            loose = f"; {images.loose} is in none" if images.loose else ""
             raise UserError(
                 f"data.{key}: a class-conditional model needs labels: arr_1 of an .npz, or a sub-folder for every class"
+                + loose
             )
+        if images.classes and is_first_rank():
+            rest = ", ..." if len(images.classes) > 20 else ""
+            logger.info(f"data.{key}: {len(images.classes)} classes: {', '.join(images.classes[:20])}{rest}")
         if not 0 <= int(images.labels.min()) <= int(images.labels.max()) < model.num_classes:
             raise UserError(
                 f"model.params.num_classes: {model.num_classes}, but data.{key}'s labels go from "

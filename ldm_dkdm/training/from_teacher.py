@@ -105,7 +105,7 @@ def distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Res
         return DistillStream(teacher, pool, method, parts.batches, seed, rank, device, run.first_batch)
 
     with run.open():
-        result = run.fit(parts.module(), stream_for, [grids, saving])
+        result = run.fit(parts.module(), stream_for, [saving, grids])
     for mapped in run.folder.path.glob("pool-rank*.bin"):  # the checkpoints hold the same
         mapped.unlink(missing_ok=True)
     student.network.eval()

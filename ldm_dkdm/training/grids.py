@@ -8,12 +8,13 @@ import torch
 from ldm_dkdm.config.schema import LoggingConfig, SamplingConfig
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.images import save_grid
+from ldm_dkdm.reporting import decoration
 from ldm_dkdm.training.ema import averaged
 from ldm_dkdm.training.ends import StepCallback
 
 
 class SampleGrid(StepCallback):
-    """Writes samples/step=N.png, from the EMA weights of a `StudentModule`.
+    """Writes samples/step=N.png, from the EMA weights of a `StudentModule`; a failure is logged.
 
     Args:
         folder: logs/<run>/samples.
@@ -28,6 +29,7 @@ class SampleGrid(StepCallback):
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
         if trainer.is_global_zero and step % self.every == 0:
-            model = averaged(trainer, StudentModule).model
-            images = [batch.images for batch in model.sample_batches(self.config)]
-            save_grid(torch.cat(images), self.folder / f"step={step:08d}.png")
+            file = self.folder / f"step={step:08d}.png"
+            with decoration(str(file)):
+                model = averaged(trainer, StudentModule).model
+                save_grid(torch.cat([batch.images for batch in model.sample_batches(self.config)]), file)
