@@ -31,7 +31,7 @@ DISTIL = {**STEPS, "rho": 0.2, "warmup": "noise", "check": False, "progress": Fa
 def pixel_model(channels: int) -> DiffusionModel:
     """An 8x8 pixel model with T = 20."""
     network = randomised(UNet(**{**UNET_PARAMS, "in_channels": channels, "out_channels": channels}))
-    return DiffusionModel(network.eval(), schedule=NoiseSchedule.named("linear", 20), space="pixel")
+    return DiffusionModel(network.eval(), schedule=NoiseSchedule("linear", 20), space="pixel")
 
 
 def vq_folder(folder: Path, images: int, latents: int = 3) -> Path:
@@ -98,7 +98,7 @@ def test_first_stages_of_other_channels_are_sampled_decoded_and_distilled(
 ) -> None:
     stage = vq_folder(tmp_path / "vq", images, latents)
     network = randomised(UNet(**{**UNET_PARAMS, "in_channels": latents, "out_channels": latents})).eval()
-    teacher = DiffusionModel(network, schedule=NoiseSchedule.named("linear", 20), first_stage=stage)
+    teacher = DiffusionModel(network, schedule=NoiseSchedule("linear", 20), first_stage=stage)
     assert teacher.sample(2, steps=2).shape == (2, 32, 32, images)
     save_file({"x": torch.randn(2, latents, 8, 8)}, tmp_path / "x.safetensors")
     decode = [tmp_path / "x.safetensors", "--first_stage", stage, "-o", tmp_path / "out"]
@@ -150,7 +150,7 @@ def test_a_first_stage_that_decodes_other_images_than_it_encodes_cannot_train(tm
     params = {"ddconfig": dd, "embed_dim": 3}
     card = FirstStageCard("model.safetensors", "ldm_dkdm.first_stage.AutoencoderKL", params, 0.5)
     write_folder(tmp_path / "kl", card, randomised(AutoencoderKL(**params)).state_dict())
-    model = DiffusionModel(UNet(**UNET_PARAMS), schedule=NoiseSchedule.named("linear", 20), first_stage=tmp_path / "kl")
+    model = DiffusionModel(UNet(**UNET_PARAMS), schedule=NoiseSchedule("linear", 20), first_stage=tmp_path / "kl")
     save_npz(torch.zeros(4, 32, 32, 3, dtype=torch.uint8), tmp_path / "x.npz")
     with pytest.raises(UserError, match="first_stage: it encodes images of 1 channels and decodes 3"):
         train(model, tmp_path / "x.npz", tmp_path / "run", progress=False, **STEPS)
