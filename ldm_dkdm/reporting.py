@@ -31,11 +31,11 @@ def following(
 
 @contextmanager
 def decoration(what: str) -> Iterator[None]:
-    """Log what fails while a grid or a card is written, and go on: neither is worth a run."""
+    """Log what fails while a grid, a card or a figure is made, and go on: none is worth a run."""
     try:
         yield
     except Exception as error:
-        logger.warning(f"{what}: not written ({type(error).__name__}: {error})")
+        logger.warning(f"{what}: left out ({type(error).__name__}: {error})")
 
 
 def size(count: float) -> str:

@@ -172,8 +172,8 @@ def test_decorations_that_fail_are_logged_and_cost_nothing(
         assert train(pixel_model(3), tmp_path / "x.npz", tmp_path / "trained", progress=False, **STEPS).step == 2
     assert result.step == 2
     for name in ("samples/step=00000001.png", "student/README.md"):
-        assert f"{tmp_path}/run/{name}: not written (TypeError: no such colour)" in caplog.text
-    assert f"{tmp_path}/trained/samples/data.png: not written" in caplog.text
+        assert f"{tmp_path}/run/{name}: left out (TypeError: no such colour)" in caplog.text
+    assert f"{tmp_path}/trained/samples/data.png: left out" in caplog.text
     whole, without = (load_file(run / "student/student.safetensors") for run in (plain, tmp_path / "run"))
     assert all(torch.equal(whole[name], without[name]) for name in whole)
 

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +208,34 @@ def test_images_beside_class_folders_have_no_labels_and_one_is_named(tmp_path: P
     assert images.labels is None and images.loose == tmp_path / "stray.png"
     (tmp_path / "stray.png").unlink()
     assert open_images(tmp_path, 8).classes == ["0 cat"]
+
+
+def test_a_class_folder_without_images_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image(tmp_path / "cat/deep/a.png")
+    (tmp_path / "ant").mkdir()
+    with caplog.at_level(logging.WARNING, "ldm_dkdm"):
+        assert open_images(tmp_path, 8).classes == ["0 cat/deep"]
+    assert f"{tmp_path}: 1 sub-folders hold no images: ant" in caplog.text
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(1, 0), (2, 4), (3, 2), (4, 6)])
+def test_16_bit_png_of_every_kind_keeps_its_levels(channels: int, kind: int, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(65536, size=(16, 16, channels))
+    if channels in (2, 4):
+        values[..., -1] = 65535
+    _write_16_bit_png(tmp_path / "a.png", values, kind)
+    expected = (values[..., :3] if channels > 2 else values[..., :1]) / 257
+    assert np.abs(read_image(tmp_path / "a.png", 16).numpy() - expected).max() < 1
+
+
+def _write_16_bit_png(path: Path, values: np.ndarray, kind: int) -> None:
+    """Pillow reads 16-bit colour but does not write it."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)

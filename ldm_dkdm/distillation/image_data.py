@@ -13,7 +13,7 @@ from ldm_dkdm.config.schema import DiffusionDataConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage.codec import Codec
 from ldm_dkdm.images import find_images, read_image, read_npz, square_npz
-from ldm_dkdm.reporting import Progress, following
+from ldm_dkdm.reporting import Progress, following, logger
 
 ENCODE_BATCH = 64
 
@@ -27,7 +27,7 @@ class ImageSet:
         size: side in pixels.
         labels: (N,) class indices, if any.
         channels: C, 1 (grey) or 3 for files.
-        classes: what the labels mean, such as `0 cat`, where folders name them.
+        classes: what the labels mean, such as `0 cat` or `7`, where folders name them.
         loose: a file in no class folder although others are in one; then there are no labels.
     """
 
@@ -84,13 +84,24 @@ def open_images(path: str | Path, size: int, channels: int = 3) -> ImageSet:
         return ImageSet(images := square_npz(path, size, channels), size, _npz_labels(path, len(images)), channels)
     files = find_images(path, channels)
     folders = sorted({file.parent for file in files})
+    _name_empty(path, folders)
     if path in folders:
         loose = next(file for file in files if file.parent == path) if len(folders) > 1 else None
         return ImageSet(files, size, None, channels, loose=loose)
     numbers = _class_numbers(folders)
     named = sorted((number, str(folder.relative_to(path))) for folder, number in numbers.items())
     labels = torch.tensor([numbers[file.parent] for file in files])
-    return ImageSet(files, size, labels, channels, [f"{number} {name}" for number, name in named])
+    return ImageSet(
+        files, size, labels, channels, [name if name == str(number) else f"{number} {name}" for number, name in named]
+    )
+
+
+def _name_empty(path: Path, folders: Sequence[Path]) -> None:
+    """Warn of sub-folders without images, which are no classes."""
+    used = {above for folder in folders for above in (folder, *folder.parents)}
+    empty = [f.name for f in sorted(path.iterdir()) if f.is_dir() and f not in used and not f.name.startswith(".")]
+    if empty:
+        logger.warning(f"{path}: {len(empty)} sub-folders hold no images: {', '.join(empty[:8])}")
 
 
 def _class_numbers(folders: Sequence[Path]) -> dict[Path, int]:

@@ -17,7 +17,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
 from ldm_dkdm.first_stage.vqgan import FirstStageModule, held_out_psnr, latent_scale
 from ldm_dkdm.images import endless_batches, load_images
-from ldm_dkdm.reporting import Progress, logger
+from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.ema import averaged
 from ldm_dkdm.training.folder import RunFolder
@@ -139,8 +139,9 @@ def _export_on_save(
         vq = averaged(trainer, FirstStageModule).vq.eval()
         info: dict[str, Any] = {"step": trainer.global_step}
         if held_out is not None:
-            info["held_out_psnr_db"] = round(held_out_psnr(vq, held_out), 2)
-            logger.info(f"step {trainer.global_step}: held-out PSNR {info['held_out_psnr_db']} dB")
+            with decoration("held-out PSNR"):
+                info["held_out_psnr_db"] = round(held_out_psnr(vq, held_out), 2)
+                logger.info(f"step {trainer.global_step}: held-out PSNR {info['held_out_psnr_db']} dB")
         scale = latent_scale(vq, images[:: max(1, len(images) // 512)])
         card = FirstStageCard("model.safetensors", target, config.first_stage.params, round(scale, 6), info)
         write_folder(folder.model, card, vq.state_dict(), getattr(torch, config.logging.export_dtype))
