@@ -92,6 +92,22 @@ def test_pixel_models_train_on_an_npz_and_grey_ones_on_files(channels: int, tmp_
     assert not (tmp_path / "files-run").exists()
 
 
+def test_a_conditional_training_prints_its_classes_and_refuses_what_has_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("2", "10"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "data" / name / "a.png")
+    network = UNet(**{**UNET_PARAMS, "in_channels": 1, "out_channels": 1, "num_classes": 11})
+    model = DiffusionModel(network, schedule=NoiseSchedule("linear", 20), space="pixel")
+    with caplog.at_level(logging.INFO, "ldm_dkdm"):
+        assert train(model, tmp_path / "data", tmp_path / "run", progress=False, **STEPS).step == 2
+    assert "data.path: 2 classes: 2, 10" in caplog.text
+    Image.new("L", (8, 8)).save(tmp_path / "data/stray.png")
+    with pytest.raises(UserError, match=r"a sub-folder for every class; .*data/stray\.png is in none"):
+        train(model, tmp_path / "data", tmp_path / "other", progress=False, **STEPS)
+
+
 @pytest.mark.parametrize(("images", "latents"), [(1, 3), (2, 4), (4, 2), (5, 5)])
 def test_first_stages_of_other_channels_are_sampled_decoded_and_distilled(
     images: int, latents: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
