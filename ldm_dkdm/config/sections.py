@@ -139,6 +139,9 @@ class LossConfig(Section):
         None, above=0, help="Cap on the weight per t that `v` and `x0` give to the eps error."
     )
     vlb_weight: float = key(1.0, min=0, help="Weight lambda of the variational bound, where the variance is learned.")
+    clip_student: bool = key(
+        False, help="Clip the student's x_0 in the variational bound, as sampling does; the public code does not."
+    )
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,9 @@ class DistillConfig(Section):
         None, above=0, help="Size of the pool of `dynamic`, which needs it; the others do not use it."
     )
     discard: float = key(0.0, min=0, below=1, help="Share of advanced batches that are not shown to the student.")
+    discard_mode: Literal["redraw", "same_slots"] = key(
+        "redraw", help="After a discarded batch, draw other slots, or advance the same ones (the public code)."
+    )
     input_perturbation: float = key(0.0, min=0, help="Noise added to the student's input: gamma of DDPM-IP.")
     stride: int = key(1, min=1, help="Timesteps that a drawn slot advances; 1 is the paper.")
     pool_dtype: Literal["float16", "float32"] = key("float16", help="Number format of the pool's states.")

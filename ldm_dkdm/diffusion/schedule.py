@@ -84,9 +84,13 @@ class NoiseSchedule:
         It spends less on states so near pure noise that no picture is decided there (as min-SNR weights
         do, Hang et al. 2023, by sampling instead of weighting). Without a cap it is uniform.
         """
-        density = (self.alphas_cumprod * (cap or float("inf"))).clamp(0.1, 1)
+        density = self.density(cap)
         cdf = (density.cumsum(0) / density.sum()).to(quantiles)
         return torch.searchsorted(cdf, quantiles, right=True).clamp(max=self.num_timesteps - 1)
+
+    def density(self, cap: float | None = None) -> Tensor:
+        """The density (T,) of `timesteps_at`, at most 1, float64."""
+        return (self.alphas_cumprod * (cap or float("inf"))).clamp(0.1, 1)
 
     def _table(self, device: torch.device) -> Tensor:
         """abar_{-1} ... abar_{T-1} on a device, copied there once."""
