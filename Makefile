@@ -5,7 +5,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: demo demo-pixel docs test setup quickstart-teacher
 
-# Distil the shipped teacher and sample both models from the same noise; a second call reuses what is there.
+# Distil the shipped teacher and sample both models from the same noise; a second call reuses existing results.
 demo: setup
 	@trap : INT; $(VENV)/bin/dkdm demo
 

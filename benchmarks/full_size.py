@@ -41,9 +41,9 @@ def main() -> None:
 
 
 def write_teacher(config: DistillRun, folder: Path) -> Path:
-    """A checkpoint of the recipe's teacher with random weights."""
+    """Write a checkpoint of the recipe's teacher with random weights."""
     unet = build(config.teacher, NETWORKS, "teacher.params")
-    torch.nn.init.normal_(unet.out[2].weight, std=0.02)  # a network starts with zeros there and would predict none
+    torch.nn.init.normal_(unet.out[2].weight, std=0.02)  # a new network has zeros there and predicts 0
     if config.diffusion.space == "pixel":
         torch.save(unet.state_dict(), folder / "model.pt")
         return folder / "model.pt"
@@ -72,7 +72,7 @@ def run(recipe: str, folder: Path, batch: int, steps: int, precision: str) -> No
         sys.exit(f"{recipe}: failed")
     seconds, peak = time.perf_counter() - started, usage.ru_maxrss / 1e6
     metrics = (folder / "logs" / "run" / "metrics" / "metrics.csv").read_text().strip()
-    print(f"{recipe}: {steps} steps at batch {batch}: {seconds:.0f} s in all, peak memory {peak:.1f} GB\n{metrics}")
+    print(f"{recipe}: {steps} steps at batch {batch}: {seconds:.0f} s in total, peak memory {peak:.1f} GB\n{metrics}")
 
 
 if __name__ == "__main__":

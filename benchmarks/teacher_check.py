@@ -1,4 +1,4 @@
-"""The figures of the teacher check for good teachers and faulty ones: python benchmarks/teacher_check.py [TEACHER ...]
+"""Figures of the teacher check for good and faulty teachers: python benchmarks/teacher_check.py [TEACHER ...]
 
 Prints a markdown table; docs/teacher-check.md holds its output.
 """
@@ -17,7 +17,7 @@ from ldm_dkdm.evaluation.teacher_check import COMPARED, measure, reread
 
 
 def faults(model: DiffusionModel) -> Iterator[tuple[str, DiffusionModel]]:
-    """A model as it is, then broken or misread in every way that users and downloads do."""
+    """The model itself, then with each fault that occurs in practice, by name."""
     yield "good", model
     for name, change in (("random weights", _reset), ("shuffled weights", _shuffle), ("shuffled rows", _shuffle_rows)):
         yield name, _with_network(model, change)
@@ -39,7 +39,7 @@ def faults(model: DiffusionModel) -> Iterator[tuple[str, DiffusionModel]]:
         if other != own:
             yield name, model.changed(diffusion=other)
     wrong = "v" if model.parameterization == "eps" else "eps"
-    yield f"{model.parameterization} read as {wrong}", model.changed(parameterization=wrong)
+    yield f"{model.parameterization} interpreted as {wrong}", model.changed(parameterization=wrong)
 
 
 def _with_network(model: DiffusionModel, change: Callable[[nn.Module], None]) -> DiffusionModel:
@@ -88,7 +88,7 @@ def main() -> None:
         for name, model in faults(load_model(folder)):
             figures = measure(model, images=COMPARED)
             try:
-                model.changed(described=False).check()  # compares other readings, as for a third-party checkpoint
+                model.changed(described=False).check()  # compares alternatives, as for a third-party checkpoint
                 verdict = "passes"
             except UserError as error:
                 verdict = str(error).removeprefix(f"{model.path}: ").partition(";")[0]

@@ -1,7 +1,7 @@
-"""The three ways to make batches, compared: python benchmarks/variants.py configs/digits.yaml -o docs/variants.png
+"""Compare the three ways to make batches: python benchmarks/variants.py configs/digits.yaml -o docs/variants.png
 
 Distils with each variant for the same number of steps from one seed, measures the students' eps error on
-held-out exact chains of the teacher, and draws the training losses in one picture.
+held-out exact chains of the teacher, and plots the training losses.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def smoothed(run: Path, window: int = 5) -> list[tuple[int, float]]:
 
 
 def draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """The curves on a logarithmic scale, with labels."""
+    """Plot the curves on a logarithmic scale, with labels."""
     font = ImageFont.load_default(size=16)
     sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(sheet)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Where a public name lives; it is imported when it is first used, so that `import ldm_dkdm` does not import torch.
+# Module of each public name; it is imported on first use, so that `import ldm_dkdm` does not import torch.
 _HOMES = {
     "DiffusionModel": "ldm_dkdm.model",
     "NoiseSchedule": "ldm_dkdm.diffusion.schedule",

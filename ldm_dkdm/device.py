@@ -1,6 +1,6 @@
-"""Where a process computes and how: ranks, devices, bf16 autocast where the machine multiplies bf16 faster.
+"""Rank, device and precision of a process: bf16 autocast where the machine multiplies bf16 faster.
 
-torch is imported when a function needs it, so that a command line can ask for its rank without it.
+Functions import torch themselves, so that a command can query its rank without it.
 """
 
 import os
@@ -22,7 +22,7 @@ def resolve_precision(choice: str, device: "torch.device | str") -> str:
     """`auto` -> `bf16` on a CPU with bf16 instructions or a GPU that supports it, else `32`.
 
     Raises:
-        UserError: another name.
+        UserError: an unknown name.
     """
     import torch
 
@@ -45,12 +45,12 @@ def autocast(precision: str, device: "torch.device | str") -> "torch.autocast":
 
 
 def local_rank() -> int:
-    """The number of this process among a run's processes on the machine."""
+    """The rank of this process among a run's processes on the machine."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for all of a run's processes on the machine."""
+    """Whether this is the first of a run's processes on the machine."""
     return local_rank() == 0
 
 
@@ -72,7 +72,7 @@ def default_device(accelerator: str) -> "torch.device":
 
 
 def resolve_device(name: str) -> "torch.device":
-    """The device of a name that PyTorch knows; `auto` is the default one.
+    """The device of a PyTorch name, or of `auto`.
 
     Raises:
         UserError: PyTorch cannot use it here.

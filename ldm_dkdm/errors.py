@@ -1,4 +1,4 @@
-"""The one family of errors that a user can cause and mend."""
+"""`UserError`, `Stopped`, and helpers for their messages."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """A signal ended a run early; all is saved, and the message says how to go on."""
+    """A signal ended a run early; all is saved, and the message says how to continue."""
 
 
 class UserError(ValueError):
@@ -53,11 +53,11 @@ MALFORMED = (
     TypeError,
     UnpicklingError,
     ValueError,
-)  # what content that nobody foresaw raises
+)  # raised by malformed content
 
 
 @contextmanager
-def blaming(source: str | Path, fault: str = "is damaged, or no file of its kind") -> Iterator[None]:
+def blaming(source: str | Path, fault: str = "is damaged, or not a file of its kind") -> Iterator[None]:
     """Turn what malformed content raises into a `UserError` that names its file."""
     try:
         yield
@@ -69,7 +69,7 @@ def blaming(source: str | Path, fault: str = "is damaged, or no file of its kind
 
 @contextmanager
 def naming(key: str) -> Iterator[None]:
-    """Put the key whose value is to blame before the message of a `UserError`."""
+    """Prefix the message of a `UserError` with the key at fault."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files atomically: whole or not at all."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; it takes the place of `path` when the block ends well."""
+    """Yield a temporary name beside `path`; it replaces `path` when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        temporary.chmod(0o644)  # some writers make files that only their owner reads
+        temporary.chmod(0o644)  # some writers make files that only their owner may read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes left of this file; running ones keep theirs."""
+    """Remove this file's temporary files of processes that no longer run."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         number = left.name.removesuffix(".tmp").rpartition(".")[2]
         if number.isdecimal() and not _runs(int(number)):
@@ -43,7 +43,7 @@ def _runs(process: int) -> bool:
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file atomically.
 
     Raises:
         OSError: no room, no permission.

@@ -1,4 +1,4 @@
-"""Images in and out of files: folders and ADM-style .npz in; PNG, .npz and labelled grids out."""
+"""Read folders of images and ADM-style .npz; write PNG, .npz and labelled grids."""
 
 import math
 import zipfile
@@ -40,7 +40,7 @@ def find_images(path: Path) -> list[Path]:
 
 
 def _hidden(path: Path) -> bool:
-    """Whether a file, or a folder that it lies in, is hidden, such as .ipynb_checkpoints."""
+    """Whether a file, or a folder above it, is hidden, such as .ipynb_checkpoints."""
     return any(part.startswith(".") for part in path.parts)
 
 
@@ -49,12 +49,12 @@ def square_npz(path: Path, size: int) -> Tensor:
     array = read_npz(path)
     assert array is not None  # `read_npz` has refused a file without arr_0
     if array.dtype != np.uint8 or array.shape[1:] != (size, size, 3):
-        raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}, wanted uint8 (N,{size},{size},3)")
+        raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}, expected uint8 (N,{size},{size},3)")
     return torch.from_numpy(array)
 
 
 def read_npz(path: Path, name: str = "arr_0") -> np.ndarray | None:
-    """An array of an .npz; None if only another than `arr_0` is missing."""
+    """An array of an .npz; None if it is missing and not `arr_0`."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return archive[name] if name == "arr_0" or name in archive else None
@@ -117,7 +117,7 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Imag
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]], margin: int = 16) -> Image.Image:
-    """Set labelled pictures of one size next to each other; tiny ones are magnified to their labels' width."""
+    """Set labelled images of one size next to each other; tiny ones are magnified to their labels' width."""
     font = ImageFont.load_default(size=18)
     factor = max(1, min(int(font.getlength(label)) // panel.width for label, panel in panels))
     panels = [(label, _magnified(panel, factor)) for label, panel in panels]
@@ -132,13 +132,13 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]], margin: int = 16) ->
     return sheet
 
 
-def _magnified(picture: Image.Image, factor: int) -> Image.Image:
+def _magnified(image: Image.Image, factor: int) -> Image.Image:
     """Every pixel as a square of factor x factor."""
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG atomically."""
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")
 
@@ -149,11 +149,11 @@ def save_grid(images: Tensor, path: Path) -> None:
 
 
 class NpzWriter:
-    """Writes an ADM-style .npz image by image as its parts come, so that no set of pictures need be in memory.
+    """Writes an ADM-style .npz batch by batch, so that the images need not fit in memory.
 
     Args:
-        file: open for writing.
-        count: images that will come.
+        file: the file, open for writing.
+        count: number of all images.
     """
 
     def __init__(self, file: BinaryIO, count: int) -> None:
@@ -175,7 +175,7 @@ class NpzWriter:
             self.labels.append(labels.numpy())
 
     def close(self) -> None:
-        """Finish the archive: arr_1 holds the labels int64 (N,), if there are any."""
+        """Finish the archive: arr_1 holds the labels int64 (N,), if any."""
         if self.member is not None:
             self.member.close()
         if self.labels:

@@ -1,4 +1,4 @@
-"""Pixel space: all that differs from latent space stands in the table SPACES (conventions of Improved DDPM)."""
+"""Pixel space: the table SPACES holds all differences from latent space (conventions of Improved DDPM)."""
 
 from dataclasses import dataclass
 
@@ -34,10 +34,10 @@ class PixelCodec:
 
 @dataclass(frozen=True)
 class Space:
-    """What a model's states are, as far as it makes a difference.
+    """The properties of a model's states.
 
     Attributes:
-        encoded: a first stage makes the states out of images; without one they are the images.
+        encoded: a first stage encodes images to states; else the states are the images.
         clip: x_0 is clipped to [-clip, clip]; None leaves it as it is.
         steps_offset: DDIM's, see `NoiseSchedule`.
         likelihood: data can teach a variance, since states are 8-bit values whose likelihood is known.
@@ -53,7 +53,7 @@ class Space:
         return x_0 if self.clip is None else x_0.clamp(-self.clip, self.clip)
 
 
-SPACES = {  # by `diffusion.space`
+SPACES = {  # value of `diffusion.space` -> properties
     "latent": Space(encoded=True, clip=None, steps_offset=1, likelihood=False),
     "pixel": Space(encoded=False, clip=1.0, steps_offset=0, likelihood=True),
 }

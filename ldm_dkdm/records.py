@@ -1,4 +1,4 @@
-"""What travels between the parts of the package."""
+"""Records of noisy states, predictions and training batches."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class NoisyBatch:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a denoiser says about a noisy batch: the noise eps in x_t and the clean state x_0 below it.
+    """A model's prediction for a noisy batch: the noise eps in x_t and the clean state x_0.
 
     The next state of a chain follows from x_0, which pixel space clips to [-1,1]; eps is never clipped.
     """
@@ -33,7 +33,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class DistillBatch:
-    """A ready training example: noisy states and the teacher's prediction there."""
+    """A training batch: noisy states and the target prediction there."""
 
     x: Tensor
     t: Tensor

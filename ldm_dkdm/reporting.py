@@ -1,4 +1,4 @@
-"""What long work says: one logger, progress, and byte counts and durations in messages."""
+"""The logger, progress bars, and byte counts and durations for messages."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 logger = logging.getLogger("ldm_dkdm")
-logger.addHandler(logging.NullHandler())  # a command shows what is logged, a program decides for itself
+logger.addHandler(logging.NullHandler())  # commands print the log, programs decide themselves
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -16,11 +16,11 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 def following(
     progress: bool | Progress, what: str, unit: str, total: int, initial: int = 0
 ) -> Iterator[Callable[[int], object]]:
-    """Yield a function that is told how many of `total` are done.
+    """Yield a function to call with the number done of `total`.
 
     Args:
         progress: True shows a bar with an ETA, False nothing; a function is called with (what, done, total).
-        what: the work. unit: of the numbers. initial: what was done before.
+        what: name of the work. unit: what is counted. initial: number done before.
     """
     if callable(progress):
         yield lambda done: progress(what, done, total)
@@ -52,5 +52,5 @@ def duration(seconds: float) -> str:
 
 
 def pace(seconds: float) -> str:
-    """Seconds of one of many things, to three digits."""
+    """Seconds per item, to three digits."""
     return f"{seconds:.3g} s" if seconds < 100 else duration(seconds)

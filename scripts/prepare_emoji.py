@@ -1,8 +1,8 @@
 """Make the quickstart's data: python scripts/prepare_emoji.py ASSETS OUT
 
 ASSETS is the `assets` folder of the npm package @lobehub/fluent-emoji-3d (MIT). OUT receives, as
-ADM-style .npz of 64x64 images on white: train.npz and held_out.npz for the first stage (no emoji of
-the one is a variant of an emoji of the other), teacher.npz for the teacher (faces, animals, food).
+ADM-style .npz of 64x64 images on white: train.npz and held_out.npz for the first stage (variants of one
+emoji are in the same file), teacher.npz for the teacher (faces, animals, food).
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ TEACHER_RANGES = (
 )
 
 
-def is_teacher_picture(name: str) -> bool:
+def is_teacher_image(name: str) -> bool:
     """Whether a file is a face, an animal, a plant or food without variants."""
     parts = name.split("-")
     code = int(parts[0], 16)
@@ -40,13 +40,13 @@ def is_teacher_picture(name: str) -> bool:
 
 
 def group_of(name: str) -> str:
-    """Variants of one emoji share a group: the first code point, but a flag is its own."""
+    """Variants of one emoji share a group: the first code point; each flag is a group."""
     first = name.split("-", maxsplit=1)[0]
     return name if "1f1e6" <= first <= "1f1ff" else first
 
 
 def main() -> None:
-    """Read every picture once, split by group, write the three sets."""
+    """Read every image once, split by group, write the three sets."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("assets", type=Path)
     parser.add_argument("out", type=Path)
@@ -59,7 +59,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     chosen = set(rng.choice(groups, len(groups) // 20, replace=False).tolist())
     held_out = torch.tensor([group_of(file.stem) in chosen for file in files])
-    teacher = torch.tensor([is_teacher_picture(file.stem) for file in files])
+    teacher = torch.tensor([is_teacher_image(file.stem) for file in files])
     for name, mask in (("train", ~held_out), ("held_out", held_out), ("teacher", teacher)):
         save_npz(images[mask], arguments.out / f"{name}.npz")
         print(f"{arguments.out / name}.npz: {int(mask.sum())} images")

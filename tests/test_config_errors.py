@@ -183,7 +183,7 @@ def test_a_config_of_another_script_is_named_as_that(teacher_folder: Path, tmp_p
 
 
 def test_a_model_s_folder_is_no_run_to_resume(teacher_folder: Path, capsys) -> None:
-    assert_one_error_line(capsys, distil("--resume", teacher_folder), ("--resume", "a diffusion model's folder"))
+    assert_one_error_line(capsys, distil("--resume", teacher_folder), ("--resume", "a model folder"))
 
 
 def test_resume_last_passes_damaged_folders_by(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -107,7 +107,7 @@ def test_the_config_of_a_compvis_file_has_a_place_of_its_own_and_says_how_many_h
 ) -> None:
     folder = model_folder(tmp_path / "model", first_stage, num_head_channels=-1)
     assert convert(folder, tmp_path / "x.yaml", "--to", "compvis") == 2
-    assert "is where the config goes" in capsys.readouterr().err and not (tmp_path / "x.yaml").exists()
+    assert "is for the config" in capsys.readouterr().err and not (tmp_path / "x.yaml").exists()
     assert convert(folder, tmp_path / "x.ckpt", "--to", "compvis") == 0
     config = json.loads((tmp_path / "x.yaml").read_text())
     assert config["model"]["params"]["unet_config"]["params"]["num_heads"] == 1
@@ -173,10 +173,10 @@ def test_too_small_a_pool_names_the_rho_that_fits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"total_t": np.full(50, T + 1)}, "do not lie in 0 ... 20"),
+        ({"total_t": np.full(50, T + 1)}, "are outside 0 ... 20"),
         ({"total_x_t_1": np.zeros((50, 3, 4, 4), np.float32)}, "the teacher's are (3, 8, 8)"),
         ({"total_x_t_1": np.full((50, *SHAPE), np.nan, np.float32)}, "not finite"),
-        ({"total_t": "text"}, "total_t is no array of numbers"),
+        ({"total_t": "text"}, "total_t is not an array of numbers"),
     ],
 )
 def test_a_distillation_starts_from_such_a_pool_and_refuses_a_wrong_one(

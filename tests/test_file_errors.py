@@ -55,12 +55,12 @@ def test_a_teacher_that_is_a_text_file_is_refused(tmp_path: Path, capsys) -> Non
 def test_a_folder_of_another_kind_is_named_as_that(
     first_stage: Path, teacher_folder: Path, tmp_path: Path, capsys
 ) -> None:
-    assert_one_error_line(capsys, sample("-r", first_stage), (str(first_stage), "is a first stage's folder"))
+    assert_one_error_line(capsys, sample("-r", first_stage), (str(first_stage), "is a first-stage folder"))
     base = write_yaml(tmp_path / "c.yaml", distill_config(first_stage, tmp_path / "logs"))
-    assert_one_error_line(capsys, distil("--base", base), (str(first_stage), "is a first stage's folder"))
+    assert_one_error_line(capsys, distil("--base", base), (str(first_stage), "is a first-stage folder"))
     wrong = distill_config(teacher_folder, tmp_path / "logs", first_stage={"ckpt": str(teacher_folder)})
     code = distil("--base", write_yaml(tmp_path / "c.yaml", wrong))
-    assert_one_error_line(capsys, code, (str(teacher_folder), "not a first stage's folder"))
+    assert_one_error_line(capsys, code, (str(teacher_folder), "not a first-stage folder"))
 
 
 @pytest.mark.parametrize("what", ["weights", "config.yaml"])

@@ -90,7 +90,7 @@ def test_a_bare_unet_is_inferred_but_for_what_shapes_cannot_tell(change: dict[st
         partly = {k: params[k] for k in told if k != key}
         with pytest.raises(UserError, match=key):
             open_teacher(run_with(path, PIXEL, params=partly))
-    with pytest.raises(UserError, match=r"does not tell its noise schedule; set it, for example diffusion.space=pixel"):
+    with pytest.raises(UserError, match=r"stores no noise schedule; set it, for example diffusion.space=pixel"):
         open_teacher(run_with(path, params={key: params[key] for key in told}))
 
 
@@ -207,7 +207,7 @@ def test_a_schedule_without_a_name_keeps_its_own_betas_and_rising_values_are_non
         (["encoder.conv_in.weight", "decoder.conv_in.weight"], "belongs in first_stage.ckpt"),
         (["down_blocks.0.resnets.0.conv1.weight", "mid_block.resnets.0.conv1.weight"], "without its config.json"),
         (["total_t", "total_x_t_1"], "belongs in distill.pool_from"),
-        (["layer1.0.conv1.weight", "fc.weight"], "no diffusion network that is known here (keys: fc.weight"),
+        (["layer1.0.conv1.weight", "fc.weight"], "no known diffusion network (keys: fc.weight"),
         (["time_embed.0.weight", "input_blocks.0.0.weight", "out.0.weight"], "classifier"),
     ],
 )

@@ -26,7 +26,7 @@ def teacher(digits_teacher: Path) -> Path:
         ("distill.rho=null", "distill.rho: missing"),
         ("teacher.guidance=2", "teacher.null_label: guidance needs"),
         ("teacher.null_label=99", "teacher.null_label: 99 is outside the network's table of 10"),
-        ("distill.loss.space=v", "distill.loss.weight_cap: with space: v this schedule weighs"),
+        ("distill.loss.space=v", "distill.loss.weight_cap: with space: v this schedule weights the last step"),
         ("teacher.use_ema=false", "teacher.use_ema"),
         ("student.init=elsewhere", "student.init: 'elsewhere' is neither"),
         ("trainer.accumulate=0", "trainer.accumulate: must be at least 1"),
@@ -83,4 +83,4 @@ def test_sampler_options_that_cannot_act_are_refused(
 
 def test_labels_that_no_class_has_are_refused(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sample("-r", teacher, "-c", 4, "--labels", 10) == 2
-    assert "--labels: 10 is none of the model's 10 classes" in capsys.readouterr().err
+    assert "--labels: 10 is not one of the model's 10 classes" in capsys.readouterr().err

@@ -61,7 +61,7 @@ def test_a_run_that_a_signal_stopped_resumes_exactly(
     run = tmp_path / "logs" / "stopped"
     signal_in_training.append(number)
     assert distil("--base", base) == 130
-    assert f"stopped and saved at step 3; go on with: dkdm distill --resume {run}" in capsys.readouterr().err
+    assert f"stopped and saved at step 3; continue with: dkdm distill --resume {run}" in capsys.readouterr().err
     assert [f.name for f in run.glob("checkpoints/*.ckpt")] == ["step=00000003.ckpt"]
     assert result(run, 3)[0] != whole[0]
     assert distil("--resume", run) == 0
@@ -134,7 +134,7 @@ def test_a_warm_up_that_was_stopped_resumes_exactly(
     with monkeypatch.context() as patch:
         patch.setattr(Warmup, "run", stopped_after_a_batch)
         assert distil("--base", base) == 130
-    assert f"in the warm-up; go on with: dkdm distill --resume {run}" in capsys.readouterr().err
+    assert f"in the warm-up; continue with: dkdm distill --resume {run}" in capsys.readouterr().err
     assert not list(run.glob("checkpoints/*.ckpt"))
     assert distil("--resume", run) == 0
     assert result(run) == whole

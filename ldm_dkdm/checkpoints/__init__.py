@@ -1,4 +1,4 @@
-"""The only readers and writers of checkpoint files: one file a format, FORMATS is their list."""
+"""The only readers and writers of checkpoint files: one module per format, listed in FORMATS."""
 
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +15,7 @@ __all__ = ["FORMATS", "Contents", "Format", "Hints", "Source", "read", "read_ten
 
 
 class Format(Protocol):
-    """What a module of this package offers for its format."""
+    """Interface of a format's module."""
 
     NAME: str
 
@@ -23,7 +23,7 @@ class Format(Protocol):
         """Whether the source is of this format; the first format that says so reads it."""
 
     def read(self, source: Source) -> Contents:
-        """What it tells of a model."""
+        """Read the model's description and weights."""
 
     def write(self, model: SavedModel, path: Path) -> None:
         """Write a model, or raise a `UserError` that says why not."""
@@ -37,14 +37,14 @@ FORMATS: dict[str, Format] = {
     "compvis": compvis,
     "adm": adm,
     "dit": dit,
-}  # in the order in which they are asked
+}  # in the order in which `recognises` is called
 
 
 def read(source: Source) -> Contents:
-    """What a source tells of the diffusion model in it; it is recognised here, once.
+    """Find the format of a source and read the diffusion model in it.
 
     Raises:
-        UserError: nothing there, an unreadable file, or one that holds something else; says what.
+        UserError: a missing or unreadable file, or one without a diffusion model; says what it holds.
     """
     with blaming(source.path):
         found = next((format for format in FORMATS.values() if format.recognises(source)), None)

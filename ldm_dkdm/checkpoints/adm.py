@@ -1,4 +1,4 @@
-"""guided-diffusion's layout, DDPM-IP's too: the bare tensors of a UNet."""
+"""Read and write guided-diffusion's and DDPM-IP's layout: the bare state dict of a UNet."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source) -> Contents:
-    """What the tensors tell; the noise schedule is not among it.
+    """Infer the network from its tensors; the layout stores no noise schedule.
 
     Raises:
         UserError: a network of another kind, or one whose tensors are incomplete.
@@ -36,7 +36,7 @@ def read(source: Source) -> Contents:
 
 
 def write(model: SavedModel, path: Path) -> None:
-    """Write the bare dictionary of tensors.
+    """Write the network's state dict.
 
     Raises:
         UserError: another architecture, or a network that predicts v.

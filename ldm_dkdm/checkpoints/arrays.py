@@ -1,4 +1,4 @@
-"""NumPy arrays out of pickles without NumPy's constructors, which can be made to follow a file's pointers."""
+"""Read NumPy arrays from pickles without NumPy's constructors, which can be made to follow a file's pointers."""
 
 import pickle
 import warnings
@@ -13,11 +13,11 @@ NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8
 
 
 class PickledType:
-    """Takes the place of `numpy.dtype`: numbers in a byte order, nothing else."""
+    """Stand-in for `numpy.dtype`: a numeric type in a byte order, nothing else."""
 
     def __init__(self, code: object = None, *flags: object) -> None:
         if code not in NUMBERS:
-            raise pickle.UnpicklingError(f"it holds an array of {code!r}, which is no type of numbers")
+            raise pickle.UnpicklingError(f"it holds an array of {code!r}, which is not a numeric type")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -26,7 +26,7 @@ class PickledType:
         self.dtype = self.dtype.newbyteorder(state[1])
 
     def numbers(self, content: bytes | bytearray) -> np.ndarray:
-        """The numbers (N,) in a string of bytes."""
+        """Decode bytes to numbers (N,)."""
         if not isinstance(content, (bytes, bytearray)):
             raise pickle.UnpicklingError(f"it holds an array made of {type(content).__name__}")
         numbers = np.frombuffer(content, self.dtype)
@@ -34,7 +34,7 @@ class PickledType:
 
 
 class PickledArray:
-    """Takes the place of `numpy.ndarray`."""
+    """Stand-in for `numpy.ndarray`."""
 
     def __init__(self, *ignored: object) -> None:
         self._array: np.ndarray | None = None
@@ -42,12 +42,12 @@ class PickledArray:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, kind, fortran, content = state
         if not isinstance(kind, PickledType):
-            raise pickle.UnpicklingError("it holds an array without a type of numbers")
+            raise pickle.UnpicklingError("it holds an array without a numeric type")
         self._array = kind.numbers(content).reshape(shape, order="F" if fortran else "C")
 
     @property
     def tensor(self) -> Tensor:
-        """The same numbers.
+        """The array as a tensor.
 
         Raises:
             ValueError: the pickle never filled the array.
@@ -55,7 +55,7 @@ class PickledArray:
         if self._array is None:
             raise ValueError("an array without content")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # read-only, but nobody else holds these bytes
+            warnings.simplefilter("ignore")  # the array is read-only, but its bytes are not shared
             return torch.from_numpy(self._array)
 
 

@@ -1,4 +1,4 @@
-"""The model card: README.md in a model's folder."""
+"""Write the model card: README.md in a model folder."""
 
 import hashlib
 import json
@@ -8,18 +8,18 @@ from ldm_dkdm.config.schema import ModelCard
 from ldm_dkdm.files import write_text
 
 FIGURES = "evaluation.json"
-PER_T = "eps_mse_by_t"  # in the file of figures only: too long for a card
+PER_T = "eps_mse_by_t"  # in evaluation.json only: too long for a card
 NOT_MEASURED = "Not measured yet (scripts/evaluate.py)."
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file, in hexadecimal."""
+    """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_readme(folder: Path, card: ModelCard) -> None:
-    """Write or renew the card of a model folder, with the figures that `evaluate.py` left there."""
+    """Write or renew the card of a model folder, with the figures in its evaluation.json."""
     info, params = dict(card.info), card.network.params
     figures = folder / FIGURES
     measured = json.loads(figures.read_text()) if figures.is_file() else {}

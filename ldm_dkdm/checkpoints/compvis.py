@@ -1,4 +1,4 @@
-"""CompVis's layout: UNet, its EMA, the schedule and the first stage in one state dict."""
+"""Read and write CompVis's layout: UNet, its EMA, the schedule and the first stage in one state dict."""
 
 import json
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ from ldm_dkdm.files import replacing, write_text
 NAME = "CompVis latent diffusion"
 UNET = "model.diffusion_model."
 EMA = "model_ema."
-USUAL_ENDS = (0.0015, 0.0195), (0.00085, 0.012), (1e-4, 0.02)  # of beta: LDM's, Stable Diffusion's, DDPM's
+USUAL_ENDS = (0.0015, 0.0195), (0.00085, 0.012), (1e-4, 0.02)  # betas of LDM, Stable Diffusion, DDPM
 THEIR_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}  # ours -> CompVis's names
 FIRST_STAGES = {
     "VQModel": "ldm.models.autoencoder.VQModelInterface",
     "AutoencoderKL": "ldm.models.autoencoder.AutoencoderKL",
-}  # by the class here
+}  # class -> CompVis's target
 
 
 def recognises(source: Source) -> bool:
@@ -37,7 +37,7 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source) -> Contents:
-    """What a file of CompVis's layout tells.
+    """Infer the network; read the schedule and the first stage that are stored.
 
     Raises:
         UserError: a network of another kind, or one whose tensors are incomplete.
@@ -71,14 +71,14 @@ def ema_name(parameter: str) -> str:
 def _stored_schedule(tensors: Mapping[str, Tensor], path: Path) -> Tensor | None:
     stored = tensors.get("alphas_cumprod")
     if stored is not None and not (stored.ndim == 1 and len(stored) and stored.is_floating_point()):
-        raise UserError(f"{path}: alphas_cumprod is {stored.dtype} {tuple(stored.shape)}, which is no schedule")
+        raise UserError(f"{path}: alphas_cumprod is {stored.dtype} {tuple(stored.shape)}, which is not a schedule")
     return stored
 
 
 def name_schedule(alphas_cumprod: Tensor) -> DiffusionConfig | None:
-    """The config whose schedule this (T,) is to 0.1%: one of SCHEDULES, or its own betas; None if it is no schedule."""
+    """Config of a stored schedule (T,): one of SCHEDULES that equals it to 0.1%, else its betas; None if invalid."""
     betas, steps = betas_of(alphas_cumprod), len(alphas_cumprod)
-    first, final = (float(f"{value:.4g}") for value in (betas[0], betas[-1]))  # half precision leaves little of them
+    first, final = (float(f"{value:.4g}") for value in (betas[0], betas[-1]))  # inexact in half precision
     for name, (start, end) in product(SCHEDULES, ((first, final), *USUAL_ENDS)):
         if 0 < start <= end < 1:
             config = DiffusionConfig(name, steps, start, end)
@@ -113,7 +113,7 @@ def schedule_buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
 
 
 def write(model: SavedModel, path: Path) -> None:
-    """Write weights, EMA (the same), schedule and first stage; and CompVis's config beside it as YAML.
+    """Write weights (also as EMA), schedule and first stage, and CompVis's config beside them as YAML.
 
     Raises:
         UserError: a pixel-space or class-conditional model, one that predicts v, or an architecture that CompVis's
@@ -147,7 +147,7 @@ def _require_latents(model: SavedModel, path: Path) -> None:
             "format: compvis holds unconditional models only, and this one takes labels; choose safetensors"
         )
     if path.suffix in (".yaml", ".yml"):
-        raise UserError(f"{path}: is where the config goes; name the weights, for example {path.with_suffix('.ckpt')}")
+        raise UserError(f"{path}: is for the config; name the weights, for example {path.with_suffix('.ckpt')}")
 
 
 def config_of(model: SavedModel) -> dict[str, Any]:

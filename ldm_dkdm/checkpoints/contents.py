@@ -1,4 +1,4 @@
-"""What a checkpoint tells of a diffusion model, and the hints that complete it."""
+"""What a checkpoint stores of a diffusion model, and the hints that complete it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -17,7 +17,7 @@ from ldm_dkdm.pixel import SPACES
 
 @dataclass(frozen=True)
 class Demand:
-    """A parameter that no tensor's shape tells: any one of `keys`, and what is usual."""
+    """A parameter that tensor shapes do not show: any one of `keys` gives it; `hint` says what is usual."""
 
     keys: tuple[str, ...]
     hint: str
@@ -25,17 +25,17 @@ class Demand:
 
 @dataclass(frozen=True)
 class Hints:
-    """What the user says of a checkpoint; everything that its tensors do not tell.
+    """What the user states of a checkpoint, because its tensors do not show it.
 
     Attributes:
         params: parameters of the network.
         target: the network's class, where the whole architecture is given.
         parameterization: `eps` or `v`.
-        use_ema: EMA weights or those that the optimizer left; None: EMA where the file has them.
-        null_label: the class label that means none.
+        use_ema: EMA or raw weights; None: EMA where the file has them.
+        null_label: the label for no class.
         diffusion: keys of the forward process.
-        first_stage: another first stage than the one that the model points to, or its scale.
-        sections: the hints are sections of a config, so that messages name them by their dotted keys.
+        first_stage: replaces the model's first stage, or its scale.
+        sections: the hints come from a config; messages use its dotted keys.
     """
 
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Hints:
     def of(cls, **given: Any) -> "Hints":
         """Hints by flat names: `first_stage` (a path), `scale_factor`, keys of `diffusion`, parameters of the network.
 
-        None means: not given.
+        None means not given.
         """
         given = {key: value for key, value in given.items() if value is not None}
         diffusion = {f.name: given.pop(f.name) for f in fields(DiffusionConfig) if f.name in given}
@@ -67,7 +67,7 @@ class Hints:
     def of_sections(
         cls, teacher: TeacherConfig, diffusion: DiffusionConfig | None, first_stage: FirstStageConfig
     ) -> "Hints":
-        """Hints out of the sections of a distillation's config."""
+        """Hints from the sections of a distillation's config."""
         own = {name: getattr(teacher, name) for name in OWN_HINTS}
         process = {} if diffusion is None else asdict(diffusion)
         return cls(**own, params=teacher.params, diffusion=process, first_stage=first_stage, sections=True)
@@ -84,26 +84,26 @@ class Hints:
 
 
 OWN_HINTS = ("target", "parameterization", "use_ema", "null_label")
-STAGE_HINTS = {"first_stage": "ckpt", "scale_factor": "scale_factor"}  # by the names of `Hints.of`
+STAGE_HINTS = {"first_stage": "ckpt", "scale_factor": "scale_factor"}  # name in `Hints.of` -> key
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a file or folder tells of a diffusion model.
+    """What a file or folder stores of a diffusion model.
 
     Attributes:
-        path: of the model; `file` is where its weights were read.
+        path: file or folder of the model; `file` holds its weights.
         format: its name in FORMATS.
-        target, params: the network as far as it is told.
-        ema, raw: weights under the network's own names; where the file does not tell them apart, `raw`.
+        target, params: the network, as far as it is known.
+        ema, raw: weights under the network's own names; `raw` where the file does not distinguish them.
         demands: parameters that must be given as hints.
-        usual: parameters that no tensor tells, but nearly all such files have.
+        usual: values that tensor shapes do not show, but nearly all such files have.
         parameterization: None where the format stores none; then it is eps unless a hint says otherwise.
         diffusion: the forward process; None where it must be given.
         alphas_cumprod: the stored schedule (T,), in the file's precision.
-        space: of models of this format that do not say.
-        first_stage: where it lies; None where the file does not say.
-        described: the model describes itself, so that it needs no hints and may not contradict them.
+        space: default of this format.
+        first_stage: its source; None where unknown.
+        described: the model describes itself; hints are not needed and must not contradict it.
     """
 
     path: Path
@@ -127,10 +127,10 @@ class Contents:
     described: bool = False
 
     def weights(self, hints: Hints) -> Mapping[str, Tensor]:
-        """The network's tensors: EMA unless told otherwise; where only one kind is there, that one.
+        """The network's tensors: EMA unless the hints say raw; the only kind where there is one.
 
         Raises:
-            UserError: the kind that was asked for is not in the file, or a model that describes itself has one kind.
+            UserError: the requested kind is missing, or a model that describes itself has one kind only.
         """
         key = hints.key("use_ema")
         if self.described and hints.use_ema is not None and None in (self.ema, self.raw):
@@ -145,7 +145,7 @@ class Contents:
         return found
 
     def network(self, hints: Hints) -> NetworkConfig:
-        """The whole network: what is told and what is given.
+        """The whole network: the file's part and the hints.
 
         Raises:
             UserError: something is missing, or a hint contradicts the file.
@@ -160,33 +160,33 @@ class Contents:
         missing = self.missing(hints.params)
         if missing:
             wanted = "; ".join(f"{' or '.join(map(hints.key, demand.keys))} ({demand.hint})" for demand in missing)
-            raise UserError(f"{self.path}: its tensors do not tell everything; set {wanted}")
+            raise UserError(f"{self.path}: tensor shapes do not show everything; set {wanted}")
         return NetworkConfig(self.target, {**self.usual, **self.params, **hints.params}, kind)
 
     def missing(self, given: Mapping[str, Any]) -> list[Demand]:
-        """What is neither told nor given."""
+        """What is neither known nor given."""
         return [demand for demand in self.demands if not any(key in given for key in demand.keys)]
 
     def _refuse_contradictions(self, hints: Hints) -> None:
         for key, value in hints.params.items():
             if key in self.params and _plain(value) != _plain(self.params[key]):
-                told = self.params[key]
-                raise UserError(f"{hints.key(key)}: {_plain(value)}, but the tensors of {self.path} say {told}")
+                stored = self.params[key]
+                raise UserError(f"{hints.key(key)}: {_plain(value)}, but the tensors of {self.path} say {stored}")
 
     def _refuse_descriptions(self, hints: Hints) -> None:
         own = {"target": self.target, "parameterization": self.parameterization or "eps"}
         given = {key: getattr(hints, key) for key in own if getattr(hints, key) is not None} | dict(hints.params)
         for key, value in given.items():
-            told = own[key] if key in own else self.params.get(key)
-            if _plain(value) != _plain(told):
-                said = f"{key}: {_plain(told)}" if key in own or key in self.params else f"no {key}"
-                raise UserError(f"{hints.key(key)}: {self.path} describes itself ({said}); remove the key")
+            stored = own[key] if key in own else self.params.get(key)
+            if _plain(value) != _plain(stored):
+                shown = f"{key}: {_plain(stored)}" if key in own or key in self.params else f"no {key}"
+                raise UserError(f"{hints.key(key)}: {self.path} describes itself ({shown}); remove the key")
 
     def process(self, hints: Hints) -> DiffusionConfig:
         """The forward process: the stored one, which a hint must not contradict, or the one that hints give.
 
         Raises:
-            UserError: neither is there, or they differ.
+            UserError: there is neither, or they differ.
         """
         given = dict(hints.diffusion)
         if not given and self.diffusion is not None:
@@ -203,23 +203,23 @@ class Contents:
 
     def _same_process(self, stored: DiffusionConfig, wanted: DiffusionConfig, hints: Hints) -> DiffusionConfig:
         own, here = asdict(stored), asdict(wanted)
-        words = [
+        differences = [
             f"{hints.key(key)}: {here[key]}, but the model's is {own[key]}" for key in own if here[key] != own[key]
         ]
-        if words:
+        if differences:
             raise UserError(
-                f"{'; '.join(words)} ({self.path}); remove the " + ("section" if hints.sections else "hint")
+                f"{'; '.join(differences)} ({self.path}); remove the " + ("section" if hints.sections else "hint")
             )
         return stored
 
     def _no_schedule(self, hints: Hints) -> str:
         usual = {"space": self.space, "schedule": "cosine" if self.space == "pixel" else "scaled_linear"}
         example = " ".join(f"{hints.key(key)}={value}" for key, value in {**usual, "num_timesteps": 1000}.items())
-        return f"{self.path} ({self.format}) does not tell its noise schedule; set it, for example {example}"
+        return f"{self.path} ({self.format}) stores no noise schedule; set it, for example {example}"
 
 
 def _named(stored: DiffusionConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a partial hint leaves as it is stored; another schedule brings its own betas."""
+    """The stored values that a partial hint keeps; another schedule brings its own betas."""
     tree = asdict(stored)
     if {"schedule", "betas"} & set(given):
         tree.pop("betas", None)
@@ -253,7 +253,7 @@ def check_schedule(stored: Tensor, schedule: NoiseSchedule, source: str | Path) 
 
 
 def tolerance(stored: Tensor) -> float:
-    """How far a stored schedule may lie from a given one, relatively: 0.1%, or what its precision leaves."""
+    """Relative tolerance between a stored and a given schedule: 0.1%, or the stored precision if coarser."""
     return max(1e-3, torch.finfo(stored.dtype).eps)
 
 

@@ -1,4 +1,4 @@
-"""One safetensors file whose metadata hold all that shapes do not tell."""
+"""Read and write one safetensors file whose metadata hold all that tensor shapes do not show."""
 
 import json
 from dataclasses import asdict
@@ -18,15 +18,15 @@ EXTRAS = ("null_label", "info", "shape", "num_classes")
 
 
 def recognises(source: Source) -> bool:
-    """Whether a file's metadata describe a model of ours."""
+    """Whether a file's metadata describe a model."""
     return {"target", "parameterization"} <= set(source.metadata)
 
 
 def read(source: Source) -> Contents:
-    """What the file says of itself; where its first stage lies is not among it.
+    """Read the model that the metadata describe; they do not name its first stage.
 
     Raises:
-        UserError: metadata that begin like ours and are damaged.
+        UserError: damaged metadata.
     """
     found = source.metadata
     try:
@@ -54,7 +54,7 @@ def read(source: Source) -> Contents:
 
 
 def write(model: SavedModel, path: Path) -> None:
-    """Write the file, whole or not at all."""
+    """Write the file atomically."""
     from_card = {"null_label": model.null_label, "info": plain(model.info)}
     from_card |= {"shape": list(model.shape), "num_classes": model.num_classes}
     described = {

@@ -1,4 +1,4 @@
-"""diffusers' folders, read and written without the library: a pipeline, or one UNet2DModel."""
+"""Read and write diffusers folders without the library: a pipeline, or one UNet2DModel."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def read(source: Source) -> Contents:
     """A pipeline of a UNet2DModel, a scheduler and, for latents, a first stage; or a UNet2DModel alone.
 
     Raises:
-        UserError: a missing part, or an option that we do not have; names the file and the key.
+        UserError: a missing part or an unsupported option; names the file and the key.
     """
     with blaming(source.path, "a config in it is incomplete or does not fit its weights"):
         folder = source.path
@@ -50,7 +50,7 @@ def read(source: Source) -> Contents:
 
 
 def _component(folder: Path) -> Contents:
-    """One network; the noise schedule is not among what it tells."""
+    """One network; its folder stores no noise schedule."""
     notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
     params = _params(folder, notes)
     tensors = to_ours(read_tensors(folder), params, folder)
@@ -77,7 +77,7 @@ def _pipeline(folder: Path) -> Contents:
     index = read_json(folder / "model_index.json")
     if "unet" not in index or "scheduler" not in index:
         raise UserError(
-            f"{folder}: a {index.get('_class_name')} is no pipeline of an unconditional or class-conditional UNet"
+            f"{folder}: a {index.get('_class_name')} is not a pipeline of an unconditional or class-conditional UNet"
         )
     notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
     params = _params(folder / "unet", notes)
@@ -125,7 +125,7 @@ def _process(path: Path, space: str) -> tuple[DiffusionConfig, str]:
 
 
 def write(model: SavedModel, path: Path) -> None:
-    """Write an `LDMPipeline` (with a first stage) or a `DDPMPipeline` folder, whole or not at all.
+    """Write an `LDMPipeline` (with a first stage) or a `DDPMPipeline` folder, atomically.
 
     Raises:
         UserError: a model that diffusers' classes cannot express, or a folder that exists.
@@ -172,7 +172,7 @@ def _notes(model: SavedModel) -> dict[str, Any]:
 
 
 def scheduler_config(model: SavedModel) -> dict[str, Any]:
-    """The config of the scheduler with which diffusers samples as we do."""
+    """Config of the diffusers scheduler that samples as this package does."""
     diffusion, params = model.diffusion, model.node.params
     named = diffusion.betas is None and diffusion.schedule in SCHEDULES
     common = {

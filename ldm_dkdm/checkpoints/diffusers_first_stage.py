@@ -1,4 +1,4 @@
-"""diffusers' VQModel and AutoencoderKL and our first stages: names of tensors, parameters."""
+"""Convert first stages from and to diffusers' VQModel and AutoencoderKL: tensor names, parameters."""
 
 import re
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from ldm_dkdm.checkpoints.source import read_json
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.first_stage import FIRST_STAGES
 
-ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}  # of a first stage
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}  # ours -> diffusers'
 
 
 def first_stage_name(name: str, levels: int) -> str:
-    """The name in diffusers' VQModel and AutoencoderKL of one of taming's."""
+    """taming's tensor name -> the one in diffusers' VQModel and AutoencoderKL."""
     found = re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d+)\.(block|attn|downsample|upsample)\.(.*)", name)
     if found:
         half, way, level, kind, rest = found.groups()
@@ -69,7 +69,7 @@ def first_stage_config(params: Mapping[str, Any], scale_factor: float) -> dict[s
     }
 
 
-WANTED = {  # of a first stage; the values at which it is like ours
+WANTED = {  # options at which diffusers' first stages compute the same as ours
     "norm_num_groups": 32,
     "norm_type": "group",
     "act_fn": "silu",
@@ -86,7 +86,7 @@ WANTED = {  # of a first stage; the values at which it is like ours
 def first_stage_params(config: Mapping[str, Any], latent_size: int | None, source: Path) -> dict[str, Any]:
     """Our first stage's parameters for a VQModel's or AutoencoderKL's config.
 
-    The resolution follows from the latents' side, or from `sample_size` where that is None.
+    The resolution follows from `latent_size`, or from `sample_size` where that is None.
     """
     widths, codes = list(config["block_out_channels"]), config.get("num_vq_embeddings")
     down, up = list(config["down_block_types"]), list(config["up_block_types"])
@@ -122,7 +122,7 @@ def read_component(folder: Path, latent_size: int | None = None) -> dict[str, An
         latent_size: side of the latents; default: that of the config's `sample_size`.
 
     Raises:
-        UserError: another model, or an option that we do not have.
+        UserError: another model, or an unsupported option.
     """
     with blaming(folder, "a config in it is incomplete or does not fit its weights"):
         config = read_json(folder / "config.json")

@@ -1,4 +1,4 @@
-"""diffusers' UNet2DModel and our UNet: names of tensors, parameters that both sides call differently."""
+"""Convert UNets from and to diffusers' UNet2DModel: tensor names, parameters."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ UNET_ENDS = {
 }
 MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# What UNet2DModel must say for our UNet to compute the same; None where the key may be absent.
+# Options at which UNet2DModel computes the same as our UNet; the first is assumed for an absent key.
 UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
@@ -60,7 +60,7 @@ PLAIN_DOWN, PLAIN_UP = ("DownBlock2D", "ResnetDownsampleBlock2D"), ("UpBlock2D",
 
 
 def unet_name(name: str, num_res_blocks: int) -> str:
-    """diffusers' name of one of our UNet's tensors; attention's qkv has three, and stands for `to_qkv`."""
+    """diffusers' name of one of our UNet's tensors; `to_qkv` stands for its to_q, to_k and to_v."""
     stem, _, kind = name.rpartition(".")
     if stem in UNET_ENDS:
         return f"{UNET_ENDS[stem]}.{kind}"
@@ -104,7 +104,7 @@ def unet_config(params: Mapping[str, Any]) -> dict[str, Any]:
     head = params.get("num_head_channels", -1)
     if head == -1:
         per_level = {w // params.get("num_heads", 1) for w, on in zip(widths, attends, strict=True) if on}
-        per_level.add(widths[-1] // params.get("num_heads", 1))  # the middle
+        per_level.add(widths[-1] // params.get("num_heads", 1))  # middle block
         if len(per_level) > 1:
             raise UserError(f"format: diffusers has one head width for all levels, this model has {sorted(per_level)}")
         (head,) = per_level
@@ -158,9 +158,9 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     if get("upsample_type") != get("downsample_type"):
         raise UserError(f"{source}: upsample_type: {get('upsample_type')!r} differs from downsample_type")
     if any(width % widths[0] for width in widths):
-        raise UserError(f"{source}: block_out_channels: {widths} are no multiples of the first")
+        raise UserError(f"{source}: block_out_channels: {widths} are not multiples of the first")
     if get("sample_size") is None or not isinstance(get("sample_size"), int):
-        raise UserError(f"{source}: sample_size: {get('sample_size')!r} is no side of the states")
+        raise UserError(f"{source}: sample_size: {get('sample_size')!r} is not the side of the states")
     head = {"num_head_channels": get("attention_head_dim")} if get("attention_head_dim") else {"num_heads": 1}
     classes = {} if get("num_class_embeds") is None else {"num_classes": get("num_class_embeds")}
     return {
@@ -188,7 +188,7 @@ def split_qkv(value: Tensor, heads: int, new_order: bool) -> tuple[Tensor, Tenso
 
 
 def join_qkv(parts: Sequence[Tensor], heads: int, new_order: bool = False) -> Tensor:
-    """The inverse: weights (3C,C,1) or biases (3C,)."""
+    """The inverse of `split_qkv`: weights (3C,C,1) or biases (3C,)."""
     shaped = [part.view(heads, -1, *part.shape[1:]) for part in parts]
     joined = torch.stack(shaped, 0 if new_order else 1).flatten(0, 2)
     return joined[..., None] if joined.ndim == 2 else joined
@@ -198,7 +198,7 @@ def to_ours(tensors: Mapping[str, Tensor], params: Mapping[str, Any], source: Pa
     """A UNet2DModel's tensors under our names.
 
     Raises:
-        UserError: a tensor is missing, or one is left over.
+        UserError: a missing or unexpected tensor.
     """
     found = {modern(name): tensor for name, tensor in tensors.items()}
     result, used = {}, set()
@@ -235,7 +235,7 @@ def to_theirs(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> dict[
 
 
 def modern(name: str) -> str:
-    """Attention's names in today's library, for those of older files."""
+    """Replace the attention names of older diffusers files by the current ones."""
     for old, new in OLD_ATTENTION.items():
         name = name.replace(f".{old}.", f".{new}.")
     return name
@@ -253,13 +253,13 @@ def take(tensors: Mapping[str, Tensor], name: str, source: Path) -> Tensor:
 
 
 def shapes_of(target: str, targets: Targets, params: Mapping[str, Any], source: Path) -> dict[str, torch.Size]:
-    """The shapes of a module's tensors; nothing takes memory.
+    """Shapes of a module's tensors, without allocating them.
 
     Raises:
         UserError: parameters that the module does not take; names the config in the folder `source`.
     """
     with torch.device("meta"):
-        module = build({"target": target, "params": params}, targets, f"{source / 'config.json'}: in our terms")
+        module = build({"target": target, "params": params}, targets, f"{source / 'config.json'}: params")
     return {name: value.shape for name, value in module.state_dict().items()}
 
 

@@ -1,4 +1,4 @@
-"""DiT's layout: `{model, ema, opt, args}` of a training, or a release's bare tensors."""
+"""Read and write DiT's layout: `{model, ema, opt, args}` of a training, or a release's bare state dict."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from ldm_dkdm.networks import DiT
 
 NAME = "DiT"
 NAMES = {"x_embedder.proj.weight", "final_layer.linear.weight", "pos_embed"}
-IMAGENET_TABLE = 1001  # rows of a public DiT's label table: 1,000 classes and none
+IMAGENET_TABLE = 1001  # rows of a public DiT's label table: 1,000 classes and the null label
 
 
 def recognises(source: Source) -> bool:
@@ -27,13 +27,13 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source) -> Contents:
-    """What the tensors tell; the noise schedule is not among it.
+    """Infer the network from its tensors; the layout stores no noise schedule.
 
     Raises:
         UserError: tensors are missing.
     """
     try:
-        told = _inferred(source.tensors)
+        inferred = _inferred(source.tensors)
     except TOO_FEW as error:
         raise UserError(f"{source.path}: its network is incomplete or of another kind ({error})") from error
     content, both = source.content, {"ema", "model"}
@@ -42,7 +42,7 @@ def read(source: Source) -> Contents:
         path=source.path,
         file=source.path,
         format=NAME,
-        **told,
+        **inferred,
         ema=source.tensors if trained else None,
         raw=source.part("model") if trained else source.tensors,
         space="pixel",
@@ -67,14 +67,14 @@ def _inferred(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         params |= {"num_classes": IMAGENET_TABLE - 1, "class_dropout_prob": 0.1}
     elif table is not None:
         demands.append(
-            Demand(("num_classes",), f"the table has {len(table)} rows, one of them none's if it has a null label")
+            Demand(("num_classes",), f"the table has {len(table)} rows, the null label's included if it has one")
         )
         demands.append(Demand(("class_dropout_prob",), "0.1 in public DiTs, 0 without a null label"))
     return {"target": "ldm_dkdm.networks.DiT", "params": params, "demands": tuple(demands)}
 
 
 def write(model: SavedModel, path: Path) -> None:
-    """Write the bare dictionary of tensors, as the public releases are.
+    """Write the network's state dict, as in the public releases.
 
     Raises:
         UserError: another architecture, or a network that predicts v.

@@ -1,4 +1,4 @@
-"""First stages out of folders of ours, of diffusers, and files that hold one."""
+"""Open first stages: folders of this package or of diffusers, and files that hold one."""
 
 import math
 from collections.abc import Mapping
@@ -20,19 +20,19 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.first_stage.codec import LatentCodec
 
-PREFIX = "first_stage_model."  # in CompVis's files
+PREFIX = "first_stage_model."  # name of the first stage in CompVis's files
 
 
 @dataclass(frozen=True)
 class FirstStageSource:
-    """Where a model's first stage lies and what it is; it is opened when it is first needed.
+    """Path and description of a model's first stage, which is opened on first use.
 
     Attributes:
         path: folder or file.
-        scale_factor: of the latents; None: what the path tells, else 1.
-        target, params: the autoencoder; None where the path tells them.
-        tensors: under the autoencoder's own names, where they were read along with the model.
-        stored: the scale in the same file, as it is stored there.
+        scale_factor: scale of the latents; None: the stored one, else 1.
+        target, params: the autoencoder; None: as stored or inferred.
+        tensors: the autoencoder's, under its own names, if they were read with the model.
+        stored: the scale as the same file stores it.
     """
 
     path: Path
@@ -57,13 +57,13 @@ class FirstStageSource:
         return stored.item()
 
     def opened(self, latent_size: int | None = None) -> "FirstStageSource":
-        """The same with everything known and its tensors read.
+        """A copy with target, params, scale and tensors filled in.
 
         Args:
-            latent_size: side of the latents, which no tensor tells; None where the path describes itself.
+            latent_size: side of the latents, which tensor shapes do not show; None where the path describes itself.
 
         Raises:
-            UserError: no first stage there, or one that is incomplete.
+            UserError: no first stage, or an incomplete one.
         """
         if self.tensors is not None:
             return replace(self, scale_factor=self.scale)._inferred(self.tensors, latent_size)
@@ -91,7 +91,7 @@ class FirstStageSource:
         if self.target is not None:
             return replace(self, tensors=tensors)
         if latent_size is None:
-            raise UserError(f"first_stage: {self.path} is no first-stage folder; its target and params must be given")
+            raise UserError(f"first_stage: {self.path} is not a first-stage folder; give its target and params")
         target, params = infer_first_stage(tensors, latent_size, self.path)
         return replace(self, target=target, params=params, tensors=tensors)
 
@@ -99,14 +99,14 @@ class FirstStageSource:
         """The autoencoder with its weights, ready to encode and decode.
 
         Raises:
-            UserError: no first stage there, or tensors that do not fit it.
+            UserError: no first stage, or tensors that do not fit it.
         """
         stage = self.opened(latent_size)
         autoencoder = build_loaded(stage, "first_stage.params", FIRST_STAGES, stage.tensors or {}, stage.path)
         return LatentCodec(autoencoder, stage.scale_factor or 1.0, precision, stage.target, stage.params)
 
     def changed(self, config: FirstStageConfig) -> "FirstStageSource":
-        """What a user says instead; the scale belongs to the diffusion model, whichever file is named."""
+        """A copy with the user's values; the scale stays the diffusion model's, whichever file is named."""
         scale = config.scale_factor or self.scale
         if config.ckpt is not None:
             return FirstStageSource(Path(config.ckpt), scale, config.target, config.params)
@@ -116,12 +116,12 @@ class FirstStageSource:
 
 
 def named_first_stage(config: FirstStageConfig) -> FirstStageSource | None:
-    """The first stage that a user names, if one is named."""
+    """The first stage that a user names, if any."""
     return None if config.ckpt is None else FirstStageSource(Path(config.ckpt)).changed(config)
 
 
 def is_first_stage_folder(path: Path) -> bool:
-    """Whether the path is a first-stage folder of ours."""
+    """Whether the path is a first-stage folder of this package."""
     return has_config(path) and card_kind(path / "config.yaml") == FirstStageCard.KIND
 
 
@@ -129,7 +129,7 @@ def component_of(source: Source) -> Path:
     """The folder of diffusers' VQModel or AutoencoderKL: the source itself, or a part of a pipeline.
 
     Raises:
-        UserError: neither is there.
+        UserError: there is neither.
     """
     if source.holds("config.json") and source.json("config.json").get("_class_name") in CLASSES:
         return source.path
@@ -152,12 +152,12 @@ def infer_first_stage(tensors: Mapping[str, Tensor], latent_size: int, source: P
     """Target and parameters of a VQModel or AutoencoderKL, from its tensors and the side of its latents.
 
     Args:
-        tensors: of the first stage, without a prefix.
-        latent_size: side of the latents; no tensor tells it.
+        tensors: the first stage's, without a prefix.
+        latent_size: side of the latents; tensor shapes do not show it.
         source: for messages.
 
     Raises:
-        UserError: no first stage, or one whose tensors are incomplete.
+        UserError: no first stage, or incomplete tensors.
     """
     if "encoder.conv_in.weight" not in tensors or "quant_conv.weight" not in tensors:
         raise UserError(f"{source}: holds no first stage; name its file or folder in first_stage.ckpt")
@@ -173,7 +173,7 @@ def _inferred(tensors: Mapping[str, Tensor], latent_size: int) -> tuple[str, dic
     resolution = latent_size * 2 ** (levels - 1)
     codes = tensors.get("quantize.embedding.weight")
     moments = tensors["encoder.conv_out.weight"].shape[0] // tensors["decoder.conv_in.weight"].shape[1]
-    if moments != (2 if codes is None else 1):  # mean and log variance, or a latent that a codebook rounds
+    if moments != (2 if codes is None else 1):  # mean and log variance, or a latent that is quantised
         raise KeyError("quantize.embedding.weight")
     ddconfig = {
         "double_z": codes is None,

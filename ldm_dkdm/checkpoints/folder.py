@@ -1,4 +1,4 @@
-"""Our own model folders: config.yaml, which describes the model whole, and a safetensors file."""
+"""Read and write model folders: config.yaml, which describes the whole model, and a safetensors file."""
 
 import os
 from collections.abc import Mapping
@@ -28,17 +28,17 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source) -> Contents:
-    """The model in a folder.
+    """Read the model in a folder.
 
     Raises:
-        UserError: no weights, a card of another kind, or one that is damaged.
+        UserError: no weights, or a card that is damaged or of another kind.
     """
     weights = read_card(source.path / "config.yaml", ModelCard).weights
     return described(source.path, raw=read_named_weights(source.path, weights))
 
 
 def described(home: Path, format: str = NAME, file: Path | None = None, **weights: Any) -> Contents:
-    """What a folder's card says, with weights of the folder or of another file."""
+    """The model of a folder's card, with weights of the folder or of another file."""
     card = read_card(home / "config.yaml", ModelCard)
     pointer = card.first_stage
     stage = None
@@ -73,16 +73,16 @@ def write(model: SavedModel, path: Path) -> None:
 
 
 def card_of(model: SavedModel, folder: Path, weights: str = WEIGHTS, **info: Any) -> ModelCard:
-    """What config.yaml in `folder` says of a model; `info` is added to the model's own."""
-    told = hasattr(model.network, "image_size")
+    """The config.yaml of a model in `folder`; `info` is added to the model's own."""
+    known = hasattr(model.network, "image_size")
     return ModelCard(
         weights,
         model.node,
         model.diffusion,
         first_stage=None if model.first_stage is None else pointer_to(model.first_stage, model, folder),
         null_label=model.null_label,
-        shape=None if told else list(model.shape),
-        num_classes=None if told else model.num_classes,
+        shape=None if known else list(model.shape),
+        num_classes=None if known else model.num_classes,
         info={**model.info, **info},
     )
 
@@ -100,7 +100,7 @@ def pointer_to(stage: FirstStageSource, model: SavedModel, folder: Path) -> Firs
 def write_model(
     folder: Path, card: ModelCard, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a diffusion model's folder with its README, each file whole or not at all."""
+    """Write a model folder with its README, each file atomically."""
     write_folder(folder, card, tensors, dtype)
     write_readme(folder, card)
 
@@ -111,7 +111,7 @@ def write_folder(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write weights and config.yaml, each file whole or not at all; the config comes last."""
+    """Write weights and config.yaml, each file atomically; the config comes last."""
     stored = {
         k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()
     }

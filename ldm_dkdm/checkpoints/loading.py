@@ -1,4 +1,4 @@
-"""Strict loading: every key fits, or the error lists those that do not."""
+"""Load weights strictly: every key fits, or the error lists those that do not."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from ldm_dkdm.rng import forked_rng
 
 
 class Unfilled(TorchFunctionMode):
-    """Leaves out random first values: the meta device holds none, but torch would import its compiler for them."""
+    """Skips random initialisation: the meta device holds no values, but torch would import its compiler for it."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -27,8 +27,8 @@ class Unfilled(TorchFunctionMode):
 def build_loaded(node: Any, where: str, targets: Targets, tensors: Mapping[str, Tensor], source: str | Path) -> Any:
     """Build the module that a config node describes, with its weights.
 
-    Names and shapes are compared before the module takes any memory. A class of the user's own is built as usual: it
-    may compute tensors that no file holds.
+    Names and shapes are compared before the module takes any memory. The user's own classes are built as usual:
+    they may compute tensors that no file holds.
 
     Args:
         node, where, targets: as in `build`.
@@ -55,7 +55,7 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
 
     Raises:
         UserError: missing, unexpected or mis-shaped keys, of which it lists the first few; values that are not
-            finite; tensors of whole numbers where weights belong.
+            finite; integer tensors in place of weights.
     """
     _refuse_misfits(module, tensors, source)
     for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""Pickled files read with inert stand-ins: whatever a pickle asks for, nothing of it runs."""
+"""Read pickled files with inert stand-ins: no code that a pickle names is run."""
 
 import pickle
 import pickletools
@@ -15,7 +15,7 @@ import torch
 from ldm_dkdm.checkpoints.arrays import STAND_INS
 from ldm_dkdm.errors import UserError
 
-# What harmless checkpoints of the field name besides tensors. All of it becomes `Inert`; the rest is refused.
+# Classes that harmless checkpoints name besides tensors. They become `Inert`; all others are refused.
 STUBBED = (
     "argparse.Namespace",  # DiT's `args`
     "pytorch_lightning.",  # callback states keyed by class, hyperparameters
@@ -31,7 +31,7 @@ STUBBED = (
 
 
 class Inert:
-    """Takes the place of a class or function that a pickle names; it does nothing."""
+    """Stand-in for a class or function that a pickle names; it does nothing."""
 
     __slots__ = ()
 
@@ -46,16 +46,16 @@ class Inert:
 
 
 def is_zip(path: Path) -> bool:
-    """Whether a file begins as torch's zip format does; what follows later is not asked, as `torch.load` does."""
+    """Whether a file begins like torch's zip format; as in `torch.load`, the rest is not examined."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def asked_globals(path: Path) -> set[str]:
-    """The classes and functions, `module.name`, that a pickled file names; none of them is imported.
+    """The classes and functions, `module.name`, that a pickled file names; none is imported.
 
     Raises:
-        UserError: the pickle breaks off.
+        UserError: the file is damaged.
     """
     try:
         if is_zip(path):
@@ -74,7 +74,7 @@ def _globals_of_member(archive: zipfile.ZipFile, name: str) -> set[str]:
 
 
 def _globals_of_all(file: IO[bytes]) -> Iterator[str]:
-    """Of the pickles that PyTorch's legacy format puts one after the other: magic, protocol, system, content, keys."""
+    """Globals of the consecutive pickles in PyTorch's legacy format: magic, protocol, system, content, keys."""
     start = file.read(1)
     file.seek(0)
     for _ in range(5):
@@ -107,10 +107,10 @@ def _globals_in(file: IO[bytes]) -> Iterator[str]:
 
 
 class _Nesting:
-    """Follows how deeply the containers of a pickle nest: hashing tuples a million deep would end the interpreter."""
+    """Tracks how deeply the containers of a pickle nest: hashing tuples a million deep would crash the interpreter."""
 
     LIMIT = 1000
-    FAR = 10**6  # picklers number objects one by one
+    FAR = 10**6  # largest accepted gap in memo numbers; picklers count one by one
     GROW = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # their first operand stays
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class _Nesting:
         self.memo: dict[int, int] = {}
 
     def follow(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        """The effect of an opcode, as pickletools describes it."""
+        """Apply the effect of an opcode, as pickletools describes it."""
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             place = len(self.memo) if argument is None else argument
             if place > self.FAR + 2 * len(self.memo):
@@ -153,7 +153,7 @@ class _Nesting:
 
 
 def refused_globals(names: set[str]) -> list[str]:
-    """Those of the names that are neither tensors' nor known to be harmless."""
+    """The names that belong neither to tensors nor to known harmless classes."""
     return sorted(name for name in names if not (_is_torch(name) or name in STAND_INS or _is_stubbed(name)))
 
 
@@ -167,10 +167,10 @@ def _is_stubbed(name: str) -> bool:
 
 
 def read_torch_file(path: Path) -> Any:
-    """What `torch.save` wrote, zip or legacy, memory-mapped where possible; refuses what `refused_globals` names.
+    """Read a file of `torch.save`, zip or legacy, memory-mapped where possible.
 
     Raises:
-        UserError: a damaged file, or one that asks for anything that is not known to be harmless.
+        UserError: a damaged file, or one that names any of `refused_globals`.
     """
     asked = asked_globals(path)
     refused = refused_globals(asked)
@@ -192,7 +192,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def _cause(error: pickle.UnpicklingError) -> str:
-    """What is wrong, without the advice to trust the file."""
+    """The cause, without torch's advice to trust the file."""
     asked = re.search(r"GLOBAL (\S+)", str(error))
     if asked:
         return f"it holds an object of {asked[1]}, whose code would have to run; save its state_dict() instead"
@@ -207,17 +207,17 @@ def _stub(name: str) -> Callable[..., object]:
 
 
 def _empty_dict(*args: object) -> dict[object, object]:
-    """What a pickled defaultdict begins as; its factory is left out."""
+    """Stand-in for a defaultdict, without its factory."""
     return {}
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How the oldest protocols write bytes."""
+    """Decode bytes as the oldest protocols write them."""
     return text.encode("latin1")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads dictionaries of arrays and finds nothing else."""
+    """Reads arrays in plain containers; refuses all other classes."""
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for the constructor that the pickle names."""
@@ -231,7 +231,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_array_pickle(path: Path) -> Any:
-    """A plain pickle of arrays in dictionaries, lists and numbers: a reference pool cache.
+    """Read a plain pickle of arrays in dictionaries, lists and numbers, such as a reference pool cache.
 
     Raises:
         UserError: a damaged file, or one that asks for anything but arrays.
@@ -241,6 +241,6 @@ def read_array_pickle(path: Path) -> Any:
             set(_globals_in(file))  # refuses what is nested too deeply
             file.seek(0)
             return _ArrayUnpickler(file).load()
-    except Exception as error:  # as above
+    except Exception as error:  # damage can raise anything
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: refused, not a readable pickle of arrays: {first}") from error

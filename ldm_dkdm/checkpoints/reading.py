@@ -1,4 +1,4 @@
-"""Tensors out of files, without ever running what a file contains."""
+"""Read tensors from files without running code in them."""
 
 import struct
 import zipfile
@@ -15,14 +15,14 @@ from ldm_dkdm.checkpoints.arrays import PickledArray
 from ldm_dkdm.checkpoints.pickles import read_array_pickle, read_torch_file
 from ldm_dkdm.errors import UserError, blaming
 
-TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files before it wrote zips
-PARTS = ("state_dict", "ema", "model")  # Lightning's and CompVis's; DiT's, its EMA first
+TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # start of torch.save's legacy files
+PARTS = ("state_dict", "ema", "model")  # keys in Lightning's and CompVis's files; in DiT's, EMA first
 WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model*.safetensors",
     "*.safetensors",
     "diffusion_pytorch_model*.bin",
-)  # in a folder
+)  # weight files of a folder, in order of preference
 SIGNATURES = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
     b"\x1f\x8b": "is a gzip archive; unpack it first",
@@ -43,11 +43,11 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
     The content decides the format, not the file's ending: torch's zip and legacy formats (CompVis, Lightning,
     guided-diffusion, DDPM-IP, DiT), safetensors, a plain pickle of arrays (a reference pool cache), a diffusers
     component's folder or its whole pipeline (names then begin with the component: `unet.conv_in.weight`), a model
-    folder of ours. A file that is one tensor gives it under the file's name.
+    folder. A file that is one tensor gives it under the file's name.
 
     Args:
-        path: of the file or folder.
-        part: a nested part to take, for example `current_model_state` in our training checkpoints, whose
+        path: file or folder.
+        part: a nested part to take, for example `current_model_state` in training checkpoints, whose
             `state_dict` holds the EMA weights; by default `state_dict`, else `ema`, else `model`, else the top level.
 
     Raises:
@@ -83,7 +83,7 @@ def select_part(content: Any, part: str | None, path: Path) -> Mapping[Any, Any]
 
 
 def read_content(path: Path) -> Any:
-    """All that a checkpoint file holds: a dictionary, or whatever was saved; unknown classes are inert."""
+    """The whole content of a checkpoint file, usually a dictionary; unknown classes are inert."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     kind = file_kind(path)
@@ -99,7 +99,7 @@ def file_kind(path: Path) -> str:
     """`torch`, `safetensors` or `pickle`, by content.
 
     Raises:
-        UserError: nothing of these; says what it is instead.
+        UserError: another kind of file; says which.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -124,7 +124,7 @@ def file_kind(path: Path) -> str:
 
 def _kind_of_zip(path: Path) -> str:
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not a readable checkpoint, it breaks off; download it again")
+        raise UserError(f"{path}: not a readable checkpoint, it is truncated; download it again")
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
@@ -132,7 +132,7 @@ def _kind_of_zip(path: Path) -> str:
         raise UserError(f"{path}: is a TorchScript program, not weights; save its state_dict() instead")
     if any(name.rpartition("/")[2] == "data.pkl" for name in names):
         if packed:
-            raise UserError(f"{path}: is compressed, as torch.save never writes files; unpack and save it again")
+            raise UserError(f"{path}: is compressed, unlike the files of torch.save; unpack and save it again")
         return "torch"
     if any(name.endswith(".npy") for name in names):
         raise UserError(f"{path}: is an .npz of arrays (images or statistics), not a checkpoint")
@@ -146,7 +146,7 @@ def _is_safetensors(head: bytes, size: int, path: Path) -> bool:
     if length > 100_000_000:
         return False
     if 8 + length > size:
-        raise UserError(f"{path}: not a readable safetensors file, it breaks off in its header; download it again")
+        raise UserError(f"{path}: not a readable safetensors file, its header is truncated; download it again")
     return True
 
 
@@ -156,11 +156,11 @@ def _describe_text(head: bytes) -> str:
         return "is a web page saved as a checkpoint; the download needs a browser, a login or another address"
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
         return f"is text, not a checkpoint (it begins with {head[:24].decode()!r})"
-    return f"no checkpoint format that is known here (it begins with {head[:8]!r})"
+    return f"is not in a known checkpoint format (it begins with {head[:8]!r})"
 
 
 def _of_components(pipeline: Path) -> dict[str, Tensor]:
-    """The tensors of every component of a diffusers pipeline that has some."""
+    """The tensors of all components of a diffusers pipeline."""
     parts = sorted(part for part in pipeline.iterdir() if part.is_dir() and any(map(any, map(part.glob, WEIGHTS))))
     if not parts:
         raise UserError(f"{pipeline}: is a diffusers pipeline without weights")
@@ -168,7 +168,7 @@ def _of_components(pipeline: Path) -> dict[str, Tensor]:
 
 
 def read_named_weights(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of the file that a folder's config names.
+    """The tensors of the weights file that a folder's config names.
 
     Raises:
         UserError: no such file, or a name that leads out of the folder.
@@ -181,10 +181,10 @@ def read_named_weights(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights of a model folder: ours, or one component of a diffusers pipeline.
+    """The weights file of a model folder, or of one component of a diffusers pipeline.
 
     Raises:
-        UserError: none, or several.
+        UserError: no weights file, or several.
     """
     for pattern in WEIGHTS:
         found = sorted(folder.glob(pattern))
@@ -208,18 +208,18 @@ def tensors_in(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     for name, value in tree.items():
         if isinstance(value, (Tensor, PickledArray)):
             if not isinstance(name, str):
-                raise UserError(f"{path}: holds a tensor under {name!r}, which is no name")
+                raise UserError(f"{path}: holds a tensor under {name!r}, which is not a name")
             found[name] = as_tensor(value, name, path)
     return found
 
 
 def as_tensor(value: Tensor | PickledArray, name: object, path: Path) -> Tensor:
-    """A plain dense tensor, as above."""
+    """A plain dense tensor; errors as `tensors_in`."""
     if isinstance(value, PickledArray):
         try:
             return value.tensor
         except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: {name} is no array that can be read: {error}") from error
+            raise UserError(f"{path}: {name} is not a readable array: {error}") from error
     kinds = {
         "sparse": value.layout != torch.strided and not value.is_nested,
         "nested": value.is_nested,

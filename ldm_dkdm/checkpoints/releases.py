@@ -1,4 +1,4 @@
-"""What to put where a recipe expects a checkpoint."""
+"""Where to get the checkpoints that the recipes expect."""
 
 from pathlib import Path
 
@@ -8,16 +8,16 @@ RELEASES = {
     "cifar10": "DDPM-IP's release ADM_cifar10_baseline.pt",
     "celeba64": "DDPM-IP's release DDPM_IP_celeba64.pt",
     "imagenet32": "DDPM-IP's release DDPM_IP_imageNet32.pt",
-}  # by the name of the folder
+}  # checkpoint's folder -> release
 
 
 def how_to_get(path: Path) -> str:
-    """What to do about a checkpoint that is missing."""
+    """Advice on a missing checkpoint."""
     release = RELEASES.get(path.parent.name)
     if release:
         return f"download {release} and put it there, or name another path"
     if path.parts[:1] == ("logs",):
-        return "it is the folder of a run: train that model first (scripts/train_ldm.py), or name another path"
+        return "it is a run folder: train that model first (scripts/train_ldm.py), or name another path"
     return (
         "name a CompVis .ckpt, a guided-diffusion .pt, a diffusers folder, or a model folder (config.yaml and weights)"
     )

@@ -1,4 +1,4 @@
-"""A training checkpoint of a run of ours: EMA and raw weights, the run's model folder says what they are."""
+"""Read the training checkpoint of a run: EMA and raw weights, described by the run's model folder."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.errors import UserError
 
 NAME = "training checkpoint"
-PREFIX = "network."  # of the network in the Lightning module
-RAW = "current_model_state"  # where Lightning's averaging keeps the weights as the optimizer left them
+PREFIX = "network."  # name of the network in the Lightning module
+RAW = "current_model_state"  # Lightning's key of the weights without averaging
 
 
 def recognises(source: Source) -> bool:
-    """Whether a file is what a run saved."""
+    """Whether a file is a run's checkpoint."""
     return source.kind == "torch" and any(name.startswith(PREFIX) for name in source.tensors)
 
 

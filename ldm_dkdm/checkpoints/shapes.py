@@ -1,18 +1,18 @@
-"""What the names and shapes of a network's tensors tell."""
+"""Named tensors: count blocks, strip prefixes, copy; plain containers for JSON and YAML."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-TOO_FEW = (KeyError, IndexError, ValueError, ZeroDivisionError)  # what tensors that are missing or of odd shapes raise
+TOO_FEW = (KeyError, IndexError, ValueError, ZeroDivisionError)  # raised by missing tensors and odd shapes
 
 
 def count_blocks(tensors: Mapping[str, Tensor], part: str) -> int:
-    """How many blocks `part.0`, `part.1`, ... there are.
+    """Number of blocks `part.0`, `part.1`, ...
 
     Raises:
-        ValueError: a number is left out.
+        ValueError: a number is missing.
     """
     place = len(part.split("."))
     indices = {int(name.split(".")[place]) for name in tensors if name.startswith(f"{part}.")}

@@ -1,4 +1,4 @@
-"""A path that is opened once: what lies there is read when it is first asked for, and kept."""
+"""A file or folder whose content is read on first use, once."""
 
 import json
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ from ldm_dkdm.config.load import read_yaml
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.errors import UserError
 
-RUN_MODELS = ("model", "first_stage", "student")  # folders in a run where its model may lie
+RUN_MODELS = ("model", "first_stage", "student")  # model folders in a run folder
 
 
 class Source:
     """A file or folder that may hold a model.
 
-    A run's folder means the model in it; the weights of a model folder mean the folder.
+    A run folder means the model in it; the weights of a model folder mean the folder.
 
     Args:
-        path: of the file or folder; a relative path may name a model that ships with the package.
+        path: file or folder; a relative path may name a model that ships with the package.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -51,7 +51,7 @@ class Source:
 
     @cached_property
     def content(self) -> Any:
-        """All that a file holds: a dictionary, or whatever was saved; unknown classes are inert."""
+        """The whole content of a file, usually a dictionary; unknown classes are inert."""
         return None if self.kind == "folder" else read_content(self.path)
 
     @cached_property
@@ -60,7 +60,7 @@ class Source:
         return {} if self.kind == "folder" else self.part(None)
 
     def part(self, name: str | None) -> dict[str, Tensor]:
-        """The tensors in a named part of a file, as above."""
+        """The tensors in a named part of a file, also without that prefix."""
         if isinstance(self.content, Tensor):
             shape = tuple(self.content.shape)
             raise UserError(f"{self.path}: holds one tensor of shape {shape}, not a network")
@@ -104,24 +104,24 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable JSON: {error}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: is no JSON object")
+        raise UserError(f"{path}: is not a JSON object")
     return tree
 
 
 def has_config(folder: Path) -> bool:
-    """Whether a folder holds a config.yaml, as model folders and runs do."""
+    """Whether a folder holds a config.yaml, as model folders and run folders do."""
     return (folder / "config.yaml").is_file()
 
 
 def home_of(path: Path) -> Path:
-    """The model folder that a path means: that in a run, or that whose weights the path names; else the path."""
+    """The model folder in a run folder or around a weights file; any other path as it is."""
     if path.is_file() and _weights_of(path.parent) == path.name:
         return path.parent
     return next((path / name for name in RUN_MODELS if has_config(path / name)), path)
 
 
 def _weights_of(folder: Path) -> str | None:
-    """The weights that a folder's config names; None where it has no config of ours."""
+    """The weights file that a folder's config names; None without a config of this package."""
     try:
         return read_yaml(folder / "config.yaml").get("weights") if has_config(folder) else None
     except (UserError, OmegaConfBaseException):  # a third-party file

@@ -1,4 +1,4 @@
-"""What a file is that holds no diffusion model."""
+"""Describe files and folders without a diffusion model, for messages."""
 
 from ldm_dkdm.checkpoints.source import Source, has_config
 
@@ -7,7 +7,7 @@ def what_else(source: Source) -> str:
     """What a file or folder holds instead, and where it belongs."""
     if source.is_folder:
         if has_config(source.path) or (source.path / "checkpoints").is_dir():
-            return f"the run has no model yet; let it save once, or go on with --resume {source.path}"
+            return f"the run has not saved a model yet; continue it with --resume {source.path}"
         if source.holds("model.safetensors") or source.holds("student.safetensors"):
             return "config.yaml is missing; a model folder holds it and the weights"
         return "is neither a model folder (config.yaml), nor a diffusers folder (model_index.json or config.json)"
@@ -19,11 +19,11 @@ def _of_names(names: set[str]) -> str:
         return all(any(name.startswith(prefix) for name in names) for prefix in prefixes)
 
     if any("lora" in name.lower() for name in names):
-        return "is a LoRA adapter, which changes a model and is none; name the model itself"
+        return "is a LoRA adapter, not a model; name the model that it changes"
     if holds("encoder.", "decoder."):
         return "is a first stage, not a diffusion model; it belongs in first_stage.ckpt"
     if holds("down_blocks.", "mid_block."):
         return "is a diffusers network without its config.json; name the folder that holds both"
     if holds("total_t", "total_x_t_1"):
         return "is a pool of noisy states, not a network; it belongs in distill.pool_from"
-    return f"holds no diffusion network that is known here (keys: {', '.join(sorted(names)[:4])})"
+    return f"holds no known diffusion network (keys: {', '.join(sorted(names)[:4])})"

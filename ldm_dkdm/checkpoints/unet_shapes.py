@@ -1,4 +1,4 @@
-"""The UNet's architecture, read off the shapes of its tensors, and what shapes do not tell."""
+"""Infer a UNet's architecture from its tensors' shapes, and list what shapes do not show."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ldm_dkdm.checkpoints.contents import Demand
 from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks
 from ldm_dkdm.errors import UserError
 
-# What doubles the resolution in a decoder: `Upsample`, or a second residual block.
+# Tensors that double the resolution in a decoder: those of `Upsample`, or of a second residual block.
 UPSAMPLER = re.compile(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight")
 
 
@@ -19,7 +19,7 @@ def infer_unet(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> di
     """The UNet of CompVis's or guided-diffusion's names, as keywords of `Contents`: target, params, demands, usual.
 
     Args:
-        tensors: of the network, without a prefix.
+        tensors: the network's, without a prefix.
         source: for messages.
         compvis: the file is CompVis's, whose attention has the old order unless a hint says otherwise.
 
@@ -58,12 +58,12 @@ def _inferred(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> dic
     if "label_emb.weight" in tensors:
         params["num_classes"] = tensors["label_emb.weight"].shape[0]
     heads = (
-        "32 channels a head in CompVis's VQ-f4 releases" if compvis else "the training's flag; 4 heads or 64 channels"
+        "32 channels a head in CompVis's VQ-f4 releases" if compvis else "as in the training; 4 heads or 64 channels"
     )
     size = "64 in CompVis's VQ-f4 releases" if compvis else "side of the images that it was trained on"
     demands = [Demand(("image_size",), size), Demand(("num_head_channels", "num_heads"), heads)]
     if not compvis:
-        demands.append(Demand(("use_new_attention_order",), "the training's flag; false unless it was set"))
+        demands.append(Demand(("use_new_attention_order",), "as in the training; false by default"))
     usual = {"use_new_attention_order": False} if compvis else {}
     return {"target": "ldm_dkdm.networks.UNet", "params": params, "demands": tuple(demands), "usual": usual}
 
@@ -71,7 +71,7 @@ def _inferred(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> dic
 def _refuse_other_unets(tensors: Mapping[str, Tensor], source: Path) -> None:
     if any(".transformer_blocks." in name for name in tensors):
         raise UserError(
-            f"{source}: is a text-conditional UNet (cross-attention); only unconditional and class ones work"
+            f"{source}: is a text-conditional UNet (cross-attention); only unconditional and class-conditional work"
         )
     if not any(name.startswith("output_blocks.") for name in tensors):
         raise UserError(f"{source}: is guided-diffusion's classifier (half a UNet), not a diffusion model")

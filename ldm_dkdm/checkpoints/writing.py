@@ -1,4 +1,4 @@
-"""What the writers of all formats share."""
+"""The model interface and the checks that the writers of all formats share."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from ldm_dkdm.pixel import Space
 
 
 class SavedModel(Protocol):
-    """What a format writes of a `DiffusionModel`."""
+    """The part of a `DiffusionModel` that formats write."""
 
     network: nn.Module
     node: NetworkConfig
@@ -29,7 +29,7 @@ class SavedModel(Protocol):
 
     @property
     def space(self) -> Space:
-        """What its states are."""
+        """The space of its states."""
 
     @property
     def classes(self) -> Sequence[int] | None:
@@ -40,7 +40,7 @@ class SavedModel(Protocol):
 
 
 def require_eps_unet(model: SavedModel, code_base: str) -> None:
-    """Refuse what CompVis's and guided-diffusion's samplers would misread.
+    """Refuse what CompVis's and guided-diffusion's samplers would misinterpret.
 
     Raises:
         UserError: another architecture, or a network that predicts v.
@@ -50,16 +50,16 @@ def require_eps_unet(model: SavedModel, code_base: str) -> None:
     kind = model.node.parameterization
     if kind != "eps":
         raise UserError(
-            f"format: {code_base} reads the output as eps, and this network predicts {kind}; "
+            f"format: {code_base} takes the output for eps, and this network predicts {kind}; "
             "choose diffusers or safetensors"
         )
 
 
 def refuse_existing(path: Path, reason: str = "") -> None:
-    """Refuse to write over a file or folder.
+    """Refuse to overwrite a file or folder.
 
     Raises:
-        UserError: something is there.
+        UserError: it exists.
     """
     if path.exists():
         raise UserError(f"{path}: exists; {reason}choose another name or delete it")

@@ -1,1 +1,1 @@
-"""The command lines: one file a command; argparse lives here and nowhere else."""
+"""The command lines: one module per command; only this package uses argparse."""

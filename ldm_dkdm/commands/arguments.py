@@ -1,4 +1,4 @@
-"""What the command lines share: parsers, `--base` and `key=value`, hints, plugins, words for errors."""
+"""What command lines share: parser, `--base` and `key=value`, hints, plugins, keys and flags in errors."""
 
 import argparse
 import importlib.util
@@ -32,14 +32,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a training command to save and 
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a command line; options may stand between positional arguments."""
+    """Reports a mistake in one line; options may stand between positional arguments."""
 
     hint = "see --help"
 
     def parse_args(  # type: ignore[override]  # argparse also takes namespaces of other classes
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parse a command line, whether `key=value` stands before options or after them."""
+        """Parse a command line with `key=value` before or after options."""
         return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class TrainingCall(Generic[T]):
-    """A validated config, the run's folder, and whether that run was asked to go on by `--resume`."""
+    """A validated config, the run folder, and whether `--resume` named it."""
 
     config: T
     folder: RunFolder
@@ -69,13 +69,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="config files or names of recipes, merged left to right, then overrides",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example trainer.max_steps=1000")
-    parser.add_argument("--resume", metavar="RUN|last", help="go on with a run folder, with its own configuration")
-    parser.add_argument("--keys", nargs="?", const="", metavar="SECTION", help="list the keys of the config, and stop")
+    parser.add_argument("--resume", metavar="RUN|last", help="continue a run folder with its own configuration")
+    parser.add_argument("--keys", nargs="?", const="", metavar="SECTION", help="list the keys of the config and exit")
     add_plugin_argument(parser)
 
 
 def read_training_call(options: argparse.Namespace, schema: type[T]) -> TrainingCall[T]:
-    """Load the config that a command line names, a new one or that of a run."""
+    """Load the config of a new run, or of the run that `--resume` names."""
     files, overrides = split_base(options.base, options.overrides)
     if options.resume:
         if files:
@@ -90,7 +90,7 @@ def read_training_call(options: argparse.Namespace, schema: type[T]) -> Training
 
 
 def print_keys(options: argparse.Namespace, schema: type) -> bool:
-    """Print the keys of a config if `--keys` asks for them; says whether it did."""
+    """Print the keys of a config if `--keys` asks for them; returns whether it did."""
     if options.keys is None:
         return False
     try:
@@ -105,23 +105,23 @@ def split_base(base: Sequence[str], rest: Sequence[str]) -> tuple[list[str], lis
     files = [item for item in base if "=" not in item or Path(item).is_file()]
     files += [item for item in rest if item.endswith((".yaml", ".yml")) and ("=" not in item or Path(item).is_file())]
     for name in files:
-        find_config(name)  # a wrong name before a wrong key
+        find_config(name)  # a wrong name is reported before a wrong key
     return files, [item for item in [*base, *rest] if item not in files]
 
 
 def add_hints(parser: argparse.ArgumentParser) -> None:
-    """`key=value` for what no tensor of a third-party checkpoint tells."""
+    """`key=value` for what tensor shapes of a third-party checkpoint do not show."""
     parser.add_argument(
         "hints",
         nargs="*",
         metavar="key=value",
-        help="what the checkpoint does not tell: image_size=64 num_head_channels=32 schedule=cosine ...",
+        help="what the checkpoint does not store: image_size=64 num_head_channels=32 schedule=cosine ...",
     )
     add_plugin_argument(parser)
 
 
 def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
-    """`--plugin FILE`: networks of the user's own."""
+    """`--plugin FILE`: the user's own networks."""
     parser.add_argument(
         "--plugin",
         action="append",
@@ -133,13 +133,13 @@ def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def split_hints(items: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Paths and hints: what holds a = and is no file is a hint."""
+    """Paths and hints: an item with = that is not a file is a hint."""
     paths = [item for item in items if "=" not in item or Path(item).exists()]
     return paths, read_overrides([item for item in items if item not in paths])
 
 
 def read_hints(items: Sequence[str]) -> dict[str, Any]:
-    """Hints where a command line names no more paths.
+    """Hints of a command line without further paths.
 
     Raises:
         UserError: an item that is not key=value.
@@ -151,10 +151,10 @@ def read_hints(items: Sequence[str]) -> dict[str, Any]:
 
 
 def load_plugins(files: Sequence[Path]) -> None:
-    """Import the files that the user named and enter their nn.Module classes into NETWORKS as FILE.Class.
+    """Import the user's files and add their nn.Module classes to NETWORKS as FILE.Class.
 
     Raises:
-        UserError: no such file, one that cannot be imported, or one that defines no network.
+        UserError: no such file, one that cannot be imported or defines no network.
     """
     for file in files:
         if not file.is_file():
@@ -176,7 +176,7 @@ def load_plugins(files: Sequence[Path]) -> None:
 
 
 def _imported(file: Path) -> ModuleType:
-    """A Python file as the module of its name; it must not take the place of another module."""
+    """Import a Python file under its name, which must not be another module's."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise UserError(f"--plugin: {file}: is not a Python file; its name ends in .py")
@@ -204,9 +204,9 @@ DISTILLATION = {f.name for f in fields(DistillRun)}
 
 @contextmanager
 def dotted_keys(*sections: str, path: str | None = None) -> Iterator[None]:
-    """Name the keys of a config in what the library says of its parameters: `rho: ...` -> `distill.rho: ...`.
+    """Prefix parameters in the library's errors with the config's section: `rho: ...` -> `distill.rho: ...`.
 
-    `path` is the key put before messages that name neither a parameter nor a section, but the file that it gives.
+    `path` is the key that prefixes messages about the file that it names.
     """
     try:
         yield
@@ -220,7 +220,7 @@ def dotted_keys(*sections: str, path: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def flags(**names: str) -> Iterator[None]:
-    """Name the flags of a command in what the library says of its parameters: `steps: ...` -> `--custom_steps: ...`."""
+    """Replace parameters in the library's errors by flags: `steps: ...` -> `--custom_steps: ...`."""
     try:
         yield
     except UserError as error:

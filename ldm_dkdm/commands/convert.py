@@ -9,7 +9,7 @@ from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, read_hin
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.errors import UserError
 
-TOLERANCE = 1e-4  # of the comparison with diffusers
+TOLERANCE = 1e-4  # largest difference from diffusers' samples
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +29,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def convert(source: str, out: Path, to: str, hints: dict[str, Any]) -> None:
-    """Write the model at a path in another layout; never over a file.
+    """Write the model at a path in another format, without overwriting.
 
     Raises:
-        UserError: no model, an output that exists, or a layout that cannot hold this model.
+        UserError: no model, an output that exists, or a format that cannot hold this model.
     """
     from ldm_dkdm.checkpoints.writing import refuse_existing
     from ldm_dkdm.model import load_model
@@ -44,7 +44,7 @@ def convert(source: str, out: Path, to: str, hints: dict[str, Any]) -> None:
     if to != "diffusers":
         return
     if model.num_classes is not None:
-        print("it takes labels, which DDPMPipeline cannot pass: call its unet with class_labels")
+        print("the model takes labels, which DDPMPipeline cannot pass: call its unet with class_labels")
     from ldm_dkdm.evaluation.diffusers_check import largest_difference
 
     difference = largest_difference(out, model)

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("latents", type=Path, help="(N,C,h,w): arr_0 of an .npz, or the one tensor of a .pt or .safetensors")
     add("--first_stage", type=Path, required=True, metavar="DIR", help="first-stage folder")
     add("-o", "--out", type=Path, required=True)
-    add("--scale_factor", type=float, help="if not the folder's own")
+    add("--scale_factor", type=float, help="default: the folder's own")
     add("--batch_size", type=int, default=16)
 
 

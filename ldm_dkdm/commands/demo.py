@@ -1,4 +1,4 @@
-"""Distil the shipped teacher on a CPU and compare both: dkdm demo. A second call reuses what is there."""
+"""Distil the shipped teacher on a CPU and compare both: dkdm demo. A second call reuses existing results."""
 
 import argparse
 from pathlib import Path
@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         distill.run(parser_of("distill").parse_args(arguments))
     except Stopped as stop:
-        raise Stopped(f"{stop}; dkdm demo goes on too, and writes the comparison at the end") from stop
+        raise Stopped(f"{stop}; dkdm demo also continues it, and writes the comparison at the end") from stop
     student = RUN / "student" / "student.safetensors"
     if not PICTURE.is_file() or PICTURE.stat().st_mtime < student.stat().st_mtime:
         models = ["-r", "models/teachers/emoji64", str(RUN), "-l", str(RUN / "samples/final")]

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--plan` beside what all trainings take."""
+    """The arguments of all trainings, and `--plan`."""
     add_training_arguments(parser)
-    parser.add_argument("--plan", action="store_true", help="print what the run will cost, and stop")
+    parser.add_argument("--plan", action="store_true", help="print what the run will cost and exit")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Plan or distil, then say where the student lies."""
+    """Plan, or distil and print the student's folder."""
     if print_keys(options, DistillRun):
         return
-    call = read_training_call(options, DistillRun)  # its mistakes before the slow imports
+    call = read_training_call(options, DistillRun)  # reports mistakes before the slow imports
     load_plugins(options.plugin)
     with dotted_keys("distill", "trainer", "logging"):
         _plan(call.config) if options.plan else _distil(call)
@@ -42,7 +42,7 @@ def _distil(call: TrainingCall[DistillRun]) -> None:
     from ldm_dkdm.training.from_teacher import distil_in
     from ldm_dkdm.training.run import Run
 
-    go_on = f"go on with: dkdm distill --resume {call.folder.path}"
+    go_on = f"continue with: dkdm distill --resume {call.folder.path}"
     run = Run(call.config, call.folder, call.resumed, signals=SIGNALS, go_on=go_on)
     teacher = open_teacher(call.config).to("cpu", run.precision)
     student = make_student(call.config.student, teacher, call.config.trainer.seed)
@@ -94,7 +94,7 @@ def _untrained_teacher(config: DistillRun, path: Path) -> "DiffusionModel":
     from ldm_dkdm.model import DiffusionModel
     from ldm_dkdm.networks import NETWORKS
 
-    assert config.teacher.target is not None and config.diffusion is not None  # `_plan` has asked
+    assert config.teacher.target is not None and config.diffusion is not None  # checked by `_plan`
     node = NetworkConfig(config.teacher.target, config.teacher.params, config.teacher.parameterization or "eps")
     return DiffusionModel(
         build(node, NETWORKS, "teacher.params"),

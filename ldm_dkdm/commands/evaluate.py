@@ -23,8 +23,8 @@ FLAGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The student, the teacher, and how much is measured."""
     add = parser.add_argument
-    add("-r", "--resume", required=True, metavar="MODEL", help="the student: a run, or anything that opens")
-    add("--teacher", help="the teacher, anything that opens; default: the one in the run's config")
+    add("-r", "--resume", required=True, metavar="MODEL", help="the student: a run folder or any other model")
+    add("--teacher", help="the teacher; default: the one in the run's config")
     add("-n", "--n_samples", type=int, default=1000, help="images for the Frechet distance, 65 or more; 0: none")
     add("-c", "--custom_steps", type=int, default=20, help="DDIM steps")
     add("--chains", type=int, default=32, help="held-out ancestral chains of the teacher")
@@ -67,11 +67,11 @@ def run(options: argparse.Namespace) -> None:
     for name, value in figures.items():
         if name != PER_T:
             print(f"{name}: {value}")
-    assert student.path is not None  # it was opened
+    assert student.path is not None  # set when a model is opened
     home = student.path if student.path.is_dir() else student.path.parent
     out = options.out or home / FIGURES
     write_text(out, json.dumps(figures, indent=2) + "\n")
-    print(f"{out}: these and the eps error of every t")
+    print(f"{out}: these figures and the eps error at every t")
     if options.out is None and "teacher_sha256" in student.info:
         write_readme(home, read_card(home / "config.yaml", ModelCard))
 
@@ -88,7 +88,7 @@ def find_teacher(student: Path, teacher: str | None, hints: dict[str, Any]) -> "
     run = load_config(file) if file.is_file() and fits(read_yaml(file), DistillRun) else None
     if teacher is None:
         if run is None:
-            raise UserError(f"--teacher: {student} is no run of a distillation, so the teacher must be named")
+            raise UserError(f"--teacher: {student} is not the run folder of a distillation; name the teacher")
         return open_teacher(run)
     found = open_model(teacher, Hints.of(**hints), lenient=True)
     if run is None:

@@ -1,4 +1,4 @@
-"""Say what is in a checkpoint: dkdm inspect PATH [--config]. Nothing in a file runs."""
+"""Say what is in a checkpoint: dkdm inspect PATH [--config]. No code in a file is run."""
 
 import argparse
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ KINDS = {"torch": "PyTorch pickle", "safetensors": "safetensors", "pickle": "pla
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The path, and whether a config is wanted."""
     parser.add_argument("file", metavar="PATH", help="anything that opens as a model, or a first stage")
-    parser.add_argument("--config", action="store_true", help="print config sections to paste instead")
+    parser.add_argument("--config", action="store_true", help="print its config sections instead")
     add_plugin_argument(parser)
 
 
@@ -39,7 +39,7 @@ def describe(path: str) -> dict[str, str]:
     """The lines of a report, in order.
 
     Raises:
-        UserError: nothing there, or a file that is refused; the globals that it asks for are in the message.
+        UserError: a missing file, or one that is refused; the message lists the globals that it names.
     """
     from ldm_dkdm.checkpoints import Source, read
 
@@ -52,7 +52,7 @@ def describe(path: str) -> dict[str, str]:
 
 
 def is_first_stage(source: "Source") -> bool:
-    """Whether a path is a first stage's folder, ours or diffusers'."""
+    """Whether a path is a first-stage folder, ours or diffusers'."""
     from ldm_dkdm.checkpoints.diffusers_first_stage import CLASSES
     from ldm_dkdm.checkpoints.first_stages import is_first_stage_folder
 
@@ -119,18 +119,18 @@ def _count(part: "Mapping[str, Tensor]") -> str:
 
 
 def _architecture(contents: "Contents") -> dict[str, str]:
-    told = ", ".join(f"{key} {value}" for key, value in contents.params.items())
+    known = ", ".join(f"{key} {value}" for key, value in contents.params.items())
     missing = "; ".join(f"{' or '.join(d.keys)} ({d.hint})" for d in contents.demands)
     predicts = "" if contents.parameterization is None else f", predicts {contents.parameterization}"
     return {
         "architecture": f"{contents.target}, {_parameters(contents) / 1e6:.6f} M parameters{predicts}",
-        "parameters" if contents.described else "inferred": told,
+        "parameters" if contents.described else "inferred": known,
         **({} if contents.described else {"cannot be inferred": missing or "nothing"}),
     }
 
 
 def _parameters(contents: "Contents") -> int:
-    """Of the network; stand-ins that change no shape take the place of what is not told."""
+    """Number of the network's parameters; unknown arguments get values that change no shape."""
     import torch
 
     from ldm_dkdm.config.registry import build
@@ -156,15 +156,15 @@ def _process(contents: "Contents") -> dict[str, str]:
     name = "its own betas" if found.betas is not None else found.schedule
     if name in ("scaled_linear", "linear"):
         name += f" {found.beta_start} ... {found.beta_end}"
-    told = f"{name}, T = {found.num_timesteps}, {found.space} space"
+    shown = f"{name}, T = {found.num_timesteps}, {found.space} space"
     if stored is None:
-        return {"noise schedule": told}
+        return {"noise schedule": shown}
     error = (schedule_of(found).alphas_cumprod - stored.double()).abs().max()
-    return {"noise schedule": f"{told}; alphas_cumprod {stored[0]:.6f} ... {stored[-1]:.6f}, differs by {error:.1e}"}
+    return {"noise schedule": f"{shown}; alphas_cumprod {stored[0]:.6f} ... {stored[-1]:.6f}, differs by {error:.1e}"}
 
 
 def as_config(path: str) -> str:
-    """The sections that name a model, as YAML; what it does not tell is marked `???`."""
+    """The config sections of a model, as YAML; unknown values are `???`."""
     import yaml
 
     from ldm_dkdm.checkpoints import Source, read
@@ -174,7 +174,7 @@ def as_config(path: str) -> str:
         return yaml.safe_dump({"first_stage": {"ckpt": str(source.path)}})
     contents = read(source)
     if contents.described:
-        return yaml.safe_dump({"teacher": {"ckpt": str(source.path)}})  # it tells the rest itself
+        return yaml.safe_dump({"teacher": {"ckpt": str(source.path)}})  # it describes itself
     params = {**contents.usual, **contents.params, **{demand.keys[0]: "???" for demand in contents.demands}}
     tree: dict[str, Any] = {"teacher": {"ckpt": str(source.path), "target": contents.target, "params": params}}
     tree["diffusion"] = _process_section(contents)

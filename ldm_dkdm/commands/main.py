@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 class Command(Protocol):
-    """What a module of this package offers for its command; its docstring is the command's description."""
+    """Interface of a command's module, whose docstring is the command's description."""
 
     __doc__: str | None
 
@@ -91,7 +91,7 @@ def usage() -> str:
     """What `dkdm -h` prints."""
     lines = [f"  {name:<18} {meaning}" for name, meaning in COMMANDS.items()]
     head = "usage: dkdm COMMAND ... | --version\n\nData-free distillation of diffusion models (DKDM).\n"
-    return "\n".join([head, *lines, "\ndkdm COMMAND --help says more."])
+    return "\n".join([head, *lines, "\ndkdm COMMAND --help lists its options."])
 
 
 def parser_of(command: str) -> Parser:
@@ -129,7 +129,7 @@ def spoken() -> Iterator[None]:
 
 
 class _Printer(logging.Handler):
-    """Prints messages as they are, below a progress bar that may be there."""
+    """Prints messages without decoration."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ldm_dkdm.model import DiffusionModel
 
-GRID = 64  # samples on a grid, at most
+GRID = 64  # most samples in a grid
 FLAGS = {
     "count": "--n_samples",
     "steps": "--custom_steps",
@@ -39,7 +39,7 @@ FLAGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """-r -n -c -e -v -l mean what they mean in CompVis's sample script."""
     add = parser.add_argument
-    add("-r", "--resume", required=True, nargs="+", metavar="MODEL", help="anything that opens; two make a comparison")
+    add("-r", "--resume", required=True, nargs="+", metavar="MODEL", help="runs, model folders or checkpoints")
     add("-n", "--n_samples", type=int, default=64, help="number of images")
     add("-c", "--custom_steps", type=int, help="sampling steps; default: 200, with ddpm all of them")
     add("--sampler", choices=names_of("ldm_dkdm.diffusion.samplers:SAMPLERS"), default="ddim")
@@ -48,13 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-l", "--logdir", type=Path, help="output folder; default: logs/samples/<model>")
     add("--seed", type=int, default=0, help="image i depends on seed + i only")
     add("--batch_size", type=int, default=64)
-    add("--labels", type=int, nargs="+", default=[], help="class labels, in turn; default: by the seeds")
-    add("--guidance", type=float, nargs="+", default=[1.0], help="classifier-free, for all -r or for each; 1: none")
-    add("--raw", action="store_true", help="of a training .ckpt: the raw weights, not their EMA")
+    add("--labels", type=int, nargs="+", default=[], help="class labels, in turn; default: random by seed")
+    add("--guidance", type=float, nargs="+", default=[1.0], help="classifier-free guidance, for all or each; 1: none")
+    add("--raw", action="store_true", help="use the raw weights of a training .ckpt, not EMA")
     add("--npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
     add("--latents", action="store_true", help="also write latents.safetensors")
     add("--no_png", action="store_true", help="no PNG per image, only the grid")
-    add("--compare", type=Path, metavar="PNG", help="write a labelled grid of all -r beside each other")
+    add("--compare", type=Path, metavar="PNG", help="write labelled grids of all models side by side")
     add("--first_stage", metavar="DIR", help="first-stage folder, if not the one the model points to")
     add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="auto")
     add("--device", default="auto", help="cpu, cuda, ...")
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Sample from every model after all are found to work; the comparison's path is the last line."""
+    """Check all models, then sample from each; the comparison's path is the last line."""
     paths, hints = split_hints([*options.resume, *options.hints])
     if not paths:
         raise UserError("-r: name at least one model")
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _sampling(options: argparse.Namespace) -> SamplingConfig:
-    """What the command line asks for, in one record."""
+    """The sampling options of the command line."""
     sampler, steps = options.sampler, options.custom_steps
     if options.vanilla_sample:
         if steps is not None:
@@ -109,7 +109,7 @@ def _sampling(options: argparse.Namespace) -> SamplingConfig:
 def open_for_sampling(
     path: str, guidance: float, config: SamplingConfig, hints: Mapping[str, Any], device: str, precision: str
 ) -> "DiffusionModel":
-    """A model on its device, found to fit what is asked of it; nothing is written.
+    """Open a model on its device and check that it can sample as asked; nothing is written.
 
     Raises:
         UserError: the flag or hint that does not fit.
@@ -122,7 +122,7 @@ def open_for_sampling(
         where = resolve_device(device)
         model = open_model(path, Hints.of(**hints), lenient=True)
     if guidance != 1 and "teacher" in model.info:
-        raise UserError(f"--guidance: {path} is a student and learned the guided prediction itself; give it 1")
+        raise UserError(f"--guidance: {path} is a student, which has learned the guided prediction; give it 1")
     with flags(**FLAGS):
         model = model.changed(guidance=guidance).to(where, precision)
         require_sampling(model, config)
@@ -141,7 +141,7 @@ class Outputs:
 
 def name_of(model: "DiffusionModel") -> str:
     """The last two parts of a model's path, such as quickstart/student."""
-    assert model.path is not None  # it was opened
+    assert model.path is not None  # set when a model is opened
     home = model.path.resolve()
     return f"{home.parent.name}/{home.name}"
 
@@ -184,7 +184,7 @@ def _sample(model: "DiffusionModel", config: SamplingConfig, out: Path, outputs:
     label = f"{name_of(model)}: {model.parameters / 1e6:.1f}M parameters, {rate:.2g} images/s"
     others = len(list((out / "img").glob("*.png"))) - config.count if outputs.png else 0
     if others > 0:
-        print(f"{out}/img: holds {others} images of earlier calls too; -l names another folder")
+        print(f"{out}/img: also holds {others} images of earlier calls; -l names another folder")
     print(f"{label}: {out}")
     return label, sheet
 
@@ -199,7 +199,7 @@ def _write_png(images: "Tensor", folder: Path, first: int) -> None:
 
 
 def require_writable(folder: Path | None) -> None:
-    """Refuse, before the work, an output folder that is a file or lies below one."""
+    """Refuse an output folder that is a file or below one."""
     for place in [folder, *folder.parents] if folder else []:
         if place.exists() and not place.is_dir():
             raise UserError(f"-l: {place} is a file; name a folder")

@@ -16,16 +16,16 @@ add_arguments = add_training_arguments
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, then say where the model lies."""
+    """Train, then print the model folder."""
     if print_keys(options, DiffusionRun):
         return
-    call = read_training_call(options, DiffusionRun)  # its mistakes before the slow imports
+    call = read_training_call(options, DiffusionRun)  # reports mistakes before the slow imports
     load_plugins(options.plugin)
 
     from ldm_dkdm.training.from_images import new_model, train_in
     from ldm_dkdm.training.run import Run
 
-    go_on = f"go on with: dkdm train --resume {call.folder.path}"
+    go_on = f"continue with: dkdm train --resume {call.folder.path}"
     with dotted_keys("trainer", "logging"):
         run = Run(call.config, call.folder, call.resumed, signals=SIGNALS, go_on=go_on)
         train_in(run, new_model(call.config))

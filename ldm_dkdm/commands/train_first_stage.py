@@ -9,15 +9,15 @@ add_arguments = add_training_arguments
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, then say where the first stage lies."""
+    """Train, then print the first-stage folder."""
     if print_keys(options, FirstStageRun):
         return
-    call = read_training_call(options, FirstStageRun)  # its mistakes before the slow imports
+    call = read_training_call(options, FirstStageRun)  # reports mistakes before the slow imports
 
     from ldm_dkdm.training.first_stages import train_first_stage_in
     from ldm_dkdm.training.run import Run
 
-    go_on = f"go on with: dkdm train-first-stage --resume {call.folder.path}"
+    go_on = f"continue with: dkdm train-first-stage --resume {call.folder.path}"
     with dotted_keys("trainer", "logging"):
         train_first_stage_in(Run(call.config, call.folder, call.resumed, signals=SIGNALS, go_on=go_on))
     print(f"first stage: {call.folder.model}")

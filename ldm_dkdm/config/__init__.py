@@ -1,4 +1,4 @@
-"""Configurations: files, recipes, and the sections in them, which check themselves."""
+"""Configurations: files, recipes, and their sections, which check themselves."""
 
 from ldm_dkdm.config import schema
 from ldm_dkdm.config.load import load_config

@@ -74,8 +74,8 @@ def one_of(table: str, default: Any = MISSING, *, help: str) -> Any:
 def names_of(table: str) -> list[str]:
     """Names in a table such as `ldm_dkdm.diffusion.samplers:SAMPLERS`.
 
-    An imported module is asked for its present names. Otherwise they are read from the module's source, because an
-    import of it would import torch.
+    If the module is imported, its current names are used. Otherwise they are read from its source, because importing
+    it would import torch.
     """
     module, _, name = table.partition(":")
     loaded = getattr(sys.modules.get(module), name, None)
@@ -92,7 +92,7 @@ def _names_in_source(module: str, name: str) -> tuple[str, ...]:
         value = getattr(node, "value", None)
         if named and isinstance(value, ast.Dict):
             return tuple(str(item.value) for item in value.keys if isinstance(item, ast.Constant))
-    raise LookupError(f"{path}: {name} is not a dict that is written out in the module")
+    raise LookupError(f"{path}: {name} is not a literal dict")
 
 
 def hints_of(schema: Any) -> dict[str, Any]:

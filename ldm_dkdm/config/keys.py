@@ -23,7 +23,7 @@ overrides one key. `dkdm COMMAND --keys [SECTION]` prints the same lists.
 
 @dataclass(frozen=True)
 class Key:
-    """A key for people: dotted name, kind of value with limits or choices, default in YAML, meaning."""
+    """A key in words: dotted name, kind of value with limits or choices, default in YAML, meaning."""
 
     name: str
     kind: str

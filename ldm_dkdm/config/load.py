@@ -37,7 +37,7 @@ else:
     T = TypeVar("T", bound=Section)
 Card = TypeVar("Card", ModelCard, FirstStageCard)
 RUNS = (DistillRun, DiffusionRun, FirstStageRun)
-RUN_KIND = "a run's folder without a saved model"
+RUN_KIND = "a run folder without a saved model"
 
 
 def load_config(
@@ -62,21 +62,19 @@ def load_config(
     except OmegaConfBaseException as error:
         raise UserError(f"{files[-1]}: {error}") from error
     except TypeError as error:
-        said = f"{files[-1]} {' '.join(overrides)}".strip()
+        sources = f"{files[-1]} {' '.join(overrides)}".strip()
         raise UserError(
-            f"{said}: a list or section cannot take this form ({error}); give lists whole: key=[1,2]"
+            f"{sources}: a list or section cannot take this form ({error}); give lists whole: key=[1,2]"
         ) from error
     _refuse_other_scripts(tree, schema, files)
     return parse(schema, tree, "")
 
 
 def _refuse_other_scripts(tree: Mapping[str, Any], schema: Any, files: Sequence[Path]) -> None:
-    """Refuse a whole config of another script by that name, before its keys are refused one by one."""
+    """Refuse a config of another script as a whole, before its keys are refused one by one."""
     fitting = [run for run in RUNS if fits(tree, run)]
     if schema in RUNS and fitting and schema not in fitting:
-        raise UserError(
-            f"{' '.join(map(str, files))}: made for scripts/{fitting[0].SCRIPT}, and this is {schema.SCRIPT}"
-        )
+        raise UserError(f"{' '.join(map(str, files))}: made for scripts/{fitting[0].SCRIPT}, not for {schema.SCRIPT}")
 
 
 def fits(tree: Mapping[str, Any], run: Any) -> bool:
@@ -170,7 +168,7 @@ def _refers(node: Any) -> bool:
 
 
 def card_kind(path: Path) -> str | None:
-    """What kind of folder a config.yaml lies in, or None where its keys do not tell."""
+    """The kind of folder that a config.yaml describes; None if its keys do not show it."""
     tree = read_yaml(path)
     if "network" in tree:
         return ModelCard.KIND

@@ -1,4 +1,4 @@
-"""The configs and models that ship with the package, found by name."""
+"""Find the configs and models that ship with the package."""
 
 import difflib
 from pathlib import Path

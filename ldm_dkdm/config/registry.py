@@ -48,7 +48,7 @@ def build(node: Any, targets: Targets, where: str = "params") -> nn.Module:
 
 
 def _check_params(factory: Callable[..., nn.Module], params: Mapping[str, Any], where: str) -> None:
-    """Refuse unknown, missing and mistyped parameters; of a user's own class only plain types are known."""
+    """Refuse unknown, missing and mistyped parameters; of a user's class only plain types are checked."""
     parameters = inspect.signature(factory).parameters.values()
     accepted = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     plain = {name: p.annotation for name, p in accepted.items() if p.annotation in (int, float, bool, str)}
@@ -64,7 +64,7 @@ def _check_params(factory: Callable[..., nn.Module], params: Mapping[str, Any], 
 
 
 def is_own(factory: Callable[..., nn.Module] | None) -> bool:
-    """Whether a class of a table is this package's, not the user's own."""
+    """Whether a class is this package's, not the user's."""
     return getattr(factory, "__module__", "").startswith("ldm_dkdm.")
 
 

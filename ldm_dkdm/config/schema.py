@@ -1,4 +1,4 @@
-"""The configurations of the three training commands, and the cards of the folders that models lie in."""
+"""The configurations of the three training commands, and the cards of model and first-stage folders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,14 +58,14 @@ class DistillRun(Section):
 
     SCRIPT: ClassVar[str] = "dkdm_ldm.py"
     COMMAND: ClassVar[str] = "distill"
-    MODEL: ClassVar[str] = "student"  # folder of a run that its model lies in
+    MODEL: ClassVar[str] = "student"  # model folder in the run folder
     teacher: TeacherConfig = key(help="The pretrained model.")
     student: StudentConfig = key(help="The network to train, or a budget for a narrowed copy of the teacher's.")
     distill: DistillConfig = key(help="The method: pool, batches, loss and warm-up.")
     trainer: TrainerConfig = key(help="Optimisation and hardware.")
     first_stage: FirstStageConfig = key(factory=FirstStageConfig, help="The teacher's first stage, in latent space.")
     diffusion: DiffusionConfig | None = key(
-        None, help="The teacher's forward process, where its file does not tell it."
+        None, help="The teacher's forward process, where its file does not store it."
     )
     logging: LoggingConfig = key(factory=LoggingConfig, help="Where the run writes and how often, in training steps.")
 
@@ -104,9 +104,9 @@ class FirstStageRun(Section):
 
 @dataclass(frozen=True)
 class FirstStagePointer(Section):
-    """Where a model's first stage lies; `target` and `params` describe one that is not a folder of this package."""
+    """Where a model's first stage is; `target` and `params` describe one that is not a folder of this package."""
 
-    path: str = key(help="Path of the first stage, relative to the model's folder.")
+    path: str = key(help="Path of the first stage, relative to the model folder.")
     scale_factor: float = key(above=0, help="Factor from encoded images to the network's latents.")
     target: str | None = key(None, help="Name of the first stage's class.")
     params: dict[str, Any] = key(factory=dict, help="Keyword arguments of that class.")
@@ -114,28 +114,28 @@ class FirstStagePointer(Section):
 
 @dataclass(frozen=True)
 class ModelCard(Section):
-    """config.yaml of a diffusion model's folder: the folder describes itself."""
+    """config.yaml of a model folder, which describes the model."""
 
-    KIND: ClassVar[str] = "a diffusion model's folder"
+    KIND: ClassVar[str] = "a model folder"
     weights: str = key(help="Name of the file with the weights, in the same folder.")
     network: NetworkConfig = key(help="The network.")
     diffusion: DiffusionConfig = key(help="The forward process.")
-    first_stage: FirstStagePointer | None = key(None, help="Where the first stage lies, in latent space.")
-    null_label: int | None = key(None, min=0, help="Label that means no class, where the network does not tell it.")
-    info: dict[str, Any] = key(factory=dict, help="Facts about the training, for people.")
+    first_stage: FirstStagePointer | None = key(None, help="Where the first stage is, in latent space.")
+    null_label: int | None = key(None, min=0, help="Label for no class, where the network does not define it.")
+    info: dict[str, Any] = key(factory=dict, help="Facts about the training, for the model card.")
     shape: Sequence[int] | None = key(
-        None, min=1, length=3, help="Shape (C,H,W) of the states, where the network does not tell it."
+        None, min=1, length=3, help="Shape (C,H,W) of the states, where the network does not define it."
     )
-    num_classes: int | None = key(None, min=1, help="Number of classes, where the network does not tell it.")
+    num_classes: int | None = key(None, min=1, help="Number of classes, where the network does not define it.")
 
 
 @dataclass(frozen=True)
 class FirstStageCard(Section):
-    """config.yaml of a first stage's folder."""
+    """config.yaml of a first-stage folder."""
 
-    KIND: ClassVar[str] = "a first stage's folder"
+    KIND: ClassVar[str] = "a first-stage folder"
     weights: str = key(help="Name of the file with the weights, in the same folder.")
     target: str = key(help="Name of the first stage's class.")
     params: dict[str, Any] = key(help="Keyword arguments of that class.")
     scale_factor: float = key(1.0, above=0, help="Factor from encoded images to the network's latents.")
-    info: dict[str, Any] = key(factory=dict, help="Facts about the training, for people.")
+    info: dict[str, Any] = key(factory=dict, help="Facts about the training, such as its steps.")

@@ -1,4 +1,4 @@
-"""The sections that runs and models share, and what each key may hold."""
+"""The sections that runs and models share, with the limits and meaning of each key."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -21,7 +21,7 @@ class NetworkConfig(Section):
 
     @property
     def plain(self) -> "NetworkConfig":
-        """What a model's card says of its network: not how its training began."""
+        """The network without `init`, as a model card stores it."""
         return NetworkConfig(self.target, self.params, self.parameterization)
 
 
@@ -29,7 +29,7 @@ class NetworkConfig(Section):
 class NewNetworkConfig(NetworkConfig):
     """A network to train."""
 
-    init: str = key("random", help="First weights: `random`, or the path of a model folder.")
+    init: str = key("random", help="Initial weights: `random`, or the path of a model folder.")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class StudentConfig(NewNetworkConfig):
     params: dict[str, Any] = key(factory=dict, help="Keyword arguments of the student's class.")
     init: str = key(
         "random",
-        help="First weights: `random`, `teacher` (copies and slices of its tensors), or a model folder's path.",
+        help="Initial weights: `random`, `teacher` (copies and slices of its tensors), or a model folder's path.",
     )
     budget: str | int | None = key(None, help="Parameters of a narrowed copy of the teacher's UNet, such as `60M`.")
 
@@ -51,15 +51,15 @@ class StudentConfig(NewNetworkConfig):
 class TeacherConfig(Section):
     """The teacher: a model that describes itself, or a third-party checkpoint with `target` and `params`."""
 
-    ckpt: str = key(help="Path of a run, a model folder or a checkpoint file.")
-    target: str | None = key(None, help="Class of a third-party checkpoint's network, where the file does not tell it.")
-    params: dict[str, Any] = key(factory=dict, help="Keyword arguments of that class that no tensor tells.")
+    ckpt: str = key(help="Path of a run folder, a model folder or a checkpoint file.")
+    target: str | None = key(None, help="Class of a third-party checkpoint's network, where the file does not show it.")
+    params: dict[str, Any] = key(factory=dict, help="Keyword arguments of that class that tensor shapes do not show.")
     parameterization: str | None = one_of(
         PARAMETERIZATIONS, None, help="What the network of a third-party checkpoint predicts; null means eps."
     )
     use_ema: bool | None = key(None, help="Load the EMA weights of a third-party checkpoint; null means true.")
     guidance: float = key(1.0, min=0, help="Classifier-free guidance of a class-conditional teacher; 1 is unguided.")
-    null_label: int | None = key(None, min=0, help="Label that means no class; a DiT knows its own.")
+    null_label: int | None = key(None, min=0, help="Label for no class; a DiT defines its own.")
     licence: str | None = key(None, help="Licence of the teacher's weights, for the student's card.")
     check: bool = key(True, help="Before a distillation, test that the teacher denoises its own samples.")
 
@@ -162,7 +162,7 @@ class DistillConfig(Section):
         "redraw", help="After a discarded batch, draw other slots, or advance the same ones (the public code)."
     )
     input_perturbation: float = key(0.0, min=0, help="Noise added to the student's input: gamma of DDPM-IP.")
-    stride: int = key(1, min=1, help="Timesteps that a drawn slot advances; 1 is the paper.")
+    stride: int = key(1, min=1, help="Timesteps that a drawn slot advances; 1 is the paper's.")
     pool_dtype: Literal["float16", "float32"] = key("float16", help="Number format of the pool's states.")
     pool_storage: Literal["memory", "mmap"] = key("memory", help="`mmap` keeps the pool in a file of the run.")
     pool_from: str | None = key(
@@ -213,7 +213,7 @@ class LoggingConfig(Section):
     """Where a run writes and how often, in training steps."""
 
     dir: str = key("logs", help="Folder that holds the runs.")
-    name: str | None = key(None, help="Name of the run's folder; null joins the names of the config files.")
+    name: str | None = key(None, help="Name of the run folder; null joins the names of the config files.")
     save_every: int = key(5000, min=1, help="Steps between checkpoints.")
     sample_every: int = key(5000, min=1, help="Steps between grids of samples.")
     sample_count: int = key(16, min=1, help="Samples in a grid.")

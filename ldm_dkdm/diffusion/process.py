@@ -80,7 +80,7 @@ def learned_log_variance(schedule: NoiseSchedule, t: Tensor, t_next: Tensor, fra
     """log Sigma = f log(beta) + (1 - f) log(beta~), f = (fraction + 1) / 2 (Improved DDPM, Eq. 15).
 
     beta~ is the posterior's variance, beta = 1 - abar_t / abar_{t_next}. At t_next = -1, where beta~ is 0,
-    the one of the step before takes its place, as in the authors' code.
+    that of the step before replaces it, as in the authors' code.
     """
     beta = 1 - schedule.alpha_bar(t, fraction) / schedule.alpha_bar(t_next, fraction)
     before = (t_next < 0).long() * (t - t_next).clamp(max=schedule.num_timesteps - 1 - t)

@@ -48,7 +48,7 @@ def ddim_timesteps(num_timesteps: int, steps: int, offset: int = 1) -> list[int]
 def respaced_timesteps(num_timesteps: int, steps: int) -> list[int]:
     """`steps` ascending timesteps spread evenly from 0 to T-1, both included (Improved DDPM, Sec. 4).
 
-    At some numbers of steps, none of the usual ones, the authors' code rounds a few of them to the other side.
+    At some unusual numbers of steps the authors' code rounds a few timesteps the other way.
     """
     _check_steps(num_timesteps, steps)
     if steps == 1:
@@ -73,7 +73,7 @@ def ddpm(
     """Ancestral sampling from x_T (B,C,H,W) through `steps` of the T timesteps, all of them by default.
 
     Alg. 3, with the variance that the model learned or the posterior's; last yields x_0. Fewer steps
-    respace the process (Improved DDPM, Sec. 4). There is no eta: the variance is the model's.
+    respace the process (Improved DDPM, Sec. 4). eta is ignored: the variance is the model's.
     """
     timesteps = respaced_timesteps(schedule.num_timesteps, steps or schedule.num_timesteps)
     for step, following in _downwards(timesteps, -1):
@@ -102,7 +102,7 @@ def ddim(
     for step, following in _downwards(timesteps, offset - 1):
         t = torch.full((len(x),), step, device=x.device)
         x_0 = denoise(x, t, label).x_0
-        eps = x0_to_eps(schedule, x, t, x_0)  # of the clipped x_0, where that is clipped
+        eps = x0_to_eps(schedule, x, t, x_0)  # from the clipped x_0, in pixel space
         abar = schedule.alphas_cumprod[step].item()
         abar_next = schedule.alphas_cumprod[following].item() if following >= 0 else 1.0
         sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
@@ -125,8 +125,8 @@ def dpm_solver(
 ) -> Iterator[Tensor]:
     """DPM-Solver++(2M) from x_T (B,C,H,W), deterministic; last yields x_0 (Lu et al. 2022, Alg. 2).
 
-    It draws no noise and knows no eta. Its timesteps are `solver_timesteps` or those given, ascending; those whose abar
-    is below `start` are left out. The first and the last step are of first order: the one has no predecessor, the other
+    It draws no noise and ignores eta. Its timesteps are `solver_timesteps` or those given, ascending; those whose abar is
+    below `start` are skipped. The first and the last step are of first order: the first has no predecessor, the last
     ends at x_0.
     """
     abar = schedule.alphas_cumprod
@@ -177,12 +177,12 @@ def _downwards(timesteps: list[int], end: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler as the tables and command lines know it.
+    """A sampler and what callers need to know about it.
 
     Attributes:
         walk: (schedule, denoise, x_T, noise, steps, label, eta) -> iterator of states; the last one is the sample.
         timesteps: (schedule, steps) -> the timesteps at which the model is called.
-        default_steps: where the user names none; None means all T.
+        default_steps: steps if none are given; None means all T.
         takes_eta: whether `eta` has an effect. takes_timesteps: whether `walk` takes `timesteps`.
     """
 

@@ -81,8 +81,8 @@ class NoiseSchedule:
     def timesteps_at(self, quantiles: Tensor, cap: float | None = None) -> Tensor:
         """The t (B,) at quantiles (B,) in [0,1) of the density min(1, cap * abar_t), at least 0.1, on [0, T-1].
 
-        It spends less on states so near pure noise that no picture is decided there (as min-SNR weights
-        do, Hang et al. 2023, by sampling instead of weighting). Without a cap it is uniform.
+        Fewer t are near pure noise, where x_t says little about the image (min-SNR, Hang et al. 2023, weights the
+        loss to that end). Without a cap the density is uniform.
         """
         density = self.density(cap)
         cdf = (density.cumsum(0) / density.sum()).to(quantiles)
@@ -103,9 +103,9 @@ class NoiseSchedule:
 def _named(name: str, num_timesteps: int, start: float, end: float) -> Tensor:
     make = pick(SCHEDULES, name, "schedule")
     if num_timesteps < 1:
-        raise UserError(f"num_timesteps: {num_timesteps} is not at least 1")
+        raise UserError(f"num_timesteps: must be at least 1, got {num_timesteps}")
     if make is not cosine and not 0 < start <= end < 1:
-        raise UserError(f"beta_start, beta_end: 0 < beta_start <= beta_end < 1 is not so for {start}, {end}")
+        raise UserError(f"beta_start, beta_end: must satisfy 0 < beta_start <= beta_end < 1, got {start}, {end}")
     return make(num_timesteps, start, end)
 
 

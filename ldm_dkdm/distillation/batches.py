@@ -1,4 +1,4 @@
-"""What the streams of training examples share."""
+"""The base class of the streams of training batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

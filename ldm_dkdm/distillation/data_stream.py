@@ -1,4 +1,4 @@
-"""Training examples from data (Alg. 2): the target is the noise that was added."""
+"""Training batches from data (Alg. 2): the target is the noise that was added."""
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ class DataStream(BatchStream):
     """Noises clean states to random t (Alg. 2, lines 2-3).
 
     Args:
-        states: where x_0 comes from.
+        states: the source of x_0.
         schedule: the forward process.
-        batch_size, max_steps: as in `DistillStream`, and so are seed, rank, device, first_step.
+        batch_size, max_steps, seed, rank, device, first_step: as in `DistillStream`.
         t_cap: cap of `NoiseSchedule.timesteps_at`; None: t ~ U[0, T-1].
     """
 
@@ -50,7 +50,7 @@ class DataStream(BatchStream):
         return DistillBatch(x_t, t, Prediction(noise, x_0), None if label is None else label.to(self.device))
 
     def _timesteps(self, generator: torch.Generator) -> Tensor:
-        """Stratified t (B,): each has the wanted density, a batch covers it evenly (VDM, App. I.1)."""
+        """Stratified t (B,): each has the density of `timesteps_at`, a batch covers it evenly (VDM, App. I.1)."""
         offsets = torch.rand(self.batch_size, generator=generator, dtype=torch.float64)
         quantiles = (torch.arange(self.batch_size) + offsets) / self.batch_size
         return self.schedule.timesteps_at(quantiles, self.t_cap)

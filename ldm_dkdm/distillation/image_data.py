@@ -20,12 +20,12 @@ ENCODE_BATCH = 64
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images by index, read when they are asked for.
+    """Images by index; files are read on use.
 
     Attributes:
         images: uint8 (N,H,W,3), or the paths of N files.
         size: side in pixels.
-        labels: (N,) class indices, if there are any.
+        labels: (N,) class indices, if any.
     """
 
     images: Tensor | Sequence[Path]
@@ -47,7 +47,7 @@ class ImageSet:
         return self.labels[indices]
 
     def loaded(self, progress: bool | Progress = True) -> "ImageSet":
-        """The same images in memory."""
+        """A copy with all images in memory."""
         if isinstance(self.images, Tensor):
             return self
         images = []
@@ -86,7 +86,7 @@ def _npz_labels(path: Path, count: int) -> Tensor | None:
     if labels is None:
         return None
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"{path}: arr_1 is {labels.dtype} {labels.shape}, wanted {count} whole-number labels")
+        raise UserError(f"{path}: arr_1 is {labels.dtype} {labels.shape}, expected {count} integer labels")
     return torch.from_numpy(labels).long()
 
 
@@ -138,11 +138,11 @@ class EncodedStates:
         places = [(owner == k).nonzero().flatten() for k in range(len(self.sets))]
         order = torch.cat(places).argsort()
         parts = list(zip(self.sets, places, strict=True))
-        pictures = torch.cat([images.take(inside[place]) for images, place in parts if len(place)])[order]
+        drawn = torch.cat([images.take(inside[place]) for images, place in parts if len(place)])[order]
         if self.flip:
             mirrored = torch.rand(count, generator=generator) < 0.5
-            pictures = torch.where(mirrored.view(-1, 1, 1, 1), pictures.flip(2), pictures)
-        states = self.codec.encode(pictures).cpu()
+            drawn = torch.where(mirrored.view(-1, 1, 1, 1), drawn.flip(2), drawn)
+        states = self.codec.encode(drawn).cpu()
         if not self.labeled:
             return states, None
         return states, torch.cat([images.labels_of(inside[place]) for images, place in parts])[order]
@@ -159,8 +159,8 @@ def encode_sets(
         for mirrored in (False, True)[: 1 + flip]:
             for images in sets:
                 for indices in torch.arange(len(images)).split(ENCODE_BATCH):
-                    pictures = images.take(indices)
-                    parts.append(codec.encode(pictures.flip(2) if mirrored else pictures).cpu())
+                    batch = images.take(indices)
+                    parts.append(codec.encode(batch.flip(2) if mirrored else batch).cpu())
                     labels += [images.labels_of(indices)] if labeled else []
                     done(sum(map(len, parts)))
     return CachedStates(torch.cat(parts), torch.cat(labels) if labeled else None)

@@ -1,4 +1,4 @@
-"""The Lightning module of a denoiser in training: the student only, whatever makes its batches."""
+"""The Lightning module that trains a student on any stream of batches."""
 
 import math
 
@@ -19,7 +19,7 @@ class StudentModule(L.LightningModule):
 
     Args:
         model: the student.
-        loss: the space in which its error counts.
+        loss: space and weights of the loss.
         trainer_config: learning rate, its schedule, weight decay, seed.
     """
 
@@ -27,7 +27,7 @@ class StudentModule(L.LightningModule):
         super().__init__()
         self.model = model
         self.network = model.network
-        self.time_used = 0.0  # share of a time limit, 0 ... 1
+        self.time_used = 0.0  # used share of the time limit, 0 ... 1
         self.loss, self.config = loss, trainer_config
 
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
@@ -53,7 +53,7 @@ class StudentModule(L.LightningModule):
         return batch  # the stream makes its batches on the device
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.config.grad_clip is not None:  # bf16 needs no loss scaling, so gradients are what they are
+        if self.config.grad_clip is not None:  # bf16 needs no loss scaling, so gradients are unscaled
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

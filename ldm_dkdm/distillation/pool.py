@@ -70,11 +70,11 @@ class NoisyPool:
         self.x[indices] = batch.x.to("cpu", self.x.dtype)
         self.t[indices] = batch.t.to("cpu", self.t.dtype)
         if self.label is not None:
-            assert batch.label is not None  # whoever fills a labelled pool has labels
+            assert batch.label is not None  # batches of a labelled pool have labels
             self.label[indices] = batch.label.to("cpu", self.label.dtype)
 
     def save(self, path: Path, step: int, origin: str = "") -> None:
-        """Write the slots to a safetensors file, whole or not at all; `origin` names what filled them."""
+        """Write the slots to a safetensors file, atomically; `origin` names what filled them."""
         metadata = json.dumps({"step": step, "filled": self.filled, "origin": origin})
         write_tensors(path, self._tensors(), {"pool": metadata})
 
@@ -86,7 +86,7 @@ class NoisyPool:
 
         Args:
             path: the file.
-            origin: what must have filled it.
+            origin: what must have filled the pool.
 
         Raises:
             UserError: not a pool file, or one of another size or origin.
@@ -94,7 +94,7 @@ class NoisyPool:
         own = self._tensors()
         try:
             with safe_open(path, framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
                 metadata = json.loads(file.metadata()["pool"])
                 step, filled, found_origin = metadata["step"], metadata["filled"], metadata["origin"]
             layouts = [{k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} for tensors in (found, own)]
@@ -131,7 +131,7 @@ def _allocate(shape: tuple[int, ...], dtype: torch.dtype, storage: Path | None) 
     if storage is None:
         return torch.zeros(shape, dtype=dtype)
     count = math.prod(shape)
-    if hasattr(os, "posix_fallocate"):  # the disk's space now: without it a later write would kill the process
+    if hasattr(os, "posix_fallocate"):  # reserved now: a later write to a full disk would kill the process
         with storage.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
     return torch.from_file(str(storage), shared=True, size=count, dtype=dtype).view(shape)

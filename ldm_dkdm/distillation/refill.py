@@ -1,4 +1,4 @@
-"""A pool out of states that another run left behind."""
+"""Fill pools with the states of a reference cache."""
 
 import torch
 

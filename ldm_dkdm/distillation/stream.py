@@ -1,4 +1,4 @@
-"""The stream of training examples: one teacher call each, never two (DKDM, Alg. 1 and Sec. 3.3)."""
+"""The stream of training batches: one teacher call each, never two (DKDM, Alg. 1 and Sec. 3.3)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ class DistillStream(BatchStream):
     """Draws slots, lets the teacher predict and step them, and hands over the prediction.
 
     Args:
-        teacher: on the device where the batches are wanted.
-        pool: filled.
+        teacher: the teacher, on `device`.
+        pool: a filled pool.
         config: batch size, variant and stride; `discard`, the probability that an advanced batch is not handed
             over (Sec. 11), after which `discard_mode` draws others or walks the same slots on; `input_perturbation`,
             gamma: the student sees x_t + gamma sqrt(1 - abar_t) noise (Ning et al. 2023), with the prediction at x_t

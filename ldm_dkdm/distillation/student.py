@@ -1,4 +1,4 @@
-"""The student: made for a teacher's states, given its first weights, found to fit."""
+"""Make a student for a teacher: network, initial weights, and checks that it fits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +18,14 @@ from ldm_dkdm.networks import DiT
 from ldm_dkdm.networks.scaling import slice_teacher
 from ldm_dkdm.reporting import logger
 
-LARGEST_WEIGHT = 1e4  # cap on a step's weight in the loss; LDM's schedule has 200
+LARGEST_WEIGHT = 1e4  # largest loss weight of a timestep without a cap; LDM's schedule has 200
 
 
 def make_student(config: StudentConfig, teacher: DiffusionModel, seed: int = 0) -> DiffusionModel:
-    """The student that a config describes, with its first weights.
+    """The student that a config describes, with its initial weights.
 
     Raises:
-        UserError: an architecture that does not fit the teacher, or first weights that do not fit it.
+        UserError: an architecture that does not fit the teacher, or initial weights that do not fit it.
     """
     if config.budget is not None:
         student = _narrowed(config, config.budget, teacher, seed)
@@ -55,7 +55,7 @@ def _narrowed(config: StudentConfig, budget: str | int, teacher: DiffusionModel,
 
 @contextmanager
 def _of_student() -> Iterator[None]:
-    """Name the section's key before what the library says of its parameter: `budget: ...` -> `student.budget: ...`."""
+    """Prefix parameters in the library's errors with the section: `budget: ...` -> `student.budget: ...`."""
     try:
         yield
     except UserError as error:
@@ -63,7 +63,7 @@ def _of_student() -> Iterator[None]:
 
 
 def require_fit(student: DiffusionModel, teacher: DiffusionModel) -> None:
-    """Refuse a student whose labels, process or outputs are not the teacher's; its states are by construction.
+    """Refuse a student whose process, states, labels or outputs do not match the teacher's.
 
     Raises:
         UserError: what differs.
@@ -88,15 +88,15 @@ def require_fit(student: DiffusionModel, teacher: DiffusionModel) -> None:
 
 @torch.no_grad()
 def require_call(student: DiffusionModel) -> None:
-    """Refuse a module of the user's own that cannot be called as a network; one sample is tried.
+    """Refuse a module that cannot be called as a network; one sample is tried.
 
     Raises:
-        UserError: what the call raised, or the shape that it gave.
+        UserError: the call's error, or the shape of its output.
     """
     channels, *sides = student.shape
     label = None if student.classes is None else torch.tensor(student.classes[:1], device=student.device)
     x = torch.zeros(1, *student.shape, device=student.device)
-    t = torch.full((1,), student.schedule.num_timesteps - 1, device=student.device)  # the largest
+    t = torch.full((1,), student.schedule.num_timesteps - 1, device=student.device)  # the largest timestep
     mode = student.network.training
     try:
         output = student.network.eval()(x, t, label)
@@ -112,10 +112,10 @@ def require_call(student: DiffusionModel) -> None:
 
 
 def load_initial(network: nn.Module, node: NewNetworkConfig, where: str, words: str = "random") -> None:
-    """Give a network its first weights: as they are (`random`), or those of a model.
+    """Set a network's initial weights: unchanged (`random`), or those of a model.
 
     Raises:
-        UserError: no model there, or one that predicts something else or does not fit.
+        UserError: no model, or one that predicts something else or does not fit.
     """
     if node.init == "random":
         return
@@ -129,12 +129,12 @@ def load_initial(network: nn.Module, node: NewNetworkConfig, where: str, words: 
 
 
 def check_loss(loss: LossConfig, schedule: NoiseSchedule, where: str = "loss") -> None:
-    """Refuse a cap that has no effect, and weights that leave nothing but the noisiest steps."""
+    """Refuse a cap that has no effect, and weights with which the noisiest steps dominate."""
     if loss.space == "eps" and loss.weight_cap is not None:
         raise UserError(f"{where}.weight_cap: has no effect with space: eps; remove it or choose v or x0")
     largest = 1 / schedule.alphas_cumprod[-1].item()
     if loss.space != "eps" and loss.weight_cap is None and largest > LARGEST_WEIGHT:
         raise UserError(
-            f"{where}.weight_cap: with space: {loss.space} this schedule weighs the last step {largest:.1e} times; "
+            f"{where}.weight_cap: with space: {loss.space} this schedule weights the last step by {largest:.1e}; "
             "set a cap, for example 10"
         )

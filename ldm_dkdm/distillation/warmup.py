@@ -1,4 +1,4 @@
-"""Filling the pool: every slot gets a state of the teacher's chain at its first t."""
+"""Fill the pool: every slot gets a state of the teacher's chain at its first t."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,10 +25,10 @@ class Warmup:
     """Fills a pool batch by batch.
 
     Attributes:
-        pool: where the states go.
+        pool: the pool to fill.
         teacher: on `device`.
-        config: the mode and its cost.
-        seed, rank: of every random choice.
+        config: the mode and its settings.
+        seed, rank: they decide every random choice.
         device: where the teacher computes.
         check: called before every teacher call; what it raises ends the warm-up at the last whole batch.
     """
@@ -44,7 +44,7 @@ class Warmup:
     def run(self) -> Iterator[int]:
         """Fill the slots that are still empty; yields the number of filled slots after every batch.
 
-        A batch follows from (seed, rank, first slot), so an interrupted warm-up goes on exactly.
+        A batch follows from (seed, rank, first slot), so an interrupted warm-up continues exactly.
         """
         mode = pick(WARMUPS, self.config.mode, "mode")
         while self.pool.filled < len(self.pool):
@@ -55,8 +55,8 @@ class Warmup:
     def ancestral(self, generator: torch.Generator) -> NoisyBatch:
         """Walk fresh noise from T down to each slot's own t, one reverse step a call; finished slots wait."""
         steps, first = self.teacher.schedule.num_timesteps, self.pool.filled
-        # The slots' random t, sorted: the slots of a batch stop at nearly the same t, so hardly a call is
-        # spent on a slot that has arrived. Draws are uniform over the slots, so their order does not matter.
+        # The slots' random t are sorted: the slots of a batch stop at nearly the same t, so few calls are
+        # spent on slots that have arrived. Draws are uniform over the slots, so their order does not matter.
         targets = numpy_generator(self.seed, self.rank, 0, "warmup").integers(0, steps, len(self.pool))
         target = torch.from_numpy(targets).sort().values[first : first + self.config.batch_size].to(self.device)
         x, label = self._randn(len(target), generator), self.teacher.draw_labels(len(target), generator)
@@ -110,7 +110,7 @@ class Mode:
 
     Attributes:
         fill: (warm-up, generator) -> the next states.
-        calls: (config, slots, schedule) -> teacher evaluations of one sample that it needs, expected.
+        calls: (config, slots, schedule) -> expected number of single-sample teacher evaluations.
         from_samples: it noises samples of the teacher, so that `steps`, `images` and `t_cap` have an effect.
     """
 

@@ -1,1 +1,1 @@
-"""How good a student is: its agreement with the teacher, without data."""
+"""Measure students and check teachers, without data."""

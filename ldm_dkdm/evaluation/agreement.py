@@ -1,4 +1,4 @@
-"""Agreement of a student with its teacher, measured without data."""
+"""The eps error of a student on states of its teacher's chains."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from ldm_dkdm.records import NoisyBatch
 
 @dataclass(frozen=True)
 class HeldOutStates:
-    """States of exact ancestral chains of the teacher and what it predicts there."""
+    """States of exact ancestral chains of the teacher, and its predictions there."""
 
     x: Tensor  # (N,C,H,W)
     t: Tensor  # (N,)

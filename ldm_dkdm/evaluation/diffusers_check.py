@@ -1,4 +1,4 @@
-"""Whether a diffusers folder that was written computes what the model computes, found out with that library."""
+"""Compare a diffusers folder with the model that it was written from, using diffusers."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ STEPS = 10
 
 @torch.no_grad()
 def largest_difference(folder: Path, model: DiffusionModel) -> float | None:
-    """Between two samples' states by DDIM-10, and what is decoded from the same states, here and in diffusers.
+    """Largest difference from diffusers in two samples' states by DDIM-10, and in what is decoded from them.
 
-    None without that library.
+    None without diffusers.
     """
     try:
         from diffusers import DDIMScheduler, UNet2DModel
@@ -50,7 +50,7 @@ def _decoded(folder: Path, codec: LatentCodec, states: torch.Tensor) -> float:
     kind = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}[type(own).__name__]
     theirs = kind.from_pretrained(folder / "vqvae", low_cpu_mem_usage=False).eval()
     z = states / codec.scale_factor
-    if isinstance(own, vq.VQModel):  # a latent between two codes would fall to either side by its last bit
+    if isinstance(own, vq.VQModel):  # rounding decides the code of a latent between two codes
         z = own.quantise(z)[0]
     decoded = theirs.decode(z * codec.scale_factor / theirs.config.scaling_factor).sample
     return (decoded - own.decode(z)).abs().max().item()

@@ -1,4 +1,4 @@
-"""How good a student is: figures against its teacher, without data."""
+"""Measure a student against its teacher, without data."""
 
 import time
 from typing import Any
@@ -28,7 +28,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures of a student against its teacher, by name.
 
-    eps_mse_by_t: mean squared error of eps on states of exact teacher chains that no training saw, at every 25th t
+    eps_mse_by_t: mean squared error of eps on states of exact teacher chains that were not trained on, at every 25th t
     (more where T < 100) and by quarter of t, ascending; the same for the student's architecture with random weights.
     frechet_*: distance of images on 64 principal components of pixels. Parameters, GFLOPs a call, images a second.
 

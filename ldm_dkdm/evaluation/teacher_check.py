@@ -1,7 +1,7 @@
-"""Whether a model is what it is said to be, found out in seconds before a distillation begins.
+"""Check in seconds, before a distillation, that a teacher denoises its own samples.
 
-The model draws a few samples, noises them again, and predicts the noise. What it cannot know is random; what it
-should know tells a trained network from a scrambled one, and the right reading of its weights from a wrong one.
+The model draws a few samples, noises them again and predicts the noise. The errors separate a trained network from a
+scrambled one, and the right configuration of its weights from a wrong one.
 """
 
 import math
@@ -24,18 +24,18 @@ from ldm_dkdm.networks.layers import AttentionBlock
 from ldm_dkdm.rng import torch_generator
 
 IMAGES, STEPS = 8, 10
-START = 1e-3  # abar where the sampler begins: below it, x_0 magnifies every error, unclipped latents' beyond use
-COMPARED = 32  # images where readings are compared: one alone decides nothing
-QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.1)  # of T, where the samples are noised to
-LEVELS = (0.2, 0.5, 0.8, 0.95)  # abar, where readings are compared: the same noise, whatever t their schedules call it
-NOISY = (0.05, 0.2)  # abar at which biases are measured: there hardly a prediction depends on the sampler's own faults
-BIASED, UNBIASED = 4.0, 2.0  # standard errors
-# The bounds lie between good teachers and faulty ones in docs/teacher-check.md.
-ALONG = 0.7  # least cosine of eps and pure noise at T-1
+START = 1e-3  # abar where the sampler begins: below it x_0 magnifies errors, in unclipped latents beyond use
+COMPARED = 32  # images for comparing configurations
+QUANTILES = (0.9, 0.75, 0.5, 0.25, 0.1)  # shares of T to which the samples are noised
+LEVELS = (0.2, 0.5, 0.8, 0.95)  # abar where configurations are compared: equal noise, whatever its t in a schedule
+NOISY = (0.05, 0.2)  # abar where biases are measured: predictions hardly depend on errors of the samples there
+BIASED, UNBIASED = 4.0, 2.0  # standard errors of the bias
+# These bounds separate the good and the faulty teachers in docs/teacher-check.md.
+ALONG = 0.7  # smallest cosine of eps and pure noise at T-1
 LINEAR = 0.7  # largest eps error at T/4, in units of the best linear denoiser's
 UNCALIBRATED = 0.15  # largest |rms of eps - sqrt(1 - its error)|, which vanishes for a posterior mean
-BETTER = 0.85  # another reading is preferred if its error is below this quantile of the configured one's ...
-SIGMAS = 3.0  # ... by as many standard errors
+BETTER = 0.85  # an alternative is preferred if its error is below this fraction of the configuration's
+SIGMAS = 3.0  # and lower by this many standard errors
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a teacher's predictions on its own samples say.
+    """Figures of a teacher's predictions on its own samples.
 
     Args:
         along: cosine of eps and its input, pure noise at T-1.
         rows: from near T to near 0.
         linear: eps error at T/4 in units of the best linear denoiser's.
-        log_errors: (n,) of each image, the mean logarithm of its eps errors at `LEVELS`.
-        biases: (n,) of each image, the mean of eps_hat (eps_hat - eps) at `NOISY`: 0 on average for a posterior mean.
+        log_errors: (n,) mean logarithm of each image's eps errors at `LEVELS`.
+        biases: (n,) mean of each image's eps_hat (eps_hat - eps) at `NOISY`: 0 on average for a posterior mean.
     """
 
     along: float
@@ -78,7 +78,7 @@ class Figures:
 
     @property
     def bias_sigmas(self) -> float:
-        """The same in standard errors."""
+        """The size of the bias in standard errors."""
         return abs(self.bias) / (self.biases.std().item() / math.sqrt(len(self.biases)) + 1e-12)
 
     @property
@@ -99,7 +99,7 @@ class Figures:
 
 @torch.no_grad()
 def measure(teacher: DiffusionModel, images: int = IMAGES) -> Figures:
-    """Sample, noise, predict: 20 calls of `images` states, always from the same noise, where the model lies."""
+    """Sample, noise, predict: 20 calls of `images` states, always from the same noise, on the model's device."""
     device = teacher.device
     generator = torch_generator(0, 0, 0, "warmup", device)
     noise = torch.randn((images, *teacher.shape), generator=generator, device=device)
@@ -156,12 +156,12 @@ def fault(figures: Figures) -> str | None:
     if figures.linear > LINEAR:
         return (
             f"it denoises its own samples no better than a linear filter ({figures.linear:.2f} of that error at T/4, "
-            f"expected below {LINEAR}); the weights are random, scrambled, or read in a wrong architecture"
+            f"expected below {LINEAR}); the weights are random, scrambled, or loaded into a wrong architecture"
         )
     if figures.rows[-1].x0_error > figures.rows[0].x0_error:
         return (
             f"its x_0 does not come closer as t falls (error {figures.rows[0].x0_error:.2f} near T, "
-            f"{figures.rows[-1].x0_error:.2f} near 0); the weights are damaged or read in a wrong architecture"
+            f"{figures.rows[-1].x0_error:.2f} near 0); the weights are damaged or loaded into a wrong architecture"
         )
     if figures.deviation > UNCALIBRATED:
         return (
@@ -172,7 +172,7 @@ def fault(figures: Figures) -> str | None:
 
 
 def other_readings(model: DiffusionModel) -> Iterator[tuple[str, DiffusionModel]]:
-    """The same weights with what no tensor tells chosen otherwise: attention, then the schedule."""
+    """The same weights with alternatives for what tensor shapes do not show: attention, then the schedule."""
     yield from _other_attention(model)
     own = model.diffusion
     for other in (
@@ -229,9 +229,9 @@ def reread(model: DiffusionModel, **changes: Any) -> DiffusionModel:
 
 
 def preferred(own: Figures, other: Figures) -> bool:
-    """Whether another reading fits the weights so much better that the configured one must be wrong.
+    """Whether an alternative fits the weights so much better that the configuration must be wrong.
 
-    Both began with the same noise, so that images are compared one by one.
+    Both start from the same noise, so that images are compared one by one.
     """
     if not other.finite or fault(other):
         return False
@@ -241,28 +241,27 @@ def preferred(own: Figures, other: Figures) -> bool:
 
 
 def less_biased(own: Figures, other: Figures) -> bool:
-    """Whether only the other reading predicts posterior means.
+    """Whether only the alternative predicts posterior means.
 
-    A wrong reading can sample simpler images and so have the smaller error on them, but it is not calibrated:
-    E[eps_hat (eps_hat - eps)] = 0 holds for the mean of eps given x_t, whatever the images are.
+    A wrong configuration can draw simpler samples and so have the smaller error on them, but it is not calibrated:
+    E[eps_hat (eps_hat - eps)] = 0 holds for the mean of eps given x_t, whatever the samples are.
     """
     return own.bias_sigmas > BIASED and other.bias_sigmas < UNBIASED and abs(other.bias) < 0.5 * abs(own.bias)
 
 
 def check_teacher(model: DiffusionModel) -> Figures:
-    """Refuse a model that does not denoise its own samples, or whose weights fit another reading much better.
+    """Refuse a model that does not denoise its own samples, or whose weights fit an alternative much better.
 
-    Guidance is left out: what it makes of the predictions is no posterior mean. A model that describes itself (a
-    folder of ours, a diffusers pipeline) is not read otherwise.
+    Guidance is switched off: guided predictions are not posterior means. A model that describes itself (a model folder,
+    a diffusers pipeline) is not compared with alternatives.
 
     Raises:
         UserError: the figure that failed, its value, what is expected, and the likely cause.
     """
     plain = model.changed(guidance=1.0)
-    described = model.described
-    own = measure(plain, IMAGES if described else COMPARED)
+    own = measure(plain, IMAGES if model.described else COMPARED)
     reason = fault(own)
-    if not described and own.finite:
+    if not model.described and own.finite:
         _refuse_better(plain, own)
     if reason:
         raise UserError(f"{model.path or 'the model'}: {reason}")
@@ -277,5 +276,6 @@ def _refuse_better(model: DiffusionModel, own: Figures) -> None:
             if less_biased(own, figures):
                 shown = f"bias of eps {figures.bias:.4f} instead of {own.bias:.4f}"
             raise UserError(
-                f"{model.path or 'the model'}: its weights fit {words} better than what is set ({shown}); correct it"
+                f"{model.path or 'the model'}: its weights fit {words} better than the configuration "
+                f"({shown}); correct it"
             )

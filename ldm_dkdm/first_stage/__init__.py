@@ -14,6 +14,6 @@ FIRST_STAGES: dict[str, Callable[..., nn.Module]] = {
     "ldm.models.autoencoder.VQModelInterface": VQModel,
     "ldm.models.autoencoder.AutoencoderKL": AutoencoderKL,
     "taming.models.vqgan.VQModel": VQModel,
-}  # by the `target` of a config, ours and those of other code bases
+}  # `target` of a config, ours or another code base's -> class
 
 __all__ = ["FIRST_STAGES", "AutoencoderKL", "VQModel"]

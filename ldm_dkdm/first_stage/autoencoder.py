@@ -1,4 +1,4 @@
-"""The convolutions that CompVis's first stages share, out of taming's parts."""
+"""The convolutions that CompVis's first stages share, built from taming's parts."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ class Autoencoder(nn.Module):
         embed_dim: channels of a latent.
     """
 
-    codes = 0  # in the codebook, if there is one
+    codes = 0  # size of the codebook, if there is one
 
     def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()

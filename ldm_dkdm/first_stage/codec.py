@@ -1,4 +1,4 @@
-"""Between states and images: one protocol, whatever the space."""
+"""Convert states and images: the protocol of all spaces, and the codec of latents."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, Self
@@ -10,12 +10,12 @@ from ldm_dkdm.device import autocast
 from ldm_dkdm.first_stage.autoencoder import Autoencoder
 from ldm_dkdm.images import to_signed, to_uint8
 
-MAX_DISTANCES = 1 << 27  # between latents and codes at once: 0.5 GB in float32
-CODES = 8192  # where there is no codebook, batches are as large as with this one
+MAX_DISTANCES = 1 << 27  # distances of latents and codes computed at once: 0.5 GB in float32
+CODES = 8192  # size of codebook assumed for batches where there is none
 
 
 class Codec(Protocol):
-    """What makes states out of images and images out of states: `LatentCodec`, `pixel.PixelCodec`."""
+    """Converts images to states and back: `LatentCodec`, `pixel.PixelCodec`."""
 
     scale_factor: float
 
@@ -44,7 +44,7 @@ class LatentCodec:
         autoencoder: it is put in eval mode and frozen.
         scale_factor: the diffusion model's latents are `scale_factor` times the encoder's.
         precision: `bf16` or `32`.
-        target, params: what a config says of the autoencoder.
+        target, params: the autoencoder in a config.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def decode(self, states: Tensor) -> Tensor:
-        """Latents (B,c,h,w) -> images uint8 (B,H,W,C), a few at a time: every position meets every code."""
+        """Latents (B,c,h,w) -> images uint8 (B,H,W,C), a few at a time: every position is compared with every code."""
         distances = states.shape[-2] * states.shape[-1] * (self.autoencoder.codes or CODES)
         parts = states.split(max(1, MAX_DISTANCES // distances))
         return torch.cat([self._decode(part) for part in parts])

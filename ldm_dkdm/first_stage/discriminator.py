@@ -14,7 +14,7 @@ class Discriminator(nn.Module):
         self.net = NLayerDiscriminator(input_nc=in_channels, n_layers=n_layers).apply(weights_init)
 
     def discriminator_loss(self, images: Tensor, reconstructions: Tensor) -> Tensor:
-        """Hinge loss that tells images from reconstructions, both (B,C,H,W) in [-1,1]; a scalar."""
+        """Hinge loss that separates images from reconstructions, both (B,C,H,W) in [-1,1]; a scalar."""
         real, fake = self.net(images), self.net(reconstructions.detach())
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 

@@ -38,7 +38,7 @@ class VQModel(Autoencoder):
     def quantise(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Nearest codes of z (straight-through), the codebook loss, and the code indices (B*h*w,).
 
-        Distances are taken in float32: bf16 cannot tell thousands of codes apart.
+        Distances are taken in float32: bf16 cannot distinguish thousands of codes.
         """
         with torch.autocast(z.device.type, enabled=False):
             quantized, loss, (_, _, indices) = self.quantize(z.float())

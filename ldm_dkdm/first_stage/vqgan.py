@@ -27,9 +27,8 @@ class FirstStageModule(L.LightningModule):
 
     Args:
         vq: the autoencoder.
-        config: weights of the loss, learning rate (peak of `warmup_cosine`),
-            steps, augmentation.
-        perceptual: LPIPS, frozen, where the loss gives it a weight.
+        config: weights of the loss, learning rate (peak of `warmup_cosine`), steps, augmentation.
+        perceptual: frozen LPIPS, if the loss weights it.
     """
 
     code_uses: Tensor
@@ -126,7 +125,7 @@ class FirstStageModule(L.LightningModule):
 
     @torch.no_grad()
     def _restart_dead_codes(self, latents: Tensor, quantised: Tensor, indices: Tensor, step: int) -> None:
-        """Move codes unused since the last check to latents (B,C,h,w) that the codebook serves worst."""
+        """Move codes unused since the last check to latents (B,C,h,w) that the codebook represents worst."""
         self.code_uses += torch.bincount(indices.flatten(), minlength=len(self.code_uses))
         if step % self.codebook.restart_every or step > 0.7 * self.max_steps:
             return

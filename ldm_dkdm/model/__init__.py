@@ -1,4 +1,4 @@
-"""A diffusion model, and the one door that opens one."""
+"""The diffusion model, and the functions that open one from any format."""
 
 from ldm_dkdm.model.diffusion_model import DiffusionModel
 from ldm_dkdm.model.opening import load_model, open_model

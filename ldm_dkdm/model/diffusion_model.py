@@ -38,26 +38,26 @@ class DiffusionModel:
     Args:
         network: nn.Module (x (B,C,H,W), t (B,), label (B,) or None) -> (B,C,H,W), or (B,2C,H,W) with a learned
             variance (learned-range, Improved DDPM, Eq. 15).
-        like: another model, which says what the arguments below leave out.
+        like: another model, which supplies the arguments below that are not given.
         schedule: the forward process; its `steps_offset` follows from the space.
         parameterization: what the network predicts, one of PARAMETERIZATIONS.
-        space: what the states are, one of SPACES.
-        shape: (C,H,W) of a state; default: what the network says (`in_channels`, `image_size`).
+        space: space of the states, one of SPACES.
+        shape: (C,H,W) of a state; default: the network's (`in_channels`, `image_size`).
         num_classes: size of the label table, null label excluded; None for an unconditional model.
-        null_label: the label that means none; default: the network's own.
-        first_stage: where the first stage of a latent model lies. info: facts for the model card.
-        node: target and params that rebuild the network; default: those that the network remembers.
-        guidance: weight of classifier-free guidance in every prediction; 1 leaves it out.
+        null_label: the label for no class; default: the network's.
+        first_stage: path of a latent model's first stage. info: facts for the model card.
+        node: target and params that rebuild the network; default: those that it was built from.
+        guidance: weight of classifier-free guidance in every prediction; 1 is none.
         precision: `auto`, `bf16` or `32`, of predictions without gradients.
 
     Attributes:
         diffusion: the forward process as a config section.
         schedule: the same as a `NoiseSchedule`.
-        path, format, file: where the model was read and the file that holds its weights; None for one made here.
-        hints, described: what the user said when it was read, and whether it describes itself without that.
+        path, format, file: where the model was read, and the file with its weights; None for a new model.
+        hints, described: the hints when it was read, and whether it describes itself without hints.
 
     Raises:
-        UserError: an unknown name, a shape that is not told, or arguments that contradict the network.
+        UserError: an unknown name, a missing shape, or arguments that contradict the network.
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class DiffusionModel:
 
     @property
     def space(self) -> Space:
-        """What the states are."""
+        """The space of the states."""
         return SPACES[self.diffusion.space]
 
     @property
     def classes(self) -> list[int] | None:
-        """The labels that mean a class; None for an unconditional model."""
+        """The labels that stand for a class; None for an unconditional model."""
         if self.num_classes is None:
             return None
         return [label for label in range(self.num_classes) if label != self.null_label]
@@ -116,7 +116,7 @@ class DiffusionModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the network lies."""
+        """The network's device."""
         return next((p.device for p in self.network.parameters()), torch.device("cpu"))
 
     def __repr__(self) -> str:
@@ -167,7 +167,7 @@ class DiffusionModel:
         return self.read(output_of(self, x, t, label).float(), x.float(), t)
 
     def read(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
-        """The prediction that a network's output at x means; eps is never clipped, x_0 as the space says."""
+        """Interpret a network's output at x; eps is never clipped, x_0 as the space requires."""
         channels = x.shape[1]
         fraction = output[:, channels:] if output.shape[1] > channels else None
         output, means = output[:, :channels], PARAMETERIZATIONS[self.parameterization]
@@ -223,29 +223,29 @@ class DiffusionModel:
         return torch.cat(images)
 
     def sample_batches(self, config: SamplingConfig) -> Iterator[SampleBatch]:
-        """Draw and decode batch by batch, so that no set of images need be in memory; errors as `sample`."""
+        """Draw and decode batch by batch, so that the images need not fit in memory; errors as `sample`."""
         return sample_batches(self, config)
 
     def codec(self) -> Codec:
-        """The first stage, opened when it is first asked for; in pixel space images are the states.
+        """The first stage, opened on first use; in pixel space images are the states.
 
         Raises:
-            UserError: the model does not say where it lies, or its latents have another shape.
+            UserError: the model names none, or its latents have another shape.
         """
         if self._codec is None:
             self._codec = open_codec(self) if self.space.encoded else PixelCodec()
         return self._codec
 
     def check(self) -> Any:
-        """Refuse a model that does not denoise its own samples, or whose weights fit another reading better.
+        """Refuse a model that does not denoise its own samples, or whose weights fit an alternative better.
 
         Returns:
-            `evaluation.teacher_check.Figures`: the figures that were found to be in order.
+            `evaluation.teacher_check.Figures`, which pass.
 
         Raises:
             UserError: the figure that failed, its value, what is expected, and the likely cause.
         """
-        from ldm_dkdm.evaluation.teacher_check import check_teacher  # it stands above this module
+        from ldm_dkdm.evaluation.teacher_check import check_teacher  # it imports this module
 
         return check_teacher(self)
 
@@ -253,15 +253,15 @@ class DiffusionModel:
         """A new model in this UNet's shape, as wide as a budget of parameters allows, with random weights.
 
         Args:
-            budget: the most parameters that it may have: `60M`, `300k` or a number.
+            budget: largest number of parameters: `60M`, `300k` or a number.
             parameterization: what it will predict; default: what this model predicts.
-            seed: of its first weights.
+            seed: seed of its initial weights.
 
         Raises:
-            UserError: the network is no UNet, or even the narrowest one has more parameters.
+            UserError: the network is not a UNet, or even the narrowest one has more parameters.
         """
         if not isinstance(self.network, UNet):
-            raise UserError("budget: narrows a UNet, and this model's network is none; make the student yourself")
+            raise UserError("budget: only a UNet can be narrowed, not this network; make the student yourself")
         params = unet_within_budget(self.node.params, parse_budget(budget))
         node = NetworkConfig("ldm_dkdm.networks.UNet", params, parameterization or self.parameterization)
         return self.student(node, seed)
@@ -282,7 +282,7 @@ class DiffusionModel:
         return DiffusionModel(network, like=self, parameterization=node.parameterization, node=node)
 
     def save(self, path: str | Path, format: str = "folder") -> Path:
-        """Write the model in one of FORMATS, whole or not at all; returns the path.
+        """Write the model in one of FORMATS, atomically; returns the path.
 
         Raises:
             UserError: an unknown format, one that cannot hold this model, or a file that exists.

@@ -1,4 +1,4 @@
-"""What a model is, out of what the user gives, what its network says and what another model has."""
+"""Derive a model's process, shape, labels and first stage from arguments, its network and another model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,16 +29,16 @@ def process_of(schedule: NoiseSchedule | None, space: str | None, like: "Diffusi
 
 
 def shape_of(network: nn.Module, shape: Sequence[int] | None, like: "DiffusionModel | None") -> tuple[int, int, int]:
-    """(C,H,W) of a state: what is given, what another model has, or what the network says.
+    """(C,H,W) of a state: as given, as in another model, or as in the network.
 
     Raises:
-        UserError: nobody says it, or the network says something else.
+        UserError: it is unknown, or the network has another one.
     """
     channels, side = getattr(network, "in_channels", None), getattr(network, "image_size", None)
     own = (channels, side, side) if isinstance(channels, int) and isinstance(side, int) else None
     given = tuple(shape) if shape is not None else like.shape if like else own
     if given is None:
-        raise UserError("shape: the network does not say what its states are; give (C,H,W) or like=MODEL")
+        raise UserError("shape: the network does not define the shape of its states; give (C,H,W) or like=MODEL")
     if len(given) != 3:
         raise UserError(f"shape: expected (C,H,W), got {given}")
     if own is not None and own != given:
@@ -49,33 +49,33 @@ def shape_of(network: nn.Module, shape: Sequence[int] | None, like: "DiffusionMo
 def labels_of(
     network: nn.Module, num_classes: int | None, null_label: int | None, like: "DiffusionModel | None"
 ) -> tuple[int | None, int | None]:
-    """(classes, null label) of a model: what is given, what the network says, or what another model has.
+    """(classes, null label) of a model: as given, as in the network, or as in another model.
 
     Raises:
-        UserError: the network says something else, or its table has no such null label.
+        UserError: the network has other ones, or its table has no such null label.
     """
-    told = hasattr(network, "num_classes")
+    defined = hasattr(network, "num_classes")
     own_null: int | None = getattr(network, "null_label", None)
     classes: int | None
     null: int | None
-    if told:
+    if defined:
         classes = getattr(network, "num_classes", None)
         if num_classes not in (None, classes):
-            raise UserError(f"num_classes: the network says {classes}, not {num_classes}")
+            raise UserError(f"num_classes: the network has {classes}, not {num_classes}")
         null = own_null if null_label is None else null_label
         if null is None and like is not None and like.null_label is not None and like.null_label < (classes or 0):
-            null = like.null_label  # a row of this table that no teacher's label reaches
+            null = like.null_label  # a row of this table beyond the teacher's classes
     else:
         classes = num_classes if num_classes is not None else like.num_classes if like else None
         null = null_label if null_label is not None else like.null_label if like else None
-    rows = 0 if classes is None else classes + (own_null is not None or not told)
+    rows = 0 if classes is None else classes + (own_null is not None or not defined)
     if null is not None and null >= rows:
         raise UserError(f"null_label: {null} is outside the network's table of {rows} labels")
     return classes, null
 
 
 def remembered(network: nn.Module) -> NetworkConfig:
-    """Target and params of a network: what it was built from, or the name of a class of the user's own."""
+    """Target and params of a network: what it was built from, or the name of the user's class."""
     kind = type(network)
     target = next((name for name, known in NETWORKS.items() if known is kind), f"{kind.__module__}.{kind.__qualname__}")
     return NetworkConfig(target, dict(getattr(network, "arguments", {})))
@@ -85,11 +85,11 @@ def open_codec(model: "DiffusionModel") -> LatentCodec:
     """The first stage of a latent model.
 
     Raises:
-        UserError: the model does not say where it lies, or its latents have another shape.
+        UserError: the model names none, or its latents have another shape.
     """
     stage = model.first_stage
     if stage is None:
-        raise UserError(f"first_stage: {model.path or 'the model'} does not say where its first stage lies; name it")
+        raise UserError(f"first_stage: {model.path or 'the model'} does not name its first stage; give its path")
     codec = stage.codec(model.shape[1], resolve_precision(model.precision, model.device))
     for what, own, theirs in (
         ("{} latent channels", model.shape[0], codec.latent_channels),

@@ -20,7 +20,7 @@ def output_of(model: "DiffusionModel", x: Tensor, t: Tensor, label: Tensor | Non
         return model.network(x, t, label)
     if label is None:
         raise UserError("label: missing; guidance needs the label of every state")
-    assert model.null_label is not None  # `require_guidance` has refused that
+    assert model.null_label is not None  # ensured by `require_guidance`
     labels = torch.cat([label, torch.full_like(label, model.null_label)])
     with_label, without = model.network(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
     channels = x.shape[1]
@@ -32,7 +32,7 @@ def require_guidance(model: "DiffusionModel") -> None:
     """Refuse guidance of a model that cannot be guided.
 
     Raises:
-        UserError: a negative weight, no labels, or no label that means none.
+        UserError: a negative weight, no labels, or no null label.
     """
     if model.guidance == 1:
         return
@@ -41,4 +41,4 @@ def require_guidance(model: "DiffusionModel") -> None:
     if model.num_classes is None:
         raise UserError("guidance: the model takes no labels; leave it out")
     if model.null_label is None:
-        raise UserError("null_label: guidance needs the label that means none; set it")
+        raise UserError("null_label: guidance needs the label for no class; set it")

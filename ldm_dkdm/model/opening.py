@@ -1,4 +1,4 @@
-"""The one door: a diffusion model out of any file or folder that the package can read."""
+"""Open a diffusion model from any file or folder that the package can read."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,22 +26,22 @@ def load_model(
     guidance: float = 1.0,
     **hints: Any,
 ) -> DiffusionModel:
-    """Open a diffusion model: anything that FORMATS lists.
+    """Open a diffusion model in any of FORMATS.
 
-    A run, a model folder, a training .ckpt of ours; CompVis's .ckpt; guided-diffusion's, DDPM-IP's and DiT's .pt;
-    safetensors; a diffusers pipeline or its UNet2DModel. Nothing in a file runs.
+    A run folder, a model folder, a run's .ckpt; CompVis's .ckpt; guided-diffusion's, DDPM-IP's and DiT's .pt;
+    safetensors; a diffusers pipeline or its UNet2DModel. No code in a file is run.
 
     Args:
         path: file or folder.
-        network: a module of your own class, where the file names one that the package does not know.
+        network: your own module, if the file names a class that the package does not know.
         precision: `auto`, `bf16` or `32`, of its predictions.
         guidance: weight of classifier-free guidance.
-        hints: what no tensor tells. Keywords of the network (`image_size`, `num_head_channels`, ...), of the forward
-            process (`schedule`, `num_timesteps`, `beta_start`, `beta_end`, `betas`, `space`), and `target`,
+        hints: what tensor shapes do not show. Keywords of the network (`image_size`, `num_head_channels`, ...), of the
+            forward process (`schedule`, `num_timesteps`, `beta_start`, `beta_end`, `betas`, `space`), and `target`,
             `parameterization`, `use_ema`, `null_label`, `first_stage` (a path), `scale_factor`.
 
     Raises:
-        UserError: nothing there, an unreadable or refused file, a hint that is missing or contradicts the file.
+        UserError: a missing, unreadable or refused file, a hint that is missing or contradicts the file.
     """
     return open_model(path, Hints.of(**hints), network).changed(precision=precision, guidance=guidance)
 
@@ -51,8 +51,8 @@ def open_model(
 ) -> DiffusionModel:
     """The same with hints as a record, in float32 and without guidance.
 
-    `lenient`: a model that describes itself takes no notice of hints on its network and process, since a command with
-    several models passes one set of hints to all of them.
+    `lenient`: a model that describes itself ignores hints on its network and process, since a command with several
+    models passes one set of hints to all of them.
     """
     contents = checkpoints.read(Source(path))
     if lenient and contents.described:
@@ -104,7 +104,7 @@ def _stage(
 
 
 def require_outputs(network: nn.Module, where: str) -> None:
-    """Refuse outputs that are neither of the states' channels nor twice as many, for a variance."""
+    """Refuse a number of outputs that is neither the states' channels nor twice as many, for a variance."""
     inputs, outputs = getattr(network, "in_channels", None), getattr(network, "out_channels", None)
     if inputs is not None and outputs is not None and outputs not in (inputs, 2 * inputs):
         raise UserError(f"{where}.out_channels: {outputs} must be {inputs} or {2 * inputs}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """Samples of a model: states x_0 (B,C,h,w), images uint8 (B,H,W,C) on the CPU, labels (B,) if there are any."""
+    """Samples of a model: states x_0 (B,C,h,w), images uint8 (B,H,W,C) on the CPU, labels (B,) if any."""
 
     states: Tensor
     images: Tensor
@@ -27,7 +27,7 @@ class SampleBatch:
 
 
 def sample_batches(model: "DiffusionModel", config: SamplingConfig) -> Iterator[SampleBatch]:
-    """Draw and decode batch by batch, so that no set of images need be in memory.
+    """Draw and decode batch by batch, so that the images need not fit in memory.
 
     Raises:
         UserError: as `DiffusionModel.sample`.
@@ -50,7 +50,7 @@ def sample_batches(model: "DiffusionModel", config: SamplingConfig) -> Iterator[
 
 
 def require_sampling(model: "DiffusionModel", config: SamplingConfig) -> Sampler:
-    """The sampler of a config, found to fit this model.
+    """The sampler of a config, checked to fit this model.
 
     Raises:
         UserError: as `DiffusionModel.sample`.
@@ -63,12 +63,12 @@ def require_sampling(model: "DiffusionModel", config: SamplingConfig) -> Sampler
         raise UserError("labels: the model is unconditional; leave them out")
     outside = [label for label in config.labels if label not in (model.classes or ())]
     if outside:
-        raise UserError(f"labels: {outside[0]} is none of the model's {len(model.classes or ())} classes")
+        raise UserError(f"labels: {outside[0]} is not one of the model's {len(model.classes or ())} classes")
     return sampler
 
 
 def steps_of(model: "DiffusionModel", config: SamplingConfig) -> int:
-    """Of a config; the sampler's default where it names none."""
+    """The sampling steps of a config; default: the sampler's."""
     default = pick(SAMPLERS, config.sampler, "sampler").default_steps
     return config.steps or min(default or model.schedule.num_timesteps, model.schedule.num_timesteps)
 

@@ -14,11 +14,11 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "ldm.modules.diffusionmodules.openaimodel.UNetModel": UNet,
     "guided_diffusion.unet.UNetModel": UNet,
     "models.DiT": DiT,
-}  # by the `target` of a config, ours and those of other code bases
+}  # `target` of a config, ours or another code base's -> class
 
 
 class Network(Protocol):
-    """What the package's own networks tell of themselves; a plain nn.Module has only the call."""
+    """The interface of the package's own networks; a plain nn.Module has only the call."""
 
     in_channels: int
     out_channels: int

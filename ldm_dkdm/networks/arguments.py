@@ -1,4 +1,4 @@
-"""Networks remember what they were built from, so that a model can be written and rebuilt."""
+"""Record a network's constructor arguments, so that a model can be written and rebuilt."""
 
 import functools
 import inspect
@@ -10,7 +10,7 @@ Kind = TypeVar("Kind", bound=type[nn.Module])
 
 
 def remembers_arguments(kind: Kind) -> Kind:
-    """Class decorator: an instance keeps the keyword arguments that it was given in `arguments`."""
+    """Class decorator: an instance keeps its constructor's arguments in `arguments`."""
     initialise, signature = kind.__init__, inspect.signature(kind)
 
     @functools.wraps(initialise)

@@ -11,7 +11,7 @@ def gflops(network: nn.Module, shape: tuple[int, int, int], labeled: bool = Fals
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     try:
         return _counted(network, {name: value.to("meta") for name, value in tensors.items()}, shape, labeled)
-    except RuntimeError:  # a network of the user's own with tensors that are no buffers
+    except RuntimeError:  # a user's network with tensors that are not buffers
         return _counted(network, tensors, shape, labeled)
 
 

@@ -26,17 +26,17 @@ class DiT(nn.Module):
     Args:
         input_size: side of x in pixels or latent positions.
         patch_size: side of a patch; (input_size / patch_size)^2 tokens.
-        in_channels: of x.
-        hidden_size: width of a token. depth: number of blocks. num_heads: per block.
+        in_channels: channels of x.
+        hidden_size: width of a token. depth: number of blocks. num_heads: heads per block.
         mlp_ratio: hidden width of a block's MLP in units of `hidden_size`.
         class_dropout_prob: see above; 0 leaves the null label out of the table. Unused without labels.
         num_classes: None for an unconditional network, which has no label table.
-        learn_sigma: twice `in_channels` come out, the second half for the variance.
+        learn_sigma: the output has twice `in_channels`, the second half for the variance.
         use_checkpoint: recompute activations in the backward pass to save memory.
 
     Attributes:
-        image_size: `input_size`. out_channels: of the output. num_classes: as given.
-        null_label: the label that stands for none, `num_classes`; None where there is none.
+        image_size: `input_size`. out_channels: channels of the output. num_classes: as given.
+        null_label: the label for no class, `num_classes`; None without one.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         _check_positive(input_size=input_size, patch_size=patch_size, in_channels=in_channels, depth=depth)
-        if depth > MAX_DEPTH:  # a file can say anything
+        if depth > MAX_DEPTH:  # files are not trusted
             raise UserError(f"depth: {depth} is more than {MAX_DEPTH} blocks")
         _check_widths(hidden_size, num_heads, mlp_ratio)
         if input_size % patch_size:
@@ -101,7 +101,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))  # a view: the fans are those of a linear layer
-        assert self.proj.bias is not None  # as by default
+        assert self.proj.bias is not None  # the default of Conv2d
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class LabelEmbedder(nn.Module):
 
     Args:
         classes: labels are 0..classes-1, and `null_label` = classes if it exists.
-        width: of the embedding.
+        width: width of the embedding.
         dropout: probability of the replacement; at 0 there is no null label.
     """
 
@@ -132,7 +132,7 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         _check_positive(num_classes=classes)
         if not 0 <= dropout <= 1:
-            raise UserError(f"class_dropout_prob: {dropout} is no probability")
+            raise UserError(f"class_dropout_prob: must be between 0 and 1, got {dropout}")
         self.dropout, self.null_label = dropout, classes if dropout > 0 else None
         self.embedding_table = nn.Embedding(classes + (dropout > 0), width)
         nn.init.normal_(self.embedding_table.weight, std=0.02)
@@ -163,7 +163,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and an MLP on tokens (B,N,width), shifted, scaled and gated by a condition (B,width).
 
-    All three modulations start at zero, and with them the block as the identity (adaLN-Zero).
+    All three modulations start at zero, so that the block starts as the identity (adaLN-Zero).
     """
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
@@ -231,13 +231,13 @@ def _modulation(width: int, vectors: int) -> nn.Sequential:
 def _check_positive(**values: int) -> None:
     for key, value in values.items():
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"{key}: {value!r} is no positive whole number")
+            raise UserError(f"{key}: must be a positive whole number, got {value!r}")
 
 
 def _check_widths(width: int, heads: int, mlp_ratio: float) -> None:
     _check_positive(hidden_size=width, num_heads=heads)
     if width % 4:
-        raise UserError(f"hidden_size: {width} is no multiple of 4 (sines and cosines of two coordinates)")
+        raise UserError(f"hidden_size: {width} is not a multiple of 4 (sines and cosines of two coordinates)")
     if width % heads:
         raise UserError(f"num_heads: {heads} heads do not divide hidden_size {width}")
     if int(width * mlp_ratio) < 1:

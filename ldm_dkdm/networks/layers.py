@@ -37,7 +37,7 @@ def zero_init(module: Layer) -> Layer:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """The field's GroupNorm; it takes its statistics in float32 whatever the input's type."""
+    """GroupNorm of 32 groups; its statistics are float32 whatever the input's type."""
     return nn.GroupNorm(32, channels)
 
 
@@ -67,8 +67,8 @@ class ResBlock(nn.Module):
     """Residual block conditioned on the timestep embedding (ADM, Sec. 3).
 
     Args:
-        channels, out_channels: of x (B,channels,H,W) and of the result.
-        emb_channels: of the embedding (B,emb_channels).
+        channels, out_channels: channels of x (B,channels,H,W) and of the result.
+        emb_channels: width of the embedding (B,emb_channels).
         dropout: probability.
         scale_shift: condition by FiLM after the second norm instead of by addition.
         resample: `up` or `down` for BigGAN's resampling blocks.

@@ -1,4 +1,4 @@
-"""Students in the teacher's shape: a UNet width for a budget of parameters, first weights cut from the teacher."""
+"""Students in the teacher's shape: a UNet's width for a budget of parameters, weights sliced from the teacher."""
 
 import inspect
 import math
@@ -24,7 +24,7 @@ def parse_budget(text: str | int) -> int:
     """A number of parameters: `60M`, `14.5M`, `300k` or 2000000.
 
     Raises:
-        UserError: anything else, and less than one parameter.
+        UserError: another form, or less than one parameter.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", str(text).strip().lower())
     budget = round(float(match[1]) * UNITS[match[2]]) if match else 0
@@ -38,7 +38,7 @@ def unet_within_budget(params: Mapping[str, Any], budget: int) -> dict[str, Any]
 
     Args:
         params: keyword arguments of the teacher's UNet; other keys are left out of the result.
-        budget: the most parameters that the student may have.
+        budget: largest number of parameters of the student.
 
     Raises:
         UserError: even the narrowest UNet of this shape has more.
@@ -88,13 +88,13 @@ class SliceReport:
 
 @torch.no_grad()
 def slice_teacher(student: nn.Module, teacher: nn.Module) -> SliceReport:
-    """Give a UNet, in place, the leading channels of the teacher's tensors wherever the blocks correspond.
+    """Copy the leading channels of the teacher's tensors into a UNet, in place, where blocks correspond.
 
     Blocks correspond by level and place within it, counted as `_layers` does; those without a counterpart,
     and tensors that are larger than the teacher's, keep their weights.
 
     Raises:
-        UserError: one of the two is no UNet.
+        UserError: one of the two is not a UNet.
     """
     if not (isinstance(student, UNet) and isinstance(teacher, UNet)):
         kinds = f"{type(student).__name__} and {type(teacher).__name__}"
@@ -141,7 +141,7 @@ class _Slot:
 
 
 def _inherit(own: _Slot, theirs: _Slot | None) -> str:
-    """Fill a parameter from its counterpart; says how."""
+    """Fill a parameter from its counterpart; returns how."""
     if theirs is None or own.value.ndim != theirs.value.ndim:
         return "random"
     value: Tensor = theirs.value

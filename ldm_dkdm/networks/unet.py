@@ -19,7 +19,7 @@ from ldm_dkdm.networks.layers import (
     zero_init,
 )
 
-MAX_BLOCKS = 100  # a level
+MAX_BLOCKS = 100  # residual blocks per level
 
 
 @remembers_arguments
@@ -28,13 +28,13 @@ class UNet(nn.Module):
 
     Args:
         image_size: side of x in pixels or latent positions.
-        in_channels, out_channels: of x and of the output; twice `in_channels` out for a learned variance.
+        in_channels, out_channels: channels of x and of the output; twice `in_channels` out for a learned variance.
         model_channels: base width.
         num_res_blocks: residual blocks per level.
         attention_resolutions: DOWNSAMPLING FACTORS at which attention acts (CompVis's convention); at least one
             of them must occur, others may not; [] leaves attention to the middle block.
         channel_mult: width of each level in units of `model_channels`.
-        dropout: in the residual blocks.
+        dropout: probability in the residual blocks.
         num_heads, num_head_channels: heads per attention block, or channels per head (which wins).
         conv_resample: convolve when resampling. resblock_updown: resample by residual blocks.
         use_scale_shift_norm: FiLM conditioning. use_new_attention_order: layout of qkv.
@@ -162,7 +162,7 @@ def _output_blocks(
 
 
 def _check_levels(size: int, mults: Sequence[int], attention: Sequence[int], blocks: int) -> None:
-    if not 1 <= blocks <= MAX_BLOCKS:  # a file can say anything
+    if not 1 <= blocks <= MAX_BLOCKS:  # files are not trusted
         raise UserError(f"num_res_blocks: {blocks} is not between 1 and {MAX_BLOCKS}")
     if not mults or size % 2 ** (len(mults) - 1):
         raise UserError(f"channel_mult: {len(mults)} levels cannot halve image_size {size} that often")
@@ -180,6 +180,6 @@ def _check_widths(width: int, mults: Sequence[int], heads: int, head_channels: i
     for mult in mults:
         channels = width * mult
         if channels % 32:
-            raise UserError(f"model_channels: {width} x channel_mult {mult} is no multiple of 32 (GroupNorm)")
+            raise UserError(f"model_channels: {width} x channel_mult {mult} is not a multiple of 32 (GroupNorm)")
         if channels % (heads if head_channels == -1 else head_channels):
             raise UserError(f"num_head_channels: {channels} channels do not divide into the heads asked for")

@@ -1,1 +1,1 @@
-"""Whole runs: what the scripts call. The loop, its folder, its checkpoints, and one file per kind of run."""
+"""Training runs: the loop, its folder, its checkpoints, and one module per kind of run."""

@@ -1,4 +1,4 @@
-"""Progress of a Lightning run, and the data that have no epochs."""
+"""Progress of a Lightning run, and its data module without epochs."""
 
 import contextlib
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class ProgressBar(TQDMProgressBar):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, module, *args)
         used, done = getattr(module, "time_used", 0.0), trainer.global_step
-        if used:  # the ETA is that of the limit where it comes first
+        if used:  # the ETA is the time limit's if that comes first
             steps = min(trainer.max_steps, max(done, round(done / used)))
             self.train_progress_bar.total = steps * trainer.accumulate_grad_batches
 
@@ -55,7 +55,7 @@ class StreamModule(L.LightningDataModule):
         self.stream_for = stream_for
 
     def train_dataloader(self) -> DataLoader[Any]:
-        assert self.trainer is not None  # it asks
+        assert self.trainer is not None  # set by the trainer
         return DataLoader(self.stream_for(self.trainer), batch_size=None, num_workers=0)
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a call from Python: what the models remember, and numbers by their keys."""
+"""Make the configuration of a run from the models and arguments of a Python call."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -117,7 +117,7 @@ def _loss(loss: str | Mapping[str, Any] | LossConfig) -> LossConfig:
 
 
 def _spread(numbers: Mapping[str, Any], sections: tuple[type, ...], out: Path) -> list[dict[str, Any]]:
-    """Arguments by the section that has such a key; the last section is that of the folder `out`."""
+    """Sort arguments by the section that has their key; the last section also gets the folder `out`."""
     owners = {f.name: i for i, section in enumerate(sections) for f in fields(section)}
     spread: list[dict[str, Any]] = [{} for _ in sections]
     spread[-1] = {"dir": str(out.parent), "name": out.name}

@@ -14,8 +14,8 @@ Module = TypeVar("Module", bound=L.LightningModule)
 class StudentEMA(WeightAveraging):
     """Lightning's weight averaging with decay min(d, (1 + n) / (10 + n)) after n updates.
 
-    Lightning's own `EMAWeightAveraging` keeps d from the first step, so that the untrained weights rule a
-    short run's average. The first update copies.
+    Lightning's own `EMAWeightAveraging` keeps d from the first step, so that the untrained weights
+    dominate a short run's average. The first update copies.
 
     Args:
         decay: d in [0,1).

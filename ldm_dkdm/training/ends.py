@@ -1,4 +1,4 @@
-"""Callbacks that act after optimizer steps, which gradient accumulation makes rarer than batches."""
+"""Callbacks that act after optimizer steps, and the early ends of a run."""
 
 import math
 import time
@@ -32,7 +32,7 @@ class StepCallback(L.Callback):
 class EarlyEnd(StepCallback):
     """Ends a run before `trainer.max_steps`; an ended run stays so until its config is changed."""
 
-    key = ""  # of the config
+    key = ""  # config key of the limit
 
     @property
     def reached(self) -> bool:
@@ -46,16 +46,16 @@ class EarlyEnd(StepCallback):
 
 
 def early_ends(config: TrainerConfig) -> list[EarlyEnd]:
-    """What a config lets end a run."""
+    """The early ends that a config sets."""
     ends: list[EarlyEnd] = [TimeLimit(config.max_minutes)] if config.max_minutes else []
     return ends + ([EarlyStop(config.early_stop)] if config.early_stop else [])
 
 
 class TimeLimit(EarlyEnd):
-    """Ends a run when its training, with that before every resume, has taken the time given.
+    """Ends a run when its training time, summed over resumes, reaches a limit.
 
-    `module.time_used` says how much of the time is gone, so that the learning rate falls with it: a schedule made
-    for the budget is what a cut run lacks (Li et al. 2020, "Budgeted Training").
+    `module.time_used` is the used share of the limit; the learning rate falls with it, since its schedule should fit
+    the budget (Li et al. 2020, "Budgeted Training").
     """
 
     key = "trainer.max_minutes"
@@ -76,7 +76,7 @@ class TimeLimit(EarlyEnd):
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         spent = torch.tensor(time.monotonic() - self._since, device=module.device)
-        self.spent = trainer.strategy.reduce(spent).item()  # one clock for all processes
+        self.spent = trainer.strategy.reduce(spent).item()  # the same in all processes
         self._share_time(module)
         if self.reached:
             steps = f"step {trainer.global_step} of {trainer.max_steps}"
@@ -84,7 +84,7 @@ class TimeLimit(EarlyEnd):
             trainer.should_stop = True
 
     def _share_time(self, module: Any) -> None:
-        """Tell a `StudentModule` how much of the time is gone."""
+        """Set a `StudentModule`'s used share of the limit."""
         module.time_used = self.spent / self.limit
 
     def state_dict(self) -> dict[str, float]:
@@ -92,14 +92,14 @@ class TimeLimit(EarlyEnd):
         return {"spent": self.spent}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Go on counting."""
+        """Restore the time."""
         self.spent = state_dict["spent"]
 
 
 class EarlyStop(EarlyEnd):
     """Stops when the monitored figure's mean over a window has not fallen for `patience` windows.
 
-    Lightning's EarlyStopping acts at the ends of epochs and validations, which a stream has not.
+    Lightning's EarlyStopping acts at the ends of epochs and validations, which a stream does not have.
     """
 
     key = "trainer.early_stop.patience"
@@ -107,8 +107,8 @@ class EarlyStop(EarlyEnd):
     def __init__(self, config: EarlyStopConfig) -> None:
         self.config = config
         self.best, self.bad_windows = math.inf, 0
-        self.total: float | Tensor = 0.0  # of the running window, as are:
-        self.batches, self.steps = 0, 0
+        self.total: float | Tensor = 0.0  # sum in the current window
+        self.batches, self.steps = 0, 0  # counts in the current window
 
     @property
     def reached(self) -> bool:
@@ -140,6 +140,6 @@ class EarlyStop(EarlyEnd):
         return {k: float(getattr(self, k)) for k in ("best", "bad_windows", "total", "batches", "steps")}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Go on with the saved windows."""
+        """Restore the windows."""
         self.best, self.total = state_dict["best"], state_dict["total"]
         self.bad_windows, self.batches, self.steps = (int(state_dict[k]) for k in ("bad_windows", "batches", "steps"))

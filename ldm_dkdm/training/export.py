@@ -1,4 +1,4 @@
-"""The model that a run makes, as a folder that describes itself."""
+"""Write a run's model folder."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +14,7 @@ from ldm_dkdm.training.folder import RunFolder
 
 
 def export_on_save(model: DiffusionModel, folder: RunFolder, dtype: str) -> Callable[[L.Trainer], None]:
-    """A function that writes the EMA weights of a trainer and the model's card into the run's model folder."""
+    """A function that writes the EMA weights of a trainer and the model card into the run's model folder."""
     card = card_of(model, folder.model, f"{folder.model_name}.safetensors")
 
     def export(trainer: L.Trainer) -> None:

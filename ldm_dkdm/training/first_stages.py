@@ -1,4 +1,4 @@
-"""Training a first stage on images."""
+"""Train a first stage on images."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -45,15 +45,15 @@ class _ImageStream(IterableDataset[Tensor]):
 def train_first_stage(
     config: FirstStageRun, out: str | Path, *, resume: bool = False, progress: bool | Progress = True
 ) -> Result:
-    """Train a first stage to `trainer.max_steps`; a second call goes on where the first stopped.
+    """Train a first stage to `trainer.max_steps`; a second call continues where the first one stopped.
 
     Args:
-        config: of the training, for example `load_config(FILE, schema=FirstStageRun)`.
-        out: folder of the run.
+        config: the run's, for example `load_config(FILE, schema=FirstStageRun)`.
+        out: run folder.
         resume, progress: as in `distill`.
 
     Returns:
-        The `VQModel` with its EMA weights, the folder, the steps taken and what ended the run.
+        The `VQModel` with its EMA weights, the run folder, the steps taken and what ended the run.
 
     Raises:
         UserError: a bad value, images that do not fit, or a folder that holds another run.
@@ -63,7 +63,7 @@ def train_first_stage(
 
 
 def train_first_stage_in(run: Run) -> Result:
-    """Train a first stage in a run's folder; errors as `train_first_stage`."""
+    """Train a first stage in a run folder; errors as `train_first_stage`."""
     config: FirstStageRun = run.config
     with forked_rng(config.trainer.seed):
         vq = build(config.first_stage, VQ_MODELS, "first_stage.params")
@@ -99,11 +99,11 @@ OWN_CHOICES = (
     "accumulate",
     "early_stop",
     "max_minutes",
-)  # of the trainer section: this training decides them itself
+)  # trainer keys that this training sets itself
 
 
 def _refuse_unused(config: FirstStageRun) -> None:
-    """Keys of the shared sections that this training decides itself."""
+    """Refuse keys of the shared sections that this training sets itself."""
     defaults = TrainerConfig(max_steps=1, learning_rate=1.0)
     for key in OWN_CHOICES:
         if getattr(config.trainer, key) != getattr(defaults, key):
@@ -119,7 +119,7 @@ def _export_on_save(
     config: FirstStageRun, folder: RunFolder, images: Tensor, held_out: Tensor | None
 ) -> Callable[[L.Trainer], None]:
     target = config.first_stage.target
-    assert target is not None  # `build` has refused that
+    assert target is not None  # ensured by `build`
 
     def export(trainer: L.Trainer) -> None:
         vq = averaged(trainer, FirstStageModule).vq.eval()

@@ -1,4 +1,4 @@
-"""Run folders: made, found again, gone on in."""
+"""Create, find and resume run folders."""
 
 import dataclasses
 import fcntl
@@ -19,18 +19,18 @@ from ldm_dkdm.files import write_text
 from ldm_dkdm.reporting import logger
 
 RunConfig = DistillRun | DiffusionRun | FirstStageRun
-FREE = ("trainer", "logging")  # sections that may change when a run is resumed, but for:
-FIXED = ("trainer.seed", "trainer.accumulate", "trainer.devices")
+FREE = ("trainer", "logging")  # sections that may change when a run is resumed
+FIXED = ("trainer.seed", "trainer.accumulate", "trainer.devices")  # keys in FREE that may not
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """logs/<run>: config.yaml, checkpoints/, samples/, metrics/ and the model's folder.
+    """logs/<run>: config.yaml, checkpoints/, samples/, metrics/ and the model folder.
 
     Attributes:
         path: logs/<run>.
-        model_name: of the model's folder: student, model or first_stage.
+        model_name: name of the model folder: student, model or first_stage.
     """
 
     path: Path
@@ -38,12 +38,12 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoints and pools lie."""
+        """The folder of checkpoints and pools."""
         return self.path / "checkpoints"
 
     @property
     def model(self) -> Path:
-        """The model's folder, with the EMA weights."""
+        """The model folder, with the EMA weights."""
         return self.path / self.model_name
 
     def latest(self) -> Path | None:
@@ -65,7 +65,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def open_run(config: RunConfig, folder: RunFolder, resumed: bool = False) -> None:
-    """Create the folder, or go on in it (`check_run`)."""
+    """Create the folder, or continue in it (`check_run`)."""
     check_run(config, folder, resumed)
     stored, text = folder.path / "config.yaml", to_yaml(config)
     if not stored.is_file() or stored.read_text() != text:
@@ -74,7 +74,7 @@ def open_run(config: RunConfig, folder: RunFolder, resumed: bool = False) -> Non
 
 @contextmanager
 def alone_in(folder: RunFolder) -> Iterator[None]:
-    """Keep other processes out of a run while it trains; the system ends this with the process.
+    """Lock a run folder against other processes while it trains; the lock ends with the process.
 
     Raises:
         UserError: another process trains there.
@@ -88,18 +88,18 @@ def alone_in(folder: RunFolder) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{folder.path}: another process trains there; wait, or set logging.name=NEW") from error
-        except OSError as error:  # some network file systems know no locks
+        except OSError as error:  # some network file systems have no locks
             logger.warning(f"{folder.path}: not locked against a second process ({error.strerror})")
         yield
 
 
 def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
-    """Refuse to go on in a folder of another run; nothing is written.
+    """Refuse to continue in the folder of another run; nothing is written.
 
     Args:
-        config: must be the one that the folder was made with; if `resumed`, but for what a resume may change.
+        config: must be the one that the folder was made with; if `resumed`, FREE may differ except for FIXED.
         folder: logs/<run>.
-        resumed: the run was asked to go on by name.
+        resumed: the user asked to resume the run.
     """
     stored = folder.path / "config.yaml"
     now = _plain(to_yaml(config))
@@ -108,7 +108,7 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
         if not resumed:
             raise UserError(
                 f"{folder.path}: made with another configuration; name another folder (logging.name=NEW, in Python "
-                f"out), go on in this one (--resume {folder.path}, in Python resume=True), or delete it"
+                f"out), continue in this one (--resume {folder.path}, in Python resume=True), or delete it"
             )
         sections = [field.name for field in dataclasses.fields(config) if field.name not in FREE]
         for key in (*sections, *FIXED):
@@ -138,10 +138,10 @@ def _first_change(before: Any, now: Any, key: str) -> str | None:
 
 
 def _made_with(stored: Path, schema: type[RunConfig]) -> str:
-    """The config of a run's folder; keys that did not exist when it was made have their defaults."""
+    """The config in a run folder; keys that did not exist when it was made have their defaults."""
     try:
         return to_yaml(load_config(stored, schema=schema))
-    except UserError:  # of another script
+    except UserError:  # a config of another script
         return stored.read_text()
 
 
@@ -154,7 +154,7 @@ def run_folder(log: LoggingConfig, default_name: str, schema: type[RunConfig]) -
 
 
 def find_run(name: str, schema: type[RunConfig], logs: Path = Path("logs")) -> RunFolder:
-    """The folder of a run to resume; `last` is the one of its kind in logs/ that was written to last."""
+    """The run folder to resume; `last` is the most recent one of its kind in logs/."""
     if name == "last":
         runs = [f for f in logs.glob("*/config.yaml") if _is_run_of(f, schema)]
         if not runs:
@@ -162,16 +162,16 @@ def find_run(name: str, schema: type[RunConfig], logs: Path = Path("logs")) -> R
         return RunFolder(max(runs, key=lambda f: newest_change(f.parent)).parent, schema.MODEL)
     folder = RunFolder(Path(name), schema.MODEL)
     if not (folder.path / "config.yaml").is_file():
-        raise UserError(f"--resume: {name} is no run folder (it has no config.yaml)")
+        raise UserError(f"--resume: {name} is not a run folder (it has no config.yaml)")
     if (found := card_kind(folder.path / "config.yaml")) in (ModelCard.KIND, FirstStageCard.KIND):
-        raise UserError(f"--resume: {name} is {found}, which a run made; name the run's folder")
+        raise UserError(f"--resume: {name} is {found}; name the run folder that it is in")
     return folder
 
 
 def _is_run_of(file: Path, schema: type[RunConfig]) -> bool:
     try:
         return fits(read_yaml(file), schema)
-    except UserError:  # somebody else's, or damaged
+    except UserError:  # third-party, or damaged
         return False
 
 

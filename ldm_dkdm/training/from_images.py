@@ -1,4 +1,4 @@
-"""Training a diffusion model on images (Alg. 2): teachers, and the baselines that distillation is compared with."""
+"""Train a diffusion model on images (Alg. 2): teachers, and the baselines that distillation is compared with."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -50,12 +50,12 @@ def train(
     progress: bool | Progress = True,
     **options: Any,
 ) -> Result:
-    """Train a model on images (Alg. 2); a second call goes on where the first one stopped.
+    """Train a model on images (Alg. 2); a second call continues where the first one stopped.
 
     Args:
-        model: to train; on latents its first stage encodes the images.
+        model: the model to train; on latents its first stage encodes the images.
         data: folder of images (a sub-folder is a class), an ADM-style .npz, or the keys of `DiffusionDataConfig`.
-        out: folder of the run.
+        out: run folder.
         steps: optimizer steps. batch_size: images in a batch, per device.
         image_size: side of the images in pixels; default: what the model's states decode to.
         loss: one of LOSS_SPACES, or the keys of `LossConfig`.
@@ -74,10 +74,10 @@ def train(
 
 
 def new_model(config: DiffusionRun) -> DiffusionModel:
-    """The model that a configuration describes, with its first weights.
+    """The model that a configuration describes, with its initial weights.
 
     Raises:
-        UserError: an unknown target, a bad parameter, or first weights that do not fit.
+        UserError: an unknown target, a bad parameter, or initial weights that do not fit.
     """
     with forked_rng(config.trainer.seed):
         network = build(config.model, NETWORKS, "model.params")
@@ -93,7 +93,7 @@ def new_model(config: DiffusionRun) -> DiffusionModel:
 
 
 def train_in(run: Run, model: DiffusionModel) -> Result:
-    """Train a model in a run's folder; errors as `train`."""
+    """Train a model in a run folder; errors as `train`."""
     config = run.config
     require_trainable(model, config)
     codec = model.codec().to(run.device, run.precision)
@@ -137,7 +137,7 @@ def train_in(run: Run, model: DiffusionModel) -> Result:
 
 
 def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:
-    """Refuse what images cannot teach: outside pixel space L_vlb's likelihood of 8-bit values means nothing.
+    """Refuse what images cannot train: outside pixel space L_vlb's likelihood of 8-bit values has no meaning.
 
     Raises:
         UserError: the key that does not fit.
@@ -151,8 +151,8 @@ def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:
     if outputs not in (inputs, 2 * inputs):
         raise UserError(f"model.params.out_channels: {outputs} must be {inputs} or {2 * inputs}")
     if outputs != inputs and not model.space.likelihood:
-        said = " (learn_sigma: false)" if hasattr(network, "null_label") else ""
-        raise UserError(f"model.params.out_channels: {outputs} must be {inputs} in latent space{said}")
+        advice = " (learn_sigma: false)" if hasattr(network, "null_label") else ""
+        raise UserError(f"model.params.out_channels: {outputs} must be {inputs} in latent space{advice}")
 
 
 def _require_labels(model: DiffusionModel, sets: Mapping[str, ImageSet]) -> None:

@@ -1,4 +1,4 @@
-"""Distillation: a teacher, a student, a folder; no image (DKDM, Alg. 1 with Sec. 3.3)."""
+"""Distil a teacher into a student without data (DKDM, Alg. 1 with Sec. 3.3)."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -46,28 +46,28 @@ def distill(
     progress: bool | Progress = True,
     **options: Any,
 ) -> Result:
-    """Distil a teacher into a student without data; a second call goes on where the first one stopped.
+    """Distil a teacher into a student without data; a second call continues where the first one stopped.
 
     Ctrl-C saves after the running iteration and raises `Stopped`. Afterwards the student has its EMA weights.
 
     Args:
         teacher: it is put in eval mode and frozen.
         student: on the same states, for example `teacher.narrowed("60M")` or `DiffusionModel(net, like=teacher)`.
-        out: folder of the run.
+        out: run folder.
         steps: optimizer steps. batch_size: states in a batch, per device.
         rho: the pool of `dynamic` has round(rho * T) * batch_size slots (the paper: 0.4 in pixel space, 4 on latents).
         warmup: a mode of WARMUPS, or the keys of `WarmupConfig`.
         loss: one of LOSS_SPACES, or the keys of `LossConfig`.
-        learning_rate: of Adam.
-        check: first find out whether the teacher denoises its own samples (`DiffusionModel.check`).
+        learning_rate: Adam's.
+        check: first test that the teacher denoises its own samples (`DiffusionModel.check`).
         config: a whole configuration in place of these numbers, as a YAML file gives it.
-        resume: go on in `out` although keys of `TrainerConfig` or `LoggingConfig` have changed.
+        resume: continue in `out` although keys of `TrainerConfig` or `LoggingConfig` have changed.
         progress: show bars, or call a function (what, done, total).
         options: further keys of `DistillConfig`, `TrainerConfig` and `LoggingConfig`: variant, discard, stride, seed,
             ema_decay, lr_schedule, precision, devices, save_every, sample_every, ...
 
     Returns:
-        The student, the folder, the steps taken and what ended the run.
+        The student, the run folder, the steps taken and what ended the run.
 
     Raises:
         UserError: parts that do not fit, a bad value, or a folder that holds another run.
@@ -81,7 +81,7 @@ def distill(
 
 
 def distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Result:
-    """Warm the pool up and train the student in a run's folder; errors as `distill`."""
+    """Warm the pool up and train the student in a run folder; errors as `distill`."""
     codec = teacher.frozen().codec()  # refuses what does not fit before anything is written
     teacher = teacher.changed(precision=run.precision)
     trained = student.changed(precision=run.precision, _codec=codec, first_stage=teacher.first_stage)
@@ -114,16 +114,14 @@ def distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Res
 
 
 def _check_teacher(parts: Distillation, run: Run) -> None:
-    """The teacher check, unless it is switched off; one process asks for all."""
+    """The teacher check, unless it is switched off; one process checks for all."""
     if not run.config.teacher.check or not is_first_rank():
         return
     started = time.monotonic()
     try:
         figures = parts.teacher.to(run.device).check()
     except UserError as error:
-        raise UserError(
-            f"teacher: {error}; check=False (teacher.check=false in a config) distils it all the same"
-        ) from error
+        raise UserError(f"teacher: {error}; check=False (teacher.check=false in a config) skips this check") from error
     logger.info(
         f"teacher check: eps error {figures.linear:.2f} of a linear denoiser's at T/4, scale off by "
         f"{figures.deviation:.3f} at most ({time.monotonic() - started:.0f} s)"

@@ -17,8 +17,8 @@ class SampleGrid(StepCallback):
 
     Args:
         folder: logs/<run>/samples.
-        log: every how many steps, how many samples, in how many DDIM steps.
-        seed: of the samples.
+        log: steps between grids, samples per grid, DDIM steps.
+        seed: seed of the samples.
     """
 
     def __init__(self, folder: Path, log: LoggingConfig, seed: int) -> None:

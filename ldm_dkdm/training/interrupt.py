@@ -18,7 +18,7 @@ class GracefulStop(StepCallback):
     """Context manager and Lightning callback: the first signal asks for a stop, a second one forces it.
 
     Args:
-        signals: those that ask; their handlers are as before after the block.
+        signals: the signals; their handlers are restored after the block.
     """
 
     def __init__(self, signals: Sequence[int]) -> None:

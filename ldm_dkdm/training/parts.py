@@ -1,4 +1,4 @@
-"""Teacher, student and configuration of a distillation, found to fit together."""
+"""Check that teacher, student and configuration of a distillation fit together."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,12 @@ from ldm_dkdm.model import DiffusionModel
 
 @dataclass(frozen=True)
 class Distillation:
-    """Teacher, student and configuration of one run, found to fit together.
+    """Teacher, student and configuration of one run, which fit together.
 
     Attributes:
         teacher, student: on the same states.
         config: the whole configuration.
-        slots: of one rank's pool.
+        slots: size of one rank's pool.
     """
 
     teacher: DiffusionModel
@@ -42,12 +42,12 @@ class Distillation:
 
     @property
     def pool_bytes(self) -> int:
-        """Of one rank's pool."""
+        """Bytes of one rank's pool."""
         return self.slots * slot_bytes(self.teacher.shape, self.pool_dtype, self.labeled)
 
     @property
     def batches(self) -> int:
-        """That the student sees in the whole run."""
+        """Number of batches that the student sees in the whole run."""
         return self.config.trainer.max_steps * self.config.trainer.accumulate
 
     def module(self) -> StudentModule:

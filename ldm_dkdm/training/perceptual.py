@@ -1,4 +1,4 @@
-"""LPIPS out of a local file: no hub is asked."""
+"""LPIPS with weights from a local file, without a download."""
 
 import warnings
 from pathlib import Path
@@ -30,7 +30,7 @@ def lpips_loss(backbone: str | None) -> nn.Module:
     tensors = {k.removeprefix(prefix): v for k, v in read_tensors(backbone).items() if k.startswith(prefix)}
     load_strictly(features, tensors, backbone)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # lpips calls torchvision in its old way
+        warnings.simplefilter("ignore")  # lpips uses deprecated arguments of torchvision
         metric = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     for i in range(1, 6):
         for index, layer in getattr(metric.net, f"slice{i}").named_children():

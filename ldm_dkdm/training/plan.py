@@ -1,4 +1,4 @@
-"""What a distillation will cost, before it starts."""
+"""Estimate the cost of a distillation before it starts."""
 
 import math
 import time
@@ -23,12 +23,12 @@ from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.saving import KEPT
 
 TIMED_ITERATIONS = 3
-MAX_TIMED_BATCH = 8  # the time of an iteration is scaled from this batch, or from a smaller one that
-TIMING_SECONDS = 30  # takes about this long: a plan should take seconds
+MAX_TIMED_BATCH = 8  # batches are timed at this size or less; times are scaled
+TIMING_SECONDS = 30  # about the longest that timing may take
 
 
 def costs(parts: Distillation) -> dict[str, str]:
-    """The lines of a plan that need no measurement, in order: what is meant and how much."""
+    """The lines of a plan that need no timing, in order: quantity -> amount."""
     config = parts.config
     batch, iterations = config.distill.batch_size, _iterations(config)
     devices, mapped = config.trainer.devices, config.distill.pool_storage == "mmap"
@@ -59,18 +59,18 @@ def _network_cost(model: DiffusionModel) -> str:
 
 
 def _iterations(config: DistillRun) -> int:
-    """Of the whole run, with those that the student does not see."""
+    """Iterations of the whole run, with those that the student does not see."""
     return round(config.trainer.max_steps * config.trainer.accumulate / (1 - config.distill.discard))
 
 
 def _warmup_samples(parts: Distillation) -> int:
-    """That the teacher computes before the training."""
+    """Teacher evaluations of one sample before the training."""
     method = parts.config.distill
     return 0 if method.pool_from else warmup_calls(preparation(method), parts.slots, parts.teacher.schedule)
 
 
 def _codec_parameters(model: DiffusionModel) -> int:
-    """Of the first stage; one that is not there yet is counted without taking memory."""
+    """Parameters of the first stage; a missing one is counted without allocating it."""
     stage = model.first_stage
     if stage is None or stage.path.exists():
         return model.codec().parameters
@@ -132,7 +132,7 @@ def time_iteration(parts: Distillation, batch: int, iterations: int) -> tuple[fl
         optimizer.zero_grad()
         _synchronise(device)
         updates.append(time.perf_counter() - started - times[-1])
-    scale = config.distill.batch_size / batch  # of all but the update
+    scale = config.distill.batch_size / batch  # for all but the update
     return min(times) * scale + min(updates), min(teacher_times) / batch
 
 

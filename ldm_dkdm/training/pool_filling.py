@@ -1,4 +1,4 @@
-"""The pool of a run: whether there is room for it, and what fills it."""
+"""Check the room for a run's pool, and fill it."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def require_room(parts: Distillation) -> None:
 
 
 def supply_of(parts: Distillation) -> NoisyBatch | None:
-    """The states of `pool_from`, found to be enough."""
+    """The states of `pool_from`, checked to be enough."""
     config, teacher = parts.config, parts.teacher
     method, steps = config.distill, teacher.schedule.num_timesteps
     if method.pool_from is None:
@@ -56,7 +56,7 @@ def supply_of(parts: Distillation) -> NoisyBatch | None:
 def prepare_pool(
     pool: NoisyPool, supply: NoisyBatch | None, parts: Distillation, run: Run, device: torch.device, rank: int
 ) -> None:
-    """Fill a rank's pool: from its checkpoint, from states that were given, or by the warm-up.
+    """Fill a rank's pool: from its checkpoint, from given states, or by the warm-up.
 
     Raises:
         UserError: the pool of a checkpoint is missing or damaged.
@@ -78,7 +78,7 @@ def prepare_pool(
 
 
 def _warm_up(warmup: Warmup, partial: Path, origin: str, progress: bool | Progress) -> None:
-    """Run a warm-up, or go on with an interrupted one; it is saved from time to time and at its end."""
+    """Run a warm-up, or continue an interrupted one; it is saved from time to time and at its end."""
     pool = warmup.pool
     if partial.is_file():
         pool.load(partial, origin)

@@ -1,4 +1,4 @@
-"""The process is left as it was found: warnings, loggers, random generators, backend flags, environment."""
+"""Restore the process after a run: warnings, loggers, random generators, backend flags, environment."""
 
 import logging
 import os
@@ -18,15 +18,15 @@ IRRELEVANT = (
     ".*isinstance.treespec, LeafSpec.*",
     ".*You have overridden `transfer_batch_to_device`.*",
     ".*number of training batches.*",
-    ".*callbacks used to create the checkpoint.*",  # an early stop that was taken out
+    ".*callbacks used to create the checkpoint.*",  # an early stop that was removed
     ".*your dataloader is not resumable.*",  # it is: the stream starts at the resumed step
-    ".*Experiment logs directory.*",  # only what a lost stretch of this run logged is replaced
+    ".*Experiment logs directory.*",  # only logs of lost steps of this run are replaced
 )
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Let a run change what it needs inside the block, and undo it after it; irrelevant warnings are left out."""
+    """Let a run change what it needs inside the block, and undo it afterwards; hide irrelevant warnings."""
     lightning = logging.getLogger("lightning.pytorch")
     level, environment = lightning.level, dict(os.environ)
     python, numpy = random.getstate(), np.random.get_state()

@@ -1,4 +1,4 @@
-"""One run: the same for distillation, for training on images and for first stages."""
+"""One run of any kind: distillation, training on images, training of a first stage."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ class Result:
 
     Attributes:
         model: the trained `DiffusionModel`, or the `VQModel` of a first stage, with its EMA weights.
-        folder: the run's folder.
+        folder: the run folder.
         step: the optimizer steps that it has taken.
         end: why it ended.
     """
@@ -49,14 +49,14 @@ class Result:
 
 
 class Run:
-    """A run's folder, locked while it trains, with its config, its device and its way to stop and go on.
+    """A run folder, locked while it trains, with its config, its device, and how to stop and resume it.
 
     Args:
         config: one of the run schemas.
         folder: logs/<run>.
-        resumed: go on although trainer or logging keys have changed.
+        resumed: continue although trainer or logging keys have changed.
         progress: True shows bars, False nothing; a function is called with (what, done, total).
-        signals: what asks for a stop at the next whole iteration while the run trains; Ctrl-C alone from Python.
+        signals: those that stop the training at the next whole iteration; default: Ctrl-C.
         go_on: how to resume, for the message after a stop.
 
     Raises:
@@ -76,11 +76,11 @@ class Run:
         self.trainer: TrainerConfig = config.trainer
         self.device = training_device(self.trainer)
         self.precision = resolve_precision(self.trainer.precision, self.device)
-        self.go_on = go_on or "call it again with the same arguments to go on"
+        self.go_on = go_on or "call it again with the same arguments to continue"
         self.stop = GracefulStop(signals)
 
     def end(self) -> str | None:
-        """Why the run in the folder is at its end; None if there is more to do. Nothing is written.
+        """Why the run in the folder has ended; None if it has not. Nothing is written.
 
         Raises:
             UserError: the folder is another run's, or its newest checkpoint is damaged.
@@ -91,13 +91,13 @@ class Run:
             return None
         step = step_of(latest)
         if step >= self.trainer.max_steps:
-            return f"already at step {step}; more steps go on ({self._resume} and a larger trainer.max_steps)"
-        states = read_callbacks(latest)  # also says whether the file is whole
+            return f"already at step {step}; a larger trainer.max_steps continues it ({self._resume})"
+        states = read_callbacks(latest)  # also refuses a damaged file
         for end in early_ends(self.trainer):
             if end.state_key in states:
                 end.load_state_dict(states[end.state_key])
             if end.reached:
-                return f"already ended at step {step} by {end.key}; a larger one goes on ({self._resume})"
+                return f"already ended at step {step} by {end.key}; a larger one continues it ({self._resume})"
         return None
 
     @property
@@ -124,7 +124,7 @@ class Run:
 
     @contextmanager
     def open(self) -> Iterator["Run"]:
-        """Lock the folder, write the config, and let a signal ask for a stop; afterwards the process is as before.
+        """Lock the folder, write the config, and let a signal ask for a stop; afterwards restore the process.
 
         Raises:
             UserError: another process trains in the folder.
@@ -137,7 +137,7 @@ class Run:
         """End the run between two calls of the teacher if a signal has asked for it.
 
         Raises:
-            Stopped: it has.
+            Stopped: a signal has.
         """
         if self.stop.requested:
             raise Stopped(f"stopped and saved {where}; {self.go_on}")
@@ -191,7 +191,7 @@ class Run:
 
 
 def _metrics_name(resumed: Path | None) -> str:
-    """A resumed run gets a folder of its own: Lightning's logger empties the one that it is given."""
+    """Name of the metrics folder; a resumed run gets a new one, because Lightning's logger empties its folder."""
     return f"metrics-from-{step_of(resumed)}" if resumed else "metrics"
 
 

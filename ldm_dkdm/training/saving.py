@@ -1,4 +1,4 @@
-"""Checkpoints with their pools."""
+"""Save checkpoints with their pools, and refuse diverged weights."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from ldm_dkdm.distillation.pool import NoisyPool
 
 KEPT = 2
-CHECKED_EVERY = 100  # steps between looks at the loss, each of which waits for the device
+CHECKED_EVERY = 100  # steps between checks of the loss, which wait for the device
 
 
 class RunCheckpoint(StepCallback):
     """Saves student, EMA, optimizer and step, and each rank's pool beside them; keeps the last two.
 
-    A checkpoint counts once its `.ckpt` has its name; the pools are written before it.
+    A checkpoint is complete once its `.ckpt` has its name; the pools are written before it.
 
     Args:
         folder: logs/<run>/checkpoints.
@@ -65,7 +65,7 @@ class RunCheckpoint(StepCallback):
             checkpoint.unlink()
         kept = {checkpoint.stem for checkpoint in checkpoints(self.folder)}
         for file in self.folder.glob("*.pool-rank*.safetensors"):
-            if file.name.split(".")[0] not in kept:  # of a forgotten checkpoint, a failed one, or the warm-up
+            if file.name.split(".")[0] not in kept:  # pool of a removed checkpoint, a failed one, or the warm-up
                 file.unlink()
         for file in self.folder.glob(".*.tmp"):
             file.unlink()
@@ -77,16 +77,16 @@ def refuse_divergence(trainer: L.Trainer, weights: Iterable[Tensor] = ()) -> Non
     bad = not all(map(torch.isfinite, figures))
     if trainer.strategy.reduce_boolean_decision(bad, all=False):  # all processes end together
         step = trainer.global_step
-        raise UserError(f"trainer.learning_rate: the run diverged by step {step}; the checkpoints are as they were")
+        raise UserError(f"trainer.learning_rate: the run diverged by step {step}; the checkpoints are unchanged")
 
 
 def read_callbacks(checkpoint: Path) -> dict[str, Any]:
-    """The states of the callbacks in a checkpoint, by `Callback.state_key`; no code of it runs.
+    """The states of the callbacks in a checkpoint, by `Callback.state_key`; no code in it is run.
 
     Raises:
         UserError: the file is damaged.
     """
-    fault = "is damaged; delete it, and the run goes on from the checkpoint before"
+    fault = "is damaged; delete it to continue from the checkpoint before"
     try:
         with blaming(checkpoint, fault):
             return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
