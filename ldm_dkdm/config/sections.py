@@ -149,6 +149,9 @@ class DistillConfig(Section):
     """Iterative distillation: the pool of `dynamic` has round(rho * T) * batch_size slots, others have batch_size."""
 
     batch_size: int = key(min=1, help="States in a training batch, per device.")
+    global_batch_size: int | None = key(
+        None, min=1, help="States per step on all devices, which divide it, in place of `batch_size`."
+    )
     variant: str = one_of(
         "ldm_dkdm.distillation.stream:VARIANTS",
         "dynamic",
@@ -198,6 +201,10 @@ class TrainerConfig(Section):
     accumulate: int = key(1, min=1, help="Batches per step.")
     early_stop: EarlyStopConfig | None = key(None, help="End the run when a figure no longer falls.")
     ema_decay: float = key(0.9999, min=0, below=1, help="Decay per step of the averaged weights.")
+    ema_warmup: bool = key(
+        True,
+        help="Begin with a smaller decay, (1 + n) / (10 + n) after n steps, as CompVis; false is constant.",
+    )
     precision: str = one_of(
         "ldm_dkdm.device:PRECISIONS",
         "auto",
@@ -239,8 +246,15 @@ class DiffusionDataConfig(Section):
     path: str | None = key(None, help="Real images: a folder (a sub-folder is a class) or an ADM-style .npz.")
     fraction: float = key(1.0, above=0, max=1, help="Share of the images in `path` that is used, chosen by the seed.")
     synthetic: str | None = key(None, help="Samples of a teacher: the .npz that sampling with `--npz` writes.")
+    mix: Literal["append", "replace"] = key(
+        "append",
+        help="Add real images to the samples, or replace a `fraction` of the samples (the public code).",
+    )
     image_size: int = key(min=1, help="Side of the images in pixels, after cropping and scaling.")
     batch_size: int = key(min=1, help="Images in a training batch, per device.")
+    global_batch_size: int | None = key(
+        None, min=1, help="Images per step on all devices, which divide it, in place of `batch_size`."
+    )
     flip: bool = key(True, help="Mirror half of the images at random.")
     cache: bool = key(True, help="Encode all images once before the training; false encodes them in every step.")
     t_cap: float | None = key(

@@ -125,8 +125,8 @@ def dpm_solver(
 ) -> Iterator[Tensor]:
     """DPM-Solver++(2M) from x_T (B,C,H,W), deterministic; last yields x_0 (Lu et al. 2022, Alg. 2).
 
-    It draws no noise and ignores eta. Its timesteps are `solver_timesteps` or those given, ascending; those whose abar is
-    below `start` are skipped. The first and the last step are of first order: the first has no predecessor, the last
+    It draws no noise and ignores eta. Its timesteps are `solver_timesteps` or those given, ascending; those whose abar
+    is below `start` are skipped. The first and the last step are of first order: the first has no predecessor, the last
     ends at x_0.
     """
     abar = schedule.alphas_cumprod

@@ -130,7 +130,7 @@ class DistillStream(BatchStream):
         if self.speed is None:
             return noise, torch.full((len(x_0),), last, device=x_0.device)
         first_step = max(1, round(self.speed[last].item()))
-        t = last - torch.from_numpy(rng.integers(0, first_step, len(x_0))).to(x_0.device)
+        t = torch.full((len(x_0),), last - int(rng.integers(first_step)), device=x_0.device)
         return torch.where((t == last).view(-1, 1, 1, 1), noise, q_sample(self.teacher.schedule, x_0, t, noise)), t
 
     def _perturbed(self, batch: DistillBatch, generator: torch.Generator) -> DistillBatch:
