@@ -8,21 +8,18 @@ from typing import Any
 
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.diffusers_first_stage import component
+from ldm_dkdm.checkpoints.diffusers_scheduler import process, scheduler_config
 from ldm_dkdm.checkpoints.diffusers_unet import to_ours, to_theirs, unet_config, unet_params
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.reading import read_tensors, weights_in
 from ldm_dkdm.checkpoints.shapes import plain
 from ldm_dkdm.checkpoints.source import Source, read_json
 from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
-from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.files import write_tensors, write_text
 from ldm_dkdm.networks import DiT, UNet
-from ldm_dkdm.pixel import SPACES
 
 NAME = "diffusers folder"
-SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
-PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
 NOTES = "ldm_dkdm.json"  # what diffusers' files have no key for; the library does not read it
 NOTED = ("null_label", "info")
 
@@ -83,7 +80,9 @@ def _pipeline(folder: Path) -> Contents:
     params = _params(folder / "unet", notes)
     stage = next((name for name in ("vqvae", "vae") if name in index), None)
     space = "pixel" if stage is None else "latent"
-    diffusion, parameterization = _process(folder / "scheduler" / "scheduler_config.json", space)
+    diffusion, parameterization = process(
+        folder / "scheduler" / "scheduler_config.json", space, params["out_channels"] == 2 * params["in_channels"]
+    )
     return Contents(
         path=folder,
         file=weights_in(folder / "unet"),
@@ -97,31 +96,6 @@ def _pipeline(folder: Path) -> Contents:
         **{key: notes[key] for key in NOTED if notes.get(key) is not None},
         described=True,
     )
-
-
-def _process(path: Path, space: str) -> tuple[DiffusionConfig, str]:
-    """The forward process of a scheduler's config, and what the network predicts."""
-    config = read_json(path)
-    names = {theirs: ours for ours, theirs in SCHEDULES.items()}
-    kinds = {theirs: ours for ours, theirs in PREDICTIONS.items()}
-    schedule, kind = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
-    if kind not in kinds:
-        raise UserError(f"{path}: prediction_type: {kind!r} is not one of {', '.join(kinds)}")
-    clips, clipped = config.get("clip_sample", True), SPACES[space].clip is not None
-    if clips != clipped:
-        raise UserError(f"{path}: clip_sample: {clips} does not fit a model of {space} space")
-    if config.get("trained_betas") is not None:
-        betas = config["trained_betas"]
-        return DiffusionConfig(num_timesteps=len(betas), betas=betas, space=space), kinds[kind]
-    if schedule not in names:
-        raise UserError(f"{path}: beta_schedule: {schedule!r} is not one of {', '.join(names)}")
-    steps, ends = (
-        config.get("num_train_timesteps", 1000),
-        (config.get("beta_start", 1e-4), config.get("beta_end", 0.02)),
-    )
-    if names[schedule] == "cosine":
-        return DiffusionConfig("cosine", steps, space=space), kinds[kind]
-    return DiffusionConfig(names[schedule], steps, *ends, space=space), kinds[kind]
 
 
 def write(model: SavedModel, path: Path) -> None:
@@ -169,23 +143,3 @@ def _notes(model: SavedModel) -> dict[str, Any]:
     order = bool(model.node.params.get("use_new_attention_order", False))
     own = {key: plain(getattr(model, key)) for key in NOTED}
     return {"use_new_attention_order": order, **own}
-
-
-def scheduler_config(model: SavedModel) -> dict[str, Any]:
-    """Config of the diffusers scheduler that samples as this package does."""
-    diffusion, params = model.diffusion, model.node.params
-    named = diffusion.betas is None and diffusion.schedule in SCHEDULES
-    common = {
-        "num_train_timesteps": model.schedule.num_timesteps,
-        "beta_schedule": SCHEDULES.get(diffusion.schedule, "linear"),
-        "beta_start": diffusion.beta_start,
-        "beta_end": diffusion.beta_end,
-        "trained_betas": None if named else model.schedule.betas.tolist(),
-        "prediction_type": PREDICTIONS[model.node.parameterization],
-    }
-    if model.space.encoded:
-        own = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-        return {"_class_name": "DDIMScheduler", **common, **own}
-    learned = params["out_channels"] == 2 * params["in_channels"]
-    variance = "learned_range" if learned else "fixed_small"
-    return {"_class_name": "DDPMScheduler", **common, "clip_sample": True, "variance_type": variance}

@@ -93,8 +93,11 @@ def learned_log_variance(schedule: NoiseSchedule, t: Tensor, t_next: Tensor, fra
 def reverse_to(
     schedule: NoiseSchedule, x_t: Tensor, t: Tensor, t_next: Tensor, prediction: Prediction, noise: Tensor
 ) -> Tensor:
-    """x_{t_next} from one prediction (Alg. 3, line 4), with its learned variance or the posterior's."""
+    """x_{t_next} from one prediction (Alg. 3, line 4), with its learned variance or the schedule's fixed one."""
     mean, variance = posterior(schedule, prediction.x_0, x_t, t, t_next)
+    if schedule.variance == "beta":
+        beta = 1 - schedule.alpha_bar(t, x_t) / schedule.alpha_bar(t_next, x_t)
+        variance = beta.to(x_t) * (t_next >= 0).view(-1, 1, 1, 1)  # the last step adds no noise
     if prediction.var_fraction is not None:
         variance = learned_log_variance(schedule, t, t_next, prediction.var_fraction).exp()
         variance = variance * (t_next >= 0).view(-1, 1, 1, 1)  # the last step adds no noise

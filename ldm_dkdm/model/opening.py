@@ -87,7 +87,7 @@ def _model_of(
         node=node,
         info=contents.info,
     )
-    model.diffusion = diffusion
+    model.diffusion, model.schedule = diffusion, schedule_of(diffusion)
     model.path, model.format, model.file = contents.path, contents.format, contents.file
     model.hints, model.described = hints, contents.described
     return model
