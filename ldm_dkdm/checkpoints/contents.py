@@ -95,6 +95,7 @@ class Contents:
         path: file or folder of the model; `file` holds its weights.
         format: its name in FORMATS.
         target, params: the network, as far as it is known.
+        raw_file: holds the raw weights, where `file` holds the EMA weights alone.
         ema, raw: weights under the network's own names; `raw` where the file does not distinguish them.
         demands: parameters that must be given as hints.
         usual: values that tensor shapes do not show, but nearly all such files have.
@@ -113,6 +114,7 @@ class Contents:
     file: Path
     ema: Mapping[str, Tensor] | None = None
     raw: Mapping[str, Tensor] | None = None
+    raw_file: Path | None = None
     demands: Sequence[Demand] = ()
     usual: Mapping[str, Any] = field(default_factory=dict)
     parameterization: str | None = None

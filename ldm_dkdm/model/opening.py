@@ -88,7 +88,8 @@ def _model_of(
         info=contents.info,
     )
     model.diffusion, model.schedule = diffusion, schedule_of(diffusion)
-    model.path, model.format, model.file = contents.path, contents.format, contents.file
+    file = contents.raw_file if hints.use_ema is False and contents.raw_file else contents.file
+    model.path, model.format, model.file = contents.path, contents.format, file
     model.hints, model.described = hints, contents.described
     return model
 
