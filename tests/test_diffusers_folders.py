@@ -15,6 +15,8 @@ from ldm_dkdm import UserError, load_model
 from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.weight_files import weights_in
+from ldm_dkdm.commands.distill import open_teacher
+from ldm_dkdm.config.load import load_config
 from tests.parts import randomised
 from tests.test_diffusers_format import BASE, outputs
 
@@ -191,3 +193,29 @@ def test_the_scale_of_latents_is_the_config_s(
     path.write_text(json.dumps(config))
     assert FirstStageSource(tmp_path).opened(8).scale_factor == (scale or 1.0)
     assert ("config.json: stores no scaling_factor; 1 is taken" in caplog.text) == (scale is None)
+
+
+def test_a_hub_id_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "hub" / "models--someone--small-model"
+    theirs = pipeline(home / "snapshots" / "abc")
+    pipeline(home / "snapshots" / "later", 2.0)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc")
+    assert outputs(load_model("someone/small-model").network, theirs, None) < 1e-4
+    with pytest.raises(UserError, match=r"hf download someone/other"):
+        load_model("someone/other")
+
+
+def test_a_folder_that_describes_itself_replaces_a_recipe_s_teacher(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline(tmp_path)
+    config = load_config("configs/celebahq256.yaml", [f"teacher.ckpt={tmp_path}"])
+    assert open_teacher(config).shape == (3, 16, 16)
+    assert "the recipe's diffusion, first_stage, teacher.params, teacher.target are not used" in caplog.text
+    config = load_config("configs/celebahq256.yaml", [f"teacher.ckpt={tmp_path}", "diffusion.num_timesteps=50"])
+    with pytest.raises(UserError, match=r"diffusion.num_timesteps: 50"):
+        open_teacher(config)

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.hub import find_cached
 from ldm_dkdm.checkpoints.reading import file_kind, read_content, select_part, tensors_in
 from ldm_dkdm.checkpoints.releases import how_to_get
 from ldm_dkdm.config.load import read_yaml
@@ -25,11 +26,12 @@ class Source:
     A run folder means the model in it; the weights of a model folder mean the folder.
 
     Args:
-        path: file or folder; a relative path may name a model that ships with the package.
+        path: file or folder; a relative path may name a model that ships with the package, or one in the
+            Hub's local cache, OWNER/NAME.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = home_of(find_shipped(path))
+        self.path = home_of(find_cached(find_shipped(path)))
 
     @property
     def is_folder(self) -> bool:
