@@ -95,7 +95,14 @@ def _network(folder: Path, file: Path, path: Path, home: Path | None = None) -> 
         notes = read_json(home / NOTES)
     params = _params(folder, notes)
     tensors = to_ours(read_tensors(file), params, folder)
-    found = {"path": path, "file": file, "format": NAME, "target": TARGET, "params": params, "raw": tensors}
+    found: dict[str, Any] = {
+        "path": path,
+        "file": file,
+        "format": NAME,
+        "target": TARGET,
+        "params": params,
+        "raw": tensors,
+    }
     if home is None:
         return Contents(**found, space="pixel")
     index = read_json(home / INDEX)

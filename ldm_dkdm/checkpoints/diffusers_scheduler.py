@@ -98,7 +98,7 @@ def process(path: Path, space: str, learns_variance: bool) -> tuple[DiffusionCon
         logger.warning("%s: %s: not a key of diffusers' %s, ignored", path, ", ".join(unknown), kind)
     parameterization = _named(path, config, "prediction_type", "epsilon", {b: a for a, b in PREDICTIONS.items()})
     _require_clipping(path, config, kind, SPACES[space])
-    own = {
+    own: dict[str, Any] = {
         "space": space,
         "variance": _variance(path, config, kind, learns_variance),
         "steps_offset": _steps_offset(path, config, kind, SPACES[space]),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ldm_dkdm.checkpoints.hub import cache_folder, is_hub_id
+from ldm_dkdm.config.hub import cache_folder, is_hub_id
 
 RELEASES = {
     "ffhq256": "CompVis's LDM-VQ-4 release for FFHQ (ffhq.zip), unpack its model.ckpt",

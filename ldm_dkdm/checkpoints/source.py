@@ -10,7 +10,6 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm_dkdm.checkpoints.hub import find_cached
 from ldm_dkdm.checkpoints.reading import file_kind, read_content, select_part, tensors_in
 from ldm_dkdm.checkpoints.releases import how_to_get
 from ldm_dkdm.config.load import read_yaml
@@ -31,7 +30,7 @@ class Source:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = home_of(find_cached(find_shipped(path)))
+        self.path = home_of(find_shipped(path))
 
     @property
     def is_folder(self) -> bool:

@@ -105,7 +105,8 @@ def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
 
 def _without_architecture(recipe: DictConfig, overrides: DictConfig) -> DictConfig:
     """Drop what a recipe says of its own teacher where `teacher.ckpt=FOLDER` names another, which describes itself."""
-    before, given = recipe.get("teacher") or {}, overrides.get("teacher") or {}
+    before: Any = recipe.get("teacher") or {}
+    given: Any = overrides.get("teacher") or {}
     path = find_shipped(str(given.get("ckpt", ""))) if given else Path()
     network = (path / "config.json").is_file()
     whole = any((path / name).is_file() for name in DESCRIPTIONS)
