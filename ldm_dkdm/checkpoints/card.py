@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from ldm_dkdm.checkpoints.weight_files import files_of
 from ldm_dkdm.config.schema import ModelCard
 from ldm_dkdm.files import write_text
 
@@ -13,9 +14,13 @@ NOT_MEASURED = "Not measured yet (scripts/evaluate.py)."
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file, or of all the shards behind an index, one after the other; hexadecimal."""
+    digest = hashlib.sha256()
+    for part in files_of(path):
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def write_readme(folder: Path, card: ModelCard) -> None:

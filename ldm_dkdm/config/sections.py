@@ -94,6 +94,19 @@ class DiffusionConfig(Section):
     betas: Sequence[float] | None = key(
         None, above=0, below=1, help="All T betas, in place of `schedule`, `beta_start` and `beta_end`."
     )
+    variance: str | None = one_of(
+        "ldm_dkdm.diffusion.schedule:VARIANCES",
+        None,
+        help="Variance of a reverse step: the `posterior`'s (diffusers' fixed_small), or `beta` (fixed_large); "
+        "default: the model's, else `posterior`.",
+    )
+    steps_offset: int | None = key(
+        None,
+        min=0,
+        max=1,
+        help="DDIM's lowest timestep: 0, and samples end at x_0; 1, and they end at abar_0; default: the model's, "
+        "else 0 in pixel space and 1 in latent space.",
+    )
 
     def __post_init__(self) -> None:
         """Set `num_timesteps` to the number of `betas`, where they are given."""

@@ -110,12 +110,15 @@ def reverse_to(
     noise: Tensor,
     optimal: bool = False,
 ) -> Tensor:
-    """x_{t_next} from one prediction (Alg. 3, line 4), with its learned variance or the posterior's.
+    """x_{t_next} from one prediction (Alg. 3, line 4), with its learned variance or the schedule's fixed one.
 
     `optimal`: a posterior's variance also holds what the prediction of x_0 leaves open, without which long steps lose
     variance (Analytic-DPM, Thm. 1).
     """
     mean, variance = posterior(schedule, prediction.x_0, x_t, t, t_next)
+    if schedule.variance == "beta" and not optimal:
+        beta = 1 - schedule.alpha_bar(t, x_t) / schedule.alpha_bar(t_next, x_t)
+        variance = beta.to(x_t) * (t_next >= 0).view(-1, 1, 1, 1)  # the last step adds no noise
     if optimal and prediction.var_fraction is None:
         abar, abar_next = schedule.alpha_bar(t, x_t), schedule.alpha_bar(t_next, x_t)
         to_x0 = abar_next.sqrt() * (1 - abar / abar_next) / (1 - abar)

@@ -34,6 +34,12 @@ SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
 }
 
 
+VARIANCES = {
+    "posterior": "beta~ of the posterior (DDPM, Sec. 3.2)",
+    "beta": "beta_t",
+}  # fixed variances of a reverse step
+
+
 class NoiseSchedule:
     """The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), t = 0 ... T-1.
 
@@ -44,6 +50,7 @@ class NoiseSchedule:
         steps_offset: DDIM's lowest timestep, and its last target is the one below it: 1 in CompVis's code (samples
             end at abar_0), 0 in guided-diffusion's (they end at x_0, abar_{-1} = 1). The name is diffusers'.
         betas: any betas (T,), each strictly between 0 and 1, in place of a named schedule.
+        variance: of a reverse step, one of VARIANCES; a network that predicts its own ignores it.
 
     Raises:
         UserError: an unknown name, or values outside these ranges.
@@ -61,8 +68,10 @@ class NoiseSchedule:
         steps_offset: int = 1,
         *,
         betas: Tensor | Sequence[float] | None = None,
+        variance: str = "posterior",
     ) -> None:
-        self.steps_offset = steps_offset
+        pick(VARIANCES, variance, "variance")
+        self.steps_offset, self.variance = steps_offset, variance
         self.betas = _named(name, num_timesteps, beta_start, beta_end) if betas is None else _given(betas)
         self.name = name if betas is None else "betas"
         self.num_timesteps = len(self.betas)

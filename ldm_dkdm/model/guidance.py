@@ -41,4 +41,6 @@ def require_guidance(model: "DiffusionModel") -> None:
     if model.num_classes is None:
         raise UserError("guidance: the model takes no labels; leave it out")
     if model.null_label is None:
-        raise UserError("null_label: guidance needs the label for no class; set it")
+        raise UserError(
+            f"null_label: guidance needs the label for no class; set it, often null_label={model.num_classes - 1}"
+        )
