@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
 from tests.cli import contents
-from tests.test_python_api import NUMBERS, Net, same, weights
+from tests.test_python_api import NUMBERS, Net, own_student, same, weights
 
 SHORT = {**NUMBERS, "steps": 2, "save_every": 2, "warmup": "noise"}
 
@@ -56,3 +56,17 @@ def test_a_student_that_cannot_be_saved_is_refused_before_the_run(teacher: dkdm.
     with pytest.raises(dkdm.UserError, match="student: _extra_state in its state_dict is a dict; a weights file"):
         dkdm.distill(teacher, dkdm.DiffusionModel(Noted(), like=teacher), tmp_path / "run", **SHORT)
     assert contents(tmp_path) == {}
+
+
+def test_another_network_does_not_go_on_in_a_run(teacher: dkdm.DiffusionModel, tmp_path: Path) -> None:
+    dkdm.distill(teacher, own_student(teacher), tmp_path / "run", **SHORT)
+    before = contents(tmp_path)
+    edited = type("Net", (Tied,), {"__module__": Net.__module__})  # the user has edited the class
+    wider, more = Net(), edited()
+    wider.inner, wider.outer = nn.Conv2d(3, 20, 3, padding=1), nn.Conv2d(20, 3, 3, padding=1)
+    for network, fault in ((wider, r"inner\.weight \(16, .* instead of \(20,"), (more, "keys missing: again.weight")):
+        for steps in (2, 4):
+            student = dkdm.DiffusionModel(network, like=teacher, parameterization="v")
+            with pytest.raises(dkdm.UserError, match=f"ckpt: does not fit this .*{fault}"):
+                dkdm.distill(teacher, student, tmp_path / "run", resume=True, **{**SHORT, "steps": steps})
+    assert contents(tmp_path) == before

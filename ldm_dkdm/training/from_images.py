@@ -102,7 +102,7 @@ def train_in(run: Run, model: DiffusionModel) -> Result:
     found = tuple(codec.encode(sets[0].take(torch.zeros(1, dtype=torch.long))).shape[1:])
     if found != model.shape:
         raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
-    if end := run.end():
+    if end := run.end(model.network):
         return run.ended(model, end)
     states = _states(config, sets, model, run.progress)
     model.network.train()

@@ -89,7 +89,7 @@ def distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Res
         require_room(parts)
         supply = supply_of(parts)
         _check_teacher(parts, run)
-    if end := run.end():
+    if end := run.end(student.network):
         return run.ended(student, end)
     student.network.train()
     saving = RunCheckpoint(run.folder.checkpoints, run.config.logging.save_every, _export(parts, run))
