@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
+from ldm_dkdm.networks import UNet
+from tests import digits as pixel
 from tests.cli import contents
 from tests.test_python_api import NUMBERS, Net, own_student, same, weights
 
@@ -70,3 +72,29 @@ def test_another_network_does_not_go_on_in_a_run(teacher: dkdm.DiffusionModel, t
             with pytest.raises(dkdm.UserError, match=f"ckpt: does not fit this .*{fault}"):
                 dkdm.distill(teacher, student, tmp_path / "run", resume=True, **{**SHORT, "steps": steps})
     assert contents(tmp_path) == before
+
+
+def test_a_student_knows_its_origin_after_the_run_and_after_a_second_call(
+    teacher: dkdm.DiffusionModel, tmp_path: Path
+) -> None:
+    for saved in (tmp_path / "first", tmp_path / "second"):
+        student = own_student(teacher)
+        assert dkdm.distill(teacher, student, tmp_path / "run", **SHORT).model is student
+        written = dkdm.load_model(tmp_path / "run", network=Net())
+        assert student.info == written.info and student.info["step"] == 2
+        assert student.info["teacher"] == str(teacher.path) and len(student.info["teacher_sha256"]) == 64
+        student.save(saved)
+        assert dkdm.load_model(saved, network=Net()).info == student.info
+        assert (student.path, student.file) == (written.path, written.file)
+
+
+def test_a_student_of_a_guided_teacher_is_not_guided_again(tmp_path: Path) -> None:
+    network = UNet(**{**pixel.UNET, "num_classes": 11, "out_channels": 3})
+    labeled = {"space": "pixel", "schedule": dkdm.NoiseSchedule("cosine", 20), "null_label": 10}
+    teacher = dkdm.DiffusionModel(network, guidance=2.0, **labeled)
+    student = teacher.student(teacher.node)
+    dkdm.distill(teacher, student, tmp_path / "run", **SHORT)
+    with pytest.raises(dkdm.UserError, match=r"guidance: .*run/student is a student, which has learned"):
+        student.changed(guidance=2.0)
+    with pytest.raises(dkdm.UserError, match=r"guidance: .* is a student"):
+        dkdm.load_model(tmp_path / "run", guidance=2.0)

@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from ldm_dkdm.checkpoints.loading import load_strictly, require_keys
-from ldm_dkdm.checkpoints.reading import read_tensors
+from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.shapes import under
-from ldm_dkdm.checkpoints.source import home_of
-from ldm_dkdm.config.schema import TrainerConfig
+from ldm_dkdm.config.load import read_card
+from ldm_dkdm.config.schema import ModelCard, TrainerConfig
 from ldm_dkdm.device import default_device, resolve_precision
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.model import DiffusionModel
@@ -127,13 +127,19 @@ class Run:
         if self.trainer.early_stop is not None:
             return self._saved(model, fitted.step, fitted.end)
         model.network.eval()
-        model.path = self.folder.model
+        self._describe(model)
         return replace(fitted, model=model)
 
     def _saved(self, model: DiffusionModel, step: int, end: str) -> Result:
-        model.path = home_of(self.folder.path)
-        load_strictly(model.network.eval(), read_tensors(model.path), model.path)
+        card, folder = self._describe(model), self.folder.model
+        load_strictly(model.network.eval(), read_named_weights(folder, card.weights), folder / card.weights)
         return Result(model, self.folder.path, step, end)
+
+    def _describe(self, model: DiffusionModel) -> ModelCard:
+        """Give a model the path, the weights file and the facts of the run's model folder; returns its card."""
+        card, folder = read_card(self.folder.model / "config.yaml", ModelCard), self.folder.model
+        model.path, model.file, model.info = folder, folder / card.weights, dict(card.info)
+        return card
 
     @property
     def first_batch(self) -> int:
