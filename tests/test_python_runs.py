@@ -98,3 +98,20 @@ def test_a_student_of_a_guided_teacher_is_not_guided_again(tmp_path: Path) -> No
         student.changed(guidance=2.0)
     with pytest.raises(dkdm.UserError, match=r"guidance: .* is a student"):
         dkdm.load_model(tmp_path / "run", guidance=2.0)
+
+
+@pytest.mark.parametrize("format", ["folder", "diffusers", "safetensors", "compvis"])
+def test_saving_overwrites_nothing(teacher: dkdm.DiffusionModel, tmp_path: Path, format: str) -> None:
+    (tmp_path / "notes").mkdir()
+    for mine in (tmp_path / "notes" / "README.md", tmp_path / "file"):
+        mine.write_text("mine")
+    before = contents(tmp_path)
+    for path in (tmp_path / "notes", tmp_path / "file"):
+        with pytest.raises(dkdm.UserError, match=f"{path}: exists; choose another name or delete it"):
+            teacher.save(path, format)
+    assert contents(tmp_path) == before
+
+
+def test_a_model_is_saved_into_an_empty_folder(teacher: dkdm.DiffusionModel, tmp_path: Path) -> None:
+    teacher.save(tmp_path)
+    assert same(weights(dkdm.load_model(tmp_path)), weights(teacher))

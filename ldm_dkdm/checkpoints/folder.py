@@ -64,12 +64,13 @@ def described(home: Path, format: str = NAME, file: Path | None = None, **weight
 
 
 def write(model: SavedModel, path: Path) -> None:
-    """Write a model folder; config.yaml comes last.
+    """Write a model into a new or empty folder; config.yaml comes last.
 
     Raises:
-        UserError: the folder holds another model.
+        UserError: the folder holds files, or is a file.
     """
-    refuse_existing(path / "config.yaml")
+    if not path.is_dir() or any(path.iterdir()):
+        refuse_existing(path)
     write_model(path, card_of(model, path), model.network.state_dict())
 
 
