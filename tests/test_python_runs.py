@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import ldm_dkdm as dkdm
 from ldm_dkdm.networks import UNet
 from tests import digits as pixel
-from tests.cli import contents
+from tests.cli import contents, run_script
 from tests.test_python_api import NUMBERS, Net, own_student, same, weights
 
 SHORT = {**NUMBERS, "steps": 2, "save_every": 2, "warmup": "noise"}
@@ -115,3 +115,21 @@ def test_saving_overwrites_nothing(teacher: dkdm.DiffusionModel, tmp_path: Path,
 def test_a_model_is_saved_into_an_empty_folder(teacher: dkdm.DiffusionModel, tmp_path: Path) -> None:
     teacher.save(tmp_path)
     assert same(weights(dkdm.load_model(tmp_path)), weights(teacher))
+
+
+def test_an_old_run_keeps_the_name_of_its_model_folder(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pixel.train(tmp_path, "run", {"path": str(digits)}, trainer={"max_steps": 1}) == 0
+    run = tmp_path / "run"
+    folder = (run / "model").rename(run / "student")
+    (folder / "model.safetensors").rename(folder / "student.safetensors")
+    card = folder / "config.yaml"
+    card.write_text(card.read_text().replace("model.safetensors", "student.safetensors"))
+    (run / "student" / "a.safetensors").write_text("another file")
+    capsys.readouterr()
+    for steps in (1, 2):
+        assert run_script("train_ldm.py", "--resume", run, f"trainer.max_steps={steps}") == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"model: {folder}"
+        assert dkdm.load_model(run).info["step"] == steps
+    assert not (run / "model").exists()

@@ -20,7 +20,7 @@ def export_on_save(model: DiffusionModel, folder: RunFolder, dtype: str) -> Call
         UserError: the network's state_dict holds what no weights file can.
     """
     require_tensors(model.network.state_dict(), folder.model_name)
-    card = card_of(model, folder.model, f"{folder.model_name}.safetensors")
+    card = card_of(model, folder.model, f"{folder.model.name}.safetensors")
 
     def export(trainer: L.Trainer) -> None:
         info = {**card.info, "step": trainer.global_step, "max_steps": trainer.max_steps}
