@@ -10,8 +10,9 @@ from torch import Tensor, nn
 import ldm_dkdm as dkdm
 from ldm_dkdm.networks import UNet
 from tests import digits as pixel
-from tests.cli import contents, run_script
-from tests.test_python_api import NUMBERS, Net, own_student, same, weights
+from tests.cli import contents, run_script, write_yaml
+from tests.parts import distill_config
+from tests.test_python_api import NUMBERS, TRAINING, Net, new_pixel_model, own_student, same, weights
 
 SHORT = {**NUMBERS, "steps": 2, "save_every": 2, "warmup": "noise"}
 
@@ -133,3 +134,24 @@ def test_an_old_run_keeps_the_name_of_its_model_folder(
         assert capsys.readouterr().out.splitlines()[-1] == f"model: {folder}"
         assert dkdm.load_model(run).info["step"] == steps
     assert not (run / "model").exists()
+
+
+def test_contradictory_arguments_are_refused(
+    teacher: dkdm.DiffusionModel, teacher_folder: Path, digits: Path, tmp_path: Path
+) -> None:
+    def distil(**more: Any) -> None:
+        dkdm.distill(teacher, own_student(teacher), tmp_path / "run", **more)
+
+    for key, argument in (("max_steps", "steps"), ("name", "out"), ("dir", "out")):
+        with pytest.raises(dkdm.UserError, match=f"{key}: given by the argument {argument}; leave it out"):
+            distil(**SHORT, **{key: 3})
+    config = dkdm.load_config(write_yaml(tmp_path / "c.yaml", distill_config(teacher_folder, tmp_path)))
+    for key in ("steps", "rho", "seed"):
+        with pytest.raises(dkdm.UserError, match=f"{key}: given by config already"):
+            distil(config=config, **{key: 1})
+    model = new_pixel_model()
+    with pytest.raises(dkdm.UserError, match="path: given by the argument data"):
+        dkdm.train(model, digits, tmp_path / "run", path="elsewhere", **TRAINING)
+    with pytest.raises(dkdm.UserError, match=r"data\.batch_size: 4, but 8 is given by the argument batch_size"):
+        dkdm.train(model, {"path": str(digits), "batch_size": 4}, tmp_path / "run", **TRAINING)
+    assert not (tmp_path / "run").exists()

@@ -25,6 +25,8 @@ from ldm_dkdm.config.schema import (
 from ldm_dkdm.errors import UserError, nearest
 from ldm_dkdm.model import DiffusionModel
 
+WORDS = {"steps": "max_steps"}  # argument -> config key, where the names differ
+NAMED = {"max_steps": "steps", "dir": "out", "name": "out", "path": "data"}  # config key -> argument that gives it
 IN_MEMORY = "a model made in Python"
 
 
@@ -40,8 +42,9 @@ def distillation_of(
     """The configuration of a call of `distill`.
 
     Raises:
-        UserError: an unknown or missing argument, or a bad value.
+        UserError: an unknown, missing or contradictory argument, or a bad value.
     """
+    _refuse_named(numbers)
     given = {"sample_steps": _sample_steps(teacher), **numbers}
     method, trainer, logging = _spread(given, (DistillConfig, TrainerConfig, LoggingConfig), out)
     warming = convert(WarmupConfig, {"mode": warmup} if isinstance(warmup, str) else warmup, "warmup")
@@ -80,12 +83,17 @@ def training_of(
     """The configuration of a call of `train`.
 
     Raises:
-        UserError: an unknown or missing argument, or a bad value.
+        UserError: an unknown, missing or contradictory argument, or a bad value.
     """
     named = vars(data) if isinstance(data, DiffusionDataConfig) else data
     named = {"path": str(named)} if isinstance(named, (str, Path)) else named
+    numbers = {key: value for key, value in numbers.items() if value is not None}
+    _refuse_named(numbers)
+    for key, value in named.items():
+        if numbers.get(key, value) != value:
+            raise UserError(f"data.{key}: {value}, but {numbers[key]} is given by the argument {key}; leave one of them out")
     usual = {"image_size": _image_size(model), "sample_steps": _sample_steps(model)}
-    given = {**usual, **{k: v for k, v in numbers.items() if v is not None}, **named}
+    given = {**usual, **numbers, **named}
     images, trainer, logging = _spread(given, (DiffusionDataConfig, TrainerConfig, LoggingConfig), out)
     stage = FirstStageConfig()
     if model.first_stage is not None:
@@ -100,6 +108,24 @@ def training_of(
         loss=_loss(loss),
         logging=LoggingConfig(**logging),
     )
+
+
+def refuse_beside(config: Any, numbers: Mapping[str, Any]) -> None:
+    """Refuse arguments that a whole configuration gives.
+
+    Raises:
+        UserError: the first one.
+    """
+    for key, value in numbers.items():
+        if config is not None and value is not None:
+            raise UserError(f"{key}: given by config already; leave one of them out")
+
+
+def _refuse_named(numbers: Mapping[str, Any]) -> None:
+    """Refuse config keys that an argument of another name gives."""
+    for key in numbers:
+        if key in NAMED:
+            raise UserError(f"{key}: given by the argument {NAMED[key]}; leave it out")
 
 
 def _sample_steps(model: DiffusionModel) -> int:
@@ -122,7 +148,7 @@ def _spread(numbers: Mapping[str, Any], sections: tuple[type, ...], out: Path) -
     owners = {f.name: i for i, section in enumerate(sections) for f in fields(section)}
     spread: list[dict[str, Any]] = [{} for _ in sections]
     spread[-1] = {"dir": str(out.parent), "name": out.name}
-    given = {key: value for key, value in numbers.items() if value is not None}
+    given = {WORDS.get(key, key): value for key, value in numbers.items() if value is not None}
     for key, value in given.items():
         if key not in owners:
             raise UserError(f"{key}: unknown argument{nearest(key, owners)}")

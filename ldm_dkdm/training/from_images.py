@@ -26,7 +26,7 @@ from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.reporting import Progress
 from ldm_dkdm.rng import forked_rng
-from ldm_dkdm.training.calls import training_of
+from ldm_dkdm.training.calls import refuse_beside, training_of
 from ldm_dkdm.training.export import export_on_save
 from ldm_dkdm.training.folder import RunFolder
 from ldm_dkdm.training.grids import SampleGrid
@@ -65,9 +65,10 @@ def train(
         UserError: images that do not fit the model, a bad value, or a folder that holds another run.
         Stopped: Ctrl-C; all is saved.
     """
+    numbers = {"steps": steps, "batch_size": batch_size, "image_size": image_size, **options}
+    refuse_beside(config, numbers)
     if config is None:
-        numbers = {"max_steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
-        config = training_of(model, data, Path(out), loss, {**numbers, "image_size": image_size, **options})
+        config = training_of(model, data, Path(out), loss, {"learning_rate": learning_rate, **numbers})
     run = Run(config, RunFolder(Path(out), config.MODEL), resume, progress)
     return train_in(run, model)
 

@@ -18,7 +18,7 @@ from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, logger
-from ldm_dkdm.training.calls import IN_MEMORY, distillation_of
+from ldm_dkdm.training.calls import IN_MEMORY, distillation_of, refuse_beside
 from ldm_dkdm.training.export import export_on_save
 from ldm_dkdm.training.folder import RunFolder
 from ldm_dkdm.training.grids import SampleGrid
@@ -72,9 +72,11 @@ def distill(
         UserError: parts that do not fit, a bad value, or a folder that holds another run.
         Stopped: Ctrl-C; all is saved.
     """
+    numbers = {"steps": steps, "batch_size": batch_size, "rho": rho, **options}
+    refuse_beside(config, numbers)
     if config is None:
-        numbers = {"max_steps": steps, "batch_size": batch_size, "rho": rho, "learning_rate": learning_rate}
-        config = distillation_of(teacher, student, Path(out), check, warmup, loss, {**numbers, **options})
+        given = {"learning_rate": learning_rate, **numbers}
+        config = distillation_of(teacher, student, Path(out), check, warmup, loss, given)
     run = Run(config, RunFolder(Path(out), config.MODEL), resume, progress)
     return distil_in(run, teacher, student)
 
