@@ -91,7 +91,9 @@ def training_of(
     _refuse_named(numbers)
     for key, value in named.items():
         if numbers.get(key, value) != value:
-            raise UserError(f"data.{key}: {value}, but {numbers[key]} is given by the argument {key}; leave one of them out")
+            raise UserError(
+                f"data.{key}: {value}, but {numbers[key]} is given by the argument {key}; leave one of them out"
+            )
     usual = {"image_size": _image_size(model), "sample_steps": _sample_steps(model)}
     given = {**usual, **numbers, **named}
     images, trainer, logging = _spread(given, (DiffusionDataConfig, TrainerConfig, LoggingConfig), out)

@@ -1,5 +1,6 @@
 """Train a diffusion model on images (Alg. 2): teachers, and the baselines that distillation is compared with."""
 
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def train(
     config: DiffusionRun | None = None,
     resume: bool = False,
     progress: bool | Progress = True,
+    signals: Sequence[int] = (signal.SIGINT,),
+    go_on: str | None = None,
     **options: Any,
 ) -> Result:
     """Train a model on images (Alg. 2); a second call continues where the first one stopped.
@@ -58,19 +61,19 @@ def train(
         steps: optimizer steps. batch_size: images in a batch, per device.
         image_size: side of the images in pixels; default: what the model's states decode to.
         loss: one of LOSS_SPACES, or the keys of `LossConfig`.
-        learning_rate, config, resume, progress: as in `distill`.
+        learning_rate, config, resume, progress, signals, go_on: as in `distill`.
         options: further keys of `DiffusionDataConfig`, `TrainerConfig` and `LoggingConfig`.
 
     Raises:
         UserError: images that do not fit the model, a bad value, or a folder that holds another run.
-        Stopped: Ctrl-C; all is saved.
+        Stopped: one of the signals; all is saved.
     """
     numbers = {"steps": steps, "batch_size": batch_size, "image_size": image_size, **options}
     refuse_beside(config, numbers)
     if config is None:
         config = training_of(model, data, Path(out), loss, {"learning_rate": learning_rate, **numbers})
-    run = Run(config, RunFolder(Path(out), config.MODEL), resume, progress)
-    return train_in(run, model)
+    run = Run(config, RunFolder(Path(out), config.MODEL), resume, progress, signals, go_on)
+    return _train_in(run, model)
 
 
 def new_model(config: DiffusionRun) -> DiffusionModel:
@@ -92,7 +95,7 @@ def new_model(config: DiffusionRun) -> DiffusionModel:
     )
 
 
-def train_in(run: Run, model: DiffusionModel) -> Result:
+def _train_in(run: Run, model: DiffusionModel) -> Result:
     """Train a model in a run folder; errors as `train`."""
     config = run.config
     require_trainable(model, config)
