@@ -1,5 +1,7 @@
 """Runs from Python: networks of any kind, what a finished run gives back, what a second call refuses."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +157,36 @@ def test_contradictory_arguments_are_refused(
     with pytest.raises(dkdm.UserError, match=r"data\.batch_size: 4, but 8 is given by the argument batch_size"):
         dkdm.train(model, {"path": str(digits), "batch_size": 4}, tmp_path / "run", **TRAINING)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_caller_chooses_the_signals_and_the_advice(teacher: dkdm.DiffusionModel, tmp_path: Path) -> None:
+    reports = []
+
+    def interrupt(*progress: object) -> None:
+        reports.append(progress)
+        if len(reports) == 1:  # a second signal stops at once
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    calls = {"signals": (signal.SIGTERM,), "go_on": "press the button again"}
+    with pytest.raises(dkdm.Stopped, match=r"stopped and saved .*; press the button again"):
+        dkdm.distill(teacher, own_student(teacher), tmp_path / "run", **{**SHORT, "progress": interrupt}, **calls)
+
+
+def test_another_teacher_without_a_file_does_not_go_on_in_a_run(tmp_path: Path) -> None:
+    def run(teacher: dkdm.DiffusionModel, steps: int, **more: Any) -> dkdm.DiffusionModel:
+        student = dkdm.DiffusionModel(Net(), like=teacher)
+        return dkdm.distill(teacher, student, tmp_path / "run", **{**SHORT, "steps": steps, **more}).model
+
+    first = new_pixel_model()
+    other = new_pixel_model()
+    with torch.no_grad():
+        next(other.network.parameters()).add_(1)
+    run(first, 2)
+    before = contents(tmp_path)
+    for teacher in (other, dkdm.DiffusionModel(first.network, like=first, parameterization="v")):
+        with pytest.raises(dkdm.UserError, match="made with another configuration"):
+            run(teacher, 2)
+        with pytest.raises(dkdm.UserError, match=r"teacher\.ckpt: cannot change"):
+            run(teacher, 4, resume=True)
+    assert contents(tmp_path) == before
+    assert run(new_pixel_model(), 4, resume=True).info["step"] == 4  # the same weights are the same teacher

@@ -1,9 +1,13 @@
 """Make the configuration of a run from the models and arguments of a Python call."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ldm_dkdm.config.batches import divided
 from ldm_dkdm.config.checked import convert
@@ -62,7 +66,7 @@ def distillation_of(
 def _teacher_section(teacher: DiffusionModel, check: bool) -> TeacherConfig:
     hints = teacher.hints
     return TeacherConfig(
-        ckpt=str(teacher.path or IN_MEMORY),
+        ckpt=str(teacher.path or f"{IN_MEMORY} ({_fingerprint(teacher)})"),
         target=hints.target,
         params=dict(hints.params),
         parameterization=hints.parameterization,
@@ -71,6 +75,16 @@ def _teacher_section(teacher: DiffusionModel, check: bool) -> TeacherConfig:
         null_label=hints.null_label,
         check=check,
     )
+
+
+def _fingerprint(model: DiffusionModel) -> str:
+    """Eight bytes, hexadecimal, that tell a model without a file from others: of its weights and their meaning."""
+    digest = hashlib.sha256(f"{model.diffusion} {model.parameterization} {model.null_label}".encode())
+    for name, value in model.network.state_dict().items():
+        if isinstance(value, Tensor):  # not a module's extra state
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def training_of(
@@ -91,9 +105,8 @@ def training_of(
     _refuse_named(numbers)
     for key, value in named.items():
         if numbers.get(key, value) != value:
-            raise UserError(
-                f"data.{key}: {value}, but {numbers[key]} is given by the argument {key}; leave one of them out"
-            )
+            both = f"{value}, but {numbers[key]} is given by the argument {key}"
+            raise UserError(f"data.{key}: {both}; leave one of them out")
     usual = {"image_size": _image_size(model), "sample_steps": _sample_steps(model)}
     given = {**usual, **numbers, **named}
     images, trainer, logging = _spread(given, (DiffusionDataConfig, TrainerConfig, LoggingConfig), out)
