@@ -190,3 +190,12 @@ def test_another_teacher_without_a_file_does_not_go_on_in_a_run(tmp_path: Path) 
             run(teacher, 4, resume=True)
     assert contents(tmp_path) == before
     assert run(new_pixel_model(), 4, resume=True).info["step"] == 4  # the same weights are the same teacher
+
+
+def test_a_card_is_titled_by_the_run_or_by_its_own_folder(teacher: dkdm.DiffusionModel, tmp_path: Path) -> None:
+    student = own_student(teacher)
+    dkdm.distill(teacher, student, tmp_path / "first-try", **SHORT)
+    (tmp_path / "config.yaml").write_text("a: [")  # another program's
+    student.save(tmp_path / "small-faces")
+    for folder, title in (("first-try/student", "first-try"), ("small-faces", "small-faces")):
+        assert f"\n# {title}\n" in (tmp_path / folder / "README.md").read_text()
