@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
-from ldm_dkdm.networks import UNet
+from ldm_dkdm.networks import NETWORKS, UNet
 from tests import digits as pixel
-from tests.cli import contents, run_script, write_yaml
+from tests.cli import contents, distil, run_script, sample, write_yaml
 from tests.parts import distill_config
 from tests.test_python_api import NUMBERS, TRAINING, Net, new_pixel_model, own_student, same, weights
 
@@ -199,3 +201,45 @@ def test_a_card_is_titled_by_the_run_or_by_its_own_folder(teacher: dkdm.Diffusio
     student.save(tmp_path / "small-faces")
     for folder, title in (("first-try/student", "first-try"), ("small-faces", "small-faces")):
         assert f"\n# {title}\n" in (tmp_path / folder / "README.md").read_text()
+
+
+NOTEBOOK = """
+from torch import nn
+
+
+class Cell(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.arguments = {"width": width}
+        self.inner, self.outer = nn.Conv2d(3, width, 1), nn.Conv2d(width, 3, 1)
+
+    def forward(self, x, t, label=None):
+        return self.outer(self.inner(x))
+"""
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What plugins add to the process goes with the test."""
+    tables: list[dict[str, Any]] = [NETWORKS, sys.modules]
+    known = [set(table) for table in tables]
+    yield
+    for table, names in zip(tables, known, strict=True):
+        for name in [name for name in table if name not in names and ("cells" in name or "Cell" in name)]:
+            del table[name]
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_commands_open_a_student_from_a_notebook(
+    teacher: dkdm.DiffusionModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells: dict[str, Any] = {"__name__": "__main__"}
+    exec(NOTEBOOK, cells)
+    dkdm.distill(teacher, dkdm.DiffusionModel(cells["Cell"](8), like=teacher), tmp_path / "run", **SHORT)
+    for name in ("cells_of_mine", "more_cells"):
+        (tmp_path / f"{name}.py").write_text(NOTEBOOK)
+    use = ("-n", 2, "-c", 2, "-l", tmp_path / "out", "--plugin", tmp_path / "cells_of_mine.py")
+    assert sample("-r", tmp_path / "run", *use, "--plugin", tmp_path / "more_cells.py") == 2  # which of the two?
+    assert "its network is __main__.Cell" in capsys.readouterr().err
+    assert sample("-r", tmp_path / "run", *use) == 0
+    assert distil("--resume", tmp_path / "run", "trainer.max_steps=3", *use[-2:]) == 0

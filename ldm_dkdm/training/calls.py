@@ -83,7 +83,7 @@ def _fingerprint(model: DiffusionModel) -> str:
     for name, value in model.network.state_dict().items():
         if isinstance(value, Tensor):  # not a module's extra state
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
