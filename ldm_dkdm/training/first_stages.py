@@ -1,6 +1,7 @@
 """Train a first stage on images."""
 
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,26 +44,32 @@ class _ImageStream(IterableDataset[Tensor]):
 
 
 def train_first_stage(
-    config: FirstStageRun, out: str | Path, *, resume: bool = False, progress: bool | Progress = True
+    config: FirstStageRun,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: bool | Progress = True,
+    signals: Sequence[int] = (signal.SIGINT,),
+    go_on: str | None = None,
 ) -> Result:
     """Train a first stage to `trainer.max_steps`; a second call continues where the first one stopped.
 
     Args:
         config: the run's, for example `load_config(FILE, schema=FirstStageRun)`.
         out: run folder.
-        resume, progress: as in `distill`.
+        resume, progress, signals, go_on: as in `distill`.
 
     Returns:
         The `VQModel` with its EMA weights, the run folder, the steps taken and what ended the run.
 
     Raises:
         UserError: a bad value, images that do not fit, or a folder that holds another run.
-        Stopped: Ctrl-C; all is saved.
+        Stopped: one of the signals; all is saved.
     """
-    return train_first_stage_in(Run(config, RunFolder(Path(out), config.MODEL), resume, progress))
+    return _train_first_stage_in(Run(config, RunFolder(Path(out), config.MODEL), resume, progress, signals, go_on))
 
 
-def train_first_stage_in(run: Run) -> Result:
+def _train_first_stage_in(run: Run) -> Result:
     """Train a first stage in a run folder; errors as `train_first_stage`."""
     config: FirstStageRun = run.config
     with forked_rng(config.trainer.seed):

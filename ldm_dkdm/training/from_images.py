@@ -1,5 +1,6 @@
 """Train a diffusion model on images (Alg. 2): teachers, and the baselines that distillation is compared with."""
 
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
-from ldm_dkdm.training.calls import training_of
+from ldm_dkdm.training.calls import refuse_beside, training_of
 from ldm_dkdm.training.export import export_on_save
 from ldm_dkdm.training.folder import RunFolder
 from ldm_dkdm.training.grids import SampleGrid
@@ -48,6 +49,8 @@ def train(
     config: DiffusionRun | None = None,
     resume: bool = False,
     progress: bool | Progress = True,
+    signals: Sequence[int] = (signal.SIGINT,),
+    go_on: str | None = None,
     **options: Any,
 ) -> Result:
     """Train a model on images (Alg. 2); a second call continues where the first one stopped.
@@ -59,18 +62,19 @@ def train(
         steps: optimizer steps. batch_size: images in a batch, per device.
         image_size: side of the images in pixels; default: what the model's states decode to.
         loss: one of LOSS_SPACES, or the keys of `LossConfig`.
-        learning_rate, config, resume, progress: as in `distill`.
+        learning_rate, config, resume, progress, signals, go_on: as in `distill`.
         options: further keys of `DiffusionDataConfig`, `TrainerConfig` and `LoggingConfig`.
 
     Raises:
         UserError: images that do not fit the model, a bad value, or a folder that holds another run.
-        Stopped: Ctrl-C; all is saved.
+        Stopped: one of the signals; all is saved.
     """
+    numbers = {"steps": steps, "batch_size": batch_size, "image_size": image_size, **options}
+    refuse_beside(config, numbers)
     if config is None:
-        numbers = {"max_steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
-        config = training_of(model, data, Path(out), loss, {**numbers, "image_size": image_size, **options})
-    run = Run(config, RunFolder(Path(out), config.MODEL), resume, progress)
-    return train_in(run, model)
+        config = training_of(model, data, Path(out), loss, {"learning_rate": learning_rate, **numbers})
+    run = Run(config, RunFolder(Path(out), config.MODEL), resume, progress, signals, go_on)
+    return _train_in(run, model)
 
 
 def new_model(config: DiffusionRun) -> DiffusionModel:
@@ -92,7 +96,7 @@ def new_model(config: DiffusionRun) -> DiffusionModel:
     )
 
 
-def train_in(run: Run, model: DiffusionModel) -> Result:
+def _train_in(run: Run, model: DiffusionModel) -> Result:
     """Train a model in a run folder; errors as `train`."""
     config = run.config
     require_trainable(model, config)
@@ -104,7 +108,7 @@ def train_in(run: Run, model: DiffusionModel) -> Result:
     found = tuple(codec.encode(sets[0].take(torch.zeros(1, dtype=torch.long))).shape[1:])
     if found != model.shape:
         raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
-    if end := run.end():
+    if end := run.end(model.network):
         return run.ended(model, end)
     states = _states(config, sets, model, run.progress)
     model.network.train()

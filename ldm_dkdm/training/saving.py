@@ -83,8 +83,8 @@ def refuse_divergence(trainer: L.Trainer, weights: Iterable[Tensor] = ()) -> Non
         raise UserError(f"trainer.learning_rate: the run diverged by step {step}; the checkpoints are unchanged")
 
 
-def read_callbacks(checkpoint: Path) -> dict[str, Any]:
-    """The states of the callbacks in a checkpoint, by `Callback.state_key`; no code in it is run.
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """The content of a checkpoint, mapped into memory; no code in it is run.
 
     Raises:
         UserError: the file is damaged.
@@ -92,7 +92,7 @@ def read_callbacks(checkpoint: Path) -> dict[str, Any]:
     fault = "is damaged; delete it to continue from the checkpoint before"
     try:
         with blaming(checkpoint, fault):
-            return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
+            return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:  # too short to be mapped
         raise UserError(f"{checkpoint}: {fault} ({error})") from error
 
