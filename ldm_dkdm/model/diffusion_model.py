@@ -25,6 +25,7 @@ from ldm_dkdm.model.guidance import output_of, require_guidance
 from ldm_dkdm.model.sampling import SampleBatch, sample_batches
 from ldm_dkdm.networks import NETWORKS, DiT, UNet
 from ldm_dkdm.networks.cost import parameters
+from ldm_dkdm.networks.modes import in_eval_mode
 from ldm_dkdm.networks.scaling import parse_budget, unet_within_budget
 from ldm_dkdm.pixel import SPACES, PixelCodec, Space
 from ldm_dkdm.records import NoisyBatch, Prediction
@@ -176,8 +177,8 @@ class DiffusionModel:
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
-        """eps and x_0 at states x (B,C,H,W), timesteps t (B,), labels (B,): one network call, without gradients."""
-        with autocast(resolve_precision(self.precision, x.device), x.device):
+        """eps and x_0 at states x (B,C,H,W), timesteps t (B,), labels (B,): one call in eval mode, without gradients."""
+        with in_eval_mode(self.network), autocast(resolve_precision(self.precision, x.device), x.device):
             return self(x, t, label)
 
     def step(self, batch: NoisyBatch, noise: Tensor, stride: int | Tensor = 1) -> tuple[Prediction, Tensor]:

@@ -1,0 +1,61 @@
+"""A diffusion model in Python: what its calls leave as it was, what follows from a change, and what is refused."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ldm_dkdm as dkdm
+from ldm_dkdm.networks import DiT
+
+SCHEDULE = dkdm.NoiseSchedule("cosine", 20)
+SMALL = {"images": 0, "chains": 2, "steps": 2}
+
+
+class Dropping(nn.Module):
+    """A network with dropout and batch statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.outer = nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.outer(nn.functional.dropout(self.norm(self.inner(x)), 0.5, self.training))
+
+
+def pixel(network: nn.Module | None = None, **arguments: object) -> dkdm.DiffusionModel:
+    """A model on 8x8 images."""
+    given = {"schedule": SCHEDULE, "space": "pixel", "shape": (3, 8, 8), **arguments}
+    return dkdm.DiffusionModel(network or Dropping(), **given)
+
+
+def dit() -> dkdm.DiffusionModel:
+    """A class-conditional transformer that drops labels while it trains."""
+    params = {"hidden_size": 32, "depth": 1, "num_heads": 2, "learn_sigma": False}
+    return pixel(DiT(8, in_channels=3, num_classes=4, class_dropout_prob=0.5, **params))
+
+
+# Modes
+
+
+@pytest.mark.parametrize("make", [pixel, dit])
+def test_figures_come_from_eval_mode_and_the_modes_stay(make: Callable[[], dkdm.DiffusionModel]) -> None:
+    student, teacher = make(), make()
+    student.network.train()
+    next(student.network.children()).eval()  # one frozen part
+    modes = [module.training for module in student.network.modules()]
+    state = {name: value.clone() for name, value in student.network.state_dict().items()}
+    generator = torch.get_rng_state()
+    first, second = (dkdm.evaluate(student, teacher, **SMALL) for _ in range(2))
+    with pytest.raises(dkdm.UserError):
+        student.check()
+    assert first == second and torch.equal(generator, torch.get_rng_state())
+    assert modes == [module.training for module in student.network.modules()]
+    assert all(torch.equal(value, state[name]) for name, value in student.network.state_dict().items())
+    assert first["eps_mse_by_t"] == dkdm.evaluate(frozen(student), teacher, **SMALL)["eps_mse_by_t"]
+
+
+def frozen(model: dkdm.DiffusionModel) -> dkdm.DiffusionModel:
+    model.network.eval()
+    return model
