@@ -59,3 +59,27 @@ def test_figures_come_from_eval_mode_and_the_modes_stay(make: Callable[[], dkdm.
 def frozen(model: dkdm.DiffusionModel) -> dkdm.DiffusionModel:
     model.network.eval()
     return model
+
+
+# Comparable models
+
+
+@pytest.mark.parametrize(
+    ("student", "words"),
+    [
+        ({"schedule": dkdm.NoiseSchedule("cosine", 40)}, ("noise schedule", "T = 40", "T = 20")),
+        ({"schedule": dkdm.NoiseSchedule("linear", 20)}, ("noise schedule", "linear", "cosine")),
+        ({"space": "latent"}, ("space", "latent", "pixel")),
+        ({"shape": (3, 4, 4)}, ("shape", "(3, 4, 4)", "(3, 8, 8)")),
+        ({"num_classes": 4}, ("labels", "4 classes", "none")),
+    ],
+)
+def test_a_student_of_another_process_is_not_measured(student: dict[str, object], words: tuple[str, ...]) -> None:
+    with pytest.raises(dkdm.UserError, match=r"^student: .* differs from the teacher's") as refusal:
+        dkdm.evaluate(pixel(**student), pixel(), **SMALL)
+    assert all(word in str(refusal.value) for word in words)
+
+
+def test_the_same_process_under_another_name_is_measured() -> None:
+    betas = dkdm.NoiseSchedule(betas=SCHEDULE.betas.float())
+    assert dkdm.evaluate(pixel(schedule=betas), pixel(), **SMALL)["eps_mse_by_t_quarter"][0] > 0

@@ -245,11 +245,25 @@ def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
 def check_schedule(stored: Tensor, schedule: NoiseSchedule, source: str | Path) -> None:
     """Refuse a given schedule that is not the `alphas_cumprod` (T,) that a checkpoint was trained with."""
     wanted = schedule.alphas_cumprod
-    if stored.shape != wanted.shape or not torch.allclose(stored.double(), wanted, rtol=tolerance(stored), atol=1e-6):
+    if not _close(stored, wanted):
         raise UserError(
-            f"diffusion: {source} was trained with {_ends(stored)}, the configuration gives {_ends(wanted)}; "
+            f"diffusion: {source} was trained with {_ends(stored)}, the given values mean {_ends(wanted)}; "
             "correct schedule, num_timesteps, beta_start or beta_end"
         )
+
+
+def same_process(one: NoiseSchedule, other: NoiseSchedule) -> bool:
+    """Whether two schedules are equal to the tolerance of `check_schedule`, whatever they are called."""
+    return _close(one.alphas_cumprod, other.alphas_cumprod)
+
+
+def described(schedule: NoiseSchedule) -> str:
+    """A schedule's name, T and alphas_cumprod at its ends and its middle, for messages."""
+    return f"{'own betas' if schedule.name == 'betas' else schedule.name}, {_ends(schedule.alphas_cumprod)},"
+
+
+def _close(stored: Tensor, wanted: Tensor) -> bool:
+    return stored.shape == wanted.shape and torch.allclose(stored.double(), wanted, rtol=tolerance(stored), atol=1e-6)
 
 
 def tolerance(stored: Tensor) -> float:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.contents import described, same_process
 from ldm_dkdm.diffusion.samplers import SAMPLERS
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.agreement import eps_error_by_quarter, eps_error_by_t, eps_errors, held_out_chains
@@ -40,12 +41,9 @@ def evaluate(
         batch_size: images drawn at once.
 
     Raises:
-        UserError: states of different shapes, or a number out of range.
+        UserError: models that `require_comparable` refuses, or a number out of range.
     """
-    if student.shape != teacher.shape:
-        raise UserError(
-            f"{student.path or 'student'}: states {student.shape} differ from the teacher's {teacher.shape}"
-        )
+    require_comparable(student, teacher)
     if images and images < 65:
         raise UserError(f"images: at least 65, the distance uses 64 principal components; or 0; got {images}")
     if chains < 1:
@@ -68,6 +66,33 @@ def evaluate(
     if images:
         figures |= _distances(student, teacher, images, steps, seed, batch_size, progress)
     return figures
+
+
+def require_comparable(student: DiffusionModel, teacher: DiffusionModel) -> None:
+    """Refuse a student that is not a model of the same process on the same states as the teacher.
+
+    Raises:
+        UserError: states of another shape or space, another noise schedule, or other labels; names what differs.
+    """
+    if student.diffusion.space != teacher.diffusion.space:
+        what, own, theirs = "space", student.diffusion.space, teacher.diffusion.space
+    elif student.shape != teacher.shape:
+        what, own, theirs = "shape", str(student.shape), str(teacher.shape)
+    elif not same_process(student.schedule, teacher.schedule):
+        what, own, theirs = "noise schedule", described(student.schedule), described(teacher.schedule)
+    elif student.classes != teacher.classes:
+        what, own, theirs = "labels", _labels(student), _labels(teacher)
+    else:
+        return
+    raise UserError(f"{student.path or 'student'}: {what}: {own} differs from the teacher's {theirs}; not comparable")
+
+
+def _labels(model: DiffusionModel) -> str:
+    classes = model.classes
+    if not classes:
+        return "none"
+    skipped = "" if len(classes) == classes[-1] + 1 else f" in 0 ... {classes[-1]}"
+    return f"{len(classes)} classes{skipped}"
 
 
 def measured_with(images: int, steps: int, chains: int, seed: int) -> str:

@@ -177,7 +177,7 @@ class DiffusionModel:
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
-        """eps and x_0 at states x (B,C,H,W), timesteps t (B,), labels (B,): one call in eval mode, without gradients."""
+        """eps and x_0 at states x (B,C,H,W), timesteps t (B,), labels (B,): one call in eval mode, no gradients."""
         with in_eval_mode(self.network), autocast(resolve_precision(self.precision, x.device), x.device):
             return self(x, t, label)
 
