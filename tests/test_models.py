@@ -1,6 +1,7 @@
 """A diffusion model in Python: what its calls leave as it was, what follows from a change, and what is refused."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def frozen(model: dkdm.DiffusionModel) -> dkdm.DiffusionModel:
         ({"schedule": dkdm.NoiseSchedule("linear", 20)}, ("noise schedule", "linear", "cosine")),
         ({"space": "latent"}, ("space", "latent", "pixel")),
         ({"shape": (3, 4, 4)}, ("shape", "(3, 4, 4)", "(3, 8, 8)")),
-        ({"num_classes": 4}, ("labels", "4 classes", "none")),
+        ({"num_classes": 4}, ("labels", "4 classes", "none")),  # a student without labels may have any teacher
     ],
 )
 def test_a_student_of_another_process_is_not_measured(student: dict[str, object], words: tuple[str, ...]) -> None:
@@ -83,3 +84,60 @@ def test_a_student_of_another_process_is_not_measured(student: dict[str, object]
 def test_the_same_process_under_another_name_is_measured() -> None:
     betas = dkdm.NoiseSchedule(betas=SCHEDULE.betas.float())
     assert dkdm.evaluate(pixel(schedule=betas), pixel(), **SMALL)["eps_mse_by_t_quarter"][0] > 0
+
+
+# Changes
+
+
+def test_a_change_of_the_schedule_changes_the_process() -> None:
+    model = pixel()
+    for change in ({"schedule": dkdm.NoiseSchedule("linear", 10)}, {"space": "latent"}):
+        assert model.changed(**change).diffusion == pixel(**change).diffusion
+    other = model.changed(schedule=dkdm.NoiseSchedule("linear", 10))
+    assert other.schedule.num_timesteps == 10 and other.network is model.network
+    with pytest.raises(dkdm.UserError, match=r"^diffusion: already says schedule"):
+        model.changed(schedule=SCHEDULE, diffusion=model.diffusion)
+
+
+def test_a_codec_is_kept_only_for_the_same_states(teacher_folder: Path, first_stage: Path) -> None:
+    model = dkdm.load_model(teacher_folder)
+    codec = model.codec()
+    assert model.changed(precision="bf16").codec() is codec
+    assert dkdm.DiffusionModel(Dropping(), like=model).codec() is codec
+    pixels = model.changed(diffusion=pixel().diffusion)
+    assert pixels.first_stage is None and pixels.sample(1, steps=2).shape == (1, 8, 8, 3)
+    assert dkdm.DiffusionModel(Dropping(), like=model, space="pixel").sample(1, steps=2).shape == (1, 8, 8, 3)
+    assert model.changed(first_stage=str(first_stage)).codec() is not codec
+    with pytest.raises(dkdm.UserError, match="absent"):
+        model.changed(first_stage="absent").codec()
+    larger = dkdm.DiffusionModel(Dropping(), like=model, shape=(3, 16, 16))
+    with pytest.raises(dkdm.UserError, match="latents of side 8, the model has 16"):
+        larger.codec()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": "abc"}, "shape: expected a list, every entry a whole number, got 'abc'"),
+        ({"shape": (3, 0, 8)}, r"shape: expected \(C,H,W\), each at least 1"),
+        ({"num_classes": -3}, "num_classes: must be at least 1, got -3"),
+        ({"null_label": -2}, "null_label: must be at least 0, got -2"),
+        ({"null_label": 2}, "null_label: 2 is outside"),
+        ({"guidance": "a"}, "guidance: expected a number, got 'a'"),
+        ({"guidance": float("nan")}, "guidance: must be a finite number"),
+        ({"space": "pixels"}, "space: 'pixels'"),
+        ({"parameterization": "x0"}, "parameterization: 'x0'"),
+        ({"first_stage": 3}, "first_stage: expected a path, got 3"),
+    ],
+)
+def test_bad_values_are_refused_by_name_when_made_and_when_changed(change: dict[str, object], words: str) -> None:
+    for make in (pixel, pixel().changed):
+        with pytest.raises(dkdm.UserError, match=f"^{words}"):
+            make(**change)
+
+
+@pytest.mark.parametrize("change", [{"_codec": None}, {"path": "x"}, {"guidence": 2}, {"schedule": "linear"}])
+def test_only_listed_attributes_change(change: dict[str, object]) -> None:
+    with pytest.raises(dkdm.UserError, match=f"^{next(iter(change))}: ") as refusal:
+        pixel().changed(**change)
+    assert "_codec," not in str(refusal.value)

@@ -72,7 +72,8 @@ def require_comparable(student: DiffusionModel, teacher: DiffusionModel) -> None
     """Refuse a student that is not a model of the same process on the same states as the teacher.
 
     Raises:
-        UserError: states of another shape or space, another noise schedule, or other labels; names what differs.
+        UserError: states of another shape or space, another noise schedule, or labels that are not the teacher's; names
+            what differs.
     """
     if student.diffusion.space != teacher.diffusion.space:
         what, own, theirs = "space", student.diffusion.space, teacher.diffusion.space
@@ -80,7 +81,7 @@ def require_comparable(student: DiffusionModel, teacher: DiffusionModel) -> None
         what, own, theirs = "shape", str(student.shape), str(teacher.shape)
     elif not same_process(student.schedule, teacher.schedule):
         what, own, theirs = "noise schedule", described(student.schedule), described(teacher.schedule)
-    elif student.classes != teacher.classes:
+    elif student.classes is not None and student.classes != teacher.classes:
         what, own, theirs = "labels", _labels(student), _labels(teacher)
     else:
         return

@@ -18,8 +18,9 @@ from ldm_dkdm.config.schema import NetworkConfig, SamplingConfig
 from ldm_dkdm.device import PRECISIONS, autocast, resolve_precision
 from ldm_dkdm.diffusion.process import PARAMETERIZATIONS, reverse_step
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError, nearest, pick
+from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.first_stage.codec import Codec
+from ldm_dkdm.model.changes import changed, same_codec, stage_of
 from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, shape_of
 from ldm_dkdm.model.guidance import output_of, require_guidance
 from ldm_dkdm.model.sampling import SampleBatch, sample_batches
@@ -86,9 +87,9 @@ class DiffusionModel:
         self.schedule = schedule_of(self.diffusion)
         self.shape = shape_of(network, shape, like)
         self.num_classes, self.null_label = labels_of(network, num_classes, null_label, like)
-        stage = FirstStageSource(Path(first_stage)) if isinstance(first_stage, (str, Path)) else first_stage
-        self.first_stage: FirstStageSource | None = stage or (like.first_stage if like else None)
-        self._codec: Codec | None = like._codec if like and stage is None else None
+        stage = like.first_stage if like and first_stage is None else first_stage
+        self.first_stage: FirstStageSource | None = stage_of(stage, self.space.encoded)
+        self._codec: Codec | None = like._codec if like and same_codec(self, like) else None
         self.node = replace(node or remembered(network), parameterization=self.parameterization)
         self.info: dict[str, Any] = dict(info or {})
         self.path: Path | None = None
@@ -133,21 +134,14 @@ class DiffusionModel:
         return own
 
     def changed(self, **attributes: Any) -> "DiffusionModel":
-        """The same model with other attributes: guidance, null_label, precision, parameterization, diffusion ...
+        """The same model, with the same network, and other attributes: any of `model.changes.CHANGEABLE`.
+
+        A first stage that is open stays so while space, shape and `first_stage` are the same.
 
         Raises:
-            UserError: an attribute that a model does not have, or a value that does not fit.
+            UserError: an attribute that cannot change, or a value that does not fit.
         """
-        own = copy.copy(self)
-        for name, value in attributes.items():
-            if name not in vars(self):
-                raise UserError(f"{name}: is not an attribute of a model{nearest(name, vars(self))}")
-            setattr(own, name, value)
-        own.schedule = schedule_of(own.diffusion) if "diffusion" in attributes else self.schedule
-        own.node = replace(own.node, parameterization=own.parameterization)
-        pick(PRECISIONS, own.precision, "precision")
-        require_guidance(own)
-        return own
+        return changed(self, attributes)
 
     def frozen(self) -> "DiffusionModel":
         """Put the network in eval mode and freeze its parameters; returns self."""
@@ -236,6 +230,12 @@ class DiffusionModel:
         if self._codec is None:
             self._codec = open_codec(self) if self.space.encoded else PixelCodec()
         return self._codec
+
+    def sharing_codec(self, other: "DiffusionModel") -> "DiffusionModel":
+        """Use the first stage that another model has opened, if it is the same one; returns self."""
+        if same_codec(self, other):
+            self._codec = other.codec()
+        return self
 
     def check(self) -> Any:
         """Refuse a model that does not denoise its own samples, or whose weights fit an alternative better.

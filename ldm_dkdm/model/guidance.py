@@ -1,10 +1,12 @@
 """Classifier-free guidance (Ho & Salimans 2022)."""
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ldm_dkdm.config.checked import convert
 from ldm_dkdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,12 +34,13 @@ def require_guidance(model: "DiffusionModel") -> None:
     """Refuse guidance of a model that cannot be guided.
 
     Raises:
-        UserError: a negative weight, no labels, or no null label.
+        UserError: a weight that is not a finite number of at least 0, no labels, or no null label.
     """
-    if model.guidance == 1:
+    weight = convert(float, model.guidance, "guidance")
+    if weight == 1:
         return
-    if model.guidance < 0:
-        raise UserError(f"guidance: must be at least 0, got {model.guidance}")
+    if not 0 <= weight < math.inf:
+        raise UserError(f"guidance: must be a finite number of at least 0, got {weight}")
     if model.num_classes is None:
         raise UserError("guidance: the model takes no labels; leave it out")
     if model.null_label is None:
