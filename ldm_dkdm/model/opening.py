@@ -1,6 +1,5 @@
 """Open a diffusion model from any file or folder that the package can read."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +50,12 @@ def open_model(
 ) -> DiffusionModel:
     """The same with hints as a record, in float32 and without guidance.
 
-    `lenient`: a model that describes itself ignores hints on its network and process, since a command with several
-    models passes one set of hints to all of them.
+    `lenient`: a model that describes itself ignores what it does not need, since a command with several models passes
+    one set of hints to all of them; `hints` of the model are those that it used.
     """
     contents = checkpoints.read(Source(path))
-    if lenient and contents.described:
-        hints = replace(hints, params={}, diffusion={}, target=None, parameterization=None)
+    if lenient:
+        hints = contents.accepted(hints)
     where = "teacher.params" if hints.sections else "params"
     node, diffusion = contents.network(hints), contents.process(hints)
     if network is None and contents.described and node.target not in NETWORKS:
