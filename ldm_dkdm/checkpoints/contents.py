@@ -71,14 +71,14 @@ class Contents:
         """
         key = hints.key("use_ema")
         if self.described and hints.use_ema is not None and None in (self.ema, self.raw):
-            raise UserError(f"{key}: {self.path} describes itself and holds one set of weights; remove the key")
+            raise UserError(f"{key}: {self.path} describes itself and holds one set of weights; {hints.drop}")
         if hints.use_ema is None:
             found = self.raw if self.ema is None else self.ema
         else:
             found = self.ema if hints.use_ema else self.raw
         if found is None:
             has, value = ("no EMA weights", "false") if hints.use_ema else ("EMA weights only", "true")
-            raise UserError(f"{self.path}: holds {has}; set {key}={value}, or remove the key")
+            raise UserError(f"{self.path}: holds {has}; set {key}={value}, or {hints.drop}")
         return found
 
     def network(self, hints: Hints) -> NetworkConfig:
@@ -104,14 +104,14 @@ class Contents:
         """The hints without those that this model does not need, since it describes itself: they are for others."""
         if not self.described:
             return hints
-        node = {"target": self.target, "parameterization": self.parameterization or "eps"}
-        own = {name: value if getattr(hints, name) == value else None for name, value in node.items()}
+        kind = self.parameterization or "eps"
         same = {key: value for key, value in hints.params.items() if _plain(value) == _plain(self.params.get(key))}
         process = asdict(self.diffusion) if self.diffusion else dict(hints.diffusion)
         latent = self.diffusion is None or SPACES[self.diffusion.space].encoded
         return replace(
             hints,
-            **own,
+            target=self.target if hints.target == self.target else None,
+            parameterization=kind if hints.parameterization == kind else None,
             params=same,
             diffusion={key: value for key, value in hints.diffusion.items() if _plain(value) == _plain(process[key])},
             use_ema=None if None in (self.ema, self.raw) else hints.use_ema,
@@ -136,7 +136,7 @@ class Contents:
             stored = own[key] if key in own else self.params.get(key)
             if _plain(value) != _plain(stored):
                 shown = f"{key}: {_plain(stored)}" if key in own or key in self.params else f"no {key}"
-                raise UserError(f"{hints.key(key)}: {self.path} describes itself ({shown}); remove the key")
+                raise UserError(f"{hints.key(key)}: {self.path} describes itself ({shown}); {hints.drop}")
 
     def process(self, hints: Hints) -> DiffusionConfig:
         """The forward process: the stored one, which a hint must not contradict, or the one that hints give.
@@ -164,7 +164,7 @@ class Contents:
         ]
         if differences:
             raise UserError(
-                f"{'; '.join(differences)} ({self.path}); remove the " + ("section" if hints.sections else "hint")
+                f"{'; '.join(differences)} ({self.path}); " + ("remove the section" if hints.sections else hints.drop)
             )
         return stored
 

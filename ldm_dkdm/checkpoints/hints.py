@@ -65,6 +65,11 @@ class Hints:
         stage = {name for name, ours in STAGE_HINTS.items() if getattr(self.first_stage, ours) is not None}
         return {*own, *stage, *self.params, *self.diffusion}
 
+    @property
+    def drop(self) -> str:
+        """The advice to do without a hint."""
+        return "remove the key" if self.sections else "leave it out"
+
     def key(self, name: str) -> str:
         """How the user writes a hint: its name, or its dotted key in a config."""
         if not self.sections:
