@@ -5,7 +5,8 @@ Of several models, `2.key=value` is a hint for the second one.
 
 import argparse
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,11 +130,23 @@ def open_for_sampling(
         model = open_model(path, hints, lenient=True)
     if guidance != 1 and "teacher" in model.info:
         raise UserError(f"--guidance: {path} is a student, which has learned the guided prediction; give it 1")
-    with flags(**FLAGS):
+    with flags(**FLAGS), naming_model(path):
         model = model.changed(guidance=guidance).to(where, precision)
         require_sampling(model, config)
         model.codec()
     return model
+
+
+@contextmanager
+def naming_model(path: str) -> Iterator[None]:
+    """Name the model after the parameter in the library's errors: `labels: ...` -> `labels: MODEL: ...`."""
+    try:
+        yield
+    except UserError as error:
+        name, colon, rest = str(error).partition(":")
+        if not colon or path in rest:
+            raise
+        raise UserError(f"{name}: {path}:{rest}") from error
 
 
 @dataclass(frozen=True)
