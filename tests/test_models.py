@@ -1,14 +1,19 @@
 """A diffusion model in Python: what its calls leave as it was, what follows from a change, and what is refused."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
-from ldm_dkdm.networks import DiT
+from ldm_dkdm.config.schema import NetworkConfig
+from ldm_dkdm.networks import NETWORKS, DiT
+from tests.cli import distil, run_script, sample, write_yaml
+from tests.parts import distill_config
 
 SCHEDULE = dkdm.NoiseSchedule("cosine", 20)
 SMALL = {"images": 0, "chains": 2, "steps": 2}
@@ -141,3 +146,95 @@ def test_only_listed_attributes_change(change: dict[str, object]) -> None:
     with pytest.raises(dkdm.UserError, match=f"^{next(iter(change))}: ") as refusal:
         pixel().changed(**change)
     assert "_codec," not in str(refusal.value)
+
+
+# Bad values
+
+
+REFUSED: dict[str, Callable[[], object]] = {
+    "num_timesteps: expected a whole number": lambda: dkdm.NoiseSchedule("linear", "100"),
+    "num_timesteps: .* got 100.5": lambda: dkdm.NoiseSchedule("linear", 100.5),
+    "beta_start: expected a number": lambda: dkdm.NoiseSchedule("linear", 100, "small"),
+    "betas: expected a row of numbers": lambda: dkdm.NoiseSchedule(betas=["a"]),
+    "labels: expected a list": lambda: pixel(num_classes=4).sample(1, labels=3),
+    "device: 'nix' cannot be used here": lambda: pixel().to("nix"),
+    "images: expected a whole number": lambda: dkdm.evaluate(pixel(), pixel(), images="a"),
+    "seed: must be at least 0, got -1": lambda: dkdm.evaluate(pixel(), pixel(), seed=-1),
+    "batch_size: must be at least 1": lambda: dkdm.evaluate(pixel(), pixel(), batch_size=0),
+    "use_ema: expected true or false": lambda: dkdm.load_model("absent", use_ema="nein"),
+    "null_label: must be at least 0": lambda: dkdm.load_model("absent", null_label=-1),
+    "parameterization: 'x0'": lambda: dkdm.load_model("absent", parameterization="x0"),
+    "params: expected a section": lambda: dkdm.load_model("absent", params="abc"),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_bad_values_are_refused_by_the_parameters_name(words: str) -> None:
+    with pytest.raises(dkdm.UserError, match=f"^{words}") as refusal:
+        REFUSED[words]()
+    assert "\n" not in str(refusal.value)
+
+
+# Messages name the file at fault
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("network.params.image_sz", 3, "image_sz"),
+        ("null_label", 5, "null_label: 5 is outside"),
+        ("shape", [3, 4, 4], "shape: the network takes states"),
+        ("diffusion.beta_start", 0.9, "beta_start, beta_end: must satisfy"),
+    ],
+)
+def test_a_mistake_in_a_card_names_its_folder(
+    key: str, value: object, words: str, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(teacher_folder, folder)
+    card = OmegaConf.load(folder / "config.yaml")
+    OmegaConf.update(card, key, value, force_add=True)
+    OmegaConf.save(card, folder / "config.yaml")
+    with pytest.raises(dkdm.UserError, match=words) as refusal:
+        dkdm.load_model(folder)
+    assert str(refusal.value).startswith(str(folder))
+    config = distill_config(folder, tmp_path)
+    assert distil("--base", write_yaml(tmp_path / "base.yaml", config)) == 2
+    error = capsys.readouterr().err
+    assert f"teacher.ckpt: {folder}" in error and words in error, error
+
+
+def test_of_several_models_the_one_at_fault_is_named(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = dit().save(tmp_path / "dit")
+    for models, flag in (((folder, teacher_folder), ("--labels", 1)), ((folder, teacher_folder), ("--guidance", 2))):
+        assert sample("-r", *models, *flag, "-n", 1, "-l", tmp_path / "out") == 2
+        assert f"{flag[0]}: {teacher_folder}: " in capsys.readouterr().err
+
+
+def test_advice_on_first_stages_names_first_stages_and_the_hint(teacher_folder: Path, tmp_path: Path) -> None:
+    model = dkdm.load_model(teacher_folder, first_stage=tmp_path / "nix")
+    with pytest.raises(dkdm.UserError, match="nix is missing; name a first-stage folder"):
+        model.codec()
+    model.save(tmp_path / "unet.pt", "adm")
+    with pytest.raises(dkdm.UserError, match=r"holds no first stage; .*first_stage=PATH"):
+        dkdm.load_model(teacher_folder, first_stage=tmp_path / "unet.pt").codec()
+    dkdm.load_model(teacher_folder).save(tmp_path / "model.ckpt", "compvis")
+    with pytest.raises(dkdm.UserError, match=r"was trained with T = 20.*the given values mean T = 10") as refusal:
+        dkdm.load_model(tmp_path / "model.ckpt", image_size=8, num_head_channels=32, num_timesteps=10)
+    assert "configuration" not in str(refusal.value)
+
+
+def test_a_plugins_network_is_inspected_without_our_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plainnet.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.c = nn.Conv2d(3, 3, 1)\n"
+    )
+    monkeypatch.setattr("ldm_dkdm.networks.NETWORKS", known := dict(NETWORKS))
+    node = NetworkConfig("plainnet.Net", {}, "eps")
+    pixel(nn.Conv2d(3, 3, 1)).changed(node=node).save(tmp_path / "plain")
+    assert run_script("inspect_checkpoint.py", tmp_path / "plain", "--plugin", tmp_path / "plainnet.py") == 0
+    assert "plainnet.Net, 0.000012 M parameters" in capsys.readouterr().out and "plainnet.Net" in known

@@ -11,6 +11,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.agreement import eps_error_by_quarter, eps_error_by_t, eps_errors, held_out_chains
 from ldm_dkdm.evaluation.frechet import pixel_frechet_distance
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.model.facts import whole
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.cost import gflops
 from ldm_dkdm.reporting import Progress
@@ -44,10 +45,11 @@ def evaluate(
         UserError: models that `require_comparable` refuses, or a number out of range.
     """
     require_comparable(student, teacher)
+    numbers = {"images": (images, 0), "steps": (steps, 1), "chains": (chains, 1), "seed": (seed, 0)}
+    for name, (value, least) in {**numbers, "batch_size": (batch_size, 1)}.items():
+        whole(value, name, least)
     if images and images < 65:
         raise UserError(f"images: at least 65, the distance uses 64 principal components; or 0; got {images}")
-    if chains < 1:
-        raise UserError(f"chains: must be at least 1, got {chains}")
     SAMPLERS["ddim"].timesteps(teacher.schedule, steps)  # refuses what does not fit
     states = held_out_chains(teacher, chains, seed, teacher.device)
     total = teacher.schedule.num_timesteps

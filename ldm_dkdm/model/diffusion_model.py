@@ -15,7 +15,7 @@ from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.writing import refuse_existing
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import NetworkConfig, SamplingConfig
-from ldm_dkdm.device import PRECISIONS, autocast, resolve_precision
+from ldm_dkdm.device import PRECISIONS, autocast, resolve_device, resolve_precision
 from ldm_dkdm.diffusion.process import PARAMETERIZATIONS, reverse_step
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, pick
@@ -107,9 +107,7 @@ class DiffusionModel:
     @property
     def classes(self) -> list[int] | None:
         """The labels that stand for a class; None for an unconditional model."""
-        if self.num_classes is None:
-            return None
-        return [label for label in range(self.num_classes) if label != self.null_label]
+        return None if self.num_classes is None else [i for i in range(self.num_classes) if i != self.null_label]
 
     @property
     def parameters(self) -> int:
@@ -149,10 +147,15 @@ class DiffusionModel:
         return self
 
     def to(self, device: torch.device | str, precision: str | None = None) -> "DiffusionModel":
-        """Move network and first stage, and set the precision (`auto`, `bf16`, `32`) if given; returns self."""
-        self.network.to(device)
+        """Move network and first stage, and set the precision (`auto`, `bf16`, `32`) if given; returns self.
+
+        Raises:
+            UserError: a device that PyTorch cannot use here, or an unknown precision.
+        """
+        device = resolve_device(str(device))
         if precision is not None:
             self.precision = resolve_precision(precision, device)
+        self.network.to(device)
         if self._codec is not None:
             self._codec.to(device, resolve_precision(self.precision, device))
         return self
@@ -209,7 +212,7 @@ class DiffusionModel:
         Raises:
             UserError: an unknown sampler, steps outside 1 ... T, labels that the model does not have.
         """
-        config = SamplingConfig(count, batch_size, seed, steps, eta, sampler, list(labels))
+        config = SamplingConfig(count, batch_size, seed, steps, eta, sampler, labels)
         with following(progress, "sampling", "image", count) as done:
             images = []
             for batch in self.sample_batches(config):
