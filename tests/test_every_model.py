@@ -151,3 +151,64 @@ def test_a_checkpoint_holds_both_kinds_of_weights(home: Path, first_stage: Path)
     assert all(torch.equal(stored[f"network.{name}"], value) for name, value in raw.network.state_dict().items())
     assert all(map(torch.equal, ema.network.state_dict().values(), run.network.state_dict().values()))
     assert not torch.equal(ema.network.out[2].weight, raw.network.out[2].weight)
+
+
+# Hints for several models
+
+
+def test_hints_are_for_one_model_or_for_all_that_need_them(home: Path, tmp_path: Path) -> None:
+    figures = []
+    for heads in (2, 4):
+        scoped = ("student.num_heads=2", f"teacher.num_heads={heads}", *words(COSINE))
+        asked = ("-r", home / "dit.pt", "--teacher", home / "dit.pt", "-n", 0, "-c", 4, "--chains", 2)
+        assert run_script("evaluate.py", *asked, "-o", tmp_path / "out.json", *scoped) == 0
+        figures.append(max(json.loads((tmp_path / "out.json").read_text())["eps_mse_by_t_quarter"]))
+    assert figures[0] < 1e-6 < figures[1]
+    asked = ("-n", 1, "-c", 2, "--no_png", "-l", tmp_path)
+    assert sample("-r", home / "model.ckpt", home / "teacher", *asked, *words(HEADS)) == 0
+    assert sample("-r", home / "teacher", home / "model.ckpt", *asked, *(f"2.{word}" for word in words(HEADS))) == 0
+
+
+@pytest.mark.parametrize("hint", ["foo=3", "num_heads=7", "schedule=cosine", "target=ldm_dkdm.networks.DiT"])
+def test_a_hint_that_no_model_uses_is_refused(
+    hint: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = home / "teacher", home / "run"
+    for command, models, given in (
+        (sample, (one,), hint),
+        (sample, (one, two), hint),
+        (sample, (one, two), f"2.{hint}"),
+        (evaluate, (one, "--teacher", two), hint),
+        (evaluate, (one, "--teacher", two), f"teacher.{hint}"),
+        (evaluate, (two,), f"teacher.{hint}"),
+    ):
+        assert command("-r", *models, given) == 2
+        error = capsys.readouterr().err
+        assert f"{given.partition('=')[0]}: no model uses this hint" in error, error
+
+
+def evaluate(*arguments: object) -> int:
+    return run_script("evaluate.py", *arguments)
+
+
+def test_raw_weights_of_models_that_have_none_are_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample("-r", home / "teacher", "--raw") == 2
+    assert "--raw: no model uses this" in capsys.readouterr().err
+
+
+# The files of an evaluation
+
+
+def test_a_runs_parts_know_its_teacher_and_a_checkpoint_keeps_its_own_figures(home: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(home / "run", run)
+    asked, student = ("-n", 0, "-c", 4, "--chains", 2), run / "student"
+    for part in (run, student, student / "student.safetensors"):
+        (student / "evaluation.json").unlink(missing_ok=True)
+        assert evaluate("-r", part, *asked) == 0
+        assert (student / "evaluation.json").is_file()
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert evaluate("-r", run / "checkpoints" / "step=00000003.ckpt", *asked) == 0
+    written = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    new = run / "checkpoints" / "step=00000003.evaluation.json"
+    assert json.loads(written.pop(new)) != json.loads(before[student / "evaluation.json"]) and written == before

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ldm_dkdm.checkpoints import adm, compvis, described, diffusers, dit, folder, run_checkpoint
-from ldm_dkdm.checkpoints.contents import Contents, Hints
+from ldm_dkdm.checkpoints.contents import Contents
+from ldm_dkdm.checkpoints.hints import Hints
 from ldm_dkdm.checkpoints.reading import read_tensors
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.strangers import what_else

@@ -1,7 +1,7 @@
-"""What a checkpoint stores of a diffusion model, and the hints that complete it."""
+"""What a checkpoint stores of a diffusion model, completed by hints."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
-from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig, TeacherConfig
+from ldm_dkdm.checkpoints.hints import Hints
+from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.pixel import SPACES
@@ -21,70 +22,6 @@ class Demand:
 
     keys: tuple[str, ...]
     hint: str
-
-
-@dataclass(frozen=True)
-class Hints:
-    """What the user states of a checkpoint, because its tensors do not show it.
-
-    Attributes:
-        params: parameters of the network.
-        target: the network's class, where the whole architecture is given.
-        parameterization: `eps` or `v`.
-        use_ema: EMA or raw weights; None: EMA where the file has them.
-        null_label: the label for no class.
-        diffusion: keys of the forward process.
-        first_stage: replaces the model's first stage, or its scale.
-        sections: the hints come from a config; messages use its dotted keys.
-    """
-
-    params: Mapping[str, Any] = field(default_factory=dict)
-    target: str | None = None
-    parameterization: str | None = None
-    use_ema: bool | None = None
-    null_label: int | None = None
-    diffusion: Mapping[str, Any] = field(default_factory=dict)
-    first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
-    sections: bool = False
-
-    @classmethod
-    def of(cls, **given: Any) -> "Hints":
-        """Hints by flat names: `first_stage` (a path), `scale_factor`, keys of `diffusion`, parameters of the network.
-
-        None means not given.
-        """
-        given = {key: value for key, value in given.items() if value is not None}
-        diffusion = {f.name: given.pop(f.name) for f in fields(DiffusionConfig) if f.name in given}
-        stage = {ours: given.pop(name) for name, ours in STAGE_HINTS.items() if name in given}
-        stage = {key: str(value) if key == "ckpt" else value for key, value in stage.items()}
-        own = {name: given.pop(name) for name in OWN_HINTS if name in given}
-        params = {**dict(given.pop("params", {})), **given}
-        if diffusion:
-            DiffusionConfig(**diffusion)  # refuses bad values
-        return cls(**own, params=params, diffusion=diffusion, first_stage=FirstStageConfig(**stage))
-
-    @classmethod
-    def of_sections(
-        cls, teacher: TeacherConfig, diffusion: DiffusionConfig | None, first_stage: FirstStageConfig
-    ) -> "Hints":
-        """Hints from the sections of a distillation's config."""
-        own = {name: getattr(teacher, name) for name in OWN_HINTS}
-        process = {} if diffusion is None else asdict(diffusion)
-        return cls(**own, params=teacher.params, diffusion=process, first_stage=first_stage, sections=True)
-
-    def key(self, name: str) -> str:
-        """How the user writes a hint: its name, or its dotted key in a config."""
-        if not self.sections:
-            return {ours: name for name, ours in STAGE_HINTS.items()}.get(name, name)
-        if name in {f.name for f in fields(DiffusionConfig)}:
-            return f"diffusion.{name}"
-        if name in STAGE_HINTS.values():
-            return f"first_stage.{name}"
-        return f"teacher.{name}" if name in OWN_HINTS else f"teacher.params.{name}"
-
-
-OWN_HINTS = ("target", "parameterization", "use_ema", "null_label")
-STAGE_HINTS = {"first_stage": "ckpt", "scale_factor": "scale_factor"}  # name in `Hints.of` -> key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +73,14 @@ class Contents:
         """
         key = hints.key("use_ema")
         if self.described and hints.use_ema is not None and None in (self.ema, self.raw):
-            raise UserError(f"{key}: {self.path} describes itself and holds one set of weights; remove the key")
+            raise UserError(f"{key}: {self.path} describes itself and holds one set of weights; {hints.drop}")
         if hints.use_ema is None:
             found = self.raw if self.ema is None else self.ema
         else:
             found = self.ema if hints.use_ema else self.raw
         if found is None:
             has, value = ("no EMA weights", "false") if hints.use_ema else ("EMA weights only", "true")
-            raise UserError(f"{self.path}: holds {has}; set {key}={value}, or remove the key")
+            raise UserError(f"{self.path}: holds {has}; set {key}={value}, or {hints.drop}")
         return found
 
     def network(self, hints: Hints) -> NetworkConfig:
@@ -165,6 +102,25 @@ class Contents:
             raise UserError(f"{self.path}: tensor shapes do not show everything; set {wanted}")
         return NetworkConfig(self.target, {**self.usual, **self.params, **hints.params}, kind)
 
+    def accepted(self, hints: Hints) -> Hints:
+        """The hints without those that this model does not need, since it describes itself: they are for others."""
+        if not self.described:
+            return hints
+        kind = self.parameterization or "eps"
+        same = {key: value for key, value in hints.params.items() if _plain(value) == _plain(self.params.get(key))}
+        process = asdict(self.diffusion) if self.diffusion else dict(hints.diffusion)
+        latent = self.diffusion is None or SPACES[self.diffusion.space].encoded
+        return replace(
+            hints,
+            target=self.target if hints.target == self.target else None,
+            parameterization=kind if hints.parameterization == kind else None,
+            params=same,
+            diffusion={key: value for key, value in hints.diffusion.items() if _plain(value) == _plain(process[key])},
+            use_ema=None if None in (self.ema, self.raw) else hints.use_ema,
+            null_label=hints.null_label if self.null_label in (None, hints.null_label) else None,
+            first_stage=hints.first_stage if latent else FirstStageConfig(),
+        )
+
     def missing(self, given: Mapping[str, Any]) -> list[Demand]:
         """What is neither known nor given."""
         return [demand for demand in self.demands if not any(key in given for key in demand.keys)]
@@ -182,7 +138,7 @@ class Contents:
             stored = own[key] if key in own else self.params.get(key)
             if _plain(value) != _plain(stored):
                 shown = f"{key}: {_plain(stored)}" if key in own or key in self.params else f"no {key}"
-                raise UserError(f"{hints.key(key)}: {self.path} describes itself ({shown}); remove the key")
+                raise UserError(f"{hints.key(key)}: {self.path} describes itself ({shown}); {hints.drop}")
 
     def process(self, hints: Hints) -> DiffusionConfig:
         """The forward process: the stored one, which a hint must not contradict, or the one that hints give.
@@ -212,7 +168,7 @@ class Contents:
         ]
         if differences:
             raise UserError(
-                f"{'; '.join(differences)} ({self.path}); remove the " + ("section" if hints.sections else "hint")
+                f"{'; '.join(differences)} ({self.path}); " + ("remove the section" if hints.sections else hints.drop)
             )
         return stored
 
@@ -253,11 +209,25 @@ def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
 def check_schedule(stored: Tensor, schedule: NoiseSchedule, source: str | Path) -> None:
     """Refuse a given schedule that is not the `alphas_cumprod` (T,) that a checkpoint was trained with."""
     wanted = schedule.alphas_cumprod
-    if stored.shape != wanted.shape or not torch.allclose(stored.double(), wanted, rtol=tolerance(stored), atol=1e-6):
+    if not _close(stored, wanted):
         raise UserError(
-            f"diffusion: {source} was trained with {_ends(stored)}, the configuration gives {_ends(wanted)}; "
+            f"diffusion: {source} was trained with {_ends(stored)}, the given values mean {_ends(wanted)}; "
             "correct schedule, num_timesteps, beta_start or beta_end"
         )
+
+
+def same_process(one: NoiseSchedule, other: NoiseSchedule) -> bool:
+    """Whether two schedules are equal to the tolerance of `check_schedule`, whatever they are called."""
+    return _close(one.alphas_cumprod, other.alphas_cumprod)
+
+
+def described(schedule: NoiseSchedule) -> str:
+    """A schedule's name, T and alphas_cumprod at its ends and its middle, for messages."""
+    return f"{'own betas' if schedule.name == 'betas' else schedule.name}, {_ends(schedule.alphas_cumprod)},"
+
+
+def _close(stored: Tensor, wanted: Tensor) -> bool:
+    return stored.shape == wanted.shape and torch.allclose(stored.double(), wanted, rtol=tolerance(stored), atol=1e-6)
 
 
 def tolerance(stored: Tensor) -> float:

@@ -20,6 +20,8 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.first_stage.codec import LatentCodec
 
+FIRST_STAGE = "name a first-stage folder of this package or of diffusers, or a checkpoint that holds a first stage"
+HOW_TO_NAME = "give the first stage's file or folder (first_stage=PATH, in a config first_stage.ckpt)"
 PREFIX = "first_stage_model."  # name of the first stage in CompVis's files
 
 
@@ -53,7 +55,10 @@ class FirstStageSource:
             return self.scale_factor
         stored = self.stored
         if stored.numel() != 1 or not stored.is_floating_point() or not 0 < stored.item() < math.inf:
-            raise UserError(f"{self.path}: scale_factor is not a number above 0; set first_stage.scale_factor")
+            raise UserError(
+                f"{self.path}: scale_factor is not a number above 0; "
+                "give it (scale_factor=NUMBER, in a config first_stage.scale_factor)"
+            )
         return stored.item()
 
     def opened(self, latent_size: int | None = None) -> "FirstStageSource":
@@ -71,7 +76,7 @@ class FirstStageSource:
         if source.is_folder:
             return replace(self._of_folder(source, latent_size), path=source.path)
         if not source.path.is_file():
-            raise UserError(f"first_stage: {self.path} is missing; {how_to_get(self.path)}")
+            raise UserError(f"first_stage: {self.path} is missing; {how_to_get(self.path, FIRST_STAGE)}")
         found = replace(self, tensors=tensors_of(source.tensors), stored=source.tensors.get("scale_factor"))
         return found.opened(latent_size)
 
@@ -160,7 +165,7 @@ def infer_first_stage(tensors: Mapping[str, Tensor], latent_size: int, source: P
         UserError: no first stage, or incomplete tensors.
     """
     if "encoder.conv_in.weight" not in tensors or "quant_conv.weight" not in tensors:
-        raise UserError(f"{source}: holds no first stage; name its file or folder in first_stage.ckpt")
+        raise UserError(f"{source}: holds no first stage; {HOW_TO_NAME}")
     try:
         return _inferred(tensors, latent_size)
     except TOO_FEW as error:

@@ -13,8 +13,11 @@ RELEASES = {
 }  # checkpoint's folder -> release
 
 
-def how_to_get(path: Path) -> str:
-    """Advice on a missing checkpoint."""
+MODEL = "name a CompVis .ckpt, a guided-diffusion .pt, a diffusers folder, or a model folder (config.yaml and weights)"
+
+
+def how_to_get(path: Path, otherwise: str = MODEL) -> str:
+    """Advice on a missing checkpoint; `otherwise` says what to name if it is not a known release or run."""
     release = RELEASES.get(path.parent.name)
     if release:
         return f"download {release} and put it there, or name another path"
@@ -22,6 +25,4 @@ def how_to_get(path: Path) -> str:
         return "it is a run folder: train that model first (scripts/train_ldm.py), or name another path"
     if is_hub_id(path):
         return f"if it is a Hub id, `hf download {path}` fetches it into {cache_folder()}; else name a file or folder"
-    return (
-        "name a CompVis .ckpt, a guided-diffusion .pt, a diffusers folder, or a model folder (config.yaml and weights)"
-    )
+    return otherwise

@@ -132,12 +132,6 @@ def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def split_hints(items: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Paths and hints: an item with = that is not a file is a hint."""
-    paths = [item for item in items if "=" not in item or Path(item).exists()]
-    return paths, read_overrides([item for item in items if item not in paths])
-
-
 def read_hints(items: Sequence[str]) -> dict[str, Any]:
     """Hints of a command line without further paths.
 

@@ -138,7 +138,8 @@ def _parameters(contents: "Contents") -> int:
     from ldm_dkdm.networks.cost import parameters
 
     weights = contents.raw if contents.ema is None else contents.ema
-    if contents.target not in NETWORKS:
+    kind = NETWORKS.get(contents.target)
+    if kind is None or not kind.__module__.startswith("ldm_dkdm."):  # a network of the user's own
         return sum(tensor.numel() for tensor in (weights or {}).values())
     params = {"num_heads": 1, **contents.params}
     if contents.target.endswith("UNet"):

@@ -1,14 +1,18 @@
-"""Draw images from any model: dkdm sample -r MODEL [MODEL ...] -n 64 [-c STEPS] [-e ETA] [-v] [key=value ...]"""
+"""Draw images from any model: dkdm sample -r MODEL [MODEL ...] -n 64 [-c STEPS] [-e ETA] [-v] [key=value ...]
+
+Of several models, `2.key=value` is a hint for the second one.
+"""
 
 import argparse
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, split_hints
+from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins
+from ldm_dkdm.commands.hints import ScopedHints, split_paths
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.errors import UserError
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from ldm_dkdm.checkpoints import Hints
     from ldm_dkdm.model import DiffusionModel
 
 GRID = 64  # most samples in a grid
@@ -63,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Check all models, then sample from each; the comparison's path is the last line."""
-    paths, hints = split_hints([*options.resume, *options.hints])
+    paths, items = split_paths([*options.resume, *options.hints])
     if not paths:
         raise UserError("-r: name at least one model")
     with flags(**FLAGS):
@@ -79,9 +84,12 @@ def run(options: argparse.Namespace) -> None:
         require_writable(folder)
     load_plugins(options.plugin)
     flagged = {"use_ema": False if options.raw else None, "first_stage": options.first_stage}
-    hints |= {name: value for name, value in flagged.items() if value is not None}
-    device, precision = options.device, options.precision
-    models = [open_for_sampling(p, w, config, hints, device, precision) for p, w in zip(paths, weights, strict=True)]
+    names = [str(i) for i in range(1, len(paths) + 1)]
+    hints, device = ScopedHints(items, names, flagged), options.device
+    found = zip(paths, weights, map(hints.of, names), strict=True)
+    models = [open_for_sampling(path, w, config, own, device, options.precision) for path, w, own in found]
+    with flags(**({"use_ema": "--raw"} if options.raw else {})):
+        hints.require_used(dict(zip(names, models, strict=True)))
     outputs = Outputs(png=not options.no_png, npz=options.npz, latents=options.latents)
     for model in models if outputs.png else ():
         require_png(model)
@@ -109,27 +117,38 @@ def _sampling(options: argparse.Namespace) -> SamplingConfig:
 
 
 def open_for_sampling(
-    path: str, guidance: float, config: SamplingConfig, hints: Mapping[str, Any], device: str, precision: str
+    path: str, guidance: float, config: SamplingConfig, hints: "Hints", device: str, precision: str
 ) -> "DiffusionModel":
     """Open a model on its device and check that it can sample as asked; nothing is written.
 
     Raises:
         UserError: the flag or hint that does not fit.
     """
-    from ldm_dkdm.checkpoints import Hints
     from ldm_dkdm.device import resolve_device
     from ldm_dkdm.model import open_model, require_sampling
 
     with flags(use_ema="--raw", device="--device"):
         where = resolve_device(device)
-        model = open_model(path, Hints.of(**hints), lenient=True)
+        model = open_model(path, hints, lenient=True)
     if guidance != 1 and "teacher" in model.info:
         raise UserError(f"--guidance: {path} is a student, which has learned the guided prediction; give it 1")
-    with flags(**FLAGS):
+    with flags(**FLAGS), naming_model(path):
         model = model.changed(guidance=guidance).to(where, precision)
         require_sampling(model, config)
         model.codec()
     return model
+
+
+@contextmanager
+def naming_model(path: str) -> Iterator[None]:
+    """Name the model after the parameter in the library's errors: `labels: ...` -> `labels: MODEL: ...`."""
+    try:
+        yield
+    except UserError as error:
+        name, colon, rest = str(error).partition(":")
+        if not colon or path in rest:
+            raise
+        raise UserError(f"{name}: {path}:{rest}") from error
 
 
 @dataclass(frozen=True)

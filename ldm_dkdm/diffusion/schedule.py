@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -111,6 +112,8 @@ class NoiseSchedule:
 
 def _named(name: str, num_timesteps: int, start: float, end: float) -> Tensor:
     make = pick(SCHEDULES, name, "schedule")
+    _require_numbers("a whole number", Integral, num_timesteps=num_timesteps)
+    _require_numbers("a number", Real, beta_start=start, beta_end=end)
     if num_timesteps < 1:
         raise UserError(f"num_timesteps: must be at least 1, got {num_timesteps}")
     if make is not cosine and not 0 < start <= end < 1:
@@ -118,8 +121,17 @@ def _named(name: str, num_timesteps: int, start: float, end: float) -> Tensor:
     return make(num_timesteps, start, end)
 
 
+def _require_numbers(what: str, kind: type, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"{name}: expected {what}, got {value!r}")
+
+
 def _given(betas: Tensor | Sequence[float]) -> Tensor:
-    values = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
+    try:
+        values = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"betas: expected a row of numbers, got {betas!r}") from error
     if values.ndim != 1 or not len(values) or not bool(((values > 0) & (values < 1)).all()):
         raise UserError(f"betas: {tuple(values.shape)} values must be one row, each strictly between 0 and 1")
     return values

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ldm_dkdm.checkpoints import Source, read
-from ldm_dkdm.checkpoints.contents import Hints
+from ldm_dkdm.checkpoints.hints import Hints
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.config.schema import LossConfig, NetworkConfig, NewNetworkConfig, StudentConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule

@@ -5,11 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.contents import described, same_process
 from ldm_dkdm.diffusion.samplers import SAMPLERS
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.agreement import eps_error_by_quarter, eps_error_by_t, eps_errors, held_out_chains
 from ldm_dkdm.evaluation.frechet import pixel_frechet_distance
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.model.facts import whole
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.cost import gflops
 from ldm_dkdm.reporting import Progress
@@ -40,16 +42,14 @@ def evaluate(
         batch_size: images drawn at once.
 
     Raises:
-        UserError: states of different shapes, or a number out of range.
+        UserError: models that `require_comparable` refuses, or a number out of range.
     """
-    if student.shape != teacher.shape:
-        raise UserError(
-            f"{student.path or 'student'}: states {student.shape} differ from the teacher's {teacher.shape}"
-        )
+    require_comparable(student, teacher)
+    numbers = {"images": (images, 0), "steps": (steps, 1), "chains": (chains, 1), "seed": (seed, 0)}
+    for name, (value, least) in {**numbers, "batch_size": (batch_size, 1)}.items():
+        whole(value, name, least)
     if images and images < 65:
         raise UserError(f"images: at least 65, the distance uses 64 principal components; or 0; got {images}")
-    if chains < 1:
-        raise UserError(f"chains: must be at least 1, got {chains}")
     SAMPLERS["ddim"].timesteps(teacher.schedule, steps)  # refuses what does not fit
     states = held_out_chains(teacher, chains, seed, teacher.device)
     total = teacher.schedule.num_timesteps
@@ -68,6 +68,34 @@ def evaluate(
     if images:
         figures |= _distances(student, teacher, images, steps, seed, batch_size, progress)
     return figures
+
+
+def require_comparable(student: DiffusionModel, teacher: DiffusionModel) -> None:
+    """Refuse a student that is not a model of the same process on the same states as the teacher.
+
+    Raises:
+        UserError: states of another shape or space, another noise schedule, or labels that are not the teacher's; names
+            what differs.
+    """
+    if student.diffusion.space != teacher.diffusion.space:
+        what, own, theirs = "space", student.diffusion.space, teacher.diffusion.space
+    elif student.shape != teacher.shape:
+        what, own, theirs = "shape", str(student.shape), str(teacher.shape)
+    elif not same_process(student.schedule, teacher.schedule):
+        what, own, theirs = "noise schedule", described(student.schedule), described(teacher.schedule)
+    elif student.classes is not None and student.classes != teacher.classes:
+        what, own, theirs = "labels", _labels(student), _labels(teacher)
+    else:
+        return
+    raise UserError(f"{student.path or 'student'}: {what}: {own} differs from the teacher's {theirs}; not comparable")
+
+
+def _labels(model: DiffusionModel) -> str:
+    classes = model.classes
+    if not classes:
+        return "none"
+    skipped = "" if len(classes) == classes[-1] + 1 else f" in 0 ... {classes[-1]}"
+    return f"{len(classes)} classes{skipped}"
 
 
 def measured_with(images: int, steps: int, chains: int, seed: int) -> str:

@@ -15,16 +15,18 @@ from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.writing import refuse_existing
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import NetworkConfig, SamplingConfig
-from ldm_dkdm.device import PRECISIONS, autocast, resolve_precision
+from ldm_dkdm.device import PRECISIONS, autocast, resolve_device, resolve_precision
 from ldm_dkdm.diffusion.process import PARAMETERIZATIONS, reverse_step
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError, nearest, pick
+from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.first_stage.codec import Codec
+from ldm_dkdm.model.changes import changed, same_codec, stage_of
 from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, shape_of
 from ldm_dkdm.model.guidance import output_of, require_guidance
 from ldm_dkdm.model.sampling import SampleBatch, sample_batches
 from ldm_dkdm.networks import NETWORKS, DiT, UNet
 from ldm_dkdm.networks.cost import parameters
+from ldm_dkdm.networks.modes import in_eval_mode
 from ldm_dkdm.networks.scaling import parse_budget, unet_within_budget
 from ldm_dkdm.pixel import SPACES, PixelCodec, Space
 from ldm_dkdm.records import NoisyBatch, Prediction
@@ -85,9 +87,9 @@ class DiffusionModel:
         self.schedule = schedule_of(self.diffusion)
         self.shape = shape_of(network, shape, like)
         self.num_classes, self.null_label = labels_of(network, num_classes, null_label, like)
-        stage = FirstStageSource(Path(first_stage)) if isinstance(first_stage, (str, Path)) else first_stage
-        self.first_stage: FirstStageSource | None = stage or (like.first_stage if like else None)
-        self._codec: Codec | None = like._codec if like and stage is None else None
+        stage = like.first_stage if like and first_stage is None else first_stage
+        self.first_stage: FirstStageSource | None = stage_of(stage, self.space.encoded)
+        self._codec: Codec | None = like._codec if like and same_codec(self, like) else None
         self.node = replace(node or remembered(network), parameterization=self.parameterization)
         self.info: dict[str, Any] = dict(info or {})
         self.path: Path | None = None
@@ -105,9 +107,7 @@ class DiffusionModel:
     @property
     def classes(self) -> list[int] | None:
         """The labels that stand for a class; None for an unconditional model."""
-        if self.num_classes is None:
-            return None
-        return [label for label in range(self.num_classes) if label != self.null_label]
+        return None if self.num_classes is None else [i for i in range(self.num_classes) if i != self.null_label]
 
     @property
     def parameters(self) -> int:
@@ -132,21 +132,14 @@ class DiffusionModel:
         return own
 
     def changed(self, **attributes: Any) -> "DiffusionModel":
-        """The same model with other attributes: guidance, null_label, precision, parameterization, diffusion ...
+        """The same model, with the same network, and other attributes: any of `model.changes.CHANGEABLE`.
+
+        A first stage that is open stays so while space, shape and `first_stage` are the same.
 
         Raises:
-            UserError: an attribute that a model does not have, or a value that does not fit.
+            UserError: an attribute that cannot change, or a value that does not fit.
         """
-        own = copy.copy(self)
-        for name, value in attributes.items():
-            if name not in vars(self):
-                raise UserError(f"{name}: is not an attribute of a model{nearest(name, vars(self))}")
-            setattr(own, name, value)
-        own.schedule = schedule_of(own.diffusion) if "diffusion" in attributes else self.schedule
-        own.node = replace(own.node, parameterization=own.parameterization)
-        pick(PRECISIONS, own.precision, "precision")
-        require_guidance(own)
-        return own
+        return changed(self, attributes)
 
     def frozen(self) -> "DiffusionModel":
         """Put the network in eval mode and freeze its parameters; returns self."""
@@ -154,10 +147,15 @@ class DiffusionModel:
         return self
 
     def to(self, device: torch.device | str, precision: str | None = None) -> "DiffusionModel":
-        """Move network and first stage, and set the precision (`auto`, `bf16`, `32`) if given; returns self."""
-        self.network.to(device)
+        """Move network and first stage, and set the precision (`auto`, `bf16`, `32`) if given; returns self.
+
+        Raises:
+            UserError: a device that PyTorch cannot use here, or an unknown precision.
+        """
+        device = resolve_device(str(device))
         if precision is not None:
             self.precision = resolve_precision(precision, device)
+        self.network.to(device)
         if self._codec is not None:
             self._codec.to(device, resolve_precision(self.precision, device))
         return self
@@ -176,8 +174,8 @@ class DiffusionModel:
 
     @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
-        """eps and x_0 at states x (B,C,H,W), timesteps t (B,), labels (B,): one network call, without gradients."""
-        with autocast(resolve_precision(self.precision, x.device), x.device):
+        """eps and x_0 at states x (B,C,H,W), timesteps t (B,), labels (B,): one call in eval mode, no gradients."""
+        with in_eval_mode(self.network), autocast(resolve_precision(self.precision, x.device), x.device):
             return self(x, t, label)
 
     def step(self, batch: NoisyBatch, noise: Tensor, stride: int | Tensor = 1) -> tuple[Prediction, Tensor]:
@@ -214,7 +212,7 @@ class DiffusionModel:
         Raises:
             UserError: an unknown sampler, steps outside 1 ... T, labels that the model does not have.
         """
-        config = SamplingConfig(count, batch_size, seed, steps, eta, sampler, list(labels))
+        config = SamplingConfig(count, batch_size, seed, steps, eta, sampler, labels)
         with following(progress, "sampling", "image", count) as done:
             images = []
             for batch in self.sample_batches(config):
@@ -235,6 +233,12 @@ class DiffusionModel:
         if self._codec is None:
             self._codec = open_codec(self) if self.space.encoded else PixelCodec(self.shape[0])
         return self._codec
+
+    def sharing_codec(self, other: "DiffusionModel") -> "DiffusionModel":
+        """Use the first stage that another model has opened, if it is the same one; returns self."""
+        if same_codec(self, other):
+            self._codec = other.codec()
+        return self
 
     def check(self) -> Any:
         """Refuse a model that does not denoise its own samples, or whose weights fit an alternative better.

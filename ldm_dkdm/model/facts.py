@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ldm_dkdm.config.checked import convert
 from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
 from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
@@ -39,14 +40,31 @@ def shape_of(network: nn.Module, shape: Sequence[int] | None, like: "DiffusionMo
     """
     channels, side = getattr(network, "in_channels", None), getattr(network, "image_size", None)
     own = (channels, side, side) if isinstance(channels, int) and isinstance(side, int) else None
-    given = tuple(shape) if shape is not None else like.shape if like else own
+    given = _sizes(shape) if shape is not None else like.shape if like else own
     if given is None:
         raise UserError("shape: the network does not define the shape of its states; give (C,H,W) or like=MODEL")
-    if len(given) != 3:
-        raise UserError(f"shape: expected (C,H,W), got {given}")
     if own is not None and own != given:
         raise UserError(f"shape: the network takes states {own}, not {given}")
     return given
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, int, int]:
+    found = convert(Sequence[int], shape, "shape")
+    if len(found) != 3 or min(found) < 1:
+        raise UserError(f"shape: expected (C,H,W), each at least 1, got {found}")
+    return found[0], found[1], found[2]
+
+
+def whole(value: int | None, name: str, least: int) -> int | None:
+    """A whole number that a user gives, or None.
+
+    Raises:
+        UserError: it is something else, or below the least.
+    """
+    number: int | None = convert(int | None, value, name)
+    if number is not None and number < least:
+        raise UserError(f"{name}: must be at least {least}, got {number}")
+    return number
 
 
 def labels_of(
@@ -57,6 +75,7 @@ def labels_of(
     Raises:
         UserError: the network has other ones, or its table has no such null label.
     """
+    num_classes, null_label = whole(num_classes, "num_classes", 1), whole(null_label, "null_label", 0)
     defined = hasattr(network, "num_classes")
     own_null: int | None = getattr(network, "null_label", None)
     classes: int | None

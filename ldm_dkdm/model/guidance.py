@@ -1,10 +1,12 @@
 """Classifier-free guidance (Ho & Salimans 2022)."""
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ldm_dkdm.config.checked import convert
 from ldm_dkdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,12 +34,14 @@ def require_guidance(model: "DiffusionModel") -> None:
     """Refuse guidance of a model that cannot be guided.
 
     Raises:
-        UserError: a negative weight, a student (it has learned the guided prediction), no labels, or no null label.
+        UserError: a weight that is not a finite number of at least 0, a student (it has learned the guided prediction),
+            no labels, or no null label.
     """
-    if model.guidance == 1:
+    weight = convert(float, model.guidance, "guidance")
+    if weight == 1:
         return
-    if model.guidance < 0:
-        raise UserError(f"guidance: must be at least 0, got {model.guidance}")
+    if not 0 <= weight < math.inf:
+        raise UserError(f"guidance: must be a finite number of at least 0, got {weight}")
     if "teacher" in model.info:
         name = model.path or "the model"
         raise UserError(f"guidance: {name} is a student, which has learned the guided prediction; leave it at 1")

@@ -1,6 +1,7 @@
 """Open a diffusion model from any file or folder that the package can read."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +52,40 @@ def open_model(
 ) -> DiffusionModel:
     """The same with hints as a record, in float32 and without guidance.
 
-    `lenient`: a model that describes itself ignores hints on its network and process, since a command with several
-    models passes one set of hints to all of them.
+    `lenient`: a model that describes itself ignores what it does not need, since a command with several models passes
+    one set of hints to all of them; `hints` of the model are those that it used.
     """
     contents = checkpoints.read(Source(path))
-    if lenient and contents.described:
-        hints = replace(hints, params={}, diffusion={}, target=None, parameterization=None)
-    where = "teacher.params" if hints.sections else "params"
-    node, diffusion = contents.network(hints), contents.process(hints)
-    if network is None and contents.described and node.target not in NETWORKS:
-        raise UserError(
-            f"{contents.path}: its network is {node.target}, which this package does not know; "
-            "name its file with --plugin FILE.py, or in Python give network=MODULE"
-        )
-    if network is not None:
-        load_strictly(network, contents.weights(hints), contents.file)
-    else:
-        network = build_loaded(node, where, NETWORKS, contents.weights(hints), contents.file)
-    require_outputs(network, where)
-    return _model_of(contents, hints, network, node, diffusion)
+    if lenient:
+        hints = contents.accepted(hints)
+    where = "teacher.params" if hints.sections and not contents.described else "params"
+    with _naming_file(contents, hints):
+        node, diffusion = contents.network(hints), contents.process(hints)
+        if network is None and contents.described and node.target not in NETWORKS:
+            raise UserError(
+                f"{contents.path}: its network is {node.target}, which this package does not know; "
+                "name its file with --plugin FILE.py, or in Python give network=MODULE"
+            )
+        if network is not None:
+            load_strictly(network, contents.weights(hints), contents.file)
+        else:
+            network = build_loaded(node, where, NETWORKS, contents.weights(hints), contents.file)
+        require_outputs(network, where)
+        return _model_of(contents, hints, network, node, diffusion)
+
+
+@contextmanager
+def _naming_file(contents: Contents, hints: Hints) -> Iterator[None]:
+    """Prefix a message with the file at fault: the card of a model that describes itself.
+
+    Messages that name the file, or a key in a config of a model that does not describe itself, stay as they are.
+    """
+    try:
+        yield
+    except UserError as error:
+        if str(contents.path) in str(error) or (hints.sections and not contents.described):
+            raise
+        raise UserError(f"{contents.path}: {error}") from error
 
 
 def _model_of(

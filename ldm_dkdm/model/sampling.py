@@ -11,6 +11,7 @@ from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.diffusion.samplers import SAMPLERS, ImageNoise, Sampler, last
 from ldm_dkdm.errors import UserError, pick
+from ldm_dkdm.networks.modes import in_eval_mode
 from ldm_dkdm.rng import numpy_generator
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ def sample_batches(model: "DiffusionModel", config: SamplingConfig) -> Iterator[
     sampler, steps = require_sampling(model, config), steps_of(model, config)
     device = model.device
     codec = model.codec().to(model.device, resolve_precision(model.precision, model.device))
-    mode = model.network.training
-    model.network.eval()
-    try:
+    with in_eval_mode(model.network):
         for start in range(0, config.count, config.batch_size):
             count = min(config.batch_size, config.count - start)
             noise = ImageNoise([config.seed + start + i for i in range(count)], model.shape, device)
@@ -45,8 +44,6 @@ def sample_batches(model: "DiffusionModel", config: SamplingConfig) -> Iterator[
             label = None if label is None else label.to(device)
             states = last(sampler.walk(model.schedule, model.predict, noise(), noise, steps, label, config.eta))
             yield SampleBatch(states, codec.decode(states).cpu(), label)
-    finally:
-        model.network.train(mode)
 
 
 def require_sampling(model: "DiffusionModel", config: SamplingConfig) -> Sampler:

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm_dkdm.networks.modes import in_eval_mode
+
 
 def gflops(network: nn.Module, shape: tuple[int, int, int], labeled: bool = False) -> float:
     """GFLOPs (multiplications and additions) of a forward pass of one sample (C,H,W), with a label if `labeled`."""
@@ -20,7 +22,7 @@ def _counted(network: nn.Module, tensors: dict[str, Tensor], shape: tuple[int, i
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     label = torch.zeros(1, dtype=torch.long, device=device) if labeled else None
     inputs = torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.long, device=device), label
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), in_eval_mode(network), FlopCounterMode(display=False) as counter:
         functional_call(network, tensors, inputs)
     return counter.get_total_flops() / 1e9
 

@@ -89,9 +89,9 @@ def distill(
 
 def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Result:
     """Warm the pool up and train the student in a run folder; errors as `distill`."""
-    codec = teacher.frozen().codec()  # refuses what does not fit before anything is written
+    teacher.frozen().codec()  # refuses what does not fit before anything is written
     teacher = teacher.changed(precision=run.precision)
-    trained = student.changed(precision=run.precision, _codec=codec, first_stage=teacher.first_stage)
+    trained = student.changed(precision=run.precision, first_stage=teacher.first_stage).sharing_codec(teacher)
     parts, supply = assemble(teacher, trained, run.config), None
     if not run.folder.latest():
         require_room(parts)

@@ -1,0 +1,85 @@
+"""What the user states of a checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ldm_dkdm.config.checked import convert
+from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, TeacherConfig
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the user states of a checkpoint, because its tensors do not show it.
+
+    Attributes:
+        params: parameters of the network.
+        target: the network's class, where the whole architecture is given.
+        parameterization: `eps` or `v`.
+        use_ema: EMA or raw weights; None: EMA where the file has them.
+        null_label: the label for no class.
+        diffusion: keys of the forward process.
+        first_stage: replaces the model's first stage, or its scale.
+        sections: the hints come from a config; messages use its dotted keys.
+    """
+
+    params: Mapping[str, Any] = field(default_factory=dict)
+    target: str | None = None
+    parameterization: str | None = None
+    use_ema: bool | None = None
+    null_label: int | None = None
+    diffusion: Mapping[str, Any] = field(default_factory=dict)
+    first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
+    sections: bool = False
+
+    @classmethod
+    def of(cls, **given: Any) -> "Hints":
+        """Hints by flat names: `first_stage` (a path), `scale_factor`, keys of `diffusion`, parameters of the network.
+
+        None means not given.
+        """
+        given = {key: value for key, value in given.items() if value is not None}
+        diffusion = {f.name: given.pop(f.name) for f in fields(DiffusionConfig) if f.name in given}
+        stage = {ours: given.pop(name) for name, ours in STAGE_HINTS.items() if name in given}
+        stage = {key: str(value) if key == "ckpt" else value for key, value in stage.items()}
+        own = {name: given.pop(name) for name in OWN_HINTS if name in given}
+        params = {**convert(Mapping[str, Any], given.pop("params", {}), "params"), **given}
+        TeacherConfig("", **own)  # refuses bad values
+        if diffusion:
+            DiffusionConfig(**diffusion)  # refuses bad values
+        return cls(**own, params=params, diffusion=diffusion, first_stage=FirstStageConfig(**stage))
+
+    @classmethod
+    def of_sections(
+        cls, teacher: TeacherConfig, diffusion: DiffusionConfig | None, first_stage: FirstStageConfig
+    ) -> "Hints":
+        """Hints from the sections of a distillation's config."""
+        own = {name: getattr(teacher, name) for name in OWN_HINTS}
+        process = {} if diffusion is None else asdict(diffusion)
+        return cls(**own, params=teacher.params, diffusion=process, first_stage=first_stage, sections=True)
+
+    @property
+    def given(self) -> set[str]:
+        """The flat names (`Hints.of`) of the hints that are given."""
+        own = {name for name in OWN_HINTS if getattr(self, name) is not None}
+        stage = {name for name, ours in STAGE_HINTS.items() if getattr(self.first_stage, ours) is not None}
+        return {*own, *stage, *self.params, *self.diffusion}
+
+    @property
+    def drop(self) -> str:
+        """The advice to do without a hint."""
+        return "remove the key" if self.sections else "leave it out"
+
+    def key(self, name: str) -> str:
+        """How the user writes a hint: its name, or its dotted key in a config."""
+        if not self.sections:
+            return {ours: name for name, ours in STAGE_HINTS.items()}.get(name, name)
+        if name in {f.name for f in fields(DiffusionConfig)}:
+            return f"diffusion.{name}"
+        if name in STAGE_HINTS.values():
+            return f"first_stage.{name}"
+        return f"teacher.{name}" if name in OWN_HINTS else f"teacher.params.{name}"
+
+
+OWN_HINTS = ("target", "parameterization", "use_ema", "null_label")
+STAGE_HINTS = {"first_stage": "ckpt", "scale_factor": "scale_factor"}  # name in `Hints.of` -> key

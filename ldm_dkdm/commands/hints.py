@@ -1,0 +1,66 @@
+"""Hints of commands that open several models: bare ones for every model, scoped ones for one."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm_dkdm.commands.arguments import read_hints
+from ldm_dkdm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm_dkdm.checkpoints import Hints
+    from ldm_dkdm.model import DiffusionModel
+
+
+class ScopedHints:
+    """`key=value` items for several models: `num_heads=4` for every model that needs it, `teacher.num_heads=4` for one.
+
+    Args:
+        items: the command line's.
+        scopes: a name for each model.
+        flags: bare hints that were given as flags; those of None are not given.
+
+    Raises:
+        UserError: an item that is not key=value.
+    """
+
+    def __init__(self, items: Sequence[str], scopes: Sequence[str], flags: Mapping[str, Any] | None = None) -> None:
+        found: dict[str, list[str]] = {scope: [] for scope in ("", *scopes)}
+        for item in items:
+            scope, dot, rest = item.partition(".")
+            scoped = dot and scope in scopes
+            found[scope if scoped else ""].append(rest if scoped else item)
+        given = {scope: read_hints(own) for scope, own in found.items()}
+        self.bare = given.pop("") | {name: value for name, value in (flags or {}).items() if value is not None}
+        self.own = given
+
+    def of(self, scope: str) -> "Hints":
+        """The hints for one model.
+
+        Raises:
+            UserError: a bad value.
+        """
+        from ldm_dkdm.checkpoints import Hints
+
+        return Hints.of(**{**self.bare, **self.own[scope]})
+
+    def require_used(self, models: Mapping[str, "DiffusionModel"]) -> None:
+        """Refuse a hint that no opened model has used, such as a misspelt one.
+
+        Raises:
+            UserError: the hint, and the models that describe themselves.
+        """
+        used = {scope: model.hints.given for scope, model in models.items()}
+        unused = [(name, list(models)) for name in self.bare if not any(name in names for names in used.values())]
+        for scope, own in self.own.items():
+            unused += [(f"{scope}.{name}", [scope]) for name in own if name not in used.get(scope, ())]
+        for key, scopes in unused:
+            paths = ", ".join(str(models[scope].path) for scope in scopes if scope in models)
+            why = f"{paths} describes itself" if paths else "the run's configuration describes this model"
+            raise UserError(f"{key}: no model uses this hint ({why}); correct its name, or leave it out")
+
+
+def split_paths(items: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Paths and hints: an item with = that is not a file is a hint."""
+    paths = [item for item in items if "=" not in item or Path(item).exists()]
+    return paths, [item for item in items if item not in paths]
