@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, interruptible
 from ldm_dkdm.files import replacing
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -56,7 +56,7 @@ def square_npz(path: Path, size: int) -> Tensor:
 def read_npz(path: Path, name: str = "arr_0") -> np.ndarray | None:
     """An array of an .npz; None if it is missing and not `arr_0`."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with interruptible(), np.load(path, allow_pickle=False) as archive:
             return archive[name] if name == "arr_0" or name in archive else None
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
@@ -67,7 +67,8 @@ def read_npz(path: Path, name: str = "arr_0") -> np.ndarray | None:
 def read_image(path: Path, size: int) -> Tensor:
     """One image file -> uint8 (size,size,3), on white, centred square, Lanczos."""
     try:
-        image = Image.open(path).convert("RGBA")
+        with interruptible():
+            image = Image.open(path).convert("RGBA")
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path}: not a readable image: {error}") from error
     white = Image.new("RGBA", image.size, "white")

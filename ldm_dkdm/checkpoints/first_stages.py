@@ -12,7 +12,7 @@ from ldm_dkdm.checkpoints.diffusers_first_stage import CLASSES, read_component
 from ldm_dkdm.checkpoints.loading import build_loaded
 from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.releases import how_to_get
-from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, under
+from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, multiples, under
 from ldm_dkdm.checkpoints.source import Source, has_config
 from ldm_dkdm.config.load import card_kind, read_card
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageConfig
@@ -175,6 +175,10 @@ def _inferred(tensors: Mapping[str, Tensor], latent_size: int) -> tuple[str, dic
     moments = tensors["encoder.conv_out.weight"].shape[0] // tensors["decoder.conv_in.weight"].shape[1]
     if moments != (2 if codes is None else 1):  # mean and log variance, or a latent that is quantised
         raise KeyError("quantize.embedding.weight")
+    widths = [tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
+    if any(width % channels for width in widths):
+        raise ValueError(f"channels {widths} are not multiples of the first convolution's {channels}")
+    pooling = {} if levels == 1 or "encoder.down.0.downsample.conv.weight" in tensors else {"resamp_with_conv": False}
     ddconfig = {
         "double_z": codes is None,
         "z_channels": tensors["encoder.conv_out.weight"].shape[0] // moments,
@@ -182,14 +186,13 @@ def _inferred(tensors: Mapping[str, Tensor], latent_size: int) -> tuple[str, dic
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
         "out_ch": tensors["decoder.conv_out.weight"].shape[0],
         "ch": channels,
-        "ch_mult": [
-            tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] // channels for level in range(levels)
-        ],
+        "ch_mult": multiples(widths, channels),
         "num_res_blocks": blocks,
         "attn_resolutions": [
             resolution // 2**level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in tensors
         ],
         "dropout": 0.0,
+        **pooling,
     }
     params = {"ddconfig": ddconfig, "embed_dim": tensors["quant_conv.weight"].shape[0] // moments}
     if codes is None:

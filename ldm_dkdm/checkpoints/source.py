@@ -14,7 +14,7 @@ from ldm_dkdm.checkpoints.reading import file_kind, read_content, select_part, t
 from ldm_dkdm.checkpoints.releases import how_to_get
 from ldm_dkdm.config.load import read_yaml
 from ldm_dkdm.config.recipes import find_shipped
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, interruptible
 
 RUN_MODELS = ("model", "first_stage", "student")  # model folders in a run folder
 
@@ -75,7 +75,7 @@ class Source:
         if self.kind != "safetensors":
             return {}
         try:
-            with safe_open(self.path, framework="pt") as file:
+            with interruptible(), safe_open(self.path, framework="pt") as file:
                 return file.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{self.path}: not a readable safetensors file (is it complete?): {error}") from error
