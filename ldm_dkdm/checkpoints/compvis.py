@@ -13,6 +13,8 @@ from ldm_dkdm.checkpoints.contents import Contents, schedule_of, tolerance
 from ldm_dkdm.checkpoints.first_stages import PREFIX, FirstStageSource, tensors_of
 from ldm_dkdm.checkpoints.shapes import detached, plain, under
 from ldm_dkdm.checkpoints.source import Source
+from ldm_dkdm.checkpoints.state_dicts import UNET as NAMES
+from ldm_dkdm.checkpoints.state_dicts import prefixes_of
 from ldm_dkdm.checkpoints.unet_shapes import infer_unet
 from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing, require_eps_unet
 from ldm_dkdm.config.schema import DiffusionConfig
@@ -33,7 +35,14 @@ FIRST_STAGES = {
 
 def recognises(source: Source) -> bool:
     """Whether a file holds a UNet under CompVis's prefix."""
-    return source.kind != "folder" and any(name.startswith(UNET) for name in source.tensors)
+    return source.kind != "folder" and any(name.startswith(UNET) for name in tensors_from(source))
+
+
+def tensors_from(source: Source) -> dict[str, Tensor]:
+    """A file's tensors under CompVis's names: without a prefix before them, nor DistributedDataParallel's within."""
+    tensors = {name.replace("model.module.diffusion_model.", UNET): value for name, value in source.tensors.items()}
+    outer = next((prefix.removesuffix(UNET) for prefix in prefixes_of(tensors, NAMES) if prefix.endswith(UNET)), "")
+    return {name.removeprefix(outer): value for name, value in tensors.items()}
 
 
 def read(source: Source) -> Contents:
@@ -42,9 +51,10 @@ def read(source: Source) -> Contents:
     Raises:
         UserError: a network of another kind, or one whose tensors are incomplete.
     """
-    tensors = source.tensors
+    tensors = tensors_from(source)
     raw = under(tensors, UNET)
     ema = {name: tensors[ema_name(name)] for name in raw if ema_name(name) in tensors}
+    ema = ema or source.weights(NAMES).ema or {}
     stored = _stored_schedule(tensors, source.path)
     stage = None
     if any(name.startswith(PREFIX) for name in tensors):

@@ -80,10 +80,12 @@ def select_part(content: Any, part: str | None, path: Path) -> Mapping[Any, Any]
     if set(content) == {"state", "param_groups"}:
         raise UserError(f"{path}: is an optimizer's state (an optNNNNNN.pt), not weights; take ema_*.pt or model*.pt")
     names = PARTS if part is None else (part,)
-    tree = next((content[name] for name in names if isinstance(content.get(name), (Mapping, list))), content)
-    if not isinstance(tree, Mapping):
-        raise UserError(f"{path}: holds a {type(tree).__name__}, not a dictionary of tensors")
-    return tree
+    return next((content[name] for name in names if holds_tensors(content.get(name))), content)
+
+
+def holds_tensors(part: Any) -> bool:
+    """Whether a part of a file's content is a dictionary with tensors or arrays among its values."""
+    return isinstance(part, Mapping) and any(isinstance(value, (Tensor, PickledArray)) for value in part.values())
 
 
 def read_content(path: Path) -> Any:

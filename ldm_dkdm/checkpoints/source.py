@@ -10,8 +10,9 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm_dkdm.checkpoints.reading import file_kind, read_content, select_part, tensors_in
+from ldm_dkdm.checkpoints.reading import file_kind, holds_tensors, read_content, select_part, tensors_in
 from ldm_dkdm.checkpoints.releases import how_to_get
+from ldm_dkdm.checkpoints.state_dicts import Weights, find_weights, is_averaged, parts_of, unwrapped
 from ldm_dkdm.config.load import read_yaml
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.errors import UserError, interruptible
@@ -30,6 +31,7 @@ class Source:
 
     def __init__(self, path: str | Path) -> None:
         self.path = home_of(find_shipped(path))
+        self._weights: dict[tuple[str, str], Weights] = {}
 
     @property
     def is_folder(self) -> bool:
@@ -56,18 +58,30 @@ class Source:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of a file in its usual part, without the prefix that DistributedDataParallel leaves."""
+        """The tensors of a file in its usual part, without what wrappers leave in their names."""
         return {} if self.kind == "folder" else self.part(None)
 
+    def weights(self, signature: tuple[str, str]) -> Weights:
+        """The network with two given names anywhere in a file, and its EMA; see `find_weights`."""
+        if self.kind == "folder":
+            return Weights()
+        if signature not in self._weights:
+            self._weights[signature] = find_weights(self.content, signature, self.path)
+        return self._weights[signature]
+
     def part(self, name: str | None) -> dict[str, Tensor]:
-        """The tensors in a named part of a file, also without that prefix."""
+        """The tensors in a named part of a file, also without that."""
         if isinstance(self.content, Tensor):
             shape = tuple(self.content.shape)
             raise UserError(f"{self.path}: holds one tensor of shape {shape}, not a network")
-        found = tensors_in(select_part(self.content, name, self.path), self.path)
+        tree = select_part(self.content, name, self.path)
+        if not holds_tensors(tree):
+            parts = sorted(parts_of(tree), key=lambda part: is_averaged(part[0]))
+            tree = parts[0][1] if parts else tree
+        found = tensors_in(tree, self.path)
         if not found:
             raise UserError(f"{self.path}: holds no weights (keys: {', '.join(map(str, list(self.content)[:6]))})")
-        return {key.removeprefix("module."): tensor for key, tensor in found.items()}
+        return unwrapped(found)
 
     @cached_property
     def metadata(self) -> Mapping[str, str]:

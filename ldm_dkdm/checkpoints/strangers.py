@@ -20,6 +20,8 @@ def _of_names(names: set[str]) -> str:
 
     if any("lora" in name.lower() for name in names):
         return "is a LoRA adapter, not a model; name the model that it changes"
+    if any("_flat_param" in name for name in names):
+        return "holds FSDP's flat parameters, not named weights; save a full state dict (StateDictType.FULL_STATE_DICT)"
     if holds("encoder.", "decoder."):
         return "is a first stage, not a diffusion model; it belongs in first_stage.ckpt"
     if holds("down_blocks.", "mid_block."):

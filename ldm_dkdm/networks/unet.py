@@ -162,7 +162,7 @@ def _output_blocks(
     return blocks
 
 
-def _check_levels(size: int, mults: Sequence[int], attention: Sequence[int], blocks: int) -> None:
+def _check_levels(size: int, mults: Sequence[float], attention: Sequence[int], blocks: int) -> None:
     if not 1 <= blocks <= MAX_BLOCKS:  # files are not trusted
         raise UserError(f"num_res_blocks: {blocks} is not between 1 and {MAX_BLOCKS}")
     if not mults or size % 2 ** (len(mults) - 1):
