@@ -16,7 +16,7 @@ from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.state_dicts import UNET as NAMES
 from ldm_dkdm.checkpoints.state_dicts import prefixes_of
 from ldm_dkdm.checkpoints.unet_shapes import infer_unet
-from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing, require_eps_unet
+from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing, require_eps_unet, require_plain_timesteps
 from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.diffusion.schedule import SCHEDULES, NoiseSchedule, betas_of
 from ldm_dkdm.errors import UserError
@@ -130,6 +130,7 @@ def write(model: SavedModel, path: Path) -> None:
             code does not have.
     """
     require_eps_unet(model, "CompVis's code")
+    require_plain_timesteps(model, "CompVis's code")
     _require_latents(model, path)
     refuse_existing(path.with_suffix(".yaml"), "the config goes there; ")
     if model.node.params.get("channel_mult", [1])[0] != 1:

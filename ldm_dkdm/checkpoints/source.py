@@ -13,10 +13,11 @@ from torch import Tensor
 from ldm_dkdm.checkpoints.reading import file_kind, holds_tensors, read_content, select_part, tensors_in
 from ldm_dkdm.checkpoints.releases import how_to_get
 from ldm_dkdm.checkpoints.state_dicts import Weights, find_weights, is_averaged, parts_of, unwrapped
-from ldm_dkdm.config.load import read_yaml
+from ldm_dkdm.config.load import card_kind, read_yaml
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.errors import UserError, interruptible
 
+OWN_KEYS = {"weights", "network", "diffusion"}  # of a model folder's config
 RUN_MODELS = ("model", "first_stage", "student")  # model folders in a run folder
 
 
@@ -131,7 +132,21 @@ def home_of(path: Path) -> Path:
     """The model folder in a run folder or around a weights file; any other path as it is."""
     if path.is_file() and _weights_of(path.parent) == path.name:
         return path.parent
-    return next((path / name for name in RUN_MODELS if has_config(path / name)), path)
+    return next((path / name for name in RUN_MODELS if has_config(path / name)), _released(path))
+
+
+def _released(folder: Path) -> Path:
+    """The checkpoint beside CompVis's config.yaml in the folder of a release; any other path as it is."""
+    files = sorted(folder.glob("*.ckpt")) if folder.is_dir() else []
+    return files[0] if len(files) == 1 and has_config(folder) and is_foreign(folder) else folder
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder's config.yaml belongs to other code: it has none of the keys of this package's folders."""
+    try:
+        return card_kind(folder / "config.yaml") is None and not OWN_KEYS & set(read_yaml(folder / "config.yaml"))
+    except (UserError, OmegaConfBaseException):  # damaged, which the reader says
+        return False
 
 
 def _weights_of(folder: Path) -> str | None:

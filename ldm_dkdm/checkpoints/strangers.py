@@ -1,17 +1,26 @@
 """Describe files and folders without a diffusion model, for messages."""
 
-from ldm_dkdm.checkpoints.source import Source, has_config
+from ldm_dkdm.checkpoints.source import Source, has_config, is_foreign
+
+CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")  # endings of weight files
 
 
 def what_else(source: Source) -> str:
     """What a file or folder holds instead, and where it belongs."""
     if source.is_folder:
+        if has_config(source.path) and is_foreign(source.path):
+            return "its config.yaml belongs to other code; name the checkpoint file itself" + _files_of(source)
         if has_config(source.path) or (source.path / "checkpoints").is_dir():
             return f"the run has not saved a model yet; continue it with --resume {source.path}"
         if source.holds("model.safetensors") or source.holds("student.safetensors"):
             return "config.yaml is missing; a model folder holds it and the weights"
         return "is neither a model folder (config.yaml), nor a diffusers folder (model_index.json or config.json)"
     return _of_names(set(source.tensors))
+
+
+def _files_of(source: Source) -> str:
+    files = sorted(path.name for path in source.path.iterdir() if path.suffix in CHECKPOINTS)
+    return f": {', '.join(files[:4])}" if files else ", such as model.ckpt, which is not beside it"
 
 
 def _of_names(names: set[str]) -> str:

@@ -94,6 +94,9 @@ class DiffusionConfig(Section):
     betas: Sequence[float] | None = key(
         None, above=0, below=1, help="All T betas, in place of `schedule`, `beta_start` and `beta_end`."
     )
+    rescale_timesteps: bool = key(
+        False, help="The network takes t * 1000 / T; improved-diffusion's default, false in guided-diffusion."
+    )
 
     def __post_init__(self) -> None:
         """Set `num_timesteps` to the number of `betas`, where they are given."""
