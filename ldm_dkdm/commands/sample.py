@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no_png", action="store_true", help="no PNG per image, only the grid")
     add("--compare", type=Path, metavar="PNG", help="write labelled grids of all models side by side")
     add("--first_stage", metavar="DIR", help="first-stage folder, if not the one the model points to")
-    add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="auto")
+    add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32")
     add("--device", default="auto", help="cpu, cuda, ...")
     add_hints(parser)
 

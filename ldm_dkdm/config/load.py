@@ -10,6 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm_dkdm.config.batches import SECTIONS, divided
 from ldm_dkdm.config.checked import Section, convert, is_required, parse, unwrap
 from ldm_dkdm.config.recipes import find_config
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard
@@ -67,6 +68,9 @@ def load_config(
             f"{sources}: a list or section cannot take this form ({error}); give lists whole: key=[1,2]"
         ) from error
     _refuse_other_scripts(tree, schema, files)
+    for name in (name for name in SECTIONS if isinstance(tree.get(name), Mapping)):
+        trainer = tree.get("trainer")
+        tree[name] = divided(tree[name], trainer if isinstance(trainer, Mapping) else {}, f"{name}.")
     return parse(schema, tree, "")
 
 

@@ -84,9 +84,13 @@ class NoiseSchedule:
         Fewer t are near pure noise, where x_t says little about the image (min-SNR, Hang et al. 2023, weights the
         loss to that end). Without a cap the density is uniform.
         """
-        density = (self.alphas_cumprod * (cap or float("inf"))).clamp(0.1, 1)
+        density = self.density(cap)
         cdf = (density.cumsum(0) / density.sum()).to(quantiles)
         return torch.searchsorted(cdf, quantiles, right=True).clamp(max=self.num_timesteps - 1)
+
+    def density(self, cap: float | None = None) -> Tensor:
+        """The density (T,) of `timesteps_at`, at most 1, float64."""
+        return (self.alphas_cumprod * (cap or float("inf"))).clamp(0.1, 1)
 
     def _table(self, device: torch.device) -> Tensor:
         """abar_{-1} ... abar_{T-1} on a device, copied there once."""

@@ -59,9 +59,11 @@ class ImageSet:
 
     def part(self, fraction: float, seed: int) -> "ImageSet":
         """A random share, at least one image; the same for the same seed."""
-        if fraction == 1:
-            return self
-        chosen = np.random.default_rng(seed).permutation(len(self))[: max(1, round(fraction * len(self)))]
+        return self if fraction == 1 else self.some(max(1, round(fraction * len(self))), seed)
+
+    def some(self, count: int, seed: int) -> "ImageSet":
+        """A random choice of `count` images; the same for the same seed."""
+        chosen = np.random.default_rng(seed).permutation(len(self))[:count]
         labels = None if self.labels is None else self.labels[chosen]
         if isinstance(self.images, Tensor):
             return ImageSet(self.images[torch.from_numpy(chosen)], self.size, labels)
@@ -91,13 +93,29 @@ def _npz_labels(path: Path, count: int) -> Tensor | None:
 
 
 def open_sets(config: DiffusionDataConfig, seed: int) -> list[ImageSet]:
-    """The real images (or a fraction of them) and the synthetic ones that a configuration names."""
+    """The real images and the synthetic ones that a configuration names.
+
+    With `mix: replace`, `fraction` of the synthetic images give way to as many real ones (data-limited training of the
+    public code); else `fraction` of the real images are added.
+
+    Raises:
+        UserError: no images, or a share of images that are not there.
+    """
     if config.path is None and config.synthetic is None:
         raise UserError("data: names no images; set data.path (real), data.synthetic (a teacher's samples) or both")
     if config.path is None and config.fraction != 1:
         raise UserError("data.fraction: is a share of data.path, which is not set")
-    real = [open_images(config.path, config.image_size).part(config.fraction, seed)] if config.path else []
-    return real + ([open_images(config.synthetic, config.image_size)] if config.synthetic else [])
+    real = open_images(config.path, config.image_size) if config.path else None
+    synthetic = open_images(config.synthetic, config.image_size) if config.synthetic else None
+    if config.mix == "replace":
+        if real is None or synthetic is None:
+            raise UserError("data.mix: replace needs data.path and data.synthetic")
+        count = round(config.fraction * len(synthetic))
+        if count > len(real):
+            raise UserError(f"data.path: holds {len(real)} images, {count} are to replace samples; lower data.fraction")
+        return [part for part in (real.some(count, seed), synthetic.some(len(synthetic) - count, seed)) if len(part)]
+    added = [] if real is None else [real.part(config.fraction, seed)]
+    return added + ([] if synthetic is None else [synthetic])
 
 
 class States(Protocol):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
 from ldm_dkdm.diffusion.process import q_sample
-from ldm_dkdm.diffusion.samplers import SAMPLERS, last
+from ldm_dkdm.diffusion.samplers import SAMPLERS, last, log_snr_timesteps
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import VARIANTS
@@ -82,8 +82,9 @@ class Warmup:
             self.check()
             return self.teacher.predict(x, t, label)
 
-        walk = SAMPLERS[self.config.mode].walk
-        chain = walk(schedule, denoise, noise, lambda: noise, self.config.steps, label)
+        walk, timesteps = SAMPLERS[self.config.mode].walk, spaced_timesteps(self.config, schedule)
+        spaced = {} if timesteps is None else {"timesteps": timesteps}
+        chain = walk(schedule, denoise, noise, lambda: noise, self.config.steps, label, **spaced)
         x_0, owner = last(chain), torch.arange(len(copies), device=self.device).repeat_interleave(copies)
         quantiles = torch.rand(len(owner), generator=generator, device=generator.device)
         t = schedule.timesteps_at(quantiles, self.config.t_cap)
@@ -118,8 +119,14 @@ class Mode:
     from_samples: bool = False
 
 
+def spaced_timesteps(config: WarmupConfig, schedule: NoiseSchedule) -> list[int] | None:
+    """The timesteps of the samples, even in log-SNR; None: the sampler chooses its own."""
+    return log_snr_timesteps(schedule, config.steps) if SAMPLERS[config.mode].takes_timesteps else None
+
+
 def _sampling_calls(config: WarmupConfig, slots: int, schedule: NoiseSchedule) -> int:
-    return min(config.images, slots) * len(SAMPLERS[config.mode].timesteps(schedule, config.steps))
+    timesteps = spaced_timesteps(config, schedule) or SAMPLERS[config.mode].timesteps(schedule, config.steps)
+    return min(config.images, slots) * len(timesteps)
 
 
 WARMUPS = {

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ldm_dkdm.config.batches import divided
 from ldm_dkdm.config.checked import convert
 from ldm_dkdm.config.schema import (
     DiffusionConfig,
@@ -117,7 +118,7 @@ def _loss(loss: str | Mapping[str, Any] | LossConfig) -> LossConfig:
 
 
 def _spread(numbers: Mapping[str, Any], sections: tuple[type, ...], out: Path) -> list[dict[str, Any]]:
-    """Sort arguments by the section that has their key; the last section also gets the folder `out`."""
+    """Sort arguments by the section that has their key: batches, trainer, logging, which also gets the folder `out`."""
     owners = {f.name: i for i, section in enumerate(sections) for f in fields(section)}
     spread: list[dict[str, Any]] = [{} for _ in sections]
     spread[-1] = {"dir": str(out.parent), "name": out.name}
@@ -126,7 +127,8 @@ def _spread(numbers: Mapping[str, Any], sections: tuple[type, ...], out: Path) -
         if key not in owners:
             raise UserError(f"{key}: unknown argument{nearest(key, owners)}")
         spread[owners[key]][key] = value
-    for key, word in (("max_steps", "steps"), ("batch_size", "batch_size")):
-        if key not in given:
+    spread[0] = divided(spread[0], spread[1])
+    for key, word, section in (("max_steps", "steps", 1), ("batch_size", "batch_size", 0)):
+        if key not in spread[section]:
             raise UserError(f"{word}: missing")
     return spread

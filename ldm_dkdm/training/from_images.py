@@ -1,7 +1,6 @@
 """Train a diffusion model on images (Alg. 2): teachers, and the baselines that distillation is compared with."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +130,7 @@ def train_in(run: Run, model: DiffusionModel) -> Result:
             save_grid(sets[0].take(torch.arange(count)), samples / "data.png")
         grids = SampleGrid(samples, config.logging, run.trainer.seed)
         result = run.fit(StudentModule(trained, config.loss, run.trainer), stream_for, [grids, saving])
-    model.network.eval()
-    model.path = run.folder.model
-    return replace(result, model=model)
+    return run.result(model, result)
 
 
 def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +107,7 @@ def distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Res
         result = run.fit(parts.module(), stream_for, [grids, saving])
     for mapped in run.folder.path.glob("pool-rank*.bin"):  # the checkpoints hold the same
         mapped.unlink(missing_ok=True)
-    student.network.eval()
-    student.path = run.folder.model
-    return replace(result, model=student)
+    return run.result(student, result)
 
 
 def _check_teacher(parts: Distillation, run: Run) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, logger
 from ldm_dkdm.training.bars import ProgressBar, ProgressCalls, StreamModule
 from ldm_dkdm.training.ema import StudentEMA
-from ldm_dkdm.training.ends import early_ends
+from ldm_dkdm.training.ends import EarlyStop, early_ends
 from ldm_dkdm.training.folder import RunFolder, alone_in, check_run, open_run, step_of
 from ldm_dkdm.training.interrupt import GracefulStop
 from ldm_dkdm.training.process import undisturbed
-from ldm_dkdm.training.saving import read_callbacks
+from ldm_dkdm.training.saving import RunCheckpoint, read_callbacks
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,20 @@ class Run:
     def ended(self, model: DiffusionModel, end: str) -> Result:
         """The model of a run that has nothing more to do, with the weights that it saved."""
         logger.info(f"{self.folder.path}: {end}")
+        return self._saved(model, self.step, end)
+
+    def result(self, model: DiffusionModel, fitted: Result) -> Result:
+        """What `fit` made of a model: its EMA weights, or the best ones that an early stop has saved."""
+        if self.trainer.early_stop is not None:
+            return self._saved(model, fitted.step, fitted.end)
+        model.network.eval()
+        model.path = self.folder.model
+        return replace(fitted, model=model)
+
+    def _saved(self, model: DiffusionModel, step: int, end: str) -> Result:
         model.path = home_of(self.folder.path)
         load_strictly(model.network.eval(), read_tensors(model.path), model.path)
-        return Result(model, self.folder.path, self.step, end)
+        return Result(model, self.folder.path, step, end)
 
     @property
     def first_batch(self) -> int:
@@ -159,6 +170,7 @@ class Run:
             Stopped: a signal ended the run before its end; all is saved.
         """
         latest, ends = self.folder.latest(), early_ends(self.trainer)
+        _keep_best(ends, callbacks)
         trainer = self._lightning(latest, [self.stop, *ends, *callbacks])
         try:
             trainer.fit(module, datamodule=StreamModule(stream_for), ckpt_path=latest, weights_only=True)
@@ -182,12 +194,19 @@ class Run:
             accumulate_grad_batches=config.accumulate,
             logger=CSVLogger(self.folder.path, name="", version=_metrics_name(latest)),
             log_every_n_steps=min(10, config.max_steps),
-            callbacks=[StudentEMA(config.ema_decay), *([bar] if self.progress else []), *callbacks],
+            callbacks=[StudentEMA(config.ema_decay, config.ema_warmup), *([bar] if self.progress else []), *callbacks],
             enable_progress_bar=isinstance(bar, ProgressBar) and bool(self.progress),
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+
+
+def _keep_best(ends: Sequence[L.Callback], callbacks: Sequence[L.Callback]) -> None:
+    """Let an early stop export the best model, in place of the run's saves."""
+    for stop in (end for end in ends if isinstance(end, EarlyStop)):
+        for saving in (callback for callback in callbacks if isinstance(callback, RunCheckpoint)):
+            saving.early_stop, stop.on_best = stop, saving.on_saved
 
 
 def _metrics_name(resumed: Path | None) -> str:

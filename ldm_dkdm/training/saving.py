@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError, blaming
-from ldm_dkdm.training.ends import StepCallback
+from ldm_dkdm.training.ends import EarlyStop, StepCallback
 from ldm_dkdm.training.folder import checkpoints
 
 if TYPE_CHECKING:
@@ -27,13 +27,15 @@ class RunCheckpoint(StepCallback):
     Args:
         folder: logs/<run>/checkpoints.
         every: steps between saves; a stop and the end save too.
-        on_saved: called after each save on rank 0, with the trainer.
+        on_saved: called after each save on rank 0, with the trainer. Once an early stop has found a best model, it
+            is called when a better one comes instead, so that the model folder keeps the best.
     """
 
     def __init__(self, folder: Path, every: int, on_saved: Callable[[L.Trainer], None]) -> None:
         self.folder, self.every, self.on_saved = folder, every, on_saved
         self.pool: NoisyPool | None = None  # this rank's, set by a distillation once the rank is known
         self.last_saved = -1
+        self.early_stop: EarlyStop | None = None  # set by the run that has one
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
@@ -55,7 +57,8 @@ class RunCheckpoint(StepCallback):
         trainer.save_checkpoint(temporary)
         self.last_saved = step
         if trainer.is_global_zero:
-            self.on_saved(trainer)
+            if self.early_stop is None or not self.early_stop.has_best:
+                self.on_saved(trainer)
             temporary.replace(self.folder / f"step={step:08d}.ckpt")
             self._forget_old()
         trainer.strategy.barrier()
