@@ -183,7 +183,9 @@ def level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[int
 def _check_widths(widths: Sequence[int], attends: Sequence[bool], heads: int, head_channels: int) -> None:
     """Refuse widths without whole norm groups, or whole heads where there is attention (always in the middle)."""
     for level, channels in enumerate(widths):
-        if channels < 1 or channels % 32:
+        if channels < 1:
+            raise UserError(f"model_channels: channel_mult leaves no channels at level {level}")
+        if channels % 32:
             raise UserError(
                 f"model_channels: channel_mult gives level {level} {channels} channels, no multiple of 32 (GroupNorm)"
             )
