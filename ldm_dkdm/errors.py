@@ -1,10 +1,13 @@
 """`UserError`, `Stopped`, and helpers for their messages."""
 
 import difflib
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from types import FrameType
 from typing import TypeVar
 from zipfile import BadZipFile
 
@@ -57,10 +60,45 @@ MALFORMED = (
 
 
 @contextmanager
-def blaming(source: str | Path, fault: str = "is damaged, or not a file of its kind") -> Iterator[None]:
-    """Turn what malformed content raises into a `UserError` that names its file."""
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C leave as KeyboardInterrupt: C code can turn it into another error, or swallow it.
+
+    A `Stopped` passes: what it says is saved.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    raised: list[BaseException] = []
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        try:
+            before(number, frame)
+        except BaseException as interrupt:
+            raised.append(interrupt)
+            raise
+
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield
+    except Stopped:
+        raise
+    except Exception as error:
+        if raised:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if raised:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def blaming(source: str | Path, fault: str = "is damaged, or not a file of its kind") -> Iterator[None]:
+    """Turn what malformed content raises into a `UserError` that names its file; Ctrl-C is not damage."""
+    try:
+        with interruptible():
+            yield
     except UserError:
         raise
     except MALFORMED as error:

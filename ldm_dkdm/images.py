@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, interruptible
 from ldm_dkdm.files import replacing
 from ldm_dkdm.reporting import logger
 
@@ -97,7 +97,7 @@ def square_npz(path: Path, size: int, channels: int = 3) -> Tensor:
 def read_npz(path: Path, name: str = "arr_0") -> np.ndarray | None:
     """An array of an .npz; None if it is missing and not `arr_0`."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with interruptible(), np.load(path, allow_pickle=False) as archive:
             return archive[name] if name == "arr_0" or name in archive else None
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
@@ -116,7 +116,7 @@ def read_image(path: Path, size: int, channels: int = 3) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as file:
+            with interruptible(), Image.open(path, formats=FORMATS) as file:
                 image = ImageOps.exif_transpose(_of_8_bits(file)).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image)

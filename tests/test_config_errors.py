@@ -88,7 +88,10 @@ EDITS = {
     "student_without_width": ({"student.params.model_channels": 0}, ("student.params.model_channels", "no channels")),
     "student_width": ({"student.params.model_channels": 40}, ("student.params.model_channels", "40", "32")),
     "student_mults": ({"student.params.channel_mult": 3}, ("student.params.channel_mult: expected a list", "3")),
-    "student_mult_of_a_half": ({"student.params.channel_mult": [1, 1.5]}, ("student.params.channel_mult[1]", "1.5")),
+    "student_mult_of_a_half": (
+        {"student.params.channel_mult": [1, 1.5]},
+        ("student.params.model_channels", "48", "32"),
+    ),
     "student_dropout": ({"student.params.dropout": 2.0}, ("student.params", "dropout")),
     "student_dropout_text": ({"student.params.dropout": "hello"}, ("student.params.dropout", "number", "hello")),
     "student_attends_nowhere": (

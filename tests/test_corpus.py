@@ -213,7 +213,7 @@ CORPUS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "pointer_zip.ckpt": (lambda m: zipped({**compvis({}), "x": pointer()}), "not a numeric type"),
     "pointer_legacy.pt": (lambda m: legacy({**unet(), "x": pointer()}), "not a numeric type"),
     "objects.pkl": (lambda m: pickle.dumps({"total_t": np.array([Hostile(m)])}), "not a numeric type"),
-    "whole_network.pt": (lambda m: zipped(torch.nn.Linear(2, 2)), "save its state_dict() instead"),
+    "whole_network.pt": (lambda m: zipped(torch.nn.Linear(2, 2)), "save its state_dict()"),
     "script.pt": (lambda m: script(), "TorchScript"),
     "compressed.pt": (lambda m: compressed(zipped(unet())), "is compressed"),
     "no_device.pt": (lambda m: zipped(changed("out.2.bias", lambda v: v.to("meta"))), "meta device"),

@@ -38,7 +38,8 @@ FORMATS: dict[str, Format] = {
     "compvis": compvis,
     "adm": adm,
     "dit": dit,
-}  # in the order in which `recognises` is called
+}  # in the order in which `recognises` is called, but for ANYWHERE
+ANYWHERE = (adm, dit)  # they are looked for behind any prefix, so every other format is asked first
 
 
 def read(source: Source) -> Contents:
@@ -48,7 +49,8 @@ def read(source: Source) -> Contents:
         UserError: a missing or unreadable file, or one without a diffusion model; says what it holds.
     """
     with blaming(source.path):
-        found = next((format for format in FORMATS.values() if format.recognises(source)), None)
+        asked = sorted(FORMATS.values(), key=lambda format: format in ANYWHERE)
+        found = next((format for format in asked if format.recognises(source)), None)
         if found is None:
             raise UserError(f"{source.path}: {what_else(source)}")
         return found.read(source)

@@ -7,6 +7,7 @@ import torch
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.shapes import detached
 from ldm_dkdm.checkpoints.source import Source
+from ldm_dkdm.checkpoints.state_dicts import UNET, Weights
 from ldm_dkdm.checkpoints.unet_shapes import infer_unet
 from ldm_dkdm.checkpoints.writing import SavedModel, require_eps_unet
 from ldm_dkdm.files import replacing
@@ -16,21 +17,23 @@ NAME = "guided-diffusion / DDPM-IP"
 
 def recognises(source: Source) -> bool:
     """Whether a file holds a UNet's bare tensors."""
-    return source.kind != "folder" and {"time_embed.0.weight", "input_blocks.0.0.weight"} <= set(source.tensors)
+    return source.weights(UNET) != Weights()
 
 
 def read(source: Source) -> Contents:
-    """Infer the network from its tensors; the layout stores no noise schedule.
+    """Infer the network from its tensors, its EMA among them; the layout stores no noise schedule.
 
     Raises:
         UserError: a network of another kind, or one whose tensors are incomplete.
     """
+    found = source.weights(UNET)
     return Contents(
         path=source.path,
         file=source.path,
         format=NAME,
-        **infer_unet(source.tensors, source.path, compvis=False),
-        raw=source.tensors,
+        **infer_unet(found.ema or found.raw or {}, source.path, compvis=False),
+        ema=found.ema,
+        raw=found.raw,
         space="pixel",
     )
 

@@ -13,8 +13,10 @@ from ldm_dkdm.checkpoints.contents import Contents, schedule_of, tolerance
 from ldm_dkdm.checkpoints.first_stages import PREFIX, FirstStageSource, tensors_of
 from ldm_dkdm.checkpoints.shapes import detached, plain, under
 from ldm_dkdm.checkpoints.source import Source
+from ldm_dkdm.checkpoints.state_dicts import UNET as NAMES
+from ldm_dkdm.checkpoints.state_dicts import prefixes_of
 from ldm_dkdm.checkpoints.unet_shapes import infer_unet
-from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing, require_eps_unet
+from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing, require_eps_unet, require_plain_timesteps
 from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.diffusion.schedule import SCHEDULES, NoiseSchedule, betas_of
 from ldm_dkdm.errors import UserError
@@ -33,7 +35,14 @@ FIRST_STAGES = {
 
 def recognises(source: Source) -> bool:
     """Whether a file holds a UNet under CompVis's prefix."""
-    return source.kind != "folder" and any(name.startswith(UNET) for name in source.tensors)
+    return source.kind != "folder" and any(name.startswith(UNET) for name in tensors_from(source))
+
+
+def tensors_from(source: Source) -> dict[str, Tensor]:
+    """A file's tensors under CompVis's names: without a prefix before them, nor DistributedDataParallel's within."""
+    tensors = {name.replace("model.module.diffusion_model.", UNET): value for name, value in source.tensors.items()}
+    outer = next((prefix.removesuffix(UNET) for prefix in prefixes_of(tensors, NAMES) if prefix.endswith(UNET)), "")
+    return {name.removeprefix(outer): value for name, value in tensors.items()}
 
 
 def read(source: Source) -> Contents:
@@ -42,9 +51,10 @@ def read(source: Source) -> Contents:
     Raises:
         UserError: a network of another kind, or one whose tensors are incomplete.
     """
-    tensors = source.tensors
+    tensors = tensors_from(source)
     raw = under(tensors, UNET)
     ema = {name: tensors[ema_name(name)] for name in raw if ema_name(name) in tensors}
+    ema = ema or source.weights(NAMES).ema or {}
     stored = _stored_schedule(tensors, source.path)
     stage = None
     if any(name.startswith(PREFIX) for name in tensors):
@@ -120,6 +130,7 @@ def write(model: SavedModel, path: Path) -> None:
             code does not have.
     """
     require_eps_unet(model, "CompVis's code")
+    require_plain_timesteps(model, "CompVis's code")
     _require_latents(model, path)
     refuse_existing(path.with_suffix(".yaml"), "the config goes there; ")
     if model.node.params.get("channel_mult", [1])[0] != 1:

@@ -16,7 +16,7 @@ from ldm_dkdm.checkpoints.reading import read_tensors
 from ldm_dkdm.checkpoints.shapes import plain
 from ldm_dkdm.checkpoints.source import Source, read_json
 from ldm_dkdm.checkpoints.weight_files import weights_in
-from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
+from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing, require_plain_timesteps
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.files import write_tensors, write_text
 from ldm_dkdm.networks import DiT, UNet
@@ -161,6 +161,7 @@ def write(model: SavedModel, path: Path) -> None:
         UserError: a model that diffusers' classes cannot express, or a folder that exists.
     """
     refuse_existing(path)
+    require_plain_timesteps(model, "diffusers")
     if isinstance(model.network, DiT):
         raise UserError(
             "format: diffusers' DiT embeds timesteps in other frequencies than DiT's own code; choose safetensors"

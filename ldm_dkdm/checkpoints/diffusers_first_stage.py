@@ -94,6 +94,8 @@ def first_stage_params(config: Mapping[str, Any], latent_size: int | None, sourc
     attends = [kind == DOWN[1] for kind in down]
     kinds = {*down, *up} - {*DOWN, *UP}
     other = [f"{key} {config[key]}" for key, value in WANTED.items() if config.get(key, value) != value]
+    if any(width % widths[0] for width in widths):
+        other.append(f"block_out_channels {widths} that are not multiples of the first")
     if not kinds and up != [UP[on] for on in reversed(attends)]:
         other.append(f"up_block_types {up} that do not mirror the down_block_types")
     middle = config.get("mid_block_add_attention", True)

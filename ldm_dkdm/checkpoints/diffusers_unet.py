@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.shapes import multiples
 from ldm_dkdm.config.registry import Targets, build
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks import NETWORKS
+from ldm_dkdm.networks.unet import level_widths
 
 RESNET = {
     "in_layers.0": "norm1",
@@ -95,7 +97,7 @@ def unet_config(params: Mapping[str, Any]) -> dict[str, Any]:
         UserError: an architecture that UNet2DModel cannot express.
     """
     mults = list(params["channel_mult"])
-    widths = [mult * params["model_channels"] for mult in mults]
+    widths = level_widths(params["model_channels"], mults)
     attends = [2**level in params["attention_resolutions"] for level in range(len(mults))]
     if mults[0] != 1:
         raise UserError(
@@ -162,8 +164,6 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
             raise UserError(f"{source}: block type {found} is not supported here, only {expected}")
     if get("upsample_type") != get("downsample_type"):
         raise UserError(f"{source}: upsample_type: {get('upsample_type')!r} differs from downsample_type")
-    if any(width % widths[0] for width in widths):
-        raise UserError(f"{source}: block_out_channels: {widths} are not multiples of the first")
     constants = {ours: config[key] for key, (ours, usual) in CONSTANTS.items() if config.get(key, usual) != usual}
     head = {"num_head_channels": get("attention_head_dim")} if get("attention_head_dim") else {"num_heads": 1}
     classes = {} if get("num_class_embeds") is None else {"num_classes": get("num_class_embeds")}
@@ -174,7 +174,7 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
         "model_channels": widths[0],
         "num_res_blocks": get("layers_per_block"),
         "attention_resolutions": [2**level for level, on in enumerate(attends) if on],
-        "channel_mult": [width // widths[0] for width in widths],
+        "channel_mult": multiples(widths, widths[0]),
         "use_scale_shift_norm": get("resnet_time_scale_shift") == "scale_shift",
         "resblock_updown": updown,
         **({"dropout": get("dropout")} if get("dropout") else {}),

@@ -11,19 +11,20 @@ from torch import Tensor
 from ldm_dkdm.checkpoints.contents import Contents, Demand
 from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, detached
 from ldm_dkdm.checkpoints.source import Source
+from ldm_dkdm.checkpoints.state_dicts import DIT as DIT_NAMES
+from ldm_dkdm.checkpoints.state_dicts import Weights
 from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import replacing
 from ldm_dkdm.networks import DiT
 
 NAME = "DiT"
-NAMES = {"x_embedder.proj.weight", "final_layer.linear.weight", "pos_embed"}
 IMAGENET_TABLE = 1001  # rows of a public DiT's label table: 1,000 classes and the null label
 
 
 def recognises(source: Source) -> bool:
     """Whether a file holds a DiT's tensors."""
-    return source.kind != "folder" and set(source.tensors) >= NAMES
+    return source.weights(DIT_NAMES) != Weights()
 
 
 def read(source: Source) -> Contents:
@@ -32,19 +33,18 @@ def read(source: Source) -> Contents:
     Raises:
         UserError: tensors are missing.
     """
+    found = source.weights(DIT_NAMES)
     try:
-        inferred = _inferred(source.tensors)
+        inferred = _inferred(found.ema or found.raw or {})
     except TOO_FEW as error:
         raise UserError(f"{source.path}: its network is incomplete or of another kind ({error})") from error
-    content, both = source.content, {"ema", "model"}
-    trained = isinstance(content, Mapping) and both <= set(content) and isinstance(content["ema"], Mapping)
     return Contents(
         path=source.path,
         file=source.path,
         format=NAME,
         **inferred,
-        ema=source.tensors if trained else None,
-        raw=source.part("model") if trained else source.tensors,
+        ema=found.ema,
+        raw=found.raw,
         space="pixel",
     )
 

@@ -12,15 +12,16 @@ from ldm_dkdm.checkpoints.diffusers_first_stage import CLASSES, read_component
 from ldm_dkdm.checkpoints.loading import build_loaded
 from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.releases import how_to_get
-from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, under
+from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, multiples, under
 from ldm_dkdm.checkpoints.source import Source, has_config
+from ldm_dkdm.checkpoints.state_dicts import FIRST_STAGE, prefixes_of
 from ldm_dkdm.config.load import card_kind, read_card
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.first_stage.codec import LatentCodec
 
-FIRST_STAGE = "name a first-stage folder of this package or of diffusers, or a checkpoint that holds a first stage"
+ADVICE = "name a first-stage folder of this package or of diffusers, or a checkpoint that holds a first stage"
 HOW_TO_NAME = "give the first stage's file or folder (first_stage=PATH, in a config first_stage.ckpt)"
 PREFIX = "first_stage_model."  # name of the first stage in CompVis's files
 
@@ -76,7 +77,7 @@ class FirstStageSource:
         if source.is_folder:
             return replace(self._of_folder(source, latent_size), path=source.path)
         if not source.path.is_file():
-            raise UserError(f"first_stage: {self.path} is missing; {how_to_get(self.path, FIRST_STAGE)}")
+            raise UserError(f"first_stage: {self.path} is missing; {how_to_get(self.path, ADVICE)}")
         found = replace(self, tensors=tensors_of(source.tensors), stored=source.tensors.get("scale_factor"))
         return found.opened(latent_size)
 
@@ -148,9 +149,10 @@ def component_of(source: Source) -> Path:
 
 
 def tensors_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The first stage in a file, under its own names, without its training loss."""
-    found = under(tensors, PREFIX) or dict(tensors)
-    return {name: tensor for name, tensor in found.items() if not name.startswith("loss.")}
+    """The first stage in a file, under its own names, without its training loss and its EMA."""
+    prefix = next(iter(prefixes_of(tensors, FIRST_STAGE)), "")
+    found = under(tensors, PREFIX) or under(tensors, prefix)
+    return {name: tensor for name, tensor in found.items() if not name.startswith(("loss.", "model_ema."))}
 
 
 def infer_first_stage(tensors: Mapping[str, Tensor], latent_size: int, source: Path) -> tuple[str, dict[str, Any]]:
@@ -180,6 +182,10 @@ def _inferred(tensors: Mapping[str, Tensor], latent_size: int) -> tuple[str, dic
     moments = tensors["encoder.conv_out.weight"].shape[0] // tensors["decoder.conv_in.weight"].shape[1]
     if moments != (2 if codes is None else 1):  # mean and log variance, or a latent that is quantised
         raise KeyError("quantize.embedding.weight")
+    widths = [tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
+    if any(width % channels for width in widths):
+        raise ValueError(f"channels {widths} are not multiples of the first convolution's {channels}")
+    pooling = {} if levels == 1 or "encoder.down.0.downsample.conv.weight" in tensors else {"resamp_with_conv": False}
     ddconfig = {
         "double_z": codes is None,
         "z_channels": tensors["encoder.conv_out.weight"].shape[0] // moments,
@@ -187,14 +193,13 @@ def _inferred(tensors: Mapping[str, Tensor], latent_size: int) -> tuple[str, dic
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
         "out_ch": tensors["decoder.conv_out.weight"].shape[0],
         "ch": channels,
-        "ch_mult": [
-            tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] // channels for level in range(levels)
-        ],
+        "ch_mult": multiples(widths, channels),
         "num_res_blocks": blocks,
         "attn_resolutions": [
             resolution // 2**level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in tensors
         ],
         "dropout": 0.0,
+        **pooling,
     }
     if not any(".attn" in name for name in tensors):
         ddconfig["attn_type"] = "none"

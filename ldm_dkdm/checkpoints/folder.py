@@ -12,7 +12,7 @@ from ldm_dkdm.checkpoints.card import write_readme
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource, is_first_stage_folder
 from ldm_dkdm.checkpoints.reading import read_named_weights
-from ldm_dkdm.checkpoints.source import Source, has_config
+from ldm_dkdm.checkpoints.source import Source, has_config, is_foreign
 from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
 from ldm_dkdm.config.load import RUN_KIND, card_kind, read_card, to_yaml
 from ldm_dkdm.config.schema import FirstStageCard, FirstStagePointer, ModelCard
@@ -26,7 +26,9 @@ WEIGHTS = "model.safetensors"
 
 def recognises(source: Source) -> bool:
     """Whether the path is a folder with a config.yaml that is not a run's."""
-    return source.is_folder and has_config(source.path) and card_kind(source.path / "config.yaml") != RUN_KIND
+    if not source.is_folder or not has_config(source.path) or is_foreign(source.path):
+        return False
+    return card_kind(source.path / "config.yaml") != RUN_KIND
 
 
 def read(source: Source) -> Contents:

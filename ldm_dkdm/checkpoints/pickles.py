@@ -3,9 +3,11 @@
 import pickle
 import pickletools
 import re
+import sys
 import warnings
 import zipfile
-from collections import defaultdict
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -15,25 +17,43 @@ import torch
 from ldm_dkdm.checkpoints.arrays import STAND_INS
 from ldm_dkdm.errors import UserError
 
-# Classes that harmless checkpoints name besides tensors. They become `Inert`; all others are refused.
-STUBBED = (
-    "argparse.Namespace",  # DiT's `args`
-    "pytorch_lightning.",  # callback states keyed by class, hyperparameters
-    "lightning.",
-    "lightning_fabric.",
-    "omegaconf.",  # Lightning's hyperparameters in CompVis's trainings
-    "pathlib.",
-    "typing.Any",
+# What trainings store beside their weights: names of the standard library and of torch that become stand-ins.
+# Names outside both always do (Lightning, omegaconf, the user's own code). All others are refused.
+HARMLESS = (
+    *(f"builtins.{kind}" for kind in ("bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list")),
+    *(f"builtins.{kind}" for kind in ("object", "range", "slice", "str", "tuple")),
+    "argparse.Namespace",
     "collections.defaultdict",
-    "ldm.",
-    "taming.",
+    "collections.deque",
+    "copyreg._reconstructor",
+    "datetime.",
+    "decimal.Decimal",
+    "enum.",
+    "fractions.Fraction",
+    "functools.partial",
+    "pathlib.",
+    "types.MappingProxyType",
+    "types.SimpleNamespace",
+    "typing.",
+    "uuid.",
+    "torch._C._nn.",
+    "torch.amp.",
+    "torch.cuda.amp.",
+    "torch.nn.functional.",
+    "torch.nn.init.",
+    "torch.nn.modules.",
+    "torch.optim.",
+    "torch.utils.data.",
 )
+STANDARD = {*sys.stdlib_module_names, *(name.partition(".")[0] for name in IMPORT_MAPPING), "torch"}
+DICTIONARIES = re.compile(r"dict|cfgnode|^box$|^counter$", re.IGNORECASE)  # classes whose items a pickle sets
 
 
 class Inert:
     """Stand-in for a class or function that a pickle names; it does nothing."""
 
     __slots__ = ()
+    stands_for = ""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -154,7 +174,7 @@ class _Nesting:
 
 def refused_globals(names: set[str]) -> list[str]:
     """The names that belong neither to tensors nor to known harmless classes."""
-    return sorted(name for name in names if not (_is_torch(name) or name in STAND_INS or _is_stubbed(name)))
+    return sorted(name for name in names if not (_is_stubbed(name) or _is_torch(name) or name in STAND_INS))
 
 
 def _is_torch(name: str) -> bool:
@@ -163,7 +183,18 @@ def _is_torch(name: str) -> bool:
 
 
 def _is_stubbed(name: str) -> bool:
-    return name.startswith(STUBBED)
+    """Whether a name becomes a stand-in, by the name that Python 3 has for it."""
+    name = modern_name(name)
+    if name.partition(".")[0] in STANDARD:
+        return any(name.startswith(known) if known.endswith(".") else name == known for known in HARMLESS)
+    return name not in STAND_INS
+
+
+def modern_name(name: str) -> str:
+    """Python 3's name of a class or function, which pickles of protocol 2 store under Python 2's."""
+    module, _, kind = name.rpartition(".")
+    module, kind = NAME_MAPPING.get((module, kind), (IMPORT_MAPPING.get(module, module), kind))
+    return f"{module}.{kind}"
 
 
 def read_torch_file(path: Path) -> Any:
@@ -176,9 +207,10 @@ def read_torch_file(path: Path) -> Any:
     refused = refused_globals(asked)
     if refused:
         raise UserError(
-            f"{path}: refused, its pickle asks for {', '.join(refused[:8])}, which no weights need; nothing was run"
+            f"{path}: refused, its pickle asks for {', '.join(refused[:8])}, which no weights need; nothing was run; "
+            "if you trust it, save its weights alone: torch.save(model.state_dict(), FILE)"
         )
-    stubs: list[Any] = [(_stub(name), name) for name in asked if _is_stubbed(name)]
+    stubs: list[Any] = [(_stub(name), modern_name(name)) for name in asked if _is_stubbed(name)]
     arrays: list[Any] = [(stand_in, name) for name, stand_in in STAND_INS.items()]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(stubs + arrays):
@@ -196,19 +228,32 @@ def _cause(error: pickle.UnpicklingError) -> str:
     asked = re.search(r"GLOBAL (\S+)", str(error))
     if asked:
         return f"it holds an object of {asked[1]}, whose code would have to run; save its state_dict() instead"
+    if "persistent_load" in str(error):  # the legacy format stores a module's source
+        return "it holds a network with its source; save its state_dict() instead"
     lines = str(error).rpartition("WeightsUnpickler error: ")[2].strip().splitlines() or ["its pickle cannot be read"]
     return f"the file is damaged or asks to run code: {lines[0].split('Please use')[0].strip()}"
 
 
 def _stub(name: str) -> Callable[..., object]:
-    if name == "collections.defaultdict":
-        return _empty_dict
-    return dict if name.endswith("AttributeDict") else Inert
+    """A stand-in of its own for every name, so that a message can say what it stands for."""
+    last = name.rpartition(".")[2]
+    if name == "collections.deque":
+        return _empty_list
+    if DICTIONARIES.search(last) and name != "builtins.dict":
+        return type(last, (_Dictionary,), {})
+    return type(last, (Inert,), {"__slots__": (), "stands_for": name})
 
 
-def _empty_dict(*args: object) -> dict[object, object]:
-    """Stand-in for a defaultdict, without its factory."""
-    return {}
+class _Dictionary:
+    """Stand-in for a class derived from dict, such as a defaultdict: its items, in a dictionary without its methods."""
+
+    def __new__(cls, *args: object) -> OrderedDict[object, object]:  # type: ignore[misc]  # torch fills no other class
+        return OrderedDict()
+
+
+def _empty_list(*args: object) -> list[object]:
+    """Stand-in for a deque."""
+    return []
 
 
 def _latin1(text: str, encoding: str) -> bytes:

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.arrays import PickledArray
-from ldm_dkdm.checkpoints.pickles import read_array_pickle, read_torch_file
+from ldm_dkdm.checkpoints.pickles import Inert, read_array_pickle, read_torch_file
 from ldm_dkdm.checkpoints.weight_files import files_of, holds_weights, is_index, weights_in
-from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.errors import UserError, blaming, interruptible
 
 TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # start of torch.save's legacy files
 PARTS = ("state_dict", "ema", "model")  # keys in Lightning's and CompVis's files; in DiT's, EMA first
@@ -68,15 +68,21 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
 
 def select_part(content: Any, part: str | None, path: Path) -> Mapping[Any, Any]:
     """The dictionary of tensors within what a file holds."""
+    if isinstance(content, Inert):
+        raise UserError(
+            f"{path}: holds an object of {content.stands_for}, whose code would have to run; save its state_dict()"
+        )
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
     if set(content) == {"state", "param_groups"}:
         raise UserError(f"{path}: is an optimizer's state (an optNNNNNN.pt), not weights; take ema_*.pt or model*.pt")
     names = PARTS if part is None else (part,)
-    tree = next((content[name] for name in names if isinstance(content.get(name), (Mapping, list))), content)
-    if not isinstance(tree, Mapping):
-        raise UserError(f"{path}: holds a {type(tree).__name__}, not a dictionary of tensors")
-    return tree
+    return next((content[name] for name in names if holds_tensors(content.get(name))), content)
+
+
+def holds_tensors(part: Any) -> bool:
+    """Whether a part of a file's content is a dictionary with tensors or arrays among its values."""
+    return isinstance(part, Mapping) and any(isinstance(value, (Tensor, PickledArray)) for value in part.values())
 
 
 def read_content(path: Path) -> Any:
@@ -84,12 +90,13 @@ def read_content(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     kind = file_kind(path)
-    if kind == "safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: not a readable safetensors file (is it complete?): {error}") from error
-    return read_torch_file(path) if kind == "torch" else read_array_pickle(path)
+    with interruptible():
+        if kind == "safetensors":
+            try:
+                return load_file(path)
+            except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+                raise UserError(f"{path}: not a readable safetensors file (is it complete?): {error}") from error
+        return read_torch_file(path) if kind == "torch" else read_array_pickle(path)
 
 
 def file_kind(path: Path) -> str:

@@ -1,6 +1,6 @@
 """Named tensors: count blocks, strip prefixes, copy; plain containers for JSON and YAML."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -8,17 +8,34 @@ from torch import Tensor
 TOO_FEW = (KeyError, IndexError, ValueError, ZeroDivisionError)  # raised by missing tensors and odd shapes
 
 
-def count_blocks(tensors: Mapping[str, Tensor], part: str) -> int:
-    """Number of blocks `part.0`, `part.1`, ...
+def count_blocks(tensors: Mapping[str, Tensor], part: str, skipped: Sequence[int] = ()) -> int:
+    """Number of blocks `part.0`, `part.1`, ... that have tensors.
 
     Raises:
-        ValueError: a number is missing.
+        ValueError: a number is missing that is not one of `skipped`.
     """
-    place = len(part.split("."))
-    indices = {int(name.split(".")[place]) for name in tensors if name.startswith(f"{part}.")}
-    if indices != set(range(len(indices))):
+    indices = _indices(tensors, part)
+    if indices | set(skipped) != set(range(len(indices) + len(skipped))):
         raise ValueError(f"{part} lacks blocks: it goes up to {max(indices)}, but there are {len(indices)}")
     return len(indices)
+
+
+def missing_blocks(tensors: Mapping[str, Tensor], part: str) -> list[int]:
+    """Numbers below the largest one of `part.0`, `part.1`, ... without tensors; none where most are missing."""
+    indices = _indices(tensors, part)
+    if max(indices, default=0) > 2 * len(indices):  # files are not trusted
+        return []
+    return sorted(set(range(max(indices, default=-1) + 1)) - indices)
+
+
+def _indices(tensors: Mapping[str, Tensor], part: str) -> set[int]:
+    place = len(part.split("."))
+    return {int(name.split(".")[place]) for name in tensors if name.startswith(f"{part}.")}
+
+
+def multiples(widths: Sequence[int], base: int) -> list[int | float]:
+    """Widths in units of another width; whole numbers where they are whole."""
+    return [width / base if width % base else width // base for width in widths]
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

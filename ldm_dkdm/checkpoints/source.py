@@ -10,12 +10,14 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm_dkdm.checkpoints.reading import file_kind, read_content, select_part, tensors_in
+from ldm_dkdm.checkpoints.reading import file_kind, holds_tensors, read_content, select_part, tensors_in
 from ldm_dkdm.checkpoints.releases import how_to_get
-from ldm_dkdm.config.load import read_yaml
+from ldm_dkdm.checkpoints.state_dicts import Weights, find_weights, is_averaged, parts_of, unwrapped
+from ldm_dkdm.config.load import card_kind, read_yaml
 from ldm_dkdm.config.recipes import find_shipped
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, interruptible
 
+OWN_KEYS = {"weights", "network", "diffusion"}  # of a model folder's config
 RUN_MODELS = ("model", "first_stage", "student")  # model folders in a run folder
 
 
@@ -31,6 +33,7 @@ class Source:
 
     def __init__(self, path: str | Path) -> None:
         self.path = home_of(find_shipped(path))
+        self._weights: dict[tuple[str, str], Weights] = {}
 
     @property
     def is_folder(self) -> bool:
@@ -57,18 +60,30 @@ class Source:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of a file in its usual part, without the prefix that DistributedDataParallel leaves."""
+        """The tensors of a file in its usual part, without what wrappers leave in their names."""
         return {} if self.kind == "folder" else self.part(None)
 
+    def weights(self, signature: tuple[str, str]) -> Weights:
+        """The network with two given names anywhere in a file, and its EMA; see `find_weights`."""
+        if self.kind == "folder":
+            return Weights()
+        if signature not in self._weights:
+            self._weights[signature] = find_weights(self.content, signature, self.path)
+        return self._weights[signature]
+
     def part(self, name: str | None) -> dict[str, Tensor]:
-        """The tensors in a named part of a file, also without that prefix."""
+        """The tensors in a named part of a file, also without that."""
         if isinstance(self.content, Tensor):
             shape = tuple(self.content.shape)
             raise UserError(f"{self.path}: holds one tensor of shape {shape}, not a network")
-        found = tensors_in(select_part(self.content, name, self.path), self.path)
+        tree = select_part(self.content, name, self.path)
+        if not holds_tensors(tree):
+            parts = sorted(parts_of(tree), key=lambda part: is_averaged(part[0]))
+            tree = parts[0][1] if parts else tree
+        found = tensors_in(tree, self.path)
         if not found:
             raise UserError(f"{self.path}: holds no weights (keys: {', '.join(map(str, list(self.content)[:6]))})")
-        return {key.removeprefix("module."): tensor for key, tensor in found.items()}
+        return unwrapped(found)
 
     @cached_property
     def metadata(self) -> Mapping[str, str]:
@@ -76,7 +91,7 @@ class Source:
         if self.kind != "safetensors":
             return {}
         try:
-            with safe_open(self.path, framework="pt") as file:
+            with interruptible(), safe_open(self.path, framework="pt") as file:
                 return file.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{self.path}: not a readable safetensors file (is it complete?): {error}") from error
@@ -118,7 +133,21 @@ def home_of(path: Path) -> Path:
     """The model folder in a run folder or around a weights file; any other path as it is."""
     if path.is_file() and _weights_of(path.parent) == path.name:
         return path.parent
-    return next((path / name for name in RUN_MODELS if has_config(path / name)), path)
+    return next((path / name for name in RUN_MODELS if has_config(path / name)), _released(path))
+
+
+def _released(folder: Path) -> Path:
+    """The checkpoint beside CompVis's config.yaml in the folder of a release; any other path as it is."""
+    files = sorted(folder.glob("*.ckpt")) if folder.is_dir() else []
+    return files[0] if len(files) == 1 and has_config(folder) and is_foreign(folder) else folder
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder's config.yaml belongs to other code: it has none of the keys of this package's folders."""
+    try:
+        return card_kind(folder / "config.yaml") is None and not OWN_KEYS & set(read_yaml(folder / "config.yaml"))
+    except (UserError, OmegaConfBaseException):  # damaged, which the reader says
+        return False
 
 
 def _weights_of(folder: Path) -> str | None:

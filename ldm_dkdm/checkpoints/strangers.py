@@ -1,11 +1,15 @@
 """Describe files and folders without a diffusion model, for messages."""
 
-from ldm_dkdm.checkpoints.source import Source, has_config
+from ldm_dkdm.checkpoints.source import Source, has_config, is_foreign
+
+CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")  # endings of weight files
 
 
 def what_else(source: Source) -> str:
     """What a file or folder holds instead, and where it belongs."""
     if source.is_folder:
+        if has_config(source.path) and is_foreign(source.path):
+            return "its config.yaml belongs to other code; name the checkpoint file itself" + _files_of(source)
         if has_config(source.path) or (source.path / "checkpoints").is_dir():
             return f"the run has not saved a model yet; continue it with --resume {source.path}"
         if source.holds("model.safetensors") or source.holds("student.safetensors"):
@@ -14,12 +18,19 @@ def what_else(source: Source) -> str:
     return _of_names(set(source.tensors))
 
 
+def _files_of(source: Source) -> str:
+    files = sorted(path.name for path in source.path.iterdir() if path.suffix in CHECKPOINTS)
+    return f": {', '.join(files[:4])}" if files else ", such as model.ckpt, which is not beside it"
+
+
 def _of_names(names: set[str]) -> str:
     def holds(*prefixes: str) -> bool:
         return all(any(name.startswith(prefix) for name in names) for prefix in prefixes)
 
     if any("lora" in name.lower() for name in names):
         return "is a LoRA adapter, not a model; name the model that it changes"
+    if any("_flat_param" in name for name in names):
+        return "holds FSDP's flat parameters, not named weights; save a full state dict (StateDictType.FULL_STATE_DICT)"
     if holds("encoder.", "decoder."):
         return "is a first stage, not a diffusion model; it belongs in first_stage.ckpt"
     if holds("down_blocks.", "mid_block."):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.contents import Demand
-from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks
+from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, missing_blocks, multiples
 from ldm_dkdm.errors import UserError
 
 # Tensors that double the resolution in a decoder: those of `Upsample`, or of a second residual block.
@@ -24,7 +24,7 @@ def infer_unet(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> di
         compvis: the file is CompVis's, whose attention has the old order unless a hint says otherwise.
 
     Raises:
-        UserError: a UNet of another kind: a classifier, a text-conditional one, one that resamples without weights.
+        UserError: a UNet of another kind: a classifier, a text-conditional one, an incomplete one.
     """
     _refuse_other_unets(tensors, source)
     try:
@@ -35,11 +35,16 @@ def infer_unet(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> di
 
 def _inferred(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> dict[str, Any]:
     width = tensors["time_embed.0.weight"].shape[1]
+    outputs = count_blocks(tensors, "output_blocks")
     ends = {name.split(".")[1] for name in tensors if UPSAMPLER.fullmatch(name)}
-    levels, outputs = 1 + len(ends), count_blocks(tensors, "output_blocks")
+    pools = [] if ends else missing_blocks(tensors, "input_blocks")  # pooling has no tensors, so its numbers are absent
+    levels = 1 + len(ends or pools)
     blocks = outputs // levels - 1
-    if outputs % levels or count_blocks(tensors, "input_blocks") != levels * (blocks + 1):
+    inputs = len(pools) + count_blocks(tensors, "input_blocks", skipped=pools)
+    if outputs % levels or inputs != levels * (blocks + 1):
         raise UserError(f"{source}: its blocks do not divide into {levels} levels; give target and all params")
+    if pools != [level * (blocks + 1) for level in range(1, 1 + len(pools))]:
+        raise ValueError(f"input_blocks lacks blocks {', '.join(map(str, pools))}")
     firsts = [1 + level * (blocks + 1) for level in range(levels)]  # the first residual block of every level
     widths = [tensors[f"input_blocks.{first}.0.out_layers.3.weight"].shape[0] for first in firsts]
     out = tensors["input_blocks.1.0.out_layers.3.weight"].shape[0]
@@ -51,10 +56,12 @@ def _inferred(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> dic
         "attention_resolutions": [
             2**level for level, first in enumerate(firsts) if f"input_blocks.{first}.1.qkv.weight" in tensors
         ],
-        "channel_mult": [channels // width for channels in widths],
+        "channel_mult": multiples(widths, width),
         "use_scale_shift_norm": tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0] == 2 * out,
         "resblock_updown": f"input_blocks.{blocks + 1}.0.in_layers.2.weight" in tensors,
     }
+    if pools:
+        params["conv_resample"] = False
     if "label_emb.weight" in tensors:
         params["num_classes"] = tensors["label_emb.weight"].shape[0]
     heads = (

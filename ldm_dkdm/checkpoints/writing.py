@@ -59,6 +59,16 @@ def require_eps_unet(model: SavedModel, code_base: str) -> None:
         )
 
 
+def require_plain_timesteps(model: SavedModel, code_base: str) -> None:
+    """Refuse a network that takes rescaled timesteps, where a code base feeds it t itself.
+
+    Raises:
+        UserError: `rescale_timesteps` changes t.
+    """
+    if model.diffusion.rescale_timesteps and model.schedule.num_timesteps != 1000:
+        raise UserError(f"format: {code_base} has no rescale_timesteps, which this model needs; choose safetensors")
+
+
 def refuse_existing(path: Path, reason: str = "") -> None:
     """Refuse to overwrite a file or folder.
 

@@ -10,7 +10,7 @@ from typing import Protocol, cast
 
 from ldm_dkdm import __version__
 from ldm_dkdm.commands.arguments import Parser
-from ldm_dkdm.errors import Stopped, UserError, nearest
+from ldm_dkdm.errors import Stopped, UserError, interruptible, nearest
 
 COMMANDS = {
     "distill": "turn a diffusion model into a smaller one without data (Alg. 1)",
@@ -55,7 +55,7 @@ def guarded(work: Callable[[], None]) -> None:
 
 def _exit_code(work: Callable[[], None]) -> int:
     try:
-        with spoken():
+        with spoken(), interruptible():
             work()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

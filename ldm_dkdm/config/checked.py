@@ -20,9 +20,8 @@ from ldm_dkdm.errors import UserError, nearest
 T = TypeVar("T", bound="Section")
 LARGEST = 2**63  # every integer accepted is smaller
 PACKAGE = Path(__file__).parents[1]
-KINDS: dict[Any, str] = {int: "whole number", float: "number", bool: "true or false", str: "text"} | dict.fromkeys(
-    (dict, Mapping), "section with keys"
-)
+KINDS: dict[Any, str] = {int: "whole number", bool: "true or false", str: "text"}
+KINDS |= dict.fromkeys((float, float | int), "number") | dict.fromkeys((dict, Mapping), "section with keys")
 LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "above": ("above", lambda value, limit: value > limit),
     "min": ("at least", lambda value, limit: value >= limit),

@@ -5,20 +5,22 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ldm_dkdm.config.checked import Section, key
-from ldm_dkdm.config.sections import (
+from ldm_dkdm.config.data_sections import (
     CodebookConfig,
     DataConfig,
-    DiffusionConfig,
     DiffusionDataConfig,
+    FirstStageLoss,
+    SamplingConfig,
+)
+from ldm_dkdm.config.sections import (
+    DiffusionConfig,
     DistillConfig,
     EarlyStopConfig,
     FirstStageConfig,
-    FirstStageLoss,
     LoggingConfig,
     LossConfig,
     NetworkConfig,
     NewNetworkConfig,
-    SamplingConfig,
     StudentConfig,
     TeacherConfig,
     TrainerConfig,

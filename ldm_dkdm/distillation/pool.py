@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, interruptible
 from ldm_dkdm.files import write_tensors
 from ldm_dkdm.records import NoisyBatch
 
@@ -93,7 +93,7 @@ class NoisyPool:
         """
         own = self._tensors()
         try:
-            with safe_open(path, framework="pt") as file:
+            with interruptible(), safe_open(path, framework="pt") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
                 metadata = json.loads(file.metadata()["pool"])
                 step, filled, found_origin = metadata["step"], metadata["filled"], metadata["origin"]

@@ -18,6 +18,8 @@ def output_of(model: "DiffusionModel", x: Tensor, t: Tensor, label: Tensor | Non
 
     c is the output with the label, u the one with the null label; a learned variance stays c's.
     """
+    if model.diffusion.rescale_timesteps:
+        t = t.float() * (1000 / model.schedule.num_timesteps)
     if model.guidance == 1:
         return model.network(x, t, label)
     if label is None:

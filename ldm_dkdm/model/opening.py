@@ -17,6 +17,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.model.diffusion_model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.pixel import SPACES
+from ldm_dkdm.reporting import logger
 
 
 def load_model(
@@ -38,7 +39,8 @@ def load_model(
         precision: `auto`, `bf16` or `32`, of its predictions.
         guidance: weight of classifier-free guidance.
         hints: what tensor shapes do not show. Keywords of the network (`image_size`, `num_head_channels`, ...), of the
-            forward process (`schedule`, `num_timesteps`, `beta_start`, `beta_end`, `betas`, `space`), and `target`,
+            forward process (`schedule`, `num_timesteps`, `beta_start`, `beta_end`, `betas`, `space`,
+            `rescale_timesteps`), and `target`,
             `parameterization`, `use_ema`, `null_label`, `first_stage` (a path), `scale_factor`.
 
     Raises:
@@ -71,6 +73,7 @@ def open_model(
         else:
             network = build_loaded(node, where, NETWORKS, contents.weights(hints), contents.file)
         require_outputs(network, where)
+        _mention_rescaling(contents, diffusion, hints)
         return _model_of(contents, hints, network, node, diffusion)
 
 
@@ -86,6 +89,16 @@ def _naming_file(contents: Contents, hints: Hints) -> Iterator[None]:
         if str(contents.path) in str(error) or (hints.sections and not contents.described):
             raise
         raise UserError(f"{contents.path}: {error}") from error
+
+
+def _mention_rescaling(contents: Contents, diffusion: DiffusionConfig, hints: Hints) -> None:
+    """Name the key that a file of improved-diffusion needs where T is not 1000; its tensors do not show it."""
+    stored = contents.described or contents.diffusion is not None
+    if diffusion.num_timesteps != 1000 and not stored and not diffusion.rescale_timesteps:
+        logger.warning(
+            f"{contents.path}: its network is given t = 0 ... {diffusion.num_timesteps - 1}; improved-diffusion's "
+            f"take t * 1000 / T by default: {hints.key('rescale_timesteps')}=true"
+        )
 
 
 def _model_of(

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -60,8 +61,12 @@ def _admissible_widths(params: Mapping[str, Any]) -> list[int]:
     arguments.apply_defaults()
     full = arguments.arguments
     heads = full["num_heads"] if full["num_head_channels"] == -1 else full["num_head_channels"]
-    unit = math.lcm(32, heads)
-    step = math.lcm(*[unit // math.gcd(unit, mult) for mult in full["channel_mult"]])
+    mults = [Fraction(mult).limit_denominator(full["model_channels"]) for mult in full["channel_mult"]]
+    attends = [2**level in full["attention_resolutions"] for level in range(len(mults) - 1)] + [True]
+    units = [math.lcm(32, heads) if on else 32 for on in attends]
+    # width * p/q is a multiple of a unit where the width is one of unit * q / gcd(unit * q, p)
+    whole = [(unit * mult.denominator, mult.numerator) for unit, mult in zip(units, mults, strict=True)]
+    step = math.lcm(*[unit // math.gcd(unit, mult) for unit, mult in whole])
     return list(range(step, full["model_channels"] + 1, step))
 
 

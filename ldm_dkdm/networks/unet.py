@@ -33,7 +33,8 @@ class UNet(nn.Module):
         num_res_blocks: residual blocks per level.
         attention_resolutions: DOWNSAMPLING FACTORS at which attention acts (CompVis's convention); at least one
             of them must occur, others may not; [] leaves attention to the middle block.
-        channel_mult: width of each level in units of `model_channels`.
+        channel_mult: width of each level in units of `model_channels`; fractions such as 1.5 are rounded down to
+            whole channels, as in guided-diffusion.
         dropout: probability in the residual blocks.
         num_heads, num_head_channels: heads per attention block, or channels per head (which wins).
         conv_resample: convolve when resampling. resblock_updown: resample by residual blocks.
@@ -52,7 +53,7 @@ class UNet(nn.Module):
         out_channels: int,
         num_res_blocks: int,
         attention_resolutions: Sequence[int],
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        channel_mult: Sequence[float | int] = (1, 2, 4, 8),
         dropout: float = 0.0,
         num_heads: int = 1,
         num_head_channels: int = -1,
@@ -68,7 +69,6 @@ class UNet(nn.Module):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        _check_widths(model_channels, channel_mult, num_heads, num_head_channels)
         _check_levels(image_size, channel_mult, attention_resolutions, num_res_blocks)
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.num_classes = model_channels, num_classes
@@ -93,8 +93,9 @@ class UNet(nn.Module):
             return Downsample(channels, conv_resample, downsample_padding)
 
         parts = _Parts(res, attention, resampler)
-        widths = [mult * model_channels for mult in channel_mult]
+        widths = level_widths(model_channels, channel_mult)
         attends = [2**level in attention_resolutions for level in range(len(widths))]
+        _check_widths(widths, attends, num_heads, num_head_channels)
         stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         blocks, skips = _input_blocks(parts, stem, widths, attends, num_res_blocks)
         self.input_blocks = blocks
@@ -178,7 +179,7 @@ def _output_blocks(
     return blocks
 
 
-def _check_levels(size: int, mults: Sequence[int], attention: Sequence[int], blocks: int) -> None:
+def _check_levels(size: int, mults: Sequence[float], attention: Sequence[int], blocks: int) -> None:
     if not 1 <= blocks <= MAX_BLOCKS:  # files are not trusted
         raise UserError(f"num_res_blocks: {blocks} is not between 1 and {MAX_BLOCKS}")
     if not mults or size % 2 ** (len(mults) - 1):
@@ -191,12 +192,21 @@ def _check_levels(size: int, mults: Sequence[int], attention: Sequence[int], blo
         )
 
 
-def _check_widths(width: int, mults: Sequence[int], heads: int, head_channels: int) -> None:
-    if width * min(mults, default=1) < 1:
-        raise UserError(f"model_channels: {width} x channel_mult {list(mults)} leaves no channels")
-    for mult in mults:
-        channels = width * mult
+def level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[int]:
+    """Channels of every level; a fraction of a channel is cut off."""
+    return [int(mult * model_channels + 1e-6) for mult in channel_mult]  # 0.29 * 100 is 28.999999999999996
+
+
+def _check_widths(widths: Sequence[int], attends: Sequence[bool], heads: int, head_channels: int) -> None:
+    """Refuse widths without whole norm groups, or whole heads where there is attention (always in the middle)."""
+    for level, channels in enumerate(widths):
+        if channels < 1:
+            raise UserError(f"model_channels: channel_mult leaves no channels at level {level}")
         if channels % 32:
-            raise UserError(f"model_channels: {width} x channel_mult {mult} is not a multiple of 32 (GroupNorm)")
-        if channels % (heads if head_channels == -1 else head_channels):
-            raise UserError(f"num_head_channels: {channels} channels do not divide into the heads asked for")
+            raise UserError(
+                f"model_channels: channel_mult gives level {level} {channels} channels, no multiple of 32 (GroupNorm)"
+            )
+        attention = attends[level] or level == len(widths) - 1
+        if attention and channels % (heads if head_channels == -1 else head_channels):
+            name = "num_heads" if head_channels == -1 else "num_head_channels"
+            raise UserError(f"{name}: {channels} channels of level {level} do not divide into the heads asked for")

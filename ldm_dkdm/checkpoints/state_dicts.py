@@ -1,0 +1,189 @@
+"""Find a network's state dict and its EMA in a file: under any usual name, behind what wrappers leave in names."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm_dkdm.checkpoints.reading import as_tensor, holds_tensors, tensors_in
+from ldm_dkdm.checkpoints.shapes import under
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.reporting import logger
+
+UNET = ("time_embed.0.weight", "input_blocks.0.0.weight")  # names that every network of a layout has
+DIT = ("x_embedder.proj.weight", "final_layer.linear.weight")
+FIRST_STAGE = ("encoder.conv_in.weight", "quant_conv.weight")
+RAW = "current_model_state"  # Lightning's key of the weights without averaging; its `state_dict` then is the EMA
+
+# Segments that torch.compile, Lightning's strategies, FSDP and activation checkpointing insert anywhere in a name.
+WRAPPER = re.compile(
+    r"(?<![^.])(_orig_mod|_forward_module|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\."
+)
+COUNTERS = ("decay", "initted", "n_averaged", "num_updates", "optimization_step", "step")  # of EMA helpers
+USUAL = ("state_dict", "model", "net", "network", "unet", "denoiser")  # of several networks the first one is taken
+NO_NETWORK = re.compile(
+    r"opts?(_.*)?$|.*optimi[sz]er|.*sched|hyper_parameters|.*scaler"
+)  # parts of a file that hold other tensors
+DEPTH = 4  # how deep a state dict may lie
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network's weights under its own names; `raw` also where the file has one kind that is not called EMA."""
+
+    raw: dict[str, Tensor] | None = None
+    ema: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A network in a file: where it is, such as `ema.module.`, and its tensors."""
+
+    label: str
+    tensors: dict[str, Tensor]
+    averaged: bool
+
+    @property
+    def rank(self) -> list[int]:
+        """How usual the words of the label are; the whole file comes first."""
+        words = [word for word in self.label.split(".") if word]
+        return [USUAL.index(word) if word in USUAL else len(USUAL) for word in words]
+
+
+def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the segments of WRAPPER, and without DistributedDataParallel's leading `module.`."""
+    cleaned = {re.sub(r"^(module\.)+", "", WRAPPER.sub("", name)): value for name, value in tensors.items()}
+    return cleaned if len(cleaned) == len(tensors) else dict(tensors)
+
+
+def prefixes_of(names: Mapping[str, Any], signature: tuple[str, str]) -> list[str]:
+    """The prefixes, `` or ending in a dot, under which a network with these two names lies; the shortest first."""
+    first, second = signature
+    found = {name.removesuffix(first) for name in names if name.endswith(first)}
+    return sorted((p for p in found if p[-1:] in ("", ".") and p + second in names), key=lambda p: (len(p), p))
+
+
+def find_weights(content: Any, signature: tuple[str, str], path: Path) -> Weights:
+    """The network with these names in a file's content, and its EMA; neither where there is none.
+
+    Raises:
+        UserError: several networks, none of which has a usual name.
+    """
+    found = [network for label, part in parts_of(content) for network in _networks(label, part, signature, path)]
+    averaging = isinstance(content, Mapping) and holds_tensors(content.get(RAW))
+    if averaging:
+        found = [_Found(one.label, one.tensors, not one.label.startswith(RAW)) for one in found]
+    raw = _only([one for one in found if not one.averaged], path)
+    ema = _only([one for one in found if one.averaged], path)
+    if raw is not None and ema is None:
+        ema = _of_helper(content, raw, path)
+    return Weights(None if raw is None else raw.tensors, None if ema is None else ema.tensors)
+
+
+def parts_of(content: Any, label: str = "") -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """The dictionaries in a file's content that hold tensors, each with its dotted place."""
+    if not isinstance(content, Mapping) or label.count(".") > DEPTH:
+        return
+    if holds_tensors(content):
+        yield label, content
+    for key, value in content.items():
+        if isinstance(key, str) and not NO_NETWORK.match(key):
+            yield from parts_of(value, f"{label}{key}.")
+
+
+def is_averaged(label: str) -> bool:
+    """Whether the words of a dotted place say that its weights are averaged; lucidrains' `online_model` is not."""
+    words = re.split(r"[^a-z]+", label.lower())
+    named = any(w.startswith(("ema", "shadow", "averag")) or w.endswith("ema") or w in ("swa", "avg") for w in words)
+    return named and "online" not in words
+
+
+def _networks(label: str, part: Mapping[Any, Any], signature: tuple[str, str], path: Path) -> Iterator[_Found]:
+    plain = {WRAPPER.sub("", name): name for name in part if isinstance(name, str)}
+    if not prefixes_of(plain, signature):
+        return
+    tensors: Mapping[str, Tensor] = tensors_in(part, path)
+    if not prefixes_of(tensors, signature):  # wrapped within the network
+        tensors = unwrapped(tensors)
+    for prefix in prefixes_of(tensors, signature):
+        own = unwrapped(under(tensors, prefix))
+        counted = {name for name in COUNTERS if name in tensors and tensors[name].numel() == 1}
+        own = {name: value for name, value in own.items() if name not in counted}
+        yield _Found(label + prefix, own, is_averaged(label + prefix) or "n_averaged" in counted)
+
+
+def _only(found: Sequence[_Found], path: Path) -> _Found | None:
+    """The network with the most usual name."""
+    best = [one for one in found if one.rank == min(other.rank for other in found)]
+    if len(best) > 1 and not _nested(best):
+        names = ", ".join(one.label.rstrip(".") for one in best[:4])
+        raise UserError(f"{path}: holds several networks ({names}); save the wanted one alone: its state_dict()")
+    return best[0] if best else None
+
+
+def _nested(found: Sequence[_Found]) -> bool:
+    """Whether all are the same tensors, as a module that is registered twice leaves them."""
+    first = found[0].tensors
+    return all(
+        other.tensors.keys() == first.keys()
+        and all(value.data_ptr() == first[name].data_ptr() for name, value in other.tensors.items())
+        for other in found[1:]
+    )
+
+
+def _of_helper(content: Mapping[Any, Any], raw: _Found, path: Path) -> _Found | None:
+    """The EMA that a helper class saved without the parameters' dots, or as a list in their order.
+
+    LitEma drops the dots; torch_ema and diffusers' EMAModel keep `shadow_params`.
+    """
+    for label, part in parts_of(content):
+        dotless = dotless_ema({name: value for name, value in part.items() if isinstance(name, str)}, raw.tensors)
+        if dotless:
+            return _Found(label, tensors_in(dotless, path), True)
+    unread = [(label, part) for label, part in _everything(content) if is_averaged(label) and len(part)]
+    trained = [name for name in raw.tensors if name != "pos_embed"]  # DiT's sinusoids, which some helpers leave out
+    for (label, part), names in product(unread, (list(raw.tensors), trained)):
+        if _fits(part, [raw.tensors[name] for name in names]):
+            values = [as_tensor(value, label, path) for value in part]
+            return _Found(label, {**raw.tensors, **dict(zip(names, values, strict=True))}, True)
+    if unread:
+        logger.warning(
+            f"{path}: the EMA weights in '{unread[0][0].rstrip('.')}' have an unknown form; raw ones are used"
+        )
+    return None
+
+
+def dotless_ema(part: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any] | None:
+    """LitEma's weights `..ema.<name without dots>` under the names of a network; None where any is missing."""
+    first = next(iter(names), "").replace(".", "")
+    for key in part:
+        head, found, rest = key.partition("ema.")
+        if found and rest.endswith(first) and "." not in rest:
+            prefix = head + found + rest.removesuffix(first)
+            keys = {name: prefix + name.replace(".", "") for name in names}
+            if all(key in part for key in keys.values()):
+                return {name: part[key] for name, key in keys.items()}
+    return None
+
+
+def _everything(content: Any, label: str = "") -> Iterator[tuple[str, Any]]:
+    """Dictionaries and lists in a file's content, with their dotted places."""
+    if isinstance(content, list):
+        yield label, content
+    if isinstance(content, Mapping) and label.count(".") <= DEPTH:
+        if label:
+            yield label, content
+        for key, value in content.items():
+            if isinstance(key, str) and not NO_NETWORK.match(key):
+                yield from _everything(value, f"{label}{key}.")
+
+
+def _fits(values: Any, tensors: Sequence[Tensor]) -> bool:
+    """Whether a list holds tensors of the same shapes."""
+    if not isinstance(values, list) or len(values) != len(tensors):
+        return False
+    return all(isinstance(own, Tensor) and own.shape == theirs.shape for own, theirs in zip(values, tensors))
