@@ -70,6 +70,9 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_levels(image_size, channel_mult, attention_resolutions, num_res_blocks)
+        widths = level_widths(model_channels, channel_mult)
+        attends = [2**level in attention_resolutions for level in range(len(widths))]
+        _check_widths(widths, attends, num_heads, num_head_channels)
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.num_classes = model_channels, num_classes
         self.use_checkpoint, self.freq_shift, self.cosines_first = use_checkpoint, freq_shift, cosines_first
@@ -93,9 +96,6 @@ class UNet(nn.Module):
             return Downsample(channels, conv_resample, downsample_padding)
 
         parts = _Parts(res, attention, resampler)
-        widths = level_widths(model_channels, channel_mult)
-        attends = [2**level in attention_resolutions for level in range(len(widths))]
-        _check_widths(widths, attends, num_heads, num_head_channels)
         stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         blocks, skips = _input_blocks(parts, stem, widths, attends, num_res_blocks)
         self.input_blocks = blocks
