@@ -6,7 +6,7 @@ Of several models, `2.key=value` is a hint for the second one.
 import argparse
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,8 +86,10 @@ def run(options: argparse.Namespace) -> None:
     flagged = {"use_ema": False if options.raw else None, "first_stage": options.first_stage}
     names = [str(i) for i in range(1, len(paths) + 1)]
     hints, device = ScopedHints(items, names, flagged), options.device
-    found = zip(paths, weights, map(hints.of, names), strict=True)
-    models = [open_for_sampling(path, w, config, own, device, options.precision) for path, w, own in found]
+    models = []
+    for path, weight, own in zip(paths, weights, map(hints.of, names), strict=True):
+        with naming_model(path) if len(paths) > 1 else nullcontext():
+            models.append(open_for_sampling(path, weight, config, own, device, options.precision))
     with flags(**({"use_ema": "--raw"} if options.raw else {})):
         hints.require_used(dict(zip(names, models, strict=True)))
     outputs = Outputs(png=not options.no_png, npz=options.npz, latents=options.latents)
@@ -132,7 +134,7 @@ def open_for_sampling(
         model = open_model(path, hints, lenient=True)
     if guidance != 1 and "teacher" in model.info:
         raise UserError(f"--guidance: {path} is a student, which has learned the guided prediction; give it 1")
-    with flags(**FLAGS), naming_model(path):
+    with flags(**FLAGS):
         model = model.changed(guidance=guidance).to(where, precision)
         require_sampling(model, config)
         model.codec()
@@ -141,12 +143,12 @@ def open_for_sampling(
 
 @contextmanager
 def naming_model(path: str) -> Iterator[None]:
-    """Name the model after the parameter in the library's errors: `labels: ...` -> `labels: MODEL: ...`."""
+    """Name the model after the flag or parameter in errors: `--labels: ...` -> `--labels: MODEL: ...`."""
     try:
         yield
     except UserError as error:
         name, colon, rest = str(error).partition(":")
-        if not colon or path in rest:
+        if not colon or path in str(error):
             raise
         raise UserError(f"{name}: {path}:{rest}") from error
 

@@ -81,12 +81,13 @@ def open_model(
 def _naming_file(contents: Contents, hints: Hints) -> Iterator[None]:
     """Prefix a message with the file at fault: the card of a model that describes itself.
 
-    Messages that name the file, or a key in a config of a model that does not describe itself, stay as they are.
+    Messages that name the file, or a key that the user's config gives, stay as they are.
     """
     try:
         yield
     except UserError as error:
-        if str(contents.path) in str(error) or (hints.sections and not contents.described):
+        from_config = hints.sections and (not contents.described or str(error).partition(":")[0] in hints.given)
+        if from_config or str(contents.path) in str(error):
             raise
         raise UserError(f"{contents.path}: {error}") from error
 
