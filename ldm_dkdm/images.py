@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import replacing
+from ldm_dkdm.files import expanded, replacing
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -23,7 +23,7 @@ def load_images(path: str | Path, size: int) -> Tensor:
 
     Folder images are composited on white, cropped to a centred square and resized.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.suffix == ".npz":
         return square_npz(path, size)
     return torch.stack([read_image(f, size) for f in find_images(path)])

@@ -11,10 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, NoReturn, TypeVar
 
+from ldm_dkdm.config.checked import hints_of
 from ldm_dkdm.config.keys import keys_text
 from ldm_dkdm.config.load import load_config, read_overrides
 from ldm_dkdm.config.recipes import find_config, recipe_names
 from ldm_dkdm.config.schema import (
+    DiffusionConfig,
     DiffusionDataConfig,
     DiffusionRun,
     DistillConfig,
@@ -25,9 +27,11 @@ from ldm_dkdm.config.schema import (
     TrainerConfig,
 )
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import exists, expanded
 from ldm_dkdm.training.folder import RunFolder, find_run, run_folder
 
 T = TypeVar("T", DistillRun, DiffusionRun, FirstStageRun)
+HINTS = {**hints_of(TeacherConfig), **hints_of(DiffusionConfig), "first_stage": str}  # types of the hints
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a training command to save and stop
 
 
@@ -102,8 +106,8 @@ def print_keys(options: argparse.Namespace, schema: type) -> bool:
 
 def split_base(base: Sequence[str], rest: Sequence[str]) -> tuple[list[str], list[str]]:
     """The config files or recipes and the overrides, which may follow them after `--base`."""
-    files = [item for item in base if "=" not in item or Path(item).is_file()]
-    files += [item for item in rest if item.endswith((".yaml", ".yml")) and ("=" not in item or Path(item).is_file())]
+    files = [item for item in base if "=" not in item or exists(item)]
+    files += [item for item in rest if item.endswith((".yaml", ".yml")) and ("=" not in item or exists(item))]
     for name in files:
         find_config(name)  # a wrong name is reported before a wrong key
     return files, [item for item in [*base, *rest] if item not in files]
@@ -126,7 +130,7 @@ def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
         "--plugin",
         action="append",
         default=[],
-        type=Path,
+        type=expanded,
         metavar="FILE.py",
         help="Python file whose nn.Module classes may be named as FILE.Class",
     )
@@ -134,8 +138,8 @@ def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
 
 def split_hints(items: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Paths and hints: an item with = that is not a file is a hint."""
-    paths = [item for item in items if "=" not in item or Path(item).exists()]
-    return paths, read_overrides([item for item in items if item not in paths])
+    paths = [item for item in items if "=" not in item or exists(item)]
+    return paths, read_overrides([item for item in items if item not in paths], HINTS)
 
 
 def read_hints(items: Sequence[str]) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def read_hints(items: Sequence[str]) -> dict[str, Any]:
     for item in items:
         if "=" not in item:
             raise UserError(f"'{item}': one argument too many; hints look like key=value, such as image_size=64")
-    return read_overrides(items)
+    return read_overrides(items, HINTS)
 
 
 def load_plugins(files: Sequence[Path]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, read_hints
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
 
 if TYPE_CHECKING:
     from ldm_dkdm.model import DiffusionModel
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chains", type=int, default=32, help="held-out ancestral chains of the teacher")
     add("--seed", type=int, default=1_000_000)
     add("--batch_size", type=int, default=128)
-    add("-o", "--out", type=Path, help="JSON file; default: evaluation.json beside the student")
+    add("-o", "--out", type=expanded, help="JSON file; default: evaluation.json beside the student")
     add_hints(parser)
 
 
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
 
     device = default_device("auto")
     student = open_model(options.resume, Hints.of(**hints), lenient=True).to(device, "auto")
-    teacher = find_teacher(Path(options.resume), options.teacher, hints).to(device, "auto")
+    teacher = find_teacher(expanded(options.resume), options.teacher, hints).to(device, "auto")
     with flags(**FLAGS):
         figures = evaluate(student, teacher, progress=True, **numbers)
     for name, value in figures.items():

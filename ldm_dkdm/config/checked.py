@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ldm_dkdm.errors import UserError, nearest
+from ldm_dkdm.files import expanded
 
 T = TypeVar("T", bound="Section")
 LARGEST = 2**63  # every integer accepted is smaller
@@ -51,16 +52,24 @@ class Section:
             object.__setattr__(self, field.name, value)
 
 
-def key(default: Any = MISSING, *, help: str, factory: Callable[[], Any] | None = None, **limits: float | None) -> Any:
+def key(
+    default: Any = MISSING,
+    *,
+    help: str,
+    factory: Callable[[], Any] | None = None,
+    path: bool = False,
+    **limits: float | None,
+) -> Any:
     """Declare a key of a section.
 
     Args:
         default: value of a key that is left out; without it (and without `factory`) the key is required.
         help: meaning of the key in one sentence.
         factory: makes the default, where that is a section or a mapping.
+        path: the text is a path, in which `~` is the home folder.
         limits: bounds of a number, or of every entry of a list: `min`, `above`, `below`, `max`; `length` of a list.
     """
-    metadata = {"help": help, **limits}
+    metadata = {"help": help, "path": path, **limits}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -152,6 +161,8 @@ def unwrap(node: Mapping[str, Any]) -> Mapping[str, Any]:
 def _field_value(hint: Any, metadata: Mapping[str, Any], value: Any, where: str) -> Any:
     """The converted value of a field, within the limits of its metadata."""
     value = convert(hint, value, where)
+    if isinstance(value, str) and metadata.get("path"):
+        value = str(expanded(value)) if value.startswith("~") else value
     if value is not None and "table" in metadata:
         _require_choice(value, names_of(metadata["table"]), where)
     if isinstance(value, tuple):

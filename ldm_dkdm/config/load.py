@@ -1,6 +1,7 @@
 """Configuration files: read, merge and validate YAML."""
 
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -10,9 +11,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm_dkdm.config.checked import Section, convert, is_required, parse, unwrap
+from ldm_dkdm.config.checked import Section, convert, hints_of, is_required, parse, unwrap
 from ldm_dkdm.config.recipes import find_config
-from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard
+from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard, NewNetworkConfig
+from ldm_dkdm.config.text import quoted, quoted_override
 from ldm_dkdm.errors import UserError, nearest
 
 __all__ = [
@@ -56,7 +58,7 @@ def load_config(
         UserError: a missing or unreadable file, an unknown key, a value of the wrong type or range.
     """
     files = [find_config(name) for name in ([base] if isinstance(base, (str, Path)) else base)]
-    parts = [_unwrap_sections(part, schema) for part in [*map(read_yaml, files), _dotlist(overrides)]]
+    parts = [_unwrap_sections(part, schema) for part in _parts(files, overrides, schema)]
     try:
         tree: Any = OmegaConf.to_container(reduce(_merge, parts), resolve=True)
     except OmegaConfBaseException as error:
@@ -68,6 +70,12 @@ def load_config(
         ) from error
     _refuse_other_scripts(tree, schema, files)
     return parse(schema, tree, "")
+
+
+def _parts(files: Sequence[Path], overrides: Sequence[str], schema: Any) -> list[DictConfig]:
+    """The files and the overrides as trees; a file that holds only a student may be the model of a training."""
+    known = {"student": NewNetworkConfig, **hints_of(schema)}
+    return [*(read_yaml(file, known) for file in files), _dotlist(overrides, known)]
 
 
 def _refuse_other_scripts(tree: Mapping[str, Any], schema: Any, files: Sequence[Path]) -> None:
@@ -111,12 +119,12 @@ def _unwrap_sections(part: DictConfig, schema: type) -> DictConfig:
     return OmegaConf.create({k: unwrap(v) if isinstance(v, Mapping) else v for k, v in tree.items()})
 
 
-def read_yaml(path: Path) -> DictConfig:
-    """The mapping in a YAML file."""
+def read_yaml(path: Path, hint: Any = None) -> DictConfig:
+    """The mapping in a YAML file; the values of text keys in `hint` (`text.quoted`) are kept as typed."""
     if not path.is_file():
         raise UserError(f"{path}: " + ("is a folder; name a file in it" if path.is_dir() else "no such config file"))
     try:
-        node = OmegaConf.load(path)
+        node = OmegaConf.load(io.StringIO(quoted(path.read_text(encoding="utf-8-sig"), hint)))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(node, DictConfig):
@@ -124,21 +132,21 @@ def read_yaml(path: Path) -> DictConfig:
     return node
 
 
-def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`key=value` items as a tree of plain values.
+def read_overrides(overrides: Sequence[str], hint: Any = None) -> dict[str, Any]:
+    """`key=value` items as a tree of plain values; those of text keys in `hint` (`text.quoted`) are kept as typed.
 
     Raises:
         UserError: an item of another form, or a value that is not YAML.
     """
-    return cast(dict[str, Any], OmegaConf.to_container(_dotlist(overrides), resolve=True))
+    return cast(dict[str, Any], OmegaConf.to_container(_dotlist(overrides, hint), resolve=True))
 
 
-def _dotlist(overrides: Sequence[str]) -> DictConfig:
+def _dotlist(overrides: Sequence[str], hint: Any = None) -> DictConfig:
     for item in overrides:
         if "=" not in item or item.startswith(("=", "-")):
             raise UserError(f"'{item}': overrides look like key=value, for example trainer.max_steps=1000")
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        return OmegaConf.from_dotlist([quoted_override(item, hint) for item in overrides])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"overrides {' '.join(overrides)}: {error}") from error
 

@@ -29,7 +29,7 @@ class NetworkConfig(Section):
 class NewNetworkConfig(NetworkConfig):
     """A network to train."""
 
-    init: str = key("random", help="Initial weights: `random`, or the path of a model folder.")
+    init: str = key("random", path=True, help="Initial weights: `random`, or the path of a model folder.")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class StudentConfig(NewNetworkConfig):
     params: dict[str, Any] = key(factory=dict, help="Keyword arguments of the student's class.")
     init: str = key(
         "random",
+        path=True,
         help="Initial weights: `random`, `teacher` (copies and slices of its tensors), or a model folder's path.",
     )
     budget: str | int | None = key(None, help="Parameters of a narrowed copy of the teacher's UNet, such as `60M`.")
@@ -51,7 +52,7 @@ class StudentConfig(NewNetworkConfig):
 class TeacherConfig(Section):
     """The teacher: a model that describes itself, or a third-party checkpoint with `target` and `params`."""
 
-    ckpt: str = key(help="Path of a run folder, a model folder or a checkpoint file.")
+    ckpt: str = key(path=True, help="Path of a run folder, a model folder or a checkpoint file.")
     target: str | None = key(None, help="Class of a third-party checkpoint's network, where the file does not show it.")
     params: dict[str, Any] = key(factory=dict, help="Keyword arguments of that class that tensor shapes do not show.")
     parameterization: str | None = one_of(
@@ -68,7 +69,9 @@ class TeacherConfig(Section):
 class FirstStageConfig(Section):
     """The first stage of a latent model: a folder, or the checkpoint that holds one with `target` and `params`."""
 
-    ckpt: str | None = key(None, help="Path of the first stage; null takes the one that comes with the model.")
+    ckpt: str | None = key(
+        None, path=True, help="Path of the first stage; null takes the one that comes with the model."
+    )
     target: str | None = key(None, help="Name of the first stage's class, such as `ldm_dkdm.first_stage.VQModel`.")
     params: dict[str, Any] = key(factory=dict, help="Keyword arguments of that class.")
     scale_factor: float | None = key(None, above=0, help="Factor from encoded images to the network's latents.")
@@ -160,7 +163,7 @@ class DistillConfig(Section):
     pool_dtype: Literal["float16", "float32"] = key("float16", help="Number format of the pool's states.")
     pool_storage: Literal["memory", "mmap"] = key("memory", help="`mmap` keeps the pool in a file of the run.")
     pool_from: str | None = key(
-        None, help="Pool cache or checkpoint of the reference implementation, in place of a warm-up."
+        None, path=True, help="Pool cache or checkpoint of the reference implementation, in place of a warm-up."
     )
     loss: LossConfig = key(factory=LossConfig, help="The student's loss.")
     warmup: WarmupConfig = key(factory=WarmupConfig, help="How the pool is filled before the first step.")
@@ -206,7 +209,7 @@ class TrainerConfig(Section):
 class LoggingConfig(Section):
     """Where a run writes and how often, in training steps."""
 
-    dir: str = key("logs", help="Folder that holds the runs.")
+    dir: str = key("logs", path=True, help="Folder that holds the runs.")
     name: str | None = key(None, help="Name of the run folder; null joins the names of the config files.")
     save_every: int = key(5000, min=1, help="Steps between checkpoints.")
     sample_every: int = key(5000, min=1, help="Steps between grids of samples.")
@@ -219,10 +222,10 @@ class LoggingConfig(Section):
 class DataConfig(Section):
     """Training images, and an optional held-out set."""
 
-    path: str = key(help="Folder of images or ADM-style .npz.")
+    path: str = key(path=True, help="Folder of images or ADM-style .npz.")
     image_size: int = key(min=1, help="Side of the images in pixels, after cropping and scaling.")
     batch_size: int = key(min=1, help="Images in a training batch, per device.")
-    held_out: str | None = key(None, help="Images that measure the reconstruction: a folder or an .npz.")
+    held_out: str | None = key(None, path=True, help="Images that measure the reconstruction: a folder or an .npz.")
     flip: bool = key(True, help="Mirror half of the images at random.")
 
 
@@ -230,9 +233,13 @@ class DataConfig(Section):
 class DiffusionDataConfig(Section):
     """Data-based: `path`; data-free: `synthetic`; data-limited: both, with a `fraction` of `path` (Sec. 4.1)."""
 
-    path: str | None = key(None, help="Real images: a folder (a sub-folder is a class) or an ADM-style .npz.")
+    path: str | None = key(
+        None, path=True, help="Real images: a folder (a sub-folder is a class) or an ADM-style .npz."
+    )
     fraction: float = key(1.0, above=0, max=1, help="Share of the images in `path` that is used, chosen by the seed.")
-    synthetic: str | None = key(None, help="Samples of a teacher: the .npz that sampling with `--npz` writes.")
+    synthetic: str | None = key(
+        None, path=True, help="Samples of a teacher: the .npz that sampling with `--npz` writes."
+    )
     image_size: int = key(min=1, help="Side of the images in pixels, after cropping and scaling.")
     batch_size: int = key(min=1, help="Images in a training batch, per device.")
     flip: bool = key(True, help="Mirror half of the images at random.")
@@ -253,7 +260,7 @@ class FirstStageLoss(Section):
     adversarial: float = key(0.0, min=0, help="Weight of the discriminator's loss.")
     adversarial_start: int = key(0, min=0, help="Step at which the discriminator's loss begins.")
     perceptual: float = key(0.0, min=0, help="Weight of the perceptual loss (LPIPS).")
-    perceptual_backbone: str | None = key(None, help="File with torchvision's VGG16 weights, for LPIPS.")
+    perceptual_backbone: str | None = key(None, path=True, help="File with torchvision's VGG16 weights, for LPIPS.")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm_dkdm.config.schema import DiffusionDataConfig
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec
 from ldm_dkdm.images import find_images, read_image, read_npz, square_npz
 from ldm_dkdm.reporting import Progress, following
@@ -70,7 +71,7 @@ class ImageSet:
 
 def open_images(path: str | Path, size: int) -> ImageSet:
     """A folder of images (a sub-folder is a class) or an ADM-style .npz (`arr_0`, labels in `arr_1`)."""
-    path = Path(path)
+    path = expanded(path)
     if path.suffix == ".npz":
         return ImageSet(images := square_npz(path, size), size, _npz_labels(path, len(images)))
     files = find_images(path)

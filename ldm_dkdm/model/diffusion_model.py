@@ -19,6 +19,7 @@ from ldm_dkdm.device import PRECISIONS, autocast, resolve_precision
 from ldm_dkdm.diffusion.process import PARAMETERIZATIONS, reverse_step
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, nearest, pick
+from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec
 from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, shape_of
 from ldm_dkdm.model.guidance import output_of, require_guidance
@@ -85,7 +86,7 @@ class DiffusionModel:
         self.schedule = schedule_of(self.diffusion)
         self.shape = shape_of(network, shape, like)
         self.num_classes, self.null_label = labels_of(network, num_classes, null_label, like)
-        stage = FirstStageSource(Path(first_stage)) if isinstance(first_stage, (str, Path)) else first_stage
+        stage = FirstStageSource(expanded(first_stage)) if isinstance(first_stage, (str, Path)) else first_stage
         self.first_stage: FirstStageSource | None = stage or (like.first_stage if like else None)
         self._codec: Codec | None = like._codec if like and stage is None else None
         self.node = replace(node or remembered(network), parameterization=self.parameterization)
@@ -287,7 +288,7 @@ class DiffusionModel:
         Raises:
             UserError: an unknown format, one that cannot hold this model, or a file that exists.
         """
-        path = Path(path)
+        path = expanded(path)
         chosen = pick(FORMATS, format, "format")
         if format != "folder":
             refuse_existing(path)

@@ -14,6 +14,7 @@ from ldm_dkdm.checkpoints.folder import write_folder
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageRun, TrainerConfig
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
 from ldm_dkdm.first_stage.vqgan import FirstStageModule, held_out_psnr, latent_scale
 from ldm_dkdm.images import endless_batches, load_images
@@ -59,7 +60,7 @@ def train_first_stage(
         UserError: a bad value, images that do not fit, or a folder that holds another run.
         Stopped: Ctrl-C; all is saved.
     """
-    return train_first_stage_in(Run(config, RunFolder(Path(out), config.MODEL), resume, progress))
+    return train_first_stage_in(Run(config, RunFolder(expanded(out), config.MODEL), resume, progress))
 
 
 def train_first_stage_in(run: Run) -> Result:

@@ -22,6 +22,7 @@ from ldm_dkdm.distillation.image_data import EncodedStates, ImageSet, States, en
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.distillation.student import check_loss, load_initial, require_call
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
 from ldm_dkdm.images import save_grid
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS
@@ -68,8 +69,8 @@ def train(
     """
     if config is None:
         numbers = {"max_steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
-        config = training_of(model, data, Path(out), loss, {**numbers, "image_size": image_size, **options})
-    run = Run(config, RunFolder(Path(out), config.MODEL), resume, progress)
+        config = training_of(model, data, expanded(out), loss, {**numbers, "image_size": image_size, **options})
+    run = Run(config, RunFolder(expanded(out), config.MODEL), resume, progress)
     return train_in(run, model)
 
 

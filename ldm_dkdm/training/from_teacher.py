@@ -17,6 +17,7 @@ from ldm_dkdm.config.schema import (
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, logger
 from ldm_dkdm.training.calls import IN_MEMORY, distillation_of
@@ -75,8 +76,8 @@ def distill(
     """
     if config is None:
         numbers = {"max_steps": steps, "batch_size": batch_size, "rho": rho, "learning_rate": learning_rate}
-        config = distillation_of(teacher, student, Path(out), check, warmup, loss, {**numbers, **options})
-    run = Run(config, RunFolder(Path(out), config.MODEL), resume, progress)
+        config = distillation_of(teacher, student, expanded(out), check, warmup, loss, {**numbers, **options})
+    run = Run(config, RunFolder(expanded(out), config.MODEL), resume, progress)
     return distil_in(run, teacher, student)
 
 
