@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-r", "--resume", required=True, metavar="MODEL", help="the student: a run folder or any other model")
     add("--teacher", help="the teacher; default: the one in the run's config")
     add("-n", "--n_samples", type=int, default=1000, help="images for the Frechet distance, 65 or more; 0: none")
-    add("-c", "--custom_steps", type=int, default=20, help="DDIM steps")
+    add("-c", "--custom_steps", type=int, help="DDIM steps; default: 20, or all T where there are fewer")
     add("--chains", type=int, default=32, help="held-out ancestral chains of the teacher")
     add("--seed", type=int, default=1_000_000)
     add("--batch_size", type=int, default=128)

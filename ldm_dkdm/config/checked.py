@@ -88,11 +88,19 @@ def names_of(table: str) -> list[str]:
     """
     module, _, name = table.partition(":")
     loaded = getattr(sys.modules.get(module), name, None)
-    return list(_names_in_source(module, name) if loaded is None else loaded)
+    if loaded is not None:
+        return list(loaded)
+    return [str(item.value) for item in _in_source(module, name).keys if isinstance(item, ast.Constant)]
+
+
+def literal(table: str) -> Any:
+    """A table of plain values, `package.module:TABLE`, read from its source without importing it."""
+    module, _, name = table.partition(":")
+    return ast.literal_eval(_in_source(module, name))
 
 
 @functools.cache
-def _names_in_source(module: str, name: str) -> tuple[str, ...]:
+def _in_source(module: str, name: str) -> ast.Dict:
     path = PACKAGE.joinpath(*module.split(".")[1:])
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -100,7 +108,7 @@ def _names_in_source(module: str, name: str) -> tuple[str, ...]:
         named = any(isinstance(target, ast.Name) and target.id == name for target in targets)
         value = getattr(node, "value", None)
         if named and isinstance(value, ast.Dict):
-            return tuple(str(item.value) for item in value.keys if isinstance(item, ast.Constant))
+            return value
     raise LookupError(f"{path}: {name} is not a literal dict")
 
 
@@ -137,6 +145,20 @@ def parse(schema: type[T], node: Any, where: str = "") -> T:
         return schema(**values)
     except UserError as error:
         raise UserError(_join(where, error)) from error
+
+
+def steps_within(section: Section, name: str, num_timesteps: int) -> int:
+    """The sampling steps that a key asks for; a default above T means all T.
+
+    Raises:
+        UserError: more steps than T were asked for.
+    """
+    steps: int = getattr(section, name)
+    if steps <= num_timesteps:
+        return steps
+    if steps == section.__dataclass_fields__[name].default:
+        return num_timesteps
+    raise UserError(f"{name}: {steps} is more than the {num_timesteps} diffusion steps")
 
 
 def is_required(field: dataclasses.Field[Any]) -> bool:

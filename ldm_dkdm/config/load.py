@@ -93,7 +93,7 @@ def fits(tree: Mapping[str, Any], run: Any) -> bool:
 
 
 def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
-    """Merge as OmegaConf does, but drop the earlier network's keys where `target` changes or a `budget` comes."""
+    """Merge as OmegaConf does, but drop keys that belong to the earlier `target`, without `budget`, or `schedule`."""
     before = before.copy()
     for section, node in after.items():
         old = before.get(section)
@@ -101,6 +101,8 @@ def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
             continue
         if "target" in node and node.target != old.get("target"):
             replaced: tuple[str, ...] = ("params", "target", "budget", "init")
+        elif "schedule" in node and node.schedule != old.get("schedule", "scaled_linear"):
+            replaced = ("beta_start", "beta_end", "betas")
         else:
             replaced = ("params", "target") if "budget" in node else ()
         for key in replaced:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from ldm_dkdm.config.checked import Section, key, one_of
+from ldm_dkdm.config.checked import Section, key, literal, one_of
 from ldm_dkdm.errors import UserError
 
+SCHEDULE = "ldm_dkdm.diffusion.schedule"
 PARAMETERIZATIONS = "ldm_dkdm.diffusion.process:PARAMETERIZATIONS"
 SAMPLERS = "ldm_dkdm.diffusion.samplers:SAMPLERS"
 
@@ -82,13 +83,13 @@ class DiffusionConfig(Section):
     """The forward process (`NoiseSchedule`) and the space in which it runs."""
 
     schedule: str = one_of(
-        "ldm_dkdm.diffusion.schedule:SCHEDULES",
+        f"{SCHEDULE}:SCHEDULES",
         "scaled_linear",
         help="Noise schedule; `scaled_linear` is what CompVis calls linear.",
     )
     num_timesteps: int = key(1000, min=1, help="Number of timesteps T.")
-    beta_start: float = key(0.0015, above=0, help="First beta of the linear schedules.")
-    beta_end: float = key(0.0195, above=0, help="Last beta of the linear schedules.")
+    beta_start: float = key(None, above=0, help="First beta; null is 0.0015 (`scaled_linear`) or 0.1 / T (`linear`).")
+    beta_end: float = key(None, above=0, help="Last beta; null is 0.0195 (`scaled_linear`) or 20 / T (`linear`).")
     space: str = one_of(
         "ldm_dkdm.pixel:SPACES",
         "latent",
@@ -99,7 +100,10 @@ class DiffusionConfig(Section):
     )
 
     def __post_init__(self) -> None:
-        """Set `num_timesteps` to the number of `betas`, where they are given."""
+        """Set the ends that are not given, and `num_timesteps` to the number of `betas`, where they are given."""
+        for name, value in zip(("beta_start", "beta_end"), _ends(self.schedule, self.num_timesteps), strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         super().__post_init__()
         if self.betas is None:
             return
@@ -113,6 +117,13 @@ class DiffusionConfig(Section):
         object.__setattr__(self, "num_timesteps", len(self.betas))
 
 
+def _ends(schedule: object, num_timesteps: object) -> tuple[float, float]:
+    """`diffusion.schedule.beta_ends`, without importing torch; any ends where an argument is invalid."""
+    start, end, steps = literal(f"{SCHEDULE}:BETA_ENDS").get(schedule, (1.0, 1.0, None))
+    scale = steps / num_timesteps if steps and isinstance(num_timesteps, int) and num_timesteps > 0 else 1.0
+    return start * scale, end * scale
+
+
 @dataclass(frozen=True)
 class WarmupConfig(Section):
     """How the pool is filled before the first step."""
@@ -123,7 +134,7 @@ class WarmupConfig(Section):
         help="`ancestral` walks every slot from noise to its t; `ddim` and `dpm-solver++` add noise to samples of the "
         "teacher; `noise` starts every slot at T.",
     )
-    steps: int = key(50, min=1, help="Sampling steps of each of the teacher's samples.")
+    steps: int = key(50, min=1, help="Sampling steps of each of the teacher's samples; the default is at most T.")
     images: int = key(1000, min=1, help="Number of samples of the teacher that are noised.")
     batch_size: int = key(64, min=1, help="States in one teacher call of the warm-up.")
     t_cap: float | None = key(
@@ -214,7 +225,7 @@ class LoggingConfig(Section):
     save_every: int = key(5000, min=1, help="Steps between checkpoints.")
     sample_every: int = key(5000, min=1, help="Steps between grids of samples.")
     sample_count: int = key(16, min=1, help="Samples in a grid.")
-    sample_steps: int = key(50, min=1, help="DDIM steps of the grids' samples.")
+    sample_steps: int = key(50, min=1, help="DDIM steps of the grids' samples; the default is at most T.")
     export_dtype: Literal["float32", "float16"] = key("float32", help="Number format of the saved model's weights.")
 
 

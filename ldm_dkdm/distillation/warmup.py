@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
 from ldm_dkdm.diffusion.process import q_sample
 from ldm_dkdm.diffusion.samplers import SAMPLERS, last
@@ -82,8 +83,8 @@ class Warmup:
             self.check()
             return self.teacher.predict(x, t, label)
 
-        walk = SAMPLERS[self.config.mode].walk
-        chain = walk(schedule, denoise, noise, lambda: noise, self.config.steps, label)
+        steps = steps_within(self.config, "steps", schedule.num_timesteps)
+        chain = SAMPLERS[self.config.mode].walk(schedule, denoise, noise, lambda: noise, steps, label)
         x_0, owner = last(chain), torch.arange(len(copies), device=self.device).repeat_interleave(copies)
         quantiles = torch.rand(len(owner), generator=generator, device=generator.device)
         t = schedule.timesteps_at(quantiles, self.config.t_cap)
@@ -119,7 +120,8 @@ class Mode:
 
 
 def _sampling_calls(config: WarmupConfig, slots: int, schedule: NoiseSchedule) -> int:
-    return min(config.images, slots) * len(SAMPLERS[config.mode].timesteps(schedule, config.steps))
+    steps = steps_within(config, "steps", schedule.num_timesteps)
+    return min(config.images, slots) * len(SAMPLERS[config.mode].timesteps(schedule, steps))
 
 
 WARMUPS = {

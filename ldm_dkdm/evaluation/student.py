@@ -20,7 +20,7 @@ def evaluate(
     teacher: DiffusionModel,
     *,
     images: int = 1000,
-    steps: int = 20,
+    steps: int | None = None,
     chains: int = 32,
     seed: int = 1_000_000,
     batch_size: int = 128,
@@ -34,7 +34,7 @@ def evaluate(
 
     Args:
         images: for the Frechet distance, 65 or more; 0 leaves it out.
-        steps: DDIM steps of the images.
+        steps: DDIM steps of the images; default: 20, or all T where there are fewer.
         chains: held-out ancestral chains of the teacher, each of T calls.
         seed: of chains and images.
         batch_size: images drawn at once.
@@ -50,9 +50,12 @@ def evaluate(
         raise UserError(f"images: at least 65, the distance uses 64 principal components; or 0; got {images}")
     if chains < 1:
         raise UserError(f"chains: must be at least 1, got {chains}")
+    total = teacher.schedule.num_timesteps
+    if total < 4:
+        raise UserError(f"teacher: it has T = {total}; the eps error is given by quarter of [0, T), which needs T >= 4")
+    steps = min(20, total) if steps is None else steps
     SAMPLERS["ddim"].timesteps(teacher.schedule, steps)  # refuses what does not fit
     states = held_out_chains(teacher, chains, seed, teacher.device)
-    total = teacher.schedule.num_timesteps
     figures: dict[str, Any] = {"measured_with": measured_with(images, steps, chains, seed)}
     untrained = _untrained(student)
     if untrained is not None:

@@ -56,6 +56,7 @@ class DiffusionModel:
         schedule: the same as a `NoiseSchedule`.
         path, format, file: where the model was read, and the file with its weights; None for a new model.
         hints, described: the hints when it was read, and whether it describes itself without hints.
+        stores_schedule: whether its file stores the forward process.
 
     Raises:
         UserError: an unknown name, a missing shape, or arguments that contradict the network.
@@ -94,7 +95,7 @@ class DiffusionModel:
         self.path: Path | None = None
         self.format: str | None = None
         self.file: Path | None = None
-        self.hints, self.described = Hints(), False
+        self.hints, self.described, self.stores_schedule = Hints(), False, False
         self.precision, self.guidance = precision, guidance
         require_guidance(self)
 

@@ -90,6 +90,7 @@ def _model_of(
     model.diffusion = diffusion
     model.path, model.format, model.file = contents.path, contents.format, contents.file
     model.hints, model.described = hints, contents.described
+    model.stores_schedule = contents.diffusion is not None
     return model
 
 

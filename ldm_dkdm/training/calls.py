@@ -41,8 +41,7 @@ def distillation_of(
     Raises:
         UserError: an unknown or missing argument, or a bad value.
     """
-    given = {"sample_steps": _sample_steps(teacher), **numbers}
-    method, trainer, logging = _spread(given, (DistillConfig, TrainerConfig, LoggingConfig), out)
+    method, trainer, logging = _spread(numbers, (DistillConfig, TrainerConfig, LoggingConfig), out)
     warming = convert(WarmupConfig, {"mode": warmup} if isinstance(warmup, str) else warmup, "warmup")
     return DistillRun(
         teacher=_teacher_section(teacher, check),
@@ -83,8 +82,7 @@ def training_of(
     """
     named = vars(data) if isinstance(data, DiffusionDataConfig) else data
     named = {"path": str(named)} if isinstance(named, (str, Path)) else named
-    usual = {"image_size": _image_size(model), "sample_steps": _sample_steps(model)}
-    given = {**usual, **{k: v for k, v in numbers.items() if v is not None}, **named}
+    given = {"image_size": _image_size(model), **{k: v for k, v in numbers.items() if v is not None}, **named}
     images, trainer, logging = _spread(given, (DiffusionDataConfig, TrainerConfig, LoggingConfig), out)
     stage = FirstStageConfig()
     if model.first_stage is not None:
@@ -99,11 +97,6 @@ def training_of(
         loss=_loss(loss),
         logging=LoggingConfig(**logging),
     )
-
-
-def _sample_steps(model: DiffusionModel) -> int:
-    """The default of a grid's steps, or all T where there are fewer."""
-    return min(LoggingConfig().sample_steps, model.schedule.num_timesteps)
 
 
 def _image_size(model: DiffusionModel) -> int:

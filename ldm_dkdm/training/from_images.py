@@ -10,6 +10,7 @@ import torch
 
 from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.checkpoints.first_stages import named_first_stage
+from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import (
     DiffusionDataConfig,
@@ -144,8 +145,7 @@ def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:
         UserError: the key that does not fit.
     """
     check_loss(config.loss, model.schedule)
-    if config.logging.sample_steps > model.schedule.num_timesteps:
-        raise UserError(f"sample_steps: {config.logging.sample_steps} is more than the diffusion steps")
+    steps_within(config.logging, "sample_steps", model.schedule.num_timesteps)
     require_call(model)
     network = model.network
     inputs, outputs = model.shape[0], getattr(network, "out_channels", model.shape[0])

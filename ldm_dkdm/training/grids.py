@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import LoggingConfig, SamplingConfig
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.images import save_grid
@@ -23,11 +24,13 @@ class SampleGrid(StepCallback):
 
     def __init__(self, folder: Path, log: LoggingConfig, seed: int) -> None:
         self.folder, self.every = folder, log.sample_every
-        self.config = SamplingConfig(log.sample_count, seed=seed, steps=log.sample_steps)
+        self.settings, self.seed = log, seed
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
         if trainer.is_global_zero and step % self.every == 0:
             model = averaged(trainer, StudentModule).model
-            images = [batch.images for batch in model.sample_batches(self.config)]
+            steps = steps_within(self.settings, "sample_steps", model.schedule.num_timesteps)
+            config = SamplingConfig(self.settings.sample_count, seed=self.seed, steps=steps)
+            images = [batch.images for batch in model.sample_batches(config)]
             save_grid(torch.cat(images), self.folder / f"step={step:08d}.png")
