@@ -174,7 +174,9 @@ class DistillConfig(Section):
     pool_dtype: Literal["float16", "float32"] = key("float16", help="Number format of the pool's states.")
     pool_storage: Literal["memory", "mmap"] = key("memory", help="`mmap` keeps the pool in a file of the run.")
     pool_from: str | None = key(
-        None, path=True, help="Pool cache or checkpoint of the reference implementation, in place of a warm-up."
+        None,
+        path=True,
+        help="Run folder of the same teacher, or a pool cache of the reference, in place of a warm-up.",
     )
     loss: LossConfig = key(factory=LossConfig, help="The student's loss.")
     warmup: WarmupConfig = key(factory=WarmupConfig, help="How the pool is filled before the first step.")
