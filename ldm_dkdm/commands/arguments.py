@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, NoReturn, TypeVar
 
+from ldm_dkdm.commands.other_flags import advice
 from ldm_dkdm.config.checked import hints_of
 from ldm_dkdm.config.keys import keys_text
 from ldm_dkdm.config.load import load_config, read_overrides
@@ -39,15 +40,19 @@ class Parser(argparse.ArgumentParser):
     """Reports a mistake in one line; options may stand between positional arguments."""
 
     hint = "see --help"
+    given: Sequence[str] = ()
 
     def parse_args(  # type: ignore[override]  # argparse also takes namespaces of other classes
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse a command line with `key=value` before or after options."""
+        self.given = list(sys.argv[1:] if args is None else args)
         return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raise a `UserError` in place of printing the usage."""
+        """Raise a `UserError` in place of printing the usage; options of other codes are named with ours."""
+        if line := advice(self.given, set(self._option_string_actions)):
+            raise UserError(line)
         raise UserError(f"{message}; {self.hint}")
 
 
@@ -65,6 +70,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     if isinstance(parser, Parser):
         parser.hint = "keys are set as key=value, for example trainer.max_steps=1000; see --help"
     parser.add_argument(
+        "-b",
         "--base",
         nargs="+",
         action="extend",

@@ -80,9 +80,25 @@ def _parts(files: Sequence[Path], overrides: Sequence[str], schema: Any) -> list
 
 def _refuse_other_scripts(tree: Mapping[str, Any], schema: Any, files: Sequence[Path]) -> None:
     """Refuse a config of another script as a whole, before its keys are refused one by one."""
+    for file in files:
+        if _is_of_other_code(read_yaml(file)):
+            raise UserError(
+                f"{file}: made for another code's scripts; docs/coming-from-dkdm.md has our keys for theirs, and its "
+                "unet_config can be pasted into a section such as student"
+            )
     fitting = [run for run in RUNS if fits(tree, run)]
     if schema in RUNS and fitting and schema not in fitting:
         raise UserError(f"{' '.join(map(str, files))}: made for scripts/{fitting[0].SCRIPT}, not for {schema.SCRIPT}")
+
+
+def _is_of_other_code(tree: Mapping[str, Any]) -> bool:
+    """Whether a config has the sections of CompVis's main.py or of the public DKDM code."""
+    teacher, model = tree.get("teacher"), tree.get("model")
+    return (
+        "lightning" in tree
+        or (isinstance(teacher, Mapping) and bool({"tempfile", "iter_choice"} & set(teacher)))
+        or (isinstance(model, Mapping) and "base_learning_rate" in model)
+    )
 
 
 def fits(tree: Mapping[str, Any], run: Any) -> bool:
