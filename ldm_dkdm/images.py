@@ -1,7 +1,10 @@
 """Read folders of images and ADM-style .npz; write PNG, .npz and labelled grids."""
 
 import math
+import os
+import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,34 +12,70 @@ from typing import IO, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded, replacing
+from ldm_dkdm.reporting import logger
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow's names; it opens no others
+MODES = {1: "L", 3: "RGB"}  # channels of an image file -> Pillow's mode
 
 
-def load_images(path: str | Path, size: int) -> Tensor:
-    """Read a folder of images or an ADM-style .npz (`arr_0`) -> uint8 (N,size,size,3).
+def load_images(path: str | Path, size: int, channels: int = 3) -> Tensor:
+    """Read a folder of images or an ADM-style .npz (`arr_0`) -> uint8 (N,size,size,channels).
 
-    Folder images are composited on white, cropped to a centred square and resized.
+    Folder images are turned as their EXIF data say, composited on white, cropped to a centred square and resized.
     """
     path = expanded(path)
     if path.suffix == ".npz":
-        return square_npz(path, size)
-    return torch.stack([read_image(f, size) for f in find_images(path)])
+        return square_npz(path, size, channels)
+    return torch.stack([read_image(file, size, channels) for file in find_images(path, channels)])
 
 
-def find_images(path: Path) -> list[Path]:
-    """The image files below a folder, sorted."""
+def find_images(path: Path, channels: int = 3) -> list[Path]:
+    """The image files below a folder, sorted, linked folders included; a warning counts the other files.
+
+    Raises:
+        UserError: no such folder, no images in it, or `channels` that image files do not have.
+    """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder of images or .npz file")
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and not _hidden(f.relative_to(path)))
+    if channels not in MODES:
+        raise UserError(
+            f"{path}: image files are grey or RGB; images of {channels} channels are read from an .npz "
+            f"with arr_0 uint8 (N,H,W,{channels})"
+        )
+    files: list[Path] = []
+    others: Counter[str] = Counter()
+    for file in _files_below(path, ()):
+        image, hidden = file.suffix.lower() in SUFFIXES, _hidden(file.relative_to(path))
+        if image and not hidden:
+            files.append(file)
+        elif image or not hidden:
+            others["hidden" if hidden else file.suffix or "without a suffix"] += 1
+    rest = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
+    kinds = ", ".join(sorted(SUFFIXES))
     if not files:
-        raise UserError(f"{path}: the folder holds no images ({', '.join(sorted(SUFFIXES))})")
-    return files
+        raise UserError(f"{path}: the folder holds no images ({kinds})" + (f", but {rest}" if rest else ""))
+    if others:
+        logger.warning(f"{path}: {len(files)} images; {others.total()} other files are not read ({rest})")
+    return sorted(files)
+
+
+def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """All files below a folder; links to folders are followed, except to those `above`, which would never end."""
+    here = folder.resolve()
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files_below(Path(entry.path), (*above, here))
+            else:
+                yield Path(entry.path)
 
 
 def _hidden(path: Path) -> bool:
@@ -44,12 +83,14 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def square_npz(path: Path, size: int) -> Tensor:
-    """The images uint8 (N,size,size,3) of an ADM-style .npz."""
+def square_npz(path: Path, size: int, channels: int = 3) -> Tensor:
+    """The images uint8 (N,size,size,channels) of an ADM-style .npz; grey ones may be stored as (N,size,size)."""
     array = read_npz(path)
     assert array is not None  # `read_npz` has refused a file without arr_0
-    if array.dtype != np.uint8 or array.shape[1:] != (size, size, 3):
-        raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}, expected uint8 (N,{size},{size},3)")
+    if array.ndim == 3 and channels == 1:
+        array = array[..., None]
+    if array.dtype != np.uint8 or array.shape[1:] != (size, size, channels):
+        raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}, expected uint8 (N,{size},{size},{channels})")
     return torch.from_numpy(array)
 
 
@@ -64,18 +105,50 @@ def read_npz(path: Path, name: str = "arr_0") -> np.ndarray | None:
         raise UserError(f"{path}: not an .npz with an array {name}: {error}") from error
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """One image file -> uint8 (size,size,3), on white, centred square, Lanczos."""
+def read_image(path: Path, size: int, channels: int = 3) -> Tensor:
+    """One image file -> uint8 (size,size,channels): upright, on white, centred square, Lanczos.
+
+    Of an animation the first frame.
+
+    Raises:
+        UserError: a file that cannot be read, or numbers whose range is unknown.
+    """
     try:
-        image = Image.open(path).convert("RGBA")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable image: {error}") from error
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = white.convert("RGB").crop((left, top, left + side, top + side))
-    return torch.from_numpy(np.asarray(square.resize((size, size), Image.Resampling.LANCZOS)).copy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as file:
+                image = ImageOps.exif_transpose(_of_8_bits(file)).convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = white.convert(MODES[channels]).crop((left, top, left + side, top + side))
+        pixels = np.asarray(square.resize((size, size), Image.Resampling.LANCZOS)).copy()
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: has too many pixels to be read safely; scale it down first ({error})") from error
+    except Exception as error:  # readers of damaged files raise errors of many classes
+        raise UserError(f"{path}: not a readable image: {error or type(error).__name__}") from error
+    return torch.from_numpy(pixels).view(size, size, channels)
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """An image as it is, or 16-bit grey divided by 257; Pillow's `convert` would cut at 255.
+
+    Raises:
+        ValueError: numbers of unknown range, or several pages.
+    """
+    if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+        raise ValueError(f"it has {getattr(image, 'n_frames', 1)} pages; write each as a file of its own")
+    tags = getattr(image, "tag_v2", {})  # TIFF's
+    bits, inverted = tags.get(258, (16,))[0], tags.get(262) == 0
+    if not (image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))):
+        if image.mode in ("I", "F"):
+            raise ValueError(f"its numbers (mode {image.mode}) have no known range; write it with 8 or 16 bits")
+        return image
+    levels = np.asarray(image).astype(np.float64) * (255 / (2**bits - 1))
+    grey = Image.fromarray((255 - levels if inverted else levels).round().clip(0, 255).astype(np.uint8))
+    grey.info["exif"] = image.getexif().tobytes()
+    return grey
 
 
 def to_signed(images: Tensor) -> Tensor:
@@ -105,14 +178,21 @@ def endless_batches(data: Tensor, batch_size: int, seed: int, first_step: int = 
         epoch, offset = epoch + 1, 0
 
 
+def to_image(image: Tensor) -> Image.Image:
+    """An image uint8 (H,W,C): RGB for C = 3, grey for 1; of other numbers every channel in grey, side by side."""
+    shown = image if image.shape[-1] == 3 else image.movedim(-1, 1).flatten(1)
+    return Image.fromarray(shown.contiguous().numpy())
+
+
 def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Lay images uint8 (N,H,W,3) out in rows, on white; nearly square unless `columns` is given."""
-    count, height, width, _ = images.shape
+    """Lay images uint8 (N,H,W,C) out in rows, on white; nearly square unless `columns` is given."""
+    panels = [to_image(image) for image in images]
+    count, (width, height) = len(panels), panels[0].size
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, image in enumerate(images):
-        sheet.paste(Image.fromarray(image.numpy()), (i % columns * (width + gap), i // columns * (height + gap)))
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, (i % columns * (width + gap), i // columns * (height + gap)))
     return sheet
 
 
@@ -144,7 +224,7 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def save_grid(images: Tensor, path: Path) -> None:
-    """Write images uint8 (N,H,W,3) as one PNG."""
+    """Write images uint8 (N,H,W,C) as one PNG."""
     save_image(grid(images), path)
 
 
@@ -163,7 +243,7 @@ class NpzWriter:
         self.labels: list[np.ndarray] = []
 
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Append images uint8 (B,H,W,3) and their labels (B,)."""
+        """Append images uint8 (B,H,W,C) and their labels (B,)."""
         if self.member is None:
             self.member = self.archive.open("arr_0.npy", "w", force_zip64=True)
             shape = (self.count, *images.shape[1:])
@@ -198,6 +278,6 @@ def npz_writer(path: Path, count: int) -> Iterator[NpzWriter]:
 
 
 def save_npz(images: Tensor, path: Path, labels: Tensor | None = None) -> None:
-    """Write an ADM-style .npz: arr_0 uint8 (N,H,W,3), and arr_1 int64 (N,) if there are labels."""
+    """Write an ADM-style .npz: arr_0 uint8 (N,H,W,C), and arr_1 int64 (N,) if there are labels."""
     with npz_writer(path, len(images)) as writer:
         writer.add(images, labels)

@@ -9,13 +9,18 @@ from ldm_dkdm.images import to_signed, to_uint8
 
 
 class PixelCodec:
-    """The first stage of pixel space: uint8 images to states in [-1,1] and back."""
+    """The first stage of pixel space: uint8 images to states in [-1,1] and back.
+
+    Args:
+        channels: of an image and of its states.
+    """
 
     parameters = 0
     downsampling = 1
     scale_factor = 1.0
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 3) -> None:
+        self.channels = channels
         self.device: torch.device | str = "cpu"
 
     def to(self, device: torch.device | str, precision: str | None = None) -> "PixelCodec":

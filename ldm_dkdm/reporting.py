@@ -29,6 +29,15 @@ def following(
         yield lambda done: bar.update(done - bar.n)
 
 
+@contextmanager
+def decoration(what: str) -> Iterator[None]:
+    """Log what fails while a grid, a card or a figure is made, and go on: none is worth a run."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning(f"{what}: left out ({type(error).__name__}: {error})")
+
+
 def size(count: float) -> str:
     """A number of bytes, such as 1.5 GB."""
     for unit in ("B", "KB", "MB", "GB", "TB"):

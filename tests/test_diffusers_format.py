@@ -139,8 +139,8 @@ def test_a_pipeline_is_a_teacher_with_its_first_stage(first_stage: Path, tmp_pat
     ("part", "key", "value", "words"),
     [
         ("unet", "act_fn", "gelu", "act_fn: 'gelu'"),
-        ("unet", "norm_eps", 1e-6, "norm_eps: 1e-06"),
-        ("unet", "freq_shift", 1, "freq_shift: 1"),
+        ("unet", "mid_block_scale_factor", 2, "mid_block_scale_factor: 2"),
+        ("unet", "center_input_sample", True, "center_input_sample: True"),
         ("unet", "resnet_time_scale_shift", "scale_shift", "attn_norm_num_groups: None"),
         ("unet", "_class_name", "UNet2DConditionModel", "only UNet2DModel"),
         ("unet", "down_block_types", ["SkipDownBlock2D", "AttnDownBlock2D"], "SkipDownBlock2D"),

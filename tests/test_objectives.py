@@ -56,12 +56,12 @@ class Fixed(nn.Module):
 @pytest.mark.parametrize("vlb_weight", [0.0, 1.0, 3.5])
 def test_a_training_step_is_the_weighted_simple_loss_plus_lambda_times_vlb(vlb_weight: float) -> None:
     x, target = randn(1).float(), Prediction(randn(2).float(), randn(3).float().tanh(), randn(4).float().tanh())
-    loss = LossConfig(space="v", weight_cap=5.0, vlb_weight=vlb_weight)
+    loss = LossConfig(space="v", weight_cap=5.0, vlb_weight=vlb_weight, clip_student=vlb_weight == 1)
     network, trainer = Fixed(randn(5, channels=6).float()), TrainerConfig(max_steps=1, learning_rate=1.0)
     model = DiffusionModel(network, schedule=SCHEDULE, space="pixel", shape=(3, 4, 4))
     module = StudentModule(model, loss, trainer)
     module.log = lambda *args, **kwargs: None
     prediction = model(x, T)
     weighted = loss_weight(SCHEDULE, T, "v", 5.0) * simple_loss(target.eps, prediction.eps)
-    expected = weighted.mean() + vlb_weight * vlb_loss(SCHEDULE, x, T, target, prediction).mean()
+    expected = weighted.mean() + vlb_weight * vlb_loss(SCHEDULE, x, T, target, prediction, vlb_weight == 1).mean()
     torch.testing.assert_close(module.training_step(DistillBatch(x, T, target), 0), expected)

@@ -109,7 +109,7 @@ def test_early_stop_ends_a_run_that_no_longer_improves_and_still_saves(digits: P
     stop = {"monitor": "loss", "window": 2, "patience": 2, "min_delta": 1e9}
     assert train(tmp_path, "early", {"path": str(digits)}, trainer={"max_steps": 40, "early_stop": stop}) == 0
     assert [f.name for f in (tmp_path / "early" / "checkpoints").glob("*.ckpt")][-1:] == ["step=00000006.ckpt"]
-    assert load_model(tmp_path / "early" / "model").info["step"] == 6
+    assert load_model(tmp_path / "early" / "model").info["step"] == 2  # the best window's weights, not the last
     before = contents(tmp_path / "early")
     assert train(tmp_path, "early", {"path": str(digits)}, trainer={"max_steps": 40, "early_stop": stop}) == 0
     assert contents(tmp_path / "early") == before
@@ -119,10 +119,10 @@ def test_an_early_stop_that_gets_more_patience_goes_on(teacher: Path, tmp_path: 
     stop = {"monitor": "loss", "window": 2, "patience": 2, "min_delta": 1e9}
     base = distil_config(teacher, tmp_path, "early", trainer={"max_steps": 12, "early_stop": stop})
     assert distil("--base", base) == 0
-    assert load_model(tmp_path / "early" / "student").info["step"] == 6
-    assert distil("--resume", tmp_path / "early", "trainer.early_stop.patience=3") == 0
-    assert load_model(tmp_path / "early" / "student").info["step"] == 8
-    assert distil("--resume", tmp_path / "early", "trainer.early_stop=null") == 0
+    for step, change in ((6, "trainer.early_stop.patience=3"), (8, "trainer.early_stop=null")):
+        assert sorted((tmp_path / "early" / "checkpoints").glob("*.ckpt"))[-1].name == f"step={step:08d}.ckpt"
+        assert load_model(tmp_path / "early" / "student").info["step"] == 2  # the best window's weights
+        assert distil("--resume", tmp_path / "early", change) == 0
     assert load_model(tmp_path / "early" / "student").info["step"] == 12
 
 

@@ -46,10 +46,10 @@ def test_bad_values_are_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        (np.arange(3), "int64 (3,), wanted 4"),
-        (np.eye(4, dtype=int), "int64 (4, 4), wanted 4"),
-        (np.full(4, 0.7), "float64 (4,), wanted 4"),
-        (np.array(["a"] * 4), "<U1 (4,), wanted 4"),
+        (np.arange(3), "int64 (3,), expected 4"),
+        (np.eye(4, dtype=int), "int64 (4, 4), expected 4"),
+        (np.full(4, 0.7), "float64 (4,), expected 4"),
+        (np.array(["a"] * 4), "<U1 (4,), expected 4"),
         (np.arange(4) + 9, "labels go from 9 to 12"),
         (None, "needs labels"),
     ],

@@ -4,7 +4,10 @@ import hashlib
 import json
 from pathlib import Path
 
+from ldm_dkdm.checkpoints.weight_files import files_of
+from ldm_dkdm.config.load import RUN_KIND, card_kind
 from ldm_dkdm.config.schema import ModelCard
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_text
 
 FIGURES = "evaluation.json"
@@ -13,9 +16,13 @@ NOT_MEASURED = "Not measured yet (scripts/evaluate.py)."
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file, or of all the shards behind an index, one after the other; hexadecimal."""
+    digest = hashlib.sha256()
+    for part in files_of(path):
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def write_readme(folder: Path, card: ModelCard) -> None:
@@ -30,7 +37,7 @@ def write_readme(folder: Path, card: ModelCard) -> None:
         "tags: [diffusion, distillation, DKDM]",
         "---",
         "",
-        f"# {folder.resolve().parent.name}",
+        f"# {_title(folder.resolve())}",
         "",
         f"{kind}, {card.diffusion.space} space, predicts {card.network.parameterization}; "
         f"{card.diffusion.schedule} schedule, T = {card.diffusion.num_timesteps}.",
@@ -47,3 +54,13 @@ def write_readme(folder: Path, card: ModelCard) -> None:
         "",
     ]
     write_text(folder / "README.md", "\n".join(lines))
+
+
+def _title(folder: Path) -> str:
+    """The name of the run that a model folder is in; of a folder outside a run its own name."""
+    run = folder.parent / "config.yaml"
+    try:
+        in_run = run.is_file() and card_kind(run) == RUN_KIND
+    except UserError:  # another program's file
+        in_run = False
+    return folder.parent.name if in_run else folder.name

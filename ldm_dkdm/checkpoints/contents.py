@@ -95,6 +95,7 @@ class Contents:
         path: file or folder of the model; `file` holds its weights.
         format: its name in FORMATS.
         target, params: the network, as far as it is known.
+        raw_file: holds the raw weights, where `file` holds the EMA weights alone.
         ema, raw: weights under the network's own names; `raw` where the file does not distinguish them.
         demands: parameters that must be given as hints.
         usual: values that tensor shapes do not show, but nearly all such files have.
@@ -113,6 +114,7 @@ class Contents:
     file: Path
     ema: Mapping[str, Tensor] | None = None
     raw: Mapping[str, Tensor] | None = None
+    raw_file: Path | None = None
     demands: Sequence[Demand] = ()
     usual: Mapping[str, Any] = field(default_factory=dict)
     parameterization: str | None = None
@@ -204,7 +206,9 @@ class Contents:
     def _same_process(self, stored: DiffusionConfig, wanted: DiffusionConfig, hints: Hints) -> DiffusionConfig:
         own, here = asdict(stored), asdict(wanted)
         differences = [
-            f"{hints.key(key)}: {here[key]}, but the model's is {own[key]}" for key in own if here[key] != own[key]
+            f"{hints.key(key)}: {here[key]}, but the model's is {own[key]}"
+            for key in own
+            if here[key] != own[key] and not (key in SAMPLING and here[key] is None)
         ]
         if differences:
             raise UserError(
@@ -216,6 +220,9 @@ class Contents:
         usual = {"space": self.space, "schedule": "cosine" if self.space == "pixel" else "scaled_linear"}
         example = " ".join(f"{hints.key(key)}={value}" for key, value in {**usual, "num_timesteps": 1000}.items())
         return f"{self.path} ({self.format}) stores no noise schedule; set it, for example {example}"
+
+
+SAMPLING = ("variance", "steps_offset")  # keys of the process that are None where the model decides
 
 
 def _named(stored: DiffusionConfig, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,8 +246,9 @@ def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
         config.num_timesteps,
         config.beta_start,
         config.beta_end,
-        SPACES[config.space].steps_offset,
+        SPACES[config.space].steps_offset if config.steps_offset is None else config.steps_offset,
         betas=config.betas,
+        variance=config.variance or "posterior",
     )
 
 

@@ -3,36 +3,48 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.diffusers_first_stage import component
+from ldm_dkdm.checkpoints.diffusers_scheduler import process, scheduler_config
 from ldm_dkdm.checkpoints.diffusers_unet import to_ours, to_theirs, unet_config, unet_params
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
-from ldm_dkdm.checkpoints.reading import read_tensors, weights_in
+from ldm_dkdm.checkpoints.reading import read_tensors
 from ldm_dkdm.checkpoints.shapes import plain
 from ldm_dkdm.checkpoints.source import Source, read_json
+from ldm_dkdm.checkpoints.weight_files import weights_in
 from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
-from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.files import write_tensors, write_text
 from ldm_dkdm.networks import DiT, UNet
-from ldm_dkdm.pixel import SPACES
+from ldm_dkdm.reporting import logger
 
 NAME = "diffusers folder"
-SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
-PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
+UNET, TARGET = "UNet2DModel", "ldm_dkdm.networks.UNet"
+INDEX = "model_index.json"
 NOTES = "ldm_dkdm.json"  # what diffusers' files have no key for; the library does not read it
 NOTED = ("null_label", "info")
 
 
 def recognises(source: Source) -> bool:
-    """Whether the path is a pipeline's folder or that of one network."""
+    """Whether the path is a pipeline's folder, a trainer's checkpoint, one network's folder, or the weights in it."""
     if not source.is_folder:
-        return False
-    named = source.holds("config.json") and "_class_name" in source.json("config.json")
-    return named or source.holds("model_index.json")
+        return source.path.is_file() and _class_in(source.path.parent) == UNET
+    return _class_in(source.path) is not None or source.holds(INDEX) or bool(_networks(source.path))
+
+
+def _class_in(folder: Path) -> str | None:
+    """The class that a folder's config.json names."""
+    path = folder / "config.json"
+    return read_json(path).get("_class_name") if path.is_file() else None
+
+
+def _networks(folder: Path) -> list[str]:
+    """The folders of networks in a trainer's checkpoint-N."""
+    return [name for name in ("unet", "unet_ema") if (folder / name / "config.json").is_file()]
 
 
 def read(source: Source) -> Contents:
@@ -42,86 +54,104 @@ def read(source: Source) -> Contents:
         UserError: a missing part or an unsupported option; names the file and the key.
     """
     with blaming(source.path, "a config in it is incomplete or does not fit its weights"):
-        folder = source.path
-        if not source.holds("model_index.json"):
-            inside = folder.name == "unet" and (folder.parent / "model_index.json").is_file()
-            return _pipeline(folder.parent) if inside else _component(folder)
-        return _pipeline(folder)
+        folder = source.path if source.is_folder else source.path.parent
+        if (folder / INDEX).is_file():
+            return _pipeline(folder, _network_of(folder), None if source.is_folder else source.path)
+        if _class_in(folder) is None:
+            return _checkpoint(folder)
+        file = weights_in(folder) if source.is_folder else source.path
+        return _network(folder, file, path=source.path)
 
 
-def _component(folder: Path) -> Contents:
-    """One network; its folder stores no noise schedule."""
+def _network_of(pipeline: Path) -> Path:
+    """The folder of a pipeline's network: its part, or the root in the first layout of diffusers."""
+    part = pipeline / "unet"
+    if (pipeline / "unet_ema").is_dir():
+        logger.warning("%s: unet is read; name %s to read that", pipeline, pipeline / "unet_ema")
+    return part if part.is_dir() or not (pipeline / "config.json").is_file() else pipeline
+
+
+def _pipeline(home: Path, unet: Path, file: Path | None = None) -> Contents:
+    _require_unet(home)
+    return _network(unet, file or weights_in(unet), path=home, home=home)
+
+
+def _checkpoint(folder: Path) -> Contents:
+    """A trainer's checkpoint-N: raw and EMA weights; the folder around it may be the pipeline."""
+    *_, last = names = _networks(folder)
+    contents = _network(folder / last, weights_in(folder / last), path=folder)
+    if last == "unet":
+        return contents
+    other = _network(folder / "unet", weights_in(folder / "unet"), path=folder) if len(names) > 1 else None
+    raw, file = (None, None) if other is None else (other.raw, other.file)
+    return replace(contents, ema=contents.raw, raw=raw, raw_file=file)
+
+
+def _network(folder: Path, file: Path, path: Path, home: Path | None = None) -> Contents:
+    """One network, with all else of the pipeline `home` that it belongs to; alone, it has no noise schedule."""
+    home = home or next((place for place in folder.parents[:2] if _is_home(place, folder)), None)
     notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
+    if home is not None and (home / NOTES).is_file():
+        notes = read_json(home / NOTES)
     params = _params(folder, notes)
-    tensors = to_ours(read_tensors(folder), params, folder)
+    tensors = to_ours(read_tensors(file), params, folder)
+    found: dict[str, Any] = {
+        "path": path,
+        "file": file,
+        "format": NAME,
+        "target": TARGET,
+        "params": params,
+        "raw": tensors,
+    }
+    if home is None:
+        return Contents(**found, space="pixel")
+    index = read_json(home / INDEX)
+    stage = next((name for name in ("vqvae", "vae") if (index.get(name) or [None])[0] is not None), None)
+    learned = params["out_channels"] == 2 * params["in_channels"]
+    diffusion, kind = process(_scheduler(home), "pixel" if stage is None else "latent", learned)
     return Contents(
-        path=folder,
-        file=weights_in(folder),
-        format=NAME,
-        target="ldm_dkdm.networks.UNet",
-        params=params,
-        raw=tensors,
-        space="pixel",
-    )
-
-
-def _params(folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
-    if config.get("_class_name") != "UNet2DModel":
-        raise UserError(f"{folder}: is a {config.get('_class_name')}; only UNet2DModel works")
-    order = {"use_new_attention_order": True} if notes.get("use_new_attention_order") else {}
-    return {**unet_params(config, folder / "config.json"), **order}
-
-
-def _pipeline(folder: Path) -> Contents:
-    index = read_json(folder / "model_index.json")
-    if "unet" not in index or "scheduler" not in index:
-        raise UserError(
-            f"{folder}: a {index.get('_class_name')} is not a pipeline of an unconditional or class-conditional UNet"
-        )
-    notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
-    params = _params(folder / "unet", notes)
-    stage = next((name for name in ("vqvae", "vae") if name in index), None)
-    space = "pixel" if stage is None else "latent"
-    diffusion, parameterization = _process(folder / "scheduler" / "scheduler_config.json", space)
-    return Contents(
-        path=folder,
-        file=weights_in(folder / "unet"),
-        format=NAME,
-        target="ldm_dkdm.networks.UNet",
-        params=params,
-        raw=to_ours(read_tensors(folder / "unet"), params, folder / "unet"),
-        parameterization=parameterization,
+        **found,
+        parameterization=kind,
         diffusion=diffusion,
-        first_stage=None if stage is None else FirstStageSource(folder),
+        first_stage=None if stage is None else FirstStageSource(home),
         **{key: notes[key] for key in NOTED if notes.get(key) is not None},
         described=True,
     )
 
 
-def _process(path: Path, space: str) -> tuple[DiffusionConfig, str]:
-    """The forward process of a scheduler's config, and what the network predicts."""
+def _is_home(place: Path, network: Path) -> bool:
+    """Whether a folder is the pipeline around a network's folder: PIPELINE/unet, PIPELINE/checkpoint-N/unet_ema."""
+    known = network.name in ("unet", "unet_ema") and network.parent in (place, *place.glob("checkpoint-*"))
+    return known and (place / INDEX).is_file()
+
+
+def _scheduler(home: Path) -> Path:
+    names = [home / "scheduler" / "scheduler_config.json", home / "scheduler_config.json"]
+    found = next((path for path in names if path.is_file()), None)
+    if found is None:
+        raise UserError(f"{names[0]}: is missing; it holds the noise schedule")
+    return found
+
+
+def _params(folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: is missing; it describes the network")
     config = read_json(path)
-    names = {theirs: ours for ours, theirs in SCHEDULES.items()}
-    kinds = {theirs: ours for ours, theirs in PREDICTIONS.items()}
-    schedule, kind = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
-    if kind not in kinds:
-        raise UserError(f"{path}: prediction_type: {kind!r} is not one of {', '.join(kinds)}")
-    clips, clipped = config.get("clip_sample", True), SPACES[space].clip is not None
-    if clips != clipped:
-        raise UserError(f"{path}: clip_sample: {clips} does not fit a model of {space} space")
-    if config.get("trained_betas") is not None:
-        betas = config["trained_betas"]
-        return DiffusionConfig(num_timesteps=len(betas), betas=betas, space=space), kinds[kind]
-    if schedule not in names:
-        raise UserError(f"{path}: beta_schedule: {schedule!r} is not one of {', '.join(names)}")
-    steps, ends = (
-        config.get("num_train_timesteps", 1000),
-        (config.get("beta_start", 1e-4), config.get("beta_end", 0.02)),
-    )
-    if names[schedule] == "cosine":
-        return DiffusionConfig("cosine", steps, space=space), kinds[kind]
-    return DiffusionConfig(names[schedule], steps, *ends, space=space), kinds[kind]
+    if config.get("_class_name") != UNET:
+        raise UserError(f"{folder}: is a {config.get('_class_name')}; only {UNET} works")
+    order = {"use_new_attention_order": True} if notes.get("use_new_attention_order") else {}
+    return {**unet_params(config, path), **order}
+
+
+def _require_unet(home: Path) -> None:
+    """Refuse pipelines of other networks, by their class."""
+    index = read_json(home / INDEX)
+    if "unet" in index and "scheduler" in index:
+        return
+    kind, other = index.get("_class_name"), (index.get("transformer") or [None, None])[1]
+    advice = f"; its network is a {other}, DiT's own .pt files work" if other else ""
+    raise UserError(f"{home}: a {kind} is not a pipeline of an unconditional or class-conditional UNet{advice}")
 
 
 def write(model: SavedModel, path: Path) -> None:
@@ -169,23 +199,3 @@ def _notes(model: SavedModel) -> dict[str, Any]:
     order = bool(model.node.params.get("use_new_attention_order", False))
     own = {key: plain(getattr(model, key)) for key in NOTED}
     return {"use_new_attention_order": order, **own}
-
-
-def scheduler_config(model: SavedModel) -> dict[str, Any]:
-    """Config of the diffusers scheduler that samples as this package does."""
-    diffusion, params = model.diffusion, model.node.params
-    named = diffusion.betas is None and diffusion.schedule in SCHEDULES
-    common = {
-        "num_train_timesteps": model.schedule.num_timesteps,
-        "beta_schedule": SCHEDULES.get(diffusion.schedule, "linear"),
-        "beta_start": diffusion.beta_start,
-        "beta_end": diffusion.beta_end,
-        "trained_betas": None if named else model.schedule.betas.tolist(),
-        "prediction_type": PREDICTIONS[model.node.parameterization],
-    }
-    if model.space.encoded:
-        own = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-        return {"_class_name": "DDIMScheduler", **common, **own}
-    learned = params["out_channels"] == 2 * params["in_channels"]
-    variance = "learned_range" if learned else "fixed_small"
-    return {"_class_name": "DDPMScheduler", **common, "clip_sample": True, "variance_type": variance}

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_dkdm.checkpoints.diffusers_unet import modern, shapes_of, take
+from ldm_dkdm.checkpoints.diffusers_unet import modern, shapes_of, side_of, take
 from ldm_dkdm.checkpoints.reading import read_tensors
 from ldm_dkdm.checkpoints.source import read_json
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.first_stage import FIRST_STAGES
+from ldm_dkdm.reporting import logger
 
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}  # ours -> diffusers'
 
@@ -64,6 +65,7 @@ def first_stage_config(params: Mapping[str, Any], scale_factor: float) -> dict[s
         "latent_channels": dd["z_channels"],
         "sample_size": dd["resolution"],
         "norm_num_groups": 32,
+        "mid_block_add_attention": dd.get("attn_type", "vanilla") != "none",
         "scaling_factor": scale_factor,
         **own,
     }
@@ -73,7 +75,6 @@ WANTED = {  # options at which diffusers' first stages compute the same as ours
     "norm_num_groups": 32,
     "norm_type": "group",
     "act_fn": "silu",
-    "mid_block_add_attention": True,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
     "lookup_from_codebook": False,
@@ -95,9 +96,12 @@ def first_stage_params(config: Mapping[str, Any], latent_size: int | None, sourc
     other = [f"{key} {config[key]}" for key, value in WANTED.items() if config.get(key, value) != value]
     if not kinds and up != [UP[on] for on in reversed(attends)]:
         other.append(f"up_block_types {up} that do not mirror the down_block_types")
+    middle = config.get("mid_block_add_attention", True)
+    if not middle and any(attends):
+        other.append("mid_block_add_attention False beside levels with attention")
     if kinds or other:
         raise UserError(f"{source}: a first stage with {', '.join(sorted(kinds) + other)} is not supported")
-    resolution = config["sample_size"] if latent_size is None else latent_size * 2 ** (len(widths) - 1)
+    resolution = side_of(config["sample_size"], source) if latent_size is None else latent_size * 2 ** (len(widths) - 1)
     embed = config.get("vq_embed_dim") or config["latent_channels"]
     ddconfig = {
         "double_z": config["_class_name"] == "AutoencoderKL",
@@ -110,6 +114,7 @@ def first_stage_params(config: Mapping[str, Any], latent_size: int | None, sourc
         "num_res_blocks": config["layers_per_block"],
         "attn_resolutions": [resolution // 2**level for level, on in enumerate(attends) if on],
         "dropout": 0.0,
+        **({} if middle else {"attn_type": "none"}),
     }
     return {"ddconfig": ddconfig, "embed_dim": embed} | ({} if codes is None else {"n_embed": codes})
 
@@ -132,7 +137,10 @@ def read_component(folder: Path, latent_size: int | None = None) -> dict[str, An
         target = f"ldm_dkdm.first_stage.{config['_class_name']}"
         # The library's default for both, 0.18215, is an AutoencoderKL's; VQModels without the key mean 1, as CompVis's.
         default = 1.0 if "n_embed" in params else 0.18215
-        scale = float(config.get("scaling_factor", default))
+        scale = float(config.get("scaling_factor") or default)
+        if not config.get("scaling_factor"):
+            path = folder / "config.json"
+            logger.warning("%s: stores no scaling_factor; %g is taken, another is set as scale_factor", path, default)
         found = {modern(name): tensor for name, tensor in read_tensors(folder).items()}
         levels, tensors = len(config["block_out_channels"]), {}
         for name, shape in shapes_of(target, FIRST_STAGES, params, folder).items():

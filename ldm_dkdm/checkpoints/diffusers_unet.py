@@ -34,15 +34,11 @@ UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
     "time_embedding_dim": (None,),
-    "freq_shift": (0,),
-    "flip_sin_to_cos": (True,),
     "mid_block_type": ("UNetMidBlock2D",),
     "mid_block_scale_factor": (1,),
-    "downsample_padding": (1,),
     "act_fn": ("silu",),
     "norm_num_groups": (32,),
     "attn_norm_num_groups": (None, 32),
-    "norm_eps": (1e-5,),
     "add_attention": (True,),
     "class_embed_type": (None,),
 }
@@ -55,6 +51,13 @@ UNET_DEFAULTS = {
     "resnet_time_scale_shift": "default",
     "num_class_embeds": None,
     "dropout": 0.0,
+}
+# Constants of layers under their names there -> ours, and the library's default.
+CONSTANTS = {
+    "freq_shift": ("freq_shift", 0),
+    "flip_sin_to_cos": ("cosines_first", True),
+    "downsample_padding": ("downsample_padding", 1),
+    "norm_eps": ("norm_eps", 1e-5),
 }
 PLAIN_DOWN, PLAIN_UP = ("DownBlock2D", "ResnetDownsampleBlock2D"), ("UpBlock2D", "ResnetUpsampleBlock2D")
 
@@ -124,6 +127,7 @@ def unet_config(params: Mapping[str, Any]) -> dict[str, Any]:
         "num_class_embeds": params.get("num_classes"),
         "dropout": params.get("dropout", 0.0),
         **{key: allowed[0] for key, allowed in UNET_FIXED.items()},
+        **{theirs: params.get(ours, usual) for theirs, (ours, usual) in CONSTANTS.items()},
         "attn_norm_num_groups": 32 if params.get("use_scale_shift_norm", False) else None,
     }
 
@@ -142,7 +146,8 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
         raise UserError(
             f"{source}: attn_norm_num_groups: None leaves the middle attention without its norm; only 32 works"
         )
-    widths, down, up = list(get("block_out_channels")), list(get("down_block_types")), list(get("up_block_types"))
+    widths = list(get("block_out_channels"))
+    down, up = ([kind.removeprefix("UNetRes") for kind in get(f"{way}_block_types")] for way in ("down", "up"))
     updown = get("downsample_type") == "resnet"
     attends = [kind == "AttnDownBlock2D" for kind in down]
     wanted_up = ["AttnUpBlock2D" if on else PLAIN_UP[updown] for on in reversed(attends)]
@@ -159,12 +164,11 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
         raise UserError(f"{source}: upsample_type: {get('upsample_type')!r} differs from downsample_type")
     if any(width % widths[0] for width in widths):
         raise UserError(f"{source}: block_out_channels: {widths} are not multiples of the first")
-    if get("sample_size") is None or not isinstance(get("sample_size"), int):
-        raise UserError(f"{source}: sample_size: {get('sample_size')!r} is not the side of the states")
+    constants = {ours: config[key] for key, (ours, usual) in CONSTANTS.items() if config.get(key, usual) != usual}
     head = {"num_head_channels": get("attention_head_dim")} if get("attention_head_dim") else {"num_heads": 1}
     classes = {} if get("num_class_embeds") is None else {"num_classes": get("num_class_embeds")}
     return {
-        "image_size": get("sample_size"),
+        "image_size": side_of(get("sample_size"), source),
         "in_channels": get("in_channels"),
         "out_channels": get("out_channels"),
         "model_channels": widths[0],
@@ -176,7 +180,21 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
         **({"dropout": get("dropout")} if get("dropout") else {}),
         **head,
         **classes,
+        **constants,
     }
+
+
+def side_of(size: object, source: Path) -> int:
+    """The side of square states: a number, or the same number twice.
+
+    Raises:
+        UserError: it is absent, or they are not square.
+    """
+    sides = set(size) if isinstance(size, list) else {size}
+    side = sides.pop() if len(sides) == 1 else None
+    if not isinstance(side, int):
+        raise UserError(f"{source}: sample_size: {size!r} is not the side of square states")
+    return side
 
 
 def split_qkv(value: Tensor, heads: int, new_order: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -191,6 +191,8 @@ def _inferred(tensors: Mapping[str, Tensor], latent_size: int) -> tuple[str, dic
         ],
         "dropout": 0.0,
     }
+    if not any(".attn" in name for name in tensors):
+        ddconfig["attn_type"] = "none"
     params = {"ddconfig": ddconfig, "embed_dim": tensors["quant_conv.weight"].shape[0] // moments}
     if codes is None:
         return "ldm_dkdm.first_stage.AutoencoderKL", params

@@ -16,7 +16,9 @@ from ldm_dkdm.checkpoints.source import Source, has_config
 from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
 from ldm_dkdm.config.load import RUN_KIND, card_kind, read_card, to_yaml
 from ldm_dkdm.config.schema import FirstStageCard, FirstStagePointer, ModelCard
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_tensors, write_text
+from ldm_dkdm.reporting import decoration
 
 NAME = "model folder"
 WEIGHTS = "model.safetensors"
@@ -63,12 +65,13 @@ def described(home: Path, format: str = NAME, file: Path | None = None, **weight
 
 
 def write(model: SavedModel, path: Path) -> None:
-    """Write a model folder; config.yaml comes last.
+    """Write a model into a new or empty folder; config.yaml comes last.
 
     Raises:
-        UserError: the folder holds another model.
+        UserError: the folder holds files, or is a file.
     """
-    refuse_existing(path / "config.yaml")
+    if not path.is_dir() or any(path.iterdir()):
+        refuse_existing(path)
     write_model(path, card_of(model, path), model.network.state_dict())
 
 
@@ -102,7 +105,8 @@ def write_model(
 ) -> None:
     """Write a model folder with its README, each file atomically."""
     write_folder(folder, card, tensors, dtype)
-    write_readme(folder, card)
+    with decoration(str(folder / "README.md")):
+        write_readme(folder, card)
 
 
 def write_folder(
@@ -112,8 +116,27 @@ def write_folder(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write weights and config.yaml, each file atomically; the config comes last."""
-    stored = {
-        k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in tensors.items()
-    }
-    write_tensors(folder / card.weights, stored)
+    write_tensors(folder / card.weights, {k: _stored(v, dtype) for k, v in tensors.items()})
     write_text(folder / "config.yaml", to_yaml(card))
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in memory of its own, since a file cannot hold tied weights."""
+    kind = dtype if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", kind, copy=True, memory_format=torch.contiguous_format)
+
+
+def require_tensors(state: Mapping[str, Any], what: str) -> None:
+    """Refuse a state_dict that a weights file cannot hold.
+
+    Args:
+        state: a module's state_dict.
+        what: begins the message.
+
+    Raises:
+        UserError: a value that is not a dense tensor, such as a module's extra state.
+    """
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            kind = f"a tensor of layout {value.layout}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise UserError(f"{what}: {name} in its state_dict is {kind}; a weights file holds dense tensors only")

@@ -40,7 +40,7 @@ def build_loaded(node: Any, where: str, targets: Targets, tensors: Mapping[str, 
     if is_own(targets.get(node.target, nn.Module)):
         with torch.device("meta"), Unfilled():
             module = build(node, targets, where)
-        _refuse_misfits(module, tensors, source)
+        require_keys(module, tensors, source)
         own = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in module.state_dict().items()}
         module.load_state_dict(own, assign=True)
     else:
@@ -57,7 +57,7 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
         UserError: missing, unexpected or mis-shaped keys, of which it lists the first few; values that are not
             finite; integer tensors in place of weights.
     """
-    _refuse_misfits(module, tensors, source)
+    require_keys(module, tensors, source)
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and not tensors[name].is_floating_point():
             raise UserError(f"{source}: {name} holds {tensors[name].dtype}, not weights; quantised files do not work")
@@ -66,7 +66,12 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
     module.load_state_dict(dict(tensors))
 
 
-def _refuse_misfits(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+def require_keys(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuse tensors whose names or shapes are not the module's.
+
+    Raises:
+        UserError: missing, unexpected or mis-shaped keys, of which it lists the first few.
+    """
     own = module.state_dict()
     problems = {
         "missing": [k for k in own if k not in tensors],

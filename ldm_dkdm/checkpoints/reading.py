@@ -13,17 +13,12 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.arrays import PickledArray
 from ldm_dkdm.checkpoints.pickles import read_array_pickle, read_torch_file
+from ldm_dkdm.checkpoints.weight_files import files_of, holds_weights, is_index, weights_in
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.files import expanded
 
 TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # start of torch.save's legacy files
 PARTS = ("state_dict", "ema", "model")  # keys in Lightning's and CompVis's files; in DiT's, EMA first
-WEIGHTS = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model*.safetensors",
-    "*.safetensors",
-    "diffusion_pytorch_model*.bin",
-)  # weight files of a folder, in order of preference
 SIGNATURES = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
     b"\x1f\x8b": "is a gzip archive; unpack it first",
@@ -59,6 +54,8 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
         return _of_components(path)
     if path.is_dir():
         return read_tensors(weights_in(path))
+    if is_index(path) and path.is_file():
+        return {name: tensor for shard in files_of(path) for name, tensor in read_tensors(shard).items()}
     with blaming(path):
         content = read_content(path)
         if isinstance(content, Tensor):
@@ -162,7 +159,9 @@ def _describe_text(head: bytes) -> str:
 
 def _of_components(pipeline: Path) -> dict[str, Tensor]:
     """The tensors of all components of a diffusers pipeline."""
-    parts = sorted(part for part in pipeline.iterdir() if part.is_dir() and any(map(any, map(part.glob, WEIGHTS))))
+    parts = sorted(part for part in pipeline.iterdir() if part.is_dir() and holds_weights(part))
+    if not parts and holds_weights(pipeline):  # the first layout of diffusers, with its parts in the root
+        return read_tensors(weights_in(pipeline))
     if not parts:
         raise UserError(f"{pipeline}: is a diffusers pipeline without weights")
     return {f"{part.name}.{name}": tensor for part in parts for name, tensor in read_tensors(part).items()}
@@ -179,23 +178,6 @@ def read_named_weights(folder: Path, name: str) -> dict[str, Tensor]:
     if not (folder / name).is_file():
         raise UserError(f"{folder / name}: missing; the folder {folder} has a config but no weights")
     return read_tensors(folder / name)
-
-
-def weights_in(folder: Path) -> Path:
-    """The weights file of a model folder, or of one component of a diffusers pipeline.
-
-    Raises:
-        UserError: no weights file, or several.
-    """
-    for pattern in WEIGHTS:
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            raise UserError(
-                f"{folder}: holds several weight files ({found[0].name}, {found[1].name}); name one of them"
-            )
-        if found:
-            return found[0]
-    raise UserError(f"{folder}: no such checkpoint file, and the folder holds no weights")
 
 
 def tensors_in(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:

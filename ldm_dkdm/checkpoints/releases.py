@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ldm_dkdm.config.hub import cache_folder, is_hub_id
+
 RELEASES = {
     "ffhq256": "CompVis's LDM-VQ-4 release for FFHQ (ffhq.zip), unpack its model.ckpt",
     "celebahq256": "CompVis's LDM-VQ-4 release for CelebA-HQ (celeba.zip), unpack its model.ckpt",
@@ -18,6 +20,8 @@ def how_to_get(path: Path) -> str:
         return f"download {release} and put it there, or name another path"
     if path.parts[:1] == ("logs",):
         return "it is a run folder: train that model first (scripts/train_ldm.py), or name another path"
+    if is_hub_id(path):
+        return f"if it is a Hub id, `hf download {path}` fetches it into {cache_folder()}; else name a file or folder"
     return (
         "name a CompVis .ckpt, a guided-diffusion .pt, a diffusers folder, or a model folder (config.yaml and weights)"
     )

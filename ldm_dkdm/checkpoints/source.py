@@ -25,7 +25,8 @@ class Source:
     A run folder means the model in it; the weights of a model folder mean the folder.
 
     Args:
-        path: file or folder; a relative path may name a model that ships with the package.
+        path: file or folder; a relative path may name a model that ships with the package, or one in the
+            Hub's local cache, OWNER/NAME.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ldm_dkdm.checkpoints.diffusers_unet import CONSTANTS
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
@@ -47,6 +48,9 @@ def require_eps_unet(model: SavedModel, code_base: str) -> None:
     """
     if not isinstance(model.network, UNet):
         raise UserError(f"format: {code_base} has no {type(model.network).__name__}; choose safetensors")
+    constants = [key for key, usual in CONSTANTS.values() if model.node.params.get(key, usual) != usual]
+    if constants:
+        raise UserError(f"format: {code_base} has no {', '.join(constants)}; choose diffusers or safetensors")
     kind = model.node.parameterization
     if kind != "eps":
         raise UserError(

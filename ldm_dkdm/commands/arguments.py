@@ -163,9 +163,12 @@ def read_hints(items: Sequence[str]) -> dict[str, Any]:
 def load_plugins(files: Sequence[Path]) -> None:
     """Import the user's files and add their nn.Module classes to NETWORKS as FILE.Class.
 
+    A class whose name occurs once is added as __main__.Class too, the name that a notebook or a script gives it.
+
     Raises:
         UserError: no such file, one that cannot be imported or defines no network.
     """
+    classes: dict[str, list[type]] = {}
     for file in files:
         if not file.is_file():
             raise UserError(f"--plugin: {file}: no such file")
@@ -183,6 +186,11 @@ def load_plugins(files: Sequence[Path]) -> None:
             del sys.modules[file.stem]
             raise UserError(f"--plugin: {file}: defines no nn.Module class")
         NETWORKS.update({f"{file.stem}.{kind.__name__}": kind for kind in found})
+        for kind in set(found):
+            classes.setdefault(kind.__name__, []).append(kind)
+    for name, kinds in classes.items():
+        if len(kinds) == 1:
+            NETWORKS[f"__main__.{name}"] = kinds[0]
 
 
 def _imported(file: Path) -> ModuleType:

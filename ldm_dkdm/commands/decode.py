@@ -55,12 +55,11 @@ def read_latents(path: Path) -> "Tensor":
 def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | None, batch_size: int) -> int:
     """Decode a file of latents into `out`: grid.png, img/*.png, samples.npz; returns how many images."""
     import torch
-    from PIL import Image
 
     from ldm_dkdm.checkpoints.first_stages import FirstStageSource
     from ldm_dkdm.device import default_device, resolve_precision
-    from ldm_dkdm.images import save_grid, save_image, save_npz
-    from ldm_dkdm.reporting import following
+    from ldm_dkdm.images import MODES, save_grid, save_image, save_npz, to_image
+    from ldm_dkdm.reporting import following, logger
 
     latents, device = read_latents(path), default_device("auto")
     codec = FirstStageSource(first_stage, scale_factor).codec(precision=resolve_precision("auto", device)).to(device)
@@ -72,8 +71,11 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
             parts.append(codec.decode(batch.to(device)).cpu())
             done(sum(map(len, parts)))
     images = torch.cat(parts)
-    for i, image in enumerate(images):
-        save_image(Image.fromarray(image.numpy()), out / "img" / f"{i:06d}.png")
-    save_grid(images, out / "grid.png")
     save_npz(images, out / "samples.npz")
+    if codec.channels in MODES:
+        for i, image in enumerate(images):
+            save_image(to_image(image), out / "img" / f"{i:06d}.png")
+    else:
+        logger.warning(f"{out}: images of {codec.channels} channels are in samples.npz only, a PNG is grey or RGB")
+    save_grid(images, out / "grid.png")
     return len(images)

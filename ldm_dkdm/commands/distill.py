@@ -39,16 +39,15 @@ def run(options: argparse.Namespace) -> None:
 def _distil(call: TrainingCall[DistillRun]) -> None:
     from ldm_dkdm.device import is_first_rank
     from ldm_dkdm.distillation.student import make_student
-    from ldm_dkdm.training.from_teacher import distil_in
-    from ldm_dkdm.training.run import Run
+    from ldm_dkdm.training.from_teacher import distill
 
-    go_on = f"continue with: dkdm distill --resume {call.folder.path}"
-    run = Run(call.config, call.folder, call.resumed, signals=SIGNALS, go_on=go_on)
-    teacher = open_teacher(call.config).to("cpu", run.precision)
-    student = make_student(call.config.student, teacher, call.config.trainer.seed)
-    distil_in(run, teacher, student)
+    config, out = call.config, call.folder.path
+    teacher = open_teacher(config)
+    student = make_student(config.student, teacher, config.trainer.seed)
+    go_on = f"continue with: dkdm distill --resume {out}"
+    result = distill(teacher, student, out, config=config, resume=call.resumed, signals=SIGNALS, go_on=go_on)
     if is_first_rank():
-        print(f"student: {call.folder.model}")
+        print(f"student: {result.model.path}")
 
 
 def open_teacher(config: DistillRun) -> "DiffusionModel":

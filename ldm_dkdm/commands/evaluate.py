@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, read_hints
+from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1_000_000)
     add("--batch_size", type=int, default=128)
     add("-o", "--out", type=expanded, help="JSON file; default: evaluation.json beside the student")
+    add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32")
     add_hints(parser)
 
 
@@ -61,8 +63,8 @@ def run(options: argparse.Namespace) -> None:
     from ldm_dkdm.model import open_model
 
     device = default_device("auto")
-    student = open_model(options.resume, Hints.of(**hints), lenient=True).to(device, "auto")
-    teacher = find_teacher(expanded(options.resume), options.teacher, hints).to(device, "auto")
+    student = open_model(options.resume, Hints.of(**hints), lenient=True).to(device, options.precision)
+    teacher = find_teacher(expanded(options.resume), options.teacher, hints).to(device, options.precision)
     with flags(**FLAGS):
         figures = evaluate(student, teacher, progress=True, **numbers)
     for name, value in figures.items():

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no_png", action="store_true", help="no PNG per image, only the grid")
     add("--compare", type=expanded, metavar="PNG", help="write labelled grids of all models side by side")
     add("--first_stage", metavar="DIR", help="first-stage folder, if not the one the model points to")
-    add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="auto")
+    add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32")
     add("--device", default="auto", help="cpu, cuda, ...")
     add_hints(parser)
 
@@ -84,6 +84,8 @@ def run(options: argparse.Namespace) -> None:
     device, precision = options.device, options.precision
     models = [open_for_sampling(p, w, config, hints, device, precision) for p, w in zip(paths, weights, strict=True)]
     outputs = Outputs(png=not options.no_png, npz=options.npz, latents=options.latents)
+    for model in models if outputs.png else ():
+        require_png(model)
     panels = [_sample(model, config, _folder(model, options.logdir, len(models)), outputs) for model in models]
     if options.compare:
         from ldm_dkdm.images import save_image, side_by_side
@@ -140,6 +142,17 @@ class Outputs:
     latents: bool
 
 
+def require_png(model: "DiffusionModel") -> None:
+    """Refuse images that a PNG does not hold, before they are sampled."""
+    from ldm_dkdm.images import MODES
+
+    if (channels := model.codec().channels) not in MODES:
+        raise UserError(
+            f"--no_png: {model.path}'s images have {channels} channels, a PNG is grey or RGB; add --no_png, and --npz "
+            "for the images (the grid shows their channels side by side)"
+        )
+
+
 def name_of(model: "DiffusionModel") -> str:
     """The last two parts of a model's path, such as quickstart/student."""
     assert model.path is not None  # set when a model is opened
@@ -178,10 +191,10 @@ def _sample(model: "DiffusionModel", config: SamplingConfig, out: Path, outputs:
             done += len(batch.images)
             show(done)
     rate = config.count / (time.monotonic() - started)
-    sheet = grid(torch.cat(first)[:GRID])
-    save_image(sheet, out / "grid.png")
     if outputs.latents:
         write_tensors(out / "latents.safetensors", {"latents": torch.cat(latents)})
+    sheet = grid(torch.cat(first)[:GRID])
+    save_image(sheet, out / "grid.png")
     label = f"{name_of(model)}: {model.parameters / 1e6:.1f}M parameters, {rate:.2g} images/s"
     others = len(list((out / "img").glob("*.png"))) - config.count if outputs.png else 0
     if others > 0:
@@ -191,12 +204,10 @@ def _sample(model: "DiffusionModel", config: SamplingConfig, out: Path, outputs:
 
 
 def _write_png(images: "Tensor", folder: Path, first: int) -> None:
-    from PIL import Image
-
-    from ldm_dkdm.images import save_image
+    from ldm_dkdm.images import save_image, to_image
 
     for i, image in enumerate(images, first):
-        save_image(Image.fromarray(image.numpy()), folder / f"{i:06d}.png")
+        save_image(to_image(image), folder / f"{i:06d}.png")
 
 
 def require_writable(folder: Path | None) -> None:

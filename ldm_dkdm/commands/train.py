@@ -22,11 +22,11 @@ def run(options: argparse.Namespace) -> None:
     call = read_training_call(options, DiffusionRun)  # reports mistakes before the slow imports
     load_plugins(options.plugin)
 
-    from ldm_dkdm.training.from_images import new_model, train_in
-    from ldm_dkdm.training.run import Run
+    from ldm_dkdm.training.from_images import new_model, train
 
-    go_on = f"continue with: dkdm train --resume {call.folder.path}"
+    config, out = call.config, call.folder.path
+    go_on = f"continue with: dkdm train --resume {out}"
     with dotted_keys("trainer", "logging"):
-        run = Run(call.config, call.folder, call.resumed, signals=SIGNALS, go_on=go_on)
-        train_in(run, new_model(call.config))
-    print(f"model: {call.folder.model}")
+        model = new_model(config)
+        result = train(model, config.data, out, config=config, resume=call.resumed, signals=SIGNALS, go_on=go_on)
+    print(f"model: {result.model.path}")

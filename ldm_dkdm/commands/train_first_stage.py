@@ -14,10 +14,9 @@ def run(options: argparse.Namespace) -> None:
         return
     call = read_training_call(options, FirstStageRun)  # reports mistakes before the slow imports
 
-    from ldm_dkdm.training.first_stages import train_first_stage_in
-    from ldm_dkdm.training.run import Run
+    from ldm_dkdm.training.first_stages import train_first_stage
 
     go_on = f"continue with: dkdm train-first-stage --resume {call.folder.path}"
     with dotted_keys("trainer", "logging"):
-        train_first_stage_in(Run(call.config, call.folder, call.resumed, signals=SIGNALS, go_on=go_on))
+        train_first_stage(call.config, call.folder.path, resume=call.resumed, signals=SIGNALS, go_on=go_on)
     print(f"first stage: {call.folder.model}")

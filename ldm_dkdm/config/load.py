@@ -11,11 +11,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm_dkdm.config.batches import SECTIONS, divided
 from ldm_dkdm.config.checked import Section, convert, hints_of, is_required, parse, unwrap
-from ldm_dkdm.config.recipes import find_config
+from ldm_dkdm.config.recipes import find_config, find_shipped
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard, NewNetworkConfig
 from ldm_dkdm.config.text import quoted, quoted_override
 from ldm_dkdm.errors import UserError, nearest
+from ldm_dkdm.reporting import logger
 
 __all__ = [
     "RUN_KIND",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:  # the default of a type variable is Python 3.13's
 else:
     T = TypeVar("T", bound=Section)
 Card = TypeVar("Card", ModelCard, FirstStageCard)
+DESCRIPTIONS = ("model_index.json", "config.yaml", "student/config.yaml", "model/config.yaml")  # of whole models
 RUNS = (DistillRun, DiffusionRun, FirstStageRun)
 RUN_KIND = "a run folder without a saved model"
 
@@ -60,7 +63,8 @@ def load_config(
     files = [find_config(name) for name in ([base] if isinstance(base, (str, Path)) else base)]
     parts = [_unwrap_sections(part, schema) for part in _parts(files, overrides, schema)]
     try:
-        tree: Any = OmegaConf.to_container(reduce(_merge, parts), resolve=True)
+        recipe = _without_architecture(reduce(_merge, parts[:-1]), parts[-1])
+        tree: Any = OmegaConf.to_container(_merge(recipe, parts[-1]), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{files[-1]}: {error}") from error
     except TypeError as error:
@@ -69,6 +73,9 @@ def load_config(
             f"{sources}: a list or section cannot take this form ({error}); give lists whole: key=[1,2]"
         ) from error
     _refuse_other_scripts(tree, schema, files)
+    for name in (name for name in SECTIONS if isinstance(tree.get(name), Mapping)):
+        trainer = tree.get("trainer")
+        tree[name] = divided(tree[name], trainer if isinstance(trainer, Mapping) else {}, f"{name}.")
     return parse(schema, tree, "")
 
 
@@ -124,6 +131,26 @@ def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
         for key in replaced:
             old.pop(key, None)
     return cast(DictConfig, OmegaConf.merge(before, after))
+
+
+def _without_architecture(recipe: DictConfig, overrides: DictConfig) -> DictConfig:
+    """Drop what a recipe says of its own teacher where `teacher.ckpt=FOLDER` names another, which describes itself."""
+    before: Any = recipe.get("teacher") or {}
+    given: Any = overrides.get("teacher") or {}
+    path = find_shipped(str(given.get("ckpt", ""))) if given else Path()
+    network = (path / "config.json").is_file()
+    whole = any((path / name).is_file() for name in DESCRIPTIONS)
+    if "ckpt" not in given or given.ckpt == before.get("ckpt") or not (network or whole):
+        return recipe
+    keys = {f"teacher.{key}" for key in ("target", "params") if before.get(key)}
+    keys |= {key for key in ("diffusion", "first_stage") if recipe.get(key)} if whole else set()
+    dropped = sorted(key for key in keys if OmegaConf.select(overrides, key) is None)
+    for key in dropped:
+        section, _, name = key.rpartition(".")
+        del (recipe[section] if section else recipe)[name]
+    if dropped:
+        logger.warning("teacher.ckpt: %s describes itself; the recipe's %s are not used", path, ", ".join(dropped))
+    return recipe
 
 
 def _unwrap_sections(part: DictConfig, schema: type) -> DictConfig:

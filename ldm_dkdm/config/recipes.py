@@ -3,6 +3,7 @@
 import difflib
 from pathlib import Path
 
+from ldm_dkdm.config.hub import find_cached
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import exists, expanded
 
@@ -17,13 +18,13 @@ def shipped_folder(kind: str) -> Path:
 
 
 def find_shipped(path: str | Path) -> Path:
-    """Find a path such as `models/teachers/emoji64` among the shipped files, unless it exists here.
+    """Find a path such as `models/teachers/emoji64` among the shipped files, or a Hub id in the local cache.
 
-    A path that is not shipped, or that is absolute, is returned as it is.
+    A path that exists here, or is found in neither, is returned as it is.
     """
     path = expanded(path)
     if path.is_absolute() or exists(str(path)) or path.parts[:1] not in [(kind,) for kind in SHIPPED]:
-        return path
+        return find_cached(path)
     shipped = shipped_folder(path.parts[0]).joinpath(*path.parts[1:])
     return shipped if shipped.exists() else path
 

@@ -98,6 +98,19 @@ class DiffusionConfig(Section):
     betas: Sequence[float] | None = key(
         None, above=0, below=1, help="All T betas, in place of `schedule`, `beta_start` and `beta_end`."
     )
+    variance: str | None = one_of(
+        "ldm_dkdm.diffusion.schedule:VARIANCES",
+        None,
+        help="Variance of a reverse step: the `posterior`'s (diffusers' fixed_small), or `beta` (fixed_large); "
+        "default: the model's, else `posterior`.",
+    )
+    steps_offset: int | None = key(
+        None,
+        min=0,
+        max=1,
+        help="DDIM's lowest timestep: 0, and samples end at x_0; 1, and they end at abar_0; default: the model's, "
+        "else 0 in pixel space and 1 in latent space.",
+    )
 
     def __post_init__(self) -> None:
         """Set the ends that are not given, and `num_timesteps` to the number of `betas`, where they are given."""
@@ -153,6 +166,9 @@ class LossConfig(Section):
         None, above=0, help="Cap on the weight per t that `v` and `x0` give to the eps error."
     )
     vlb_weight: float = key(1.0, min=0, help="Weight lambda of the variational bound, where the variance is learned.")
+    clip_student: bool = key(
+        False, help="Clip the student's x_0 in the variational bound, as sampling does; the public code does not."
+    )
 
 
 @dataclass(frozen=True)
@@ -160,6 +176,9 @@ class DistillConfig(Section):
     """Iterative distillation: the pool of `dynamic` has round(rho * T) * batch_size slots, others have batch_size."""
 
     batch_size: int = key(min=1, help="States in a training batch, per device.")
+    global_batch_size: int | None = key(
+        None, min=1, help="States per step on all devices, which divide it, in place of `batch_size`."
+    )
     variant: str = one_of(
         "ldm_dkdm.distillation.stream:VARIANTS",
         "dynamic",
@@ -169,6 +188,9 @@ class DistillConfig(Section):
         None, above=0, help="Size of the pool of `dynamic`, which needs it; the others do not use it."
     )
     discard: float = key(0.0, min=0, below=1, help="Share of advanced batches that are not shown to the student.")
+    discard_mode: Literal["redraw", "same_slots"] = key(
+        "redraw", help="After a discarded batch, draw other slots, or advance the same ones (the public code)."
+    )
     input_perturbation: float = key(0.0, min=0, help="Noise added to the student's input: gamma of DDPM-IP.")
     stride: int = key(1, min=1, help="Timesteps that a drawn slot advances; 1 is the paper's.")
     pool_dtype: Literal["float16", "float32"] = key("float16", help="Number format of the pool's states.")
@@ -208,6 +230,10 @@ class TrainerConfig(Section):
     accumulate: int = key(1, min=1, help="Batches per step.")
     early_stop: EarlyStopConfig | None = key(None, help="End the run when a figure no longer falls.")
     ema_decay: float = key(0.9999, min=0, below=1, help="Decay per step of the averaged weights.")
+    ema_warmup: bool = key(
+        True,
+        help="Begin with a smaller decay, (1 + n) / (10 + n) after n steps, as CompVis; false is constant.",
+    )
     precision: str = one_of(
         "ldm_dkdm.device:PRECISIONS",
         "auto",
@@ -253,8 +279,15 @@ class DiffusionDataConfig(Section):
     synthetic: str | None = key(
         None, path=True, help="Samples of a teacher: the .npz that sampling with `--npz` writes."
     )
+    mix: Literal["append", "replace"] = key(
+        "append",
+        help="Add real images to the samples, or replace a `fraction` of the samples (the public code).",
+    )
     image_size: int = key(min=1, help="Side of the images in pixels, after cropping and scaling.")
     batch_size: int = key(min=1, help="Images in a training batch, per device.")
+    global_batch_size: int | None = key(
+        None, min=1, help="Images per step on all devices, which divide it, in place of `batch_size`."
+    )
     flip: bool = key(True, help="Mirror half of the images at random.")
     cache: bool = key(True, help="Encode all images once before the training; false encodes them in every step.")
     t_cap: float | None = key(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ldm_dkdm.diffusion.process import learned_log_variance, posterior
+from ldm_dkdm.diffusion.process import eps_to_x0, learned_log_variance, posterior
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import pick
 from ldm_dkdm.records import Prediction
@@ -31,18 +31,26 @@ def loss_weight(schedule: NoiseSchedule, t: Tensor, space: str, cap: float | Non
     return weight.clamp(max=cap or float("inf")).float().to(t.device)
 
 
-def vlb_loss(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, target: Prediction, prediction: Prediction) -> Tensor:
+def vlb_loss(
+    schedule: NoiseSchedule,
+    x_t: Tensor,
+    t: Tensor,
+    target: Prediction,
+    prediction: Prediction,
+    clip_student: bool = False,
+) -> Tensor:
     """L'_vlb = KL(p_T(x_{t-1}|x_t) || p_S(x_{t-1}|x_t)) at every t, in bits per dimension (DKDM).
 
-    The prediction's mean is detached: this term trains its variance only. Both x_0 are clipped in pixel space, as
-    they are in sampling, so that a student equal to its teacher has no loss; Improved DDPM's training code leaves
-    the student's unclipped. A target without a variance is data, not a teacher: then p_T is the posterior
-    q(x_{t-1}|x_t,x_0), and at t = 0 the term is the negative log-likelihood of the pixels (Improved DDPM, Eq. 4-7;
-    L_vlb of Alg. 2).
+    The prediction's mean is detached: this term trains its variance only. Its x_0 is the one that eps means, as in
+    Improved DDPM's training code, or with `clip_student` the one of sampling, which pixel space clips as it does the
+    target's; then a student equal to its teacher has no loss. A target without a variance is data: then p_T is the
+    posterior q(x_{t-1}|x_t,x_0), and at t = 0 the term is the negative log-likelihood of the pixels (Improved DDPM,
+    Eq. 4-7; L_vlb of Alg. 2).
     """
+    x_0 = prediction.x_0 if clip_student else eps_to_x0(schedule, x_t, t, prediction.eps)
     assert prediction.var_fraction is not None  # the network learns its variance
     from_data = target.var_fraction is None
-    mean, _ = posterior(schedule, prediction.x_0.detach(), x_t, t, t - 1)
+    mean, _ = posterior(schedule, x_0.detach(), x_t, t, t - 1)
     log_variance = learned_log_variance(schedule, t, t - 1, prediction.var_fraction)
     target_mean, _ = posterior(schedule, target.x_0, x_t, t, t - 1)
     fraction = torch.full_like(x_t, -1.0) if target.var_fraction is None else target.var_fraction

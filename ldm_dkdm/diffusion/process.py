@@ -90,11 +90,40 @@ def learned_log_variance(schedule: NoiseSchedule, t: Tensor, t_next: Tensor, fra
     return weight * beta.log().to(fraction) + (1 - weight) * beta_tilde.log().to(fraction)
 
 
+def uncertainty(schedule: NoiseSchedule, t: Tensor, eps: Tensor) -> Tensor:
+    """Variance (B,1,1,1) of x_0 given x_t, mean over elements (Analytic-DPM, Bao et al. 2022, Eq. 8).
+
+    For a posterior mean eps, E[(eps_true - eps)^2] = 1 - E[eps^2], and x_0 errs by eps's error times (1 - abar) / abar.
+    The estimate from one state is noisy near T; it is kept within the variance of states, which is about 1.
+    """
+    unknown = 1 - eps.square().mean((1, 2, 3), keepdim=True)
+    abar = schedule.alpha_bar(t, eps)
+    return (((1 - abar) / abar).to(eps) * unknown).clamp(0, 1)
+
+
 def reverse_to(
-    schedule: NoiseSchedule, x_t: Tensor, t: Tensor, t_next: Tensor, prediction: Prediction, noise: Tensor
+    schedule: NoiseSchedule,
+    x_t: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    prediction: Prediction,
+    noise: Tensor,
+    optimal: bool = False,
 ) -> Tensor:
-    """x_{t_next} from one prediction (Alg. 3, line 4), with its learned variance or the posterior's."""
+    """x_{t_next} from one prediction (Alg. 3, line 4), with its learned variance or the schedule's fixed one.
+
+    `optimal`: a posterior's variance also holds what the prediction of x_0 leaves open, without which long steps lose
+    variance (Analytic-DPM, Thm. 1).
+    """
     mean, variance = posterior(schedule, prediction.x_0, x_t, t, t_next)
+    if schedule.variance == "beta" and not optimal:
+        beta = 1 - schedule.alpha_bar(t, x_t) / schedule.alpha_bar(t_next, x_t)
+        variance = beta.to(x_t) * (t_next >= 0).view(-1, 1, 1, 1)  # the last step adds no noise
+    if optimal and prediction.var_fraction is None:
+        abar, abar_next = schedule.alpha_bar(t, x_t), schedule.alpha_bar(t_next, x_t)
+        to_x0 = abar_next.sqrt() * (1 - abar / abar_next) / (1 - abar)
+        inside = (t_next >= 0).view(-1, 1, 1, 1)  # x_0 itself is the mean
+        variance = variance + inside * to_x0.square().to(x_t) * uncertainty(schedule, t, prediction.eps)
     if prediction.var_fraction is not None:
         variance = learned_log_variance(schedule, t, t_next, prediction.var_fraction).exp()
         variance = variance * (t_next >= 0).view(-1, 1, 1, 1)  # the last step adds no noise
@@ -104,5 +133,9 @@ def reverse_to(
 def reverse_step(
     schedule: NoiseSchedule, x_t: Tensor, t: Tensor, prediction: Prediction, noise: Tensor, stride: int | Tensor = 1
 ) -> Tensor:
-    """x_{t-stride}, one stride or one for each of (B,); above 1 by the respaced posterior, past t = 0 it is x_0."""
-    return reverse_to(schedule, x_t, t, torch.clamp(t - stride, min=-1), prediction, noise)
+    """x_{t-stride}, one stride or one for each of (B,); past t = 0 it is x_0.
+
+    Strides above 1 respace the posterior, with the optimal variance; a stride of 1 is the paper's step.
+    """
+    optimal = not (isinstance(stride, int) and stride == 1)
+    return reverse_to(schedule, x_t, t, torch.clamp(t - stride, min=-1), prediction, noise, optimal)

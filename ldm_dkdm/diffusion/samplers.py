@@ -90,13 +90,16 @@ def ddim(
     steps: int,
     label: Tensor | None = None,
     eta: float = 0.0,
+    timesteps: list[int] | None = None,
 ) -> Iterator[Tensor]:
     """DDIM, Eq. 12 and 16, from x_T (B,C,H,W); last yields the sample.
 
-    `schedule.steps_offset` says which timesteps, and whether the last target is abar of t = 0 or 1.
+    `schedule.steps_offset` says which timesteps, and whether the last target is abar of t = 0 or 1. Other `timesteps`,
+    ascending, end at x_0.
     """
-    offset = schedule.steps_offset
-    for step, following in _downwards(ddim_timesteps(schedule.num_timesteps, steps, offset), offset - 1):
+    offset = schedule.steps_offset if timesteps is None else 0
+    timesteps = timesteps or ddim_timesteps(schedule.num_timesteps, steps, offset)
+    for step, following in _downwards(timesteps, offset - 1):
         t = torch.full((len(x),), step, device=x.device)
         x_0 = denoise(x, t, label).x_0
         eps = x0_to_eps(schedule, x, t, x_0)  # from the clipped x_0, in pixel space
@@ -118,16 +121,18 @@ def dpm_solver(
     label: Tensor | None = None,
     eta: float = 0.0,
     start: float = 0.0,
+    timesteps: list[int] | None = None,
 ) -> Iterator[Tensor]:
     """DPM-Solver++(2M) from x_T (B,C,H,W), deterministic; last yields x_0 (Lu et al. 2022, Alg. 2).
 
-    It draws no noise and ignores eta. Timesteps whose abar is below `start` are skipped. The first and the last step
-    are of first order: the first has no predecessor, the last ends at x_0.
+    It draws no noise and ignores eta. Its timesteps are `solver_timesteps` or those given, ascending; those whose abar
+    is below `start` are skipped. The first and the last step are of first order: the first has no predecessor, the last
+    ends at x_0.
     """
     abar = schedule.alphas_cumprod
     lam = 0.5 * (abar / (1 - abar)).log()  # half the log signal-to-noise ratio
     x_0_before, h_before = None, 0.0
-    timesteps = [t for t in solver_timesteps(schedule.num_timesteps, steps) if abar[t] >= start]
+    timesteps = [t for t in timesteps or solver_timesteps(schedule.num_timesteps, steps) if abar[t] >= start]
     for step, following in _downwards(timesteps, -1):
         t = torch.full((len(x),), step, device=x.device)
         x_0 = denoise(x, t, label).x_0
@@ -152,6 +157,19 @@ def solver_timesteps(num_timesteps: int, steps: int) -> list[int]:
     return [round(i * (num_timesteps - 1) / steps) for i in range(1, steps + 1)]
 
 
+def log_snr_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
+    """At most `steps` ascending timesteps, from 0 to T-1, spread evenly over the log signal-to-noise ratio.
+
+    The spacing of DPM-Solver (Lu et al. 2022, Sec. 3.1): few steps then keep the variance of the samples, which evenly
+    spaced timesteps lose near t = 0.
+    """
+    _check_steps(schedule.num_timesteps, steps)
+    abar = schedule.alphas_cumprod
+    log_snr = (abar / (1 - abar)).log()
+    wanted = torch.linspace(log_snr[-1].item(), log_snr[0].item(), steps, dtype=torch.float64)
+    return sorted({int((log_snr - value).abs().argmin()) for value in wanted})
+
+
 def _downwards(timesteps: list[int], end: int) -> Iterator[tuple[int, int]]:
     """Pairs (t, the t after it) from the highest timestep down to `end`."""
     return zip(reversed(timesteps), reversed([end, *timesteps[:-1]]), strict=True)
@@ -165,19 +183,25 @@ class Sampler:
         walk: (schedule, denoise, x_T, noise, steps, label, eta) -> iterator of states; the last one is the sample.
         timesteps: (schedule, steps) -> the timesteps at which the model is called.
         default_steps: steps if none are given; None means all T.
-        takes_eta: whether `eta` has an effect.
+        takes_eta: whether `eta` has an effect. takes_timesteps: whether `walk` takes `timesteps`.
     """
 
     walk: Callable[..., Iterator[Tensor]]
     timesteps: Callable[[NoiseSchedule, int], list[int]]
     default_steps: int | None = 200
     takes_eta: bool = False
+    takes_timesteps: bool = False
 
 
 SAMPLERS = {
-    "ddim": Sampler(ddim, lambda s, n: ddim_timesteps(s.num_timesteps, n, s.steps_offset), takes_eta=True),
+    "ddim": Sampler(
+        ddim,
+        lambda s, n: ddim_timesteps(s.num_timesteps, n, s.steps_offset),
+        takes_eta=True,
+        takes_timesteps=True,
+    ),
     "ddpm": Sampler(ddpm, lambda s, n: respaced_timesteps(s.num_timesteps, n), default_steps=None),
-    "dpm-solver++": Sampler(dpm_solver, lambda s, n: solver_timesteps(s.num_timesteps, n)),
+    "dpm-solver++": Sampler(dpm_solver, lambda s, n: solver_timesteps(s.num_timesteps, n), takes_timesteps=True),
 }
 
 

@@ -47,6 +47,12 @@ def beta_ends(name: str, num_timesteps: int) -> tuple[float, float]:
     return start * scale, end * scale
 
 
+VARIANCES = {
+    "posterior": "beta~ of the posterior (DDPM, Sec. 3.2)",
+    "beta": "beta_t",
+}  # fixed variances of a reverse step
+
+
 class NoiseSchedule:
     """The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), t = 0 ... T-1.
 
@@ -58,6 +64,7 @@ class NoiseSchedule:
         steps_offset: DDIM's lowest timestep, and its last target is the one below it: 1 in CompVis's code (samples
             end at abar_0), 0 in guided-diffusion's (they end at x_0, abar_{-1} = 1). The name is diffusers'.
         betas: any betas (T,), each strictly between 0 and 1, in place of a named schedule.
+        variance: of a reverse step, one of VARIANCES; a network that predicts its own ignores it.
 
     Raises:
         UserError: an unknown name, or values outside these ranges.
@@ -75,11 +82,13 @@ class NoiseSchedule:
         steps_offset: int = 1,
         *,
         betas: Tensor | Sequence[float] | None = None,
+        variance: str = "posterior",
     ) -> None:
-        self.steps_offset = steps_offset
         pick(SCHEDULES, name, "schedule")
+        pick(VARIANCES, variance, "variance")
         if num_timesteps < 1:
             raise UserError(f"num_timesteps: must be at least 1, got {num_timesteps}")
+        self.steps_offset, self.variance = steps_offset, variance
         first, final = beta_ends(name, num_timesteps)
         self.beta_start = first if beta_start is None else beta_start
         self.beta_end = final if beta_end is None else beta_end
@@ -109,9 +118,13 @@ class NoiseSchedule:
         Fewer t are near pure noise, where x_t says little about the image (min-SNR, Hang et al. 2023, weights the
         loss to that end). Without a cap the density is uniform.
         """
-        density = (self.alphas_cumprod * (cap or float("inf"))).clamp(0.1, 1)
+        density = self.density(cap)
         cdf = (density.cumsum(0) / density.sum()).to(quantiles)
         return torch.searchsorted(cdf, quantiles, right=True).clamp(max=self.num_timesteps - 1)
+
+    def density(self, cap: float | None = None) -> Tensor:
+        """The density (T,) of `timesteps_at`, at most 1, float64."""
+        return (self.alphas_cumprod * (cap or float("inf"))).clamp(0.1, 1)
 
     def _table(self, device: torch.device) -> Tensor:
         """abar_{-1} ... abar_{T-1} on a device, copied there once."""

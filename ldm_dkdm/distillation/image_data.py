@@ -1,7 +1,7 @@
 """Images as training data: real ones, a teacher's samples, or both (Alg. 2 and the baselines of Sec. 4.1)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec
 from ldm_dkdm.images import find_images, read_image, read_npz, square_npz
-from ldm_dkdm.reporting import Progress, following
+from ldm_dkdm.reporting import Progress, following, logger
 
 ENCODE_BATCH = 64
 
@@ -24,23 +24,29 @@ class ImageSet:
     """Images by index; files are read on use.
 
     Attributes:
-        images: uint8 (N,H,W,3), or the paths of N files.
+        images: uint8 (N,H,W,C), or the paths of N files.
         size: side in pixels.
         labels: (N,) class indices, if any.
+        channels: C, 1 (grey) or 3 for files.
+        classes: what the labels mean, such as `0 cat` or `7`, where folders name them.
+        loose: a file in no class folder although others are in one; then there are no labels.
     """
 
     images: Tensor | Sequence[Path]
     size: int
     labels: Tensor | None = None
+    channels: int = 3
+    classes: Sequence[str] = ()
+    loose: Path | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, indices: Tensor) -> Tensor:
-        """Images uint8 (B,H,W,3)."""
+        """Images uint8 (B,H,W,C)."""
         if isinstance(self.images, Tensor):
             return self.images[indices]
-        return torch.stack([read_image(self.images[int(i)], self.size) for i in indices])
+        return torch.stack([read_image(self.images[int(i)], self.size, self.channels) for i in indices])
 
     def labels_of(self, indices: Tensor) -> Tensor:
         """Labels (B,) of images in a set that has labels."""
@@ -54,30 +60,57 @@ class ImageSet:
         images = []
         with following(progress, "reading", "image", len(self.images)) as done:
             for file in self.images:
-                images.append(read_image(file, self.size))
+                images.append(read_image(file, self.size, self.channels))
                 done(len(images))
-        return ImageSet(torch.stack(images), self.size, self.labels)
+        return replace(self, images=torch.stack(images))
 
     def part(self, fraction: float, seed: int) -> "ImageSet":
         """A random share, at least one image; the same for the same seed."""
-        if fraction == 1:
-            return self
-        chosen = np.random.default_rng(seed).permutation(len(self))[: max(1, round(fraction * len(self)))]
+        return self if fraction == 1 else self.some(max(1, round(fraction * len(self))), seed)
+
+    def some(self, count: int, seed: int) -> "ImageSet":
+        """A random choice of `count` images; the same for the same seed."""
+        chosen = np.random.default_rng(seed).permutation(len(self))[:count]
         labels = None if self.labels is None else self.labels[chosen]
         if isinstance(self.images, Tensor):
-            return ImageSet(self.images[torch.from_numpy(chosen)], self.size, labels)
-        return ImageSet([self.images[i] for i in chosen], self.size, labels)
+            return replace(self, images=self.images[torch.from_numpy(chosen)], labels=labels)
+        return replace(self, images=[self.images[i] for i in chosen], labels=labels)
 
 
-def open_images(path: str | Path, size: int) -> ImageSet:
-    """A folder of images (a sub-folder is a class) or an ADM-style .npz (`arr_0`, labels in `arr_1`)."""
+def open_images(path: str | Path, size: int, channels: int = 3) -> ImageSet:
+    """A folder of images (a sub-folder is a class) or an ADM-style .npz (`arr_0`, labels in `arr_1`).
+
+    Sub-folders named by whole numbers are the classes of these numbers; other names are numbered in their order.
+    """
     path = expanded(path)
     if path.suffix == ".npz":
-        return ImageSet(images := square_npz(path, size), size, _npz_labels(path, len(images)))
-    files = find_images(path)
+        return ImageSet(images := square_npz(path, size, channels), size, _npz_labels(path, len(images)), channels)
+    files = find_images(path, channels)
     folders = sorted({file.parent for file in files})
-    classes = torch.tensor([folders.index(file.parent) for file in files])
-    return ImageSet(files, size, classes if len(folders) > 1 else None)
+    _name_empty(path, folders)
+    if path in folders:
+        loose = next(file for file in files if file.parent == path) if len(folders) > 1 else None
+        return ImageSet(files, size, None, channels, loose=loose)
+    numbers = _class_numbers(folders)
+    named = sorted((number, str(folder.relative_to(path))) for folder, number in numbers.items())
+    labels = torch.tensor([numbers[file.parent] for file in files])
+    return ImageSet(
+        files, size, labels, channels, [name if name == str(number) else f"{number} {name}" for number, name in named]
+    )
+
+
+def _name_empty(path: Path, folders: Sequence[Path]) -> None:
+    """Warn of sub-folders without images, which are no classes."""
+    used = {above for folder in folders for above in (folder, *folder.parents)}
+    empty = [f.name for f in sorted(path.iterdir()) if f.is_dir() and f not in used and not f.name.startswith(".")]
+    if empty:
+        logger.warning(f"{path}: {len(empty)} sub-folders hold no images: {', '.join(empty[:8])}")
+
+
+def _class_numbers(folders: Sequence[Path]) -> dict[Path, int]:
+    if all(folder.name.isdecimal() for folder in folders):
+        return {folder: int(folder.name) for folder in folders}
+    return {folder: i for i, folder in enumerate(folders)}
 
 
 def _npz_labels(path: Path, count: int) -> Tensor | None:
@@ -91,14 +124,31 @@ def _npz_labels(path: Path, count: int) -> Tensor | None:
     return torch.from_numpy(labels).long()
 
 
-def open_sets(config: DiffusionDataConfig, seed: int) -> list[ImageSet]:
-    """The real images (or a fraction of them) and the synthetic ones that a configuration names."""
+def open_sets(config: DiffusionDataConfig, seed: int, channels: int = 3) -> list[ImageSet]:
+    """The real images and the synthetic ones that a configuration names, of `channels`.
+
+    With `mix: replace`, `fraction` of the synthetic images give way to as many real ones (data-limited training of the
+    public code); else `fraction` of the real images are added.
+
+    Raises:
+        UserError: no images, or a share of images that are not there.
+    """
     if config.path is None and config.synthetic is None:
         raise UserError("data: names no images; set data.path (real), data.synthetic (a teacher's samples) or both")
     if config.path is None and config.fraction != 1:
         raise UserError("data.fraction: is a share of data.path, which is not set")
-    real = [open_images(config.path, config.image_size).part(config.fraction, seed)] if config.path else []
-    return real + ([open_images(config.synthetic, config.image_size)] if config.synthetic else [])
+    size = config.image_size
+    real = open_images(config.path, size, channels) if config.path else None
+    synthetic = open_images(config.synthetic, size, channels) if config.synthetic else None
+    if config.mix == "replace":
+        if real is None or synthetic is None:
+            raise UserError("data.mix: replace needs data.path and data.synthetic")
+        count = round(config.fraction * len(synthetic))
+        if count > len(real):
+            raise UserError(f"data.path: holds {len(real)} images, {count} are to replace samples; lower data.fraction")
+        return [part for part in (real.some(count, seed), synthetic.some(len(synthetic) - count, seed)) if len(part)]
+    added = [] if real is None else [real.part(config.fraction, seed)]
+    return added + ([] if synthetic is None else [synthetic])
 
 
 class States(Protocol):

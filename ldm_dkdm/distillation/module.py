@@ -40,7 +40,9 @@ class StudentModule(L.LightningModule):
         weight = loss_weight(self.model.schedule, batch.t, self.loss.space, self.loss.weight_cap)
         loss = (weight * per_sample).mean()
         if prediction.var_fraction is not None and self.loss.vlb_weight:
-            vlb = vlb_loss(self.model.schedule, batch.x, batch.t, batch.target, prediction).mean()
+            vlb = vlb_loss(
+                self.model.schedule, batch.x, batch.t, batch.target, prediction, self.loss.clip_student
+            ).mean()
             loss = loss + self.loss.vlb_weight * vlb
             self.log("vlb", vlb.detach(), prog_bar=True)
         self.log("loss", loss.detach(), prog_bar=True)

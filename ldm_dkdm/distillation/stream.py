@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ldm_dkdm.config.schema import DistillConfig
 from ldm_dkdm.diffusion.process import q_sample
+from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distillation.batches import BatchStream
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.model import DiffusionModel
@@ -49,8 +50,9 @@ class DistillStream(BatchStream):
         teacher: the teacher, on `device`.
         pool: a filled pool.
         config: batch size, variant and stride; `discard`, the probability that an advanced batch is not handed
-            over (Sec. 11); `input_perturbation`, gamma: the student sees x_t + gamma sqrt(1 - abar_t) noise
-            (Ning et al. 2023), with the prediction at x_t as target; L'_vlb takes both means at what the student sees.
+            over (Sec. 11), after which `discard_mode` draws others or walks the same slots on; `input_perturbation`,
+            gamma: the student sees x_t + gamma sqrt(1 - abar_t) noise (Ning et al. 2023), with the prediction at x_t
+            as target; L'_vlb takes both means at what the student sees.
         max_steps: batches of the whole training.
         seed, rank: with the step, they decide every random choice.
         device: where the student trains.
@@ -72,28 +74,32 @@ class DistillStream(BatchStream):
         self.max_steps, self.step = max_steps, first_step
         self.seed, self.rank, self.device = seed, rank, device
         self.draw = VARIANTS[config.variant].draw
+        self.speed = speed_of(config, teacher.schedule)
 
     def next_batch(self) -> DistillBatch:
         """Advance batches until one is not discarded; the pool is up to date when it is handed over."""
         rng = numpy_generator(self.seed, self.rank, self.step, "draw")
         generator = torch_generator(self.seed, self.rank, self.step, "step_noise", self.device)
+        indices = self.draw(self.pool, self.config.batch_size, rng)
         while True:
-            batch = self._advance(rng, generator)
+            batch = self._advance(indices, rng, generator)
             if rng.random() >= self.config.discard:
                 break
+            if self.config.discard_mode == "redraw":
+                indices = self.draw(self.pool, self.config.batch_size, rng)
         self.step += 1
         return self._perturbed(batch, generator) if self.config.input_perturbation else batch
 
-    def _advance(self, rng: np.random.Generator, generator: torch.Generator) -> DistillBatch:
-        """Draw, predict, step, put back: ONE teacher call."""
-        indices = self.draw(self.pool, self.config.batch_size, rng)
+    def _advance(self, indices: Tensor, rng: np.random.Generator, generator: torch.Generator) -> DistillBatch:
+        """Predict and step the slots, put them back: ONE teacher call."""
         slots = self.pool.take(indices).to(self.device)
         stride = self._strides(slots.t, rng)
         target, x_next = self.teacher.step(slots, self._randn(slots.x, generator), stride)
         t_next = slots.t - stride
         finished = t_next < 0
-        x_next = torch.where(finished.view(-1, 1, 1, 1), self._randn(slots.x, generator), x_next)
-        t_next = torch.where(finished, self.teacher.schedule.num_timesteps - 1, t_next)
+        fresh_x, fresh_t = self._restarts(target.x_0, rng, generator)
+        x_next = torch.where(finished.view(-1, 1, 1, 1), fresh_x, x_next)
+        t_next = torch.where(finished, fresh_t, t_next)
         label = slots.label
         if label is not None:
             fresh = self.teacher.draw_labels(len(label), generator)
@@ -103,15 +109,29 @@ class DistillStream(BatchStream):
         return DistillBatch(slots.x, slots.t, target, slots.label)
 
     def _strides(self, t: Tensor, rng: np.random.Generator) -> int | Tensor:
-        """How far each slot (B,) advances: the first step from T is a random part of the stride, one for the batch.
+        """How far each slot (B,) advances: `stride` on average, and further where the wanted density of t is lower.
 
-        Otherwise every chain would visit the same timesteps, and the student would see no others.
+        Slots that pass a timestep at a speed v stay there 1 / v of the time, so that the density is kept.
         """
-        stride = self.config.stride
-        if stride == 1:
+        if self.speed is None:
             return 1
-        first = int(rng.integers(1, stride + 1))
-        return torch.where(t == self.teacher.schedule.num_timesteps - 1, first, stride)
+        exact = self.speed.to(t.device)[t]
+        chance = torch.from_numpy(rng.random(len(t))).to(t.device)
+        return (exact + chance).floor().long()
+
+    def _restarts(self, x_0: Tensor, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Where finished slots begin again, states (B,C,H,W) and timesteps (B,): at T, from fresh noise.
+
+        With longer steps they begin anywhere in the first one, so that no timestep is visited more often than others:
+        the sample x_0 that has just ended is noised to there.
+        """
+        last = self.teacher.schedule.num_timesteps - 1
+        noise = self._randn(x_0, generator)
+        if self.speed is None:
+            return noise, torch.full((len(x_0),), last, device=x_0.device)
+        first_step = max(1, round(self.speed[last].item()))
+        t = torch.full((len(x_0),), last - int(rng.integers(first_step)), device=x_0.device)
+        return torch.where((t == last).view(-1, 1, 1, 1), noise, q_sample(self.teacher.schedule, x_0, t, noise)), t
 
     def _perturbed(self, batch: DistillBatch, generator: torch.Generator) -> DistillBatch:
         noise = q_sample(self.teacher.schedule, torch.zeros_like(batch.x), batch.t, self._randn(batch.x, generator))
@@ -119,3 +139,11 @@ class DistillStream(BatchStream):
 
     def _randn(self, like: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randn(like.shape, generator=generator, device=like.device)
+
+
+def speed_of(config: DistillConfig, schedule: NoiseSchedule) -> Tensor | None:
+    """Timesteps (T,) that a slot advances at each t, on average, float64; None: always one, as in the paper."""
+    cap = config.warmup.t_cap
+    if config.stride == 1 and cap is None:
+        return None
+    return config.stride / schedule.density(cap)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
 from ldm_dkdm.diffusion.process import q_sample
-from ldm_dkdm.diffusion.samplers import SAMPLERS, last
+from ldm_dkdm.diffusion.samplers import SAMPLERS, last, log_snr_timesteps
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import VARIANTS
@@ -84,7 +84,9 @@ class Warmup:
             return self.teacher.predict(x, t, label)
 
         steps = steps_within(self.config, "steps", schedule.num_timesteps)
-        chain = SAMPLERS[self.config.mode].walk(schedule, denoise, noise, lambda: noise, steps, label)
+        walk, timesteps = SAMPLERS[self.config.mode].walk, spaced_timesteps(self.config, schedule)
+        spaced = {} if timesteps is None else {"timesteps": timesteps}
+        chain = walk(schedule, denoise, noise, lambda: noise, steps, label, **spaced)
         x_0, owner = last(chain), torch.arange(len(copies), device=self.device).repeat_interleave(copies)
         quantiles = torch.rand(len(owner), generator=generator, device=generator.device)
         t = schedule.timesteps_at(quantiles, self.config.t_cap)
@@ -119,9 +121,17 @@ class Mode:
     from_samples: bool = False
 
 
+def spaced_timesteps(config: WarmupConfig, schedule: NoiseSchedule) -> list[int] | None:
+    """The timesteps of the samples, even in log-SNR; None: the sampler chooses its own."""
+    steps = steps_within(config, "steps", schedule.num_timesteps)
+    return log_snr_timesteps(schedule, steps) if SAMPLERS[config.mode].takes_timesteps else None
+
+
 def _sampling_calls(config: WarmupConfig, slots: int, schedule: NoiseSchedule) -> int:
     steps = steps_within(config, "steps", schedule.num_timesteps)
-    return min(config.images, slots) * len(SAMPLERS[config.mode].timesteps(schedule, steps))
+    return min(config.images, slots) * len(
+        spaced_timesteps(config, schedule) or SAMPLERS[config.mode].timesteps(schedule, steps)
+    )
 
 
 WARMUPS = {

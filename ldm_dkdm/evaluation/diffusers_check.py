@@ -16,7 +16,8 @@ STEPS = 10
 def largest_difference(folder: Path, model: DiffusionModel) -> float | None:
     """Largest difference from diffusers in two samples' states by DDIM-10, and in what is decoded from them.
 
-    None without diffusers.
+    In units of the largest value if that is above 1: states of a barely trained network have no bound. None without
+    diffusers.
     """
     try:
         from diffusers import DDIMScheduler, UNet2DModel
@@ -37,7 +38,7 @@ def largest_difference(folder: Path, model: DiffusionModel) -> float | None:
     for t in scheduler.timesteps:
         output = network(x, t, class_labels=label).sample[:, : x.shape[1]]
         x = scheduler.step(output, t, x, use_clipped_model_output=clips).prev_sample
-    difference = (x - ours).abs().max().item()
+    difference = _relative(x, ours)
     codec = model.codec()
     return max(difference, _decoded(folder, codec, ours)) if isinstance(codec, LatentCodec) else difference
 
@@ -53,4 +54,8 @@ def _decoded(folder: Path, codec: LatentCodec, states: torch.Tensor) -> float:
     if isinstance(own, vq.VQModel):  # rounding decides the code of a latent between two codes
         z = own.quantise(z)[0]
     decoded = theirs.decode(z * codec.scale_factor / theirs.config.scaling_factor).sample
-    return (decoded - own.decode(z)).abs().max().item()
+    return _relative(decoded, own.decode(z))
+
+
+def _relative(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    return ((theirs - ours).abs().max() / ours.abs().max().clamp(min=1)).item()

@@ -12,7 +12,7 @@ def frechet_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, 
 
 
 def pixel_frechet_distance(reference: Tensor, images: Tensor, components: int = 64) -> float:
-    """Frechet distance of two sets of images uint8 (N,H,W,3) in [0,1] pixels.
+    """Frechet distance of two sets of images uint8 (N,H,W,C) in [0,1] pixels.
 
     Both are projected on the reference's first `components` principal components.
     """

@@ -8,13 +8,21 @@ from typing import Any
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from torch import Tensor, nn
 
+from ldm_dkdm.errors import pick
+
+ATTENTIONS = {"vanilla": "softmax", "none": None}  # CompVis's `attn_type` -> what the middle computes
+
 
 class Autoencoder(nn.Module):
     """Encoder and decoder of a first stage, with CompVis's parameter names.
 
     Args:
-        ddconfig: keyword arguments of taming's `Encoder` and `Decoder` (ch, ch_mult, z_channels, double_z, ...).
+        ddconfig: keyword arguments of taming's `Encoder` and `Decoder` (ch, ch_mult, z_channels, double_z, ...), and
+            CompVis's `attn_type`, `vanilla` or `none`.
         embed_dim: channels of a latent.
+
+    Raises:
+        UserError: another `attn_type`.
     """
 
     codes = 0  # size of the codebook, if there is one
@@ -22,13 +30,15 @@ class Autoencoder(nn.Module):
     def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()
         moments = 2 if ddconfig.get("double_z", True) else 1  # mean and log variance, or a latent
-        self.in_channels = ddconfig["in_channels"]
+        self.in_channels, self.out_channels = ddconfig["in_channels"], ddconfig["out_ch"]
         self.embed_dim = embed_dim
         self.resolution = ddconfig["resolution"]
         self.downsampling = 2 ** (len(ddconfig["ch_mult"]) - 1)
         with contextlib.redirect_stdout(io.StringIO()):  # taming's Decoder prints its latent shape
             self.encoder = Encoder(**ddconfig)
             self.decoder = Decoder(**ddconfig)
+        if pick(ATTENTIONS, ddconfig.get("attn_type", "vanilla"), "ddconfig.attn_type") is None:
+            _drop_attention(self.encoder, self.decoder)
         self.quant_conv = nn.Conv2d(moments * ddconfig["z_channels"], moments * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
 
@@ -39,3 +49,11 @@ class Autoencoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B,embed_dim,h,w) -> images (B,C,h*f,w*f), nominally in [-1,1]."""
         return self.decoder(self.post_quant_conv(z))
+
+
+def _drop_attention(*halves: Any) -> None:
+    """Replace every attention block by the identity."""
+    for half in halves:
+        half.mid.attn_1 = nn.Identity()
+        for level in getattr(half, "down", None) or half.up:
+            level.attn = nn.ModuleList(nn.Identity() for _ in level.attn)

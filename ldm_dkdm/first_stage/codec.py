@@ -24,6 +24,10 @@ class Codec(Protocol):
         """Number of parameters."""
 
     @property
+    def channels(self) -> int:
+        """Channels of a decoded image."""
+
+    @property
     def downsampling(self) -> int:
         """Side of an image over the side of its states."""
 
@@ -69,6 +73,11 @@ class LatentCodec:
     def parameters(self) -> int:
         """Number of the autoencoder's parameters."""
         return sum(p.numel() for p in self.autoencoder.parameters())
+
+    @property
+    def channels(self) -> int:
+        """Channels of a decoded image."""
+        return self.autoencoder.out_channels
 
     @property
     def downsampling(self) -> int:

@@ -20,7 +20,7 @@ KMEANS_BATCHES = 16
 
 
 class FirstStageModule(L.LightningModule):
-    """Trains a `VQModel` on images uint8 (B,H,W,3).
+    """Trains a `VQModel` on images uint8 (B,H,W,C).
 
     The first `codebook.continuous_steps` steps pass latents unquantised; the codebook then starts as the k-means
     centres of the last 16 batches, and codes that went unused since the last check restart as encoder outputs.
@@ -141,7 +141,7 @@ class FirstStageModule(L.LightningModule):
 
 @torch.no_grad()
 def held_out_psnr(vq: VQModel, images: Tensor, batch_size: int = 64) -> float:
-    """Mean over images uint8 (N,H,W,3) of the PSNR in dB of their quantised reconstruction."""
+    """Mean over images uint8 (N,H,W,C) of the PSNR in dB of their quantised reconstruction."""
     device = next(vq.parameters()).device
     each = []
     for batch in images.split(batch_size):
@@ -153,7 +153,7 @@ def held_out_psnr(vq: VQModel, images: Tensor, batch_size: int = 64) -> float:
 
 @torch.no_grad()
 def latent_scale(vq: VQModel, images: Tensor, batch_size: int = 64) -> float:
-    """1 / std of the latents of images uint8 (N,H,W,3) (LDM, Sec. G: component-wise rescaling)."""
+    """1 / std of the latents of images uint8 (N,H,W,C) (LDM, Sec. G: component-wise rescaling)."""
     device = next(vq.parameters()).device
     latents = [vq.encode(to_unit(batch.to(device)) * 2 - 1) for batch in images.split(batch_size)]
     return 1 / torch.cat(latents).std().item()

@@ -235,7 +235,7 @@ class DiffusionModel:
             UserError: the model names none, or its latents have another shape.
         """
         if self._codec is None:
-            self._codec = open_codec(self) if self.space.encoded else PixelCodec()
+            self._codec = open_codec(self) if self.space.encoded else PixelCodec(self.shape[0])
         return self._codec
 
     def check(self) -> Any:

@@ -23,9 +23,12 @@ def process_of(schedule: NoiseSchedule | None, space: str | None, like: "Diffusi
         base = like.diffusion if like else DiffusionConfig()
         return base if space is None else replace(base, space=space)
     space = space or (like.diffusion.space if like else "latent")
+    variance = None if schedule.variance == "posterior" else schedule.variance
     if schedule.name == "betas":
-        return DiffusionConfig(num_timesteps=schedule.num_timesteps, space=space, betas=schedule.betas.tolist())
-    return DiffusionConfig(schedule.name, schedule.num_timesteps, schedule.beta_start, schedule.beta_end, space)
+        betas = schedule.betas.tolist()
+        return DiffusionConfig(num_timesteps=len(betas), space=space, betas=betas, variance=variance)
+    ends = schedule.beta_start, schedule.beta_end
+    return DiffusionConfig(schedule.name, schedule.num_timesteps, *ends, space, variance=variance)
 
 
 def shape_of(network: nn.Module, shape: Sequence[int] | None, like: "DiffusionModel | None") -> tuple[int, int, int]:

@@ -32,13 +32,18 @@ def require_guidance(model: "DiffusionModel") -> None:
     """Refuse guidance of a model that cannot be guided.
 
     Raises:
-        UserError: a negative weight, no labels, or no null label.
+        UserError: a negative weight, a student (it has learned the guided prediction), no labels, or no null label.
     """
     if model.guidance == 1:
         return
     if model.guidance < 0:
         raise UserError(f"guidance: must be at least 0, got {model.guidance}")
+    if "teacher" in model.info:
+        name = model.path or "the model"
+        raise UserError(f"guidance: {name} is a student, which has learned the guided prediction; leave it at 1")
     if model.num_classes is None:
         raise UserError("guidance: the model takes no labels; leave it out")
     if model.null_label is None:
-        raise UserError("null_label: guidance needs the label for no class; set it")
+        raise UserError(
+            f"null_label: guidance needs the label for no class; set it, often null_label={model.num_classes - 1}"
+        )

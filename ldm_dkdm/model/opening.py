@@ -87,8 +87,9 @@ def _model_of(
         node=node,
         info=contents.info,
     )
-    model.diffusion = diffusion
-    model.path, model.format, model.file = contents.path, contents.format, contents.file
+    model.diffusion, model.schedule = diffusion, schedule_of(diffusion)
+    file = contents.raw_file if hints.use_ema is False and contents.raw_file else contents.file
+    model.path, model.format, model.file = contents.path, contents.format, file
     model.hints, model.described = hints, contents.described
     model.stores_schedule = contents.diffusion is not None
     return model

@@ -12,12 +12,17 @@ SMALL_CPU_ATTENTION = 256  # tokens up to which plain matmuls train faster on a 
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
-    """Sinusoids (B,dim), cosines first, of timesteps t (B,) (Vaswani et al. 2017; Ho et al. 2020)."""
+def timestep_embedding(
+    t: Tensor, dim: int, max_period: float = 10000, freq_shift: float = 0, cosines_first: bool = True
+) -> Tensor:
+    """Sinusoids (B,dim) of timesteps t (B,) (Vaswani et al. 2017; Ho et al. 2020, whose code has shift 1, sines first).
+
+    The lowest frequency is 1 / max_period ^ ((half - 1) / (half - freq_shift)), half = dim // 2.
+    """
     half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device) / half)
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device) / (half - freq_shift))
     args = t[:, None].float() * freqs
-    embedding = torch.cat([args.cos(), args.sin()], dim=-1)
+    embedding = torch.cat([args.cos(), args.sin()] if cosines_first else [args.sin(), args.cos()], dim=-1)
     return F.pad(embedding, (0, dim % 2))
 
 
@@ -53,14 +58,18 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """2x smaller, by a strided 3x3 convolution if `use_conv`, else by averaging."""
+    """2x smaller, by a strided 3x3 convolution if `use_conv`, else by averaging.
 
-    def __init__(self, channels: int, use_conv: bool) -> None:
+    The convolution pads all sides by `padding` 1; with 0 the right and the lower side alone (DDPM's code).
+    """
+
+    def __init__(self, channels: int, use_conv: bool, padding: int = 1) -> None:
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=padding) if use_conv else nn.AvgPool2d(2)
+        self.pad = (0, 1, 0, 1) if use_conv and padding == 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        return self.op(x if self.pad is None else F.pad(x, self.pad))
 
 
 class ResBlock(nn.Module):

@@ -40,6 +40,8 @@ class UNet(nn.Module):
         use_scale_shift_norm: FiLM conditioning. use_new_attention_order: layout of qkv.
         num_classes: size of the label table; None for an unconditional network.
         use_checkpoint: recompute activations in the backward pass to save memory.
+        freq_shift, cosines_first, downsample_padding, norm_eps: constants of layers; DDPM's code, and diffusers'
+            google/ddpm-* models after it, have 1, False, 0 and 1e-6.
     """
 
     def __init__(
@@ -60,13 +62,17 @@ class UNet(nn.Module):
         use_new_attention_order: bool = False,
         num_classes: int | None = None,
         use_checkpoint: bool = False,
+        freq_shift: float = 0,
+        cosines_first: bool = True,
+        downsample_padding: int = 1,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         _check_widths(model_channels, channel_mult, num_heads, num_head_channels)
         _check_levels(image_size, channel_mult, attention_resolutions, num_res_blocks)
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.num_classes = model_channels, num_classes
-        self.use_checkpoint = use_checkpoint
+        self.use_checkpoint, self.freq_shift, self.cosines_first = use_checkpoint, freq_shift, cosines_first
         emb = 4 * model_channels
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         if num_classes is not None:
@@ -82,7 +88,9 @@ class UNet(nn.Module):
         def resampler(channels: int, direction: str) -> nn.Module:
             if resblock_updown:
                 return res(channels, channels, direction)
-            return {"up": Upsample, "down": Downsample}[direction](channels, conv_resample)
+            if direction == "up":
+                return Upsample(channels, conv_resample)
+            return Downsample(channels, conv_resample, downsample_padding)
 
         parts = _Parts(res, attention, resampler)
         widths = [mult * model_channels for mult in channel_mult]
@@ -93,14 +101,17 @@ class UNet(nn.Module):
         deepest = widths[-1]
         self.middle_block = nn.ModuleList([res(deepest, deepest), attention(deepest), res(deepest, deepest)])
         self.output_blocks = _output_blocks(parts, widths, attends, num_res_blocks, skips)
-        channels = widths[0]
-        self.out = nn.Sequential(
-            group_norm(channels), nn.SiLU(), zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
-        )
+        last = zero_init(nn.Conv2d(widths[0], out_channels, 3, padding=1))
+        self.out = nn.Sequential(group_norm(widths[0]), nn.SiLU(), last)
+        _set_eps(self, norm_eps)
+
+    def embedding(self, t: Tensor) -> Tensor:
+        """Sinusoids (B,model_channels) of timesteps t (B,)."""
+        return timestep_embedding(t, self.model_channels, freq_shift=self.freq_shift, cosines_first=self.cosines_first)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """x (B,in_channels,H,W), timesteps t (B,), labels (B,) -> (B,out_channels,H,W)."""
-        emb = self.time_embed(timestep_embedding(t, self.model_channels))
+        emb = self.time_embed(self.embedding(t))
         if self.num_classes is not None:
             emb = emb + self.label_emb(label)
         h, skips = x, []
@@ -118,6 +129,12 @@ class UNet(nn.Module):
             recompute = self.use_checkpoint and torch.is_grad_enabled()
             h = checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
         return h
+
+
+def _set_eps(network: nn.Module, eps: float) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.eps = eps
 
 
 @dataclass(frozen=True)

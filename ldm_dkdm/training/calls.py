@@ -1,10 +1,15 @@
 """Make the configuration of a run from the models and arguments of a Python call."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ldm_dkdm.config.batches import divided
 from ldm_dkdm.config.checked import convert
 from ldm_dkdm.config.schema import (
     DiffusionConfig,
@@ -24,6 +29,8 @@ from ldm_dkdm.config.schema import (
 from ldm_dkdm.errors import UserError, nearest
 from ldm_dkdm.model import DiffusionModel
 
+WORDS = {"steps": "max_steps"}  # argument -> config key, where the names differ
+NAMED = {"max_steps": "steps", "dir": "out", "name": "out", "path": "data"}  # config key -> argument that gives it
 IN_MEMORY = "a model made in Python"
 
 
@@ -39,8 +46,9 @@ def distillation_of(
     """The configuration of a call of `distill`.
 
     Raises:
-        UserError: an unknown or missing argument, or a bad value.
+        UserError: an unknown, missing or contradictory argument, or a bad value.
     """
+    _refuse_named(numbers)
     method, trainer, logging = _spread(numbers, (DistillConfig, TrainerConfig, LoggingConfig), out)
     warming = convert(WarmupConfig, {"mode": warmup} if isinstance(warmup, str) else warmup, "warmup")
     return DistillRun(
@@ -57,7 +65,7 @@ def distillation_of(
 def _teacher_section(teacher: DiffusionModel, check: bool) -> TeacherConfig:
     hints = teacher.hints
     return TeacherConfig(
-        ckpt=str(teacher.path or IN_MEMORY),
+        ckpt=str(teacher.path or f"{IN_MEMORY} ({_fingerprint(teacher)})"),
         target=hints.target,
         params=dict(hints.params),
         parameterization=hints.parameterization,
@@ -66,6 +74,16 @@ def _teacher_section(teacher: DiffusionModel, check: bool) -> TeacherConfig:
         null_label=hints.null_label,
         check=check,
     )
+
+
+def _fingerprint(model: DiffusionModel) -> str:
+    """Eight bytes, hexadecimal, that tell a model without a file from others: of its weights and their meaning."""
+    digest = hashlib.sha256(f"{model.diffusion} {model.parameterization} {model.null_label}".encode())
+    for name, value in model.network.state_dict().items():
+        if isinstance(value, Tensor):  # not a module's extra state
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def training_of(
@@ -78,11 +96,17 @@ def training_of(
     """The configuration of a call of `train`.
 
     Raises:
-        UserError: an unknown or missing argument, or a bad value.
+        UserError: an unknown, missing or contradictory argument, or a bad value.
     """
     named = vars(data) if isinstance(data, DiffusionDataConfig) else data
     named = {"path": str(named)} if isinstance(named, (str, Path)) else named
-    given = {"image_size": _image_size(model), **{k: v for k, v in numbers.items() if v is not None}, **named}
+    numbers = {key: value for key, value in numbers.items() if value is not None}
+    _refuse_named(numbers)
+    for key, value in named.items():
+        if numbers.get(key, value) != value:
+            both = f"{value}, but {numbers[key]} is given by the argument {key}"
+            raise UserError(f"data.{key}: {both}; leave one of them out")
+    given = {"image_size": _image_size(model), **numbers, **named}
     images, trainer, logging = _spread(given, (DiffusionDataConfig, TrainerConfig, LoggingConfig), out)
     stage = FirstStageConfig()
     if model.first_stage is not None:
@@ -99,6 +123,24 @@ def training_of(
     )
 
 
+def refuse_beside(config: Any, numbers: Mapping[str, Any]) -> None:
+    """Refuse arguments that a whole configuration gives.
+
+    Raises:
+        UserError: the first one.
+    """
+    for key, value in numbers.items():
+        if config is not None and value is not None:
+            raise UserError(f"{key}: given by config already; leave one of them out")
+
+
+def _refuse_named(numbers: Mapping[str, Any]) -> None:
+    """Refuse config keys that an argument of another name gives."""
+    for key in numbers:
+        if key in NAMED:
+            raise UserError(f"{key}: given by the argument {NAMED[key]}; leave it out")
+
+
 def _image_size(model: DiffusionModel) -> int:
     """Side in pixels of what the model's states decode to."""
     autoencoder = getattr(model.codec(), "autoencoder", None)
@@ -110,16 +152,17 @@ def _loss(loss: str | Mapping[str, Any] | LossConfig) -> LossConfig:
 
 
 def _spread(numbers: Mapping[str, Any], sections: tuple[type, ...], out: Path) -> list[dict[str, Any]]:
-    """Sort arguments by the section that has their key; the last section also gets the folder `out`."""
+    """Sort arguments by the section that has their key: batches, trainer, logging, which also gets the folder `out`."""
     owners = {f.name: i for i, section in enumerate(sections) for f in fields(section)}
     spread: list[dict[str, Any]] = [{} for _ in sections]
     spread[-1] = {"dir": str(out.parent), "name": out.name}
-    given = {key: value for key, value in numbers.items() if value is not None}
+    given = {WORDS.get(key, key): value for key, value in numbers.items() if value is not None}
     for key, value in given.items():
         if key not in owners:
             raise UserError(f"{key}: unknown argument{nearest(key, owners)}")
         spread[owners[key]][key] = value
-    for key, word in (("max_steps", "steps"), ("batch_size", "batch_size")):
-        if key not in given:
+    spread[0] = divided(spread[0], spread[1])
+    for key, word, section in (("max_steps", "steps", 1), ("batch_size", "batch_size", 0)):
+        if key not in spread[section]:
             raise UserError(f"{word}: missing")
     return spread

@@ -12,19 +12,21 @@ Module = TypeVar("Module", bound=L.LightningModule)
 
 
 class StudentEMA(WeightAveraging):
-    """Lightning's weight averaging with decay min(d, (1 + n) / (10 + n)) after n updates.
+    """Lightning's weight averaging with decay d, or min(d, (1 + n) / (10 + n)) after n updates.
 
     Lightning's own `EMAWeightAveraging` keeps d from the first step, so that the untrained weights
     dominate a short run's average. The first update copies.
 
     Args:
         decay: d in [0,1).
+        ramp: begin with the smaller decay.
     """
 
-    def __init__(self, decay: float) -> None:
+    def __init__(self, decay: float, ramp: bool = True) -> None:
         def update(averages: Sequence[Tensor], currents: Sequence[Tensor], count: Tensor | int) -> None:
             n = self._latest_update_step  # as `count`, but on the host
-            torch._foreach_lerp_(list(averages), list(currents), 1 - min(decay, (1 + n) / (10 + n)))
+            kept = min(decay, (1 + n) / (10 + n)) if ramp else decay
+            torch._foreach_lerp_(list(averages), list(currents), 1 - kept)
 
         super().__init__(use_buffers=False, multi_avg_fn=torch.no_grad()(update))
 

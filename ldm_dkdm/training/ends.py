@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ldm_dkdm.config.schema import EarlyStopConfig, TrainerConfig
 from ldm_dkdm.reporting import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class StepCallback(L.Callback):
@@ -106,6 +109,7 @@ class EarlyStop(EarlyEnd):
 
     def __init__(self, config: EarlyStopConfig) -> None:
         self.config = config
+        self.on_best: Callable[[L.Trainer], None] = lambda trainer: None  # called on rank 0 after a best window
         self.best, self.bad_windows = math.inf, 0
         self.total: float | Tensor = 0.0  # sum in the current window
         self.batches, self.steps = 0, 0  # counts in the current window
@@ -123,17 +127,26 @@ class EarlyStop(EarlyEnd):
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.steps += 1
         if self.steps == self.config.window:
-            self._judge(trainer.strategy.reduce(torch.as_tensor(self.total) / self.batches).item())
+            better = self._judge(trainer.strategy.reduce(torch.as_tensor(self.total) / self.batches).item())
+            if better and trainer.is_global_zero:
+                self.on_best(trainer)
         if self.reached:
             step, monitor = trainer.global_step, self.config.monitor
             logger.info(f"early stop at step {step}: {monitor} stays above {self.best:.6g}")
             trainer.should_stop = True
 
-    def _judge(self, mean: float) -> None:
+    @property
+    def has_best(self) -> bool:
+        """Whether a window has ended."""
+        return self.best < math.inf
+
+    def _judge(self, mean: float) -> bool:
+        """Count a window; whether it is the best so far."""
         improved = mean < self.best - self.config.min_delta
         self.best = min(self.best, mean)
         self.bad_windows = 0 if improved else self.bad_windows + 1
         self.total, self.batches, self.steps = 0.0, 0, 0
+        return improved
 
     def state_dict(self) -> dict[str, float]:
         """What a resume needs."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 import lightning as L
 import torch
 
-from ldm_dkdm.checkpoints.folder import card_of, write_model
+from ldm_dkdm.checkpoints.folder import card_of, require_tensors, write_model
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.training.ema import averaged
@@ -14,8 +14,13 @@ from ldm_dkdm.training.folder import RunFolder
 
 
 def export_on_save(model: DiffusionModel, folder: RunFolder, dtype: str) -> Callable[[L.Trainer], None]:
-    """A function that writes the EMA weights of a trainer and the model card into the run's model folder."""
-    card = card_of(model, folder.model, f"{folder.model_name}.safetensors")
+    """A function that writes the EMA weights of a trainer and the model card into the run's model folder.
+
+    Raises:
+        UserError: the network's state_dict holds what no weights file can.
+    """
+    require_tensors(model.network.state_dict(), folder.model_name)
+    card = card_of(model, folder.model, f"{folder.model.name}.safetensors")
 
     def export(trainer: L.Trainer) -> None:
         info = {**card.info, "step": trainer.global_step, "max_steps": trainer.max_steps}

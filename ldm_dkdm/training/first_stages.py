@@ -1,6 +1,7 @@
 """Train a first stage on images."""
 
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
 from ldm_dkdm.first_stage.vqgan import FirstStageModule, held_out_psnr, latent_scale
 from ldm_dkdm.images import endless_batches, load_images
-from ldm_dkdm.reporting import Progress, logger
+from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.ema import averaged
 from ldm_dkdm.training.folder import RunFolder
@@ -30,7 +31,7 @@ VQ_MODELS = {name: kind for name, kind in FIRST_STAGES.items() if kind is VQMode
 
 
 class _ImageStream(IterableDataset[Tensor]):
-    """Image batches uint8 (B,H,W,3), the same after a resume."""
+    """Image batches uint8 (B,H,W,C), the same after a resume."""
 
     def __init__(self, images: Tensor, batch_size: int, max_steps: int, seed: int, first_step: int) -> None:
         self.arguments = (images, batch_size, seed, first_step)
@@ -44,26 +45,32 @@ class _ImageStream(IterableDataset[Tensor]):
 
 
 def train_first_stage(
-    config: FirstStageRun, out: str | Path, *, resume: bool = False, progress: bool | Progress = True
+    config: FirstStageRun,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: bool | Progress = True,
+    signals: Sequence[int] = (signal.SIGINT,),
+    go_on: str | None = None,
 ) -> Result:
     """Train a first stage to `trainer.max_steps`; a second call continues where the first one stopped.
 
     Args:
         config: the run's, for example `load_config(FILE, schema=FirstStageRun)`.
         out: run folder.
-        resume, progress: as in `distill`.
+        resume, progress, signals, go_on: as in `distill`.
 
     Returns:
         The `VQModel` with its EMA weights, the run folder, the steps taken and what ended the run.
 
     Raises:
         UserError: a bad value, images that do not fit, or a folder that holds another run.
-        Stopped: Ctrl-C; all is saved.
+        Stopped: one of the signals; all is saved.
     """
-    return train_first_stage_in(Run(config, RunFolder(expanded(out), config.MODEL), resume, progress))
+    return _train_first_stage_in(Run(config, RunFolder(expanded(out), config.MODEL), resume, progress, signals, go_on))
 
 
-def train_first_stage_in(run: Run) -> Result:
+def _train_first_stage_in(run: Run) -> Result:
     """Train a first stage in a run folder; errors as `train_first_stage`."""
     config: FirstStageRun = run.config
     with forked_rng(config.trainer.seed):
@@ -73,10 +80,13 @@ def train_first_stage_in(run: Run) -> Result:
             vq, config, lpips_loss(config.loss.perceptual_backbone) if config.loss.perceptual else None
         )
     _refuse_unused(config)
-    images = load_images(config.data.path, config.data.image_size)
+    _require_channels(vq, config)
+    images = load_images(config.data.path, config.data.image_size, vq.in_channels)
     if config.data.batch_size > len(images):
         raise UserError(f"data.batch_size: {config.data.batch_size} is more than the {len(images)} images")
-    held_out = load_images(config.data.held_out, config.data.image_size) if config.data.held_out else None
+    held_out = None
+    if config.data.held_out:
+        held_out = load_images(config.data.held_out, config.data.image_size, vq.in_channels)
     if end := run.end():
         logger.info(f"{run.folder.path}: {end}")
         return Result(vq, run.folder.path, run.step, end)
@@ -89,6 +99,17 @@ def train_first_stage_in(run: Run) -> Result:
     with run.open():
         result = run.fit(module, stream_for, [RunCheckpoint(run.folder.checkpoints, config.logging.save_every, export)])
     return replace(result, model=vq.eval())
+
+
+def _require_channels(vq: VQModel, config: FirstStageRun) -> None:
+    """Refuse channels of the images that a term of the loss or the augmentation cannot take."""
+    channels, where = vq.in_channels, "first_stage.params.ddconfig"
+    if vq.out_channels != channels:
+        raise UserError(f"{where}.out_ch: {vq.out_channels} must be in_channels, {channels}")
+    if config.hue and channels != 3:
+        raise UserError(f"hue: images of {channels} channels have none; set it to 0")
+    if config.loss.perceptual and channels not in (1, 3):
+        raise UserError(f"loss.perceptual: LPIPS takes grey or RGB images, not {channels} channels; set it to 0")
 
 
 OWN_CHOICES = (
@@ -126,8 +147,9 @@ def _export_on_save(
         vq = averaged(trainer, FirstStageModule).vq.eval()
         info: dict[str, Any] = {"step": trainer.global_step}
         if held_out is not None:
-            info["held_out_psnr_db"] = round(held_out_psnr(vq, held_out), 2)
-            logger.info(f"step {trainer.global_step}: held-out PSNR {info['held_out_psnr_db']} dB")
+            with decoration("held-out PSNR"):
+                info["held_out_psnr_db"] = round(held_out_psnr(vq, held_out), 2)
+                logger.info(f"step {trainer.global_step}: held-out PSNR {info['held_out_psnr_db']} dB")
         scale = latent_scale(vq, images[:: max(1, len(images) // 512)])
         card = FirstStageCard("model.safetensors", target, config.first_stage.params, round(scale, 6), info)
         write_folder(folder.model, card, vq.state_dict(), getattr(torch, config.logging.export_dtype))

@@ -30,7 +30,7 @@ class RunFolder:
 
     Attributes:
         path: logs/<run>.
-        model_name: name of the model folder: student, model or first_stage.
+        model_name: name of a new model folder: student, model or first_stage.
     """
 
     path: Path
@@ -43,8 +43,11 @@ class RunFolder:
 
     @property
     def model(self) -> Path:
-        """The model folder, with the EMA weights."""
-        return self.path / self.model_name
+        """The model folder, with the EMA weights; in a run of an older version it may have another name."""
+        from ldm_dkdm.checkpoints.source import home_of  # it imports torch
+
+        found = home_of(self.path)
+        return found if found != self.path else self.path / self.model_name
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint."""

@@ -1,7 +1,7 @@
 """Train a diffusion model on images (Alg. 2): teachers, and the baselines that distillation is compared with."""
 
+import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.distillation.student import check_loss, load_initial, require_call
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
+from ldm_dkdm.first_stage.codec import Codec, LatentCodec
 from ldm_dkdm.images import save_grid
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS
-from ldm_dkdm.reporting import Progress
+from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
-from ldm_dkdm.training.calls import training_of
+from ldm_dkdm.training.calls import refuse_beside, training_of
 from ldm_dkdm.training.export import export_on_save
 from ldm_dkdm.training.folder import RunFolder
 from ldm_dkdm.training.grids import SampleGrid
@@ -50,6 +51,8 @@ def train(
     config: DiffusionRun | None = None,
     resume: bool = False,
     progress: bool | Progress = True,
+    signals: Sequence[int] = (signal.SIGINT,),
+    go_on: str | None = None,
     **options: Any,
 ) -> Result:
     """Train a model on images (Alg. 2); a second call continues where the first one stopped.
@@ -61,18 +64,19 @@ def train(
         steps: optimizer steps. batch_size: images in a batch, per device.
         image_size: side of the images in pixels; default: what the model's states decode to.
         loss: one of LOSS_SPACES, or the keys of `LossConfig`.
-        learning_rate, config, resume, progress: as in `distill`.
+        learning_rate, config, resume, progress, signals, go_on: as in `distill`.
         options: further keys of `DiffusionDataConfig`, `TrainerConfig` and `LoggingConfig`.
 
     Raises:
         UserError: images that do not fit the model, a bad value, or a folder that holds another run.
-        Stopped: Ctrl-C; all is saved.
+        Stopped: one of the signals; all is saved.
     """
+    numbers = {"steps": steps, "batch_size": batch_size, "image_size": image_size, **options}
+    refuse_beside(config, numbers)
     if config is None:
-        numbers = {"max_steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
-        config = training_of(model, data, expanded(out), loss, {**numbers, "image_size": image_size, **options})
-    run = Run(config, RunFolder(expanded(out), config.MODEL), resume, progress)
-    return train_in(run, model)
+        config = training_of(model, data, expanded(out), loss, {"learning_rate": learning_rate, **numbers})
+    run = Run(config, RunFolder(expanded(out), config.MODEL), resume, progress, signals, go_on)
+    return _train_in(run, model)
 
 
 def new_model(config: DiffusionRun) -> DiffusionModel:
@@ -94,18 +98,19 @@ def new_model(config: DiffusionRun) -> DiffusionModel:
     )
 
 
-def train_in(run: Run, model: DiffusionModel) -> Result:
+def _train_in(run: Run, model: DiffusionModel) -> Result:
     """Train a model in a run folder; errors as `train`."""
     config = run.config
     require_trainable(model, config)
     codec = model.codec().to(run.device, run.precision)
+    _require_same_channels(codec)
     trained = model.changed(precision=run.precision)
-    sets = open_sets(config.data, run.trainer.seed)
+    sets = open_sets(config.data, run.trainer.seed, codec.channels)
     _require_labels(model, dict(zip([key for key in ("path", "synthetic") if getattr(config.data, key)], sets)))
     found = tuple(codec.encode(sets[0].take(torch.zeros(1, dtype=torch.long))).shape[1:])
     if found != model.shape:
         raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
-    if end := run.end():
+    if end := run.end(model.network):
         return run.ended(model, end)
     states = _states(config, sets, model, run.progress)
     model.network.train()
@@ -130,12 +135,12 @@ def train_in(run: Run, model: DiffusionModel) -> Result:
     with run.open():
         if is_first_rank():
             count = min(config.logging.sample_count, len(sets[0]))
-            save_grid(sets[0].take(torch.arange(count)), samples / "data.png")
+            shown = sets[0].take(torch.arange(count))
+            with decoration(str(samples / "data.png")):
+                save_grid(shown, samples / "data.png")
         grids = SampleGrid(samples, config.logging, run.trainer.seed)
-        result = run.fit(StudentModule(trained, config.loss, run.trainer), stream_for, [grids, saving])
-    model.network.eval()
-    model.path = run.folder.model
-    return replace(result, model=model)
+        result = run.fit(StudentModule(trained, config.loss, run.trainer), stream_for, [saving, grids])
+    return run.result(model, result)
 
 
 def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:
@@ -156,14 +161,28 @@ def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:
         raise UserError(f"model.params.out_channels: {outputs} must be {inputs} in latent space{advice}")
 
 
+def _require_same_channels(codec: Codec) -> None:
+    """Refuse a first stage that cannot encode what it decodes."""
+    if isinstance(codec, LatentCodec) and codec.autoencoder.in_channels != codec.channels:
+        raise UserError(
+            f"first_stage: it encodes images of {codec.autoencoder.in_channels} channels and decodes {codec.channels}; "
+            "training needs one that decodes what it encodes"
+        )
+
+
 def _require_labels(model: DiffusionModel, sets: Mapping[str, ImageSet]) -> None:
     if model.num_classes is None:
         return
     for key, images in sets.items():
         if images.labels is None:
+            loose = f"; {images.loose} is in none" if images.loose else ""
             raise UserError(
                 f"data.{key}: a class-conditional model needs labels: arr_1 of an .npz, or a sub-folder for every class"
+                + loose
             )
+        if images.classes and is_first_rank():
+            rest = ", ..." if len(images.classes) > 20 else ""
+            logger.info(f"data.{key}: {len(images.classes)} classes: {', '.join(images.classes[:20])}{rest}")
         if not 0 <= int(images.labels.min()) <= int(images.labels.max()) < model.num_classes:
             raise UserError(
                 f"model.params.num_classes: {model.num_classes}, but data.{key}'s labels go from "

@@ -1,8 +1,8 @@
 """Distil a teacher into a student without data (DKDM, Alg. 1 with Sec. 3.3)."""
 
+import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, logger
-from ldm_dkdm.training.calls import distillation_of
+from ldm_dkdm.training.calls import distillation_of, refuse_beside
 from ldm_dkdm.training.export import export_on_save
 from ldm_dkdm.training.folder import RunFolder
 from ldm_dkdm.training.grids import SampleGrid
@@ -44,11 +44,14 @@ def distill(
     config: DistillRun | None = None,
     resume: bool = False,
     progress: bool | Progress = True,
+    signals: Sequence[int] = (signal.SIGINT,),
+    go_on: str | None = None,
     **options: Any,
 ) -> Result:
     """Distil a teacher into a student without data; a second call continues where the first one stopped.
 
-    Ctrl-C saves after the running iteration and raises `Stopped`. Afterwards the student has its EMA weights.
+    Ctrl-C saves after the running iteration and raises `Stopped`. Afterwards the student has its EMA weights and the
+    facts of its card (`info`): teacher, recipe, steps.
 
     Args:
         teacher: it is put in eval mode and frozen.
@@ -63,6 +66,8 @@ def distill(
         config: a whole configuration in place of these numbers, as a YAML file gives it.
         resume: continue in `out` although keys of `TrainerConfig` or `LoggingConfig` have changed.
         progress: show bars, or call a function (what, done, total).
+        signals: those that stop the run at the next whole iteration; default: Ctrl-C.
+        go_on: how to continue, for the message of `Stopped`; default: call it again.
         options: further keys of `DistillConfig`, `TrainerConfig` and `LoggingConfig`: variant, discard, stride, seed,
             ema_decay, lr_schedule, precision, devices, save_every, sample_every, ...
 
@@ -71,16 +76,18 @@ def distill(
 
     Raises:
         UserError: parts that do not fit, a bad value, or a folder that holds another run.
-        Stopped: Ctrl-C; all is saved.
+        Stopped: one of the signals; all is saved.
     """
+    numbers = {"steps": steps, "batch_size": batch_size, "rho": rho, **options}
+    refuse_beside(config, numbers)
     if config is None:
-        numbers = {"max_steps": steps, "batch_size": batch_size, "rho": rho, "learning_rate": learning_rate}
-        config = distillation_of(teacher, student, expanded(out), check, warmup, loss, {**numbers, **options})
-    run = Run(config, RunFolder(expanded(out), config.MODEL), resume, progress)
-    return distil_in(run, teacher, student)
+        given = {"learning_rate": learning_rate, **numbers}
+        config = distillation_of(teacher, student, expanded(out), check, warmup, loss, given)
+    run = Run(config, RunFolder(expanded(out), config.MODEL), resume, progress, signals, go_on)
+    return _distil_in(run, teacher, student)
 
 
-def distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Result:
+def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Result:
     """Warm the pool up and train the student in a run folder; errors as `distill`."""
     codec = teacher.frozen().codec()  # refuses what does not fit before anything is written
     teacher = teacher.changed(precision=run.precision)
@@ -90,7 +97,7 @@ def distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Res
         require_room(parts)
         supply = supply_of(parts)
         _check_teacher(parts, run)
-    if end := run.end():
+    if end := run.end(student.network):
         return run.ended(student, end)
     student.network.train()
     saving = RunCheckpoint(run.folder.checkpoints, run.config.logging.save_every, _export(parts, run))
@@ -105,12 +112,10 @@ def distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Res
         return DistillStream(teacher, pool, method, parts.batches, seed, rank, device, run.first_batch)
 
     with run.open():
-        result = run.fit(parts.module(), stream_for, [grids, saving])
+        result = run.fit(parts.module(), stream_for, [saving, grids])
     for mapped in run.folder.path.glob("pool-rank*.bin"):  # the checkpoints hold the same
         mapped.unlink(missing_ok=True)
-    student.network.eval()
-    student.path = run.folder.model
-    return replace(result, model=student)
+    return run.result(student, result)
 
 
 def _check_teacher(parts: Distillation, run: Run) -> None:

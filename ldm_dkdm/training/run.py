@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,25 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import nn
 from torch.utils.data import IterableDataset
 
-from ldm_dkdm.checkpoints.loading import load_strictly
-from ldm_dkdm.checkpoints.reading import read_tensors
-from ldm_dkdm.checkpoints.source import home_of
-from ldm_dkdm.config.schema import TrainerConfig
+from ldm_dkdm.checkpoints.loading import load_strictly, require_keys
+from ldm_dkdm.checkpoints.reading import read_named_weights
+from ldm_dkdm.checkpoints.shapes import under
+from ldm_dkdm.config.load import read_card
+from ldm_dkdm.config.schema import ModelCard, TrainerConfig
 from ldm_dkdm.device import default_device, resolve_precision
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, logger
 from ldm_dkdm.training.bars import ProgressBar, ProgressCalls, StreamModule
 from ldm_dkdm.training.ema import StudentEMA
-from ldm_dkdm.training.ends import early_ends
+from ldm_dkdm.training.ends import EarlyStop, early_ends
 from ldm_dkdm.training.folder import RunFolder, alone_in, check_run, open_run, require_plain, step_of
 from ldm_dkdm.training.interrupt import GracefulStop
 from ldm_dkdm.training.process import undisturbed
-from ldm_dkdm.training.saving import read_callbacks
+from ldm_dkdm.training.saving import RunCheckpoint, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -80,20 +82,25 @@ class Run:
         self.go_on = go_on or "call it again with the same arguments to continue"
         self.stop = GracefulStop(signals)
 
-    def end(self) -> str | None:
+    def end(self, network: nn.Module | None = None) -> str | None:
         """Why the run in the folder has ended; None if it has not. Nothing is written.
 
+        Args:
+            network: the one to train, if the config does not define its layers.
+
         Raises:
-            UserError: the folder is another run's, or its newest checkpoint is damaged.
+            UserError: the folder is another run's, its newest checkpoint is damaged, or another network's.
         """
         check_run(self.config, self.folder, self.resumed)
         latest = self.folder.latest()
         if latest is None:
             return None
-        step = step_of(latest)
+        step, saved = step_of(latest), read_checkpoint(latest)  # refuses a damaged file
+        if network is not None:
+            require_keys(network, under(saved["state_dict"], "network."), latest)
         if step >= self.trainer.max_steps:
             return f"already at step {step}; a larger trainer.max_steps continues it ({self._resume})"
-        states = read_callbacks(latest)  # also refuses a damaged file
+        states = saved.get("callbacks", {})
         for end in early_ends(self.trainer):
             if end.state_key in states:
                 end.load_state_dict(states[end.state_key])
@@ -114,9 +121,26 @@ class Run:
     def ended(self, model: DiffusionModel, end: str) -> Result:
         """The model of a run that has nothing more to do, with the weights that it saved."""
         logger.info(f"{self.folder.path}: {end}")
-        model.path = home_of(self.folder.path)
-        load_strictly(model.network.eval(), read_tensors(model.path), model.path)
-        return Result(model, self.folder.path, self.step, end)
+        return self._saved(model, self.step, end)
+
+    def result(self, model: DiffusionModel, fitted: Result) -> Result:
+        """What `fit` made of a model: its EMA weights, or the best ones that an early stop has saved."""
+        if self.trainer.early_stop is not None:
+            return self._saved(model, fitted.step, fitted.end)
+        model.network.eval()
+        self._describe(model)
+        return replace(fitted, model=model)
+
+    def _saved(self, model: DiffusionModel, step: int, end: str) -> Result:
+        card, folder = self._describe(model), self.folder.model
+        load_strictly(model.network.eval(), read_named_weights(folder, card.weights), folder / card.weights)
+        return Result(model, self.folder.path, step, end)
+
+    def _describe(self, model: DiffusionModel) -> ModelCard:
+        """Give a model the path, the weights file and the facts of the run's model folder; returns its card."""
+        card, folder = read_card(self.folder.model / "config.yaml", ModelCard), self.folder.model
+        model.path, model.file, model.info = folder, folder / card.weights, dict(card.info)
+        return card
 
     @property
     def first_batch(self) -> int:
@@ -160,6 +184,7 @@ class Run:
             Stopped: a signal ended the run before its end; all is saved.
         """
         latest, ends = self.folder.latest(), early_ends(self.trainer)
+        _keep_best(ends, callbacks)
         trainer = self._lightning(latest, [self.stop, *ends, *callbacks])
         try:
             trainer.fit(module, datamodule=StreamModule(stream_for), ckpt_path=latest, weights_only=True)
@@ -183,12 +208,19 @@ class Run:
             accumulate_grad_batches=config.accumulate,
             logger=CSVLogger(self.folder.path, name="", version=_metrics_name(latest)),
             log_every_n_steps=min(10, config.max_steps),
-            callbacks=[StudentEMA(config.ema_decay), *([bar] if self.progress else []), *callbacks],
+            callbacks=[StudentEMA(config.ema_decay, config.ema_warmup), *([bar] if self.progress else []), *callbacks],
             enable_progress_bar=isinstance(bar, ProgressBar) and bool(self.progress),
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+
+
+def _keep_best(ends: Sequence[L.Callback], callbacks: Sequence[L.Callback]) -> None:
+    """Let an early stop export the best model, in place of the run's saves."""
+    for stop in (end for end in ends if isinstance(end, EarlyStop)):
+        for saving in (callback for callback in callbacks if isinstance(callback, RunCheckpoint)):
+            saving.early_stop, stop.on_best = stop, saving.on_saved
 
 
 def _metrics_name(resumed: Path | None) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError, blaming
-from ldm_dkdm.training.ends import StepCallback
+from ldm_dkdm.training.ends import EarlyStop, StepCallback
 from ldm_dkdm.training.folder import checkpoints
 
 if TYPE_CHECKING:
@@ -27,13 +27,15 @@ class RunCheckpoint(StepCallback):
     Args:
         folder: logs/<run>/checkpoints.
         every: steps between saves; a stop and the end save too.
-        on_saved: called after each save on rank 0, with the trainer.
+        on_saved: called after each save on rank 0, with the trainer. Once an early stop has found a best model, it
+            is called when a better one comes instead, so that the model folder keeps the best.
     """
 
     def __init__(self, folder: Path, every: int, on_saved: Callable[[L.Trainer], None]) -> None:
         self.folder, self.every, self.on_saved = folder, every, on_saved
         self.pool: NoisyPool | None = None  # this rank's, set by a distillation once the rank is known
         self.last_saved = -1
+        self.early_stop: EarlyStop | None = None  # set by the run that has one
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
@@ -55,7 +57,8 @@ class RunCheckpoint(StepCallback):
         trainer.save_checkpoint(temporary)
         self.last_saved = step
         if trainer.is_global_zero:
-            self.on_saved(trainer)
+            if self.early_stop is None or not self.early_stop.has_best:
+                self.on_saved(trainer)
             temporary.replace(self.folder / f"step={step:08d}.ckpt")
             self._forget_old()
         trainer.strategy.barrier()
@@ -80,8 +83,8 @@ def refuse_divergence(trainer: L.Trainer, weights: Iterable[Tensor] = ()) -> Non
         raise UserError(f"trainer.learning_rate: the run diverged by step {step}; the checkpoints are unchanged")
 
 
-def read_callbacks(checkpoint: Path) -> dict[str, Any]:
-    """The states of the callbacks in a checkpoint, by `Callback.state_key`; no code in it is run.
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """The content of a checkpoint, mapped into memory; no code in it is run.
 
     Raises:
         UserError: the file is damaged.
@@ -89,7 +92,7 @@ def read_callbacks(checkpoint: Path) -> dict[str, Any]:
     fault = "is damaged; delete it to continue from the checkpoint before"
     try:
         with blaming(checkpoint, fault):
-            return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
+            return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:  # too short to be mapped
         raise UserError(f"{checkpoint}: {fault} ({error})") from error
 

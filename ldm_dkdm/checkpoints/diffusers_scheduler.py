@@ -1,0 +1,203 @@
+"""Convert forward processes from and to the configs of diffusers' schedulers; no key is ignored silently."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ldm_dkdm.checkpoints.source import read_json
+from ldm_dkdm.checkpoints.writing import SavedModel
+from ldm_dkdm.config.schema import DiffusionConfig
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.pixel import SPACES, Space
+from ldm_dkdm.reporting import logger
+
+T = TypeVar("T")
+SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
+VARIANCES = {"fixed_small": None, "fixed_small_log": None, "fixed_large": "beta"}  # theirs -> ours; None: posterior
+LEARNED = "learned_range"
+ANCESTRAL, IMPLICIT = ("DDPMScheduler", "DDPMParallelScheduler"), ("DDIMScheduler", "DDIMParallelScheduler")
+SOLVERS = (
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler",
+    "DEISMultistepScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)  # other samplers of the same forward process; the samplers here replace them
+CLASSES = (*ANCESTRAL, *IMPLICIT, *SOLVERS)
+# Keys of all classes whose other values mean a process or a prediction that this package does not have.
+NEEDED: dict[str, tuple[Any, ...]] = {
+    "rescale_betas_zero_snr": (False, None),
+    "thresholding": (False, None),
+    "use_flow_sigmas": (False, None),
+    "use_dynamic_shifting": (False, None),
+    "timestep_type": ("discrete", None),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "shift_terminal": (None,),
+    "snr_shift_scale": (None, 1, 1.0),
+    "timestep_values": (None,),
+}
+READ = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+CONVENTIONS = ("clip_sample", "clip_sample_range", "variance_type", "set_alpha_to_one", "steps_offset")
+OF_THRESHOLDING = ("dynamic_thresholding_ratio", "sample_max_value")
+OF_SOLVERS = (
+    "algorithm_type",
+    "corrector_order",
+    "disable_corrector",
+    "euler_at_final",
+    "final_sigmas_type",
+    "flow_shift",
+    "interpolation_type",
+    "lambda_min_clipped",
+    "lower_order_final",
+    "noise_sampler_seed",
+    "predict_x0",
+    "predictor_order",
+    "skip_prk_steps",
+    "solver_order",
+    "solver_p",
+    "solver_type",
+    "tau_func",
+    "time_shift_type",
+    "use_beta_sigmas",
+    "use_exponential_sigmas",
+    "use_karras_sigmas",
+    "use_lu_lambdas",
+)  # how a solver walks, not what the network was trained on
+KNOWN = {*NEEDED, *READ, *CONVENTIONS, *OF_THRESHOLDING, *OF_SOLVERS, "timestep_spacing", "tensor_format"}
+
+
+def process(path: Path, space: str, learns_variance: bool) -> tuple[DiffusionConfig, str]:
+    """The forward process of a scheduler's config, and what the network predicts.
+
+    Args:
+        path: scheduler_config.json. space: of the states. learns_variance: the network has twice the channels.
+
+    Raises:
+        UserError: another process, or a key that this package cannot honour; names the file and the key.
+    """
+    config = read_json(path)
+    kind = config.get("_class_name")
+    if kind not in CLASSES:
+        named = f"{kind} is another process" if kind else "stores no _class_name"
+        raise UserError(f"{path}: {named}; only discrete DDPM processes work, such as {', '.join(CLASSES[::2][:2])}")
+    for key, allowed in NEEDED.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{path}: {key}: {config[key]!r} is not supported, only {allowed[0]!r}")
+    unknown = sorted(key for key in set(config) - KNOWN if not key.startswith("_"))
+    if unknown:
+        logger.warning("%s: %s: not a key of diffusers' %s, ignored", path, ", ".join(unknown), kind)
+    parameterization = _named(path, config, "prediction_type", "epsilon", {b: a for a, b in PREDICTIONS.items()})
+    _require_clipping(path, config, kind, SPACES[space])
+    own: dict[str, Any] = {
+        "space": space,
+        "variance": _variance(path, config, kind, learns_variance),
+        "steps_offset": _steps_offset(path, config, kind, SPACES[space]),
+    }
+    return DiffusionConfig(**_betas(path, config), **own), parameterization
+
+
+def _named(path: Path, config: Mapping[str, Any], key: str, default: str, names: Mapping[str, T]) -> T:
+    value = config.get(key, default)
+    if value not in names:
+        raise UserError(f"{path}: {key}: {value!r} is not one of {', '.join(names)}")
+    return names[value]
+
+
+def _betas(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The noise schedule, as keys of `DiffusionConfig`."""
+    steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
+    if betas is not None:
+        if not isinstance(betas, list) or not all(isinstance(b, (int, float)) and 0 < b < 1 for b in betas):
+            raise UserError(f"{path}: trained_betas: expected numbers, each strictly between 0 and 1")
+        if len(betas) != steps:
+            raise UserError(f"{path}: num_train_timesteps: {steps}, but trained_betas has {len(betas)} values")
+        return {"num_timesteps": steps, "betas": betas}
+    schedule = _named(path, config, "beta_schedule", "linear", {b: a for a, b in SCHEDULES.items()})
+    found = {"schedule": schedule, "num_timesteps": steps}
+    if schedule == "cosine":
+        return found
+    return found | {"beta_start": config.get("beta_start", 1e-4), "beta_end": config.get("beta_end", 0.02)}
+
+
+def _require_clipping(path: Path, config: Mapping[str, Any], kind: str, space: Space) -> None:
+    """Refuse a clipping of x_0 that is not the space's; solvers do not clip, and have no key for it."""
+    if kind in SOLVERS and "clip_sample" not in config:
+        return
+    clips, wanted = config.get("clip_sample", True), space.clip is not None
+    if clips != wanted:
+        shown = f"{clips}" if "clip_sample" in config else f"absent, which means true in a {kind}; it"
+        states = "latents" if space.encoded else "pixels"
+        raise UserError(f"{path}: clip_sample: {shown} does not fit a model of {states}; set {str(wanted).lower()}")
+    limit = config.get("clip_sample_range", 1.0)
+    if clips and limit != space.clip:
+        raise UserError(f"{path}: clip_sample_range: {limit} is not supported, only {space.clip}: images are in [-1,1]")
+
+
+def _variance(path: Path, config: Mapping[str, Any], kind: str, learned: bool) -> str | None:
+    """`diffusion.variance`; None for the posterior's, and for a variance that the network predicts."""
+    value = config.get("variance_type", "fixed_small" if kind in ANCESTRAL and not learned else None)
+    if value is None:
+        return None
+    if learned or value == LEARNED:
+        if learned and value in (
+            LEARNED,
+            "fixed_small",
+        ):  # the second is the default, and the network's own replaces it
+            return None
+        outputs = "twice as many channels as" if learned else "as many channels as"
+        raise UserError(f"{path}: variance_type: {value!r} does not fit a UNet with {outputs} its input")
+    return _named(path, config, "variance_type", "fixed_small", VARIANCES)
+
+
+def _steps_offset(path: Path, config: Mapping[str, Any], kind: str, space: Space) -> int | None:
+    """DDIM's convention where the scheduler is DDIM and its convention is not the space's, else None."""
+    if kind in SOLVERS:
+        return None
+    spacing = config.get("timestep_spacing", "leading")
+    if spacing != "leading":
+        raise UserError(f"{path}: timestep_spacing: {spacing!r} is not supported, only 'leading'")
+    offset = config.get("steps_offset", 0)
+    if kind in ANCESTRAL:
+        if offset:
+            raise UserError(f"{path}: steps_offset: {offset} is not supported in a {kind}, only 0")
+        return None
+    ends_at_x0 = config.get("set_alpha_to_one", True)
+    if (offset, ends_at_x0) not in ((0, True), (1, False)):
+        key = "steps_offset" if "steps_offset" in config else "set_alpha_to_one"
+        raise UserError(
+            f"{path}: {key}: {config[key]} is not supported here; DDIM has steps_offset 0 with set_alpha_to_one true, "
+            "or 1 with false"
+        )
+    return None if offset == space.steps_offset else offset
+
+
+def scheduler_config(model: SavedModel) -> dict[str, Any]:
+    """Config of the diffusers scheduler that samples as this package does."""
+    diffusion, params = model.diffusion, model.node.params
+    named = diffusion.betas is None and diffusion.schedule in SCHEDULES
+    common = {
+        "num_train_timesteps": model.schedule.num_timesteps,
+        "beta_schedule": SCHEDULES.get(diffusion.schedule, "linear"),
+        "beta_start": diffusion.beta_start,
+        "beta_end": diffusion.beta_end,
+        "trained_betas": None if named else model.schedule.betas.tolist(),
+        "prediction_type": PREDICTIONS[model.node.parameterization],
+    }
+    offset = model.schedule.steps_offset
+    if model.space.encoded or offset != model.space.steps_offset:
+        own = {"set_alpha_to_one": offset == 0, "steps_offset": offset}
+        return {"_class_name": "DDIMScheduler", **common, "clip_sample": model.space.clip is not None, **own}
+    learned = params["out_channels"] == 2 * params["in_channels"]
+    fixed = "fixed_large" if model.schedule.variance == "beta" else "fixed_small"
+    variance = LEARNED if learned else fixed
+    return {"_class_name": "DDPMScheduler", **common, "clip_sample": True, "variance_type": variance}
