@@ -1,4 +1,4 @@
-"""Write files atomically: whole or not at all."""
+"""Paths as users write them, and files that are written whole or not at all."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -8,6 +8,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with `~` and `~user` replaced by the home folder, which shells do not replace after `=`."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user: a file of that name
+        return Path(path)
+
+
+def exists(text: str) -> bool:
+    """Whether a text is the path of a file or folder; a text that cannot be a path is not."""
+    try:
+        return expanded(text).exists()
+    except (OSError, ValueError):  # longer than a name may be, a null character
+        return False
 
 
 @contextmanager

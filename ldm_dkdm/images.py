@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError, interruptible
-from ldm_dkdm.files import replacing
+from ldm_dkdm.files import expanded, replacing
 from ldm_dkdm.reporting import logger
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
@@ -29,7 +29,7 @@ def load_images(path: str | Path, size: int, channels: int = 3) -> Tensor:
 
     Folder images are turned as their EXIF data say, composited on white, cropped to a centred square and resized.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.suffix == ".npz":
         return square_npz(path, size, channels)
     return torch.stack([read_image(file, size, channels) for file in find_images(path, channels)])

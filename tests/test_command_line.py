@@ -38,7 +38,7 @@ LISTED = [["distill", "--keys"], ["distill", "--keys", "trainer"], ["train", "--
 REFUSED = {
     "'distil' is not a command; did you mean 'distill'?": ["distil"],
     "--base: name at least one config file or recipe": ["distill"],
-    "arguments: --max_steps; keys are set as key=value": ["distill", "--base", "quickstart", "--max_steps"],
+    "--max_steps: is not an option here; write trainer.max_steps=N": ["distill", "--base", "quickstart", "--max_steps"],
     "trainer.max_steps: must be at least 1, got 0": ["distill", "--base", "quickstart", "trainer.max_steps=0"],
     "student.zzz: unknown key": ["distill", "--base", "quickstart", "student.zzz=1"],
     "quickstrt: no such config file or recipe; did you mean 'quickstart'?": ["distill", "--base", "quickstrt"],

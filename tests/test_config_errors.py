@@ -47,7 +47,7 @@ EDITS = {
     "text_for_number": ({"distill.rho": "much"}, ("distill.rho", "number", "much")),
     "text_for_bool": ({"teacher.use_ema": "perhaps"}, ("teacher.use_ema", "true or false")),
     "list_for_text": ({"teacher.ckpt": [7]}, ("teacher.ckpt", "text")),
-    "flag_for_text": ({"logging.name": True}, ("logging.name", "text")),
+    "section_for_text": ({"logging.name": {"of": 1}}, ("logging.name", "text")),
     "number_for_section": ({"trainer": 3}, ("trainer", "section")),
     "number_for_params": ({"student.params": 3}, ("student.params", "section")),
     "section_missing": ({"trainer": GONE}, ("trainer: missing",)),

@@ -1,15 +1,20 @@
 """Schedules and one-step formulas against closed forms, in float64."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ldm_dkdm import NoiseSchedule, UserError
+from ldm_dkdm.checkpoints.contents import schedule_of
+from ldm_dkdm.config.load import load_config
+from ldm_dkdm.config.schema import DiffusionConfig, DiffusionRun
 from ldm_dkdm.diffusion.process import (
     eps_to_x0,
     posterior,
@@ -19,6 +24,7 @@ from ldm_dkdm.diffusion.process import (
     v_to_x0,
     x0_to_eps,
 )
+from ldm_dkdm.diffusion.schedule import beta_ends
 from ldm_dkdm.records import Prediction
 
 SCHEDULES = [NoiseSchedule(name) for name in ("scaled_linear", "linear", "cosine")]
@@ -45,7 +51,7 @@ def _cosine_beta(i: int) -> float:
     ("name", "betas"),
     [
         ("scaled_linear", np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2),
-        ("linear", np.linspace(0.0015, 0.0195, 1000)),
+        ("linear", np.linspace(0.0001, 0.02, 1000)),
         ("cosine", np.array([_cosine_beta(i) for i in range(1000)])),
     ],
 )
@@ -140,3 +146,36 @@ def test_float32_states_get_float64_coefficients() -> None:
     arrived = reverse_step(schedule, x_t.float(), TIMES, single, noise.float())
     assert arrived.dtype == torch.float32
     _close(arrived.double(), reverse_step(schedule, x_t, TIMES, Prediction(x_0, x_0), noise), 1e-5)
+
+
+@pytest.mark.parametrize("steps", [100, 1000, 4000])
+def test_linear_betas_are_guided_diffusions(steps: int) -> None:
+    scale = 1000 / steps  # get_named_beta_schedule
+    expected = np.linspace(scale * 0.0001, scale * 0.02, steps)
+    np.testing.assert_allclose(NoiseSchedule("linear", steps).betas.numpy(), expected, rtol=1e-12)
+    config = DiffusionConfig("linear", steps)
+    assert schedule_of(config).betas.equal(NoiseSchedule("linear", steps).betas)
+    assert (config.beta_start, config.beta_end) == beta_ends("linear", steps) == (expected[0], expected[-1])
+    assert DiffusionConfig("linear", steps, 0.001, 0.01).beta_end == 0.01
+
+
+def test_linear_betas_are_diffusers_at_a_thousand_steps() -> None:
+    torch.testing.assert_close(NoiseSchedule("linear").betas.float(), DDPMScheduler().betas, rtol=1e-6, atol=0)
+
+
+def test_ends_belong_to_their_schedule(tmp_path: Path) -> None:
+    file = tmp_path / "base.yaml"
+    file.write_text(
+        "model: {target: x, params: {}}\ntrainer: {max_steps: 1, learning_rate: 1}\n"
+        "data: {path: x, image_size: 8, batch_size: 1}\n"
+        "diffusion: {schedule: scaled_linear, beta_start: 0.0015, beta_end: 0.0195}\n"
+    )
+    changed = load_config(file, ["diffusion.schedule=linear"], DiffusionRun).diffusion
+    assert (changed.beta_start, changed.beta_end) == (0.0001, 0.02)
+    kept = load_config(file, ["diffusion.schedule=scaled_linear", "diffusion.beta_end=0.01"], DiffusionRun).diffusion
+    assert (kept.beta_start, kept.beta_end) == (0.0015, 0.01)
+
+
+def test_a_linear_schedule_that_is_too_short_is_refused() -> None:
+    with pytest.raises(UserError, match=r"beta_start, beta_end: must satisfy"):
+        NoiseSchedule("linear", 12)

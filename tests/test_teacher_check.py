@@ -11,19 +11,22 @@ from torch import nn
 
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model
 from ldm_dkdm.checkpoints import Hints
+from ldm_dkdm.commands.arguments import read_hints
 from ldm_dkdm.evaluation.teacher_check import (
     COMPARED,
     Figures,
     Row,
+    best_of,
     fault,
     measure,
     other_readings,
     preferred,
     reread,
 )
+from ldm_dkdm.networks import UNet
 from tests.analytic import GaussianNetwork
 from tests.cli import distil, write_yaml
-from tests.parts import distill_config
+from tests.parts import UNET_PARAMS, distill_config
 
 SHIPPED = Path(__file__).parents[1] / "models" / "teachers" / "emoji64"
 
@@ -92,7 +95,7 @@ def test_another_schedule_is_refused(good: DiffusionModel) -> None:
 
 
 def test_the_right_schedule_is_preferred_where_the_wrong_one_passes(good: DiffusionModel) -> None:
-    wrong = good.changed(diffusion=replace(good.diffusion, beta_start=0.00085, beta_end=0.012))
+    wrong = good.changed(diffusion=replace(good.diffusion, beta_start=0.00085, beta_end=0.012), stores_schedule=False)
     readings = dict(other_readings(wrong))
     right = readings["schedule=scaled_linear num_timesteps=1000 beta_start=0.0015 beta_end=0.0195"]
     figures = [measure(model, images=COMPARED) for model in (wrong, right)]
@@ -114,7 +117,7 @@ def test_the_right_attention_order_is_preferred(good: DiffusionModel) -> None:
 
 
 def test_a_reading_is_named_as_the_user_would_write_it(good: DiffusionModel) -> None:
-    names = [name for name, _ in other_readings(good.changed(hints=Hints(sections=True)))]
+    names = [name for name, _ in other_readings(good.changed(hints=Hints(sections=True), stores_schedule=False))]
     assert {
         "teacher.params.use_new_attention_order=true",
         "diffusion.schedule=cosine diffusion.num_timesteps=4000",
@@ -123,7 +126,8 @@ def test_a_reading_is_named_as_the_user_would_write_it(good: DiffusionModel) -> 
 
 def test_the_head_widths_that_are_usual_are_tried(good: DiffusionModel) -> None:
     names = [name for name, _ in other_readings(good)]
-    assert {"use_new_attention_order=true", "num_head_channels=64", "num_heads=1", "num_heads=4"} <= set(names)
+    assert {"use_new_attention_order=true", "num_head_channels=64"} <= set(names)
+    assert {"num_head_channels=-1 num_heads=1", "num_head_channels=-1 num_heads=4"} <= set(names)
     assert "num_head_channels=32" not in names
 
 
@@ -163,3 +167,41 @@ def test_a_reading_that_alone_predicts_posterior_means_is_preferred_whatever_the
     assert preferred(biased, right)
     assert not preferred(right, biased) and not preferred(right, right)
     assert not preferred(biased, worse) and not preferred(worse, biased)  # neither of the two is right
+
+
+def test_of_several_better_readings_the_one_without_bias_is_named_then_the_smallest_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = (Row(500, 0.1, 0.1, 0.95),) * 2
+
+    def figures(bias: float, error: float) -> Figures:
+        noise = 0.01 * torch.randn(32, generator=generator)
+        return Figures(1.0, rows, 0.1, torch.full((32,), error).log(), bias + noise - noise.mean())
+
+    own, biased = figures(0.1, 0.187), figures(0.05, 0.14)
+    first, second = figures(0.0, 0.154), figures(0.0, 0.152)
+    assert best_of(own, {"biased": biased, "first": first, "second": second}) == ("second", second)
+    assert best_of(own, {"biased": biased}) == ("biased", biased)
+    assert best_of(own, {}) == ("", own)
+
+
+def test_a_file_that_stores_its_schedule_is_offered_no_other(good: DiffusionModel) -> None:
+    assert good.stores_schedule
+    assert not any("schedule=" in words for words, _ in other_readings(good))
+    bare = good.changed(stores_schedule=False)
+    assert any("schedule=" in words for words, _ in other_readings(bare))
+
+
+def test_every_reading_is_accepted_by_the_loader(tmp_path: Path) -> None:
+    params = {**UNET_PARAMS, "model_channels": 64, "num_head_channels": 64, "num_heads": 1}
+    model = DiffusionModel(UNet(**params), schedule=NoiseSchedule("cosine", 100), space="pixel")
+    torch.save(model.network.state_dict(), file := tmp_path / "bare.pt")
+    hints = {"image_size": 8, "num_head_channels": 64, "use_new_attention_order": False, "space": "pixel"}
+    found = load_model(file, **hints, betas=model.schedule.betas.tolist())
+    readings = dict(other_readings(found))
+    assert {"num_head_channels=-1 num_heads=4", "schedule=cosine num_timesteps=1000 betas=null"} <= set(readings)
+    base = {**hints, "betas": model.schedule.betas.tolist()}
+    for words, reading in readings.items():
+        again = load_model(file, **{**base, **read_hints(words.split())})
+        assert again.diffusion == reading.diffusion, words
+        x, t = torch.randn(1, 3, 8, 8), torch.tensor([5])
+        assert torch.equal(again.predict(x, t).eps, reading.predict(x, t).eps), words

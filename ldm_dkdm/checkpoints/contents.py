@@ -182,10 +182,12 @@ SAMPLING = ("variance", "steps_offset")  # keys of the process that are None whe
 
 
 def _named(stored: DiffusionConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The stored values that a partial hint keeps; another schedule brings its own betas."""
+    """The stored values that a partial hint keeps; another schedule brings its own betas and ends."""
     tree = asdict(stored)
     if {"schedule", "betas"} & set(given):
         tree.pop("betas", None)
+    if given.get("schedule", stored.schedule) != stored.schedule:
+        del tree["beta_start"], tree["beta_end"]
     return tree
 
 

@@ -1,9 +1,13 @@
-"""Read pool caches of the reference implementation."""
+"""Read pools: those of runs of this package, and caches of the reference implementation."""
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.arrays import PickledArray
@@ -13,6 +17,59 @@ from ldm_dkdm.records import NoisyBatch
 
 STEPS, STATES = "total_t", "total_x_t_1"
 IN_CHECKPOINT = "dynamic_batch"  # key of the cache in the reference's latent checkpoints
+
+
+_NAME = re.compile(r"(step=\d+|warmup)\.pool-rank\d+\.safetensors")
+
+
+def is_own_pool(path: Path) -> bool:
+    """Whether a path is a run folder, or a pool file in one."""
+    return path.is_dir() or _NAME.fullmatch(path.name) is not None
+
+
+def read_own_pool(path: Path, shape: tuple[int, int, int], facts: Mapping[str, Any]) -> NoisyBatch:
+    """States (N,C,H,W), timesteps (N,) and labels (N,) of a run's newest pools, of all ranks together, or of one file.
+
+    Raises:
+        UserError: no pool there, one that is not full, or one of another teacher, T or schedule than `facts`.
+    """
+    parts = [_read_own(file, shape, facts) for file in ([path] if path.is_file() else _newest(path))]
+    if len({part.label is None for part in parts}) > 1:
+        raise UserError(f"{path}: only some of its pools have labels")
+    labels = [part.label for part in parts if part.label is not None]
+    x, t = torch.cat([part.x for part in parts]), torch.cat([part.t for part in parts])
+    return NoisyBatch(x, t, torch.cat(labels) if labels else None)
+
+
+def _newest(run: Path) -> list[Path]:
+    """The pools of a run's newest checkpoint; those of its warm-up where there is no checkpoint."""
+    folder = run / "checkpoints"
+    steps = sorted({file.stem for file in folder.glob("step=*.ckpt")})
+    for stem in [*reversed(steps), "warmup"]:
+        found = sorted(folder.glob(f"{stem}.pool-rank*.safetensors"))
+        if found:
+            return found
+    raise UserError(f"{run}: is not the run folder of a distillation with a pool (checkpoints/step=N.pool-rank0...)")
+
+
+def _read_own(file: Path, shape: tuple[int, int, int], facts: Mapping[str, Any]) -> NoisyBatch:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+            header = json.loads((opened.metadata() or {})["pool"])
+        x, t, label = tensors["x"], tensors["t"].long(), tensors.get("label")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not a readable pool file ({error})") from error
+    for name, wanted in json.loads(json.dumps(facts)).items():
+        if name not in header:
+            raise UserError(f"{file}: does not say its {name}; only pools saved by this version can be reused")
+        if header[name] != wanted:
+            raise UserError(f"{file}: its {name} is {header[name]}, this run's is {wanted}")
+    if header["filled"] < len(t):
+        raise UserError(f"{file}: its warm-up was interrupted at slot {header['filled']} of {len(t)}; finish that run")
+    if x.shape != (len(t), *shape) or not 0 <= int(t.min()) <= int(t.max()) < facts["num_timesteps"]:
+        raise UserError(f"{file}: states {tuple(x.shape)} or timesteps that do not fit the teacher's {shape}")
+    return NoisyBatch(x, t, None if label is None else label.long())
 
 
 def read_reference_pool(path: Path, shape: tuple[int, int, int], num_timesteps: int) -> NoisyBatch:

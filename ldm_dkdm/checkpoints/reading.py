@@ -15,6 +15,7 @@ from ldm_dkdm.checkpoints.arrays import PickledArray
 from ldm_dkdm.checkpoints.pickles import Inert, read_array_pickle, read_torch_file
 from ldm_dkdm.checkpoints.weight_files import files_of, holds_weights, is_index, weights_in
 from ldm_dkdm.errors import UserError, blaming, interruptible
+from ldm_dkdm.files import expanded
 
 TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # start of torch.save's legacy files
 PARTS = ("state_dict", "ema", "model")  # keys in Lightning's and CompVis's files; in DiT's, EMA first
@@ -48,7 +49,7 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
     Raises:
         UserError: no such file, an unknown format, or a pickle that asks for more than tensors.
     """
-    path = Path(path)
+    path = expanded(path)
     if (path / "model_index.json").is_file():
         return _of_components(path)
     if path.is_dir():

@@ -11,10 +11,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, NoReturn, TypeVar
 
+from ldm_dkdm.commands.other_flags import advice
+from ldm_dkdm.config.checked import hints_of
 from ldm_dkdm.config.keys import keys_text
 from ldm_dkdm.config.load import load_config, read_overrides
 from ldm_dkdm.config.recipes import find_config, recipe_names
 from ldm_dkdm.config.schema import (
+    DiffusionConfig,
     DiffusionDataConfig,
     DiffusionRun,
     DistillConfig,
@@ -25,9 +28,11 @@ from ldm_dkdm.config.schema import (
     TrainerConfig,
 )
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import exists, expanded
 from ldm_dkdm.training.folder import RunFolder, find_run, run_folder
 
 T = TypeVar("T", DistillRun, DiffusionRun, FirstStageRun)
+HINTS = {**hints_of(TeacherConfig), **hints_of(DiffusionConfig), "first_stage": str}  # types of the hints
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a training command to save and stop
 
 
@@ -35,15 +40,19 @@ class Parser(argparse.ArgumentParser):
     """Reports a mistake in one line; options may stand between positional arguments."""
 
     hint = "see --help"
+    given: Sequence[str] = ()
 
     def parse_args(  # type: ignore[override]  # argparse also takes namespaces of other classes
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse a command line with `key=value` before or after options."""
+        self.given = list(sys.argv[1:] if args is None else args)
         return self.parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raise a `UserError` in place of printing the usage."""
+        """Raise a `UserError` in place of printing the usage; options of other codes are named with ours."""
+        if line := advice(self.given, set(self._option_string_actions)):
+            raise UserError(line)
         raise UserError(f"{message}; {self.hint}")
 
 
@@ -61,6 +70,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     if isinstance(parser, Parser):
         parser.hint = "keys are set as key=value, for example trainer.max_steps=1000; see --help"
     parser.add_argument(
+        "-b",
         "--base",
         nargs="+",
         action="extend",
@@ -102,8 +112,8 @@ def print_keys(options: argparse.Namespace, schema: type) -> bool:
 
 def split_base(base: Sequence[str], rest: Sequence[str]) -> tuple[list[str], list[str]]:
     """The config files or recipes and the overrides, which may follow them after `--base`."""
-    files = [item for item in base if "=" not in item or Path(item).is_file()]
-    files += [item for item in rest if item.endswith((".yaml", ".yml")) and ("=" not in item or Path(item).is_file())]
+    files = [item for item in base if "=" not in item or exists(item)]
+    files += [item for item in rest if item.endswith((".yaml", ".yml")) and ("=" not in item or exists(item))]
     for name in files:
         find_config(name)  # a wrong name is reported before a wrong key
     return files, [item for item in [*base, *rest] if item not in files]
@@ -126,7 +136,7 @@ def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
         "--plugin",
         action="append",
         default=[],
-        type=Path,
+        type=expanded,
         metavar="FILE.py",
         help="Python file whose nn.Module classes may be named as FILE.Class",
     )
@@ -141,7 +151,7 @@ def read_hints(items: Sequence[str]) -> dict[str, Any]:
     for item in items:
         if "=" not in item:
             raise UserError(f"'{item}': one argument too many; hints look like key=value, such as image_size=64")
-    return read_overrides(items)
+    return read_overrides(items, HINTS)
 
 
 def load_plugins(files: Sequence[Path]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, read_hints
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
 
 TOLERANCE = 1e-4  # largest difference from diffusers' samples
 
@@ -15,7 +16,7 @@ TOLERANCE = 1e-4  # largest difference from diffusers' samples
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the output, the format, hints."""
     parser.add_argument("source", help="anything that opens as a model")
-    parser.add_argument("out", type=Path, help="the file or folder to write; it must not exist")
+    parser.add_argument("out", type=expanded, help="the file or folder to write; it must not exist")
     parser.add_argument("--to", required=True, choices=names_of("ldm_dkdm.checkpoints:FORMATS"), metavar="FORMAT")
     add_hints(parser)
 

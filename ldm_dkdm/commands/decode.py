@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,9 +14,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The file, the first stage, the output folder."""
     add = parser.add_argument
-    add("latents", type=Path, help="(N,C,h,w): arr_0 of an .npz, or the one tensor of a .pt or .safetensors")
-    add("--first_stage", type=Path, required=True, metavar="DIR", help="first-stage folder")
-    add("-o", "--out", type=Path, required=True)
+    add("latents", type=expanded, help="(N,C,h,w): arr_0 of an .npz, or the one tensor of a .pt or .safetensors")
+    add("--first_stage", type=expanded, required=True, metavar="DIR", help="first-stage folder")
+    add("-o", "--out", type=expanded, required=True)
     add("--scale_factor", type=float, help="default: the folder's own")
     add("--batch_size", type=int, default=16)
 

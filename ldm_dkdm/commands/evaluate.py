@@ -12,6 +12,7 @@ from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, read_hin
 from ldm_dkdm.commands.hints import ScopedHints
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
 
 if TYPE_CHECKING:
     from ldm_dkdm.config.schema import DistillRun
@@ -32,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-r", "--resume", required=True, metavar="MODEL", help="the student: a run folder or any other model")
     add("--teacher", help="the teacher; default: the one in the config of the student's run")
     add("-n", "--n_samples", type=int, default=1000, help="images for the Frechet distance, 65 or more; 0: none")
-    add("-c", "--custom_steps", type=int, default=20, help="DDIM steps")
+    add("-c", "--custom_steps", type=int, help="DDIM steps; default: 20, or all T where there are fewer")
     add("--chains", type=int, default=32, help="held-out ancestral chains of the teacher")
     add("--seed", type=int, default=1_000_000)
     add("--batch_size", type=int, default=128)
-    add("-o", "--out", type=Path, help="JSON file; default: evaluation.json beside the student, or beside a .ckpt")
+    add("-o", "--out", type=expanded, help="JSON file; default: evaluation.json beside the student, or beside a .ckpt")
     add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32")
     add_hints(parser)
 
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
 
     device = default_device("auto")
     student = open_model(options.resume, hints.of("student"), lenient=True).to(device, options.precision)
-    teacher = find_teacher(Path(options.resume), options.teacher, hints).to(device, options.precision)
+    teacher = find_teacher(expanded(options.resume), options.teacher, hints).to(device, options.precision)
     hints.require_used({"student": student} | ({"teacher": teacher} if options.teacher else {}))
     with flags(**FLAGS):
         figures = evaluate(student, teacher, progress=True, **numbers)

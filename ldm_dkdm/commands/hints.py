@@ -1,11 +1,11 @@
 """Hints of commands that open several models: bare ones for every model, scoped ones for one."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import read_hints
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import exists
 
 if TYPE_CHECKING:
     from ldm_dkdm.checkpoints import Hints
@@ -62,5 +62,5 @@ class ScopedHints:
 
 def split_paths(items: Sequence[str]) -> tuple[list[str], list[str]]:
     """Paths and hints: an item with = that is not a file is a hint."""
-    paths = [item for item in items if "=" not in item or Path(item).exists()]
+    paths = [item for item in items if "=" not in item or exists(item)]
     return paths, [item for item in items if item not in paths]

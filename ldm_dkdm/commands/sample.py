@@ -16,6 +16,7 @@ from ldm_dkdm.commands.hints import ScopedHints, split_paths
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
 from ldm_dkdm.reporting import logger
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampler", choices=names_of("ldm_dkdm.diffusion.samplers:SAMPLERS"), default="ddim")
     add("-e", "--eta", type=float, default=0.0, help="DDIM's eta: 0 deterministic, 1 ancestral")
     add("-v", "--vanilla_sample", action="store_true", help="--sampler ddpm with every timestep")
-    add("-l", "--logdir", type=Path, help="output folder; default: logs/samples/<model>")
+    add("-l", "--logdir", type=expanded, help="output folder; default: logs/samples/<model>")
     add("--seed", type=int, default=0, help="image i depends on seed + i only")
     add("--batch_size", type=int, default=64)
     add("--labels", type=int, nargs="+", default=[], help="class labels, in turn; default: random by seed")
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
     add("--latents", action="store_true", help="also write latents.safetensors")
     add("--no_png", action="store_true", help="no PNG per image, only the grid")
-    add("--compare", type=Path, metavar="PNG", help="write labelled grids of all models side by side")
+    add("--compare", type=expanded, metavar="PNG", help="write labelled grids of all models side by side")
     add("--first_stage", metavar="DIR", help="first-stage folder, if not the one the model points to")
     add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32")
     add("--device", default="auto", help="cpu, cuda, ...")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ldm_dkdm.errors import UserError, nearest
+from ldm_dkdm.files import expanded
 
 T = TypeVar("T", bound="Section")
 LARGEST = 2**63  # every integer accepted is smaller
@@ -50,16 +51,24 @@ class Section:
             object.__setattr__(self, field.name, value)
 
 
-def key(default: Any = MISSING, *, help: str, factory: Callable[[], Any] | None = None, **limits: float | None) -> Any:
+def key(
+    default: Any = MISSING,
+    *,
+    help: str,
+    factory: Callable[[], Any] | None = None,
+    path: bool = False,
+    **limits: float | None,
+) -> Any:
     """Declare a key of a section.
 
     Args:
         default: value of a key that is left out; without it (and without `factory`) the key is required.
         help: meaning of the key in one sentence.
         factory: makes the default, where that is a section or a mapping.
+        path: the text is a path, in which `~` is the home folder.
         limits: bounds of a number, or of every entry of a list: `min`, `above`, `below`, `max`; `length` of a list.
     """
-    metadata = {"help": help, **limits}
+    metadata = {"help": help, "path": path, **limits}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -78,11 +87,19 @@ def names_of(table: str) -> list[str]:
     """
     module, _, name = table.partition(":")
     loaded = getattr(sys.modules.get(module), name, None)
-    return list(_names_in_source(module, name) if loaded is None else loaded)
+    if loaded is not None:
+        return list(loaded)
+    return [str(item.value) for item in _in_source(module, name).keys if isinstance(item, ast.Constant)]
+
+
+def literal(table: str) -> Any:
+    """A table of plain values, `package.module:TABLE`, read from its source without importing it."""
+    module, _, name = table.partition(":")
+    return ast.literal_eval(_in_source(module, name))
 
 
 @functools.cache
-def _names_in_source(module: str, name: str) -> tuple[str, ...]:
+def _in_source(module: str, name: str) -> ast.Dict:
     path = PACKAGE.joinpath(*module.split(".")[1:])
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -90,7 +107,7 @@ def _names_in_source(module: str, name: str) -> tuple[str, ...]:
         named = any(isinstance(target, ast.Name) and target.id == name for target in targets)
         value = getattr(node, "value", None)
         if named and isinstance(value, ast.Dict):
-            return tuple(str(item.value) for item in value.keys if isinstance(item, ast.Constant))
+            return value
     raise LookupError(f"{path}: {name} is not a literal dict")
 
 
@@ -129,6 +146,20 @@ def parse(schema: type[T], node: Any, where: str = "") -> T:
         raise UserError(_join(where, error)) from error
 
 
+def steps_within(section: Section, name: str, num_timesteps: int) -> int:
+    """The sampling steps that a key asks for; a default above T means all T.
+
+    Raises:
+        UserError: more steps than T were asked for.
+    """
+    steps: int = getattr(section, name)
+    if steps <= num_timesteps:
+        return steps
+    if steps == section.__dataclass_fields__[name].default:
+        return num_timesteps
+    raise UserError(f"{name}: {steps} is more than the {num_timesteps} diffusion steps")
+
+
 def is_required(field: dataclasses.Field[Any]) -> bool:
     """Whether a field has no default."""
     return field.default is MISSING and field.default_factory is MISSING
@@ -151,6 +182,8 @@ def unwrap(node: Mapping[str, Any]) -> Mapping[str, Any]:
 def _field_value(hint: Any, metadata: Mapping[str, Any], value: Any, where: str) -> Any:
     """The converted value of a field, within the limits of its metadata."""
     value = convert(hint, value, where)
+    if isinstance(value, str) and metadata.get("path"):
+        value = str(expanded(value)) if value.startswith("~") else value
     if value is not None and "table" in metadata:
         _require_choice(value, names_of(metadata["table"]), where)
     if isinstance(value, tuple):

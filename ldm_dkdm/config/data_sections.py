@@ -12,10 +12,10 @@ from ldm_dkdm.config.sections import SAMPLERS
 class DataConfig(Section):
     """Training images, and an optional held-out set."""
 
-    path: str = key(help="Folder of images or ADM-style .npz.")
+    path: str = key(path=True, help="Folder of images or ADM-style .npz.")
     image_size: int = key(min=1, help="Side of the images in pixels, after cropping and scaling.")
     batch_size: int = key(min=1, help="Images in a training batch, per device.")
-    held_out: str | None = key(None, help="Images that measure the reconstruction: a folder or an .npz.")
+    held_out: str | None = key(None, path=True, help="Images that measure reconstruction: a folder or an .npz.")
     flip: bool = key(True, help="Mirror half of the images at random.")
 
 
@@ -23,9 +23,9 @@ class DataConfig(Section):
 class DiffusionDataConfig(Section):
     """Data-based: `path`; data-free: `synthetic`; data-limited: both, with a `fraction` of `path` (Sec. 4.1)."""
 
-    path: str | None = key(None, help="Real images: a folder (a sub-folder is a class) or an ADM-style .npz.")
+    path: str | None = key(None, path=True, help="Real images: a folder (sub-folders are classes) or an .npz.")
     fraction: float = key(1.0, above=0, max=1, help="Share of the images in `path` that is used, chosen by the seed.")
-    synthetic: str | None = key(None, help="Samples of a teacher: the .npz that sampling with `--npz` writes.")
+    synthetic: str | None = key(None, path=True, help="Samples of a teacher: an .npz of `--npz`.")
     mix: Literal["append", "replace"] = key(
         "append",
         help="Add real images to the samples, or replace a `fraction` of the samples (the public code).",
@@ -53,7 +53,7 @@ class FirstStageLoss(Section):
     adversarial: float = key(0.0, min=0, help="Weight of the discriminator's loss.")
     adversarial_start: int = key(0, min=0, help="Step at which the discriminator's loss begins.")
     perceptual: float = key(0.0, min=0, help="Weight of the perceptual loss (LPIPS).")
-    perceptual_backbone: str | None = key(None, help="File with torchvision's VGG16 weights, for LPIPS.")
+    perceptual_backbone: str | None = key(None, path=True, help="File with torchvision's VGG16 weights, for LPIPS.")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Configuration files: read, merge and validate YAML."""
 
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -11,9 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm_dkdm.config.batches import SECTIONS, divided
-from ldm_dkdm.config.checked import Section, convert, is_required, parse, unwrap
+from ldm_dkdm.config.checked import Section, convert, hints_of, is_required, parse, unwrap
 from ldm_dkdm.config.recipes import find_config, find_shipped
-from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard
+from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard, NewNetworkConfig
+from ldm_dkdm.config.text import quoted, quoted_override
 from ldm_dkdm.errors import UserError, nearest
 from ldm_dkdm.reporting import logger
 
@@ -59,7 +61,7 @@ def load_config(
         UserError: a missing or unreadable file, an unknown key, a value of the wrong type or range.
     """
     files = [find_config(name) for name in ([base] if isinstance(base, (str, Path)) else base)]
-    parts = [_unwrap_sections(part, schema) for part in [*map(read_yaml, files), _dotlist(overrides)]]
+    parts = [_unwrap_sections(part, schema) for part in _parts(files, overrides, schema)]
     try:
         recipe = _without_architecture(reduce(_merge, parts[:-1]), parts[-1])
         tree: Any = OmegaConf.to_container(_merge(recipe, parts[-1]), resolve=True)
@@ -77,11 +79,33 @@ def load_config(
     return parse(schema, tree, "")
 
 
+def _parts(files: Sequence[Path], overrides: Sequence[str], schema: Any) -> list[DictConfig]:
+    """The files and the overrides as trees; a file that holds only a student may be the model of a training."""
+    known = {"student": NewNetworkConfig, **hints_of(schema)}
+    return [*(read_yaml(file, known) for file in files), _dotlist(overrides, known)]
+
+
 def _refuse_other_scripts(tree: Mapping[str, Any], schema: Any, files: Sequence[Path]) -> None:
     """Refuse a config of another script as a whole, before its keys are refused one by one."""
+    for file in files:
+        if _is_of_other_code(read_yaml(file)):
+            raise UserError(
+                f"{file}: made for another code's scripts; docs/coming-from-dkdm.md has our keys for theirs, and its "
+                "unet_config can be pasted into a section such as student"
+            )
     fitting = [run for run in RUNS if fits(tree, run)]
     if schema in RUNS and fitting and schema not in fitting:
         raise UserError(f"{' '.join(map(str, files))}: made for scripts/{fitting[0].SCRIPT}, not for {schema.SCRIPT}")
+
+
+def _is_of_other_code(tree: Mapping[str, Any]) -> bool:
+    """Whether a config has the sections of CompVis's main.py or of the public DKDM code."""
+    teacher, model = tree.get("teacher"), tree.get("model")
+    return (
+        "lightning" in tree
+        or (isinstance(teacher, Mapping) and bool({"tempfile", "iter_choice"} & set(teacher)))
+        or (isinstance(model, Mapping) and "base_learning_rate" in model)
+    )
 
 
 def fits(tree: Mapping[str, Any], run: Any) -> bool:
@@ -92,7 +116,7 @@ def fits(tree: Mapping[str, Any], run: Any) -> bool:
 
 
 def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
-    """Merge as OmegaConf does, but drop the earlier network's keys where `target` changes or a `budget` comes."""
+    """Merge as OmegaConf does, but drop keys that belong to the earlier `target`, without `budget`, or `schedule`."""
     before = before.copy()
     for section, node in after.items():
         old = before.get(section)
@@ -100,6 +124,8 @@ def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
             continue
         if "target" in node and node.target != old.get("target"):
             replaced: tuple[str, ...] = ("params", "target", "budget", "init")
+        elif "schedule" in node and node.schedule != old.get("schedule", "scaled_linear"):
+            replaced = ("beta_start", "beta_end", "betas")
         else:
             replaced = ("params", "target") if "budget" in node else ()
         for key in replaced:
@@ -138,12 +164,12 @@ def _unwrap_sections(part: DictConfig, schema: type) -> DictConfig:
     return OmegaConf.create({k: unwrap(v) if isinstance(v, Mapping) else v for k, v in tree.items()})
 
 
-def read_yaml(path: Path) -> DictConfig:
-    """The mapping in a YAML file."""
+def read_yaml(path: Path, hint: Any = None) -> DictConfig:
+    """The mapping in a YAML file; the values of text keys in `hint` (`text.quoted`) are kept as typed."""
     if not path.is_file():
         raise UserError(f"{path}: " + ("is a folder; name a file in it" if path.is_dir() else "no such config file"))
     try:
-        node = OmegaConf.load(path)
+        node = OmegaConf.load(io.StringIO(quoted(path.read_text(encoding="utf-8-sig"), hint)))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(node, DictConfig):
@@ -151,21 +177,21 @@ def read_yaml(path: Path) -> DictConfig:
     return node
 
 
-def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`key=value` items as a tree of plain values.
+def read_overrides(overrides: Sequence[str], hint: Any = None) -> dict[str, Any]:
+    """`key=value` items as a tree of plain values; those of text keys in `hint` (`text.quoted`) are kept as typed.
 
     Raises:
         UserError: an item of another form, or a value that is not YAML.
     """
-    return cast(dict[str, Any], OmegaConf.to_container(_dotlist(overrides), resolve=True))
+    return cast(dict[str, Any], OmegaConf.to_container(_dotlist(overrides, hint), resolve=True))
 
 
-def _dotlist(overrides: Sequence[str]) -> DictConfig:
+def _dotlist(overrides: Sequence[str], hint: Any = None) -> DictConfig:
     for item in overrides:
         if "=" not in item or item.startswith(("=", "-")):
             raise UserError(f"'{item}': overrides look like key=value, for example trainer.max_steps=1000")
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        return OmegaConf.from_dotlist([quoted_override(item, hint) for item in overrides])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"overrides {' '.join(overrides)}: {error}") from error
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ldm_dkdm.config.hub import find_cached
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import exists, expanded
 
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = {"configs": "recipes", "models": "models"}  # folder in a checkout -> folder in the installed package
@@ -21,8 +22,8 @@ def find_shipped(path: str | Path) -> Path:
 
     A path that exists here, or is found in neither, is returned as it is.
     """
-    path = Path(path)
-    if path.is_absolute() or path.exists() or path.parts[:1] not in [(kind,) for kind in SHIPPED]:
+    path = expanded(path)
+    if path.is_absolute() or exists(str(path)) or path.parts[:1] not in [(kind,) for kind in SHIPPED]:
         return find_cached(path)
     shipped = shipped_folder(path.parts[0]).joinpath(*path.parts[1:])
     return shipped if shipped.exists() else path
@@ -42,8 +43,8 @@ def find_config(name: str | Path) -> Path:
     """
     path, root = find_shipped(name), shipped_folder("configs")
     candidates = [path, *(root / part / f"{name}{suffix}" for part in ("", "students") for suffix in ("", ".yaml"))]
-    found = next((candidate for candidate in candidates if candidate.is_file()), path)
-    if found.exists():
+    found = next((candidate for candidate in candidates if exists(str(candidate)) and candidate.is_file()), path)
+    if exists(str(found)):
         return found
     return _refuse(str(name))
 

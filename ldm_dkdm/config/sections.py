@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from ldm_dkdm.config.checked import Section, key, one_of
+from ldm_dkdm.config.checked import Section, key, literal, one_of
 from ldm_dkdm.errors import UserError
 
+SCHEDULE = "ldm_dkdm.diffusion.schedule"
 PARAMETERIZATIONS = "ldm_dkdm.diffusion.process:PARAMETERIZATIONS"
 SAMPLERS = "ldm_dkdm.diffusion.samplers:SAMPLERS"
 
@@ -29,7 +30,7 @@ class NetworkConfig(Section):
 class NewNetworkConfig(NetworkConfig):
     """A network to train."""
 
-    init: str = key("random", help="Initial weights: `random`, or the path of a model folder.")
+    init: str = key("random", path=True, help="Initial weights: `random`, or the path of a model folder.")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class StudentConfig(NewNetworkConfig):
     params: dict[str, Any] = key(factory=dict, help="Keyword arguments of the student's class.")
     init: str = key(
         "random",
+        path=True,
         help="Initial weights: `random`, `teacher` (copies and slices of its tensors), or a model folder's path.",
     )
     budget: str | int | None = key(None, help="Parameters of a narrowed copy of the teacher's UNet, such as `60M`.")
@@ -51,7 +53,7 @@ class StudentConfig(NewNetworkConfig):
 class TeacherConfig(Section):
     """The teacher: a model that describes itself, or a third-party checkpoint with `target` and `params`."""
 
-    ckpt: str = key(help="Path of a run folder, a model folder or a checkpoint file.")
+    ckpt: str = key(path=True, help="Path of a run folder, a model folder or a checkpoint file.")
     target: str | None = key(None, help="Class of a third-party checkpoint's network, where the file does not show it.")
     params: dict[str, Any] = key(factory=dict, help="Keyword arguments of that class that tensor shapes do not show.")
     parameterization: str | None = one_of(
@@ -68,7 +70,9 @@ class TeacherConfig(Section):
 class FirstStageConfig(Section):
     """The first stage of a latent model: a folder, or the checkpoint that holds one with `target` and `params`."""
 
-    ckpt: str | None = key(None, help="Path of the first stage; null takes the one that comes with the model.")
+    ckpt: str | None = key(
+        None, path=True, help="Path of the first stage; null takes the one that comes with the model."
+    )
     target: str | None = key(None, help="Name of the first stage's class, such as `ldm_dkdm.first_stage.VQModel`.")
     params: dict[str, Any] = key(factory=dict, help="Keyword arguments of that class.")
     scale_factor: float | None = key(None, above=0, help="Factor from encoded images to the network's latents.")
@@ -79,13 +83,13 @@ class DiffusionConfig(Section):
     """The forward process (`NoiseSchedule`) and the space in which it runs."""
 
     schedule: str = one_of(
-        "ldm_dkdm.diffusion.schedule:SCHEDULES",
+        f"{SCHEDULE}:SCHEDULES",
         "scaled_linear",
         help="Noise schedule; `scaled_linear` is what CompVis calls linear.",
     )
     num_timesteps: int = key(1000, min=1, help="Number of timesteps T.")
-    beta_start: float = key(0.0015, above=0, help="First beta of the linear schedules.")
-    beta_end: float = key(0.0195, above=0, help="Last beta of the linear schedules.")
+    beta_start: float = key(None, above=0, help="First beta; null is 0.0015 (`scaled_linear`) or 0.1 / T (`linear`).")
+    beta_end: float = key(None, above=0, help="Last beta; null is 0.0195 (`scaled_linear`) or 20 / T (`linear`).")
     space: str = one_of(
         "ldm_dkdm.pixel:SPACES",
         "latent",
@@ -112,7 +116,10 @@ class DiffusionConfig(Section):
     )
 
     def __post_init__(self) -> None:
-        """Set `num_timesteps` to the number of `betas`, where they are given."""
+        """Set the ends that are not given, and `num_timesteps` to the number of `betas`, where they are given."""
+        for name, value in zip(("beta_start", "beta_end"), _ends(self.schedule, self.num_timesteps), strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         super().__post_init__()
         if self.betas is None:
             return
@@ -126,6 +133,13 @@ class DiffusionConfig(Section):
         object.__setattr__(self, "num_timesteps", len(self.betas))
 
 
+def _ends(schedule: object, num_timesteps: object) -> tuple[float, float]:
+    """`diffusion.schedule.beta_ends`, without importing torch; any ends where an argument is invalid."""
+    start, end, steps = literal(f"{SCHEDULE}:BETA_ENDS").get(schedule, (1.0, 1.0, None))
+    scale = steps / num_timesteps if steps and isinstance(num_timesteps, int) and num_timesteps > 0 else 1.0
+    return start * scale, end * scale
+
+
 @dataclass(frozen=True)
 class WarmupConfig(Section):
     """How the pool is filled before the first step."""
@@ -136,7 +150,7 @@ class WarmupConfig(Section):
         help="`ancestral` walks every slot from noise to its t; `ddim` and `dpm-solver++` add noise to samples of the "
         "teacher; `noise` starts every slot at T.",
     )
-    steps: int = key(50, min=1, help="Sampling steps of each of the teacher's samples.")
+    steps: int = key(50, min=1, help="Sampling steps of each of the teacher's samples; the default is at most T.")
     images: int = key(1000, min=1, help="Number of samples of the teacher that are noised.")
     batch_size: int = key(64, min=1, help="States in one teacher call of the warm-up.")
     t_cap: float | None = key(
@@ -185,7 +199,9 @@ class DistillConfig(Section):
     pool_dtype: Literal["float16", "float32"] = key("float16", help="Number format of the pool's states.")
     pool_storage: Literal["memory", "mmap"] = key("memory", help="`mmap` keeps the pool in a file of the run.")
     pool_from: str | None = key(
-        None, help="Pool cache or checkpoint of the reference implementation, in place of a warm-up."
+        None,
+        path=True,
+        help="Run folder of the same teacher, or a pool cache of the reference, in place of a warm-up.",
     )
     loss: LossConfig = key(factory=LossConfig, help="The student's loss.")
     warmup: WarmupConfig = key(factory=WarmupConfig, help="How the pool is filled before the first step.")
@@ -235,10 +251,10 @@ class TrainerConfig(Section):
 class LoggingConfig(Section):
     """Where a run writes and how often, in training steps."""
 
-    dir: str = key("logs", help="Folder that holds the runs.")
+    dir: str = key("logs", path=True, help="Folder that holds the runs.")
     name: str | None = key(None, help="Name of the run folder; null joins the names of the config files.")
     save_every: int = key(5000, min=1, help="Steps between checkpoints.")
     sample_every: int = key(5000, min=1, help="Steps between grids of samples.")
     sample_count: int = key(16, min=1, help="Samples in a grid.")
-    sample_steps: int = key(50, min=1, help="DDIM steps of the grids' samples.")
+    sample_steps: int = key(50, min=1, help="DDIM steps of the grids' samples; the default is at most T.")
     export_dtype: Literal["float32", "float16"] = key("float32", help="Number format of the saved model's weights.")

@@ -33,6 +33,19 @@ SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
     "linear": linear,
     "cosine": cosine,
 }
+# name -> default beta_start, beta_end, and the T at which they hold where they are divided by T (guided-diffusion)
+BETA_ENDS = {
+    "scaled_linear": (0.0015, 0.0195, None),  # CompVis's
+    "linear": (0.0001, 0.02, 1000),  # Ho et al. 2020
+    "cosine": (0.0015, 0.0195, None),  # not used
+}
+
+
+def beta_ends(name: str, num_timesteps: int) -> tuple[float, float]:
+    """Default (beta_start, beta_end) of a schedule in SCHEDULES."""
+    start, end, steps = BETA_ENDS[name]
+    scale = steps / num_timesteps if steps else 1.0
+    return start * scale, end * scale
 
 
 VARIANCES = {
@@ -47,7 +60,8 @@ class NoiseSchedule:
     Args:
         name: one of SCHEDULES.
         num_timesteps: T.
-        beta_start, beta_end: ends of the two linear schedules; `cosine` does not use them.
+        beta_start, beta_end: ends of the two linear schedules; default: BETA_ENDS, for `linear` times 1000 / T.
+            `cosine` does not use them.
         steps_offset: DDIM's lowest timestep, and its last target is the one below it: 1 in CompVis's code (samples
             end at abar_0), 0 in guided-diffusion's (they end at x_0, abar_{-1} = 1). The name is diffusers'.
         betas: any betas (T,), each strictly between 0 and 1, in place of a named schedule.
@@ -64,21 +78,34 @@ class NoiseSchedule:
         self,
         name: str = "scaled_linear",
         num_timesteps: int = 1000,
-        beta_start: float = 0.0015,
-        beta_end: float = 0.0195,
+        beta_start: float | None = None,
+        beta_end: float | None = None,
         steps_offset: int = 1,
         *,
         betas: Tensor | Sequence[float] | None = None,
         variance: str = "posterior",
     ) -> None:
+        pick(SCHEDULES, name, "schedule")
         pick(VARIANCES, variance, "variance")
+        _require_numbers("a whole number", Integral, num_timesteps=num_timesteps)
+        if num_timesteps < 1:
+            raise UserError(f"num_timesteps: must be at least 1, got {num_timesteps}")
         self.steps_offset, self.variance = steps_offset, variance
-        self.betas = _named(name, num_timesteps, beta_start, beta_end) if betas is None else _given(betas)
+        first, final = beta_ends(name, num_timesteps)
+        self.beta_start = first if beta_start is None else beta_start
+        self.beta_end = final if beta_end is None else beta_end
+        _require_numbers("a number", Real, beta_start=self.beta_start, beta_end=self.beta_end)
+        self.betas = self._named(name, num_timesteps) if betas is None else _given(betas)
         self.name = name if betas is None else "betas"
         self.num_timesteps = len(self.betas)
-        self.beta_start, self.beta_end = beta_start, beta_end
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
         self._tables: dict[torch.device, Tensor] = {}
+
+    def _named(self, name: str, num_timesteps: int) -> Tensor:
+        start, end = self.beta_start, self.beta_end
+        if SCHEDULES[name] is not cosine and not 0 < start <= end < 1:
+            raise UserError(f"beta_start, beta_end: must satisfy 0 < beta_start <= beta_end < 1, got {start}, {end}")
+        return SCHEDULES[name](num_timesteps, start, end)
 
     def alpha_bar(self, t: Tensor, like: Tensor) -> Tensor:
         """abar_t for timesteps t (B,) in [-1, T-1], abar_{-1} = 1, shaped to broadcast with `like`.
@@ -108,17 +135,6 @@ class NoiseSchedule:
             table = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
             self._tables[device] = table.to(device, torch.float32 if device.type == "mps" else torch.float64)
         return self._tables[device]
-
-
-def _named(name: str, num_timesteps: int, start: float, end: float) -> Tensor:
-    make = pick(SCHEDULES, name, "schedule")
-    _require_numbers("a whole number", Integral, num_timesteps=num_timesteps)
-    _require_numbers("a number", Real, beta_start=start, beta_end=end)
-    if num_timesteps < 1:
-        raise UserError(f"num_timesteps: must be at least 1, got {num_timesteps}")
-    if make is not cosine and not 0 < start <= end < 1:
-        raise UserError(f"beta_start, beta_end: must satisfy 0 < beta_start <= beta_end < 1, got {start}, {end}")
-    return make(num_timesteps, start, end)
 
 
 def _require_numbers(what: str, kind: type, **values: object) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm_dkdm.config.schema import DiffusionDataConfig
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec
 from ldm_dkdm.images import find_images, read_image, read_npz, square_npz
 from ldm_dkdm.reporting import Progress, following, logger
@@ -81,7 +82,7 @@ def open_images(path: str | Path, size: int, channels: int = 3) -> ImageSet:
 
     Sub-folders named by whole numbers are the classes of these numbers; other names are numbered in their order.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.suffix == ".npz":
         return ImageSet(images := square_npz(path, size, channels), size, _npz_labels(path, len(images)), channels)
     files = find_images(path, channels)

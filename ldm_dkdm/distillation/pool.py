@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,10 @@ class NoisyPool:
         dtype: storage type of the states; half precision by default.
         storage: file to map the states to; None keeps them in memory.
         labeled: whether a slot has a label, for a class-conditional teacher.
+
+    Attributes:
+        filled: slots 0 ... filled-1 are prepared.
+        facts: what the states follow from, for the file: teacher, T, schedule.
     """
 
     def __init__(
@@ -41,7 +46,8 @@ class NoisyPool:
         self.x = _allocate((slots, *shape), dtype, storage)
         self.t = torch.zeros(slots, dtype=torch.int32)
         self.label = torch.zeros(slots, dtype=torch.int32) if labeled else None
-        self.filled = 0  # slots 0 ... filled-1 are prepared
+        self.filled = 0
+        self.facts: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self.t)
@@ -75,7 +81,7 @@ class NoisyPool:
 
     def save(self, path: Path, step: int, origin: str = "") -> None:
         """Write the slots to a safetensors file, atomically; `origin` names what filled them."""
-        metadata = json.dumps({"step": step, "filled": self.filled, "origin": origin})
+        metadata = json.dumps({"step": step, "filled": self.filled, "origin": origin, **self.facts})
         write_tensors(path, self._tensors(), {"pool": metadata})
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -23,8 +23,8 @@ def check_supply(states: NoisyBatch, slots: int, ranks: int, batch_size: int, nu
 def refill(pool: NoisyPool, states: NoisyBatch, num_timesteps: int, seed: int, rank: int) -> None:
     """Fill a rank's pool with its share of states (N,C,H,W), which are shuffled before they are dealt.
 
-    Finished slots (timestep -1) begin again with noise at T. Every split of the same cache over ranks deals
-    each state at most once.
+    Finished slots (timestep -1, without labels) begin again with noise at T. Every split of the same cache over ranks
+    deals each state at most once.
     """
     order = torch.from_numpy(numpy_generator(seed, 0, 0, "deal").permutation(len(states.t)))
     generator = torch_generator(seed, rank, 0, "refill")
@@ -36,6 +36,6 @@ def refill(pool: NoisyPool, states: NoisyBatch, num_timesteps: int, seed: int, r
             NoisyBatch(
                 torch.where(finished.view(-1, 1, 1, 1), noise, x),
                 torch.where(finished, num_timesteps - 1, t),
-                None,
+                None if states.label is None else states.label[share],
             )
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
 from ldm_dkdm.diffusion.process import q_sample
 from ldm_dkdm.diffusion.samplers import SAMPLERS, last, log_snr_timesteps
@@ -82,9 +83,10 @@ class Warmup:
             self.check()
             return self.teacher.predict(x, t, label)
 
+        steps = steps_within(self.config, "steps", schedule.num_timesteps)
         walk, timesteps = SAMPLERS[self.config.mode].walk, spaced_timesteps(self.config, schedule)
         spaced = {} if timesteps is None else {"timesteps": timesteps}
-        chain = walk(schedule, denoise, noise, lambda: noise, self.config.steps, label, **spaced)
+        chain = walk(schedule, denoise, noise, lambda: noise, steps, label, **spaced)
         x_0, owner = last(chain), torch.arange(len(copies), device=self.device).repeat_interleave(copies)
         quantiles = torch.rand(len(owner), generator=generator, device=generator.device)
         t = schedule.timesteps_at(quantiles, self.config.t_cap)
@@ -121,12 +123,15 @@ class Mode:
 
 def spaced_timesteps(config: WarmupConfig, schedule: NoiseSchedule) -> list[int] | None:
     """The timesteps of the samples, even in log-SNR; None: the sampler chooses its own."""
-    return log_snr_timesteps(schedule, config.steps) if SAMPLERS[config.mode].takes_timesteps else None
+    steps = steps_within(config, "steps", schedule.num_timesteps)
+    return log_snr_timesteps(schedule, steps) if SAMPLERS[config.mode].takes_timesteps else None
 
 
 def _sampling_calls(config: WarmupConfig, slots: int, schedule: NoiseSchedule) -> int:
-    timesteps = spaced_timesteps(config, schedule) or SAMPLERS[config.mode].timesteps(schedule, config.steps)
-    return min(config.images, slots) * len(timesteps)
+    steps = steps_within(config, "steps", schedule.num_timesteps)
+    return min(config.images, slots) * len(
+        spaced_timesteps(config, schedule) or SAMPLERS[config.mode].timesteps(schedule, steps)
+    )
 
 
 WARMUPS = {

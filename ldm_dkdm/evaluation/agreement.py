@@ -61,6 +61,6 @@ def eps_error_by_t(error: Tensor, states: HeldOutStates) -> dict[int, float]:
 
 
 def eps_error_by_quarter(error: Tensor, states: HeldOutStates, num_timesteps: int) -> list[float]:
-    """Mean of the errors (N,) of `eps_errors` for t in the four quarters of [0, T), ascending."""
+    """Mean of the errors (N,) of `eps_errors` for t in the four quarters of [0, T), ascending; T is at least 4."""
     quarter = (states.t * 4) // num_timesteps
     return [error[quarter == q].mean().item() for q in range(4)]

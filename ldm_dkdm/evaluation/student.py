@@ -22,7 +22,7 @@ def evaluate(
     teacher: DiffusionModel,
     *,
     images: int = 1000,
-    steps: int = 20,
+    steps: int | None = None,
     chains: int = 32,
     seed: int = 1_000_000,
     batch_size: int = 128,
@@ -36,7 +36,7 @@ def evaluate(
 
     Args:
         images: for the Frechet distance, 65 or more; 0 leaves it out.
-        steps: DDIM steps of the images.
+        steps: DDIM steps of the images; default: 20, or all T where there are fewer.
         chains: held-out ancestral chains of the teacher, each of T calls.
         seed: of chains and images.
         batch_size: images drawn at once.
@@ -45,14 +45,17 @@ def evaluate(
         UserError: models that `require_comparable` refuses, or a number out of range.
     """
     require_comparable(student, teacher)
+    steps = min(20, teacher.schedule.num_timesteps) if steps is None else steps
     numbers = {"images": (images, 0), "steps": (steps, 1), "chains": (chains, 1), "seed": (seed, 0)}
     for name, (value, least) in {**numbers, "batch_size": (batch_size, 1)}.items():
         whole(value, name, least)
     if images and images < 65:
         raise UserError(f"images: at least 65, the distance uses 64 principal components; or 0; got {images}")
+    total = teacher.schedule.num_timesteps
+    if total < 4:
+        raise UserError(f"teacher: it has T = {total}; the eps error is given by quarter of [0, T), which needs T >= 4")
     SAMPLERS["ddim"].timesteps(teacher.schedule, steps)  # refuses what does not fit
     states = held_out_chains(teacher, chains, seed, teacher.device)
-    total = teacher.schedule.num_timesteps
     figures: dict[str, Any] = {"measured_with": measured_with(images, steps, chains, seed)}
     untrained = _untrained(student)
     if untrained is not None:

@@ -34,6 +34,7 @@ BIASED, UNBIASED = 4.0, 2.0  # standard errors of the bias
 ALONG = 0.7  # smallest cosine of eps and pure noise at T-1
 LINEAR = 0.7  # largest eps error at T/4, in units of the best linear denoiser's
 UNCALIBRATED = 0.15  # largest |rms of eps - sqrt(1 - its error)|, which vanishes for a posterior mean
+USUAL_SCHEDULES = (("scaled_linear", 1000), ("linear", 1000), ("linear", 4000), ("cosine", 1000), ("cosine", 4000))
 BETTER = 0.85  # an alternative is preferred if its error is below this fraction of the configuration's
 SIGMAS = 3.0  # and lower by this many standard errors
 
@@ -172,19 +173,20 @@ def fault(figures: Figures) -> str | None:
 
 
 def other_readings(model: DiffusionModel) -> Iterator[tuple[str, DiffusionModel]]:
-    """The same weights with alternatives for what tensor shapes do not show: attention, then the schedule."""
+    """The same weights with alternatives for what their file does not store: attention, then the schedule."""
     yield from _other_attention(model)
+    if model.stores_schedule:
+        return
     own = model.diffusion
-    for other in (
-        DiffusionConfig("scaled_linear", 1000, space=own.space),
-        DiffusionConfig("linear", 1000, 1e-4, 0.02, own.space),
-        DiffusionConfig("cosine", 1000, space=own.space),
-        DiffusionConfig("cosine", 4000, space=own.space),
-    ):
-        same = own.betas is None and (other.schedule, other.num_timesteps) == (own.schedule, own.num_timesteps)
-        if not (same and (other.schedule == "cosine" or other == own)):
-            keys = ("schedule", "num_timesteps", *(() if other.schedule == "cosine" else ("beta_start", "beta_end")))
-            yield _words(model, {key: getattr(other, key) for key in keys}), model.changed(diffusion=other)
+    for schedule, steps in USUAL_SCHEDULES:
+        other = DiffusionConfig(schedule, steps, space=own.space)
+        same = own.betas is None and (schedule, steps) == (own.schedule, own.num_timesteps)
+        if not (same and (schedule == "cosine" or other == own)):
+            keys = ("schedule", "num_timesteps", *(() if schedule == "cosine" else ("beta_start", "beta_end")))
+            changes: dict[str, object] = {key: getattr(other, key) for key in keys}
+            if own.betas is not None:
+                changes["betas"] = "null"  # they would stand in place of the schedule
+            yield _words(model, changes), model.changed(diffusion=other)
 
 
 def _other_attention(model: DiffusionModel) -> Iterator[tuple[str, DiffusionModel]]:
@@ -199,15 +201,15 @@ def _other_attention(model: DiffusionModel) -> Iterator[tuple[str, DiffusionMode
     widths = [{"num_head_channels": width} for width in (32, 64, 16)]
     for changes in (*widths, {"num_heads": 1}, {"num_heads": 4}):
         whole = {"num_head_channels": -1, "num_heads": 1, **changes}
-        if any(
-            whole[key] != params.get(key, default) for key, default in (("num_head_channels", -1), ("num_heads", 1))
-        ):
+        given = {key: params.get(key, default) for key, default in (("num_head_channels", -1), ("num_heads", 1))}
+        if whole != given:
             try:
                 other = reread(model, **whole)
             except UserError:
                 continue  # these channels do not divide into such heads
             if _heads(other.network) != _heads(network):
-                yield _words(model, changes), other
+                wins = "num_heads" in changes and given["num_head_channels"] != -1  # over num_heads
+                yield _words(model, {"num_head_channels": -1, **changes} if wins else changes), other
 
 
 def _words(model: DiffusionModel, changes: Mapping[str, object]) -> str:
@@ -253,7 +255,7 @@ def check_teacher(model: DiffusionModel) -> Figures:
     """Refuse a model that does not denoise its own samples, or whose weights fit an alternative much better.
 
     Guidance is switched off: guided predictions are not posterior means. A model that describes itself (a model folder,
-    a diffusers pipeline) is not compared with alternatives.
+    a diffusers pipeline) is not compared with alternatives, and one whose file stores its schedule with none of those.
 
     Raises:
         UserError: the figure that failed, its value, what is expected, and the likely cause.
@@ -269,13 +271,19 @@ def check_teacher(model: DiffusionModel) -> Figures:
 
 
 def _refuse_better(model: DiffusionModel, own: Figures) -> None:
-    for words, other in other_readings(model):
-        figures = measure(other, COMPARED)
-        if preferred(own, figures):
-            shown = f"eps error {figures.error:.3f} instead of {own.error:.3f}"
-            if less_biased(own, figures):
-                shown = f"bias of eps {figures.bias:.4f} instead of {own.bias:.4f}"
-            raise UserError(
-                f"{model.path or 'the model'}: its weights fit {words} better than the configuration "
-                f"({shown}); correct it"
-            )
+    measured = ((words, measure(other, COMPARED)) for words, other in other_readings(model))
+    words, best = best_of(own, {words: figures for words, figures in measured if preferred(own, figures)})
+    if best is own:
+        return
+    shown = f"eps error {best.error:.3f} instead of {own.error:.3f}"
+    if less_biased(own, best):
+        shown = f"bias of eps {best.bias:.4f} instead of {own.bias:.4f}"
+    raise UserError(
+        f"{model.path or 'the model'}: its weights fit {words} better than the configuration ({shown}); correct it"
+    )
+
+
+def best_of(own: Figures, better: Mapping[str, Figures]) -> tuple[str, Figures]:
+    """The best of the preferred alternatives: above all one whose bias vanishes, then the smallest error."""
+    order = sorted(better.items(), key=lambda item: (item[1].bias_sigmas >= UNBIASED, item[1].error))
+    return order[0] if order else ("", own)

@@ -15,6 +15,7 @@ from ldm_dkdm.device import PRECISIONS
 from ldm_dkdm.diffusion.process import PARAMETERIZATIONS
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, nearest, pick
+from ldm_dkdm.files import expanded
 from ldm_dkdm.model.facts import labels_of, process_of, remembered, shape_of
 from ldm_dkdm.model.guidance import require_guidance
 
@@ -98,7 +99,7 @@ def stage_of(given: FirstStageSource | str | Path | None, encoded: bool) -> Firs
         raise UserError(f"first_stage: expected a path, got {given!r}")
     if given is None or not encoded:
         return None
-    return given if isinstance(given, FirstStageSource) else FirstStageSource(Path(given))
+    return given if isinstance(given, FirstStageSource) else FirstStageSource(expanded(given))
 
 
 def same_codec(one: "DiffusionModel", other: "DiffusionModel") -> bool:

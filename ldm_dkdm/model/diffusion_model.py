@@ -19,6 +19,7 @@ from ldm_dkdm.device import PRECISIONS, autocast, resolve_device, resolve_precis
 from ldm_dkdm.diffusion.process import PARAMETERIZATIONS, reverse_step
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, pick
+from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec
 from ldm_dkdm.model.changes import changed, same_codec, stage_of
 from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, shape_of
@@ -57,6 +58,7 @@ class DiffusionModel:
         schedule: the same as a `NoiseSchedule`.
         path, format, file: where the model was read, and the file with its weights; None for a new model.
         hints, described: the hints when it was read, and whether it describes itself without hints.
+        stores_schedule: whether its file stores the forward process.
 
     Raises:
         UserError: an unknown name, a missing shape, or arguments that contradict the network.
@@ -95,7 +97,7 @@ class DiffusionModel:
         self.path: Path | None = None
         self.format: str | None = None
         self.file: Path | None = None
-        self.hints, self.described = Hints(), False
+        self.hints, self.described, self.stores_schedule = Hints(), False, False
         self.precision, self.guidance = precision, guidance
         require_guidance(self)
 
@@ -291,7 +293,7 @@ class DiffusionModel:
         Raises:
             UserError: an unknown format, one that cannot hold this model, or a file that exists.
         """
-        path = Path(path)
+        path = expanded(path)
         chosen = pick(FORMATS, format, "format")
         if format != "folder":
             refuse_existing(path)

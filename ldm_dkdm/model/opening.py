@@ -121,6 +121,7 @@ def _model_of(
     file = contents.raw_file if hints.use_ema is False and contents.raw_file else contents.file
     model.path, model.format, model.file = contents.path, contents.format, file
     model.hints, model.described = hints, contents.described
+    model.stores_schedule = contents.diffusion is not None
     return model
 
 

@@ -22,12 +22,12 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 def parse_budget(text: str | int) -> int:
-    """A number of parameters: `60M`, `14.5M`, `300k` or 2000000.
+    """A number of parameters: `60M`, `14.5M`, `300k`, `2e6`, `2_000_000` or 2000000.
 
     Raises:
         UserError: another form, or less than one parameter.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmb]?)", str(text).strip().lower())
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\+?\d+)?)\s*([kmb]?)", str(text).strip().lower())
     budget = round(float(match[1]) * UNITS[match[2]]) if match else 0
     if budget < 1:
         raise UserError(f"budget: expected a number of parameters such as 60M or 300k, got {text!r}")

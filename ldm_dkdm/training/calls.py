@@ -49,8 +49,7 @@ def distillation_of(
         UserError: an unknown, missing or contradictory argument, or a bad value.
     """
     _refuse_named(numbers)
-    given = {"sample_steps": _sample_steps(teacher), **numbers}
-    method, trainer, logging = _spread(given, (DistillConfig, TrainerConfig, LoggingConfig), out)
+    method, trainer, logging = _spread(numbers, (DistillConfig, TrainerConfig, LoggingConfig), out)
     warming = convert(WarmupConfig, {"mode": warmup} if isinstance(warmup, str) else warmup, "warmup")
     return DistillRun(
         teacher=_teacher_section(teacher, check),
@@ -107,8 +106,7 @@ def training_of(
         if numbers.get(key, value) != value:
             both = f"{value}, but {numbers[key]} is given by the argument {key}"
             raise UserError(f"data.{key}: {both}; leave one of them out")
-    usual = {"image_size": _image_size(model), "sample_steps": _sample_steps(model)}
-    given = {**usual, **numbers, **named}
+    given = {"image_size": _image_size(model), **numbers, **named}
     images, trainer, logging = _spread(given, (DiffusionDataConfig, TrainerConfig, LoggingConfig), out)
     stage = FirstStageConfig()
     if model.first_stage is not None:
@@ -141,11 +139,6 @@ def _refuse_named(numbers: Mapping[str, Any]) -> None:
     for key in numbers:
         if key in NAMED:
             raise UserError(f"{key}: given by the argument {NAMED[key]}; leave it out")
-
-
-def _sample_steps(model: DiffusionModel) -> int:
-    """The default of a grid's steps, or all T where there are fewer."""
-    return min(LoggingConfig().sample_steps, model.schedule.num_timesteps)
 
 
 def _image_size(model: DiffusionModel) -> int:

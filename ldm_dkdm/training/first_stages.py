@@ -15,6 +15,7 @@ from ldm_dkdm.checkpoints.folder import write_folder
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageRun, TrainerConfig
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
 from ldm_dkdm.first_stage.vqgan import FirstStageModule, held_out_psnr, latent_scale
 from ldm_dkdm.images import endless_batches, load_images
@@ -66,7 +67,7 @@ def train_first_stage(
         UserError: a bad value, images that do not fit, or a folder that holds another run.
         Stopped: one of the signals; all is saved.
     """
-    return _train_first_stage_in(Run(config, RunFolder(Path(out), config.MODEL), resume, progress, signals, go_on))
+    return _train_first_stage_in(Run(config, RunFolder(expanded(out), config.MODEL), resume, progress, signals, go_on))
 
 
 def _train_first_stage_in(run: Run) -> Result:

@@ -15,7 +15,7 @@ from ldm_dkdm.config.load import card_kind, fits, load_config, read_yaml, to_yam
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, LoggingConfig, ModelCard
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import write_text
+from ldm_dkdm.files import expanded, write_text
 from ldm_dkdm.reporting import logger
 
 RunConfig = DistillRun | DiffusionRun | FirstStageRun
@@ -148,10 +148,24 @@ def _made_with(stored: Path, schema: type[RunConfig]) -> str:
         return stored.read_text()
 
 
+def require_plain(path: Path) -> None:
+    """Refuse a run folder whose name Lightning (fsspec) reads as a network address.
+
+    Raises:
+        UserError: the path holds `::`, or begins with `data:`.
+    """
+    text = str(path)
+    mark = "::" if "::" in text else "data:" if text.startswith("data:") else None
+    if mark:
+        raise UserError(
+            f"logging: {path}: a run folder cannot have {mark} in its path; change logging.dir or logging.name"
+        )
+
+
 def run_folder(log: LoggingConfig, default_name: str, schema: type[RunConfig]) -> RunFolder:
     """logs/<name>; the name is that of the --base files, joined by +, unless the config gives one."""
     name = log.name or default_name
-    if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts:
+    if Path(name).is_absolute() or name.startswith("~") or ".." in Path(name).parts or not Path(name).parts:
         raise UserError(f"logging.name: '{name}' must be a folder below {log.dir}; logging.dir says where that is")
     return RunFolder(Path(log.dir) / name, schema.MODEL)
 
@@ -163,7 +177,7 @@ def find_run(name: str, schema: type[RunConfig], logs: Path = Path("logs")) -> R
         if not runs:
             raise UserError(f"--resume last: {logs}/ holds no run of {schema.SCRIPT}; name its folder instead")
         return RunFolder(max(runs, key=lambda f: newest_change(f.parent)).parent, schema.MODEL)
-    folder = RunFolder(Path(name), schema.MODEL)
+    folder = RunFolder(expanded(name), schema.MODEL)
     if not (folder.path / "config.yaml").is_file():
         raise UserError(f"--resume: {name} is not a run folder (it has no config.yaml)")
     if (found := card_kind(folder.path / "config.yaml")) in (ModelCard.KIND, FirstStageCard.KIND):

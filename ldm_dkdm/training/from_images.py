@@ -10,6 +10,7 @@ import torch
 
 from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.checkpoints.first_stages import named_first_stage
+from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import (
     DiffusionDataConfig,
@@ -22,6 +23,7 @@ from ldm_dkdm.distillation.image_data import EncodedStates, ImageSet, States, en
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.distillation.student import check_loss, load_initial, require_call
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec, LatentCodec
 from ldm_dkdm.images import save_grid
 from ldm_dkdm.model import DiffusionModel
@@ -72,8 +74,8 @@ def train(
     numbers = {"steps": steps, "batch_size": batch_size, "image_size": image_size, **options}
     refuse_beside(config, numbers)
     if config is None:
-        config = training_of(model, data, Path(out), loss, {"learning_rate": learning_rate, **numbers})
-    run = Run(config, RunFolder(Path(out), config.MODEL), resume, progress, signals, go_on)
+        config = training_of(model, data, expanded(out), loss, {"learning_rate": learning_rate, **numbers})
+    run = Run(config, RunFolder(expanded(out), config.MODEL), resume, progress, signals, go_on)
     return _train_in(run, model)
 
 
@@ -148,8 +150,7 @@ def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:
         UserError: the key that does not fit.
     """
     check_loss(config.loss, model.schedule)
-    if config.logging.sample_steps > model.schedule.num_timesteps:
-        raise UserError(f"sample_steps: {config.logging.sample_steps} is more than the diffusion steps")
+    steps_within(config.logging, "sample_steps", model.schedule.num_timesteps)
     require_call(model)
     network = model.network
     inputs, outputs = model.shape[0], getattr(network, "out_channels", model.shape[0])

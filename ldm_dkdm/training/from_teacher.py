@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 
-from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.config.schema import (
     DistillRun,
     LossConfig,
@@ -17,14 +16,15 @@ from ldm_dkdm.config.schema import (
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, logger
-from ldm_dkdm.training.calls import IN_MEMORY, distillation_of, refuse_beside
+from ldm_dkdm.training.calls import distillation_of, refuse_beside
 from ldm_dkdm.training.export import export_on_save
 from ldm_dkdm.training.folder import RunFolder
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.parts import Distillation, assemble
-from ldm_dkdm.training.pool_filling import prepare_pool, require_room, supply_of
+from ldm_dkdm.training.pool_filling import prepare_pool, require_room, supply_of, teacher_hash
 from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.saving import RunCheckpoint
 
@@ -82,8 +82,8 @@ def distill(
     refuse_beside(config, numbers)
     if config is None:
         given = {"learning_rate": learning_rate, **numbers}
-        config = distillation_of(teacher, student, Path(out), check, warmup, loss, given)
-    run = Run(config, RunFolder(Path(out), config.MODEL), resume, progress, signals, go_on)
+        config = distillation_of(teacher, student, expanded(out), check, warmup, loss, given)
+    run = Run(config, RunFolder(expanded(out), config.MODEL), resume, progress, signals, go_on)
     return _distil_in(run, teacher, student)
 
 
@@ -143,7 +143,7 @@ def teacher_facts(parts: Distillation) -> dict[str, Any]:
     teacher, distill, trainer = parts.config.teacher, parts.config.distill, parts.config.trainer
     return {
         "teacher": teacher.ckpt,
-        "teacher_sha256": sha256(parts.teacher.file) if parts.teacher.file else IN_MEMORY,
+        "teacher_sha256": teacher_hash(parts.teacher),
         "teacher_licence": teacher.licence or "not stated (teacher.licence)",
         "method": f"DKDM, {distill.variant} iterative distillation",
         "batch_size": distill.batch_size * trainer.accumulate * trainer.devices,

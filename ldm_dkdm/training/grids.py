@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import LoggingConfig, SamplingConfig
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.images import save_grid
@@ -24,7 +25,7 @@ class SampleGrid(StepCallback):
 
     def __init__(self, folder: Path, log: LoggingConfig, seed: int) -> None:
         self.folder, self.every = folder, log.sample_every
-        self.config = SamplingConfig(log.sample_count, seed=seed, steps=log.sample_steps)
+        self.settings, self.seed = log, seed
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
@@ -32,4 +33,6 @@ class SampleGrid(StepCallback):
             file = self.folder / f"step={step:08d}.png"
             with decoration(str(file)):
                 model = averaged(trainer, StudentModule).model
-                save_grid(torch.cat([batch.images for batch in model.sample_batches(self.config)]), file)
+                steps = steps_within(self.settings, "sample_steps", model.schedule.num_timesteps)
+                config = SamplingConfig(self.settings.sample_count, seed=self.seed, steps=steps)
+                save_grid(torch.cat([batch.images for batch in model.sample_batches(config)]), file)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import DistillConfig, DistillRun
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.distillation.pool import NoisyPool, pool_slots, slot_bytes
@@ -78,13 +79,14 @@ def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRu
     require_fit(student, teacher)
     require_call(student)
     check_loss(method.loss, teacher.schedule)
-    for key, value in (
-        ("stride", method.stride),
-        ("warmup.steps", method.warmup.steps if sampling else 1),
-        ("sample_steps", config.logging.sample_steps),
-    ):
-        if value > steps:
-            raise UserError(f"{key}: {value} is more than the {steps} diffusion steps")
+    if method.stride > steps:
+        raise UserError(f"stride: {method.stride} is more than the {steps} diffusion steps")
+    steps_within(config.logging, "sample_steps", steps)
+    if sampling:
+        try:
+            steps_within(method.warmup, "steps", steps)
+        except UserError as error:
+            raise UserError(f"warmup.{error}") from error
     return Distillation(teacher, student, config, _slots(method, steps))
 
 

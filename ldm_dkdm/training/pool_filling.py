@@ -3,18 +3,23 @@
 import os
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ldm_dkdm.checkpoints.pools import read_reference_pool
+from ldm_dkdm.checkpoints.card import sha256
+from ldm_dkdm.checkpoints.pools import is_own_pool, read_own_pool, read_reference_pool
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.refill import check_supply, refill
 from ldm_dkdm.distillation.stream import VARIANTS
 from ldm_dkdm.distillation.warmup import Warmup, preparation
 from ldm_dkdm.errors import UserError, naming
+from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.reporting import Progress, following, size
+from ldm_dkdm.training.calls import IN_MEMORY
 from ldm_dkdm.training.folder import step_of
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.run import Run
@@ -38,19 +43,40 @@ def require_room(parts: Distillation) -> None:
 
 
 def supply_of(parts: Distillation) -> NoisyBatch | None:
-    """The states of `pool_from`, checked to be enough."""
+    """The states of `pool_from`, a run of this package or a cache of the reference, checked to be enough."""
     config, teacher = parts.config, parts.teacher
     method, steps = config.distill, teacher.schedule.num_timesteps
     if method.pool_from is None:
         return None
-    if parts.labeled:
-        raise UserError("pool_from: such a cache holds no labels, and the teacher is class-conditional")
     if VARIANTS[method.variant].from_noise:
         raise UserError("pool_from: iterative distillation begins with noise; remove the key")
+    path = Path(method.pool_from)
     with naming("pool_from"):
-        states = read_reference_pool(Path(method.pool_from), teacher.shape, steps)
+        own = is_own_pool(path)
+        if own and teacher.file is None:
+            raise UserError(f"{path}: can be reused with a teacher that was read from a file only")
+        found = read_own_pool(path, teacher.shape, pool_facts(teacher)) if own else None
+    if parts.labeled and (found is None or found.label is None):
+        raise UserError("pool_from: such a cache holds no labels, and the teacher is class-conditional")
+    with naming("pool_from"):
+        states = found or read_reference_pool(path, teacher.shape, steps)
     check_supply(states, parts.slots, config.trainer.devices, method.batch_size, steps)
     return states
+
+
+def teacher_hash(teacher: DiffusionModel) -> str:
+    """SHA-256 of the file with the teacher's weights."""
+    return sha256(teacher.file) if teacher.file else IN_MEMORY
+
+
+def pool_facts(teacher: DiffusionModel) -> dict[str, Any]:
+    """What the states of a pool follow from, as its file stores it."""
+    return {
+        "teacher_sha256": teacher_hash(teacher),
+        "guidance": teacher.guidance,
+        "num_timesteps": teacher.schedule.num_timesteps,
+        "diffusion": asdict(teacher.diffusion),
+    }
 
 
 def prepare_pool(
@@ -62,6 +88,7 @@ def prepare_pool(
         UserError: the pool of a checkpoint is missing or damaged.
         Stopped: a signal; the warm-up so far is saved.
     """
+    pool.facts = pool_facts(parts.teacher)
     latest, teacher, seed = run.folder.latest(), parts.teacher, run.trainer.seed
     if latest:
         saved = pool_path(run.folder.checkpoints, step_of(latest), rank)

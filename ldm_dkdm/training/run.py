@@ -27,7 +27,7 @@ from ldm_dkdm.reporting import Progress, logger
 from ldm_dkdm.training.bars import ProgressBar, ProgressCalls, StreamModule
 from ldm_dkdm.training.ema import StudentEMA
 from ldm_dkdm.training.ends import EarlyStop, early_ends
-from ldm_dkdm.training.folder import RunFolder, alone_in, check_run, open_run, step_of
+from ldm_dkdm.training.folder import RunFolder, alone_in, check_run, open_run, require_plain, step_of
 from ldm_dkdm.training.interrupt import GracefulStop
 from ldm_dkdm.training.process import undisturbed
 from ldm_dkdm.training.saving import RunCheckpoint, read_checkpoint
@@ -62,7 +62,7 @@ class Run:
         go_on: how to resume, for the message after a stop.
 
     Raises:
-        UserError: fewer devices than the config asks for.
+        UserError: fewer devices than the config asks for, or a folder that Lightning reads as a network address.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Run:
         signals: Sequence[int] = (signal.SIGINT,),
         go_on: str | None = None,
     ) -> None:
+        require_plain(folder.path)
         self.config, self.folder, self.resumed, self.progress = config, folder, resumed, progress
         self.trainer: TrainerConfig = config.trainer
         self.device = training_device(self.trainer)

@@ -1,0 +1,83 @@
+"""The pool of a run is reused by other students and seeds, of the same teacher only."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ldm_dkdm.distillation.pool import NoisyPool
+from ldm_dkdm.distillation.refill import refill
+from ldm_dkdm.records import NoisyBatch
+from tests.cli import distil, write_yaml
+from tests.parts import distill_config, model_folder
+
+POOL = "checkpoints/step=00000006.pool-rank0.safetensors"
+
+
+@pytest.fixture(scope="module")
+def run(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("first")
+    assert distil("--base", write_yaml(home / "c.yaml", distill_config(teacher_folder, home))) == 0
+    return home / "run"
+
+
+def pool_of(run: Path, step: int = 6) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    with safe_open(run / f"checkpoints/step={step:08d}.pool-rank0.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name) for name in ("x", "t")}, json.loads(file.metadata()["pool"])
+
+
+def test_the_header_says_what_the_states_follow_from(run: Path) -> None:
+    header = pool_of(run)[1]
+    assert len(header["teacher_sha256"]) == 64
+    assert (header["num_timesteps"], header["guidance"]) == (20, 1.0)
+    assert header["diffusion"]["schedule"] == "scaled_linear"
+
+
+@pytest.mark.parametrize("source", [".", POOL])
+def test_another_student_and_seed_begin_with_the_states_of_a_run(
+    source: str, run: Path, teacher_folder: Path, tmp_path: Path
+) -> None:
+    config = distill_config(teacher_folder, tmp_path, trainer={"max_steps": 1, "seed": 7})
+    config["distill"]["pool_from"] = str(run / source)
+    config["student"]["params"]["model_channels"] = 64
+    assert distil("--base", write_yaml(tmp_path / "c.yaml", config)) == 0
+    before, after = pool_of(run)[0], pool_of(tmp_path / "run", 1)[0]
+    same = (before["x"].flatten(1)[:, None] == after["x"].flatten(1)).all(-1)
+    assert int(same.any(0).sum()) == len(after["t"]) - 4  # all but the batch that has advanced
+    where = same.float().argmax(0)[same.any(0)]
+    assert before["t"][where].equal(after["t"][same.any(0)])
+
+
+def test_the_pool_of_another_teacher_is_refused(
+    run: Path, first_stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = model_folder(tmp_path / "other", first_stage, model_channels=64)
+    config = distill_config(other, tmp_path)
+    config["distill"]["pool_from"] = str(run)
+    base = write_yaml(tmp_path / "c.yaml", config)
+    for source, words in ((run, "its teacher_sha256 is"), (other, "is not the run folder of a distillation")):
+        assert distil("--base", base, f"distill.pool_from={source}") == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: distill.pool_from: ") and words in error and "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_larger_pool_than_the_run_has_is_refused(
+    run: Path, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = distill_config(teacher_folder, tmp_path)
+    config["distill"] |= {"pool_from": str(run), "rho": 1.0}
+    assert distil("--base", write_yaml(tmp_path / "c.yaml", config)) == 2
+    assert "set rho=0.5 or less" in capsys.readouterr().err
+
+
+def test_labels_stay_with_their_states() -> None:
+    states = NoisyBatch(torch.arange(8.0).view(8, 1, 1, 1), torch.arange(8), torch.arange(8) * 10)
+    pool = NoisyPool(8, (1, 1, 1), torch.float32, labeled=True)
+    refill(pool, states, 20, seed=3, rank=0)
+    assert pool.label is not None
+    assert pool.label.equal(pool.t * 10) and pool.x.flatten().equal(pool.t.float())
+    assert not pool.t.equal(torch.arange(8, dtype=torch.int32))

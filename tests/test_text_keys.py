@@ -1,0 +1,142 @@
+"""Text keys keep what was typed; paths begin at home; a long override is not a file."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ldm_dkdm.commands.arguments import read_hints, split_base, split_hints
+from ldm_dkdm.config.load import load_config, to_yaml
+from ldm_dkdm.config.schema import DiffusionRun, DistillRun, LoggingConfig
+from ldm_dkdm.config.text import quoted
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
+from ldm_dkdm.networks.scaling import parse_budget
+from ldm_dkdm.training.folder import RunFolder, require_plain, run_folder
+
+NAMES = [
+    "1.1",
+    "1.10",
+    "007",
+    "12:30",
+    "1:20:30",
+    "on",
+    "No",
+    "yes",
+    "true",
+    "1e5",
+    "0x10",
+    "0o17",
+    "1_000",
+    ".5",
+    "-1",
+]
+NAMES += ["20240501_1200", "2024-05-01", ".inf", ".nan", "+1", "1.", "=", "<<"]
+BASE = """
+teacher: {ckpt: x.ckpt}
+student: {target: ldm_dkdm.networks.UNet}
+distill: {batch_size: 4, rho: 0.05}
+trainer: {max_steps: 4, learning_rate: 1e-3}
+"""
+
+
+def config(tmp_path: Path, text: str = "", *overrides: str) -> DistillRun:
+    file = tmp_path / "config.yaml"
+    file.write_text(BASE + text)
+    return load_config(file, overrides)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_the_text_that_was_typed(tmp_path: Path, name: str) -> None:
+    in_file = config(tmp_path, f"logging:\n  name: {name}\n") if name not in ("=", "<<") else None
+    in_override = config(tmp_path, "", f"logging.name={name}")
+    in_section = config(tmp_path, "", f"logging={{name: {name}}}") if name not in ("=", "<<") else None
+    assert {c.logging.name for c in (in_file, in_override, in_section) if c} == {name}
+    stored = tmp_path / "stored.yaml"
+    stored.write_text(to_yaml(in_override))
+    assert load_config(stored) == in_override
+
+
+@pytest.mark.parametrize(
+    "value", ["run #1", "a: b", "[x", "{x", "*x", "&x y", "!x", "%x", "@x", "`x`", "a=b", "x\\ny", "- x"]
+)
+def test_an_override_of_a_text_key_is_not_yaml(tmp_path: Path, value: str) -> None:
+    assert config(tmp_path, "", f"logging.name={value}").logging.name == value
+
+
+def test_quotes_and_null_keep_their_meaning(tmp_path: Path) -> None:
+    for given, name in (("'007'", "007"), ('"on"', "on"), ("null", None), ("~", None), ("", None), ('"null"', "null")):
+        assert config(tmp_path, "", f"logging.name={given}").logging.name == name
+        assert config(tmp_path, f"logging: {{name: {given}}}\n").logging.name == name
+    assert config(tmp_path, "logging: {name: null}\n").logging.name is None
+    with pytest.raises(UserError, match=r"logging\.dir: expected text, got None"):
+        config(tmp_path, "", "logging.dir=null")
+
+
+def test_anchors_comments_and_merges_keep_the_text(tmp_path: Path) -> None:
+    text = "logging: &log\n  name: &n 1.10  # the tenth\n  dir: *n\n"
+    assert config(tmp_path, text).logging == LoggingConfig(dir="1.10", name="1.10")
+    tree = yaml.safe_load(quoted("a: &a {name: 007}\nb: {<<: *a, dir: on}\n", {"a": LoggingConfig, "b": LoggingConfig}))
+    assert tree == {"a": {"name": "007"}, "b": {"name": "007", "dir": "on"}}
+    assert quoted("name: 007\nn: 007\n", {"name": str}) == 'name: "007"\nn: 007\n'
+
+
+def test_numbers_and_flags_of_other_keys_stay(tmp_path: Path) -> None:
+    found = config(tmp_path, "", "trainer.max_steps=1_000", "teacher.check=off", "trainer.precision=32")
+    assert (found.trainer.max_steps, found.teacher.check, found.trainer.precision) == (1000, False, "32")
+    assert config(tmp_path, "", "teacher.params={a: 1.10, b: on}").teacher.params == {"a": 1.1, "b": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"), [("60M", 60_000_000), ("1e6", 10**6), ("1_000", 1000), ("2.5e+5", 250_000)]
+)
+def test_a_budget_keeps_its_text_and_its_value(tmp_path: Path, text: str, budget: int) -> None:
+    assert parse_budget(config(tmp_path, "", f"student.budget={text}").student.budget or "") == budget
+
+
+def test_hints_keep_their_text() -> None:
+    assert read_hints(["first_stage=007", "image_size=64", "schedule=cosine"]) == {
+        "first_stage": "007",
+        "image_size": 64,
+        "schedule": "cosine",
+    }
+    assert read_hints(["first_stage=/a/run #2/b: c"]) == {"first_stage": "/a/run #2/b: c"}
+
+
+def test_home_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = ["teacher.ckpt=~/t", "student.init=~/s", "first_stage.ckpt=~/f", "distill.pool_from=~/p", "logging.dir=~"]
+    found = config(tmp_path, "", *given)
+    paths = [found.teacher.ckpt, found.student.init, found.first_stage.ckpt, found.distill.pool_from, found.logging.dir]
+    assert paths == [f"{tmp_path}/t", f"{tmp_path}/s", f"{tmp_path}/f", f"{tmp_path}/p", f"{tmp_path}"]
+    file = tmp_path / "data.yaml"
+    file.write_text(
+        "model: {target: x, params: {}, init: ~/m}\ndiffusion: {}\ntrainer: {max_steps: 1, learning_rate: 1}\n"
+    )
+    data = ["data={path: ~/d, synthetic: ~/e.npz, image_size: 8, batch_size: 1}"]
+    run = load_config("~/data.yaml", data, DiffusionRun)
+    assert (run.data.path, run.data.synthetic, run.model.init) == (
+        f"{tmp_path}/d",
+        f"{tmp_path}/e.npz",
+        f"{tmp_path}/m",
+    )
+    assert expanded("~nobody-of-that-name/x") == Path("~nobody-of-that-name/x")
+
+
+def test_a_run_folder_that_lightning_reads_otherwise_is_refused() -> None:
+    for path in ("logs/a::b", "data:x/run"):
+        with pytest.raises(UserError, match=r"logging: .*change logging\.dir or logging\.name"):
+            require_plain(RunFolder(Path(path)).path)
+    with pytest.raises(UserError, match=r"logging\.name: '~/x' must be a folder below"):
+        run_folder(LoggingConfig(name="~/x"), "default", DistillRun)
+
+
+def test_an_override_longer_than_a_file_name_is_an_override(tmp_path: Path) -> None:
+    long = "teacher.params={" + ", ".join(f"key_{i}: {i}" for i in range(60)) + "}"
+    file = tmp_path / "a=b.yaml"
+    file.write_text(BASE)
+    assert len(long) > 255
+    assert split_base([str(file), long], []) == ([str(file)], [long])
+    assert split_hints([str(tmp_path), long])[0] == [str(tmp_path)]
+    with pytest.raises(UserError, match="no such config file or recipe"):
+        split_base(["x" * 300], [])
