@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ldm_dkdm.commands.arguments import read_hints, split_base, split_hints
+from ldm_dkdm.commands.arguments import read_hints, split_base
+from ldm_dkdm.commands.hints import split_paths
 from ldm_dkdm.config.load import load_config, to_yaml
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, LoggingConfig
 from ldm_dkdm.config.text import quoted
@@ -137,6 +138,6 @@ def test_an_override_longer_than_a_file_name_is_an_override(tmp_path: Path) -> N
     file.write_text(BASE)
     assert len(long) > 255
     assert split_base([str(file), long], []) == ([str(file)], [long])
-    assert split_hints([str(tmp_path), long])[0] == [str(tmp_path)]
+    assert split_paths([str(tmp_path), long])[0] == [str(tmp_path)]
     with pytest.raises(UserError, match="no such config file or recipe"):
         split_base(["x" * 300], [])
