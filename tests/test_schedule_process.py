@@ -132,7 +132,7 @@ def test_reverse_step_is_a_draw_from_the_posterior(stride: int) -> None:
         abar, after = schedule.alpha_bar(TIMES, x_t), schedule.alpha_bar((TIMES - stride).clamp(min=-1), x_t)
         unknown = ((1 / abar - 1) * (1 - eps.square().mean((1, 2, 3), keepdim=True))).clamp(0, 1)
         weight = after.sqrt() * (1 - abar / after) / (1 - abar)
-        variance = variance + torch.where((TIMES >= stride).view(-1, 1, 1, 1), weight**2 * unknown, 0.0)
+        variance = variance + torch.where((stride <= TIMES).view(-1, 1, 1, 1), weight**2 * unknown, 0.0)
     prediction = Prediction(eps, x_0)
     _close(reverse_step(schedule, x_t, TIMES, prediction, noise, stride), mean + variance.sqrt() * noise)
 
