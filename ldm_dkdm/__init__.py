@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from ldm_dkdm.diffusion.schedule import NoiseSchedule
     from ldm_dkdm.distillation.pool import NoisyPool
     from ldm_dkdm.errors import Stopped, UserError
-    from ldm_dkdm.evaluation.student import evaluate
+    from ldm_dkdm.evaluation.comparison import evaluate
     from ldm_dkdm.model import DiffusionModel, load_model
-    from ldm_dkdm.training.first_stages import train_first_stage
+    from ldm_dkdm.training.autoencoder import train_first_stage
     from ldm_dkdm.training.from_images import train
     from ldm_dkdm.training.from_teacher import distill
 
@@ -28,11 +28,11 @@ _HOMES = {
     "Stopped": "ldm_dkdm.errors",
     "UserError": "ldm_dkdm.errors",
     "distill": "ldm_dkdm.training.from_teacher",
-    "evaluate": "ldm_dkdm.evaluation.student",
+    "evaluate": "ldm_dkdm.evaluation.comparison",
     "load_config": "ldm_dkdm.config.load",
     "load_model": "ldm_dkdm.model",
     "train": "ldm_dkdm.training.from_images",
-    "train_first_stage": "ldm_dkdm.training.first_stages",
+    "train_first_stage": "ldm_dkdm.training.autoencoder",
 }
 
 __all__ = [

@@ -7,7 +7,7 @@ from torch import nn
 
 from ldm_dkdm.checkpoints.compvis import UNET, ema_name
 from ldm_dkdm.checkpoints.first_stages import PREFIX as FIRST_STAGE
-from ldm_dkdm.checkpoints.folder import write_folder
+from ldm_dkdm.checkpoints.model_folder import write_folder
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageCard, FirstStagePointer, ModelCard, NetworkConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.first_stage import VQModel

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from ldm_dkdm import DiffusionModel, NoiseSchedule, distill, load_model, train
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
-from ldm_dkdm.checkpoints.folder import write_folder
+from ldm_dkdm.checkpoints.model_folder import write_folder
 from ldm_dkdm.config.load import load_config
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageRun
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage import AutoencoderKL, VQModel
 from ldm_dkdm.images import grid, save_npz, to_image
 from ldm_dkdm.networks import UNet
-from ldm_dkdm.training.first_stages import train_first_stage
+from ldm_dkdm.training.autoencoder import train_first_stage
 from tests.cli import run_script, sample, write_yaml
 from tests.parts import DDCONFIG, UNET_PARAMS, VQ_PARAMS, randomised
 from tests.test_first_stage_training import first_stage_config
@@ -181,7 +181,7 @@ def test_decorations_that_fail_are_logged_and_cost_nothing(
     teacher, plain = pixel_model(3), tmp_path / "plain"
     distill(teacher, pixel_model(3), plain, **DISTIL)
     monkeypatch.setattr("ldm_dkdm.images.save_image", failing)
-    monkeypatch.setattr("ldm_dkdm.checkpoints.folder.write_readme", failing)
+    monkeypatch.setattr("ldm_dkdm.checkpoints.model_folder.write_readme", failing)
     with caplog.at_level(logging.WARNING, "ldm_dkdm"):
         result = distill(teacher, pixel_model(3), tmp_path / "run", **DISTIL)
         save_npz(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), tmp_path / "x.npz")

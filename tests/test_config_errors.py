@@ -156,7 +156,7 @@ COMMAND_LINES = {
     "override_through_a_value": (["--base", "BASE", "distill.rho.x=3"], ("distill.rho", "number")),
     "list_by_its_entries": (["--base", "BASE", "student.params.channel_mult.0=2"], ("channel_mult.0=2", "[1,2]")),
     "list_for_a_section": (["--base", "BASE", "trainer=[1]"], ("trainer=[1]",)),
-    "keys_as_options": (["--base", "BASE", "--max_steps", "9"], ("--max_steps", "key=value")),
+    "keys_as_options": (["--base", "BASE", "--max_steps", "9"], ("--max_steps", "trainer.max_steps=N")),
     "folder_as_base": (["--base", "."], (".: is a folder",)),
     "name_outside": (["--base", "BASE", "logging.name=../other"], ("logging.name", "../other")),
     "init_of_nothing": (["--base", "BASE", "student.init=nowhere"], ("student.init", "random nor teacher")),

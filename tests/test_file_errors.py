@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm_dkdm.checkpoints.folder import write_folder
+from ldm_dkdm.checkpoints.model_folder import write_folder
 from ldm_dkdm.config.schema import FirstStageCard
 from ldm_dkdm.first_stage import VQModel
 from tests.cli import ROOT, contents, distil, run_script, sample, write_yaml

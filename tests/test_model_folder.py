@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
-from ldm_dkdm.checkpoints.folder import write_folder
+from ldm_dkdm.checkpoints.model_folder import write_folder
 from ldm_dkdm.checkpoints.source import home_of
 from ldm_dkdm.config.schema import FirstStageCard
 from tests.parts import VQ_PARAMS

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.distillation.warmup import Warmup
 from ldm_dkdm.records import DistillBatch
-from ldm_dkdm.training.folder import RunFolder, alone_in
+from ldm_dkdm.training.run_folder import RunFolder, alone_in
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config
 

@@ -128,6 +128,11 @@ def test_reverse_step_is_a_draw_from_the_posterior(stride: int) -> None:
     schedule, x_t, eps, noise = SCHEDULES[0], _normal(7), _normal(8), _normal(9)
     x_0 = eps_to_x0(schedule, x_t, TIMES, eps)
     mean, variance = posterior(schedule, x_0, x_t, TIMES, (TIMES - stride).clamp(min=-1))
+    if stride > 1:  # and what the prediction leaves open of x_0 (Analytic-DPM), none where x_0 is reached
+        abar, after = schedule.alpha_bar(TIMES, x_t), schedule.alpha_bar((TIMES - stride).clamp(min=-1), x_t)
+        unknown = ((1 / abar - 1) * (1 - eps.square().mean((1, 2, 3), keepdim=True))).clamp(0, 1)
+        weight = after.sqrt() * (1 - abar / after) / (1 - abar)
+        variance = variance + torch.where((stride <= TIMES).view(-1, 1, 1, 1), weight**2 * unknown, 0.0)
     prediction = Prediction(eps, x_0)
     _close(reverse_step(schedule, x_t, TIMES, prediction, noise, stride), mean + variance.sqrt() * noise)
 
@@ -176,6 +181,7 @@ def test_ends_belong_to_their_schedule(tmp_path: Path) -> None:
     assert (kept.beta_start, kept.beta_end) == (0.0015, 0.01)
 
 
-def test_a_linear_schedule_that_is_too_short_is_refused() -> None:
+def test_default_ends_stay_below_one_for_few_timesteps_and_given_ones_are_refused() -> None:
+    assert NoiseSchedule("linear", 12).beta_end == DiffusionConfig("linear", 12).beta_end == 0.999
     with pytest.raises(UserError, match=r"beta_start, beta_end: must satisfy"):
-        NoiseSchedule("linear", 12)
+        NoiseSchedule("linear", 12, beta_end=1.5)

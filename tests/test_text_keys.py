@@ -13,7 +13,7 @@ from ldm_dkdm.config.text import quoted
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.networks.scaling import parse_budget
-from ldm_dkdm.training.folder import RunFolder, require_plain, run_folder
+from ldm_dkdm.training.run_folder import RunFolder, require_plain, run_folder
 
 NAMES = [
     "1.1",

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from ldm_dkdm.checkpoints import adm, compvis, described, diffusers, dit, folder, run_checkpoint
+from ldm_dkdm.checkpoints import adm, compvis, described, diffusers, dit, model_folder, run_checkpoint
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.hints import Hints
 from ldm_dkdm.checkpoints.reading import read_tensors
@@ -31,7 +31,7 @@ class Format(Protocol):
 
 
 FORMATS: dict[str, Format] = {
-    "folder": folder,
+    "folder": model_folder,
     "diffusers": diffusers,
     "safetensors": described,
     "checkpoint": run_checkpoint,

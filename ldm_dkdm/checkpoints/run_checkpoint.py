@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ldm_dkdm.checkpoints import folder
+from ldm_dkdm.checkpoints import model_folder
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.shapes import under
 from ldm_dkdm.checkpoints.source import Source, has_config, home_of
@@ -35,7 +35,7 @@ def read(source: Source) -> Contents:
             "in the run's checkpoints/, or name the run"
         )
     raw = under(source.part(RAW), PREFIX) if RAW in source.content else None
-    return folder.described(home, file=source.path, format=NAME, ema=under(source.tensors, PREFIX), raw=raw)
+    return model_folder.described(home, file=source.path, format=NAME, ema=under(source.tensors, PREFIX), raw=raw)
 
 
 def _home(source: Source) -> Path | None:

@@ -29,7 +29,7 @@ from ldm_dkdm.config.schema import (
 )
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import exists, expanded
-from ldm_dkdm.training.folder import RunFolder, find_run, run_folder
+from ldm_dkdm.training.run_folder import RunFolder, find_run, run_folder
 
 T = TypeVar("T", DistillRun, DiffusionRun, FirstStageRun)
 HINTS = {**hints_of(TeacherConfig), **hints_of(DiffusionConfig), "first_stage": str}  # types of the hints

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _distil(call: TrainingCall[DistillRun]) -> None:
     from ldm_dkdm.device import is_first_rank
-    from ldm_dkdm.distillation.student import make_student
+    from ldm_dkdm.distillation.make_student import make_student
     from ldm_dkdm.training.from_teacher import distill
 
     config, out = call.config, call.folder.path
@@ -64,7 +64,7 @@ def _plan(config: DistillRun) -> None:
     from ldm_dkdm.checkpoints.releases import how_to_get
     from ldm_dkdm.config.recipes import find_shipped
     from ldm_dkdm.device import default_device, resolve_precision
-    from ldm_dkdm.distillation.student import make_student
+    from ldm_dkdm.distillation.make_student import make_student
     from ldm_dkdm.training.parts import assemble
     from ldm_dkdm.training.plan import costs, time_needed
 

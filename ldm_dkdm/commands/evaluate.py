@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     from ldm_dkdm.config.load import read_card
     from ldm_dkdm.config.schema import ModelCard
     from ldm_dkdm.device import default_device
-    from ldm_dkdm.evaluation.student import evaluate
+    from ldm_dkdm.evaluation.comparison import evaluate
     from ldm_dkdm.files import write_text
     from ldm_dkdm.model import open_model
 

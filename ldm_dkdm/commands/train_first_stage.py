@@ -14,7 +14,7 @@ def run(options: argparse.Namespace) -> None:
         return
     call = read_training_call(options, FirstStageRun)  # reports mistakes before the slow imports
 
-    from ldm_dkdm.training.first_stages import train_first_stage
+    from ldm_dkdm.training.autoencoder import train_first_stage
 
     go_on = f"continue with: dkdm train-first-stage --resume {call.folder.path}"
     with dotted_keys("trainer", "logging"):

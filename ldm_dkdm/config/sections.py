@@ -138,7 +138,7 @@ def _ends(schedule: object, num_timesteps: object) -> tuple[float, float]:
     ends = literal(f"{SCHEDULE}:BETA_ENDS")
     start, end, steps = ends.get(schedule, ends["scaled_linear"])
     scale = steps / num_timesteps if steps and isinstance(num_timesteps, int) and num_timesteps > 0 else 1.0
-    return start * scale, end * scale
+    return min(0.999, start * scale), min(0.999, end * scale)
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,10 @@ BETA_ENDS = {
 
 
 def beta_ends(name: str, num_timesteps: int) -> tuple[float, float]:
-    """Default (beta_start, beta_end) of a schedule in SCHEDULES."""
+    """Default (beta_start, beta_end) of a schedule in SCHEDULES, at most 0.999."""
     start, end, steps = BETA_ENDS.get(name, BETA_ENDS["scaled_linear"])
     scale = steps / num_timesteps if steps else 1.0
-    return start * scale, end * scale
+    return min(0.999, start * scale), min(0.999, end * scale)
 
 
 VARIANCES = {

@@ -207,8 +207,7 @@ class DiffusionModel:
 
         Args:
             sampler: one of SAMPLERS. steps: default 200, with `ddpm` all T. eta: DDIM's.
-            labels: in turn, for a class-conditional model; default: one by each image's seed.
-            progress: show a bar, or call a function (what, done, total).
+            labels: in turn, of a class-conditional model; default: by the seeds. progress: a bar, or a function.
 
         Raises:
             UserError: an unknown sampler, steps outside 1 ... T, labels that the model does not have.

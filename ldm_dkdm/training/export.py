@@ -6,11 +6,11 @@ from dataclasses import replace
 import lightning as L
 import torch
 
-from ldm_dkdm.checkpoints.folder import card_of, require_tensors, write_model
+from ldm_dkdm.checkpoints.model_folder import card_of, require_tensors, write_model
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.training.ema import averaged
-from ldm_dkdm.training.folder import RunFolder
+from ldm_dkdm.training.run_folder import RunFolder
 
 
 def export_on_save(model: DiffusionModel, folder: RunFolder, dtype: str) -> Callable[[L.Trainer], None]:

@@ -20,8 +20,8 @@ from ldm_dkdm.config.schema import (
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.distillation.image_data import EncodedStates, ImageSet, States, encode_sets, open_sets
+from ldm_dkdm.distillation.make_student import check_loss, load_initial, require_call
 from ldm_dkdm.distillation.module import StudentModule
-from ldm_dkdm.distillation.student import check_loss, load_initial, require_call
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec, LatentCodec
@@ -32,9 +32,9 @@ from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.calls import refuse_beside, training_of
 from ldm_dkdm.training.export import export_on_save
-from ldm_dkdm.training.folder import RunFolder
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.run import Result, Run
+from ldm_dkdm.training.run_folder import RunFolder
 from ldm_dkdm.training.saving import RunCheckpoint
 
 

@@ -21,11 +21,11 @@ from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, logger
 from ldm_dkdm.training.calls import distillation_of, refuse_beside
 from ldm_dkdm.training.export import export_on_save
-from ldm_dkdm.training.folder import RunFolder
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.parts import Distillation, assemble
 from ldm_dkdm.training.pool_filling import prepare_pool, require_room, supply_of, teacher_hash
 from ldm_dkdm.training.run import Result, Run
+from ldm_dkdm.training.run_folder import RunFolder
 from ldm_dkdm.training.saving import RunCheckpoint
 
 

@@ -7,10 +7,10 @@ import torch
 
 from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import DistillConfig, DistillRun
+from ldm_dkdm.distillation.make_student import check_loss, require_call, require_fit
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.distillation.pool import NoisyPool, pool_slots, slot_bytes
 from ldm_dkdm.distillation.stream import VARIANTS
-from ldm_dkdm.distillation.student import check_loss, require_call, require_fit
 from ldm_dkdm.distillation.warmup import WARMUPS, preparation
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.model import DiffusionModel

@@ -27,10 +27,10 @@ from ldm_dkdm.reporting import Progress, logger
 from ldm_dkdm.training.bars import ProgressBar, ProgressCalls, StreamModule
 from ldm_dkdm.training.ema import StudentEMA
 from ldm_dkdm.training.ends import EarlyStop, early_ends
-from ldm_dkdm.training.folder import RunFolder, alone_in, check_run, open_run, require_plain, step_of
 from ldm_dkdm.training.interrupt import GracefulStop
-from ldm_dkdm.training.process import undisturbed
+from ldm_dkdm.training.run_folder import RunFolder, alone_in, check_run, open_run, require_plain, step_of
 from ldm_dkdm.training.saving import RunCheckpoint, read_checkpoint
+from ldm_dkdm.training.undisturbed import undisturbed
 
 
 @dataclass(frozen=True)

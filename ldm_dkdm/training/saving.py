@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.training.ends import EarlyStop, StepCallback
-from ldm_dkdm.training.folder import checkpoints
+from ldm_dkdm.training.run_folder import checkpoints
 
 if TYPE_CHECKING:
     from ldm_dkdm.distillation.pool import NoisyPool

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ldm_dkdm.checkpoints.folder import write_folder
+from ldm_dkdm.checkpoints.model_folder import write_folder
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageRun, TrainerConfig
 from ldm_dkdm.errors import UserError
@@ -22,9 +22,9 @@ from ldm_dkdm.images import endless_batches, load_images
 from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.ema import averaged
-from ldm_dkdm.training.folder import RunFolder
 from ldm_dkdm.training.perceptual import lpips_loss
 from ldm_dkdm.training.run import Result, Run
+from ldm_dkdm.training.run_folder import RunFolder
 from ldm_dkdm.training.saving import RunCheckpoint
 
 VQ_MODELS = {name: kind for name, kind in FIRST_STAGES.items() if kind is VQModel}
