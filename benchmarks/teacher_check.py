@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ldm_dkdm import DiffusionModel, UserError, load_model
-from ldm_dkdm.evaluation.teacher_check import COMPARED, measure, reread
+from ldm_dkdm.evaluation.readings import reread
+from ldm_dkdm.evaluation.teacher_check import COMPARED, measure
 
 
 def faults(model: DiffusionModel) -> Iterator[tuple[str, DiffusionModel]]:

@@ -1,10 +1,13 @@
 """Class-conditional teachers: labels in the pool, in the stream, in sampling; classifier-free guidance."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool, UserError
+from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool, UserError, distill, load_model, train
 from ldm_dkdm.config.schema import DistillConfig, SamplingConfig, WarmupConfig
 from ldm_dkdm.diffusion.process import x0_to_eps
 from ldm_dkdm.distillation.stream import DistillStream
@@ -152,3 +155,21 @@ def test_samples_depend_on_their_labels(sampler: str) -> None:
     assert torch.equal(states(1, 2), states(1, 2))
     assert torch.equal(states(1, 2)[0], states(1, 3)[0])
     assert not torch.allclose(states(1, 2)[1], states(1, 3)[1])
+
+
+def test_the_cards_of_teacher_and_student_name_the_classes_of_the_folders(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "0.png")
+    params = {**UNET_PARAMS, "num_classes": 2}
+    teacher = DiffusionModel(UNet(**params), schedule=NoiseSchedule("cosine", 20), space="pixel")
+    numbers = {"steps": 1, "batch_size": 2, "precision": "32", "accelerator": "cpu", "progress": False}
+    train(teacher, tmp_path / "data", tmp_path / "teacher", sample_count=2, **numbers)
+    found = load_model(tmp_path / "teacher")
+    student = DiffusionModel(UNet(**params), like=found)
+    distill(found, student, tmp_path / "student", rho=0.5, warmup="noise", check=False, **numbers)
+    for run in (tmp_path / "teacher", tmp_path / "student"):
+        model = load_model(run)
+        assert model.info["classes"] == ["0 ant", "1 bee"]
+        assert model.path is not None
+        assert "- **classes**: 0 ant, 1 bee\n" in (model.path / "README.md").read_text()

@@ -138,6 +138,6 @@ def test_an_override_longer_than_a_file_name_is_an_override(tmp_path: Path) -> N
     file.write_text(BASE)
     assert len(long) > 255
     assert split_base([str(file), long], []) == ([str(file)], [long])
-    assert split_paths([str(tmp_path), long])[0] == [str(tmp_path)]
+    assert split_paths([str(tmp_path), long]) == ([str(tmp_path)], [long])
     with pytest.raises(UserError, match="no such config file or recipe"):
         split_base(["x" * 300], [])

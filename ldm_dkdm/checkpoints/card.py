@@ -42,7 +42,7 @@ def write_readme(folder: Path, card: ModelCard) -> None:
         f"{kind}, {card.diffusion.space} space, predicts {card.network.parameterization}; "
         f"{card.diffusion.schedule} schedule, T = {card.diffusion.num_timesteps}.",
         "",
-        *[f"- **{key.replace('_', ' ')}**: {value}" for key, value in info.items()],
+        *[f"- **{key.replace('_', ' ')}**: {_shown(value)}" for key, value in info.items()],
         "",
         "## Architecture",
         "",
@@ -54,6 +54,11 @@ def write_readme(folder: Path, card: ModelCard) -> None:
         "",
     ]
     write_text(folder / "README.md", "\n".join(lines))
+
+
+def _shown(value: object) -> str:
+    """A fact as text; the entries of a list, such as the names of classes, are joined by commas."""
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _title(folder: Path) -> str:

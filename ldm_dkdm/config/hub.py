@@ -4,6 +4,8 @@ import os
 import re
 from pathlib import Path
 
+from ldm_dkdm.files import exists
+
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")  # OWNER/NAME
 OURS = ("logs", "models", "configs")  # first folders of paths that are never ids
 
@@ -11,7 +13,7 @@ OURS = ("logs", "models", "configs")  # first folders of paths that are never id
 def is_hub_id(path: Path) -> bool:
     """Whether a path that does not exist may be a Hub id, OWNER/NAME."""
     known = path.parts[:1] and path.parts[0] in OURS
-    return not known and not path.exists() and HUB_ID.fullmatch(str(path)) is not None
+    return not known and HUB_ID.fullmatch(str(path)) is not None and not exists(str(path))
 
 
 def cache_folder() -> Path:

@@ -134,8 +134,9 @@ class DiffusionConfig(Section):
 
 
 def _ends(schedule: object, num_timesteps: object) -> tuple[float, float]:
-    """`diffusion.schedule.beta_ends`, without importing torch; any ends where an argument is invalid."""
-    start, end, steps = literal(f"{SCHEDULE}:BETA_ENDS").get(schedule, (1.0, 1.0, None))
+    """`diffusion.schedule.beta_ends`, without importing torch; arguments may be invalid."""
+    ends = literal(f"{SCHEDULE}:BETA_ENDS")
+    start, end, steps = ends.get(schedule, ends["scaled_linear"])
     scale = steps / num_timesteps if steps and isinstance(num_timesteps, int) and num_timesteps > 0 else 1.0
     return min(0.999, start * scale), min(0.999, end * scale)
 

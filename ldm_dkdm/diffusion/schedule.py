@@ -43,7 +43,7 @@ BETA_ENDS = {
 
 def beta_ends(name: str, num_timesteps: int) -> tuple[float, float]:
     """Default (beta_start, beta_end) of a schedule in SCHEDULES, at most 0.999."""
-    start, end, steps = BETA_ENDS[name]
+    start, end, steps = BETA_ENDS.get(name, BETA_ENDS["scaled_linear"])
     scale = steps / num_timesteps if steps else 1.0
     return min(0.999, start * scale), min(0.999, end * scale)
 

@@ -5,22 +5,18 @@ scrambled one, and the right configuration of its weights from a wrong one.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldm_dkdm.config.registry import build
-from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.diffusion.process import q_sample
 from ldm_dkdm.diffusion.samplers import dpm_solver, last
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.evaluation.readings import other_readings
 from ldm_dkdm.model import DiffusionModel
-from ldm_dkdm.networks import NETWORKS, UNet
-from ldm_dkdm.networks.layers import AttentionBlock
 from ldm_dkdm.rng import torch_generator
 
 IMAGES, STEPS = 8, 10
@@ -34,7 +30,6 @@ BIASED, UNBIASED = 4.0, 2.0  # standard errors of the bias
 ALONG = 0.7  # smallest cosine of eps and pure noise at T-1
 LINEAR = 0.7  # largest eps error at T/4, in units of the best linear denoiser's
 UNCALIBRATED = 0.15  # largest |rms of eps - sqrt(1 - its error)|, which vanishes for a posterior mean
-USUAL_SCHEDULES = (("scaled_linear", 1000), ("linear", 1000), ("linear", 4000), ("cosine", 1000), ("cosine", 4000))
 BETTER = 0.85  # an alternative is preferred if its error is below this fraction of the configuration's
 SIGMAS = 3.0  # and lower by this many standard errors
 
@@ -170,64 +165,6 @@ def fault(figures: Figures) -> str | None:
             "(schedule, num_timesteps, betas) or the parameterization is not that of these weights"
         )
     return None
-
-
-def other_readings(model: DiffusionModel) -> Iterator[tuple[str, DiffusionModel]]:
-    """The same weights with alternatives for what their file does not store: attention, then the schedule."""
-    yield from _other_attention(model)
-    if model.stores_schedule:
-        return
-    own = model.diffusion
-    for schedule, steps in USUAL_SCHEDULES:
-        other = DiffusionConfig(schedule, steps, space=own.space)
-        same = own.betas is None and (schedule, steps) == (own.schedule, own.num_timesteps)
-        if not (same and (schedule == "cosine" or other == own)):
-            keys = ("schedule", "num_timesteps", *(() if schedule == "cosine" else ("beta_start", "beta_end")))
-            changes: dict[str, object] = {key: getattr(other, key) for key in keys}
-            if own.betas is not None:
-                changes["betas"] = "null"  # they would stand in place of the schedule
-            yield _words(model, changes), model.changed(diffusion=other)
-
-
-def _other_attention(model: DiffusionModel) -> Iterator[tuple[str, DiffusionModel]]:
-    network, params = model.network, dict(model.node.params)
-    if not isinstance(network, UNet) or not any(name.endswith("qkv.weight") for name in network.state_dict()):
-        return
-    flipped = not params.get("use_new_attention_order", False)
-    yield (
-        _words(model, {"use_new_attention_order": str(flipped).lower()}),
-        reread(model, use_new_attention_order=flipped),
-    )
-    widths = [{"num_head_channels": width} for width in (32, 64, 16)]
-    for changes in (*widths, {"num_heads": 1}, {"num_heads": 4}):
-        whole = {"num_head_channels": -1, "num_heads": 1, **changes}
-        given = {key: params.get(key, default) for key, default in (("num_head_channels", -1), ("num_heads", 1))}
-        if whole != given:
-            try:
-                other = reread(model, **whole)
-            except UserError:
-                continue  # these channels do not divide into such heads
-            if _heads(other.network) != _heads(network):
-                wins = "num_heads" in changes and given["num_head_channels"] != -1  # over num_heads
-                yield _words(model, {"num_head_channels": -1, **changes} if wins else changes), other
-
-
-def _words(model: DiffusionModel, changes: Mapping[str, object]) -> str:
-    """Hints as the user would write them."""
-    return " ".join(f"{model.hints.key(key)}={value}" for key, value in changes.items())
-
-
-def _heads(network: nn.Module) -> list[int]:
-    return [layer.heads for layer in network.modules() if isinstance(layer, AttentionBlock)]
-
-
-def reread(model: DiffusionModel, **changes: Any) -> DiffusionModel:
-    """The same weights in an architecture with other parameters, which must change no shape."""
-    node = replace(model.node, params={**model.node.params, **changes})
-    with torch.device("meta"):
-        network = build(node, NETWORKS, "params")
-    network.load_state_dict(model.network.state_dict(), assign=True)
-    return model.changed(network=network.eval(), node=node)
 
 
 def preferred(own: Figures, other: Figures) -> bool:

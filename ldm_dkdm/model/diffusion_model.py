@@ -57,8 +57,7 @@ class DiffusionModel:
         diffusion: the forward process as a config section.
         schedule: the same as a `NoiseSchedule`.
         path, format, file: where the model was read, and the file with its weights; None for a new model.
-        hints, described: the hints when it was read, and whether it describes itself without hints.
-        stores_schedule: whether its file stores the forward process.
+        hints, described, stores_schedule: the hints when it was read, whether it describes itself, or its process.
 
     Raises:
         UserError: an unknown name, a missing shape, or arguments that contradict the network.

@@ -130,7 +130,8 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
         )
 
     samples = run.folder.path / "samples"
-    export = export_on_save(model, run.folder, config.logging.export_dtype)
+    named = {"classes": list(sets[0].classes)} if model.num_classes and sets[0].classes else {}
+    export = export_on_save(model.changed(info={**model.info, **named}), run.folder, config.logging.export_dtype)
     saving = RunCheckpoint(run.folder.checkpoints, config.logging.save_every, export)
     with run.open():
         if is_first_rank():
