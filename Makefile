@@ -24,7 +24,7 @@ test: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 	$(VENV)/bin/mkdocs build --quiet --strict
 
 # docs/options.md from the schema of the configuration, then the site.
