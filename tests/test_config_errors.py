@@ -193,7 +193,7 @@ def test_resume_last_passes_damaged_folders_by(tmp_path: Path, capsys, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "logs" / "x").mkdir(parents=True)
     (tmp_path / "logs" / "x" / "config.yaml").write_text("a: [")
-    assert_one_error_line(capsys, distil("--resume", "last"), ("no run of dkdm_ldm.py",))
+    assert_one_error_line(capsys, distil("--resume", "last"), ("no run of dkdm distill",))
 
 
 def test_base_may_be_repeated_or_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What a checkpoint stores of a diffusion model, completed by hints."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.hints import Hints
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, nearest
+from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.pixel import SPACES
 
 
@@ -98,9 +100,18 @@ class Contents:
         self._refuse_contradictions(hints)
         missing = self.missing(hints.params)
         if missing:
+            self._refuse_unknown(hints)
             wanted = "; ".join(f"{' or '.join(map(hints.key, demand.keys))} ({demand.hint})" for demand in missing)
             raise UserError(f"{self.path}: tensor shapes do not show everything; set {wanted}")
         return NetworkConfig(self.target, {**self.usual, **self.params, **hints.params}, kind)
+
+    def _refuse_unknown(self, hints: Hints) -> None:
+        """Name a mistyped parameter before the one that it leaves missing."""
+        if self.target not in NETWORKS:
+            return
+        known = inspect.signature(NETWORKS[self.target]).parameters
+        for key in (key for key in hints.params if key not in known):
+            raise UserError(f"{hints.key(key)}: unknown parameter of {self.target}{nearest(key, known)}")
 
     def accepted(self, hints: Hints) -> Hints:
         """The hints without those that this model does not need, since it describes itself: they are for others."""

@@ -21,7 +21,9 @@ def run(options: argparse.Namespace) -> None:
     from ldm_dkdm.commands.main import parser_of
 
     print(f"distilling models/teachers/emoji64 into {RUN}, without an image", flush=True)
-    arguments = ["--base", "quickstart", "logging.dir=logs", "logging.name=quickstart", *options.overrides]
+    begun = ["--resume", str(RUN)] if (RUN / "config.yaml").is_file() else ["--base", "quickstart"]
+    fixed = [] if begun[0] == "--resume" else ["logging.dir=logs", "logging.name=quickstart"]
+    arguments = [*begun, *fixed, *options.overrides]
     try:
         distill.run(parser_of("distill").parse_args(arguments))
     except Stopped as stop:

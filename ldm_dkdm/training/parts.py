@@ -72,10 +72,8 @@ def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRu
     sampling = WARMUPS[mode].from_samples
     if not sampling and method.warmup.t_cap is not None:
         modes = " or ".join(name for name, known in WARMUPS.items() if known.from_samples)
-        raise UserError(
-            f"warmup.t_cap: has an effect with mode: {modes} only, "
-            "and none with variant: iterative; remove it, or set it to null"
-        )
+        own = f"mode: {mode}" if mode == method.warmup.mode else f"variant: {method.variant}, which has no warm-up"
+        raise UserError(f"warmup.t_cap: has an effect with mode: {modes} only, and this run has {own}; set it to null")
     require_fit(student, teacher)
     require_call(student)
     check_loss(method.loss, teacher.schedule)

@@ -175,7 +175,7 @@ def find_run(name: str, schema: type[RunConfig], logs: Path = Path("logs")) -> R
     if name == "last":
         runs = [f for f in logs.glob("*/config.yaml") if _is_run_of(f, schema)]
         if not runs:
-            raise UserError(f"--resume last: {logs}/ holds no run of {schema.SCRIPT}; name its folder instead")
+            raise UserError(f"--resume last: {logs}/ holds no run of dkdm {schema.COMMAND}; name its folder instead")
         return RunFolder(max(runs, key=lambda f: newest_change(f.parent)).parent, schema.MODEL)
     folder = RunFolder(expanded(name), schema.MODEL)
     if not (folder.path / "config.yaml").is_file():
