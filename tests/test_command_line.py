@@ -1,5 +1,6 @@
 """The `dkdm` command: help and mistakes without torch, and networks of the user's own by --plugin."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import ldm_dkdm as dkdm
+from ldm_dkdm.commands import demo, distill
 from ldm_dkdm.commands.main import COMMANDS
+from ldm_dkdm.errors import Stopped
 from ldm_dkdm.networks import NETWORKS
 from tests.cli import ROOT, contents, distil, run_script, sample, write_yaml
 from tests.parts import distill_config
@@ -209,3 +212,23 @@ def test_bad_parameters_of_a_plugin_s_network_are_named(
     base = write_yaml(tmp_path / "own.yaml", config)
     assert_one_error_line(capsys, distil("--base", base, "--plugin", plugin), words)
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_begun_demo_goes_on(begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def stop(options: argparse.Namespace) -> None:
+        calls.append(options)
+        raise Stopped("time is up")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distill, "run", stop)
+    if begun:
+        demo.RUN.mkdir(parents=True)
+        (demo.RUN / "config.yaml").write_text("")
+    with pytest.raises(Stopped, match="dkdm demo also continues it"):
+        demo.run(argparse.Namespace(overrides=["trainer.max_minutes=1"]))
+    assert calls[0].resume == (str(demo.RUN) if begun else None)
+    words = [*calls[0].base, *calls[0].overrides]
+    assert words[-1] == "trainer.max_minutes=1" and ("quickstart" in words) != begun

@@ -100,6 +100,12 @@ def test_a_given_value_that_contradicts_the_tensors_is_refused(tmp_path: Path) -
         open_teacher(run_with(tmp_path / "model.pt", PIXEL, params={"model_channels": 64}))
 
 
+def test_a_mistyped_parameter_is_named_before_the_one_it_leaves_missing(tmp_path: Path) -> None:
+    torch.save(UNet(**ADM).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"teacher.params.num_hed_channels: .*did you mean 'num_head_channels'\?"):
+        open_teacher(run_with(tmp_path / "model.pt", PIXEL, params={"num_hed_channels": 32}))
+
+
 @pytest.mark.parametrize(("classes", "learn_sigma"), [(None, True), (1000, True), (12, False)])
 def test_a_dit_file_is_unwrapped_and_inferred(classes: int | None, learn_sigma: bool, tmp_path: Path) -> None:
     params = {"input_size": 16, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2}
