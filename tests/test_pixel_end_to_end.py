@@ -108,7 +108,7 @@ def test_the_baselines_train_on_synthetic_data_alone_and_with_a_part_of_the_real
 def test_early_stop_ends_a_run_that_no_longer_improves_and_still_saves(digits: Path, tmp_path: Path) -> None:
     stop = {"monitor": "loss", "window": 2, "patience": 2, "min_delta": 1e9}
     assert train(tmp_path, "early", {"path": str(digits)}, trainer={"max_steps": 40, "early_stop": stop}) == 0
-    assert [f.name for f in (tmp_path / "early" / "checkpoints").glob("*.ckpt")][-1:] == ["step=00000006.ckpt"]
+    assert max(f.name for f in (tmp_path / "early" / "checkpoints").glob("*.ckpt")) == "step=00000006.ckpt"
     assert load_model(tmp_path / "early" / "model").info["step"] == 2  # the best window's weights, not the last
     before = contents(tmp_path / "early")
     assert train(tmp_path, "early", {"path": str(digits)}, trainer={"max_steps": 40, "early_stop": stop}) == 0
@@ -157,9 +157,14 @@ def test_a_time_limit_ends_a_run_with_the_learning_rate_and_more_time_goes_on(
 
 
 def test_a_run_that_improves_ends_at_max_steps(digits: Path, tmp_path: Path) -> None:
-    stop = {"monitor": "loss", "window": 2, "patience": 100}
-    assert train(tmp_path, "whole", {"path": str(digits)}, trainer={"max_steps": 7, "early_stop": stop}) == 0
-    assert load_model(tmp_path / "whole" / "model").info["step"] == 7
+    limits = {
+        "max_steps": 34,
+        "learning_rate": 0.003,
+        "early_stop": {"monitor": "eps_mse", "window": 16, "patience": 9},
+    }
+    assert train(tmp_path, "whole", {"path": str(digits)}, trainer=limits) == 0
+    assert max(f.name for f in (tmp_path / "whole" / "checkpoints").glob("*.ckpt")) == "step=00000034.ckpt"
+    assert load_model(tmp_path / "whole" / "model").info["step"] == 32  # the end of the last window, the best
 
 
 def test_accumulated_batches_are_one_step_and_resume_exactly(teacher: Path, tmp_path: Path) -> None:

@@ -164,13 +164,20 @@ def test_only_unets_can_be_sliced() -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("60M", 60_000_000), ("14.5m", 14_500_000), ("300k", 300_000), (2_000_000, 2_000_000), ("1B", 10**9)],
+    [
+        ("60M", 60_000_000),
+        ("14.5m", 14_500_000),
+        ("300k", 300_000),
+        (2_000_000, 2_000_000),
+        ("1e6", 10**6),
+        ("1B", 10**9),
+    ],
 )
 def test_a_budget_is_read(text: str | int, number: int) -> None:
     assert parse_budget(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "much", "-3M", "60 MB", "0", "1e6"])
+@pytest.mark.parametrize("text", ["", "much", "-3M", "60 MB", "0"])
 def test_what_is_no_number_of_parameters_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"^budget: .*60M"):
         parse_budget(text)

@@ -78,7 +78,7 @@ def test_the_name_of_the_state_dict_does_not_matter(key: str, tmp_path: Path) ->
     optimizer = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1.0}]}
     torch.save({key: raw(), "optimizer": optimizer, "opt": optimizer, "step": 3, "ema": None}, tmp_path / "x.pt")
     assert loads(tmp_path / "x.pt", raw())
-    with pytest.raises(UserError, match="no EMA weights; set use_ema=false, or remove the key"):
+    with pytest.raises(UserError, match="no EMA weights; set use_ema=false, or leave it out"):
         load_model(tmp_path / "x.pt", **HINTS, **PIXEL, use_ema=True)
 
 
