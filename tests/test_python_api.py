@@ -199,6 +199,8 @@ def test_a_model_trains_on_images_as_the_script_trains_it(digits: Path, tmp_path
         dkdm.train(again, digits, tmp_path / "python", **{**TRAINING, "batch_size": 4})
     with pytest.raises(dkdm.UserError, match="batchsize: unknown argument; did you mean 'batch_size'"):
         dkdm.train(again, digits, tmp_path / "other", batchsize=3, **TRAINING)
+    with pytest.raises(dkdm.UserError, match=r"^devices: 5000, but this machine has"):
+        dkdm.train(again, digits, tmp_path / "other", devices=5000, **TRAINING)
     assert contents(tmp_path) == before
 
 

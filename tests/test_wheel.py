@@ -76,7 +76,11 @@ def test_the_installed_command_finds_a_recipe_by_name(dkdm: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_installed_command_finds_the_shipped_teacher(dkdm: Path, tmp_path: Path) -> None:
+def test_the_installed_demo_distils_the_shipped_teacher_and_draws_both(dkdm: Path, tmp_path: Path) -> None:
     small = ("trainer.max_steps=1", "distill.rho=0.01", "distill.warmup.images=16", "distill.warmup.steps=2")
-    run(dkdm, "distill", "--base", "quickstart", *small, cwd=tmp_path)
+    assert run(dkdm, "demo", *small, cwd=tmp_path).endswith("logs/quickstart/teacher_vs_student.png\n")
     assert (tmp_path / "logs/quickstart/student/config.yaml").is_file()
+    picture = tmp_path / "logs/quickstart/teacher_vs_student.png"
+    drawn = picture.stat().st_mtime_ns
+    run(dkdm, "demo", cwd=tmp_path)  # reuses what is there
+    assert picture.stat().st_mtime_ns == drawn

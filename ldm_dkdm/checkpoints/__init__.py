@@ -38,7 +38,7 @@ FORMATS: dict[str, Format] = {
     "compvis": compvis,
     "adm": adm,
     "dit": dit,
-}  # in the order in which `recognises` is called, but for ANYWHERE
+}  # `recognises` is called in this order, with ANYWHERE last
 ANYWHERE = (adm, dit)  # they are looked for behind any prefix, so every other format is asked first
 
 

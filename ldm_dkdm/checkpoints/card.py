@@ -11,7 +11,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_text
 
 FIGURES = "evaluation.json"
-PER_T = "eps_mse_by_t"  # in evaluation.json only: too long for a card
+PER_T = "eps_mse_by_t"  # a long list; evaluation.json has it, cards do not
 NOT_MEASURED = "Not measured yet (scripts/evaluate.py)."
 
 

@@ -42,7 +42,7 @@ def read_own_pool(path: Path, shape: tuple[int, int, int], facts: Mapping[str, A
 
 
 def _newest(run: Path) -> list[Path]:
-    """The pools of a run's newest checkpoint; those of its warm-up where there is no checkpoint."""
+    """The pools of a run's newest checkpoint, or of its warm-up before the first checkpoint."""
     folder = run / "checkpoints"
     steps = sorted({file.stem for file in folder.glob("step=*.ckpt")})
     for stem in [*reversed(steps), "warmup"]:

@@ -22,7 +22,7 @@ def how_to_get(path: Path, otherwise: str = MODEL) -> str:
     if release:
         return f"download {release} and put it there, or name another path"
     if path.parts[:1] == ("logs",):
-        return "there is no such run; `dkdm distill` or `dkdm train` makes one, or name another path"
+        return "the run does not exist; make it with `dkdm distill` or `dkdm train`, or name another path"
     if is_hub_id(path):
         return f"if it is a Hub id, `hf download {path}` fetches it into {cache_folder()}; else name a file or folder"
     return otherwise

@@ -17,7 +17,7 @@ from ldm_dkdm.config.load import card_kind, read_yaml
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.errors import UserError, interruptible
 
-OWN_KEYS = {"weights", "network", "diffusion"}  # of a model folder's config
+OWN_KEYS = {"weights", "network", "diffusion"}  # keys in the config of a model folder
 RUN_MODELS = ("model", "first_stage", "student")  # model folders in a run folder
 
 

@@ -10,7 +10,7 @@ from ldm_dkdm.errors import UserError
 STEM = "diffusion_pytorch_model"  # name in diffusers' folders
 STANDARD = [f"{STEM}.{kind}" for kind in ("safetensors", "safetensors.index.json", "bin", "bin.index.json")]
 OTHERS = ("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.ckpt")  # variants and renamed files, in order of preference
-NOT_WEIGHTS = ("optimizer", "scheduler", "random_states", "training_args", "scaler", "sampler")  # in trainers' folders
+NOT_WEIGHTS = ("optimizer", "scheduler", "random_states", "training_args", "scaler", "sampler")  # trainer files
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 

@@ -98,7 +98,7 @@ def parser_of(command: str) -> Parser:
     """The parser of a command.
 
     Raises:
-        UserError: there is no such command.
+        UserError: an unknown command.
     """
     if command not in COMMANDS:
         raise UserError(f"'{command}' is not a command{nearest(command, COMMANDS).replace('valid keys', 'commands')}")

@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # the default of a type variable is Python 3.13's
 else:
     T = TypeVar("T", bound=Section)
 Card = TypeVar("Card", ModelCard, FirstStageCard)
-DESCRIPTIONS = ("model_index.json", "config.yaml", "student/config.yaml", "model/config.yaml")  # of whole models
+DESCRIPTIONS = ("model_index.json", "config.yaml", "student/config.yaml", "model/config.yaml")  # mark a whole model
 RUNS = (DistillRun, DiffusionRun, FirstStageRun)
 RUN_KIND = "a run folder without a saved model"
 

@@ -224,7 +224,7 @@ class TrainerConfig(Section):
 
     max_steps: int = key(min=1, help="Training steps of the run.")
     learning_rate: float = key(above=0, help="Learning rate of Adam (AdamW with a weight decay).")
-    max_minutes: float | None = key(None, above=0, help="Minutes of training after which a run ends; null is no limit.")
+    max_minutes: float | None = key(None, above=0, help="Minutes of training after which a run ends; null: no limit.")
     lr_schedule: Literal["constant", "cosine"] = key(
         "constant", help="`cosine` falls to 0 at the end of the run (steps or minutes)."
     )

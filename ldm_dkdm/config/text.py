@@ -61,7 +61,7 @@ def _is_yaml(value: str, hint: Any) -> bool:
 
 
 def _is_null(node: yaml.ScalarNode, hint: Any) -> bool:
-    """Whether a scalar means null; where there is no null, ~ is the home folder."""
+    """Whether a scalar means null; at a key that must hold text, ~ is the home folder."""
     return node.tag == NULL and not (hint is str and node.value == "~")
 
 

@@ -237,5 +237,5 @@ def training_device(config: TrainerConfig) -> torch.device:
     device = default_device(config.accelerator)
     count = {"cuda": torch.cuda.device_count(), "cpu": os.cpu_count() or 1}.get(device.type, 1)
     if config.devices > count:
-        raise UserError(f"trainer.devices: {config.devices}, but this machine has {count} ({device.type})")
+        raise UserError(f"devices: {config.devices}, but this machine has {count} ({device.type})")
     return device

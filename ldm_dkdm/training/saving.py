@@ -80,7 +80,7 @@ def refuse_divergence(trainer: L.Trainer, weights: Iterable[Tensor] = ()) -> Non
     bad = not all(map(torch.isfinite, figures))
     if trainer.strategy.reduce_boolean_decision(bad, all=False):  # all processes end together
         step = trainer.global_step
-        raise UserError(f"trainer.learning_rate: the run diverged by step {step}; the checkpoints are unchanged")
+        raise UserError(f"learning_rate: the run diverged by step {step}; the checkpoints are unchanged")
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
