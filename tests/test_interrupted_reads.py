@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,14 @@ from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints import Source, read_tensors, reading
 from ldm_dkdm.commands.main import guarded
 from ldm_dkdm.errors import Stopped, interruptible
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_terminal() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run as a background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pressed(*args: object, **kwargs: object) -> None:
