@@ -175,3 +175,15 @@ def test_accumulated_batches_are_one_step_and_resume_exactly(teacher: Path, tmp_
     assert distil("--resume", tmp_path / "halves", "trainer.max_steps=4") == 0
     whole, halves = (contents(tmp_path / name / "student")["student.safetensors"] for name in ("whole", "halves"))
     assert whole == halves
+
+
+@pytest.mark.parametrize(("names", "code"), [(["zero", "1", 2, *"defghij"], 0), (["zero", "one"], 2)])
+def test_a_configuration_names_the_labels_of_an_npz(
+    digits: Path, tmp_path: Path, capsys, names: list[object], code: int
+) -> None:
+    data = {"path": str(digits), "classes": names}
+    assert train(tmp_path, "named", data, trainer={"max_steps": 1}) == code
+    if code:
+        assert "data.classes: 2 names, but the model has 10 classes" in capsys.readouterr().err
+        return
+    assert "**classes**: 0 zero, 1, 2, 3 d, 4 e" in (tmp_path / "named" / "model" / "README.md").read_text()

@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -82,6 +82,20 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", metavar="RUN|last", help="continue a run folder with its own configuration")
     parser.add_argument("--keys", nargs="?", const="", metavar="SECTION", help="list the keys of the config and exit")
     add_plugin_argument(parser)
+
+
+def add_plan_argument(parser: argparse.ArgumentParser) -> None:
+    """`--plan`."""
+    parser.add_argument("--plan", action="store_true", help="print what the run will cost and exit")
+
+
+def print_plan(lines: Mapping[str, str], time_needed: Callable[[], str]) -> None:
+    """Print the lines of a plan, then the time, which is measured meanwhile."""
+    width = max(map(len, lines))
+    for subject, value in lines.items():
+        print(f"{subject:<{width}}  {value}", flush=True)
+    print("timing a few iterations on this machine ...", file=sys.stderr)
+    print(f"{'time':<{width}}  {time_needed()}")
 
 
 def read_training_call(options: argparse.Namespace, schema: type[T]) -> TrainingCall[T]:

@@ -1,17 +1,18 @@
 """Distil a diffusion model without data: dkdm distill --base FILE_OR_RECIPE [key=value ...]"""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_dkdm.commands.arguments import (
     SIGNALS,
     TrainingCall,
+    add_plan_argument,
     add_training_arguments,
     dotted_keys,
     load_plugins,
     print_keys,
+    print_plan,
     read_training_call,
 )
 from ldm_dkdm.config.schema import DistillRun
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of all trainings, and `--plan`."""
     add_training_arguments(parser)
-    parser.add_argument("--plan", action="store_true", help="print what the run will cost and exit")
+    add_plan_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -76,12 +77,7 @@ def _plan(config: DistillRun) -> None:
     device = default_device(config.trainer.accelerator)
     teacher.precision = resolve_precision(config.trainer.precision, device)
     parts = assemble(teacher, make_student(config.student, teacher, config.trainer.seed), config)
-    lines = costs(parts)
-    width = max(map(len, lines))
-    for subject, value in lines.items():
-        print(f"{subject:<{width}}  {value}", flush=True)
-    print("timing a few iterations on this machine ...", file=sys.stderr)
-    print(f"{'time':<{width}}  {time_needed(parts)}")
+    print_plan(costs(parts), lambda: time_needed(parts))
 
 
 def _untrained_teacher(config: DistillRun, path: Path) -> "DiffusionModel":

@@ -4,15 +4,21 @@ import argparse
 
 from ldm_dkdm.commands.arguments import (
     SIGNALS,
+    add_plan_argument,
     add_training_arguments,
     dotted_keys,
     load_plugins,
     print_keys,
+    print_plan,
     read_training_call,
 )
 from ldm_dkdm.config.schema import DiffusionRun
 
-add_arguments = add_training_arguments
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of all trainings, and `--plan`."""
+    add_training_arguments(parser)
+    add_plan_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -21,6 +27,10 @@ def run(options: argparse.Namespace) -> None:
         return
     call = read_training_call(options, DiffusionRun)  # reports mistakes before the slow imports
     load_plugins(options.plugin)
+    if options.plan:
+        with dotted_keys("data", "trainer", "logging"):
+            _plan(call.config)
+        return
 
     from ldm_dkdm.training.from_images import new_model, train
 
@@ -30,3 +40,14 @@ def run(options: argparse.Namespace) -> None:
         model = new_model(config)
         result = train(model, config.data, out, config=config, resume=call.resumed, signals=SIGNALS, go_on=go_on)
     print(f"model: {result.model.path}")
+
+
+def _plan(config: DiffusionRun) -> None:
+    from ldm_dkdm.device import default_device, resolve_precision
+    from ldm_dkdm.training.from_images import new_model
+    from ldm_dkdm.training.image_plan import plan_training, training_costs, training_time
+
+    model = new_model(config)
+    model.precision = resolve_precision(config.trainer.precision, default_device(config.trainer.accelerator))
+    parts = plan_training(model, config)
+    print_plan(training_costs(parts), lambda: training_time(parts))

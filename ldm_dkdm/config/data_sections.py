@@ -35,6 +35,9 @@ class DiffusionDataConfig(Section):
     global_batch_size: int | None = key(
         None, min=1, help="Images per step on all devices, which divide it, in place of `batch_size`."
     )
+    classes: Sequence[str] = key(
+        (), help="Names of the classes in the order of their labels, for the card; default: those of the sub-folders."
+    )
     flip: bool = key(True, help="Mirror half of the images at random.")
     cache: bool = key(True, help="Encode all images once before the training; false encodes them in every step.")
     t_cap: float | None = key(

@@ -106,7 +106,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     _require_same_channels(codec)
     trained = model.changed(precision=run.precision)
     sets = open_sets(config.data, run.trainer.seed, codec.channels)
-    _require_labels(model, dict(zip([key for key in ("path", "synthetic") if getattr(config.data, key)], sets)))
+    require_fitting_labels(model, config.data, sets)
     found = tuple(codec.encode(sets[0].take(torch.zeros(1, dtype=torch.long))).shape[1:])
     if found != model.shape:
         raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
@@ -130,8 +130,8 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
         )
 
     samples = run.folder.path / "samples"
-    named = {"classes": list(sets[0].classes)} if model.num_classes and sets[0].classes else {}
-    export = export_on_save(model.changed(info={**model.info, **named}), run.folder, config.logging.export_dtype)
+    info = {**model.info, **_named_classes(model, config.data, sets[0])}
+    export = export_on_save(model.changed(info=info), run.folder, config.logging.export_dtype)
     saving = RunCheckpoint(run.folder.checkpoints, config.logging.save_every, export)
     with run.open():
         if is_first_rank():
@@ -171,10 +171,18 @@ def _require_same_channels(codec: Codec) -> None:
         )
 
 
-def _require_labels(model: DiffusionModel, sets: Mapping[str, ImageSet]) -> None:
+def require_fitting_labels(model: DiffusionModel, data: DiffusionDataConfig, sets: Sequence[ImageSet]) -> None:
+    """Refuse sets without labels, or with labels out of range, for a class-conditional model.
+
+    Raises:
+        UserError: the key of the set that does not fit.
+    """
+    if data.classes and len(data.classes) != model.num_classes:
+        have = "no classes" if model.num_classes is None else f"{model.num_classes} classes"
+        raise UserError(f"data.classes: {len(data.classes)} names, but the model has {have}")
     if model.num_classes is None:
         return
-    for key, images in sets.items():
+    for key, images in zip([key for key in ("path", "synthetic") if getattr(data, key)], sets):
         if images.labels is None:
             loose = f"; {images.loose} is in none" if images.loose else ""
             raise UserError(
@@ -189,6 +197,15 @@ def _require_labels(model: DiffusionModel, sets: Mapping[str, ImageSet]) -> None
                 f"model.params.num_classes: {model.num_classes}, but data.{key}'s labels go from "
                 f"{int(images.labels.min())} to {int(images.labels.max())}"
             )
+
+
+def _named_classes(model: DiffusionModel, data: DiffusionDataConfig, images: ImageSet) -> dict[str, list[str]]:
+    """What the labels mean, for the model's card: as the configuration says, else as the folders are named."""
+    if model.num_classes is None:
+        return {}
+    given = [name if name == str(label) else f"{label} {name}" for label, name in enumerate(data.classes)]
+    names = given or list(images.classes)
+    return {"classes": names} if names else {}
 
 
 def _states(config: DiffusionRun, sets: Sequence[ImageSet], model: DiffusionModel, progress: bool | Progress) -> States:

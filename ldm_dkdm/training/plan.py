@@ -1,16 +1,13 @@
 """Estimate the cost of a distillation before it starts."""
 
 import math
-import time
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from ldm_dkdm.config.registry import build
-from ldm_dkdm.config.schema import DistillRun, TrainerConfig
-from ldm_dkdm.device import autocast, default_device
-from ldm_dkdm.distillation.module import StudentModule
+from ldm_dkdm.config.schema import DistillRun
+from ldm_dkdm.device import default_device
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.distillation.warmup import preparation, warmup_calls
@@ -21,10 +18,7 @@ from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.reporting import duration, pace, size
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.saving import KEPT
-
-TIMED_ITERATIONS = 3
-MAX_TIMED_BATCH = 8  # batches are timed at this size or less; times are scaled
-TIMING_SECONDS = 30  # about the longest that timing may take
+from ldm_dkdm.training.timing import TIMED_ITERATIONS, time_iterations, timed_batch, timed_with
 
 
 def costs(parts: Distillation) -> dict[str, str]:
@@ -36,12 +30,12 @@ def costs(parts: Distillation) -> dict[str, str]:
     source = config.distill.pool_from or preparation(config.distill).mode
     student, teacher = parts.student.parameters, parts.teacher.parameters
     # student in float32: weights, gradients, two Adam moments, EMA; teacher and first stage: weights
-    resident = 4 * (5 * student + teacher + _codec_parameters(parts.teacher))
+    resident = 4 * (5 * student + teacher + codec_parameters(parts.teacher))
     device = default_device(config.trainer.accelerator)
     precision = {"bf16": "bf16 autocast", "32": "float32"}[parts.teacher.precision]
     return {
-        "teacher": _network_cost(parts.teacher),
-        "student": _network_cost(parts.student),
+        "teacher": network_cost(parts.teacher),
+        "student": network_cost(parts.student),
         "pool": f"{parts.slots:,} slots ({config.distill.variant}){each}, {size(pool)} of host "
         + ("disk, memory-mapped" if mapped else "memory"),
         "teacher calls, warm-up": f"{_warmup_samples(parts):,} samples ({source}){each}",
@@ -53,7 +47,8 @@ def costs(parts: Distillation) -> dict[str, str]:
     }
 
 
-def _network_cost(model: DiffusionModel) -> str:
+def network_cost(model: DiffusionModel) -> str:
+    """Parameters, and operations of one call, for a plan."""
     operations = gflops(model.network, model.shape, model.num_classes is not None)
     return f"{model.parameters / 1e6:.6f} M parameters, {operations:.2f} GFLOPs a sample"
 
@@ -69,7 +64,7 @@ def _warmup_samples(parts: Distillation) -> int:
     return 0 if method.pool_from else warmup_calls(preparation(method), parts.slots, parts.teacher.schedule)
 
 
-def _codec_parameters(model: DiffusionModel) -> int:
+def codec_parameters(model: DiffusionModel) -> int:
     """Parameters of the first stage; a missing one is counted without allocating it."""
     stage = model.first_stage
     if stage is None or stage.path.exists():
@@ -84,8 +79,7 @@ def time_needed(parts: Distillation) -> str:
     """How long the run will take, from a few timed iterations."""
     config, warm = parts.config, _warmup_samples(parts)
     steps, batch, batches = config.trainer.max_steps, config.distill.batch_size, parts.batches
-    trial = time_iteration(parts, 1, 1)  # also warms the machine up
-    timed = max(1, min(batch, MAX_TIMED_BATCH, int(TIMING_SECONDS / (TIMED_ITERATIONS * trial[0] / batch))))
+    timed = timed_batch(batch, time_iteration(parts, 1, 1)[0] / batch)  # the trial also warms the machine up
     seconds, teacher_seconds = time_iteration(parts, timed, TIMED_ITERATIONS)
     training = batches * seconds + (_iterations(config) - batches) * batch * teacher_seconds
     limit = 60 * (config.trainer.max_minutes or math.inf)
@@ -93,15 +87,8 @@ def time_needed(parts: Distillation) -> str:
     ends = f", trainer.max_minutes ends it at step {int(steps * limit / training):,}" if limit < training else ""
     return (
         f"about {duration(eta)}: {pace(seconds)} an iteration, {duration(warm * teacher_seconds)} of warm-up{ends} "
-        f"(from {TIMED_ITERATIONS} timed iterations of {timed} sample{'s' if timed > 1 else ''})"
+        + timed_with(timed)
     )
-
-
-class _TimedModule(StudentModule):
-    """Logs nothing, since no trainer is attached."""
-
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
 
 def time_iteration(parts: Distillation, batch: int, iterations: int) -> tuple[float, float]:
@@ -114,28 +101,6 @@ def time_iteration(parts: Distillation, batch: int, iterations: int) -> tuple[fl
     pool.fill(NoisyBatch(torch.randn(pool.x.shape), t, labels))
     timed = replace(config.distill, batch_size=batch, discard=0.0)
     stream = DistillStream(teacher.to(device), pool, timed, iterations, device=device)
-    trainer = TrainerConfig(max_steps=1, learning_rate=1e-9)
-    module = _TimedModule(parts.student, config.distill.loss, trainer).to(device)
-    optimizer = module.configure_optimizers()["optimizer"]
-    times, teacher_times, updates = [], [], []
-    for _ in range(iterations):
-        started = time.perf_counter()
-        example = stream.next_batch()
-        _synchronise(device)
-        teacher_times.append(time.perf_counter() - started)
-        with autocast(teacher.precision, device):
-            loss = module.training_step(example, 0)
-        loss.backward()
-        _synchronise(device)
-        times.append(time.perf_counter() - started)
-        optimizer.step()
-        optimizer.zero_grad()
-        _synchronise(device)
-        updates.append(time.perf_counter() - started - times[-1])
-    scale = config.distill.batch_size / batch  # for all but the update
-    return min(times) * scale + min(updates), min(teacher_times) / batch
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    student = parts.student.changed(precision=teacher.precision)
+    times = time_iterations(student, config.distill.loss, stream.next_batch, device, iterations)
+    return times.iteration(config.distill.batch_size / batch), times.batch / batch

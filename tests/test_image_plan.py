@@ -1,0 +1,68 @@
+"""`train --plan`: the cost of a training on images."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli import contents, run_script, write_yaml
+from tests.digits import LOGGING as DIGITS_LOGGING
+from tests.digits import PIXEL, TRAINER, UNET
+from tests.parts import UNET_PARAMS
+from tests.pictures import pictures
+
+
+def plan(base: Path, *words: str) -> int:
+    return run_script("train_ldm.py", "--base", base, "--plan", *words)
+
+
+@pytest.fixture
+def latent(first_stage: Path, tmp_path: Path) -> Path:
+    config = {
+        "model": {"target": "ldm_dkdm.networks.UNet", "params": UNET_PARAMS},
+        "first_stage": {"ckpt": str(first_stage)},
+        "diffusion": {"num_timesteps": 20},
+        "data": {"path": str(pictures(tmp_path)), "image_size": 32, "batch_size": 4},
+        "trainer": {**TRAINER, "max_steps": 6},
+        "logging": {"dir": str(tmp_path / "logs"), "name": "planned"},
+    }
+    return write_yaml(tmp_path / "latent.yaml", config)
+
+
+def test_encodings_and_epochs_are_counted_and_nothing_is_written(latent: Path, tmp_path: Path, capsys) -> None:
+    before = contents(tmp_path)
+    assert plan(latent, "trainer.devices=1", "trainer.accumulate=2") == 0
+    printed = capsys.readouterr().out
+    assert "24, each also mirrored; 48 encodings before the training" in printed
+    assert "48 (12 iterations of 4), 2.0 epochs" in printed
+    assert "s of encoding" in printed and "an iteration" in printed
+    assert contents(tmp_path) == before
+
+
+def test_encoding_in_every_step_belongs_to_an_iteration(latent: Path, capsys) -> None:
+    assert plan(latent, "data.cache=false") == 0
+    printed = capsys.readouterr().out
+    assert "encodings" not in printed and "of encoding" not in printed
+
+
+def test_missing_images_are_named_and_the_rest_is_planned(latent: Path, tmp_path: Path, capsys) -> None:
+    assert plan(latent, f"data.path={tmp_path / 'nowhere'}") == 0
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'nowhere'}: missing; planned without the images" in printed
+    assert "an iteration, and the encoding" in printed
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [("model.params.num_classes=3", "model.params.num_classes: 3"), ("data.path=null", "data: names no images")],
+)
+def test_what_a_run_would_refuse_is_refused(digits: Path, tmp_path: Path, capsys, word: str, key: str) -> None:
+    config = {
+        "model": {"target": "ldm_dkdm.networks.UNet", "params": UNET},
+        "diffusion": PIXEL,
+        "data": {"path": str(digits), "image_size": 8, "batch_size": 8},
+        "trainer": TRAINER,
+        "logging": {**DIGITS_LOGGING, "dir": str(tmp_path), "name": "planned"},
+    }
+    assert plan(write_yaml(tmp_path / "digits.yaml", config), word) == 2
+    assert key in capsys.readouterr().err
+    assert not (tmp_path / "planned").exists()
