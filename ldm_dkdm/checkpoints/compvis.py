@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.compvis_config import CompVisConfig, config_beside
 from ldm_dkdm.checkpoints.contents import Contents, schedule_of, tolerance
 from ldm_dkdm.checkpoints.first_stages import PREFIX, FirstStageSource, tensors_of
 from ldm_dkdm.checkpoints.shapes import detached, plain, under
@@ -55,22 +56,34 @@ def read(source: Source) -> Contents:
     raw = under(tensors, UNET)
     ema = {name: tensors[ema_name(name)] for name in raw if ema_name(name) in tensors}
     ema = ema or source.weights(NAMES).ema or {}
-    stored = _stored_schedule(tensors, source.path)
-    stage = None
-    if any(name.startswith(PREFIX) for name in tensors):
-        scale = tensors.get("scale_factor")
-        stage = FirstStageSource(source.path, 1.0 if scale is None else None, tensors=tensors_of(tensors), stored=scale)
+    unet = infer_unet(ema or raw, source.path, compvis=True)
+    config = config_beside(source.path, unet["params"])
+    stored, diffusion = _stored_schedule(tensors, source.path), None
+    if config is not None:
+        unet["usual"] = {**unet["usual"], **config.usual}
+        diffusion = config.diffusion() if stored is None else None
     return Contents(
         path=source.path,
         file=source.path,
         format=NAME,
-        **infer_unet(ema or raw, source.path, compvis=True),
+        **unet,
         ema=ema or None,
         raw=raw,
-        diffusion=None if stored is None else name_schedule(stored),
+        parameterization=None if config is None else config.parameterization,
+        diffusion=diffusion if stored is None else name_schedule(stored),
         alphas_cumprod=stored,
-        first_stage=stage or FirstStageSource(source.path),
+        first_stage=_first_stage(tensors, source.path, config),
     )
+
+
+def _first_stage(tensors: Mapping[str, Tensor], path: Path, config: CompVisConfig | None) -> FirstStageSource:
+    """The first stage in the file; its scale is the stored one, else the config's, else 1."""
+    scale = tensors.get("scale_factor")
+    given = None if config is None or scale is not None else config.scale_factor
+    if not any(name.startswith(PREFIX) for name in tensors):
+        return FirstStageSource(path, given)
+    usual = 1.0 if scale is None else None
+    return FirstStageSource(path, given or usual, tensors=tensors_of(tensors), stored=scale)
 
 
 def ema_name(parameter: str) -> str:

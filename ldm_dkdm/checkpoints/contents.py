@@ -37,7 +37,7 @@ class Contents:
         raw_file: holds the raw weights, where `file` holds the EMA weights alone.
         ema, raw: weights under the network's own names; `raw` where the file does not distinguish them.
         demands: parameters that must be given as hints.
-        usual: values that tensor shapes do not show, but nearly all such files have.
+        usual: values that tensor shapes do not show, but a config beside the file gives, or nearly all such files have.
         parameterization: None where the format stores none; then it is eps unless a hint says otherwise.
         diffusion: the forward process; None where it must be given.
         alphas_cumprod: the stored schedule (T,), in the file's precision.
@@ -103,7 +103,9 @@ class Contents:
             self._refuse_unknown(hints)
             wanted = "; ".join(f"{' or '.join(map(hints.key, demand.keys))} ({demand.hint})" for demand in missing)
             raise UserError(f"{self.path}: tensor shapes do not show everything; set {wanted}")
-        return NetworkConfig(self.target, {**self.usual, **self.params, **hints.params}, kind)
+        others = {key for d in self.demands if set(d.keys) & set(hints.params) for key in d.keys}  # of two spellings
+        usual = {key: value for key, value in self.usual.items() if key not in others}
+        return NetworkConfig(self.target, {**usual, **self.params, **hints.params}, kind)
 
     def _refuse_unknown(self, hints: Hints) -> None:
         """Name a mistyped parameter before the one that it leaves missing."""
@@ -134,7 +136,8 @@ class Contents:
 
     def missing(self, given: Mapping[str, Any]) -> list[Demand]:
         """What is neither known nor given."""
-        return [demand for demand in self.demands if not any(key in given for key in demand.keys)]
+        known = {*given, *self.usual}
+        return [demand for demand in self.demands if not any(key in known for key in demand.keys)]
 
     def _refuse_contradictions(self, hints: Hints) -> None:
         for key, value in hints.params.items():
