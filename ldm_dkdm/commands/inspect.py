@@ -149,7 +149,7 @@ def _parameters(contents: "Contents") -> int:
 
 
 def _process(contents: "Contents") -> dict[str, str]:
-    from ldm_dkdm.checkpoints.contents import schedule_of
+    from ldm_dkdm.checkpoints.contents import own_sampling, schedule_of
 
     stored, found = contents.alphas_cumprod, contents.diffusion
     if found is None:
@@ -158,6 +158,7 @@ def _process(contents: "Contents") -> dict[str, str]:
     if name in ("scaled_linear", "linear"):
         name += f" {found.beta_start} ... {found.beta_end}"
     shown = f"{name}, T = {found.num_timesteps}, {found.space} space"
+    shown += "".join(f", {key} {str(getattr(found, key)).lower()}" for key in own_sampling(found))
     if stored is None:
         return {"noise schedule": shown}
     error = (schedule_of(found).alphas_cumprod - stored.double()).abs().max()

@@ -12,8 +12,8 @@ from ldm_dkdm.config.data_sections import (
     FirstStageLoss,
     SamplingConfig,
 )
+from ldm_dkdm.config.process_section import DiffusionConfig
 from ldm_dkdm.config.sections import (
-    DiffusionConfig,
     DistillConfig,
     EarlyStopConfig,
     FirstStageConfig,
