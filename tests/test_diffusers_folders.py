@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel, VQModel
 from safetensors.torch import load_file
 
 from ldm_dkdm import UserError, load_model
@@ -149,13 +149,10 @@ def test_a_trainer_s_checkpoint_has_raw_and_ema_weights(around: bool, tmp_path: 
         assert torch.equal(load_file(model.file)["conv_out.weight"], theirs.conv_out.weight)
 
 
-def test_a_pipeline_of_a_transformer_is_refused_by_name(tmp_path: Path) -> None:
-    DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8).save_pretrained(
-        tmp_path / "transformer"
-    )
-    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"DiTPipeline is not .*DiT's own \.pt"):
+def test_a_pipeline_of_another_transformer_is_refused_by_name(tmp_path: Path) -> None:
+    index = {"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
+    with pytest.raises(UserError, match=r"PixArtAlphaPipeline is not .*its network is a PixArtTransformer2DModel"):
         load_model(tmp_path)
 
 

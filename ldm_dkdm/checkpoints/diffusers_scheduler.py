@@ -147,7 +147,7 @@ def _clipping(path: Path, config: Mapping[str, Any], kind: str, space: Space) ->
         return {name: config[name] for name in OF_THRESHOLDING if name in config}
     if kind in SOLVERS and "clip_sample" not in config:
         return {}
-    clips, limit = config.get("clip_sample", True), config.get("clip_sample_range", 1.0)
+    clips, limit = bool(config.get("clip_sample", True)), config.get("clip_sample_range", 1.0)
     if clips and space.encoded:
         shown = "true" if "clip_sample" in config else f"absent, which means true in a {kind}"
         logger.warning("%s: clip_sample: %s; latents are clipped to +-%g in sampling", path, shown, limit)

@@ -47,13 +47,14 @@ class DiffusionConfig(Section):
     )
 
     rescale_betas_zero_snr: bool = key(
-        False, help="Betas rescaled so that x_{T-1} is pure noise (Lin et al. 2023); the network predicts v or x0."
+        False,
+        help="The betas are rescaled so that x_{T-1} is pure noise (zero terminal SNR); the network predicts v or x0.",
     )
     timestep_spacing: str | None = one_of(
         "ldm_dkdm.diffusion.timesteps:SPACINGS",
         None,
-        help="Timesteps of a sampler with fewer than T steps, as in diffusers; null leaves each sampler its own. "
-        "`leading` does not change those of dpm-solver++.",
+        help="Timesteps of samplers with fewer than T steps, as in diffusers; null leaves each its own, and `leading` "
+        "those of dpm-solver++.",
     )
     set_alpha_to_one: bool | None = key(
         None, help="DDIM ends at x_0; false: at abar_0; default: the model's, else true where `steps_offset` is 0."
@@ -61,7 +62,7 @@ class DiffusionConfig(Section):
     clip_sample: bool | None = key(None, help="Sampling clips x_0; default: the model's, else true in pixel space.")
     clip_sample_range: float | None = key(None, above=0, help="Limit of `clip_sample`; default: the model's, else 1.")
     thresholding: bool | None = key(
-        None, help="Sampling clips x_0 at a quantile of each sample and divides by it (Saharia et al. 2022, Sec. 2.3)."
+        None, help="Sampling clips x_0 at a quantile of each sample and divides by it (dynamic thresholding)."
     )
     dynamic_thresholding_ratio: float | None = key(
         None, above=0, max=1, help="The quantile of `thresholding`; default: the model's, else 0.995."
