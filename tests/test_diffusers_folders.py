@@ -188,8 +188,10 @@ def test_the_scale_of_latents_is_the_config_s(
     if scale is None:
         del config["scaling_factor"]
     path.write_text(json.dumps(config))
-    assert FirstStageSource(tmp_path).opened(8).scale_factor == (scale or 1.0)
+    codec = FirstStageSource(tmp_path).codec(8)
+    assert codec.scale_factor == (scale or 1.0)
     assert ("config.json: stores no scaling_factor; 1 is taken" in caplog.text) == (scale is None)
+    assert bool(codec.doubt) == (scale in (None, 0.18215))  # the class's default, which may not be meant
 
 
 def test_a_hub_id_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
