@@ -143,7 +143,9 @@ class NoiseSchedule:
 
     def density(self, cap: float | None = None) -> Tensor:
         """The density (T,) of `timesteps_at`, at most 1, float64."""
-        return (self.alphas_cumprod * (cap or float("inf"))).clamp(0.1, 1)
+        if cap is None:
+            return torch.ones_like(self.alphas_cumprod)
+        return (self.alphas_cumprod * cap).clamp(0.1, 1)
 
     def _table(self, device: torch.device) -> Tensor:
         """abar_{-1} ... abar_{T-1} on a device, copied there once."""
