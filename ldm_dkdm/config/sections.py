@@ -130,7 +130,9 @@ class DistillConfig(Section):
         "redraw", help="After a discarded batch, draw other slots, or advance the same ones (the public code)."
     )
     input_perturbation: float = key(0.0, min=0, help="Noise added to the student's input: gamma of DDPM-IP.")
-    stride: int = key(1, min=1, help="Timesteps that a drawn slot advances; 1 is the paper's.")
+    stride: int = key(
+        1, min=1, help="Timesteps that a drawn slot advances, more where `t_cap` wants fewer slots; 1 is the paper's."
+    )
     pool_dtype: Literal["float16", "float32"] = key("float16", help="Number format of the pool's states.")
     pool_storage: Literal["memory", "mmap"] = key("memory", help="`mmap` keeps the pool in a file of the run.")
     pool_from: str | None = key(
