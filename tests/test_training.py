@@ -81,19 +81,19 @@ def test_a_latent_model_trains_on_a_teachers_samples_alone(
     assert load_model(tmp_path / "logs" / "free" / "model").info["step"] == 6
 
 
-def test_the_average_is_the_closed_form() -> None:
-    module, ema = L.LightningModule(), StudentEMA(0.3)
-    module.weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    weights = torch.randn(8, 3, dtype=torch.float64)
+@pytest.mark.parametrize("ramp", [True, False])
+def test_the_average_is_the_closed_form(ramp: bool) -> None:
+    weights = torch.randn(9, 3, dtype=torch.float64)  # the first are the initial ones
+    module, ema = L.LightningModule(), StudentEMA(0.3, ramp)
+    module.weight = torch.nn.Parameter(weights[0].clone())
     ema.setup(SimpleNamespace(), module, "fit")
-    for step, value in enumerate(weights, 1):
+    wanted = weights[0]
+    for step, value in enumerate(weights[1:], 1):
         module.weight.data.copy_(value)
         ema.on_train_batch_end(SimpleNamespace(global_step=step), module, None, None, step - 1)
-    wanted = weights[0]  # the first update copies
-    for n, value in enumerate(weights[1:], 1):
-        decay = min(0.3, (1 + n) / (10 + n))
+        decay = min(0.3, (1 + step) / (10 + step)) if ramp else 0.3
         wanted = decay * wanted + (1 - decay) * value
-    torch.testing.assert_close(ema.module.weight.data, wanted, rtol=1e-12, atol=0)
+        torch.testing.assert_close(ema.module.weight.data, wanted, rtol=1e-12, atol=0)
 
 
 def test_a_distilled_student_agrees_with_its_teacher(teacher_folder: Path, tmp_path: Path) -> None:
