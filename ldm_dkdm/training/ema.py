@@ -31,6 +31,7 @@ class StudentEMA(WeightAveraging):
         super().__init__(use_buffers=False, multi_avg_fn=torch.no_grad()(update))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Copy the initial weights: they are the first average."""
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:
             self._average_model.n_averaged += 1  # else the first update copies
