@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ldm_dkdm.errors import Stopped, UserError
     from ldm_dkdm.evaluation.comparison import evaluate
     from ldm_dkdm.model import DiffusionModel, load_model
+    from ldm_dkdm.reports.page import write_report
     from ldm_dkdm.training.autoencoder import train_first_stage
     from ldm_dkdm.training.from_images import train
     from ldm_dkdm.training.from_teacher import distill
@@ -33,6 +34,7 @@ _HOMES = {
     "load_model": "ldm_dkdm.model",
     "train": "ldm_dkdm.training.from_images",
     "train_first_stage": "ldm_dkdm.training.autoencoder",
+    "write_report": "ldm_dkdm.reports.page",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "load_model",
     "train",
     "train_first_stage",
+    "write_report",
 ]
 
 

@@ -21,7 +21,7 @@ LAYERS = [
     {"diffusion", "networks", "first_stage", "config"},
     {"checkpoints"},
     {"model"},
-    {"distillation", "evaluation"},
+    {"distillation", "evaluation", "reports"},
     {"training"},
     {"commands"},
     {"scripts"},

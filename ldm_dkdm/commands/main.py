@@ -16,6 +16,7 @@ COMMANDS = {
     "distill": "turn a diffusion model into a smaller one without data (Alg. 1)",
     "sample": "draw images from any model",
     "evaluate": "measure a student against its teacher",
+    "report": "write one page about runs: samples, curves, figures",
     "convert": "write a model in another format",
     "inspect": "say what is in a checkpoint",
     "train": "train a diffusion model on images (Alg. 2)",

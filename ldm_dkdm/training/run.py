@@ -23,7 +23,7 @@ from ldm_dkdm.config.schema import ModelCard, TrainerConfig
 from ldm_dkdm.device import default_device, resolve_precision
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.model import DiffusionModel
-from ldm_dkdm.reporting import Progress, logger
+from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.training.bars import ProgressBar, ProgressCalls, StreamModule
 from ldm_dkdm.training.ema import StudentEMA
 from ldm_dkdm.training.ends import EarlyStop, early_ends
@@ -192,6 +192,8 @@ class Run:
             pass  # the signal asked for a stop, and that saved the run
         except SystemExit as end:  # Lightning's answer to the second Ctrl-C
             raise KeyboardInterrupt from end
+        if trainer.is_global_zero:
+            _report_on(self.folder.path)
         reached = [end.key for end in ends if end.reached]
         if trainer.global_step < self.trainer.max_steps and (self.stop.requested or not reached):
             raise Stopped(f"stopped and saved at step {trainer.global_step}; {self.go_on}")
@@ -214,6 +216,15 @@ class Run:
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+
+
+def _report_on(folder: Path) -> None:
+    """Write the page about a run into its folder; a failure is logged."""
+    page = folder / "report.html"
+    with decoration(str(page)):
+        from ldm_dkdm.reports.page import write_report
+
+        logger.info(f"report: {write_report([folder], page)}")
 
 
 def _keep_best(ends: Sequence[L.Callback], callbacks: Sequence[L.Callback]) -> None:
