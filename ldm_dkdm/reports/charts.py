@@ -82,6 +82,12 @@ def sections_of(runs: Sequence[RunFiles], unit: str) -> dict[str, list[Chart]]:
     return {title: charts for title, charts in found.items() if charts}
 
 
+def places_of(chart: Chart, runs: Sequence[RunFiles], unit: str) -> list[int]:
+    """The runs whose own chart this is, by their place; for a chart of all runs the first."""
+    own = [i for i, run in enumerate(runs) if not points_of(run, unit).keys().isdisjoint(chart.lines)]
+    return own if chart.alone else [0]
+
+
 def bin_name(i: int) -> str:
     """The column of pool.csv with the slots whose t is in [i/20, (i+1)/20) T."""
     return f"t_{i:02d}"

@@ -92,9 +92,10 @@ function theme() {
 /* Logarithmic ticks at 1, 2 and 5 where Plotly's own would run into each other. */
 function spaceTicks(place) {
   const { type, range, dtick } = place.layout.yaxis;
+  if (type !== "log" || !range) return undefined;
   const decades = Math.abs(range[1] - range[0]);
   const wanted = decades >= 1 && decades <= 3 ? "D2" : null;
-  if (type === "log" && wanted !== (dtick ?? null)) Plotly.relayout(place, { "yaxis.dtick": wanted });
+  return wanted === (dtick ?? null) ? undefined : Plotly.relayout(place, { "yaxis.dtick": wanted });
 }
 
 function layoutOf(chart, traces, xTitle) {
@@ -118,7 +119,7 @@ function layoutOf(chart, traces, xTitle) {
   };
 }
 
-function draw(place) {
+async function draw(place) {
   const chart = data.charts.find((each) => place.dataset.chart in each.lines);
   const run = data.runs[place.dataset.run];
   const isMap = place.dataset.chart === "t_00";
@@ -127,10 +128,10 @@ function draw(place) {
   if (traces.length === 0) return;
   place.setAttribute("aria-label", isMap ? "Share of the pool in each bin of t, by training step" : summary(chart, traces));
   const isNew = !place.on;
-  Plotly.react(place, traces, layoutOf(chart, traces, unit && !isMap ? unit : chart.x), {
+  await Plotly.react(place, traces, layoutOf(chart, traces, unit && !isMap ? unit : chart.x), {
     responsive: true, displaylogo: false, modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]],
   });
-  spaceTicks(place);
+  await spaceTicks(place);
   if (isNew) place.on("plotly_relayout", () => spaceTicks(place));
 }
 
@@ -161,10 +162,14 @@ async function drawCharts() {
     document.getElementById("no-charts").hidden = false;
     return;
   }
-  places.forEach(draw);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => places.forEach(draw));
-  document.getElementById("axis")?.addEventListener("change", () => places.forEach(draw));
-  document.body.dataset.drawn = "yes";
+  const drawAll = async () => {
+    document.body.dataset.drawn = "no";
+    await Promise.all(places.map(draw));
+    document.body.dataset.drawn = "yes";
+  };
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  document.getElementById("axis")?.addEventListener("change", drawAll);
+  await drawAll();
 }
 
 for (const swatch of all(".swatch")) swatch.style.background = colour(swatch.dataset.run);

@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from ldm_dkdm import __version__
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded, write_text
-from ldm_dkdm.reports.charts import Chart, points_of, pool_map, sections_of, unit_of
+from ldm_dkdm.reports.charts import Chart, places_of, points_of, pool_map, sections_of, unit_of
 from ldm_dkdm.reports.pictures import Picture
 from ldm_dkdm.reports.run_files import RunFiles, read_run
 from ldm_dkdm.reports.tables import Series, thinned
@@ -60,6 +60,7 @@ def page_of(runs: Sequence[RunFiles]) -> str:
         names=names,
         runs=runs,
         sections=sections,
+        places=lambda chart: places_of(chart, runs, unit),
         unit=unit,
         timed=any("elapsed" in points_of(run, unit) for run in runs),
         teachers=_teachers(runs),
