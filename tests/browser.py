@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,17 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.address = page.resolve().as_uri()
         self.driver.get(self.address)
-        self.wait()
+        self.wait_for(self.drawn)
         return self
 
-    def wait(self) -> None:
-        """Wait until all charts are drawn."""
+    def drawn(self) -> bool:
+        """Whether all charts are drawn."""
+        return self.run("return document.body.dataset.drawn") == "yes"
+
+    def wait_for(self, reached: Callable[[], bool]) -> None:
+        """Wait until something is so; a minute at most."""
         end = time.monotonic() + 60
-        while self.run("return document.body.dataset.drawn") != "yes":
+        while not reached():
             assert time.monotonic() < end, self._logs()
             time.sleep(0.02)
 
