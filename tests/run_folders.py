@@ -20,7 +20,14 @@ CONFIG = {
 }
 CARD = {"weights": "student.safetensors", "network": {"target": "ldm_dkdm.networks.UNet"}}
 CURVE = {"0": 0.5, "25": 0.2, "50": 0.1, "75": 0.05}
-FIGURES = {"eps_mse_by_t": CURVE, "FD": {"value": 12.5, "settings": {"steps": 20}}}
+FIGURES = {"eps_mse_by_t": CURVE, "eps_mse_by_t_quarter": [0.5, 0.25], "student_parameters": 7}
+RECORD = {  # of dkdm evaluate with a reference
+    "figures": {"FID": 12.5, "IS": None},
+    "samples": {"source": "run", "sampler": "ddim", "steps": 20},
+    "reference": {"source": "emoji"},
+    "features": [{"features": "inception", "weights_sha256": "ab12"}],
+    "warnings": ["5 samples", "JPEG"],
+}
 TEXT = "---\ntags: [x]\n---\n\n# My student\n\n- **teacher**: models/teacher\n"
 
 Table = Sequence[Mapping[str, object]]
@@ -54,6 +61,13 @@ def write_table(path: Path, rows: Table, columns: Sequence[str] | None = None) -
     return path
 
 
+def write_json(path: Path, tree: object) -> Path:
+    """A JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree))
+    return path
+
+
 def write_png(path: Path, seed: int, side: int = 34) -> np.ndarray:
     """A PNG of noise; its pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +92,7 @@ def finished(path: Path, steps: int = 100, teacher: int | None = 0, **config: ob
     if teacher is not None:
         write_png(path / "samples" / "teacher.png", teacher)
     write_yaml(path / "student" / "config.yaml", CARD)
-    (path / "student" / "evaluation.json").write_text(json.dumps(FIGURES))
+    write_json(path / "student" / "evaluation.json", FIGURES)
+    write_json(path / "student" / "evaluations" / f"emoji-{steps}.json", RECORD)
     (path / "student" / "README.md").write_text(TEXT)
     return path

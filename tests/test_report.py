@@ -20,7 +20,7 @@ from ldm_dkdm.reports.run_files import MAX_GRIDS, read_run
 from ldm_dkdm.reports.tables import MAX_POINTS, read_series
 from ldm_dkdm.reports.texts import blocks_of, names_of
 from tests.cli import contents, write_yaml
-from tests.run_folders import CARD, begun, finished, pool_to, rows_to, write_png, write_table
+from tests.run_folders import CARD, RECORD, begun, finished, pool_to, rows_to, write_json, write_png, write_table
 from tests.test_tables import NUMBERS, pixel_model
 
 
@@ -101,9 +101,10 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(UserError, match=r"^runs: name at least one"):
         write_report([], tmp_path / "report.html")
     damaged = finished(tmp_path / "damaged")
-    (damaged / "student" / "evaluation.json").write_text('{"a": ')
-    with pytest.raises(UserError, match=r"evaluation\.json: is damaged"):
-        write_report([damaged], tmp_path / "report.html")
+    for text, words in (('{"a": ', "is damaged"), ("[1]", "is not a file of figures")):
+        (damaged / "student" / "evaluation.json").write_text(text)
+        with pytest.raises(UserError, match=rf"evaluation\.json: {words}"):
+            write_report([damaged], tmp_path / "report.html")
     assert not list(tmp_path.rglob("report.html"))
 
 
@@ -196,6 +197,13 @@ def test_columns_that_no_chart_names_get_one(tmp_path: Path) -> None:
         "Speed": ["Training time"],
         "Other columns": ["dead_codes"],
     }
+
+
+def test_records_of_one_reference_are_told_apart(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    write_json(run / "student" / "evaluations" / "emoji-zz.json", {**RECORD, "figures": {"FID": 3}})
+    assert read_run(run).figures.values["emoji · FID"] == "12.5"
+    assert read_run(run).figures.values["emoji-zz · FID"] == "3"
 
 
 def test_a_card_is_read_without_its_front_matter() -> None:

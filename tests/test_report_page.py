@@ -1,6 +1,5 @@
 """The page about runs, as a browser shows it."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from selenium.webdriver.common.keys import Keys
 
 from ldm_dkdm import write_report
 from tests.browser import DRIVER, Browser, browsing
-from tests.run_folders import begun, finished, rows_to, write_png, write_table
+from tests.run_folders import begun, finished, rows_to, write_json, write_png, write_table
 
 pytestmark = pytest.mark.skipif(not DRIVER.is_file(), reason="needs chromedriver")
 HOSTILE = "<img src=x onerror=hacked=1><script>hacked=1</script>"
@@ -40,9 +39,8 @@ def test_one_run_is_shown_with_all_that_its_folder_holds(browser: Browser, tmp_p
     assert browser.complaints() == []
     assert browser.texts("h1") == ["run"]
     assert browser.texts("#samples figcaption") == ["Teacher", "Student, step 100"]
-    assert browser.curves("loss") == {
-        "": (list(range(10, 101, 10)), [float(f"{1 / x:.6g}") for x in range(10, 101, 10)])
-    }
+    steps = list(range(10, 101, 10))
+    assert browser.curves("loss") == {"": (steps, [float(f"{1 / step:.6g}") for step in steps])}
     assert browser.curves("agreement") == {"": ([50, 100], [0.04, 0.02])}
     assert [browser.curves(f"agreement_q{i}")[""][1] for i in range(1, 5)] == [[i / 50, i / 100] for i in range(1, 5)]
     assert browser.curves("elapsed")[""][1] == [x / 2 for x in range(10, 101, 10)]
@@ -51,7 +49,18 @@ def test_one_run_is_shown_with_all_that_its_folder_holds(browser: Browser, tmp_p
     assert list(browser.curves("age_mean")) == ["mean", "median", "90%", "oldest"]
     rows = browser.run("return document.querySelector('.chart[data-chart=t_00]').data[0].z.map(row => [...row])")
     assert rows == [[0.025] * 10] * 10 + [[0.075] * 10] * 10
-    assert browser.texts("#figures tr") == ["FD · value12.5", "FD · settings · steps20"]
+    assert browser.texts("#figures > .scroll tr") == [
+        "eps mse by t quarter0.5, 0.25",
+        "student parameters7",
+        "emoji · FID12.5",
+        "emoji · IS",
+    ]
+    assert browser.texts("#figures details tr")[:3] == [
+        "emoji · samples · sourcerun",
+        "emoji · samples · samplerddim",
+        "emoji · samples · steps20",
+    ]
+    assert browser.texts("#figures details tr")[-1] == "emoji · warnings5 samples, JPEG"
     assert browser.texts("#config pre") == [(run / "config.yaml").read_text().strip()]
     assert browser.texts("#card :is(h3, li)") == ["My student", "teacher: models/teacher"]
 
@@ -80,6 +89,7 @@ def test_runs_are_compared_in_every_chart(browser: Browser, two: Path) -> None:
     browser.open(two)
     assert browser.texts("#overview thead th") == ["first", "second"]
     assert browser.texts("#samples figcaption") == ["Teacher", "first, step 100", "second, step 200"]
+    assert browser.texts("#figures > .scroll tr")[-2:] == ["emoji · FID12.512.5", "emoji · IS"]
     counts = {name: len(x) for name, (x, _) in browser.curves("loss").items()}
     assert counts == {"first": 10, "second": 20}
     assert [len(browser.curves("age_mean", run)["oldest"][0]) for run in (0, 1)] == [10, 20]
@@ -112,7 +122,7 @@ def test_texts_of_files_run_nothing(browser: Browser, tmp_path: Path) -> None:
     run = finished(tmp_path / f"<b>{HOSTILE}".replace("/", "\u2215"), teacher=0, note=CLOSING)
     write_table(run / "metrics.csv", [{"step": 1, HOSTILE: 0.5, "loss": 1}])
     (run / "student" / "README.md").write_text(f"# {CLOSING}\n\n- {HOSTILE}\n")
-    (run / "student" / "evaluation.json").write_text(json.dumps({HOSTILE: CLOSING}))
+    write_json(run / "student" / "evaluation.json", {HOSTILE: CLOSING})
     browser.open(write_report([run, finished(tmp_path / "other")], tmp_path / "report.html"))
     assert browser.complaints() == []  # the page's own policy, which stops other scripts, had nothing to stop
     assert browser.run("return typeof hacked") == "undefined"

@@ -47,7 +47,7 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
     "Agreement with the teacher": (
         _error("agreement", "eps error on held-out chains of the teacher"),
         *(_error(f"agreement_q{i}", f"eps error, t from {span}") for i, span in enumerate(QUARTERS, 1)),
-        Chart("Drift of x_0 along the chain", "drift", {"x0_drift": ""}, log=True),
+        Chart("Difference of x_0 along the DDIM chain", "mean squared difference", {"x0_drift": ""}, log=True),
         Chart("PSNR of samples from the same noise", "dB", {"psnr": ""}),
         Chart("SSIM of samples from the same noise", "SSIM", {"ssim": ""}),
     ),
@@ -73,7 +73,7 @@ UNITS = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}  # of a time axis, th
 def sections_of(runs: Sequence[RunFiles], unit: str) -> dict[str, list[Chart]]:
     """The charts for which a run has points, by section; columns that no chart names get one each."""
     present = dict.fromkeys(column for run in runs for column in points_of(run, unit))
-    curves = dict.fromkeys(name for run in runs for name in run.curves)
+    curves = dict.fromkeys(name for run in runs for name in run.figures.curves)
     found = {title: [c for c in charts if not present.keys().isdisjoint(c.lines)] for title, charts in SECTIONS.items()}
     known = {"seconds", *(bin_name(i) for i in range(POOL_BINS)), *curves}
     known |= {column for charts in SECTIONS.values() for chart in charts for column in chart.lines}
@@ -95,7 +95,7 @@ def bin_name(i: int) -> str:
 
 def points_of(run: RunFiles, unit: str) -> dict[str, Series]:
     """The points of all lines of a run by column, times in a unit of UNITS."""
-    found = {**run.series, **run.curves}
+    found = {**run.series, **run.figures.curves}
     divisor = UNITS[unit]
     for column, series in (("elapsed", run.series.get("seconds")), ("left", time_left(run))):
         if series is not None:

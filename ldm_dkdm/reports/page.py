@@ -27,9 +27,9 @@ REPORT = "report.html"  # in a run folder
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     """Write one HTML page about run folders, finished or not; it holds all that it shows and loads nothing.
 
-    It shows samples of teacher and student by training step, the curves of metrics.csv and pool.csv, the figures of
-    evaluation.json, configs and cards. Large grids are made smaller; an image that cannot be read is left out with a
-    warning.
+    It shows samples of teacher and student by training step, the curves of metrics.csv and pool.csv, the figures that
+    `dkdm evaluate` keeps beside the model, configs and cards. Large grids are made smaller; an image that cannot be
+    read is left out with a warning.
 
     Args:
         runs: run folders; a folder that is named twice is shown once.
@@ -65,7 +65,8 @@ def page_of(runs: Sequence[RunFiles]) -> str:
         timed=any("elapsed" in points_of(run, unit) for run in runs),
         teachers=_teachers(runs),
         facts=rows_of([facts_of(run) for run in runs]),
-        figures=rows_of([run.figures for run in runs]),
+        figures=rows_of([run.figures.values for run in runs]),
+        provenance=rows_of([run.figures.provenance for run in runs]),
         differences=differences_of(runs),
         cards=[blocks_of(run.card) for run in runs],
         data=_data(runs, names, sections, unit),

@@ -1,6 +1,5 @@
 """Read what a page shows out of a run folder. Nothing in it is run, and nothing is written."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,14 @@ from omegaconf import OmegaConf
 
 from ldm_dkdm.config.load import RUN_KIND, card_kind, read_yaml
 from ldm_dkdm.config.schema import FirstStageCard, ModelCard
-from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.reporting import decoration
+from ldm_dkdm.reports.figures import Figures, flat, read_figures
 from ldm_dkdm.reports.pictures import Picture, picture
 from ldm_dkdm.reports.tables import Series, read_series, spread
 
 MAX_GRIDS = 24  # grids of a run in the page
-MIN_CURVE = 4  # values of a dict with numbers as keys that are shown as a curve
-FIGURES, CARD, TEACHER = "evaluation.json", "README.md", "teacher.png"
+CARD, TEACHER = "README.md", "teacher.png"
 _GRID = re.compile(r"step=(\d+)\.png")
 _OLD_METRICS = re.compile(r"metrics(?:-from-(\d+))?")
 
@@ -39,7 +38,7 @@ class RunFiles:
         path: the folder. config: its config.yaml as text.
         keys: dotted key of the config -> value.
         series: column -> points by training step, of metrics.csv and pool.csv.
-        figures: evaluation.json, name -> text. curves: name -> points, of its mappings from numbers to numbers.
+        figures: of its model.
         card: README.md of the model folder; empty without one.
         grids: samples, by step. grid_count: how many the folder holds.
         teacher: the teacher's samples from the same noise.
@@ -49,8 +48,7 @@ class RunFiles:
     config: str
     keys: Mapping[str, Any]
     series: Mapping[str, Series]
-    figures: Mapping[str, str]
-    curves: Mapping[str, Series]
+    figures: Figures
     card: str
     grids: Sequence[Grid]
     grid_count: int
@@ -70,7 +68,7 @@ def read_run(path: Path) -> RunFiles:
         raise UserError(f"{path}: is {kind}; name the run folder that it is in")
     if kind != RUN_KIND:
         raise UserError(f"{path}: its config.yaml is not a run's")
-    figures, curves = _figures(path)
+    model = _model_folder(path)
     found = sorted((int(m[1]), f) for f in (path / "samples").glob("step=*.png") if (m := _GRID.fullmatch(f.name)))
     images = [(found[i][0], _image(found[i][1])) for i in spread(len(found), MAX_GRIDS)]
     return RunFiles(
@@ -78,9 +76,8 @@ def read_run(path: Path) -> RunFiles:
         config=file.read_text(encoding="utf-8-sig"),
         keys=dict(flat(OmegaConf.to_container(read_yaml(file), resolve=False), ".")),
         series={**read_series(metrics_files(path)), **_optional(path / "pool.csv")},
-        figures=figures,
-        curves=curves,
-        card=_card(path),
+        figures=read_figures(model),
+        card=_card(model),
         grids=[Grid(step, image) for step, image in images if image],
         grid_count=len(found),
         teacher=_image(path / "samples" / TEACHER),
@@ -104,50 +101,11 @@ def _image(file: Path) -> Picture | None:
     return None
 
 
-def _in_model(path: Path, name: str) -> Path | None:
-    """A file in the model folder of a run."""
+def _model_folder(path: Path) -> Path | None:
     kinds = (ModelCard.KIND, FirstStageCard.KIND)
-    homes = [f.parent for f in sorted(path.glob("*/config.yaml")) if card_kind(f) in kinds]
-    return next((home / name for home in homes if (home / name).is_file()), None)
+    return next((f.parent for f in sorted(path.glob("*/config.yaml")) if card_kind(f) in kinds), None)
 
 
-def _card(path: Path) -> str:
-    file = _in_model(path, CARD)
-    return file.read_text(encoding="utf-8", errors="replace") if file else ""
-
-
-def _figures(path: Path) -> tuple[dict[str, str], dict[str, Series]]:
-    """evaluation.json as text by name, and its curves: long mappings from numbers to numbers."""
-    file = _in_model(path, FIGURES)
-    if file is None:
-        return {}, {}
-    with blaming(file):
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        curves = {name: value for name, value in flat(tree) if isinstance(value, Mapping)}
-    series = {name: Series([int(t) for t in curve], list(curve.values())) for name, curve in curves.items()}
-    return {name.replace("_", " "): shown(value) for name, value in flat(tree) if name not in curves}, series
-
-
-def flat(tree: Any, mark: str = " · ", name: str = "") -> list[tuple[str, Any]]:
-    """(name, value) of the leaves of a tree of mappings; lists of mappings are numbered, curves are leaves."""
-    if isinstance(tree, Mapping) and tree and not _is_curve(tree):
-        parts = list(tree.items())
-    elif isinstance(tree, list) and any(isinstance(item, Mapping) for item in tree):
-        parts = list(enumerate(tree, 1))
-    else:
-        return [(name, tree)]
-    return [leaf for key, value in parts for leaf in flat(value, mark, f"{name}{mark}{key}" if name else str(key))]
-
-
-def _is_curve(tree: Mapping[Any, Any]) -> bool:
-    numbers = all(isinstance(value, (int, float)) for value in tree.values())
-    return numbers and len(tree) >= MIN_CURVE and all(str(key).isdecimal() for key in tree)
-
-
-def shown(value: Any) -> str:
-    """A leaf as text: numbers to six digits, lists joined by commas."""
-    if isinstance(value, list):
-        return ", ".join(map(shown, value))
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "" if value is None else str(value)
+def _card(model: Path | None) -> str:
+    file = model / CARD if model else None
+    return file.read_text(encoding="utf-8", errors="replace") if file and file.is_file() else ""
