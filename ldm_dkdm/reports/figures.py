@@ -37,7 +37,7 @@ class Figures:
                 self.curves[name] = Series([int(key) for key in value], list(value.values()))
             else:
                 self.values[name.replace("_", " ")] = shown(value)
-        for name, value in flat(others, MARK, prefix):
+        for name, value in flat(others, MARK, prefix) if others else []:
             self.provenance[name.replace("_", " ")] = shown(value)
 
 
