@@ -53,7 +53,7 @@ class Browser:
         """Wait until something is so; a minute at most."""
         end = time.monotonic() + 60
         while not reached():
-            assert time.monotonic() < end, self._logs()
+            assert time.monotonic() < end, self.complaints()
             time.sleep(0.02)
 
     def _logs(self) -> tuple[list[str], list[str]]:
