@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from ldm_dkdm import UserError, distill, write_report
 from ldm_dkdm.commands.main import main
 from ldm_dkdm.config.load import to_yaml
-from ldm_dkdm.reports.charts import pool_map, sections_of, time_left
+from ldm_dkdm.reports.charts import points_of, pool_map, sections_of, time_left
 from ldm_dkdm.reports.pictures import MAX_SIDE, picture
 from ldm_dkdm.reports.run_files import MAX_GRIDS, read_run
 from ldm_dkdm.reports.tables import MAX_POINTS, read_series
@@ -76,6 +77,7 @@ def test_a_row_that_is_being_written_waits_for_the_next_page(tmp_path: Path) -> 
         ("step,loss\n1\n2,3\n", "metrics.csv: line 2 has 1 cells, the header 2"),
         ("loss\n1\n", "metrics.csv: has no column step"),
         ("step,loss\n,1\n", "metrics.csv: line 2 has no step"),
+        ("step,loss\nnan,1\n", "metrics.csv: line 2 has no step"),
     ],
 )
 def test_a_damaged_table_is_refused_and_nothing_is_written(tmp_path: Path, table: str, message: str) -> None:
@@ -191,7 +193,8 @@ def test_the_pools_map_holds_shares(tmp_path: Path) -> None:
 def test_columns_that_no_chart_names_get_one(tmp_path: Path) -> None:
     run = begun(tmp_path / "run")
     write_table(run / "metrics.csv", [{"step": 1, "loss": 1, "dead_codes": 3, "seconds": 1}])
-    sections = sections_of([read_run(run)], "seconds")
+    found = read_run(run)
+    sections = sections_of([found], [points_of(found, "seconds")])
     assert {title: [chart.title for chart in charts] for title, charts in sections.items()} == {
         "Loss": ["Loss"],
         "Speed": ["Training time"],
@@ -204,6 +207,14 @@ def test_records_of_one_reference_are_told_apart(tmp_path: Path) -> None:
     write_json(run / "student" / "evaluations" / "emoji-zz.json", {**RECORD, "figures": {"FID": 3}})
     assert read_run(run).figures.values["emoji · FID"] == "12.5"
     assert read_run(run).figures.values["emoji-zz · FID"] == "3"
+
+
+def test_a_figure_that_is_not_a_number_is_no_point(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    write_json(run / "student" / "evaluation.json", {"FID": math.nan, "by_t": {"0": 1, "1": math.nan, "2": 3, "3": 4}})
+    page = write_report([run], tmp_path / "report.html")
+    assert data_in(page)["runs"][0]["points"]["by_t"] == {"x": [0, 2, 3], "y": [1, 3, 4]}
+    assert read_run(run).figures.values["FID"] == "nan"
 
 
 def test_a_card_is_read_without_its_front_matter() -> None:

@@ -89,6 +89,7 @@ def test_runs_are_compared_in_every_chart(browser: Browser, two: Path) -> None:
     assert browser.texts("#overview thead th") == ["first", "second"]
     assert browser.texts("#samples figcaption") == ["Teacher", "first, step 100", "second, step 200"]
     assert browser.texts("#figures > .scroll tr")[-2:] == ["emoji · FID12.512.5", "emoji · IS"]
+    assert browser.texts("#card summary") == ["first: README.md", "second: README.md"]
     counts = {name: len(x) for name, (x, _) in browser.curves("loss").items()}
     assert counts == {"first": 10, "second": 20}
     assert [len(browser.curves("age_mean", run)["oldest"][0]) for run in (0, 1)] == [10, 20]

@@ -67,12 +67,13 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
     ),
 }
 OTHERS, CURVES = "Other columns", "Figures as curves"
+Points = Mapping[str, Series]  # of all lines of a run, by column
 UNITS = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}  # of a time axis, the first that the longest time fills
 
 
-def sections_of(runs: Sequence[RunFiles], unit: str) -> dict[str, list[Chart]]:
-    """The charts for which a run has points, by section; columns that no chart names get one each."""
-    present = dict.fromkeys(column for run in runs for column in points_of(run, unit))
+def sections_of(runs: Sequence[RunFiles], points: Sequence[Points]) -> dict[str, list[Chart]]:
+    """The charts for which a run has points (`points_of`), by section; columns that no chart names get one each."""
+    present = dict.fromkeys(column for own in points for column in own)
     curves = dict.fromkeys(name for run in runs for name in run.figures.curves)
     found = {title: [c for c in charts if not present.keys().isdisjoint(c.lines)] for title, charts in SECTIONS.items()}
     known = {"seconds", *(bin_name(i) for i in range(POOL_BINS)), *curves}
@@ -82,10 +83,9 @@ def sections_of(runs: Sequence[RunFiles], unit: str) -> dict[str, list[Chart]]:
     return {title: charts for title, charts in found.items() if charts}
 
 
-def places_of(chart: Chart, runs: Sequence[RunFiles], unit: str) -> list[int]:
-    """The runs whose own chart this is, by their place; for a chart of all runs the first."""
-    own = [i for i, run in enumerate(runs) if not points_of(run, unit).keys().isdisjoint(chart.lines)]
-    return own if chart.alone else [0]
+def places_of(chart: Chart, points: Sequence[Points]) -> list[int]:
+    """The runs that have this chart to themselves, by their index; for a chart of all runs the first."""
+    return [i for i, own in enumerate(points) if not own.keys().isdisjoint(chart.lines)] if chart.alone else [0]
 
 
 def bin_name(i: int) -> str:
@@ -93,12 +93,12 @@ def bin_name(i: int) -> str:
     return f"t_{i:02d}"
 
 
-def points_of(run: RunFiles, unit: str) -> dict[str, Series]:
+def points_of(run: RunFiles, unit: str) -> Points:
     """The points of all lines of a run by column, times in a unit of UNITS."""
     found = {**run.series, **run.figures.curves}
     divisor = UNITS[unit]
     for column, series in (("elapsed", run.series.get("seconds")), ("left", time_left(run))):
-        if series is not None:
+        if series is not None and series.steps:
             found[column] = Series(series.steps, [value / divisor for value in series.values])
     return found
 

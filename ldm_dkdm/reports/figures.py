@@ -1,6 +1,7 @@
 """Read the figures of a run's model: evaluation.json and evaluations/*.json in its folder."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,8 @@ class Figures:
         others = {key: value for key, value in tree.items() if key != "figures"} if is_record else {}
         for name, value in flat(values, MARK, prefix):
             if isinstance(value, Mapping) and value:
-                self.curves[name] = Series([int(key) for key in value], list(value.values()))
+                points = {int(key): number for key, number in value.items() if math.isfinite(number)}
+                self.curves[name] = Series(list(points), list(points.values()))
             else:
                 self.values[name.replace("_", " ")] = shown(value)
         for name, value in flat(others, MARK, prefix) if others else []:

@@ -3,7 +3,7 @@
 import base64
 import gzip
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
 from importlib.resources import files
@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from ldm_dkdm import __version__
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded, write_text
-from ldm_dkdm.reports.charts import Chart, places_of, points_of, pool_map, sections_of, unit_of
+from ldm_dkdm.reports.charts import Chart, Points, places_of, points_of, pool_map, sections_of, unit_of
 from ldm_dkdm.reports.pictures import Picture
 from ldm_dkdm.reports.run_files import RunFiles, read_run
 from ldm_dkdm.reports.tables import Series, thinned
@@ -52,7 +52,8 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
 def page_of(runs: Sequence[RunFiles]) -> str:
     """The page as HTML."""
     names, unit = names_of([run.path for run in runs]), unit_of(runs)
-    sections = sections_of(runs, unit)
+    points = [points_of(run, unit) for run in runs]
+    sections = sections_of(runs, points)
     script, plotly = _resource("page.js"), _plotly()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
@@ -60,16 +61,19 @@ def page_of(runs: Sequence[RunFiles]) -> str:
         names=names,
         runs=runs,
         sections=sections,
-        places=lambda chart: places_of(chart, runs, unit),
+        places=lambda chart: places_of(chart, points),
         unit=unit,
-        timed=any("elapsed" in points_of(run, unit) for run in runs),
+        timed=any("elapsed" in own for own in points),
         teachers=_teachers(runs),
         facts=rows_of([facts_of(run) for run in runs]),
         figures=rows_of([run.figures.values for run in runs]),
         provenance=rows_of([run.figures.provenance for run in runs]),
         differences=differences_of(runs),
         cards=[blocks_of(run.card) for run in runs],
-        data=_data(runs, names, sections, unit),
+        data={
+            "charts": [_chart(chart, unit) for charts in sections.values() for chart in charts],
+            "runs": [_run(*run) for run in zip(names, runs, points)],
+        },
         style=_resource("page.css"),
         script=script,
         plotly=plotly,
@@ -90,26 +94,16 @@ def _teachers(runs: Sequence[RunFiles]) -> list[Picture | None]:
     return shown
 
 
-def _data(
-    runs: Sequence[RunFiles], names: Sequence[str], sections: Mapping[str, Sequence[Chart]], unit: str
-) -> dict[str, Any]:
-    """What the script draws: charts in the order of the page; of each run its points, its pool and its grids."""
-    return {
-        "charts": [{**vars(chart), "y": chart.y.format(time=unit)} for charts in sections.values() for chart in charts],
-        "runs": [
-            {
-                "name": name,
-                "points": {column: _points(series) for column, series in points_of(run, unit).items()},
-                "pool": pool_map(run),
-                "grids": [
-                    # the last one is in the page itself
-                    {"step": grid.step, "uri": grid.image.uri if grid is not run.grids[-1] else None}
-                    for grid in run.grids
-                ],
-            }
-            for name, run in zip(names, runs)
-        ],
-    }
+def _chart(chart: Chart, unit: str) -> dict[str, Any]:
+    """A chart for the script, in the order of the page."""
+    return {**vars(chart), "y": chart.y.replace("{time}", unit)}
+
+
+def _run(name: str, run: RunFiles, points: Points) -> dict[str, Any]:
+    """What the script draws of a run; its last grid is in the page already."""
+    grids = [{"step": grid.step, "uri": None if grid is run.grids[-1] else grid.image.uri} for grid in run.grids]
+    lines = {column: _points(series) for column, series in points.items()}
+    return {"name": name, "points": lines, "pool": pool_map(run), "grids": grids}
 
 
 def _points(series: Series) -> dict[str, list[float]]:

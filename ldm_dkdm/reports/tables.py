@@ -72,10 +72,11 @@ def read_rows(file: Path) -> Iterator[Row]:
             return
         if len(cells) != len(header):
             raise UserError(f"{file}: line {number} has {len(cells)} cells, the header {len(header)}")
-        if not cells[header.index("step")]:
-            raise UserError(f"{file}: line {number} has no step")
         row = {name: _number(cell, f"{file}: line {number}, {name}") for name, cell in zip(header, cells) if cell}
-        yield {name: value for name, value in row.items() if math.isfinite(value)}
+        finite = {name: value for name, value in row.items() if math.isfinite(value)}
+        if "step" not in finite:
+            raise UserError(f"{file}: line {number} has no step")
+        yield finite
 
 
 def _number(cell: str, where: str) -> float:
