@@ -84,7 +84,7 @@ def test_the_slider_moves_the_samples_of_all_runs_by_keys(browser: Browser, two:
     assert browser.complaints() == []
 
 
-def test_runs_are_compared_in_every_chart(browser: Browser, two: Path) -> None:
+def test_runs_are_compared_in_every_chart_and_in_words(browser: Browser, two: Path) -> None:
     browser.open(two)
     assert browser.texts("#overview thead th") == ["first", "second"]
     assert browser.texts("#samples figcaption") == ["Teacher", "first, step 100", "second, step 200"]
@@ -95,10 +95,27 @@ def test_runs_are_compared_in_every_chart(browser: Browser, two: Path) -> None:
     assert [len(browser.curves("age_mean", run)["oldest"][0]) for run in (0, 1)] == [10, 20]
     assert browser.texts("#config table tbody tr")[0] == "trainer.max_steps100400"
     assert "Steps100 of 100200 of 400" in browser.texts("#overview tr")
+    assert browser.run("return [...document.images].map(e => e.alt)") == [
+        "Samples of the teacher",
+        "Samples of first at step 100",
+        "Samples of second at step 200",
+    ]
+    words = browser.run("return [...document.querySelectorAll('.chart')].map(e => e.ariaLabel)")
+    assert words[0] == "Loss. first: 0.1 at 10, 0.01 at 100; second: 0.1 at 10, 0.005 at 200"
+    assert all(words)
 
 
-def test_curves_can_be_drawn_over_the_training_time(browser: Browser, two: Path) -> None:
+def test_curves_can_be_zoomed_and_drawn_over_the_training_time(browser: Browser, two: Path) -> None:
     browser.open(two)
+    ends = "return document.querySelector('.chart[data-chart=loss]').layout.xaxis.range"
+    whole = browser.run(ends)
+    for button, reached in (
+        ("Zoom in", lambda: whole[0] < browser.run(ends)[0] < browser.run(ends)[1] < whole[1]),
+        ("Reset axes", lambda: browser.run(ends) == whole),
+    ):
+        place = f'.chart[data-chart="loss"] [data-title="{button}"]'
+        browser.driver.find_element(By.CSS_SELECTOR, place).click()
+        browser.wait_for(reached)
     browser.driver.find_element(By.CSS_SELECTOR, "#axis option:last-child").click()
     browser.wait_for(browser.drawn)
     minutes = [float(f"{step / 120:.6g}") for step in range(10, 201, 10)]
@@ -144,29 +161,3 @@ def test_a_narrow_page_in_both_schemes_needs_no_sideways_scrolling(browser: Brow
         "return [getComputedStyle(document.body).backgroundColor, document.querySelector('.chart').layout.font.color]"
     )
     assert (back, font) == {"light": ("rgb(255, 255, 255)", "#5d6570"), "dark": ("rgb(20, 23, 27)", "#a0a8b3")}[scheme]
-
-
-def test_images_and_charts_have_words(browser: Browser, two: Path) -> None:
-    browser.open(two)
-    assert browser.run("return [...document.images].map(e => e.alt)") == [
-        "Samples of the teacher",
-        "Samples of first at step 100",
-        "Samples of second at step 200",
-    ]
-    words = browser.run("return [...document.querySelectorAll('.chart')].map(e => e.ariaLabel)")
-    assert words[0] == "Loss. first: 0.1 at 10, 0.01 at 100; second: 0.1 at 10, 0.005 at 200"
-    assert all(words)
-
-
-def test_charts_can_be_zoomed(browser: Browser, two: Path) -> None:
-    browser.open(two)
-    ends = "return document.querySelector('.chart[data-chart=loss]').layout.xaxis.range"
-    whole = browser.run(ends)
-    for button, reached in (
-        ("Zoom in", lambda: whole[0] < browser.run(ends)[0] < browser.run(ends)[1] < whole[1]),
-        ("Reset axes", lambda: browser.run(ends) == whole),
-    ):
-        place = f'.chart[data-chart="loss"] [data-title="{button}"]'
-        browser.driver.find_element(By.CSS_SELECTOR, place).click()
-        browser.wait_for(reached)
-    assert browser.complaints() == []
