@@ -18,7 +18,7 @@ CONFIG = {
     "student": {"target": "ldm_dkdm.networks.UNet"},
     "trainer": {"max_steps": 100, "learning_rate": 0.001},
 }
-CARD = {"weights": "student.safetensors", "network": {"target": "ldm_dkdm.networks.UNet"}}
+CARD = {"weights": "student.safetensors", "info": {"step": 100}, "network": {"target": "ldm_dkdm.networks.UNet"}}
 CURVE = {"0": 0.5, "25": 0.2, "50": 0.1, "75": 0.05}
 FIGURES = {"eps_mse_by_t": CURVE, "eps_mse_by_t_quarter": [0.5, 0.25], "student_parameters": 7}
 RECORD = {  # of dkdm evaluate with a reference

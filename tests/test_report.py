@@ -19,7 +19,7 @@ from ldm_dkdm.reports.charts import points_of, pool_map, sections_of, time_left
 from ldm_dkdm.reports.pictures import MAX_SIDE, picture
 from ldm_dkdm.reports.run_files import MAX_GRIDS, read_run
 from ldm_dkdm.reports.tables import MAX_POINTS, read_series
-from ldm_dkdm.reports.texts import blocks_of, names_of
+from ldm_dkdm.reports.texts import blocks_of, facts_of, names_of
 from tests.cli import contents, write_yaml
 from tests.run_folders import CARD, RECORD, begun, finished, pool_to, rows_to, write_json, write_png, write_table
 from tests.test_tables import NUMBERS, pixel_model
@@ -215,6 +215,12 @@ def test_a_figure_that_is_not_a_number_is_no_point(tmp_path: Path) -> None:
     page = write_report([run], tmp_path / "report.html")
     assert data_in(page)["runs"][0]["points"]["by_t"] == {"x": [0, 2, 3], "y": [1, 3, 4]}
     assert read_run(run).figures.values["FID"] == "nan"
+
+
+def test_an_early_end_counts_the_steps_of_the_saved_model(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", 50)
+    write_yaml(run / "student" / "config.yaml", {**CARD, "info": {"step": 57}})
+    assert facts_of(read_run(run))["Steps"] == "57 of 100"
 
 
 def test_a_card_is_read_without_its_front_matter() -> None:

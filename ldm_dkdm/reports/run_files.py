@@ -35,7 +35,7 @@ class RunFiles:
     """The content of a run folder.
 
     Attributes:
-        path: the folder. config: its config.yaml as text.
+        path: the folder. saved_step: training step of its model, 0 without one. config: its config.yaml as text.
         keys: dotted key of the config -> value.
         series: column -> points by training step, of metrics.csv and pool.csv.
         figures: of its model.
@@ -45,6 +45,7 @@ class RunFiles:
     """
 
     path: Path
+    saved_step: int
     config: str
     keys: Mapping[str, Any]
     series: Mapping[str, Series]
@@ -73,8 +74,9 @@ def read_run(path: Path) -> RunFiles:
     images = [(found[i][0], _image(found[i][1])) for i in spread(len(found), MAX_GRIDS)]
     return RunFiles(
         path=path,
+        saved_step=_saved_step(model),
         config=file.read_text(encoding="utf-8-sig"),
-        keys=dict(flat(OmegaConf.to_container(read_yaml(file), resolve=False), ".")),
+        keys=_keys(file),
         series={**read_series(metrics_files(path)), **_optional(path / "pool.csv")},
         figures=read_figures(model),
         card=_card(model),
@@ -104,6 +106,17 @@ def _image(file: Path) -> Picture | None:
 def _model_folder(path: Path) -> Path | None:
     kinds = (ModelCard.KIND, FirstStageCard.KIND)
     return next((f.parent for f in sorted(path.glob("*/config.yaml")) if card_kind(f) in kinds), None)
+
+
+def _keys(config: Path) -> dict[str, Any]:
+    """Dotted key -> value; `${...}` stays as it is written."""
+    return dict(flat(OmegaConf.to_container(read_yaml(config), resolve=False), "."))
+
+
+def _saved_step(model: Path | None) -> int:
+    """The step in the facts of a model folder."""
+    step = _keys(model / "config.yaml").get("info.step") if model else None
+    return step if isinstance(step, int) else 0
 
 
 def _card(model: Path | None) -> str:

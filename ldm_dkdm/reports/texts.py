@@ -48,7 +48,7 @@ def _first_last_best(label: str, values: Sequence[float]) -> dict[str, str]:
 
 def _last_step(run: RunFiles) -> int:
     written = [series.steps[-1] for series in run.series.values() if series.steps]
-    return max([*written, *(grid.step for grid in run.grids)], default=0)
+    return max([run.saved_step, *written, *(grid.step for grid in run.grids)])
 
 
 def rows_of(columns: Sequence[Mapping[str, str]]) -> Rows:
