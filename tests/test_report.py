@@ -19,7 +19,7 @@ from ldm_dkdm.reports.charts import points_of, pool_map, sections_of, time_left
 from ldm_dkdm.reports.pictures import MAX_SIDE, picture
 from ldm_dkdm.reports.run_files import MAX_GRIDS, read_run
 from ldm_dkdm.reports.tables import MAX_POINTS, read_series
-from ldm_dkdm.reports.texts import blocks_of, facts_of, names_of
+from ldm_dkdm.reports.texts import blocks_of, differences_of, facts_of, names_of
 from tests.cli import contents, write_yaml
 from tests.run_folders import CARD, RECORD, begun, finished, pool_to, rows_to, write_json, write_png, write_table
 from tests.test_tables import NUMBERS, pixel_model
@@ -221,6 +221,11 @@ def test_an_early_end_counts_the_steps_of_the_saved_model(tmp_path: Path) -> Non
     run = finished(tmp_path / "run", 50)
     write_yaml(run / "student" / "config.yaml", {**CARD, "info": {"step": 57}})
     assert facts_of(read_run(run))["Steps"] == "57 of 100"
+
+
+def test_values_are_written_as_in_yaml(tmp_path: Path) -> None:
+    runs = [begun(tmp_path / name, **config) for name, config in (("a", {"x": {"y": True}}), ("b", {"x": {"y": None}}))]
+    assert differences_of([read_run(run) for run in runs]) == [("x.y", ["true", "null"])]
 
 
 def test_a_card_is_read_without_its_front_matter() -> None:

@@ -80,7 +80,9 @@ def _is_curve(tree: Mapping[Any, Any]) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A leaf as text: numbers to six digits, lists joined by commas."""
+    """A leaf as text: numbers to six digits, lists joined by commas, true and false as in YAML."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, list):
         return ", ".join(map(shown, value))
     if isinstance(value, float):
