@@ -146,12 +146,26 @@ class DistillConfig(Section):
 
 @dataclass(frozen=True)
 class EarlyStopConfig(Section):
-    """Stop when a figure's mean over `window` steps has not fallen for `patience` windows."""
+    """Stop when a figure's mean over `window` steps has not fallen for `patience` windows.
 
-    monitor: Literal["loss", "eps_mse"] = key("loss", help="Figure that should fall.")
-    window: int = key(1000, min=1, help="Steps over which the figure is averaged.")
-    patience: int = key(10, min=1, help="Windows without a fall before the run ends.")
+    `agreement` is not averaged: a window is one measurement.
+    """
+
+    monitor: Literal["loss", "eps_mse", "agreement"] = key(
+        "loss", help="Figure that should fall; `agreement` is measured every `logging.evaluate_every` steps."
+    )
+    window: int = key(1000, min=1, help="Steps over which `loss` or `eps_mse` is averaged.")
+    patience: int = key(10, min=1, help="Windows, or measurements of `agreement`, without a fall before the run ends.")
     min_delta: float = key(0.0, min=0, help="Smallest fall that counts.")
+
+    def __post_init__(self) -> None:
+        """Refuse a window of a figure that has none."""
+        super().__post_init__()
+        default = next(f.default for f in fields(self) if f.name == "window")
+        if self.monitor == "agreement" and self.window != default:
+            raise UserError(
+                "window: has no effect with monitor: agreement, which logging.evaluate_every times; leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -182,16 +196,3 @@ class TrainerConfig(Section):
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = key("auto", help="Kind of device to train on.")
     devices: int = key(1, min=1, help="Number of devices; each has a pool of its own.")
     seed: int = key(0, min=0, help="Seed of every random choice.")
-
-
-@dataclass(frozen=True)
-class LoggingConfig(Section):
-    """Where a run writes and how often, in training steps."""
-
-    dir: str = key("logs", path=True, help="Folder that holds the runs.")
-    name: str | None = key(None, help="Name of the run folder; null joins the names of the config files.")
-    save_every: int = key(5000, min=1, help="Steps between checkpoints.")
-    sample_every: int = key(5000, min=1, help="Steps between grids of samples.")
-    sample_count: int = key(16, min=1, help="Samples in a grid.")
-    sample_steps: int = key(50, min=1, help="DDIM steps of the grids' samples; the default is at most T.")
-    export_dtype: Literal["float32", "float16"] = key("float32", help="Number format of the saved model's weights.")

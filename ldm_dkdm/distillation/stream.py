@@ -106,7 +106,7 @@ class DistillStream(BatchStream):
             fresh = self.teacher.draw_labels(len(label), generator)
             assert fresh is not None  # labelled slots come from a class-conditional teacher
             label = torch.where(finished, fresh, label)
-        self.pool.put_back(indices, NoisyBatch(x_next, t_next, label))
+        self.pool.put_back(indices, NoisyBatch(x_next, t_next, label), self.step + 1)
         return DistillBatch(slots.x, slots.t, target, slots.label)
 
     def _moves(self, t: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,7 @@ def _train_first_stage_in(run: Run) -> Result:
 
     export = _export_on_save(config, run.folder, images, held_out)
     with run.open():
-        result = run.fit(module, stream_for, [RunCheckpoint(run.folder.checkpoints, config.logging.save_every, export)])
+        result = run.fit(module, stream_for, [RunCheckpoint(run.folder.checkpoints, config.logging, export)])
     return replace(result, model=vq.eval())
 
 

@@ -133,7 +133,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     samples = run.folder.path / "samples"
     info = {**model.info, **_named_classes(model, config.data, sets[0])}
     export = export_on_save(model.changed(info=info), run.folder, config.logging.export_dtype)
-    saving = RunCheckpoint(run.folder.checkpoints, config.logging.save_every, export)
+    saving = RunCheckpoint(run.folder.checkpoints, config.logging, export)
     with run.open():
         if is_first_rank():
             count = min(config.logging.sample_count, len(sets[0]))
