@@ -21,7 +21,15 @@ from tests.cli import distil, sample, write_yaml
 from tests.parts import UNET_PARAMS, distill_config, randomised
 
 SCHEDULE = NoiseSchedule(num_timesteps=20)
-NUMBERS = {"steps": 2, "batch_size": 4, "rho": 0.5, "check": False, "progress": False, "sample_every": 99}
+NUMBERS = {
+    "steps": 2,
+    "batch_size": 4,
+    "rho": 0.5,
+    "check": False,
+    "progress": False,
+    "sample_every": 99,
+    "evaluate_every": 0,
+}
 NUMBERS |= {"accelerator": "cpu", "precision": "32", "sample_steps": 2, "warmup": "noise"}
 
 

@@ -27,7 +27,7 @@ KEPT_STATES = 20  # timesteps of a chain at which the eps error is measured
 IMAGES = 16  # images from the same noise
 STEPS = 20  # DDIM steps of these images
 BATCH = 16  # states in a call of the student, so that a measurement fits beside a training
-LEAST_SIDE = 11  # pixels of SSIM's window
+LEAST_SIDE = 6  # pixels; SSIM's window of 11 mirrors 5 of them at each border
 FIGURES = ("agreement", *(f"agreement_q{quarter}" for quarter in range(1, 5)), "x0_drift", "psnr", "ssim")
 
 
@@ -80,8 +80,8 @@ def agreement(student: DiffusionModel, reference: Reference) -> dict[str, float]
       agreement_q1 ... q4: the same for t in the quarters of [0, T), ascending.
     - x0_drift: both models walk their own DDIM chain from the same noise; squared difference of the x_0 that they
       predict, mean over elements, images and steps. It also shows the errors that add up along a chain.
-    - psnr (dB) and ssim of the images at the ends of these chains, against the teacher's (Wang et al. 2004, with a
-      window of 11 pixels; smaller images have no SSIM).
+    - psnr (dB, at most 100) and ssim of the images at the ends of these chains, against the teacher's (Wang et al.
+      2004, with a window of 11 pixels and mirrored borders; images with a side below 6 pixels have no SSIM).
     """
     device, total = student.device, student.schedule.num_timesteps
 
@@ -113,7 +113,7 @@ def _walked(model: DiffusionModel, seed: int, label: Tensor | None) -> tuple[Ten
     label = None if label is None else label.to(device)
     states = last(SAMPLERS["ddim"].walk(model.schedule, denoise, noise(), noise, steps, label))
     codec = model.codec().to(device, resolve_precision(model.precision, device))
-    return torch.stack(kept), codec.decode(states).cpu()
+    return torch.stack(kept), codec.decode(states).cpu().contiguous()
 
 
 def _likeness(images: Tensor, teachers: Tensor) -> dict[str, float]:
@@ -121,8 +121,8 @@ def _likeness(images: Tensor, teachers: Tensor) -> dict[str, float]:
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     ours, theirs = (batch.movedim(-1, 1).float() / 255 for batch in (images, teachers))
-    psnr = peak_signal_noise_ratio(ours, theirs, data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
-    figures = {"psnr": psnr.clamp(max=100.0).item()}  # equal images have no bound
+    psnr = peak_signal_noise_ratio(ours, theirs, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    figures = {"psnr": psnr.clamp(max=100.0).mean().item()}  # equal images have no bound
     if min(images.shape[1:3]) >= LEAST_SIDE:
         ssim = structural_similarity_index_measure(ours, theirs, data_range=1.0)
         assert isinstance(ssim, Tensor)  # other options return a pair

@@ -24,7 +24,8 @@ class Windows(StepCallback):
         self.seconds, self._since = 0.0, 0.0
         self.started = 0.0  # seconds at the window's start
         self.totals: dict[str, float | Tensor] = {}  # sums in the current window
-        self.batches, self.steps = 0, 0  # counts in the current window
+        self.counts: dict[str, int] = {}  # batches in these sums
+        self.steps = 0  # in the current window
         self.learning_rate = 0.0
         self.figures: dict[str, float] = {}  # measured in this step
 
@@ -41,7 +42,7 @@ class Windows(StepCallback):
         for name, value in trainer.callback_metrics.items():
             if name not in FIGURES:
                 self.totals[name] = self.totals.get(name, 0.0) + value
-        self.batches += 1
+                self.counts[name] = self.counts.get(name, 0) + 1
         super().on_train_batch_end(trainer, module, *args)
 
     def measured(self, trainer: L.Trainer, figures: Mapping[str, float]) -> None:
@@ -61,20 +62,20 @@ class Windows(StepCallback):
 
     def _means(self, trainer: L.Trainer) -> dict[str, float]:
         """The figures of a window, which ends here."""
-        sums = torch.stack([torch.as_tensor(total, dtype=torch.float32) for total in self.totals.values()])
-        means = (trainer.strategy.reduce(sums) / self.batches).tolist()
+        means = torch.stack([torch.as_tensor(total) / self.counts[name] for name, total in self.totals.items()])
         row = {"steps_per_second": self.steps / max(1e-9, self.seconds - self.started)}
-        row |= dict(zip(self.totals, means, strict=True)) | {"learning_rate": self.learning_rate}
-        self.totals, self.batches, self.steps, self.started = {}, 0, 0, self.seconds
+        row |= dict(zip(self.totals, trainer.strategy.reduce(means).tolist(), strict=True))
+        row["learning_rate"] = self.learning_rate
+        self.totals, self.counts, self.steps, self.started = {}, {}, 0, self.seconds
         return row
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs."""
         totals = {name: float(total) for name, total in self.totals.items()}
-        counts = {"batches": self.batches, "steps": self.steps}
-        return {"seconds": self.seconds, "started": self.started, "totals": totals, **counts}
+        times = {"seconds": self.seconds, "started": self.started}
+        return {**times, "totals": totals, "counts": dict(self.counts), "steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the window."""
-        for name in ("seconds", "started", "totals", "batches", "steps"):
+        for name in ("seconds", "started", "totals", "counts", "steps"):
             setattr(self, name, state_dict[name])
