@@ -1,6 +1,7 @@
 """Where a run's figures and grids are logged: Lightning's loggers, and one CSV file through all resumes."""
 
 import importlib.util
+import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -73,7 +74,8 @@ class WeightsAndBiases(WandbLogger):
             write_text(known, secrets.token_hex(4))
         own = known.read_text() if known.is_file() else None  # other ranks log nothing
         settings = wandb.Settings(console="off", silent=True)
-        super().__init__(folder.name, folder, id=own, project="ldm_dkdm", settings=settings)
+        project = os.environ.get("WANDB_PROJECT", "ldm_dkdm")
+        super().__init__(folder.name, folder, id=own, project=project, settings=settings)
         try:
             self.experiment  # noqa: B018 (its first use opens it)
         except wandb.Error as error:
