@@ -102,6 +102,7 @@ def run(teacher: Path, folder: Path, name: str, *changes: str, **sections: dict[
     return distil("--base", write_yaml(folder / f"{name}.yaml", config), *changes)
 
 
+@pytest.mark.usefixtures("few_images")
 def test_measuring_changes_nothing_in_the_training_and_a_resume_asks_the_teacher_no_more(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from tests.cli import distil, sample, table, write_yaml
 from tests.parts import distill_config
 from tests.process import changes, process_state
 
+pytestmark = pytest.mark.usefixtures("few_images")
 TIMED = ("seconds", "steps_per_second")
 
 
