@@ -48,4 +48,4 @@ class SampleGrid(StepCallback):
             config = SamplingConfig(self.settings.sample_count, seed=self.seed, steps=steps)
             sheet = grid(torch.cat([batch.images for batch in model.sample_batches(config)]))
             save_image(sheet, path)
-            show_image(trainer.loggers, name, np.asarray(sheet.convert("RGB")), trainer.global_step)
+            show_image(trainer.loggers, name, np.asarray(sheet), trainer.global_step)
