@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +62,17 @@ def gather(
     for name, statistics in gathered.items():
         if cache is not None and extractors[name].moments:
             statistics.write(_file(cache, source, extractors[name]))
-    return {name: gathered.get(name) or _known(found[name]) for name in extractors}
+    at_hand = {name: statistics for name, statistics in found.items() if statistics is not None}
+    return {name: _with_stored(source, extractors[name], part) for name, part in {**at_hand, **gathered}.items()}
 
 
-def _known(statistics: Statistics | None) -> Statistics:
-    assert statistics is not None  # it was found, or gathered
-    return statistics
+def _with_stored(source: ImageSource, extractor: Extractor, gathered: Statistics) -> Statistics:
+    """Mean and covariance as the file stores them: guided-diffusion's hold those of more images than are in it."""
+    stored = source.stored()
+    if stored is None or not fits(stored, extractor):
+        return gathered
+    named = {name: getattr(stored, name) for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    return replace(gathered, count=stored.count, **{name: array for name, array in named.items() if array is not None})
 
 
 def _facts(source: ImageSource, collector: Collector) -> dict[str, object]:

@@ -86,8 +86,8 @@ def inception_score(pair: Pair) -> dict[str, float]:
     """IS: mean and deviation over splits of 5,000 images in turn."""
     if pair.samples.scores is None:
         raise UserError("metrics: a file of statistics has no Inception score; give its images")
-    scores = pair.samples.scores.scores()
-    return {pair.extractor.titled("IS"): float(scores.mean()), pair.extractor.titled("IS std"): float(scores.std())}
+    scores, name = pair.samples.scores.scores(), pair.extractor.titled("IS")
+    return {name: float(scores.mean()), f"{name} std": float(scores.std())}
 
 
 def precision_recall(pair: Pair) -> dict[str, float]:
@@ -115,10 +115,8 @@ def kernel_distance(pair: Pair) -> dict[str, float]:
     for _ in range(SUBSETS):
         chosen = (x[generator.choice(len(x), size, replace=False)].astype(np.float64) for x in (samples, reference))
         values.append(kernel_mmd(*chosen))
-    return {
-        pair.extractor.titled("KID"): float(np.mean(values)),
-        pair.extractor.titled("KID std"): float(np.std(values)),
-    }
+    name = pair.extractor.titled("KID")
+    return {name: float(np.mean(values)), f"{name} std": float(np.std(values))}
 
 
 def pixel_frechet(pair: Pair) -> dict[str, float]:

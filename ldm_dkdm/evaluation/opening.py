@@ -49,13 +49,13 @@ def open_images(
                 f"samples: {path} is a first stage; name the images that it should reconstruct as reference"
             )
         return Reconstructions(FirstStageSource(path).codec().to(device), reconstructed, str(images))
-    if is_image_set(path):
+    if not is_model(path):
         return image_files(path, size)
     return sampled(load_model(path).to(device), config, str(images))
 
 
-def is_image_set(path: Path) -> bool:
-    """Whether a path is an .npz, or a folder without a model in it; all else is opened as a model."""
-    if path.suffix == ".npz":
-        return True
-    return path.is_dir() and not holds_weights(path) and not any((path / name).exists() for name in CONFIGS)
+def is_model(path: Path) -> bool:
+    """Whether a path is opened as a diffusion model: any but an .npz, a first stage, and a folder without weights."""
+    if path.suffix == ".npz" or is_first_stage_folder(path):
+        return False
+    return not path.is_dir() or holds_weights(path) or any((path / name).exists() for name in CONFIGS)

@@ -70,6 +70,7 @@ class ModelImages:
             "kind": "model",
             **self.sampling(),
             "guidance": self.model.guidance,
+            "parameters": self.model.parameters,
             "weights": "raw" if hints.use_ema is False else "EMA, where the file holds it",
             "sha256": sha256(file) if file is not None and file.exists() else self.weights,
             "size": self.model.shape[1] * self.model.codec().downsampling,
