@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ldm_dkdm.errors import UserError
 
+CPU_BATCH = 16  # images in a call on a CPU; larger calls leave its caches
 SHORT = 8  # digits of a hash in a name
 
 
@@ -58,9 +59,14 @@ class Extractor:
         channels = images.shape[-1]
         if channels not in (1, 3):
             raise UserError(f"features: {self.name} takes grey or RGB images, these have {channels} channels")
-        found = self.forward(images.movedim(-1, 1).expand(-1, 3, -1, -1).contiguous().to(self.device))
-        parts = (found.pooled, found.spatial, found.logits)
-        return Features(*(None if part is None else part.float().cpu() for part in parts))  # type: ignore[arg-type]
+        parts = [self._of(part) for part in images.split(CPU_BATCH if self.device.type == "cpu" else len(images))]
+        return Features(*(None if part[0] is None else torch.cat(part) for part in zip(*parts)))  # type: ignore[arg-type]
+
+    def _of(self, images: Tensor) -> tuple[Tensor | None, ...]:
+        assert self.forward is not None  # `__call__` has returned the pixels
+        x = images.movedim(-1, 1).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        found = self.forward(x.to(self.device))
+        return tuple(None if x is None else x.float().cpu() for x in (found.pooled, found.spatial, found.logits))
 
     @property
     def moments(self) -> bool:
