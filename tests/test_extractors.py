@@ -221,7 +221,7 @@ def test_files_and_names_of_no_extractor_are_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="does not hold weights of inception, efficientnet-lite0, dinov2"):
         open_extractor(tmp_path / "other.pth")
-    with pytest.raises(UserError, match="features: 'incepton' is not one of .*; did you mean 'inception'"):
+    with pytest.raises(UserError, match=r"features: 'incepton' is not one of .*; did you mean 'inception'"):
         open_extractor("incepton")
     assert named_features(packaged_weights()) == ("efficientnet-lite0", packaged_weights())
 

@@ -45,8 +45,9 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
 
     from ldm_dkdm.device import resolve_device
     from ldm_dkdm.evaluation.measuring import measure
-    from ldm_dkdm.evaluation.results import append_row, record_in_run, row_of, write_record
+    from ldm_dkdm.evaluation.results import append_row, read_rows, record_in_run, row_of, write_record
 
+    read_rows(options.results)  # refuses another file before anything is measured
     with flags(**FLAGS):
         device = resolve_device(options.device)
         samples, reference = _opened(options, paths, hints, device)

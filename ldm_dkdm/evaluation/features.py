@@ -42,7 +42,7 @@ class FeatureKind:
 
     @property
     def pinned(self) -> str | None:
-        """The hash of the weights that figures of this name have."""
+        """The hash of the weights that figures of this name have; None: of any."""
         return self.weights.sha256 if self.weights else self.sha256
 
 
@@ -103,7 +103,7 @@ def open_extractor(features: str | Path, device: torch.device | str = "cpu") -> 
         raise UserError(f"features: {name} needs the package {error.name}; {INSTALL}") from error
     forward.network.to(where).to(memory_format=torch.channels_last)  # 1.7 times as fast on a CPU
     found = sha256(path)
-    suffix = kind.suffix if found == kind.pinned else f"{kind.suffix or name}-{found[:SHORT]}"
+    suffix = kind.suffix if kind.pinned in (None, found) else f"{kind.suffix or name}-{found[:SHORT]}"
     return Extractor(name, suffix, forward, found, kind.resize, where)
 
 

@@ -32,6 +32,7 @@ SAMPLING = (
 )
 ORDER = ("FID", "sFID", "FD", "IS", "precision", "recall", "KID", "PSNR", "SSIM", "LPIPS")
 BEFORE = ("model", "parameters", "GFLOPs", "images", "sampler", "reference")
+DISTANCES = ("FID", "sFID", "FD", "KID", "precision", "recall")  # figures that depend on the reference
 AGREEMENT = "eps error by quarter of t"
 
 
@@ -47,23 +48,36 @@ def row_of(record: Record) -> dict[str, Any]:
     return {**row, "warnings": "; ".join(record["warnings"]), "ldm_dkdm": record["ldm_dkdm"]}
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file of results; none where there is no file.
+
+    Raises:
+        UserError: a file that is not one.
+    """
+    if not path.exists():
+        return []
+    try:
+        with blaming(path, "is not a CSV file of results"), path.open(newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}: is not a CSV file of results: {error}") from error
+    if any(None in row or "samples" not in row for row in rows):
+        raise UserError(f"{path}: is not a CSV file of results")
+    return rows
+
+
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add a row to a CSV file, atomically; new figures make new columns.
 
     Raises:
-        UserError: a file that is not CSV.
+        UserError: as `read_rows`.
     """
-    rows: list[Mapping[str, Any]] = []
-    if path.exists():
-        with blaming(path, "is not a CSV file of results"), path.open(newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
-    columns = dict.fromkeys(name for known in [*rows, row] for name in known)
-    if None in columns:
-        raise UserError(f"{path}: is not a CSV file of results: a row has more values than there are columns")
+    rows = [*read_rows(path), row]
+    columns = dict.fromkeys(name for known in rows for name in known)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows([*rows, row])
+    writer.writerows(rows)
     write_text(path, text.getvalue())
 
 
@@ -140,7 +154,7 @@ def _row(record: Record) -> dict[str, Any]:
     row = {"model": samples["source"], "parameters": _millions(samples.get("parameters")), "images": samples["images"]}
     row |= {"sampler": sampler, "reference": reference.get("source")}
     kept = {n: v for n, v in record["figures"].items() if _is_number(v) and not n.endswith(" std")}
-    row |= {f"{name}{prime if 'F' in name else ''}": value for name, value in kept.items()}
+    row |= {f"{name}{prime if name.startswith(DISTANCES) else ''}": value for name, value in kept.items()}
     return {name: value for name, value in row.items() if value not in (None, "")}
 
 

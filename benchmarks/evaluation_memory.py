@@ -1,0 +1,58 @@
+"""Seconds and peak memory of gathering statistics: python benchmarks/evaluation_memory.py --count 10000
+
+Writes random images of the given size to an .npz, streams them through an extractor twice (half of them, then all), and
+prints seconds and the process's peak memory of each. Peak memory must not grow with the number of images.
+On two AVX2 cores, shared with other work, 10,000 images of 64x64 through efficientnet-lite0: see docs/evaluation.md.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ldm_dkdm.evaluation.features import open_extractor
+from ldm_dkdm.evaluation.gathering import gather
+from ldm_dkdm.evaluation.sources import NpzImages
+from ldm_dkdm.images import npz_writer
+
+
+def write(path: Path, count: int, size: int) -> None:
+    """Random images (count,size,size,3), in parts."""
+    generator = np.random.default_rng(0)
+    with npz_writer(path, count) as writer:
+        for start in range(0, count, 100):
+            shape = (min(100, count - start), size, size, 3)
+            writer.add(torch.from_numpy(generator.integers(0, 256, shape, np.uint8)))
+
+
+def peak() -> float:
+    """Most memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def main() -> None:
+    """Measure half of the images, then all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--features", default="efficientnet-lite0")
+    parser.add_argument("--keep", action="store_true", help="keep the features, as KID and precision-recall need")
+    options = parser.parse_args()
+    extractor = open_extractor(options.features)
+    keep = {extractor.name} if options.keep else set()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "images.npz"
+        write(path, options.count, options.size)
+        for count in (options.count // 2, options.count):
+            started = time.perf_counter()
+            gather(NpzImages(path, "images", count), {extractor.name: extractor}, keep, cache=Path(folder) / "cache")
+            seconds = time.perf_counter() - started
+            print(f"{count} images: {seconds:.0f} s, {count / seconds:.1f} images/s, peak {peak():.0f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
