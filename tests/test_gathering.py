@@ -13,7 +13,11 @@ from torch import Tensor
 
 from ldm_dkdm import UserError, load_model
 from ldm_dkdm.config.schema import SamplingConfig
+from ldm_dkdm.evaluation import moments
+from ldm_dkdm.evaluation.collector import Collector
 from ldm_dkdm.evaluation.gathering import gather, statistics_cache
+from ldm_dkdm.evaluation.partial import stream
+from ldm_dkdm.evaluation.processes import Part
 from ldm_dkdm.evaluation.samples import sampled
 from ldm_dkdm.evaluation.sources import NpzImages, TensorImages
 from ldm_dkdm.evaluation.statistics import Statistics
@@ -36,7 +40,10 @@ def stop_after(count: int) -> object:
 
 def assert_same(found: Statistics, wanted: Statistics, tolerance: float = 1e-12) -> None:
     for name in ("mu", "sigma", "mu_s", "sigma_s", "features"):
-        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), atol=tolerance, err_msg=name)
+        own, other = getattr(found, name), getattr(wanted, name)
+        assert (own is None) == (other is None)
+        if own is not None:
+            np.testing.assert_allclose(own, other, atol=tolerance, err_msg=name)
     np.testing.assert_allclose(found.scores.scores(), wanted.scores.scores(), atol=tolerance)
     assert found.count == wanted.count
 
@@ -99,6 +106,41 @@ def test_an_interrupted_pass_goes_on_where_it_was_saved(
     assert Toy.seen == 50 - saved and f"goes on after {saved} of 50 images" in caplog.text
     assert_same(found, whole)
     assert not list(tmp_path.glob("*.partial.npz"))
+
+
+def test_processes_share_the_images_and_resume_their_parts(tmp_path: Path) -> None:
+    from ldm_dkdm.evaluation.features import open_extractor
+
+    images = IMAGES[:9]
+    extractors = {name: open_extractor(name) for name in ("efficientnet-lite0", "pixels")}
+    alone, shared = (
+        gather(TensorImages(images), extractors, set(extractors), processes=n, batch_size=2, cache=tmp_path / str(n))
+        for n in (1, 2)
+    )
+    for name in extractors:
+        np.testing.assert_allclose(shared[name].features, alone[name].features, atol=1e-5)
+    np.testing.assert_allclose(shared["efficientnet-lite0"].sigma, alone["efficientnet-lite0"].sigma, atol=1e-5)
+    assert not list(tmp_path.rglob("*.partial.npz"))
+
+
+def test_parts_are_the_images_of_their_numbers() -> None:
+    source = TensorImages(IMAGES)
+    for size in (1, 4, 60):
+        part = Part(source, 7, 30)
+        assert torch.equal(torch.cat(list(part.batches(0, size))), IMAGES[7:30])
+        assert torch.equal(torch.cat(list(part.batches(20, size))), IMAGES[27:30]) and not list(part.batches(23, size))
+
+
+def test_the_splits_of_the_inception_score_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "SPLIT", 16)
+    whole, joined = Collector(toy_extractor()), Collector(toy_extractor())
+    stream(TensorImages(IMAGES), {"toy": whole}, None, 7, False, 60)
+    for first, last in ((0, 21), (21, 50)):
+        part = Collector(toy_extractor())
+        stream(Part(TensorImages(IMAGES), first, last), {"toy": part}, None, 7, False, 60, first)
+        joined.merge(part)
+    assert len(whole.scores.scores()) == 4
+    assert_same(joined.statistics(50, {}), whole.statistics(50, {}), 1e-6)
 
 
 def test_stored_moments_take_the_place_of_those_of_the_images_beside_them(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=128)
     add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32")
     add("--device", default="auto", help="cpu, cuda, ...")
+    add("--processes", type=int, default=1, metavar="N", help="share the images; each takes a GPU if there are several")
     add("-o", "--out", type=expanded, help="JSON file; default: beside the model of a run")
     add("--results", type=expanded, default=RESULTS, metavar="CSV", help=f"gets a row; default: {RESULTS}")
     add("--cache", type=expanded, metavar="DIR", help="folder of statistics; default: ~/.cache/ldm_dkdm/statistics")
@@ -128,8 +129,9 @@ def _compare(options: argparse.Namespace) -> None:
 def _require_defaults(options: argparse.Namespace) -> None:
     """Refuse options that `-r` alone does not use."""
     defaults = {"eta": 0.0, "sampler": "ddim", "features": "inception", "results": RESULTS, "labels": []}
+    defaults["processes"] = 1
     unused = ("sampler", "eta", "labels", "features", "reference_seed", "size", "results", "cache", "save_statistics")
-    for name in unused:
+    for name in (*unused, "processes"):
         if getattr(options, name) != defaults.get(name):
             raise UserError(f"--{name}: has no effect with -r alone; add --metrics")
 

@@ -35,6 +35,7 @@ FLAGS = {
     "samples": "SAMPLES",
     "reference": "REFERENCE",
     "device": "--device",
+    "processes": "--processes",
 }
 
 
@@ -68,6 +69,7 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
             chains=options.chains,
             cache=options.cache,
             device=device,
+            processes=options.processes,
             progress=True,
         )
     record = found.record()

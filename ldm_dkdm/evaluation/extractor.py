@@ -1,6 +1,7 @@
 """The interface of feature extractors: uint8 images in, features out."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -38,6 +39,7 @@ class Extractor:
         name: in FEATURES. suffix: after the names of its figures; empty for the FID's own weights.
         forward: the network; None for pixels.
         sha256: hash of the weights' file. resize: how images become its input.
+        path: the weights' file, where it is not the pinned one.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Extractor:
     sha256: str | None
     resize: str
     device: torch.device
+    path: Path | None = None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:

@@ -1,24 +1,19 @@
 """Stream a set of images through extractors: cached by content, resumed where it was interrupted."""
 
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from ldm_dkdm import __version__
-from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.collector import Collector
 from ldm_dkdm.evaluation.extractor import Extractor
+from ldm_dkdm.evaluation.partial import LAYOUT, SAVE_SECONDS, partial_file, stream
+from ldm_dkdm.evaluation.processes import gather_in_processes
 from ldm_dkdm.evaluation.sources import ImageSource, key_of
 from ldm_dkdm.evaluation.statistics import INCEPTION, Statistics
-from ldm_dkdm.files import replacing
-from ldm_dkdm.reporting import Progress, following, logger
-
-SAVE_SECONDS = 60.0  # between two saves of partial sums
-LAYOUT = 1  # of the cached files; a change makes them unfit
+from ldm_dkdm.reporting import Progress, logger
 
 
 def statistics_cache() -> Path:
@@ -37,25 +32,30 @@ def gather(
     batch_size: int = 64,
     progress: bool | Progress = False,
     save_seconds: float = SAVE_SECONDS,
+    processes: int = 1,
 ) -> dict[str, Statistics]:
     """Statistics of a set of images on every extractor's features, in one pass over the images.
 
-    Features are added in the order of the images, in float64; figures depend on the batch size only by the rounding of
-    the networks. Memory does not grow with the number of images, except for features in `keep`.
+    Features are added in float64. Figures depend on the batch size and on the number of processes by rounding only.
+    Memory does not grow with the number of images, except for features in `keep`.
 
     Args:
         source: the images. extractors: by name. keep: names of those whose features metrics need one by one.
         cache: folder of statistics; None: nothing is cached or resumed.
         batch_size: images at once. progress: a bar, or a function.
-        save_seconds: between two saves of partial sums.
+        save_seconds: between two saves of partial sums. processes: that share the images; see `gather_in_processes`.
 
     Raises:
         UserError: images that cannot be read, or a file with neither images nor statistics of these features.
     """
     found = {name: _at_hand(source, extractor, name in keep, cache) for name, extractor in extractors.items()}
     missing = {name: Collector(extractors[name], name in keep) for name, known in found.items() if known is None}
-    if missing:
-        _pass(source, missing, cache, batch_size, progress, save_seconds)
+    if missing and processes > 1:
+        gather_in_processes(source, missing, processes, cache, batch_size, progress, save_seconds)
+    elif missing:
+        stream(source, missing, cache, batch_size, progress, save_seconds)
+        if cache is not None:
+            partial_file(cache, source, missing).unlink(missing_ok=True)
     gathered = {
         name: collector.statistics(source.count, _facts(source, collector)) for name, collector in missing.items()
     }
@@ -119,53 +119,3 @@ def _whose(stored: Statistics | None) -> str:
     if "features" in facts:
         return f"{facts['features']} features (weights {str(facts.get('weights_sha256'))[:8]})"
     return f"{len(stored.mu)} features"
-
-
-def _pass(
-    source: ImageSource,
-    collectors: Mapping[str, Collector],
-    cache: Path | None,
-    batch_size: int,
-    progress: bool | Progress,
-    save_seconds: float,
-) -> None:
-    """Add all images to all collectors; partial sums are saved, and removed at the end."""
-    partial = _partial_file(cache, source, collectors) if cache is not None else None
-    done = _resumed(partial, collectors) if partial is not None else 0
-    if done:
-        logger.info(f"{source.name}: goes on after {done} of {source.count} images")
-    saved = time.monotonic()
-    with following(progress, f"features of {source.name}", "image", source.count, done) as show:
-        for images in source.batches(done, batch_size) if done < source.count else ():
-            for collector in collectors.values():
-                collector.add(images, done)
-            done += len(images)
-            show(done)
-            if partial is not None and done < source.count and time.monotonic() - saved >= save_seconds:
-                _save(partial, collectors, done)
-                saved = time.monotonic()
-    if partial is not None:
-        partial.unlink(missing_ok=True)
-
-
-def _partial_file(cache: Path, source: ImageSource, collectors: Mapping[str, Collector]) -> Path:
-    wanted = [(name, c.extractor.sha256, c.extractor.resize, c.keep) for name, c in sorted(collectors.items())]
-    return cache / f"{key_of(LAYOUT, source.identity(), wanted)}.partial.npz"
-
-
-def _save(partial: Path, collectors: Mapping[str, Collector], done: int) -> None:
-    arrays = {f"{name}/{key}": array for name, c in collectors.items() for key, array in c.state().items()}
-    with replacing(partial) as temporary, temporary.open("wb") as file:
-        np.savez(file, done=np.array(done), **arrays)  # type: ignore[arg-type]  # names of arrays
-
-
-def _resumed(partial: Path, collectors: Mapping[str, Collector]) -> int:
-    """Restore the collectors from partial sums; returns the number of images in them."""
-    if not partial.is_file():
-        return 0
-    with blaming(partial), np.load(partial, allow_pickle=False) as archive:
-        arrays = dict(archive)
-    for name, collector in collectors.items():
-        own = {key.removeprefix(f"{name}/"): array for key, array in arrays.items() if key.startswith(f"{name}/")}
-        collector.restore(own)
-    return int(arrays["done"])

@@ -70,6 +70,7 @@ def measure(
     chains: int = 32,
     cache: str | Path | None = None,
     device: str | torch.device | None = None,
+    processes: int = 1,
     progress: bool | Progress = False,
 ) -> Measurement:
     """Figures of a set of images, with provenance and warnings.
@@ -86,7 +87,7 @@ def measure(
         batch_size: images at once. size: side to which folders' images are cropped and resized.
         chains: of the teacher, for `agreement`. cache: folder of statistics; default: `statistics_cache()`.
         device: of extractors and of models opened here; default: that of the model in `samples`, else the fastest.
-        progress: bars, or a function.
+        processes: that share the images, each on a GPU of its own if there are several. progress: bars, or a function.
 
     Raises:
         UserError: an unknown name, missing weights, a set that a metric cannot take, too few images.
@@ -108,10 +109,27 @@ def measure(
     names = dict.fromkeys(features_of(METRICS[name], named) for name in chosen if METRICS[name].of)
     extractors = {name: open_extractor((name == named and weights) or name, where) for name in names}
     folder = statistics_cache() if cache is None else expanded(cache)
-    figures, statistics = _Work(extractors, named, batch_size, folder, progress, chains).figures(chosen, own, other)
+    work = _Work(extractors, named, batch_size, folder, progress, chains, processes)
+    return _measurement(own, other, chosen, extractors, *work.figures(chosen, own, other))
+
+
+def _measurement(
+    own: ImageSource,
+    other: ImageSource | None,
+    chosen: Sequence[str],
+    extractors: Mapping[str, Extractor],
+    figures: dict[str, Any],
+    statistics: Mapping[str, Statistics],
+) -> Measurement:
     facts, theirs = own.facts(), None if other is None else other.facts()
     used = [extractor.facts() for extractor in extractors.values()]
     return Measurement(figures, facts, theirs, used, doubts(facts, theirs, chosen), statistics)
+
+
+def _require_numbers(**numbers: tuple[int | None, int]) -> None:
+    """Refuse what is not a whole number, or is below the least."""
+    for name, (value, least) in numbers.items():
+        whole(value, name, least)
 
 
 def _second(seed: int, count: int, given: int | None) -> int:
@@ -152,6 +170,7 @@ class _Work:
     cache: Path
     progress: bool | Progress
     chains: int
+    processes: int
 
     def figures(
         self, chosen: Sequence[str], own: ImageSource, other: ImageSource | None
@@ -176,7 +195,8 @@ class _Work:
         keep = {name for name, kept in needs.items() if kept}
         if not extractors:
             return {}
-        return gather(source, extractors, keep, cache=self.cache, batch_size=self.batch_size, progress=self.progress)
+        options = {"cache": self.cache, "batch_size": self.batch_size, "progress": self.progress}
+        return gather(source, extractors, keep, processes=self.processes, **options)  # type: ignore[arg-type]  # a dict
 
     def _without_features(self, name: str, own: ImageSource, other: ImageSource) -> dict[str, Any]:
         """Figures of metrics that compare models, or a first stage with its input."""
