@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +230,18 @@ def test_mistakes_are_one_line(arguments: list[str], reason: str, capsys: pytest
     error = capsys.readouterr().err
     assert reason in error and len(error.strip().splitlines()) == 1
     assert not Path("logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "package"), [("kid", "torch_fidelity.metric_kid"), ("reconstruction", "kornia.metrics")]
+)
+def test_packages_that_are_not_installed_are_named(
+    metric: str, package: str, first_stage: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert toy(first_stage, "b.npz", "--metrics", metric) == 2
+    error = capsys.readouterr().err
+    assert f"--metrics: {metric} needs the package {package}; pip install 'ldm-dkdm[evaluation]'" in error
 
 
 def test_results_that_are_not_csv_are_not_written_over(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.evaluation.comparability import doubts
 from ldm_dkdm.evaluation.comparison import evaluate
 from ldm_dkdm.evaluation.extractor import Extractor
-from ldm_dkdm.evaluation.features import named_features, open_extractor
+from ldm_dkdm.evaluation.features import INSTALL, named_features, open_extractor
 from ldm_dkdm.evaluation.gathering import gather, statistics_cache
 from ldm_dkdm.evaluation.metrics import DEFAULTS, METRICS, Metric, Pair
 from ldm_dkdm.evaluation.opening import Images, open_images
@@ -182,10 +182,13 @@ class _Work:
         figures: dict[str, Any] = {}
         for name in chosen:
             key, compare = features_of(METRICS[name], self.named), METRICS[name].of
-            if compare is not None:
-                figures |= compare(Pair(found[key], theirs.get(key), self.extractors[key]))
-            elif other is not None:
-                figures |= self._without_features(name, own, other)
+            try:
+                if compare is not None:
+                    figures |= compare(Pair(found[key], theirs.get(key), self.extractors[key]))
+                elif other is not None:
+                    figures |= self._without_features(name, own, other)
+            except ImportError as error:
+                raise UserError(f"metrics: {name} needs the package {error.name}; {INSTALL}") from error
         return figures, found
 
     def _gather(self, source: ImageSource, metrics: Sequence[str]) -> dict[str, Statistics]:
