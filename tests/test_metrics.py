@@ -51,6 +51,14 @@ def test_kid_equals_torch_fidelity() -> None:
     assert found["KID std"] == pytest.approx(wanted["kernel_inception_distance_std"], abs=1e-6)
 
 
+def test_kid_of_small_sets_of_one_size_takes_them_whole() -> None:
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    wanted = kid_features_to_metric(*map(torch.from_numpy, (A[:90], B[:90])), kid_subset_size=90, verbose=False)
+    found = kernel_distance(pair(collected(A[:90]), collected(B[:90])))
+    assert found == {"KID": pytest.approx(wanted["kernel_inception_distance_mean"], abs=1e-6)}
+
+
 def test_precision_and_recall_equal_torch_fidelity() -> None:
     from torch_fidelity.metric_prc import prc_features_to_metric
 

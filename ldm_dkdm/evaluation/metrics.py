@@ -103,19 +103,25 @@ def precision_recall(pair: Pair) -> dict[str, float]:
 
 
 def kernel_distance(pair: Pair) -> dict[str, float]:
-    """KID: mean and deviation over 100 subsets of 1,000 images, by torch-fidelity's kernel, in float64."""
+    """KID: mean and deviation over 100 subsets of 1,000 images, by torch-fidelity's kernel, in float64.
+
+    Of smaller sets the subsets have the size of the smaller one. Two sets of that size are taken whole, and then there
+    is no deviation.
+    """
     from torch_fidelity.metric_kid import kernel_mmd
 
     samples, reference = (features.numpy() for features in _features(pair))
     size = min(SUBSET_SIZE, len(samples), len(reference))
     if size < 2:
         raise UserError("metrics: kid needs 2 images or more in both sets")
+    name = pair.extractor.titled("KID")
+    if size == len(samples) == len(reference):
+        return {name: float(kernel_mmd(samples.astype(np.float64), reference.astype(np.float64)))}
     generator = np.random.RandomState(2020)  # torch-fidelity's choice of subsets
     values = []
     for _ in range(SUBSETS):
         chosen = (x[generator.choice(len(x), size, replace=False)].astype(np.float64) for x in (samples, reference))
         values.append(kernel_mmd(*chosen))
-    name = pair.extractor.titled("KID")
     return {name: float(np.mean(values)), f"{name} std": float(np.std(values))}
 
 
