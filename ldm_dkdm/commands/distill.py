@@ -73,14 +73,14 @@ def _plan(config: DistillRun) -> None:
     missing = not path.exists() and config.teacher.target is not None and config.diffusion is not None
     if missing:
         print(f"{path} is missing: planned with random weights; {how_to_get(path)}")
-    teacher = _untrained_teacher(config, path) if missing else open_teacher(config)
+    teacher = untrained_teacher(config, path) if missing else open_teacher(config)
     device = default_device(config.trainer.accelerator)
     teacher.precision = resolve_precision(config.trainer.precision, device)
     parts = assemble(teacher, make_student(config.student, teacher, config.trainer.seed), config)
     print_plan(costs(parts), lambda: time_needed(parts))
 
 
-def _untrained_teacher(config: DistillRun, path: Path) -> "DiffusionModel":
+def untrained_teacher(config: DistillRun, path: Path) -> "DiffusionModel":
     """A teacher of the configured architecture with random weights, for a plan without its checkpoint."""
     from ldm_dkdm.checkpoints.contents import schedule_of
     from ldm_dkdm.checkpoints.first_stages import FirstStageSource
