@@ -1,9 +1,10 @@
 """The sections that runs and models share, with the limits and meaning of each key."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ldm_dkdm.config.checked import Section, key, one_of
+from ldm_dkdm.errors import UserError
 
 PARAMETERIZATIONS = "ldm_dkdm.diffusion.process:PARAMETERIZATIONS"
 SAMPLERS = "ldm_dkdm.diffusion.samplers:SAMPLERS"
