@@ -7,6 +7,7 @@ setup(
     package_dir={"ldm_dkdm.recipes": "configs", "ldm_dkdm.models": "models"},
     package_data={
         "ldm_dkdm": ["py.typed"],
+        "ldm_dkdm.reports": ["page.css", "page.html", "page.js"],
         "ldm_dkdm.recipes": ["*.yaml", "students/*.yaml", "improved/*.yaml"],
         "ldm_dkdm.models": ["first_stage/vq-f4-emoji64/*", "teachers/emoji64/*"],
     },

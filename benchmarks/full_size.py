@@ -71,7 +71,7 @@ def run(recipe: str, folder: Path, batch: int, steps: int, precision: str) -> No
     if status:
         sys.exit(f"{recipe}: failed")
     seconds, peak = time.perf_counter() - started, usage.ru_maxrss / 1e6
-    metrics = (folder / "logs" / "run" / "metrics" / "metrics.csv").read_text().strip()
+    metrics = (folder / "logs" / "run" / "metrics.csv").read_text().strip()
     print(f"{recipe}: {steps} steps at batch {batch}: {seconds:.0f} s in total, peak memory {peak:.1f} GB\n{metrics}")
 
 

@@ -29,12 +29,17 @@ def main() -> None:
     curves = {}
     for variant in COLORS:
         run = Path("logs") / f"variants-{variant}"
-        override = [f"distill.variant={variant}", f"trainer.max_steps={arguments.steps}", f"logging.name={run.name}"]
+        override = [
+            f"distill.variant={variant}",
+            f"trainer.max_steps={arguments.steps}",
+            f"logging.name={run.name}",
+            "logging.log_every=10",
+        ]
         call("dkdm_ldm.py", "--base", arguments.base, *override, f"logging.save_every={arguments.steps}")
         call("evaluate.py", "-r", run, "-n", 0, "--chains", 8)
         errors = json.loads((run / "student" / "evaluation.json").read_text())["eps_mse_by_t_quarter"]
         print(f"{variant}: eps error per t-quarter {errors}")
-        curves[variant] = smoothed(run)
+        curves[variant] = losses(run)
     draw(curves, arguments.out)
     print(arguments.out)
 
@@ -44,14 +49,10 @@ def call(script: str, *arguments: object) -> None:
     subprocess.run([sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)], check=True)
 
 
-def smoothed(run: Path, window: int = 5) -> list[tuple[int, float]]:
-    """(step, mean loss of the last few logged steps) of a run."""
-    with (run / "metrics" / "metrics.csv").open() as file:
-        rows = [(int(row["step"]) + 1, float(row["loss"])) for row in csv.DictReader(file)]
-    values = [value for _, value in rows]
-    return [
-        (step, sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1)) for i, (step, _) in enumerate(rows)
-    ]
+def losses(run: Path) -> list[tuple[int, float]]:
+    """(step, mean loss of the steps up to it) of a run."""
+    with (run / "metrics.csv").open() as file:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file) if row["loss"]]
 
 
 def draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
@@ -73,7 +74,7 @@ def draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     for tick in range(0, last + 1, max(1, last // 5)):
         pen.text((place(tick, low)[0] - 12, HEIGHT - MARGIN + 8), str(tick), fill="black", font=font)
     pen.text((WIDTH // 2 - 80, HEIGHT - 26), "training steps", fill="black", font=font)
-    pen.text((MARGIN, 12), "loss, mean of 5 logged steps", fill="black", font=font)
+    pen.text((MARGIN, 12), "loss, mean of 10 steps", fill="black", font=font)
     for i, (variant, curve) in enumerate(curves.items()):
         pen.line([place(step, math.log10(value)) for step, value in curve], fill=COLORS[variant], width=3)
         pen.text((WIDTH - MARGIN - 110, 12 + 20 * i), variant, fill=COLORS[variant], font=font)

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from ldm_dkdm.distillation.pool import NoisyPool
     from ldm_dkdm.errors import Stopped, UserError
     from ldm_dkdm.evaluation.comparison import evaluate
+    from ldm_dkdm.evaluation.measuring import measure
     from ldm_dkdm.model import DiffusionModel, load_model
+    from ldm_dkdm.reports.page import write_report
     from ldm_dkdm.training.autoencoder import train_first_stage
     from ldm_dkdm.training.from_images import train
     from ldm_dkdm.training.from_teacher import distill
@@ -31,8 +33,10 @@ _HOMES = {
     "evaluate": "ldm_dkdm.evaluation.comparison",
     "load_config": "ldm_dkdm.config.load",
     "load_model": "ldm_dkdm.model",
+    "measure": "ldm_dkdm.evaluation.measuring",
     "train": "ldm_dkdm.training.from_images",
     "train_first_stage": "ldm_dkdm.training.autoencoder",
+    "write_report": "ldm_dkdm.reports.page",
 }
 
 __all__ = [
@@ -46,8 +50,10 @@ __all__ = [
     "evaluate",
     "load_config",
     "load_model",
+    "measure",
     "train",
     "train_first_stage",
+    "write_report",
 ]
 
 

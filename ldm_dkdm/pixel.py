@@ -43,7 +43,7 @@ class Space:
 
     Attributes:
         encoded: a first stage encodes images to states; else the states are the images.
-        clip: x_0 is clipped to [-clip, clip]; None leaves it as it is.
+        clip: by default x_0 is clipped to [-clip, clip]; None leaves it as it is.
         steps_offset: DDIM's, see `NoiseSchedule`.
         likelihood: data can teach a variance, since states are 8-bit values whose likelihood is known.
     """
@@ -52,10 +52,6 @@ class Space:
     clip: float | None
     steps_offset: int
     likelihood: bool
-
-    def clipped(self, x_0: Tensor) -> Tensor:
-        """x_0 (B,C,H,W) as a reverse step uses it."""
-        return x_0 if self.clip is None else x_0.clamp(-self.clip, self.clip)
 
 
 SPACES = {  # value of `diffusion.space` -> properties

@@ -1,8 +1,11 @@
-"""The logger, progress bars, and byte counts and durations for messages."""
+"""The logger, progress bars or lines, and byte counts and durations for messages."""
 
 import logging
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -10,6 +13,41 @@ logger = logging.getLogger("ldm_dkdm")
 logger.addHandler(logging.NullHandler())  # commands print the log, programs decide themselves
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
+SECONDS_BETWEEN_LINES = 60.0
+
+
+def on_terminal() -> bool:
+    """Whether stderr is a terminal, where a progress bar can redraw itself."""
+    return sys.stderr.isatty()
+
+
+class Lines:
+    """Progress as a line a minute on stderr, for log files: `warm-up 1200/4000, 3.4 slot/s, ETA 13:43`.
+
+    Args:
+        what: name of the work. unit: what is counted. total: number of units. initial: number done before.
+    """
+
+    def __init__(self, what: str, unit: str, total: int, initial: int = 0) -> None:
+        self.what, self.unit, self.total, self.initial = what, unit, total, initial
+        self._start = self._last = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether a minute has passed since the last line."""
+        return time.monotonic() - self._last >= SECONDS_BETWEEN_LINES
+
+    def show(self, done: int, figures: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Write a line if one is due, with `figures` at its end."""
+        if not self.due:
+            return
+        self._last = time.monotonic()
+        rate = max(1e-9, done - self.initial) / max(1e-9, self._last - self._start)
+        pace = f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}"
+        eta = tqdm.format_interval(max(0, self.total - done) / rate) if done > self.initial else "?"
+        shown = "".join(f", {name} {value:.4g}" for name, value in figures.items())
+        sys.stderr.write(f"{self.what} {done}/{self.total}, {pace}, ETA {eta}{shown}\n")
+        sys.stderr.flush()
 
 
 @contextmanager
@@ -19,11 +57,15 @@ def following(
     """Yield a function to call with the number done of `total`.
 
     Args:
-        progress: True shows a bar with an ETA, False nothing; a function is called with (what, done, total).
+        progress: True shows a bar with an ETA, or a line a minute where stderr is not a terminal; False nothing; a
+            function is called with (what, done, total).
         what: name of the work. unit: what is counted. initial: number done before.
     """
     if callable(progress):
         yield lambda done: progress(what, done, total)
+        return
+    if progress and not on_terminal():
+        yield Lines(what, unit, total, initial).show
         return
     with tqdm(total=total, initial=initial, desc=what, unit=unit, disable=not progress) as bar:
         yield lambda done: bar.update(done - bar.n)

@@ -1,5 +1,6 @@
 """The scripts, run in this process with a command line of one's own."""
 
+import csv
 import runpy
 import sys
 from collections.abc import Mapping
@@ -41,3 +42,9 @@ def write_yaml(path: Path, tree: Mapping[str, object]) -> Path:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its relative name."""
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

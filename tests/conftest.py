@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm_dkdm.evaluation import reference
 from tests.cli import run_script
 from tests.digits import train
 from tests.parts import first_stage_folder, model_folder
@@ -34,6 +35,13 @@ def digits_teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     home = tmp_path_factory.mktemp("teacher")
     assert train(home, "teacher", {"path": str(digits)}, trainer={"max_steps": 60}) == 0
     return home / "teacher" / "model"
+
+
+@pytest.fixture
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make measurements of the agreement quick: 3 images of 2 steps."""
+    monkeypatch.setattr(reference, "IMAGES", 3)
+    monkeypatch.setattr(reference, "STEPS", 2)
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ DIT = {
 }
 PIXEL = {"space": "pixel", "schedule": "cosine", "num_timesteps": 40}
 TRAINER = {"max_steps": 6, "learning_rate": 1e-3, "precision": "32", "accelerator": "cpu", "ema_decay": 0.9}
-LOGGING = {"save_every": 3, "sample_every": 6, "sample_count": 4, "sample_steps": 4}
+LOGGING = {"save_every": 3, "sample_every": 6, "sample_count": 4, "sample_steps": 4, "evaluate_every": 0}
 
 
 def train(home: Path, name: str, data: dict[str, object], **sections: dict[str, object]) -> int:

@@ -105,6 +105,7 @@ def distill_config(teacher: Path, logs: Path, **sections: dict[str, object]) -> 
             "sample_every": 3,
             "sample_count": 2,
             "sample_steps": 2,
+            "evaluate_every": 0,
         },
     }
     for name, section in sections.items():

@@ -21,7 +21,7 @@ LAYERS = [
     {"diffusion", "networks", "first_stage", "config"},
     {"checkpoints"},
     {"model"},
-    {"distillation", "evaluation"},
+    {"distillation", "evaluation", "reports"},
     {"training"},
     {"commands"},
     {"scripts"},
@@ -41,6 +41,10 @@ OVERRIDES = {
     "transfer_batch_to_device",
     "train_dataloader",
     "get_metrics",
+    "init_train_tqdm",
+    "log_metrics",
+    "name",
+    "version",
     "should_update",
 }
 

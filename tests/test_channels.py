@@ -124,7 +124,7 @@ def test_first_stages_of_other_channels_are_sampled_decoded_and_distilled(
     assert ("in samples.npz only" in capsys.readouterr().err) == (images != 1)
     student = DiffusionModel(randomised(UNet(**network.arguments), 1), like=teacher)
     assert distill(teacher, student, tmp_path / "run", **DISTIL).step == 2
-    assert len(list((tmp_path / "run/samples").glob("*.png"))) == 2
+    assert len(list((tmp_path / "run/samples").glob("step=*.png"))) == 2
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -180,7 +180,8 @@ def test_decorations_that_fail_are_logged_and_cost_nothing(
 
     teacher, plain = pixel_model(3), tmp_path / "plain"
     distill(teacher, pixel_model(3), plain, **DISTIL)
-    monkeypatch.setattr("ldm_dkdm.images.save_image", failing)
+    for module in ("ldm_dkdm.images", "ldm_dkdm.training.grids"):
+        monkeypatch.setattr(f"{module}.save_image", failing)
     monkeypatch.setattr("ldm_dkdm.checkpoints.model_folder.write_readme", failing)
     with caplog.at_level(logging.WARNING, "ldm_dkdm"):
         result = distill(teacher, pixel_model(3), tmp_path / "run", **DISTIL)
@@ -198,7 +199,7 @@ def test_weights_are_saved_before_the_grid(tmp_path: Path, monkeypatch: pytest.M
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ldm_dkdm.training.grids.save_grid", interrupted)
+    monkeypatch.setattr("ldm_dkdm.training.grids.save_image", interrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         distill(pixel_model(1), pixel_model(1), tmp_path / "run", **DISTIL)
     assert (tmp_path / "run/checkpoints/step=00000001.ckpt").is_file()

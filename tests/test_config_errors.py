@@ -106,7 +106,7 @@ EDITS = {
     "student_image_size": ({"student.params.image_size": 16}, ("student.params.image_size", "16", "teacher")),
     "student_out_channels": ({"student.params.out_channels": 6}, ("student.params.out_channels", "6")),
     "student_with_labels": ({"student.params.num_classes": 10}, ("student.params.num_classes",)),
-    "student_parameterization": ({"student.parameterization": "x0"}, ("student.parameterization", "x0", "eps")),
+    "student_parameterization": ({"student.parameterization": "score"}, ("student.parameterization", "score", "eps")),
     "unsupported_compvis_key": (
         {
             "student.target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",

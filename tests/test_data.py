@@ -79,7 +79,39 @@ def test_data_limited_is_a_share_of_the_real_images_and_all_synthetic_ones(tmp_p
     config = DiffusionDataConfig(
         path=str(folder), fraction=0.3, synthetic=str(tmp_path / "s.npz"), image_size=4, batch_size=2
     )
-    assert [len(images) for images in open_sets(config, 0)] == [2, 10]
+    assert {key: len(images) for key, images in open_sets(config, 0).items()} == {"path": 2, "synthetic": 10}
+
+
+@pytest.mark.parametrize(
+    ("fraction", "samples", "wanted"),
+    [
+        (0.3, 10, {"path": 3, "synthetic": 7}),
+        (0.01, 10, {"path": 1, "synthetic": 9}),
+        (1.0, 5, {"path": 5}),
+        (1.0, 8, "data.path: holds 7 images, 8 are to replace samples"),
+    ],
+)
+def test_real_images_replace_as_many_samples_and_a_set_that_is_left_has_its_key(
+    fraction: float, samples: int, wanted: dict[str, int] | str, tmp_path: Path, folder: Path
+) -> None:
+    save_npz(numbered(samples, 100), tmp_path / "s.npz")
+    config = DiffusionDataConfig(
+        path=str(folder),
+        fraction=fraction,
+        synthetic=str(tmp_path / "s.npz"),
+        mix="replace",
+        image_size=4,
+        batch_size=2,
+    )
+    if isinstance(wanted, str):
+        with pytest.raises(UserError, match=wanted):
+            open_sets(config, 0)
+        return
+    sets = open_sets(config, 0)
+    assert {key: len(images) for key, images in sets.items()} == wanted
+    for key, images in sets.items():
+        numbers = images.take(torch.arange(len(images)))[:, 0, 1, 0]
+        assert (numbers >= 100).all() == (key == "synthetic") and len(numbers.unique()) == len(numbers)
 
 
 @pytest.mark.parametrize("keys", [{}, {"synthetic": "x.npz", "fraction": 0.5}])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2DModel, VQModel
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel, VQModel
 from safetensors.torch import load_file
 
 from ldm_dkdm import UserError, load_model
@@ -149,13 +149,10 @@ def test_a_trainer_s_checkpoint_has_raw_and_ema_weights(around: bool, tmp_path: 
         assert torch.equal(load_file(model.file)["conv_out.weight"], theirs.conv_out.weight)
 
 
-def test_a_pipeline_of_a_transformer_is_refused_by_name(tmp_path: Path) -> None:
-    DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8).save_pretrained(
-        tmp_path / "transformer"
-    )
-    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", "DiTTransformer2DModel"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"DiTPipeline is not .*DiT's own \.pt"):
+def test_a_pipeline_of_another_transformer_is_refused_by_name(tmp_path: Path) -> None:
+    index = {"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
+    with pytest.raises(UserError, match=r"PixArtAlphaPipeline is not .*its network is a PixArtTransformer2DModel"):
         load_model(tmp_path)
 
 
@@ -191,8 +188,10 @@ def test_the_scale_of_latents_is_the_config_s(
     if scale is None:
         del config["scaling_factor"]
     path.write_text(json.dumps(config))
-    assert FirstStageSource(tmp_path).opened(8).scale_factor == (scale or 1.0)
+    codec = FirstStageSource(tmp_path).codec(8)
+    assert codec.scale_factor == (scale or 1.0)
     assert ("config.json: stores no scaling_factor; 1 is taken" in caplog.text) == (scale is None)
+    assert bool(codec.doubt) == (scale in (None, 0.18215))  # the class's default, which may not be meant
 
 
 def test_a_hub_id_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.cli import ROOT, write_yaml
+from tests.cli import ROOT, table, write_yaml
 from tests.parts import distill_config
 
 
@@ -30,7 +30,7 @@ def test_two_ranks_distil_one_student_from_their_own_pools_and_resume_exactly(
             teacher_folder,
             tmp_path,
             trainer={"devices": 2, "max_steps": steps},
-            logging={"name": name, "save_every": 2},
+            logging={"name": name, "save_every": 2, "evaluate_every": 2, "log_every": 1},
         )
         done = distil_in_two_processes(write_yaml(tmp_path / f"{name}.yaml", config))
         assert done.returncode == 0, done.stderr
@@ -38,6 +38,11 @@ def test_two_ranks_distil_one_student_from_their_own_pools_and_resume_exactly(
     assert distil_in_two_processes(tmp_path / "halves", "trainer.max_steps=4").returncode == 0
     whole, halves = (load_file(tmp_path / name / "student" / "student.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    rows = [table(tmp_path / name / "metrics.csv") for name in ("whole", "halves")]
+    assert [row["step"] for row in rows[0]] == ["1", "2", "3", "4"]
+    for name in ("step", "loss", "agreement", "psnr"):
+        assert [row[name] for row in rows[0]] == [row[name] for row in rows[1]]
+    assert [bool(row["agreement"]) for row in rows[0]] == [False, True, False, True]
     pools = [
         [load_file(tmp_path / name / "checkpoints" / f"step=00000004.pool-rank{rank}.safetensors") for rank in (0, 1)]
         for name in ("whole", "halves")

@@ -172,7 +172,7 @@ def test_marked_blocks_run(page: Path, language: str, tmp_path: Path) -> None:
     ended = subprocess.run(
         [*program, script],
         cwd=tmp_path,
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": path, "LDM_DKDM_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
         check=False,

@@ -51,4 +51,4 @@ def test_a_distillation_with_few_steps_runs_with_the_defaults(mode: str, tmp_pat
         teacher, model(12), tmp_path / "run", warmup=mode, check=False, progress=False, accelerator="cpu", **numbers
     )
     assert made.step == 2
-    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 1
+    assert len(list((tmp_path / "run" / "samples").glob("step=*.png"))) == 1

@@ -7,9 +7,9 @@ import diffusers
 import pytest
 import torch
 
+from ldm_dkdm.evaluation.perceptual import lpips_loss
 from ldm_dkdm.first_stage import VQModel, codec
 from ldm_dkdm.first_stage.codec import LatentCodec
-from ldm_dkdm.training.perceptual import lpips_loss
 from tests.parts import DDCONFIG, VQ_PARAMS, randomised
 
 RENAMES = [

@@ -117,7 +117,7 @@ def test_a_public_dit_of_latents_teaches_with_its_variance_or_without(vae: Path,
         config["student"] = {"target": "ldm_dkdm.networks.DiT", "params": params}
         config["logging"]["name"] = name
         assert distil("--base", write_yaml(tmp_path / f"{name}.yaml", config)) == 0
-        metrics = (tmp_path / name / "metrics" / "metrics.csv").read_text().splitlines()[0]
+        metrics = (tmp_path / name / "metrics.csv").read_text().splitlines()[0]
         assert ("vlb" in metrics) == (channels == 6)
         out = tmp_path / "samples" / name
         assert sample("-r", tmp_path / name, "-n", 2, "-c", 4, "--sampler", "ddpm", "--npz", "-l", out) == 0

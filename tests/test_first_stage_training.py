@@ -11,10 +11,10 @@ from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.config.load import parse
 from ldm_dkdm.config.schema import FirstStageRun
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.evaluation.perceptual import lpips_loss
 from ldm_dkdm.first_stage import VQModel
 from ldm_dkdm.first_stage.discriminator import Discriminator
 from ldm_dkdm.first_stage.vqgan import FirstStageModule, as_vectors, held_out_psnr
-from ldm_dkdm.training.perceptual import lpips_loss
 from tests.cli import run_script, write_yaml
 from tests.parts import VQ_PARAMS
 from tests.pictures import LOGGING, TRAINER, pictures

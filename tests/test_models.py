@@ -131,7 +131,7 @@ def test_a_codec_is_kept_only_for_the_same_states(teacher_folder: Path, first_st
         ({"guidance": "a"}, "guidance: expected a number, got 'a'"),
         ({"guidance": float("nan")}, "guidance: must be a finite number"),
         ({"space": "pixels"}, "space: 'pixels'"),
-        ({"parameterization": "x0"}, "parameterization: 'x0'"),
+        ({"parameterization": "x"}, "parameterization: 'x'"),
         ({"first_stage": 3}, "first_stage: expected a path, got 3"),
     ],
 )
@@ -163,7 +163,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "batch_size: must be at least 1": lambda: dkdm.evaluate(pixel(), pixel(), batch_size=0),
     "use_ema: expected true or false": lambda: dkdm.load_model("absent", use_ema="nein"),
     "null_label: must be at least 0": lambda: dkdm.load_model("absent", null_label=-1),
-    "parameterization: 'x0'": lambda: dkdm.load_model("absent", parameterization="x0"),
+    "parameterization: 'x'": lambda: dkdm.load_model("absent", parameterization="x"),
     "params: expected a section": lambda: dkdm.load_model("absent", params="abc"),
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.refill import refill
@@ -49,6 +50,16 @@ def test_another_student_and_seed_begin_with_the_states_of_a_run(
     assert int(same.any(0).sum()) == len(after["t"]) - 4  # all but the batch that has advanced
     where = same.float().argmax(0)[same.any(0)]
     assert before["t"][where].equal(after["t"][same.any(0)])
+
+
+def test_a_pool_from_before_a_key_of_the_process_is_reused(run: Path, teacher_folder: Path, tmp_path: Path) -> None:
+    tensors, header = pool_of(run)
+    assert header["diffusion"].pop("clip_sample") is None
+    (tmp_path / "old/checkpoints").mkdir(parents=True)
+    save_file(tensors, tmp_path / "old" / POOL, {"pool": json.dumps(header)})
+    config = distill_config(teacher_folder, tmp_path, trainer={"max_steps": 1})
+    config["distill"]["pool_from"] = str(tmp_path / "old" / POOL)
+    assert distil("--base", write_yaml(tmp_path / "c.yaml", config)) == 0
 
 
 def test_the_pool_of_another_teacher_is_refused(

@@ -12,8 +12,9 @@ from torch.distributions import Normal, kl_divergence
 from ldm_dkdm import DiffusionModel, NoiseSchedule
 from ldm_dkdm.diffusion.objectives import gaussian_kl, pixel_log_likelihood, vlb_loss
 from ldm_dkdm.diffusion.process import learned_log_variance, posterior, reverse_step
-from ldm_dkdm.diffusion.samplers import Denoise, ddpm, dpm_solver, respaced_timesteps, solver_timesteps
+from ldm_dkdm.diffusion.samplers import Denoise, ddpm, dpm_solver
 from ldm_dkdm.diffusion.schedule import betas_of
+from ldm_dkdm.diffusion.timesteps import respaced_timesteps, solver_timesteps
 from ldm_dkdm.pixel import PixelCodec
 from ldm_dkdm.records import Prediction
 from tests.analytic import GaussianNetwork

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from ldm_dkdm import load_model
 from ldm_dkdm.training import ends
-from tests.cli import contents, distil, run_script, sample
+from tests.cli import contents, distil, run_script, sample, table
 from tests.digits import DIT, TRAINER, distil_config, train
 
 
@@ -21,8 +21,7 @@ def teacher(digits_teacher: Path) -> Path:
 
 def column(run: Path, name: str) -> np.ndarray:
     """A figure of a run's metrics."""
-    lines = (run / "metrics" / "metrics.csv").read_text().split()
-    return np.array([float(line.split(",")[lines[0].split(",").index(name)]) for line in lines[1:]])
+    return np.array([float(row[name]) for row in table(run / "metrics.csv")])
 
 
 def test_training_on_data_lowers_the_hybrid_loss(teacher: Path) -> None:

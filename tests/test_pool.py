@@ -87,7 +87,7 @@ def test_a_mapped_pool_equals_one_in_memory_and_lies_in_its_file(tmp_path: Path,
     mapped, memory = filled_pool(6, tmp_path / "pool.bin", dtype), filled_pool(6, dtype=dtype)
     for ours, theirs in zip(_contents(mapped), _contents(memory), strict=True):
         assert torch.equal(ours, theirs)
-    assert slot_bytes(SHAPE, dtype, labeled=False) * 6 == memory.x.nbytes + memory.t.nbytes
+    assert slot_bytes(SHAPE, dtype, labeled=False) * 6 == memory.x.nbytes + memory.t.nbytes + memory.updated.nbytes
     on_disk = torch.frombuffer(bytearray((tmp_path / "pool.bin").read_bytes()), dtype=dtype)
     assert torch.equal(on_disk, memory.x.flatten())
 

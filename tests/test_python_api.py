@@ -33,6 +33,7 @@ NUMBERS = {
     "sample_every": 3,
     "sample_count": 2,
     "sample_steps": 2,
+    "evaluate_every": 0,
     "progress": False,
 }  # those of `distill_config`
 

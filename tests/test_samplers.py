@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.diffusion.process import eps_to_x0, reverse_step
-from ldm_dkdm.diffusion.samplers import ddim, ddim_timesteps, ddpm, last
+from ldm_dkdm.diffusion.samplers import ddim, ddpm, last
+from ldm_dkdm.diffusion.timesteps import ddim_timesteps
 from ldm_dkdm.records import Prediction
 from tests.analytic import GaussianNetwork
 

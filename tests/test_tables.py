@@ -21,7 +21,15 @@ from tests.cli import distil, sample, write_yaml
 from tests.parts import UNET_PARAMS, distill_config, randomised
 
 SCHEDULE = NoiseSchedule(num_timesteps=20)
-NUMBERS = {"steps": 2, "batch_size": 4, "rho": 0.5, "check": False, "progress": False, "sample_every": 99}
+NUMBERS = {
+    "steps": 2,
+    "batch_size": 4,
+    "rho": 0.5,
+    "check": False,
+    "progress": False,
+    "sample_every": 99,
+    "evaluate_every": 0,
+}
 NUMBERS |= {"accelerator": "cpu", "precision": "32", "sample_steps": 2, "warmup": "noise"}
 
 
@@ -143,10 +151,10 @@ def test_a_variant_makes_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_parameterization_and_a_loss_space_train_a_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meaning = Parameterization(x0_to_eps, lambda schedule, x_t, t, x_0: x_0)
-    monkeypatch.setitem(PARAMETERIZATIONS, "x0", meaning)
+    monkeypatch.setitem(PARAMETERIZATIONS, "clean", meaning)
     monkeypatch.setitem(LOSS_SPACES, "toy", lambda abar: 2 * torch.ones_like(abar))
     teacher = pixel_model()
-    student = teacher.narrowed("10M", parameterization="x0")
+    student = teacher.narrowed("10M", parameterization="clean")
     distill(teacher, student, tmp_path / "run", **NUMBERS | {"loss": {"space": "toy", "weight_cap": 3}})
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 19])
     found = load_model(tmp_path / "run")
@@ -156,8 +164,8 @@ def test_a_parameterization_and_a_loss_space_train_a_student(tmp_path: Path, mon
 
 REFUSED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "sampler": ("sampler: 'ddmp'", lambda out: pixel_model().sample(1, sampler="ddmp")),
-    "parameterization": ("parameterization: 'x0'", lambda out: pixel_model(parameterization="x0")),
-    "narrowed": ("parameterization: 'x0'", lambda out: pixel_model().narrowed("10M", parameterization="x0")),
+    "parameterization": ("parameterization: 'eta'", lambda out: pixel_model(parameterization="eta")),
+    "narrowed": ("parameterization: 'eta'", lambda out: pixel_model().narrowed("10M", parameterization="eta")),
     "schedule": ("schedule: 'lin'", lambda out: NoiseSchedule("lin")),
     "space": ("space: 'pixels'", lambda out: pixel_model(space="pixels")),
     "precision": ("precision: 'bfloat16'", lambda out: pixel_model(precision="bfloat16")),

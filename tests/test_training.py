@@ -14,7 +14,7 @@ from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.evaluation.agreement import eps_error_by_quarter, eps_errors, held_out_chains
 from ldm_dkdm.training.ema import StudentEMA
-from tests.cli import distil, run_script, sample, write_yaml
+from tests.cli import distil, run_script, sample, table, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
 from tests.pictures import LOGGING, TRAINER, pictures
 
@@ -66,8 +66,8 @@ def test_latents_encoded_in_every_step_give_the_losses_that_latents_encoded_once
         config["model"]["params"]["dropout"] = 0.0
         config["trainer"]["learning_rate"] = 1e-12  # Adam would amplify the rounding of other batch sizes
         assert run_script("train_ldm.py", "--base", write_yaml(tmp_path / "base.yaml", config)) == 0
-        metrics = (tmp_path / "logs" / f"cache-{cache}" / "metrics" / "metrics.csv").read_text().split()
-        rows.append([float(value) for value in metrics[-1].split(",")])
+        row = table(tmp_path / "logs" / f"cache-{cache}" / "metrics.csv")[-1]
+        rows.append([float(row[name]) for name in ("step", "loss", "eps_mse")])
     assert rows[0] == pytest.approx(rows[1], rel=1e-5)
 
 
@@ -81,19 +81,19 @@ def test_a_latent_model_trains_on_a_teachers_samples_alone(
     assert load_model(tmp_path / "logs" / "free" / "model").info["step"] == 6
 
 
-def test_the_average_is_the_closed_form() -> None:
-    module, ema = L.LightningModule(), StudentEMA(0.3)
-    module.weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    weights = torch.randn(8, 3, dtype=torch.float64)
+@pytest.mark.parametrize("ramp", [True, False])
+def test_the_average_is_the_closed_form(ramp: bool) -> None:
+    weights = torch.randn(9, 3, dtype=torch.float64)  # the first are the initial ones
+    module, ema = L.LightningModule(), StudentEMA(0.3, ramp)
+    module.weight = torch.nn.Parameter(weights[0].clone())
     ema.setup(SimpleNamespace(), module, "fit")
-    for step, value in enumerate(weights, 1):
+    wanted = weights[0]
+    for step, value in enumerate(weights[1:], 1):
         module.weight.data.copy_(value)
         ema.on_train_batch_end(SimpleNamespace(global_step=step), module, None, None, step - 1)
-    wanted = weights[0]  # the first update copies
-    for n, value in enumerate(weights[1:], 1):
-        decay = min(0.3, (1 + n) / (10 + n))
+        decay = min(0.3, (1 + step) / (10 + step)) if ramp else 0.3
         wanted = decay * wanted + (1 - decay) * value
-    torch.testing.assert_close(ema.module.weight.data, wanted, rtol=1e-12, atol=0)
+        torch.testing.assert_close(ema.module.weight.data, wanted, rtol=1e-12, atol=0)
 
 
 def test_a_distilled_student_agrees_with_its_teacher(teacher_folder: Path, tmp_path: Path) -> None:

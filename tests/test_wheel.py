@@ -64,7 +64,7 @@ def test_the_wheel_holds_recipes_shipped_models_and_types(wheel: Path) -> None:
     expected = {f"ldm_dkdm/recipes/{path}" for path in recipes} | {f"ldm_dkdm/{path}" for path in models}
     data = {name for name in names if name.startswith(("ldm_dkdm/recipes/", "ldm_dkdm/models/"))}
     assert data == expected
-    assert "ldm_dkdm/py.typed" in names
+    assert {"ldm_dkdm/py.typed", *(f"ldm_dkdm/reports/page.{kind}" for kind in ("css", "html", "js"))} <= names
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ldm_dkdm").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
 
@@ -80,6 +80,7 @@ def test_the_installed_demo_distils_the_shipped_teacher_and_draws_both(dkdm: Pat
     small = ("trainer.max_steps=1", "distill.rho=0.01", "distill.warmup.images=16", "distill.warmup.steps=2")
     assert run(dkdm, "demo", *small, cwd=tmp_path).endswith("logs/quickstart/teacher_vs_student.png\n")
     assert (tmp_path / "logs/quickstart/student/config.yaml").is_file()
+    assert (tmp_path / "logs/quickstart/report.html").is_file()
     picture = tmp_path / "logs/quickstart/teacher_vs_student.png"
     drawn = picture.stat().st_mtime_ns
     run(dkdm, "demo", cwd=tmp_path)  # reuses what is there

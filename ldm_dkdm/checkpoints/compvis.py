@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.compvis_config import CompVisConfig, config_beside
 from ldm_dkdm.checkpoints.contents import Contents, schedule_of, tolerance
-from ldm_dkdm.checkpoints.first_stages import PREFIX, FirstStageSource, tensors_of
+from ldm_dkdm.checkpoints.first_stages import PREFIX, UNSCALED, FirstStageSource, tensors_of
 from ldm_dkdm.checkpoints.shapes import detached, plain, under
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.state_dicts import UNET as NAMES
@@ -82,8 +82,8 @@ def _first_stage(tensors: Mapping[str, Tensor], path: Path, config: CompVisConfi
     given = None if config is None or scale is not None else config.scale_factor
     if not any(name.startswith(PREFIX) for name in tensors):
         return FirstStageSource(path, given)
-    usual = 1.0 if scale is None else None
-    return FirstStageSource(path, given or usual, tensors=tensors_of(tensors), stored=scale)
+    usual, doubt = (None, "") if scale is not None else (1.0, "" if given else UNSCALED)
+    return FirstStageSource(path, given or usual, tensors=tensors_of(tensors), stored=scale, doubt=doubt)
 
 
 def ema_name(parameter: str) -> str:

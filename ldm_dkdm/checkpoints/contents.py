@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.hints import Hints
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
+from ldm_dkdm.diffusion.clipping import Clipping
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, nearest
 from ldm_dkdm.networks import NETWORKS
@@ -192,7 +193,24 @@ class Contents:
         return f"{self.path} ({self.format}) stores no noise schedule; set it, for example {example}"
 
 
-SAMPLING = ("variance", "steps_offset")  # keys of the process that are None where the model decides
+SAMPLING = (
+    "variance",
+    "steps_offset",
+    "timestep_spacing",
+    "set_alpha_to_one",
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+)  # keys of the process that are None where the model decides
+
+
+def own_sampling(config: DiffusionConfig) -> list[str]:
+    """The keys by which a process is sampled in another way than is usual in its space."""
+    usual = DiffusionConfig(space=config.space)
+    keys = (*SAMPLING, "rescale_betas_zero_snr", "rescale_timesteps")
+    return [key for key in keys if getattr(config, key) != getattr(usual, key)]
 
 
 def _named(stored: DiffusionConfig, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,7 +237,20 @@ def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
         SPACES[config.space].steps_offset if config.steps_offset is None else config.steps_offset,
         betas=config.betas,
         variance=config.variance or "posterior",
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        timestep_spacing=config.timestep_spacing,
+        set_alpha_to_one=config.set_alpha_to_one,
     )
+
+
+def clipping_of(config: DiffusionConfig) -> Clipping:
+    """What sampling makes of x_0, from a config section."""
+    space = SPACES[config.space]
+    if config.thresholding:
+        return Clipping(None, config.dynamic_thresholding_ratio or 0.995, config.sample_max_value or 1.0)
+    if config.clip_sample is False or (config.clip_sample is None and space.clip is None):
+        return Clipping()
+    return Clipping(config.clip_sample_range or space.clip or 1.0)
 
 
 def check_schedule(stored: Tensor, schedule: NoiseSchedule, source: str | Path) -> None:

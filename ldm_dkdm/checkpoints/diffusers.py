@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ldm_dkdm.checkpoints import diffusers_dit
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.diffusers_first_stage import component
 from ldm_dkdm.checkpoints.diffusers_scheduler import process, scheduler_config
@@ -24,6 +25,7 @@ from ldm_dkdm.reporting import logger
 
 NAME = "diffusers folder"
 UNET, TARGET = "UNet2DModel", "ldm_dkdm.networks.UNet"
+PARTS = ("unet", "transformer")  # of a network in a pipeline
 INDEX = "model_index.json"
 NOTES = "ldm_dkdm.json"  # what diffusers' files have no key for; the library does not read it
 NOTED = ("null_label", "info")
@@ -32,7 +34,7 @@ NOTED = ("null_label", "info")
 def recognises(source: Source) -> bool:
     """Whether the path is a pipeline's folder, a trainer's checkpoint, one network's folder, or the weights in it."""
     if not source.is_folder:
-        return source.path.is_file() and _class_in(source.path.parent) == UNET
+        return source.path.is_file() and _class_in(source.path.parent) in (UNET, *diffusers_dit.CLASSES)
     return _class_in(source.path) is not None or source.holds(INDEX) or bool(_networks(source.path))
 
 
@@ -48,7 +50,7 @@ def _networks(folder: Path) -> list[str]:
 
 
 def read(source: Source) -> Contents:
-    """A pipeline of a UNet2DModel, a scheduler and, for latents, a first stage; or a UNet2DModel alone.
+    """A pipeline of a UNet2DModel or a DiT, a scheduler and, for latents, a first stage; or such a network alone.
 
     Raises:
         UserError: a missing part or an unsupported option; names the file and the key.
@@ -65,14 +67,14 @@ def read(source: Source) -> Contents:
 
 def _network_of(pipeline: Path) -> Path:
     """The folder of a pipeline's network: its part, or the root in the first layout of diffusers."""
-    part = pipeline / "unet"
+    part = next((pipeline / name for name in PARTS if (pipeline / name).is_dir()), pipeline / PARTS[0])
     if (pipeline / "unet_ema").is_dir():
         logger.warning("%s: unet is read; name %s to read that", pipeline, pipeline / "unet_ema")
     return part if part.is_dir() or not (pipeline / "config.json").is_file() else pipeline
 
 
 def _pipeline(home: Path, unet: Path, file: Path | None = None) -> Contents:
-    _require_unet(home)
+    _require_network(home)
     return _network(unet, file or weights_in(unet), path=home, home=home)
 
 
@@ -93,35 +95,29 @@ def _network(folder: Path, file: Path, path: Path, home: Path | None = None) -> 
     notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
     if home is not None and (home / NOTES).is_file():
         notes = read_json(home / NOTES)
-    params = _params(folder, notes)
-    tensors = to_ours(read_tensors(file), params, folder)
-    found: dict[str, Any] = {
-        "path": path,
-        "file": file,
-        "format": NAME,
-        "target": TARGET,
-        "params": params,
-        "raw": tensors,
-    }
+    network = _read_network(folder, file, notes)
+    params = network["params"]
+    found: dict[str, Any] = {"path": path, "file": file, "format": NAME, **network}
     if home is None:
-        return Contents(**found, space="pixel")
+        return Contents(**found, space="pixel" if network["target"] == TARGET else "latent")
     index = read_json(home / INDEX)
     stage = next((name for name in ("vqvae", "vae") if (index.get(name) or [None])[0] is not None), None)
-    learned = params["out_channels"] == 2 * params["in_channels"]
+    learned = params.get("learn_sigma", params.get("out_channels") == 2 * params["in_channels"])
     diffusion, kind = process(_scheduler(home), "pixel" if stage is None else "latent", learned)
+    notes = {"info": _label_names(index), **{key: notes[key] for key in NOTED if notes.get(key) is not None}}
     return Contents(
         **found,
         parameterization=kind,
         diffusion=diffusion,
         first_stage=None if stage is None else FirstStageSource(home),
-        **{key: notes[key] for key in NOTED if notes.get(key) is not None},
+        **notes,
         described=True,
     )
 
 
 def _is_home(place: Path, network: Path) -> bool:
     """Whether a folder is the pipeline around a network's folder: PIPELINE/unet, PIPELINE/checkpoint-N/unet_ema."""
-    known = network.name in ("unet", "unet_ema") and network.parent in (place, *place.glob("checkpoint-*"))
+    known = network.name in (*PARTS, "unet_ema") and network.parent in (place, *place.glob("checkpoint-*"))
     return known and (place / INDEX).is_file()
 
 
@@ -133,25 +129,40 @@ def _scheduler(home: Path) -> Path:
     return found
 
 
-def _params(folder: Path, notes: dict[str, Any]) -> dict[str, Any]:
+def _read_network(folder: Path, file: Path, notes: dict[str, Any]) -> dict[str, Any]:
+    """Target, params and tensors of a network, under our names."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: is missing; it describes the network")
     config = read_json(path)
-    if config.get("_class_name") != UNET:
-        raise UserError(f"{folder}: is a {config.get('_class_name')}; only {UNET} works")
+    kind = config.get("_class_name")
+    if kind in diffusers_dit.CLASSES:
+        params, tensors = diffusers_dit.dit_to_ours(read_tensors(file), diffusers_dit.dit_params(config, path), folder)
+        return {"target": diffusers_dit.TARGET, "params": params, "raw": tensors}
+    if kind != UNET:
+        raise UserError(f"{folder}: is a {kind}; only {UNET} and {diffusers_dit.CLASSES[0]} work")
     order = {"use_new_attention_order": True} if notes.get("use_new_attention_order") else {}
-    return {**unet_params(config, path), **order}
+    params = {**unet_params(config, path), **order}
+    return {"target": TARGET, "params": params, "raw": to_ours(read_tensors(file), params, folder)}
 
 
-def _require_unet(home: Path) -> None:
+def _label_names(index: dict[str, Any]) -> dict[str, Any]:
+    """The names of a DiTPipeline's labels as a fact for the card: `0 tench`, the first of each label's words."""
+    names = index.get("id2label")
+    if not isinstance(names, dict) or not all(key.isdigit() for key in names):
+        return {}
+    return {"classes": [f"{key} {str(names[key]).split(',')[0]}" for key in sorted(names, key=int)]}
+
+
+def _require_network(home: Path) -> None:
     """Refuse pipelines of other networks, by their class."""
     index = read_json(home / INDEX)
-    if "unet" in index and "scheduler" in index:
+    other = (index.get("transformer") or [None, None])[1]
+    if "scheduler" in index and ("unet" in index or other in diffusers_dit.CLASSES):
         return
-    kind, other = index.get("_class_name"), (index.get("transformer") or [None, None])[1]
-    advice = f"; its network is a {other}, DiT's own .pt files work" if other else ""
-    raise UserError(f"{home}: a {kind} is not a pipeline of an unconditional or class-conditional UNet{advice}")
+    kind = index.get("_class_name")
+    advice = f"; its network is a {other}" if other else ""
+    raise UserError(f"{home}: a {kind} is not a pipeline of an unconditional or class-conditional UNet or DiT{advice}")
 
 
 def write(model: SavedModel, path: Path) -> None:

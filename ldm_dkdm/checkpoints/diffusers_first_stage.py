@@ -12,7 +12,6 @@ from ldm_dkdm.checkpoints.reading import read_tensors
 from ldm_dkdm.checkpoints.source import read_json
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.first_stage import FIRST_STAGES
-from ldm_dkdm.reporting import logger
 
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}  # ours -> diffusers'
 
@@ -71,6 +70,7 @@ def first_stage_config(params: Mapping[str, Any], scale_factor: float) -> dict[s
     }
 
 
+KL_SCALE = 0.18215  # the library's default `scaling_factor`
 WANTED = {  # options at which diffusers' first stages compute the same as ours
     "norm_num_groups": 32,
     "norm_type": "group",
@@ -122,7 +122,7 @@ def first_stage_params(config: Mapping[str, Any], latent_size: int | None, sourc
 
 
 def read_component(folder: Path, latent_size: int | None = None) -> dict[str, Any]:
-    """A folder of config.json and weights -> target, params, tensors and scale_factor of our first stage.
+    """A folder of config.json and weights -> target, params, tensors, scale_factor and doubt of our first stage.
 
     Args:
         folder: for example a release of Stable Diffusion's VAE.
@@ -137,17 +137,28 @@ def read_component(folder: Path, latent_size: int | None = None) -> dict[str, An
             raise UserError(f"{folder}: is a {config.get('_class_name')}; only {' and '.join(CLASSES)} work")
         params = first_stage_params(config, latent_size, folder / "config.json")
         target = f"ldm_dkdm.first_stage.{config['_class_name']}"
-        # The library's default for both, 0.18215, is an AutoencoderKL's; VQModels without the key mean 1, as CompVis's.
-        default = 1.0 if "n_embed" in params else 0.18215
-        scale = float(config.get("scaling_factor") or default)
-        if not config.get("scaling_factor"):
-            path = folder / "config.json"
-            logger.warning("%s: stores no scaling_factor; %g is taken, another is set as scale_factor", path, default)
+        scale, doubt = _scale(config)
         found = {modern(name): tensor for name, tensor in read_tensors(folder).items()}
         levels, tensors = len(config["block_out_channels"]), {}
         for name, shape in shapes_of(target, FIRST_STAGES, params, folder).items():
             tensors[name] = take(found, first_stage_name(name, levels), folder).reshape(shape)
-        return {"target": target, "params": params, "tensors": tensors, "scale_factor": scale}
+        return {"target": target, "params": params, "tensors": tensors, "scale_factor": scale, "doubt": doubt}
+
+
+def _scale(config: Mapping[str, Any]) -> tuple[float, str]:
+    """The scale of the latents, and why it is in doubt.
+
+    The library's default of both classes is the one of Stable Diffusion's VAE. A VQModel that was saved without a
+    thought of it stores it too, and pipelines divide by it since they read the key at all.
+    """
+    stored, vq = config.get("scaling_factor"), config["_class_name"] == "VQModel"
+    if not stored:
+        # the default is an AutoencoderKL's; VQModels without the key mean 1, as CompVis's
+        default = 1.0 if vq else KL_SCALE
+        return default, f"config.json: stores no scaling_factor; {default:g} is taken"
+    if vq and stored == KL_SCALE:
+        return stored, f"config.json: scaling_factor {stored} is the library's default, meant for an AutoencoderKL"
+    return float(stored), ""
 
 
 def component(

@@ -4,16 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ldm_dkdm.checkpoints.contents import clipping_of
 from ldm_dkdm.checkpoints.source import read_json
 from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.config.schema import DiffusionConfig
+from ldm_dkdm.diffusion.clipping import Clipping
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.pixel import SPACES, Space
 from ldm_dkdm.reporting import logger
 
 T = TypeVar("T")
 SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear", "cosine": "squaredcos_cap_v2"}
-PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 VARIANCES = {"fixed_small": None, "fixed_small_log": None, "fixed_large": "beta"}  # theirs -> ours; None: posterior
 LEARNED = "learned_range"
 ANCESTRAL, IMPLICIT = ("DDPMScheduler", "DDPMParallelScheduler"), ("DDIMScheduler", "DDIMParallelScheduler")
@@ -35,8 +37,6 @@ SOLVERS = (
 CLASSES = (*ANCESTRAL, *IMPLICIT, *SOLVERS)
 # Keys of all classes whose other values mean a process or a prediction that this package does not have.
 NEEDED: dict[str, tuple[Any, ...]] = {
-    "rescale_betas_zero_snr": (False, None),
-    "thresholding": (False, None),
     "use_flow_sigmas": (False, None),
     "use_dynamic_shifting": (False, None),
     "timestep_type": ("discrete", None),
@@ -47,8 +47,10 @@ NEEDED: dict[str, tuple[Any, ...]] = {
     "timestep_values": (None,),
 }
 READ = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-CONVENTIONS = ("clip_sample", "clip_sample_range", "variance_type", "set_alpha_to_one", "steps_offset")
-OF_THRESHOLDING = ("dynamic_thresholding_ratio", "sample_max_value")
+CONVENTIONS = ("variance_type", "set_alpha_to_one", "steps_offset", "timestep_spacing")
+OF_CLIPPING = ("clip_sample", "clip_sample_range")
+OF_THRESHOLDING = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+RESCALED = "rescale_betas_zero_snr"
 OF_SOLVERS = (
     "algorithm_type",
     "corrector_order",
@@ -73,7 +75,7 @@ OF_SOLVERS = (
     "use_karras_sigmas",
     "use_lu_lambdas",
 )  # how a solver walks, not what the network was trained on
-KNOWN = {*NEEDED, *READ, *CONVENTIONS, *OF_THRESHOLDING, *OF_SOLVERS, "timestep_spacing", "tensor_format"}
+KNOWN = {*NEEDED, *READ, *CONVENTIONS, *OF_CLIPPING, *OF_THRESHOLDING, *OF_SOLVERS, RESCALED, "tensor_format"}
 
 
 def process(path: Path, space: str, learns_variance: bool) -> tuple[DiffusionConfig, str]:
@@ -97,13 +99,23 @@ def process(path: Path, space: str, learns_variance: bool) -> tuple[DiffusionCon
     if unknown:
         logger.warning("%s: %s: not a key of diffusers' %s, ignored", path, ", ".join(unknown), kind)
     parameterization = _named(path, config, "prediction_type", "epsilon", {b: a for a, b in PREDICTIONS.items()})
-    _require_clipping(path, config, kind, SPACES[space])
+    rescaled = bool(config.get(RESCALED))
+    if rescaled and parameterization == "eps":
+        raise UserError(
+            f"{path}: {RESCALED}: True does not fit prediction_type epsilon: the last timestep is pure noise, of which "
+            "eps says nothing about the image"
+        )
     own: dict[str, Any] = {
         "space": space,
         "variance": _variance(path, config, kind, learns_variance),
-        "steps_offset": _steps_offset(path, config, kind, SPACES[space]),
+        RESCALED: rescaled,
+        **_clipping(path, config, kind, SPACES[space]),
+        **_timesteps(path, config, kind, SPACES[space]),
     }
-    return DiffusionConfig(**_betas(path, config), **own), parameterization
+    try:
+        return DiffusionConfig(**_betas(path, config), **own), parameterization
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _named(path: Path, config: Mapping[str, Any], key: str, default: str, names: Mapping[str, T]) -> T:
@@ -129,18 +141,19 @@ def _betas(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"beta_start": config.get("beta_start", 1e-4), "beta_end": config.get("beta_end", 0.02)}
 
 
-def _require_clipping(path: Path, config: Mapping[str, Any], kind: str, space: Space) -> None:
-    """Refuse a clipping of x_0 that is not the space's; solvers do not clip, and have no key for it."""
+def _clipping(path: Path, config: Mapping[str, Any], kind: str, space: Space) -> dict[str, Any]:
+    """Keys of `DiffusionConfig` where x_0 is not clipped as usual in the space; solvers have no clip_sample."""
+    if config.get("thresholding"):
+        return {name: config[name] for name in OF_THRESHOLDING if name in config}
     if kind in SOLVERS and "clip_sample" not in config:
-        return
-    clips, wanted = config.get("clip_sample", True), space.clip is not None
-    if clips != wanted:
-        shown = f"{clips}" if "clip_sample" in config else f"absent, which means true in a {kind}; it"
-        states = "latents" if space.encoded else "pixels"
-        raise UserError(f"{path}: clip_sample: {shown} does not fit a model of {states}; set {str(wanted).lower()}")
-    limit = config.get("clip_sample_range", 1.0)
-    if clips and limit != space.clip:
-        raise UserError(f"{path}: clip_sample_range: {limit} is not supported, only {space.clip}: images are in [-1,1]")
+        return {}
+    clips, limit = bool(config.get("clip_sample", True)), config.get("clip_sample_range", 1.0)
+    if clips and space.encoded:
+        shown = "true" if "clip_sample" in config else f"absent, which means true in a {kind}"
+        logger.warning("%s: clip_sample: %s; latents are clipped to +-%g in sampling", path, shown, limit)
+    usual = space.clip is not None
+    found: dict[str, Any] = {} if clips == usual else {"clip_sample": clips}
+    return found | ({"clip_sample_range": limit} if clips and limit != (space.clip or 1.0) else {})
 
 
 def _variance(path: Path, config: Mapping[str, Any], kind: str, learned: bool) -> str | None:
@@ -159,45 +172,54 @@ def _variance(path: Path, config: Mapping[str, Any], kind: str, learned: bool) -
     return _named(path, config, "variance_type", "fixed_small", VARIANCES)
 
 
-def _steps_offset(path: Path, config: Mapping[str, Any], kind: str, space: Space) -> int | None:
-    """DDIM's convention where the scheduler is DDIM and its convention is not the space's, else None."""
+def _timesteps(path: Path, config: Mapping[str, Any], kind: str, space: Space) -> dict[str, Any]:
+    """Keys of `DiffusionConfig` for timesteps that are not the space's; a spacing that is absent stays open."""
+    found = {"timestep_spacing": config.get("timestep_spacing")}
     if kind in SOLVERS:
-        return None
-    spacing = config.get("timestep_spacing", "leading")
-    if spacing != "leading":
-        raise UserError(f"{path}: timestep_spacing: {spacing!r} is not supported, only 'leading'")
+        return found
     offset = config.get("steps_offset", 0)
-    if kind in ANCESTRAL:
-        if offset:
-            raise UserError(f"{path}: steps_offset: {offset} is not supported in a {kind}, only 0")
-        return None
+    if offset not in (0, 1):
+        raise UserError(f"{path}: steps_offset: {offset} is not supported, only 0 and 1")
+    if kind in ANCESTRAL and space.encoded and found["timestep_spacing"] is None:
+        return found  # DDIM has its space's
     ends_at_x0 = config.get("set_alpha_to_one", True)
-    if (offset, ends_at_x0) not in ((0, True), (1, False)):
-        key = "steps_offset" if "steps_offset" in config else "set_alpha_to_one"
-        raise UserError(
-            f"{path}: {key}: {config[key]} is not supported here; DDIM has steps_offset 0 with set_alpha_to_one true, "
-            "or 1 with false"
-        )
-    return None if offset == space.steps_offset else offset
+    return {
+        **found,
+        "steps_offset": None if offset == space.steps_offset else offset,
+        "set_alpha_to_one": None if ends_at_x0 == (offset == 0) else ends_at_x0,
+    }
 
 
 def scheduler_config(model: SavedModel) -> dict[str, Any]:
     """Config of the diffusers scheduler that samples as this package does."""
-    diffusion, params = model.diffusion, model.node.params
+    diffusion, schedule = model.diffusion, model.schedule
     named = diffusion.betas is None and diffusion.schedule in SCHEDULES
     common = {
-        "num_train_timesteps": model.schedule.num_timesteps,
+        "num_train_timesteps": schedule.num_timesteps,
         "beta_schedule": SCHEDULES.get(diffusion.schedule, "linear"),
         "beta_start": diffusion.beta_start,
         "beta_end": diffusion.beta_end,
-        "trained_betas": None if named else model.schedule.betas.tolist(),
+        "trained_betas": None if named else schedule.unscaled_betas.tolist(),
         "prediction_type": PREDICTIONS[model.node.parameterization],
+        **_clipping_config(clipping_of(diffusion)),
     }
-    offset = model.schedule.steps_offset
-    if model.space.encoded or offset != model.space.steps_offset:
-        own = {"set_alpha_to_one": offset == 0, "steps_offset": offset}
-        return {"_class_name": "DDIMScheduler", **common, "clip_sample": model.space.clip is not None, **own}
+    if schedule.ends_in_noise:
+        common[RESCALED] = True
+    if schedule.timestep_spacing is not None:
+        common["timestep_spacing"] = schedule.timestep_spacing
+    offset, to_x0 = schedule.steps_offset, schedule.set_alpha_to_one
+    if model.space.encoded or (offset, to_x0) != (0, True):
+        return {"_class_name": "DDIMScheduler", **common, "set_alpha_to_one": to_x0, "steps_offset": offset}
+    params = model.node.params
     learned = params["out_channels"] == 2 * params["in_channels"]
-    fixed = "fixed_large" if model.schedule.variance == "beta" else "fixed_small"
-    variance = LEARNED if learned else fixed
-    return {"_class_name": "DDPMScheduler", **common, "clip_sample": True, "variance_type": variance}
+    fixed = "fixed_large" if schedule.variance == "beta" else "fixed_small"
+    return {"_class_name": "DDPMScheduler", **common, "variance_type": LEARNED if learned else fixed}
+
+
+def _clipping_config(clipping: Clipping) -> dict[str, Any]:
+    if clipping.quantile is not None:
+        values = (True, clipping.quantile, clipping.largest)
+        return {"clip_sample": False, **dict(zip(OF_THRESHOLDING, values, strict=True))}
+    if clipping.limit in (None, 1.0):
+        return {"clip_sample": clipping.limit is not None}
+    return {"clip_sample": True, "clip_sample_range": clipping.limit}

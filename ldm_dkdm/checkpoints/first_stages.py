@@ -20,9 +20,11 @@ from ldm_dkdm.config.schema import FirstStageCard, FirstStageConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.first_stage.codec import LatentCodec
+from ldm_dkdm.reporting import logger
 
 ADVICE = "name a first-stage folder of this package or of diffusers, or a checkpoint that holds a first stage"
 HOW_TO_NAME = "give the first stage's file or folder (first_stage=PATH, in a config first_stage.ckpt)"
+UNSCALED = "stores no scale_factor; 1 is taken"  # CompVis's where latents are not scaled
 PREFIX = "first_stage_model."  # name of the first stage in CompVis's files
 
 
@@ -36,6 +38,7 @@ class FirstStageSource:
         target, params: the autoencoder; None: as stored or inferred.
         tensors: the autoencoder's, under its own names, if they were read with the model.
         stored: the scale as the same file stores it.
+        doubt: why the scale may be another one; empty where a file or a user states it.
     """
 
     path: Path
@@ -44,6 +47,7 @@ class FirstStageSource:
     params: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     stored: Tensor | None = field(default=None, repr=False, compare=False)
+    doubt: str = field(default="", compare=False)
 
     @property
     def scale(self) -> float | None:
@@ -91,7 +95,9 @@ class FirstStageSource:
         else:
             folder = component_of(source)
             found = FirstStageSource(source.path, **read_component(folder, latent_size))
-        return replace(found, scale_factor=self.scale_factor or found.scale_factor)
+        if self.scale_factor is None:
+            return found
+        return replace(found, scale_factor=self.scale_factor, doubt=self.doubt)
 
     def _inferred(self, tensors: Mapping[str, Tensor], latent_size: int | None) -> "FirstStageSource":
         if self.target is not None:
@@ -109,16 +115,19 @@ class FirstStageSource:
         """
         stage = self.opened(latent_size)
         autoencoder = build_loaded(stage, "first_stage.params", FIRST_STAGES, stage.tensors or {}, stage.path)
-        return LatentCodec(autoencoder, stage.scale_factor or 1.0, precision, stage.target, stage.params)
+        doubt = stage.doubt if stage.scale_factor else UNSCALED
+        if doubt:
+            logger.warning(f"{stage.path}: {doubt}; another is set as scale_factor")
+        return LatentCodec(autoencoder, stage.scale_factor or 1.0, precision, stage.target, stage.params, doubt)
 
     def changed(self, config: FirstStageConfig) -> "FirstStageSource":
         """A copy with the user's values; the scale stays the diffusion model's, whichever file is named."""
-        scale = config.scale_factor or self.scale
+        scale, doubt = config.scale_factor or self.scale, "" if config.scale_factor else self.doubt
         if config.ckpt is not None:
-            return FirstStageSource(Path(config.ckpt), scale, config.target, config.params)
+            return FirstStageSource(Path(config.ckpt), scale, config.target, config.params, doubt=doubt)
         if config.target is None:
-            return replace(self, scale_factor=scale)
-        return replace(self, scale_factor=scale, target=config.target, params=config.params)
+            return replace(self, scale_factor=scale, doubt=doubt)
+        return replace(self, scale_factor=scale, target=config.target, params=config.params, doubt=doubt)
 
 
 def named_first_stage(config: FirstStageConfig) -> FirstStageSource | None:

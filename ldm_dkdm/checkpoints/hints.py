@@ -15,7 +15,7 @@ class Hints:
     Attributes:
         params: parameters of the network.
         target: the network's class, where the whole architecture is given.
-        parameterization: `eps` or `v`.
+        parameterization: `eps`, `v` or `x0`.
         use_ema: EMA or raw weights; None: EMA where the file has them.
         null_label: the label for no class.
         diffusion: keys of the forward process.

@@ -95,7 +95,7 @@ def card_of(model: SavedModel, folder: Path, weights: str = WEIGHTS, **info: Any
 def pointer_to(stage: FirstStageSource, model: SavedModel, folder: Path) -> FirstStagePointer:
     """How a card in `folder` points to a first stage."""
     path = os.path.relpath(stage.path.resolve(), folder.resolve())
-    scale = stage.scale_factor or model.codec().scale_factor
+    scale = (not stage.doubt and stage.scale_factor) or model.codec().scale_factor
     if is_first_stage_folder(stage.path) or (stage.path / "model_index.json").is_file():
         return FirstStagePointer(path, scale)
     opened = stage if stage.target else stage.opened(model.shape[1])

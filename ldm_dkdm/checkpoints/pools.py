@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.arrays import PickledArray
 from ldm_dkdm.checkpoints.reading import as_tensor, read_content
+from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.records import NoisyBatch
 
@@ -63,13 +65,18 @@ def _read_own(file: Path, shape: tuple[int, int, int], facts: Mapping[str, Any])
     for name, wanted in json.loads(json.dumps(facts)).items():
         if name not in header:
             raise UserError(f"{file}: does not say its {name}; only pools saved by this version can be reused")
-        if header[name] != wanted:
+        if _completed(header[name]) != wanted:
             raise UserError(f"{file}: its {name} is {header[name]}, this run's is {wanted}")
     if header["filled"] < len(t):
         raise UserError(f"{file}: its warm-up was interrupted at slot {header['filled']} of {len(t)}; finish that run")
     if x.shape != (len(t), *shape) or not 0 <= int(t.min()) <= int(t.max()) < facts["num_timesteps"]:
         raise UserError(f"{file}: states {tuple(x.shape)} or timesteps that do not fit the teacher's {shape}")
     return NoisyBatch(x, t, None if label is None else label.long())
+
+
+def _completed(fact: Any) -> Any:
+    """A fact of a pool's header; a forward process has the defaults of keys that are newer than the file."""
+    return {**asdict(DiffusionConfig()), **fact} if isinstance(fact, dict) else fact
 
 
 def read_reference_pool(path: Path, shape: tuple[int, int, int], num_timesteps: int) -> NoisyBatch:

@@ -1,6 +1,10 @@
-"""Measure a student against its teacher, without data: dkdm evaluate -r MODEL [--teacher MODEL] [key=value ...]
+"""Measure images or models: dkdm evaluate SAMPLES [REFERENCE] [--metrics NAME ...] [--features NAME|PATH] ...
 
-`teacher.key=value` and `student.key=value` are hints for one of the two.
+SAMPLES and REFERENCE are models, folders of images, .npz files of images or statistics; SAMPLES may be a first stage.
+`samples.key=value` and `reference.key=value` are hints for one of the two. REFERENCE defaults to a run's teacher.
+
+Without data: dkdm evaluate -r RUN [--teacher MODEL], with hints `student.key=value` and `teacher.key=value`.
+Of several evaluated runs: dkdm evaluate RUN RUN ... --table
 """
 
 import argparse
@@ -8,8 +12,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, read_hints
-from ldm_dkdm.commands.hints import ScopedHints
+from ldm_dkdm.commands.arguments import add_plugin_argument, flags, load_plugins, read_hints
+from ldm_dkdm.commands.hints import ScopedHints, split_paths
+from ldm_dkdm.commands.measuring import RESULTS, measure_sets, print_table
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
@@ -28,33 +33,69 @@ FLAGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The student, the teacher, and how much is measured."""
+    """Both sets, the metrics, the sampling of models, and where results go."""
     add = parser.add_argument
-    add("-r", "--resume", required=True, metavar="MODEL", help="the student: a run folder or any other model")
+    add("hints", nargs="*", metavar="SAMPLES [REFERENCE] [key=value ...]", help="two sets of images; hints for models")
+    add("-r", "--resume", metavar="RUN", help="the student that is measured against its teacher, without data")
     add("--teacher", help="the teacher; default: the one in the config of the student's run")
-    add("-n", "--n_samples", type=int, default=1000, help="images for the Frechet distance, 65 or more; 0: none")
-    add("-c", "--custom_steps", type=int, help="DDIM steps; default: 20, or all T where there are fewer")
+    names = names_of("ldm_dkdm.evaluation.metrics:METRICS")
+    add("--metrics", nargs="+", choices=names, metavar="NAME", help=f"{', '.join(names)}; default: by --features")
+    add("--features", default="inception", metavar="NAME|PATH", help=f"{_names()}, or a file with their weights")
+    add("-n", "--n_samples", type=int, help="samples of each model; default: 10000, with -r 1000 (65 or more; 0: none)")
+    add("-c", "--custom_steps", type=int, help="sampling steps; default: the sampler's, with -r 20, at most all T")
+    add("--sampler", choices=names_of("ldm_dkdm.diffusion.samplers:SAMPLERS"), default="ddim")
+    add("-e", "--eta", type=float, default=0.0, help="DDIM's eta: 0 deterministic, 1 ancestral")
+    add("--labels", type=int, nargs="+", default=[], help="class labels, in turn; default: random by seed")
+    add("--seed", type=int, help="sample i depends on seed + i only; default: 0, with -r 1000000")
+    add("--reference_seed", type=int, metavar="S", help="the same for a model as REFERENCE; default: seed + n_samples")
+    add("--size", type=int, metavar="PIXELS", help="crop and resize the images of folders; default: as they are")
     add("--chains", type=int, default=32, help="held-out ancestral chains of the teacher")
-    add("--seed", type=int, default=1_000_000)
     add("--batch_size", type=int, default=128)
-    add("-o", "--out", type=expanded, help="JSON file; default: evaluation.json beside the student, or beside a .ckpt")
     add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32")
-    add_hints(parser)
+    add("--device", default="auto", help="cpu, cuda, ...")
+    add("--processes", type=int, default=1, metavar="N", help="share the images; each takes a GPU if there are several")
+    add("-o", "--out", type=expanded, help="JSON file; default: beside the model of a run")
+    add("--results", type=expanded, default=RESULTS, metavar="CSV", help=f"gets a row; default: {RESULTS}")
+    add("--cache", type=expanded, metavar="DIR", help="folder of statistics; default: ~/.cache/ldm_dkdm/statistics")
+    add("--save_statistics", type=expanded, metavar="NPZ", help="write the statistics of SAMPLES, to be a REFERENCE")
+    add("--table", action="store_true", help="print the figures of evaluated runs as a Markdown table")
+    add_plugin_argument(parser)
+
+
+def _names() -> str:
+    return ", ".join(names_of("ldm_dkdm.evaluation.features:FEATURES"))
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, print and write the figures."""
+    """Choose what is asked for: a table, two sets of images, or a student and its teacher."""
+    paths, items = split_paths(options.hints)
+    if options.table:
+        print_table([*([options.resume] if options.resume else []), *paths])
+    elif options.resume and not options.metrics:
+        _compare(options)
+    else:
+        paths = [*([options.resume] if options.resume else []), *paths]
+        if not paths:
+            raise UserError("SAMPLES: name a model, a folder of images or an .npz; or a student with -r")
+        if len(paths) > 2:
+            raise UserError(f"'{paths[2]}': one argument too many; SAMPLES and REFERENCE are two (--table takes more)")
+        measure_sets(options, paths, items)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    """A student against its teacher: measure, print and write the figures."""
     numbers = {
-        "images": options.n_samples,
+        "images": 1000 if options.n_samples is None else options.n_samples,
         "steps": options.custom_steps,
         "chains": options.chains,
-        "seed": options.seed,
+        "seed": 1_000_000 if options.seed is None else options.seed,
         "batch_size": options.batch_size,
     }
-    if options.chains < 1 or options.batch_size < 1 or options.seed < 0:
+    if options.chains < 1 or options.batch_size < 1 or numbers["seed"] < 0:
         raise UserError("--chains and --batch_size must be at least 1, --seed at least 0")
-    if options.n_samples != 0 and options.n_samples < 65:
+    if numbers["images"] != 0 and numbers["images"] < 65:
         raise UserError("--n_samples: at least 65, the distance uses 64 principal components; or 0")
+    _require_defaults(options)
     read_hints(options.hints)  # refuses what is not key=value
     hints = ScopedHints(options.hints, ("student", "teacher"))
     load_plugins(options.plugin)
@@ -62,12 +103,12 @@ def run(options: argparse.Namespace) -> None:
     from ldm_dkdm.checkpoints.card import FIGURES, PER_T, write_readme
     from ldm_dkdm.config.load import read_card
     from ldm_dkdm.config.schema import ModelCard
-    from ldm_dkdm.device import default_device
+    from ldm_dkdm.device import resolve_device
     from ldm_dkdm.evaluation.comparison import evaluate
     from ldm_dkdm.files import write_text
     from ldm_dkdm.model import open_model
 
-    device = default_device("auto")
+    device = resolve_device(options.device)
     student = open_model(options.resume, hints.of("student"), lenient=True).to(device, options.precision)
     teacher = find_teacher(expanded(options.resume), options.teacher, hints).to(device, options.precision)
     hints.require_used({"student": student} | ({"teacher": teacher} if options.teacher else {}))
@@ -84,6 +125,16 @@ def run(options: argparse.Namespace) -> None:
     print(f"{out}: these figures and the eps error at every t")
     if own and options.out is None and "teacher_sha256" in student.info:
         write_readme(home, read_card(home / "config.yaml", ModelCard))
+
+
+def _require_defaults(options: argparse.Namespace) -> None:
+    """Refuse options that `-r` alone does not use."""
+    defaults = {"eta": 0.0, "sampler": "ddim", "features": "inception", "results": RESULTS, "labels": []}
+    defaults["processes"] = 1
+    unused = ("sampler", "eta", "labels", "features", "reference_seed", "size", "results", "cache", "save_statistics")
+    for name in (*unused, "processes"):
+        if getattr(options, name) != defaults.get(name):
+            raise UserError(f"--{name}: has no effect with -r alone; add --metrics")
 
 
 def find_teacher(student: Path, teacher: str | None, hints: ScopedHints) -> "DiffusionModel":

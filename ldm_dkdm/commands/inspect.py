@@ -72,7 +72,7 @@ def _first_stage(source: "Source") -> dict[str, str]:
         "weights": _count(stage.tensors or {}),
         "architecture": str(stage.target),
         "parameters": ", ".join(f"{key} {value}" for key, value in stage.params.items()),
-        "scale factor": str(stage.scale_factor),
+        "scale factor": f"{stage.scale_factor or 1:g}" + _doubted(stage.doubt),
     }
 
 
@@ -108,8 +108,20 @@ def _parts(contents: "Contents") -> dict[str, str]:
     if stage is None:
         return lines | {"first stage": "none"}
     inside = "none" if stage.path == contents.path and stage.tensors is None else str(stage.path)
+    if stage.path == contents.path and stage.path.is_dir():  # a part of the same pipeline
+        stage = stage.opened(_side(contents))
     lines["first stage"] = inside if stage.tensors is None else _count(stage.tensors)
-    return lines if stage.scale is None else lines | {"scale factor": f"{stage.scale:g}"}
+    return lines if stage.scale is None else lines | {"scale factor": f"{stage.scale:g}{_doubted(stage.doubt)}"}
+
+
+def _side(contents: "Contents") -> int | None:
+    """The side of the states, where it is known."""
+    found = contents.params.get("image_size", contents.params.get("input_size"))
+    return found if isinstance(found, int) else None
+
+
+def _doubted(doubt: str) -> str:
+    return f" ({doubt}; the teacher check and sampling compare it with samples)" if doubt else ""
 
 
 def _count(part: "Mapping[str, Tensor]") -> str:
@@ -149,7 +161,7 @@ def _parameters(contents: "Contents") -> int:
 
 
 def _process(contents: "Contents") -> dict[str, str]:
-    from ldm_dkdm.checkpoints.contents import schedule_of
+    from ldm_dkdm.checkpoints.contents import own_sampling, schedule_of
 
     stored, found = contents.alphas_cumprod, contents.diffusion
     if found is None:
@@ -158,6 +170,7 @@ def _process(contents: "Contents") -> dict[str, str]:
     if name in ("scaled_linear", "linear"):
         name += f" {found.beta_start} ... {found.beta_end}"
     shown = f"{name}, T = {found.num_timesteps}, {found.space} space"
+    shown += "".join(f", {key} {str(getattr(found, key)).lower()}" for key in own_sampling(found))
     if stored is None:
         return {"noise schedule": shown}
     error = (schedule_of(found).alphas_cumprod - stored.double()).abs().max()

@@ -15,7 +15,8 @@ from ldm_dkdm.errors import Stopped, UserError, interruptible, nearest
 COMMANDS = {
     "distill": "turn a diffusion model into a smaller one without data (Alg. 1)",
     "sample": "draw images from any model",
-    "evaluate": "measure a student against its teacher",
+    "evaluate": "measure images and models, with data or a teacher as the reference",
+    "report": "write one page about runs: samples, curves, figures",
     "convert": "write a model in another format",
     "inspect": "say what is in a checkpoint",
     "train": "train a diffusion model on images (Alg. 2)",

@@ -34,7 +34,7 @@ OTHER_FLAGS = {
     "--exp_dir": "write logging.dir=FOLDER",
     "--resume_checkpoint": "write --resume RUN",
     "--resume_step": f"{LEFT_OUT}, --resume RUN knows its step",
-    "--wandb": f"{LEFT_OUT}, losses are in metrics/metrics.csv of the run",
+    "--wandb": "write logging.loggers=[csv,wandb]",
     "--BATCH": "write distill.rho=X",
     "--stu_batch_size": "write distill.batch_size=N",
     "--batch_size": "write distill.batch_size=N, or data.batch_size=N for a training on images",

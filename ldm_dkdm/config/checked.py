@@ -79,6 +79,11 @@ def one_of(table: str, default: Any = MISSING, *, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "table": table})
 
 
+def many_of(table: str, default: Sequence[str], *, help: str) -> Any:
+    """Declare a list key whose entries are names in a table."""
+    return dataclasses.field(default=default, metadata={"help": help, "table": table})
+
+
 def names_of(table: str) -> list[str]:
     """Names in a table such as `ldm_dkdm.diffusion.samplers:SAMPLERS`.
 
@@ -185,7 +190,8 @@ def _field_value(hint: Any, metadata: Mapping[str, Any], value: Any, where: str)
     if isinstance(value, str) and metadata.get("path"):
         value = str(expanded(value)) if value.startswith("~") else value
     if value is not None and "table" in metadata:
-        _require_choice(value, names_of(metadata["table"]), where)
+        for name in value if isinstance(value, tuple) else (value,):
+            _require_choice(name, names_of(metadata["table"]), where)
     if isinstance(value, tuple):
         if value and len(value) != metadata.get("length", len(value)):
             raise UserError(f"{where}: expected {metadata['length']} entries, got {len(value)}")

@@ -55,13 +55,16 @@ def _default(field: dataclasses.Field[Any], section: type | None) -> str:
         return "its keys' defaults" if section else "{}"
     if isinstance(field.default, bool):
         return str(field.default).lower()
-    return {None: "null", (): "[]"}.get(field.default, str(field.default))
+    if isinstance(field.default, tuple):
+        return f"[{', '.join(field.default)}]"
+    return "null" if field.default is None else str(field.default)
 
 
 def _kind(hint: Any, metadata: Mapping[str, Any]) -> str:
     """A type hint and its limits in words."""
     if "table" in metadata:
-        return f"one of {', '.join(names_of(metadata['table']))}"
+        listed = typing.get_origin(hint) is Sequence
+        return f"{'list of any' if listed else 'one'} of {', '.join(names_of(metadata['table']))}"
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_kind(option, metadata) for option in typing.get_args(hint) if option is not type(None))
     if typing.get_origin(hint) is typing.Literal:

@@ -12,12 +12,12 @@ from ldm_dkdm.config.data_sections import (
     FirstStageLoss,
     SamplingConfig,
 )
+from ldm_dkdm.config.logging_section import LoggingConfig
+from ldm_dkdm.config.process_section import DiffusionConfig
 from ldm_dkdm.config.sections import (
-    DiffusionConfig,
     DistillConfig,
     EarlyStopConfig,
     FirstStageConfig,
-    LoggingConfig,
     LossConfig,
     NetworkConfig,
     NewNetworkConfig,

@@ -1,13 +1,11 @@
 """The sections that runs and models share, with the limits and meaning of each key."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from ldm_dkdm.config.checked import Section, key, literal, one_of
+from ldm_dkdm.config.checked import Section, key, one_of
 from ldm_dkdm.errors import UserError
 
-SCHEDULE = "ldm_dkdm.diffusion.schedule"
 PARAMETERIZATIONS = "ldm_dkdm.diffusion.process:PARAMETERIZATIONS"
 SAMPLERS = "ldm_dkdm.diffusion.samplers:SAMPLERS"
 
@@ -79,69 +77,6 @@ class FirstStageConfig(Section):
 
 
 @dataclass(frozen=True)
-class DiffusionConfig(Section):
-    """The forward process (`NoiseSchedule`) and the space in which it runs."""
-
-    schedule: str = one_of(
-        f"{SCHEDULE}:SCHEDULES",
-        "scaled_linear",
-        help="Noise schedule; `scaled_linear` is what CompVis calls linear.",
-    )
-    num_timesteps: int = key(1000, min=1, help="Number of timesteps T.")
-    beta_start: float = key(None, above=0, help="First beta; null is 0.0015 (`scaled_linear`) or 0.1 / T (`linear`).")
-    beta_end: float = key(None, above=0, help="Last beta; null is 0.0195 (`scaled_linear`) or 20 / T (`linear`).")
-    space: str = one_of(
-        "ldm_dkdm.pixel:SPACES",
-        "latent",
-        help="`pixel` has no first stage, clips x_0 to [-1,1] and can learn the variance.",
-    )
-    betas: Sequence[float] | None = key(
-        None, above=0, below=1, help="All T betas, in place of `schedule`, `beta_start` and `beta_end`."
-    )
-    variance: str | None = one_of(
-        "ldm_dkdm.diffusion.schedule:VARIANCES",
-        None,
-        help="Variance of a reverse step: the `posterior`'s (diffusers' fixed_small), or `beta` (fixed_large); "
-        "default: the model's, else `posterior`.",
-    )
-    steps_offset: int | None = key(
-        None,
-        min=0,
-        max=1,
-        help="DDIM's lowest timestep: 0, and samples end at x_0; 1, and they end at abar_0; default: the model's, "
-        "else 0 in pixel space and 1 in latent space.",
-    )
-    rescale_timesteps: bool = key(
-        False, help="The network takes t * 1000 / T; improved-diffusion's default, false in guided-diffusion."
-    )
-
-    def __post_init__(self) -> None:
-        """Set the ends that are not given, and `num_timesteps` to the number of `betas`, where they are given."""
-        for name, value in zip(("beta_start", "beta_end"), _ends(self.schedule, self.num_timesteps), strict=True):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        super().__post_init__()
-        if self.betas is None:
-            return
-        default = next(f.default for f in fields(self) if f.name == "num_timesteps")
-        if not self.betas:
-            raise UserError("betas: expected one beta per timestep, got an empty list")
-        if self.num_timesteps not in (default, len(self.betas)):
-            raise UserError(
-                f"num_timesteps: {self.num_timesteps} is not the number of betas, which is {len(self.betas)}"
-            )
-        object.__setattr__(self, "num_timesteps", len(self.betas))
-
-
-def _ends(schedule: object, num_timesteps: object) -> tuple[float, float]:
-    """`diffusion.schedule.beta_ends`, without importing torch; arguments may be invalid."""
-    ends = literal(f"{SCHEDULE}:BETA_ENDS")
-    start, end, steps = ends.get(schedule, ends["scaled_linear"])
-    scale = steps / num_timesteps if steps and isinstance(num_timesteps, int) and num_timesteps > 0 else 1.0
-    return min(0.999, start * scale), min(0.999, end * scale)
-
-
-@dataclass(frozen=True)
 class WarmupConfig(Section):
     """How the pool is filled before the first step."""
 
@@ -196,7 +131,9 @@ class DistillConfig(Section):
         "redraw", help="After a discarded batch, draw other slots, or advance the same ones (the public code)."
     )
     input_perturbation: float = key(0.0, min=0, help="Noise added to the student's input: gamma of DDPM-IP.")
-    stride: int = key(1, min=1, help="Timesteps that a drawn slot advances; 1 is the paper's.")
+    stride: int = key(
+        1, min=1, help="Timesteps that a drawn slot advances, more where `t_cap` wants fewer slots; 1 is the paper's."
+    )
     pool_dtype: Literal["float16", "float32"] = key("float16", help="Number format of the pool's states.")
     pool_storage: Literal["memory", "mmap"] = key("memory", help="`mmap` keeps the pool in a file of the run.")
     pool_from: str | None = key(
@@ -210,12 +147,26 @@ class DistillConfig(Section):
 
 @dataclass(frozen=True)
 class EarlyStopConfig(Section):
-    """Stop when a figure's mean over `window` steps has not fallen for `patience` windows."""
+    """Stop when a figure's mean over `window` steps has not fallen for `patience` windows.
 
-    monitor: Literal["loss", "eps_mse"] = key("loss", help="Figure that should fall.")
-    window: int = key(1000, min=1, help="Steps over which the figure is averaged.")
-    patience: int = key(10, min=1, help="Windows without a fall before the run ends.")
+    `agreement` is not averaged: a window is one measurement.
+    """
+
+    monitor: Literal["loss", "eps_mse", "agreement"] = key(
+        "loss", help="Figure that should fall; `agreement` is measured every `logging.evaluate_every` steps."
+    )
+    window: int = key(1000, min=1, help="Steps over which `loss` or `eps_mse` is averaged.")
+    patience: int = key(10, min=1, help="Windows, or measurements of `agreement`, without a fall before the run ends.")
     min_delta: float = key(0.0, min=0, help="Smallest fall that counts.")
+
+    def __post_init__(self) -> None:
+        """Refuse a window of a figure that has none."""
+        super().__post_init__()
+        default = next(f.default for f in fields(self) if f.name == "window")
+        if self.monitor == "agreement" and self.window != default:
+            raise UserError(
+                "window: has no effect with monitor: agreement, which logging.evaluate_every times; leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -246,16 +197,3 @@ class TrainerConfig(Section):
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = key("auto", help="Kind of device to train on.")
     devices: int = key(1, min=1, help="Number of devices; each has a pool of its own.")
     seed: int = key(0, min=0, help="Seed of every random choice.")
-
-
-@dataclass(frozen=True)
-class LoggingConfig(Section):
-    """Where a run writes and how often, in training steps."""
-
-    dir: str = key("logs", path=True, help="Folder that holds the runs.")
-    name: str | None = key(None, help="Name of the run folder; null joins the names of the config files.")
-    save_every: int = key(5000, min=1, help="Steps between checkpoints.")
-    sample_every: int = key(5000, min=1, help="Steps between grids of samples.")
-    sample_count: int = key(16, min=1, help="Samples in a grid.")
-    sample_steps: int = key(50, min=1, help="DDIM steps of the grids' samples; the default is at most T.")
-    export_dtype: Literal["float32", "float16"] = key("float32", help="Number format of the saved model's weights.")

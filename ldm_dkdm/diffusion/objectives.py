@@ -26,9 +26,26 @@ LOSS_SPACES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def loss_weight(schedule: NoiseSchedule, t: Tensor, space: str, cap: float | None = None) -> Tensor:
-    """Factor (B,) that turns an eps error at t into an error of `space` (one of LOSS_SPACES), at most `cap`."""
-    weight = pick(LOSS_SPACES, space, "space")(schedule.alpha_bar(t, t))
-    return weight.clamp(max=cap or float("inf")).float().to(t.device)
+    """Factor (B,) that turns an eps error at t into an error of `space` (one of LOSS_SPACES), at most `cap`.
+
+    At abar = 0 it is 0: eps is x_t there, whatever the network says.
+    """
+    abar = schedule.alpha_bar(t, t)
+    weight = pick(LOSS_SPACES, space, "space")(abar).clamp(max=cap or float("inf"))
+    return torch.where(abar > 0, weight, 0.0).float().to(t.device)
+
+
+def space_loss(
+    schedule: NoiseSchedule, t: Tensor, target: Prediction, prediction: Prediction, space: str, cap: float | None = None
+) -> Tensor:
+    """The squared error (B,) in `space` (one of LOSS_SPACES): the eps error, weighted.
+
+    At abar = 0, where v is -x_0, it is the error of x_0.
+    """
+    loss = loss_weight(schedule, t, space, cap) * simple_loss(target.eps, prediction.eps)
+    if not schedule.ends_in_noise:
+        return loss
+    return loss + (schedule.alpha_bar(t, t) == 0).to(loss) * simple_loss(target.x_0, prediction.x_0)
 
 
 def vlb_loss(
@@ -47,7 +64,9 @@ def vlb_loss(
     posterior q(x_{t-1}|x_t,x_0), and at t = 0 the term is the negative log-likelihood of the pixels (Improved DDPM,
     Eq. 4-7; L_vlb of Alg. 2).
     """
+    known = schedule.alpha_bar(t, x_t) > 0  # else eps says nothing about x_0
     x_0 = prediction.x_0 if clip_student else eps_to_x0(schedule, x_t, t, prediction.eps)
+    x_0 = torch.where(known, x_0, prediction.x_0)
     assert prediction.var_fraction is not None  # the network learns its variance
     from_data = target.var_fraction is None
     mean, _ = posterior(schedule, x_0.detach(), x_t, t, t - 1)

@@ -23,7 +23,7 @@ def q_sample(schedule: NoiseSchedule, x_0: Tensor, t: Tensor, noise: Tensor) -> 
 
 
 def eps_to_x0(schedule: NoiseSchedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """x_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)."""
+    """x_0 = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t); it has no value where abar_t = 0."""
     abar = schedule.alpha_bar(t, x_t)
     return _mix(abar.rsqrt(), x_t, -(1 / abar - 1).sqrt(), eps)
 
@@ -57,6 +57,7 @@ class Parameterization:
 PARAMETERIZATIONS = {
     "eps": Parameterization(lambda schedule, x_t, t, eps: eps, eps_to_x0),
     "v": Parameterization(v_to_eps, v_to_x0),
+    "x0": Parameterization(x0_to_eps, lambda schedule, x_t, t, x_0: x_0),
 }
 
 
@@ -94,11 +95,13 @@ def uncertainty(schedule: NoiseSchedule, t: Tensor, eps: Tensor) -> Tensor:
     """Variance (B,1,1,1) of x_0 given x_t, mean over elements (Analytic-DPM, Bao et al. 2022, Eq. 8).
 
     For a posterior mean eps, E[(eps_true - eps)^2] = 1 - E[eps^2], and x_0 errs by eps's error times (1 - abar) / abar.
-    The estimate from one state is noisy near T; it is kept within the variance of states, which is about 1.
+    The estimate from one state is noisy near T; it is kept within the variance of states, which is about 1. That is
+    also the value at abar = 0, where x_t says nothing.
     """
     unknown = 1 - eps.square().mean((1, 2, 3), keepdim=True)
     abar = schedule.alpha_bar(t, eps)
-    return (((1 - abar) / abar).to(eps) * unknown).clamp(0, 1)
+    found = ((1 - abar) / abar).to(eps) * unknown
+    return torch.where((abar > 0), found.clamp(0, 1), 1.0)
 
 
 def reverse_to(

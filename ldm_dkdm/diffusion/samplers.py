@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm_dkdm.diffusion.process import reverse_to, x0_to_eps
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.diffusion.timesteps import of_ddim, of_ddpm, of_solver
 from ldm_dkdm.records import Prediction
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Prediction]
@@ -35,32 +35,6 @@ class ImageNoise:
         return torch.stack(draws).to(self.device)
 
 
-def ddim_timesteps(num_timesteps: int, steps: int, offset: int = 1) -> list[int]:
-    """Ascending DDIM timesteps: range(0, T, T // steps) + offset, kept below T; CompVis's offset is 1.
-
-    As there, a `steps` that does not divide T gives a few more timesteps. At steps = T nothing is added.
-    """
-    _check_steps(num_timesteps, steps)
-    stride = num_timesteps // steps
-    return [min(t + offset * (stride > 1), num_timesteps - 1) for t in range(0, num_timesteps, stride)]
-
-
-def respaced_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """`steps` ascending timesteps spread evenly from 0 to T-1, both included (Improved DDPM, Sec. 4).
-
-    At some unusual numbers of steps the authors' code rounds a few timesteps the other way.
-    """
-    _check_steps(num_timesteps, steps)
-    if steps == 1:
-        return [num_timesteps - 1]
-    return [round(i * (num_timesteps - 1) / (steps - 1)) for i in range(steps)]
-
-
-def _check_steps(num_timesteps: int, steps: int) -> None:
-    if not 1 <= steps <= num_timesteps:
-        raise UserError(f"steps: {steps} is not between 1 and the {num_timesteps} diffusion steps")
-
-
 def ddpm(
     schedule: NoiseSchedule,
     denoise: Denoise,
@@ -75,7 +49,7 @@ def ddpm(
     Alg. 3, with the variance that the model learned or the posterior's; last yields x_0. Fewer steps
     respace the process (Improved DDPM, Sec. 4). eta is ignored: the variance is the model's.
     """
-    timesteps = respaced_timesteps(schedule.num_timesteps, steps or schedule.num_timesteps)
+    timesteps = of_ddpm(schedule, steps or schedule.num_timesteps)
     for step, following in _downwards(timesteps, -1):
         t, t_next = (torch.full((len(x),), value, device=x.device) for value in (step, following))
         x = reverse_to(schedule, x, t, t_next, denoise(x, t, label), noise())
@@ -94,12 +68,11 @@ def ddim(
 ) -> Iterator[Tensor]:
     """DDIM, Eq. 12 and 16, from x_T (B,C,H,W); last yields the sample.
 
-    `schedule.steps_offset` says which timesteps, and whether the last target is abar of t = 0 or 1. Other `timesteps`,
-    ascending, end at x_0.
+    The schedule says which timesteps (`timestep_spacing`, `steps_offset`), and whether the last target is x_0 or abar_0
+    (`set_alpha_to_one`). Other `timesteps`, ascending, end at x_0.
     """
-    offset = schedule.steps_offset if timesteps is None else 0
-    timesteps = timesteps or ddim_timesteps(schedule.num_timesteps, steps, offset)
-    for step, following in _downwards(timesteps, offset - 1):
+    end = -1 if schedule.set_alpha_to_one or timesteps is not None else 0
+    for step, following in _downwards(timesteps or of_ddim(schedule, steps), end):
         t = torch.full((len(x),), step, device=x.device)
         x_0 = denoise(x, t, label).x_0
         eps = x0_to_eps(schedule, x, t, x_0)  # from the clipped x_0, in pixel space
@@ -125,14 +98,14 @@ def dpm_solver(
 ) -> Iterator[Tensor]:
     """DPM-Solver++(2M) from x_T (B,C,H,W), deterministic; last yields x_0 (Lu et al. 2022, Alg. 2).
 
-    It draws no noise and ignores eta. Its timesteps are `solver_timesteps` or those given, ascending; those whose abar
-    is below `start` are skipped. The first and the last step are of first order: the first has no predecessor, the last
-    ends at x_0.
+    It draws no noise and ignores eta. Its timesteps are `of_solver` or those given, ascending; those whose abar
+    is below `start` are skipped. From abar = 0 the first step is the limit of ever less signal. The first and the last
+    step are of first order: the first has no predecessor, the last ends at x_0.
     """
     abar = schedule.alphas_cumprod
     lam = 0.5 * (abar / (1 - abar)).log()  # half the log signal-to-noise ratio
     x_0_before, h_before = None, 0.0
-    timesteps = [t for t in timesteps or solver_timesteps(schedule.num_timesteps, steps) if abar[t] >= start]
+    timesteps = [t for t in timesteps or of_solver(schedule, steps) if abar[t] >= start]
     for step, following in _downwards(timesteps, -1):
         t = torch.full((len(x),), step, device=x.device)
         x_0 = denoise(x, t, label).x_0
@@ -147,27 +120,6 @@ def dpm_solver(
         x = shrink * x - abar[following].sqrt().item() * math.expm1(-h) * direction
         x_0_before, h_before = x_0, h
         yield x
-
-
-def solver_timesteps(num_timesteps: int, steps: int) -> list[int]:
-    """`steps` ascending timesteps spread evenly over (0, T-1], diffusers' `linspace` spacing; all at steps = T."""
-    _check_steps(num_timesteps, steps)
-    if steps == num_timesteps:
-        return list(range(num_timesteps))
-    return [round(i * (num_timesteps - 1) / steps) for i in range(1, steps + 1)]
-
-
-def log_snr_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
-    """At most `steps` ascending timesteps, from 0 to T-1, spread evenly over the log signal-to-noise ratio.
-
-    The spacing of DPM-Solver (Lu et al. 2022, Sec. 3.1): few steps then keep the variance of the samples, which evenly
-    spaced timesteps lose near t = 0.
-    """
-    _check_steps(schedule.num_timesteps, steps)
-    abar = schedule.alphas_cumprod
-    log_snr = (abar / (1 - abar)).log()
-    wanted = torch.linspace(log_snr[-1].item(), log_snr[0].item(), steps, dtype=torch.float64)
-    return sorted({int((log_snr - value).abs().argmin()) for value in wanted})
 
 
 def _downwards(timesteps: list[int], end: int) -> Iterator[tuple[int, int]]:
@@ -194,14 +146,9 @@ class Sampler:
 
 
 SAMPLERS = {
-    "ddim": Sampler(
-        ddim,
-        lambda s, n: ddim_timesteps(s.num_timesteps, n, s.steps_offset),
-        takes_eta=True,
-        takes_timesteps=True,
-    ),
-    "ddpm": Sampler(ddpm, lambda s, n: respaced_timesteps(s.num_timesteps, n), default_steps=None),
-    "dpm-solver++": Sampler(dpm_solver, lambda s, n: solver_timesteps(s.num_timesteps, n), takes_timesteps=True),
+    "ddim": Sampler(ddim, of_ddim, takes_eta=True, takes_timesteps=True),
+    "ddpm": Sampler(ddpm, of_ddpm, default_steps=None),
+    "dpm-solver++": Sampler(dpm_solver, of_solver, takes_timesteps=True),
 }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm_dkdm.diffusion.timesteps import SPACINGS
 from ldm_dkdm.errors import UserError, pick
 
 
@@ -62,16 +63,21 @@ class NoiseSchedule:
         num_timesteps: T.
         beta_start, beta_end: ends of the two linear schedules; default: BETA_ENDS, for `linear` times 1000 / T.
             `cosine` does not use them.
-        steps_offset: DDIM's lowest timestep, and its last target is the one below it: 1 in CompVis's code (samples
-            end at abar_0), 0 in guided-diffusion's (they end at x_0, abar_{-1} = 1). The name is diffusers'.
+        steps_offset: DDIM's lowest timestep: 1 in CompVis's code, 0 in guided-diffusion's. The name is diffusers'.
         betas: any betas (T,), each strictly between 0 and 1, in place of a named schedule.
         variance: of a reverse step, one of VARIANCES; a network that predicts its own ignores it.
+        rescale_betas_zero_snr: abar_{T-1} is set to 0 and the others are shifted (Lin et al. 2023, Alg. 1).
+        timestep_spacing: of samplers with fewer steps, one of SPACINGS; None: each sampler's own.
+        set_alpha_to_one: DDIM's last target is x_0 (abar_{-1} = 1), else abar_0; default: it is the timestep below the
+            lowest one, so that samples end at abar_0 in CompVis's code and at x_0 in guided-diffusion's.
 
     Raises:
         UserError: an unknown name, or values outside these ranges.
 
     Attributes:
         betas, alphas_cumprod: float64 tensors (T,) on the CPU.
+        unscaled_betas: the same as `betas` before `rescale_betas_zero_snr`.
+        ends_in_noise: abar_{T-1} is 0: x_{T-1} says nothing about x_0, and its eps is x_{T-1} itself.
     """
 
     def __init__(
@@ -84,21 +90,31 @@ class NoiseSchedule:
         *,
         betas: Tensor | Sequence[float] | None = None,
         variance: str = "posterior",
+        rescale_betas_zero_snr: bool = False,
+        timestep_spacing: str | None = None,
+        set_alpha_to_one: bool | None = None,
     ) -> None:
         pick(SCHEDULES, name, "schedule")
         pick(VARIANCES, variance, "variance")
         _require_numbers("a whole number", Integral, num_timesteps=num_timesteps)
         if num_timesteps < 1:
             raise UserError(f"num_timesteps: must be at least 1, got {num_timesteps}")
-        self.steps_offset, self.variance = steps_offset, variance
+        if timestep_spacing is not None:
+            pick(SPACINGS, timestep_spacing, "timestep_spacing")
+        self.steps_offset, self.variance, self.timestep_spacing = steps_offset, variance, timestep_spacing
+        self.set_alpha_to_one = steps_offset == 0 if set_alpha_to_one is None else set_alpha_to_one
         first, final = beta_ends(name, num_timesteps)
         self.beta_start = first if beta_start is None else beta_start
         self.beta_end = final if beta_end is None else beta_end
         _require_numbers("a number", Real, beta_start=self.beta_start, beta_end=self.beta_end)
-        self.betas = self._named(name, num_timesteps) if betas is None else _given(betas)
+        self.unscaled_betas = self._named(name, num_timesteps) if betas is None else _given(betas)
         self.name = name if betas is None else "betas"
-        self.num_timesteps = len(self.betas)
-        self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
+        self.num_timesteps, self.ends_in_noise = len(self.unscaled_betas), rescale_betas_zero_snr
+        self.alphas_cumprod = torch.cumprod(1 - self.unscaled_betas, 0)
+        self.betas = self.unscaled_betas
+        if rescale_betas_zero_snr:
+            self.alphas_cumprod = zero_terminal_snr(self.alphas_cumprod)
+            self.betas = betas_of(self.alphas_cumprod)
         self._tables: dict[torch.device, Tensor] = {}
 
     def _named(self, name: str, num_timesteps: int) -> Tensor:
@@ -127,7 +143,9 @@ class NoiseSchedule:
 
     def density(self, cap: float | None = None) -> Tensor:
         """The density (T,) of `timesteps_at`, at most 1, float64."""
-        return (self.alphas_cumprod * (cap or float("inf"))).clamp(0.1, 1)
+        if cap is None:
+            return torch.ones_like(self.alphas_cumprod)
+        return (self.alphas_cumprod * cap).clamp(0.1, 1)
 
     def _table(self, device: torch.device) -> Tensor:
         """abar_{-1} ... abar_{T-1} on a device, copied there once."""
@@ -151,6 +169,19 @@ def _given(betas: Tensor | Sequence[float]) -> Tensor:
     if values.ndim != 1 or not len(values) or not bool(((values > 0) & (values < 1)).all()):
         raise UserError(f"betas: {tuple(values.shape)} values must be one row, each strictly between 0 and 1")
     return values
+
+
+def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """alphas_cumprod (T,) whose square root is shifted to end at 0 and scaled to begin as before (Lin et al., Alg. 1).
+
+    Raises:
+        UserError: a single timestep, which cannot be both.
+    """
+    root = alphas_cumprod.sqrt()
+    if len(root) == 1:
+        raise UserError("rescale_betas_zero_snr: needs at least 2 timesteps")
+    abar: Tensor = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+    return abar
 
 
 def betas_of(alphas_cumprod: Tensor) -> Tensor:

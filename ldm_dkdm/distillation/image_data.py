@@ -124,11 +124,11 @@ def _npz_labels(path: Path, count: int) -> Tensor | None:
     return torch.from_numpy(labels).long()
 
 
-def open_sets(config: DiffusionDataConfig, seed: int, channels: int = 3) -> list[ImageSet]:
-    """The real images and the synthetic ones that a configuration names, of `channels`.
+def open_sets(config: DiffusionDataConfig, seed: int, channels: int = 3) -> dict[str, ImageSet]:
+    """The real images (`path`) and the synthetic ones (`synthetic`) that a configuration uses, of `channels`.
 
-    With `mix: replace`, `fraction` of the synthetic images give way to as many real ones (data-limited training of the
-    public code); else `fraction` of the real images are added.
+    With `mix: replace`, `fraction` of the synthetic images, at least one, give way to as many real ones (data-limited
+    training of the public code); else `fraction` of the real images are added.
 
     Raises:
         UserError: no images, or a share of images that are not there.
@@ -143,12 +143,13 @@ def open_sets(config: DiffusionDataConfig, seed: int, channels: int = 3) -> list
     if config.mix == "replace":
         if real is None or synthetic is None:
             raise UserError("data.mix: replace needs data.path and data.synthetic")
-        count = round(config.fraction * len(synthetic))
+        count = max(1, round(config.fraction * len(synthetic)))
         if count > len(real):
             raise UserError(f"data.path: holds {len(real)} images, {count} are to replace samples; lower data.fraction")
-        return [part for part in (real.some(count, seed), synthetic.some(len(synthetic) - count, seed)) if len(part)]
-    added = [] if real is None else [real.part(config.fraction, seed)]
-    return added + ([] if synthetic is None else [synthetic])
+        real, synthetic = real.some(count, seed), synthetic.some(len(synthetic) - count, seed)
+    elif real is not None:
+        real = real.part(config.fraction, seed)
+    return {key: images for key, images in {"path": real, "synthetic": synthetic}.items() if images}
 
 
 class States(Protocol):

@@ -129,9 +129,17 @@ def load_initial(network: nn.Module, node: NewNetworkConfig, where: str, words: 
 
 
 def check_loss(loss: LossConfig, schedule: NoiseSchedule, where: str = "loss") -> None:
-    """Refuse a cap that has no effect, and weights with which the noisiest steps dominate."""
+    """Refuse a cap without effect, and weights with which the noisiest steps dominate or are not taught."""
     if loss.space == "eps" and loss.weight_cap is not None:
         raise UserError(f"{where}.weight_cap: has no effect with space: eps; remove it or choose v or x0")
+    if schedule.ends_in_noise:
+        if loss.space == "eps" or loss.weight_cap is not None:
+            given = "space: eps" if loss.space == "eps" else f"weight_cap: {loss.weight_cap}"
+            raise UserError(
+                f"{where}.{given} teaches nothing at t = T-1 of this process, where abar is 0 "
+                "(rescale_betas_zero_snr); choose space v without a cap"
+            )
+        return  # its networks predict v or x0, of which no error is magnified
     largest = 1 / schedule.alphas_cumprod[-1].item()
     if loss.space != "eps" and loss.weight_cap is None and largest > LARGEST_WEIGHT:
         raise UserError(

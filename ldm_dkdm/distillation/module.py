@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from ldm_dkdm.config.schema import LossConfig, TrainerConfig
-from ldm_dkdm.diffusion.objectives import loss_weight, simple_loss, vlb_loss
+from ldm_dkdm.diffusion.objectives import simple_loss, space_loss, vlb_loss
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import DistillBatch
 from ldm_dkdm.rng import seed_of
@@ -36,9 +36,8 @@ class StudentModule(L.LightningModule):
 
     def training_step(self, batch: DistillBatch, batch_idx: int) -> Tensor:
         prediction = self.model(batch.x, batch.t, batch.label)
-        per_sample = simple_loss(batch.target.eps, prediction.eps)
-        weight = loss_weight(self.model.schedule, batch.t, self.loss.space, self.loss.weight_cap)
-        loss = (weight * per_sample).mean()
+        space, cap = self.loss.space, self.loss.weight_cap
+        loss = space_loss(self.model.schedule, batch.t, batch.target, prediction, space, cap).mean()
         if prediction.var_fraction is not None and self.loss.vlb_weight:
             vlb = vlb_loss(
                 self.model.schedule, batch.x, batch.t, batch.target, prediction, self.loss.clip_student
@@ -46,7 +45,7 @@ class StudentModule(L.LightningModule):
             loss = loss + self.loss.vlb_weight * vlb
             self.log("vlb", vlb.detach(), prog_bar=True)
         self.log("loss", loss.detach(), prog_bar=True)
-        self.log("eps_mse", per_sample.detach().mean(), prog_bar=True)
+        self.log("eps_mse", simple_loss(batch.target.eps, prediction.eps.detach()).mean(), prog_bar=True)
         return loss
 
     def transfer_batch_to_device(self, batch: DistillBatch, device: torch.device, dataloader_idx: int) -> DistillBatch:

@@ -30,6 +30,7 @@ class NoisyPool:
 
     Attributes:
         filled: slots 0 ... filled-1 are prepared.
+        updated: (slots,), the number of batches of the training after which each slot was last put back.
         facts: what the states follow from, for the file: teacher, T, schedule.
     """
 
@@ -46,6 +47,7 @@ class NoisyPool:
         self.x = _allocate((slots, *shape), dtype, storage)
         self.t = torch.zeros(slots, dtype=torch.int32)
         self.label = torch.zeros(slots, dtype=torch.int32) if labeled else None
+        self.updated = torch.zeros(slots, dtype=torch.int32)
         self.filled = 0
         self.facts: dict[str, Any] = {}
 
@@ -71,8 +73,9 @@ class NoisyPool:
         label = None if self.label is None else self.label[indices].long()
         return NoisyBatch(self.x[indices].float(), self.t[indices].long(), label)
 
-    def put_back(self, indices: Tensor, batch: NoisyBatch) -> None:
-        """Overwrite the slots (B,) with a batch of as many states."""
+    def put_back(self, indices: Tensor, batch: NoisyBatch, batches: int = 0) -> None:
+        """Overwrite the slots (B,) with as many states, in the training's batch of this number; 0: before it."""
+        self.updated[indices] = batches
         self.x[indices] = batch.x.to("cpu", self.x.dtype)
         self.t[indices] = batch.t.to("cpu", self.t.dtype)
         if self.label is not None:
@@ -85,10 +88,11 @@ class NoisyPool:
         write_tensors(path, self._tensors(), {"pool": metadata})
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {"x": self.x, "t": self.t} | ({} if self.label is None else {"label": self.label})
+        tensors = {"x": self.x, "t": self.t} | ({} if self.label is None else {"label": self.label})
+        return tensors | {"updated": self.updated}
 
     def load(self, path: Path, origin: str = "") -> int:
-        """Read what `save` wrote; returns its step.
+        """Read what `save` wrote; returns its step. Where an older version wrote it, `updated` is -1.
 
         Args:
             path: the file.
@@ -101,6 +105,7 @@ class NoisyPool:
         try:
             with interruptible(), safe_open(path, framework="pt") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                found.setdefault("updated", torch.full_like(found["t"], -1))
                 metadata = json.loads(file.metadata()["pool"])
                 step, filled, found_origin = metadata["step"], metadata["filled"], metadata["origin"]
             layouts = [{k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} for tensors in (found, own)]
@@ -129,8 +134,8 @@ def pool_slots(rho: float, num_timesteps: int, batch_size: int) -> int:
 
 
 def slot_bytes(shape: tuple[int, ...], dtype: torch.dtype, labeled: bool) -> int:
-    """Bytes of host memory (or disk) that one slot takes: state, timestep, label."""
-    return math.prod(shape) * dtype.itemsize + torch.int32.itemsize * (1 + labeled)
+    """Bytes of host memory (or disk) that one slot takes: state, timestep, time of its last update, label."""
+    return math.prod(shape) * dtype.itemsize + torch.int32.itemsize * (2 + labeled)
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype, storage: Path | None) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ldm_dkdm.config.schema import DistillConfig
 from ldm_dkdm.diffusion.process import q_sample
-from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distillation.batches import BatchStream
+from ldm_dkdm.distillation.pace import pace_of
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import DistillBatch, NoisyBatch
@@ -74,7 +74,8 @@ class DistillStream(BatchStream):
         self.max_steps, self.step = max_steps, first_step
         self.seed, self.rank, self.device = seed, rank, device
         self.draw = VARIANTS[config.variant].draw
-        self.speed = speed_of(config, teacher.schedule)
+        self.pace = pace_of(config, teacher.schedule)
+        self.together = VARIANTS[config.variant].from_noise  # all slots stay at one t
 
     def next_batch(self) -> DistillBatch:
         """Advance batches until one is not discarded; the pool is up to date when it is handed over."""
@@ -92,46 +93,37 @@ class DistillStream(BatchStream):
 
     def _advance(self, indices: Tensor, rng: np.random.Generator, generator: torch.Generator) -> DistillBatch:
         """Predict and step the slots, put them back: ONE teacher call."""
-        slots = self.pool.take(indices).to(self.device)
-        stride = self._strides(slots.t, rng)
+        slots = self.pool.take(indices)
+        t_next, fresh_t = (t.to(self.device) for t in self._moves(slots.t, rng))  # in float64, on the host
+        slots = slots.to(self.device)
+        stride = 1 if self.pace is None else slots.t - t_next
         target, x_next = self.teacher.step(slots, self._randn(slots.x, generator), stride)
-        t_next = slots.t - stride
         finished = t_next < 0
-        fresh_x, fresh_t = self._restarts(target.x_0, rng, generator)
-        x_next = torch.where(finished.view(-1, 1, 1, 1), fresh_x, x_next)
+        x_next = torch.where(finished.view(-1, 1, 1, 1), self._fresh(target.x_0, fresh_t, generator), x_next)
         t_next = torch.where(finished, fresh_t, t_next)
         label = slots.label
         if label is not None:
             fresh = self.teacher.draw_labels(len(label), generator)
             assert fresh is not None  # labelled slots come from a class-conditional teacher
             label = torch.where(finished, fresh, label)
-        self.pool.put_back(indices, NoisyBatch(x_next, t_next, label))
+        self.pool.put_back(indices, NoisyBatch(x_next, t_next, label), self.step + 1)
         return DistillBatch(slots.x, slots.t, target, slots.label)
 
-    def _strides(self, t: Tensor, rng: np.random.Generator) -> int | Tensor:
-        """How far each slot (B,) advances: `stride` on average, and further where the wanted density of t is lower.
+    def _moves(self, t: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Timesteps (B,) after this step, -1 where a chain ends, and those at which its slot then begins again."""
+        if self.pace is None:
+            return t - 1, torch.full_like(t, self.teacher.schedule.num_timesteps - 1)
+        places = torch.from_numpy(rng.random((2, len(t))))
+        begins = places[1, :1].expand(len(t)) if self.together else places[1]
+        return self.pace.next(t, places[0]), self.pace.first(begins)
 
-        Slots that pass a timestep at a speed v stay there 1 / v of the time, so that the density is kept.
-        """
-        if self.speed is None:
-            return 1
-        exact = self.speed.to(t.device)[t]
-        chance = torch.from_numpy(rng.random(len(t))).to(t.device)
-        return (exact + chance).floor().long()
-
-    def _restarts(self, x_0: Tensor, rng: np.random.Generator, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Where finished slots begin again, states (B,C,H,W) and timesteps (B,): at T, from fresh noise.
-
-        With longer steps they begin anywhere in the first one, so that no timestep is visited more often than others:
-        the sample x_0 that has just ended is noised to there.
-        """
-        last = self.teacher.schedule.num_timesteps - 1
+    def _fresh(self, x_0: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        """States (B,C,H,W) at which slots begin again: noise at T, below it the sample that has ended, noised to t."""
         noise = self._randn(x_0, generator)
-        if self.speed is None:
-            return noise, torch.full((len(x_0),), last, device=x_0.device)
-        first_step = max(1, round(self.speed[last].item()))
-        t = torch.full((len(x_0),), last - int(rng.integers(first_step)), device=x_0.device)
-        return torch.where((t == last).view(-1, 1, 1, 1), noise, q_sample(self.teacher.schedule, x_0, t, noise)), t
+        if self.pace is None:
+            return noise
+        last = (t == self.teacher.schedule.num_timesteps - 1).view(-1, 1, 1, 1)
+        return torch.where(last, noise, q_sample(self.teacher.schedule, x_0, t, noise))
 
     def _perturbed(self, batch: DistillBatch, generator: torch.Generator) -> DistillBatch:
         noise = q_sample(self.teacher.schedule, torch.zeros_like(batch.x), batch.t, self._randn(batch.x, generator))
@@ -139,11 +131,3 @@ class DistillStream(BatchStream):
 
     def _randn(self, like: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randn(like.shape, generator=generator, device=like.device)
-
-
-def speed_of(config: DistillConfig, schedule: NoiseSchedule) -> Tensor | None:
-    """Timesteps (T,) that a slot advances at each t, on average, float64; None: always one, as in the paper."""
-    cap = config.warmup.t_cap
-    if config.stride == 1 and cap is None:
-        return None
-    return config.stride / schedule.density(cap)

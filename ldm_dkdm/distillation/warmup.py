@@ -9,8 +9,9 @@ from torch import Tensor
 from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
 from ldm_dkdm.diffusion.process import q_sample
-from ldm_dkdm.diffusion.samplers import SAMPLERS, last, log_snr_timesteps
+from ldm_dkdm.diffusion.samplers import SAMPLERS, last
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.diffusion.timesteps import log_snr_timesteps
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import VARIANTS
 from ldm_dkdm.errors import pick

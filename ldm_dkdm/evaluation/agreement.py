@@ -1,5 +1,6 @@
 """The eps error of a student on states of its teacher's chains."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +22,17 @@ class HeldOutStates:
 
 
 def held_out_chains(
-    teacher: DiffusionModel, chains: int, seed: int, device: torch.device | str = "cpu", every: int = 25
+    teacher: DiffusionModel,
+    chains: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    every: int = 25,
+    done: Callable[[int], object] = lambda calls: None,
 ) -> HeldOutStates:
     """Walk `chains` fresh ancestral chains through all T steps and keep every `every`-th state.
 
-    Where T is below 4 * `every`, more states are kept, so that each quarter of [0, T) has some.
+    Where T is below 4 * `every`, more states are kept, so that each quarter of [0, T) has some. `done` is called with
+    the number of the teacher's calls after each.
     """
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn((chains, *teacher.shape), generator=generator, device=device)
@@ -39,6 +46,7 @@ def held_out_chains(
         if step % every == every // 2:
             kept.append((x, t, prediction.eps))
         x = x_next
+        done(teacher.schedule.num_timesteps - step)
     labels = None if label is None else label.repeat(len(kept))
     x, t, eps = (torch.cat(parts) for parts in zip(*kept, strict=True))
     return HeldOutStates(x, t, eps, labels)

@@ -1,5 +1,6 @@
 """Compare a diffusers folder with the model that it was written from, using diffusers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,17 +28,23 @@ def largest_difference(folder: Path, model: DiffusionModel) -> float | None:
     classes, model = model.classes, model.changed(guidance=1.0, precision="32")
     label = None if classes is None else torch.tensor([classes[0], classes[-1]])
     steps = min(STEPS, model.schedule.num_timesteps)
+    # in other spacings the library's DDIM steps past its own next timestep
+    model = model.changed(diffusion=replace(model.diffusion, timestep_spacing="leading"))
     ours = last(ddim(model.schedule, model.predict, noise, lambda: noise, steps, label))
     network = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
-    offset = model.schedule.steps_offset
+    own = model.schedule
     scheduler = DDIMScheduler.from_pretrained(
-        folder, subfolder="scheduler", set_alpha_to_one=offset == 0, steps_offset=offset
+        folder,
+        subfolder="scheduler",
+        set_alpha_to_one=own.set_alpha_to_one,
+        steps_offset=own.steps_offset,
+        timestep_spacing="leading",
     )
     scheduler.set_timesteps(steps)
-    x, clips = noise, model.space.clip is not None
+    x = noise
     for t in scheduler.timesteps:
         output = network(x, t, class_labels=label).sample[:, : x.shape[1]]
-        x = scheduler.step(output, t, x, use_clipped_model_output=clips).prev_sample
+        x = scheduler.step(output, t, x, use_clipped_model_output=True).prev_sample
     difference = _relative(x, ours)
     codec = model.codec()
     return max(difference, _decoded(folder, codec, ours)) if isinstance(codec, LatentCodec) else difference

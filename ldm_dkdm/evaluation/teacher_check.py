@@ -6,7 +6,7 @@ scrambled one, and the right configuration of its weights from a wrong one.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,10 @@ from ldm_dkdm.diffusion.process import q_sample
 from ldm_dkdm.diffusion.samplers import dpm_solver, last
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.readings import other_readings
+from ldm_dkdm.first_stage.codec import LatentCodec
+from ldm_dkdm.first_stage.scale import scale_figures
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.reporting import logger
 from ldm_dkdm.rng import torch_generator
 
 IMAGES, STEPS = 8, 10
@@ -59,6 +62,7 @@ class Figures:
         linear: eps error at T/4 in units of the best linear denoiser's.
         log_errors: (n,) mean logarithm of each image's eps errors at `LEVELS`.
         biases: (n,) mean of each image's eps_hat (eps_hat - eps) at `NOISY`: 0 on average for a posterior mean.
+        samples: (n,C,H,W) the teacher's samples themselves.
     """
 
     along: float
@@ -66,6 +70,7 @@ class Figures:
     linear: float
     log_errors: Tensor
     biases: Tensor
+    samples: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
 
     @property
     def bias(self) -> float:
@@ -114,7 +119,7 @@ def measure(teacher: DiffusionModel, images: int = IMAGES) -> Figures:
         if quantile == QUANTILES[-2]:
             linear = error / _linear_error(schedule.alpha_bar(t[:1], x_0).item(), x_0)
     along = F.cosine_similarity(at_T.flatten(1), noise.flatten(1)).mean().item()
-    return Figures(along, tuple(rows), linear, *_of_images(teacher, x_0, label, generator))
+    return Figures(along, tuple(rows), linear, *_of_images(teacher, x_0, label, generator), x_0)
 
 
 def _of_images(
@@ -204,7 +209,25 @@ def check_teacher(model: DiffusionModel) -> Figures:
         _refuse_better(plain, own)
     if reason:
         raise UserError(f"{model.path or 'the model'}: {reason}")
+    _refuse_scale(model, own.samples)
     return own
+
+
+def _refuse_scale(model: DiffusionModel, samples: Tensor) -> None:
+    """Refuse a scale of the latents that no file states beyond doubt and that the teacher's samples contradict.
+
+    It is asked for rather than taken, so that the run's config says it, also to a run that is resumed.
+    """
+    codec = model.codec() if model.first_stage is not None else None
+    if not isinstance(codec, LatentCodec) or not codec.doubt:
+        return
+    figures, key = scale_figures(codec, samples), model.hints.key("scale_factor")
+    if figures.best != figures.own:
+        raise UserError(
+            f"{model.path or 'the model'}: {codec.doubt}, but its samples fit {figures.best:g} ({figures}); "
+            f"set {key}={figures.best:g}, or {key}={figures.own:g} if that is meant"
+        )
+    logger.info(f"scale_factor: {figures.own:g} fits the teacher's samples ({figures})")
 
 
 def _refuse_better(model: DiffusionModel, own: Figures) -> None:

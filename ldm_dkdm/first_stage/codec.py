@@ -49,6 +49,7 @@ class LatentCodec:
         scale_factor: the diffusion model's latents are `scale_factor` times the encoder's.
         precision: `bf16` or `32`.
         target, params: the autoencoder in a config.
+        doubt: why the scale may be another one; empty where a file or a user states it.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class LatentCodec:
         precision: str = "32",
         target: str | None = None,
         params: Mapping[str, Any] | None = None,
+        doubt: str = "",
     ) -> None:
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.scale_factor, self.precision = scale_factor, precision
-        self.target, self.params = target, dict(params or {})
+        self.target, self.params, self.doubt = target, dict(params or {}), doubt
 
     def to(self, device: torch.device | str, precision: str | None = None) -> Self:
         """Move the autoencoder; returns self."""

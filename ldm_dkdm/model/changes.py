@@ -16,7 +16,7 @@ from ldm_dkdm.diffusion.process import PARAMETERIZATIONS
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, nearest, pick
 from ldm_dkdm.files import expanded
-from ldm_dkdm.model.facts import labels_of, process_of, remembered, shape_of
+from ldm_dkdm.model.facts import labels_of, process_of, remembered, require_meaning, shape_of
 from ldm_dkdm.model.guidance import require_guidance
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def changed(model: "DiffusionModel", attributes: Mapping[str, Any]) -> "Diffusio
     own.node = replace(own.node, parameterization=own.parameterization)
     own.diffusion = _process(model, attributes)
     own.schedule = model.schedule if own.diffusion == model.diffusion else schedule_of(own.diffusion)
+    require_meaning(own.parameterization, own.schedule)
     own.shape = shape_of(own.network, attributes.get("shape", model.shape), None)
     own.num_classes, own.null_label = _labels(own, attributes)
     own.first_stage = stage_of(attributes.get("first_stage", model.first_stage), own.space.encoded)

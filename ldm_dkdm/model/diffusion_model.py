@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_dkdm.checkpoints import FORMATS, Hints
-from ldm_dkdm.checkpoints.contents import schedule_of
+from ldm_dkdm.checkpoints.contents import clipping_of, schedule_of
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.writing import refuse_existing
 from ldm_dkdm.config.registry import build
@@ -22,7 +22,7 @@ from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec
 from ldm_dkdm.model.changes import changed, same_codec, stage_of
-from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, shape_of
+from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, require_meaning, shape_of
 from ldm_dkdm.model.guidance import output_of, require_guidance
 from ldm_dkdm.model.sampling import SampleBatch, sample_batches
 from ldm_dkdm.networks import NETWORKS, DiT, UNet
@@ -42,7 +42,7 @@ class DiffusionModel:
         network: nn.Module (x (B,C,H,W), t (B,), label (B,) or None) -> (B,C,H,W), or (B,2C,H,W) with a learned
             variance (learned-range, Improved DDPM, Eq. 15).
         like: another model, which supplies the arguments below that are not given.
-        schedule: the forward process; its `steps_offset` follows from the space.
+        schedule: the forward process; its `steps_offset` and `set_alpha_to_one` follow from the space.
         parameterization: what the network predicts, one of PARAMETERIZATIONS.
         space: space of the states, one of SPACES.
         shape: (C,H,W) of a state; default: the network's (`in_channels`, `image_size`).
@@ -86,6 +86,7 @@ class DiffusionModel:
         pick(PRECISIONS, precision, "precision")
         self.diffusion = process_of(schedule, space, like)
         self.schedule = schedule_of(self.diffusion)
+        require_meaning(self.parameterization, self.schedule)
         self.shape = shape_of(network, shape, like)
         self.num_classes, self.null_label = labels_of(network, num_classes, null_label, like)
         stage = like.first_stage if like and first_stage is None else first_stage
@@ -166,11 +167,11 @@ class DiffusionModel:
         return self.read(output_of(self, x, t, label).float(), x.float(), t)
 
     def read(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
-        """Interpret a network's output at x; eps is never clipped, x_0 as the space requires."""
+        """Interpret a network's output at x; eps is never clipped, x_0 as the process says."""
         channels = x.shape[1]
         fraction = output[:, channels:] if output.shape[1] > channels else None
         output, means = output[:, :channels], PARAMETERIZATIONS[self.parameterization]
-        x_0 = self.space.clipped(means.x_0(self.schedule, x, t, output))
+        x_0 = clipping_of(self.diffusion)(means.x_0(self.schedule, x, t, output))
         return Prediction(means.eps(self.schedule, x, t, output), x_0, fraction)
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,18 +18,40 @@ if TYPE_CHECKING:
     from ldm_dkdm.model.diffusion_model import DiffusionModel
 
 
+CLIPPING = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
+
+
 def process_of(schedule: NoiseSchedule | None, space: str | None, like: "DiffusionModel | None") -> DiffusionConfig:
     """The forward process as a config section."""
     if schedule is None:
         base = like.diffusion if like else DiffusionConfig()
         return base if space is None else replace(base, space=space)
     space = space or (like.diffusion.space if like else "latent")
-    variance = None if schedule.variance == "posterior" else schedule.variance
+    own: dict[str, Any] = {
+        "variance": None if schedule.variance == "posterior" else schedule.variance,
+        "rescale_betas_zero_snr": schedule.ends_in_noise,
+        "timestep_spacing": schedule.timestep_spacing,
+    }
+    if like and like.diffusion.space == space:
+        own |= {key: getattr(like.diffusion, key) for key in CLIPPING}
     if schedule.name == "betas":
-        betas = schedule.betas.tolist()
-        return DiffusionConfig(num_timesteps=len(betas), space=space, betas=betas, variance=variance)
+        betas = schedule.unscaled_betas.tolist()
+        return DiffusionConfig(num_timesteps=len(betas), space=space, betas=betas, **own)
     ends = schedule.beta_start, schedule.beta_end
-    return DiffusionConfig(schedule.name, schedule.num_timesteps, *ends, space, variance=variance)
+    return DiffusionConfig(schedule.name, schedule.num_timesteps, *ends, space, **own)
+
+
+def require_meaning(parameterization: str, schedule: NoiseSchedule) -> None:
+    """Refuse a network that predicts eps where x_{T-1} is pure noise: its eps says nothing about x_0 there.
+
+    Raises:
+        UserError: names the parameterization.
+    """
+    if parameterization == "eps" and schedule.ends_in_noise:
+        raise UserError(
+            "parameterization: eps says nothing about x_0 at t = T-1 of a process with rescale_betas_zero_snr, where "
+            "x_t is pure noise; choose v or x0"
+        )
 
 
 def shape_of(network: nn.Module, shape: Sequence[int] | None, like: "DiffusionModel | None") -> tuple[int, int, int]:

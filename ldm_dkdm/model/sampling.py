@@ -11,7 +11,10 @@ from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.diffusion.samplers import SAMPLERS, ImageNoise, Sampler, last
 from ldm_dkdm.errors import UserError, pick
+from ldm_dkdm.first_stage.codec import Codec, LatentCodec
+from ldm_dkdm.first_stage.scale import scale_figures
 from ldm_dkdm.networks.modes import in_eval_mode
+from ldm_dkdm.reporting import logger
 from ldm_dkdm.rng import numpy_generator
 
 if TYPE_CHECKING:
@@ -43,7 +46,20 @@ def sample_batches(model: "DiffusionModel", config: SamplingConfig) -> Iterator[
             label = labels_of(model, config, start, count)
             label = None if label is None else label.to(device)
             states = last(sampler.walk(model.schedule, model.predict, noise(), noise, steps, label, config.eta))
+            settle_scale(model, codec, states)
             yield SampleBatch(states, codec.decode(states).cpu(), label)
+
+
+def settle_scale(model: "DiffusionModel", codec: Codec, states: Tensor) -> None:
+    """Decide a doubtful scale of the latents by the samples of a model that was read from a file; says so in one line.
+
+    A student in training has no say: its samples are not yet what its teacher's are.
+    """
+    if not isinstance(codec, LatentCodec) or not codec.doubt or model.path is None:
+        return
+    figures = scale_figures(codec, states)
+    logger.warning(f"scale_factor: {figures.best:g} is taken ({figures}); scale_factor=NUMBER states another")
+    codec.scale_factor, codec.doubt = figures.best, ""
 
 
 def require_sampling(model: "DiffusionModel", config: SamplingConfig) -> Sampler:

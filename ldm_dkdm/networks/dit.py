@@ -33,6 +33,9 @@ class DiT(nn.Module):
         num_classes: None for an unconditional network, which has no label table.
         learn_sigma: the output has twice `in_channels`, the second half for the variance.
         use_checkpoint: recompute activations in the backward pass to save memory.
+        freq_shift: of the timestep's sinusoids, see `timestep_embedding`; diffusers has 1.
+        norm_eps: of the layer norm before the MLP; diffusers has 1e-5.
+        own_embedders: every block embeds timestep and label itself, as in diffusers; the first one's serve the output.
 
     Attributes:
         image_size: `input_size`. out_channels: channels of the output. num_classes: as given.
@@ -52,6 +55,9 @@ class DiT(nn.Module):
         num_classes: int | None = None,
         learn_sigma: bool = True,
         use_checkpoint: bool = False,
+        freq_shift: int = 0,
+        norm_eps: float = 1e-6,
+        own_embedders: bool = False,
     ) -> None:
         super().__init__()
         _check_positive(input_size=input_size, patch_size=patch_size, in_channels=in_channels, depth=depth)
@@ -67,24 +73,27 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbedding(in_channels, hidden_size, patch_size)
         positions = grid_positions(input_size // patch_size, hidden_size).float()[None]
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, freq_shift)
         if num_classes is not None:
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
             self.null_label = self.y_embedder.null_label
-        self.blocks = nn.ModuleList([Block(hidden_size, num_heads, int(hidden_size * mlp_ratio)) for _ in range(depth)])
+        hidden = int(hidden_size * mlp_ratio)
+        self.blocks = nn.ModuleList([Block(hidden_size, num_heads, hidden, norm_eps) for _ in range(depth)])
+        labels = None if num_classes is None else (num_classes, class_dropout_prob)
+        further = range(depth - 1 if own_embedders else 0)
+        self.embedders = nn.ModuleList([Embedders(hidden_size, freq_shift, labels) for _ in further])
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """x (B,in_channels,H,W), timesteps t (B,), labels (B,) -> (B,out_channels,H,W), H = W = input_size."""
         if x.shape[-2:] != (self.image_size, self.image_size):
             raise UserError(f"input_size: the network takes {self.image_size}, not states of shape {tuple(x.shape)}")
-        condition = self.t_embedder(t)
-        if self.num_classes is not None:
-            condition = condition + self.y_embedder(label)
+        condition = _condition(self, t, label)
         tokens = self.x_embedder(x) + self.pos_embed
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             recompute = self.use_checkpoint and torch.is_grad_enabled()
-            args = (tokens, condition)
+            own = i and len(self.embedders)
+            args = (tokens, _condition(self.embedders[i - 1], t, label) if own else condition)
             tokens = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         return self._unpatchify(self.final_layer(tokens, condition))
 
@@ -111,12 +120,14 @@ class PatchEmbedding(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Timesteps (B,) -> (B,width): sinusoids through two layers."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, freq_shift: int = 0) -> None:
         super().__init__()
+        self.freq_shift = freq_shift
         self.mlp = nn.Sequential(_linear(FREQUENCIES, width, 0.02), nn.SiLU(), _linear(width, width, 0.02))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t, FREQUENCIES).to(next(self.mlp.parameters()).dtype))
+        sinusoids = timestep_embedding(t, FREQUENCIES, freq_shift=self.freq_shift)
+        return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -144,6 +155,16 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(label)
 
 
+class Embedders(nn.Module):
+    """The timestep's and, where `labels` gives classes and dropout, the label's embedding of one block."""
+
+    def __init__(self, width: int, freq_shift: int, labels: tuple[int, float] | None) -> None:
+        super().__init__()
+        self.t_embedder = TimestepEmbedder(width, freq_shift)
+        if labels is not None:
+            self.y_embedder = LabelEmbedder(labels[0], width, labels[1])
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over tokens (B,N,width)."""
 
@@ -166,9 +187,9 @@ class Block(nn.Module):
     All three modulations start at zero, so that the block starts as the identity (adaLN-Zero).
     """
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, norm_eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm1, self.norm2 = _layer_norm(width), _layer_norm(width)
+        self.norm1, self.norm2 = _layer_norm(width), _layer_norm(width, norm_eps)
         self.attn = Attention(width, heads)
         layers = {"fc1": _linear(width, hidden), "act": nn.GELU(approximate="tanh"), "fc2": _linear(hidden, width)}
         self.mlp = nn.Sequential(OrderedDict(layers))
@@ -219,8 +240,15 @@ def _linear(inputs: int, outputs: int, std: float | None = None) -> nn.Linear:
     return layer
 
 
-def _layer_norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+def _condition(embedders: nn.Module, t: Tensor, label: Tensor | None) -> Tensor:
+    """(B,width): the timestep's embedding, plus the label's where there is one."""
+    assert isinstance(embedders, (DiT, Embedders))
+    condition: Tensor = embedders.t_embedder(t)
+    return condition + embedders.y_embedder(label) if hasattr(embedders, "y_embedder") else condition
+
+
+def _layer_norm(width: int, eps: float = 1e-6) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=eps, elementwise_affine=False)
 
 
 def _modulation(width: int, vectors: int) -> nn.Sequential:

@@ -15,6 +15,7 @@ from ldm_dkdm.checkpoints.model_folder import write_folder
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageRun, TrainerConfig
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.evaluation.perceptual import lpips_loss
 from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
 from ldm_dkdm.first_stage.vqgan import FirstStageModule, held_out_psnr, latent_scale
@@ -22,7 +23,6 @@ from ldm_dkdm.images import endless_batches, load_images
 from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.ema import averaged
-from ldm_dkdm.training.perceptual import lpips_loss
 from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.run_folder import RunFolder
 from ldm_dkdm.training.saving import RunCheckpoint
@@ -97,7 +97,7 @@ def _train_first_stage_in(run: Run) -> Result:
 
     export = _export_on_save(config, run.folder, images, held_out)
     with run.open():
-        result = run.fit(module, stream_for, [RunCheckpoint(run.folder.checkpoints, config.logging.save_every, export)])
+        result = run.fit(module, stream_for, [RunCheckpoint(run.folder.checkpoints, config.logging, export)])
     return replace(result, model=vq.eval())
 
 

@@ -1,19 +1,46 @@
 """Progress of a Lightning run, and its data module without epochs."""
 
 import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch.utils.data import DataLoader, IterableDataset
 
-from ldm_dkdm.reporting import Progress
+from ldm_dkdm.reporting import Lines, Progress, on_terminal
 from ldm_dkdm.training.ends import StepCallback
 
 
+def progress_callback(progress: bool | Progress) -> L.Callback | None:
+    """What shows a training: a bar, a line a minute where stderr is not a terminal, calls of a function, or nothing."""
+    if callable(progress):
+        return ProgressCalls(progress)
+    if not progress:
+        return None
+    return ProgressBar(refresh_rate=10) if on_terminal() else ProgressLines()
+
+
+def expected_steps(trainer: L.Trainer, module: L.LightningModule) -> int:
+    """The step at which a run will end: that of its time limit if that comes first."""
+    used, done = getattr(module, "time_used", 0.0), trainer.global_step
+    return min(trainer.max_steps, max(done, round(done / used))) if used else trainer.max_steps
+
+
 class ProgressBar(TQDMProgressBar):
-    """Steps, speed, ETA and losses; a stream has no epochs, and the logger's version is left out."""
+    """Steps, speed, ETA and losses on stderr; a stream has no epochs, and the logger's version is left out."""
+
+    def init_train_tqdm(self) -> Tqdm:
+        return Tqdm(  # as Lightning's, which goes to stdout, where the command prints its result
+            desc="training",
+            disable=self.is_disabled,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            smoothing=0,
+            bar_format=self.BAR_FORMAT,
+        )
 
     def on_train_start(self, trainer: L.Trainer, *args: object) -> None:
         super().on_train_start(trainer, *args)
@@ -29,10 +56,7 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, module, *args)
-        used, done = getattr(module, "time_used", 0.0), trainer.global_step
-        if used:  # the ETA is the time limit's if that comes first
-            steps = min(trainer.max_steps, max(done, round(done / used)))
-            self.train_progress_bar.total = steps * trainer.accumulate_grad_batches
+        self.train_progress_bar.total = expected_steps(trainer, module) * trainer.accumulate_grad_batches
 
     def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_exception(trainer, *args)
@@ -67,3 +91,19 @@ class ProgressCalls(StepCallback):
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.progress("training", trainer.global_step, trainer.max_steps)
+
+
+class ProgressLines(StepCallback):
+    """Writes step, speed, ETA and losses on stderr once a minute."""
+
+    lines: Lines  # made when the training starts
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        self.lines = Lines("step", "it", trainer.max_steps, trainer.global_step)
+
+    def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero and self.lines.due:
+            self.lines.total = expected_steps(trainer, module)
+            figures = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
+            self.lines.show(trainer.global_step, figures)

@@ -12,10 +12,10 @@ Module = TypeVar("Module", bound=L.LightningModule)
 
 
 class StudentEMA(WeightAveraging):
-    """Lightning's weight averaging with decay d, or min(d, (1 + n) / (10 + n)) after n updates.
+    """Lightning's weight averaging with decay d, or min(d, (1 + n) / (10 + n)) in update n = 1, 2, ... (CompVis).
 
-    Lightning's own `EMAWeightAveraging` keeps d from the first step, so that the untrained weights
-    dominate a short run's average. The first update copies.
+    The initial weights are the first average. Lightning's own `EMAWeightAveraging` keeps d from the first step, so that
+    they dominate a short run's average.
 
     Args:
         decay: d in [0,1).
@@ -24,11 +24,17 @@ class StudentEMA(WeightAveraging):
 
     def __init__(self, decay: float, ramp: bool = True) -> None:
         def update(averages: Sequence[Tensor], currents: Sequence[Tensor], count: Tensor | int) -> None:
-            n = self._latest_update_step  # as `count`, but on the host
+            n = self._latest_update_step + 1  # as `count`, but on the host
             kept = min(decay, (1 + n) / (10 + n)) if ramp else decay
             torch._foreach_lerp_(list(averages), list(currents), 1 - kept)
 
         super().__init__(use_buffers=False, multi_avg_fn=torch.no_grad()(update))
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Copy the initial weights: they are the first average."""
+        super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            self._average_model.n_averaged += 1  # else the first update copies
 
     @property
     def module(self) -> nn.Module:

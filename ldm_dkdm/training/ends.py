@@ -2,7 +2,8 @@
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import lightning as L
 import torch
@@ -11,8 +12,7 @@ from torch import Tensor
 from ldm_dkdm.config.schema import EarlyStopConfig, TrainerConfig
 from ldm_dkdm.reporting import logger
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+AGREEMENT = "agreement"  # the figure that is not logged by the module
 
 
 class StepCallback(L.Callback):
@@ -102,7 +102,8 @@ class TimeLimit(EarlyEnd):
 class EarlyStop(EarlyEnd):
     """Stops when the monitored figure's mean over a window has not fallen for `patience` windows.
 
-    Lightning's EarlyStopping acts at the ends of epochs and validations, which a stream does not have.
+    The agreement is not averaged: a window is one measurement, which `measured` takes. Lightning's EarlyStopping acts
+    at the ends of epochs and validations, which a stream does not have.
     """
 
     key = "trainer.early_stop.patience"
@@ -120,20 +121,28 @@ class EarlyStop(EarlyEnd):
         return self.bad_windows >= self.config.patience
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
-        self.total = self.total + trainer.callback_metrics[self.config.monitor]
-        self.batches += 1
+        if self.config.monitor != AGREEMENT:
+            self.total = self.total + trainer.callback_metrics[self.config.monitor]
+            self.batches += 1
         super().on_train_batch_end(trainer, module, *args)
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.steps += 1
-        if self.steps == self.config.window:
-            better = self._judge(trainer.strategy.reduce(torch.as_tensor(self.total) / self.batches).item())
-            if better and trainer.is_global_zero:
-                self.on_best(trainer)
+        if self.steps == self.config.window and self.config.monitor != AGREEMENT:
+            self._end_window(trainer, trainer.strategy.reduce(torch.as_tensor(self.total) / self.batches).item())
         if self.reached:
             step, monitor = trainer.global_step, self.config.monitor
             logger.info(f"early stop at step {step}: {monitor} stays above {self.best:.6g}")
             trainer.should_stop = True
+
+    def measured(self, trainer: L.Trainer, figures: Mapping[str, float]) -> None:
+        """Judge a measurement, if the agreement is monitored; it must come before this callback's `on_step`."""
+        if self.config.monitor == AGREEMENT:
+            self._end_window(trainer, figures[AGREEMENT])
+
+    def _end_window(self, trainer: L.Trainer, mean: float) -> None:
+        if self._judge(mean) and trainer.is_global_zero:
+            self.on_best(trainer)
 
     @property
     def has_best(self) -> bool:

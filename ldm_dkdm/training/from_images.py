@@ -105,8 +105,9 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     codec = model.codec().to(run.device, run.precision)
     _require_same_channels(codec)
     trained = model.changed(precision=run.precision)
-    sets = open_sets(config.data, run.trainer.seed, codec.channels)
-    require_fitting_labels(model, config.data, sets)
+    by_key = open_sets(config.data, run.trainer.seed, codec.channels)
+    require_fitting_labels(model, config.data, by_key)
+    sets = list(by_key.values())
     found = tuple(codec.encode(sets[0].take(torch.zeros(1, dtype=torch.long))).shape[1:])
     if found != model.shape:
         raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
@@ -132,7 +133,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     samples = run.folder.path / "samples"
     info = {**model.info, **_named_classes(model, config.data, sets[0])}
     export = export_on_save(model.changed(info=info), run.folder, config.logging.export_dtype)
-    saving = RunCheckpoint(run.folder.checkpoints, config.logging.save_every, export)
+    saving = RunCheckpoint(run.folder.checkpoints, config.logging, export)
     with run.open():
         if is_first_rank():
             count = min(config.logging.sample_count, len(sets[0]))
@@ -171,7 +172,7 @@ def _require_same_channels(codec: Codec) -> None:
         )
 
 
-def require_fitting_labels(model: DiffusionModel, data: DiffusionDataConfig, sets: Sequence[ImageSet]) -> None:
+def require_fitting_labels(model: DiffusionModel, data: DiffusionDataConfig, sets: Mapping[str, ImageSet]) -> None:
     """Refuse sets without labels, or with labels out of range, for a class-conditional model.
 
     Raises:
@@ -182,7 +183,7 @@ def require_fitting_labels(model: DiffusionModel, data: DiffusionDataConfig, set
         raise UserError(f"data.classes: {len(data.classes)} names, but the model has {have}")
     if model.num_classes is None:
         return
-    for key, images in zip([key for key in ("path", "synthetic") if getattr(data, key)], sets):
+    for key, images in sets.items():
         if images.labels is None:
             loose = f"; {images.loose} is in none" if images.loose else ""
             raise UserError(

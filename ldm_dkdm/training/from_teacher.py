@@ -22,11 +22,15 @@ from ldm_dkdm.reporting import Progress, logger
 from ldm_dkdm.training.calls import distillation_of, refuse_beside
 from ldm_dkdm.training.export import export_on_save
 from ldm_dkdm.training.grids import SampleGrid
+from ldm_dkdm.training.measuring import Agreement
 from ldm_dkdm.training.parts import Distillation, assemble
 from ldm_dkdm.training.pool_filling import prepare_pool, require_room, supply_of, teacher_hash
+from ldm_dkdm.training.pool_log import PoolLog
 from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.run_folder import RunFolder
 from ldm_dkdm.training.saving import RunCheckpoint
+
+BEFORE = "before the training"
 
 
 def distill(
@@ -100,19 +104,25 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
     if end := run.end(student.network):
         return run.ended(student, end)
     student.network.train()
-    saving = RunCheckpoint(run.folder.checkpoints, run.config.logging.save_every, _export(parts, run))
-    grids = SampleGrid(run.folder.path / "samples", run.config.logging, run.trainer.seed)
+    log, seed = run.config.logging, run.trainer.seed
+    saving = RunCheckpoint(run.folder.checkpoints, log, _export(parts, run))
+    grids = SampleGrid(run.folder.path / "samples", log, seed, teacher)
+    every = log.measure_every or log.save_every
+    pools = PoolLog(run.folder.path / "pool.csv", every, teacher.schedule.num_timesteps, run.step)
+    measuring = Agreement(teacher, run.folder.path / "agreement.safetensors", log.measure_every, seed)
 
     def stream_for(trainer: L.Trainer) -> DistillStream:
         device, rank = trainer.strategy.root_device, trainer.global_rank
         teacher.to(device)
-        saving.pool = pool = parts.new_pool(run.folder.path, rank)
+        saving.pool = pools.pool = pool = parts.new_pool(run.folder.path, rank)
         prepare_pool(pool, supply, parts, run, device, rank)
-        method, seed = run.config.distill, run.trainer.seed
+        if rank == 0:
+            measuring.prepare(pool.facts, run.trainer.max_steps, lambda: run.check_stop(BEFORE), run.progress)
+        method = run.config.distill
         return DistillStream(teacher, pool, method, parts.batches, seed, rank, device, run.first_batch)
 
     with run.open():
-        result = run.fit(parts.module(), stream_for, [saving, grids])
+        result = run.fit(parts.module(), stream_for, [pools, saving, grids], measuring)
     for mapped in run.folder.path.glob("pool-rank*.bin"):  # the checkpoints hold the same
         mapped.unlink(missing_ok=True)
     return run.result(student, result)

@@ -3,15 +3,18 @@
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import torch
 
 from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import LoggingConfig, SamplingConfig
 from ldm_dkdm.distillation.module import StudentModule
-from ldm_dkdm.images import save_grid
+from ldm_dkdm.images import grid, save_image
+from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import decoration
 from ldm_dkdm.training.ema import averaged
 from ldm_dkdm.training.ends import StepCallback
+from ldm_dkdm.training.loggers import show_image
 
 
 class SampleGrid(StepCallback):
@@ -21,18 +24,28 @@ class SampleGrid(StepCallback):
         folder: logs/<run>/samples.
         log: steps between grids, samples per grid, DDIM steps.
         seed: seed of the samples.
+        teacher: with the first grid of a training, its samples from the same noise are written to teacher.png.
     """
 
-    def __init__(self, folder: Path, log: LoggingConfig, seed: int) -> None:
+    def __init__(self, folder: Path, log: LoggingConfig, seed: int, teacher: DiffusionModel | None = None) -> None:
         self.folder, self.every = folder, log.sample_every
-        self.settings, self.seed = log, seed
+        self.settings, self.seed, self.teacher = log, seed, teacher
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
-        if trainer.is_global_zero and step % self.every == 0:
-            file = self.folder / f"step={step:08d}.png"
-            with decoration(str(file)):
-                model = averaged(trainer, StudentModule).model
-                steps = steps_within(self.settings, "sample_steps", model.schedule.num_timesteps)
-                config = SamplingConfig(self.settings.sample_count, seed=self.seed, steps=steps)
-                save_grid(torch.cat([batch.images for batch in model.sample_batches(config)]), file)
+        if not trainer.is_global_zero or step % self.every:
+            return
+        self._write(averaged(trainer, StudentModule).model, f"step={step:08d}.png", "samples", trainer)
+        if self.teacher is not None:
+            self._write(self.teacher, "teacher.png", "teacher", trainer)
+            self.teacher = None
+
+    def _write(self, model: DiffusionModel, file: str, name: str, trainer: L.Trainer) -> None:
+        """Sample a grid, write it to a file, and give it to the loggers under a name."""
+        path = self.folder / file
+        with decoration(str(path)):
+            steps = steps_within(self.settings, "sample_steps", model.schedule.num_timesteps)
+            config = SamplingConfig(self.settings.sample_count, seed=self.seed, steps=steps)
+            sheet = grid(torch.cat([batch.images for batch in model.sample_batches(config)]))
+            save_image(sheet, path)
+            show_image(trainer.loggers, name, np.asarray(sheet), trainer.global_step)

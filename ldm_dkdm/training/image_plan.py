@@ -67,10 +67,10 @@ def plan_training(model: DiffusionModel, config: DiffusionRun) -> ImageTraining:
     paths = [path for path in (config.data.path, config.data.synthetic) if path]
     missing = [path for path in paths if not exists(path)]
     readable = paths and not missing and (not model.space.encoded or _has_codec(model))
-    sets = open_sets(config.data, config.trainer.seed, model.codec().channels) if readable or not paths else []
+    sets = open_sets(config.data, config.trainer.seed, model.codec().channels) if readable or not paths else {}
     if sets:
         require_fitting_labels(model, config.data, sets)
-    return ImageTraining(model, config, missing, sets)
+    return ImageTraining(model, config, missing, list(sets.values()))
 
 
 def training_costs(parts: ImageTraining) -> dict[str, str]:

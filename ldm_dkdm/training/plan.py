@@ -11,6 +11,7 @@ from ldm_dkdm.device import default_device
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.distillation.warmup import preparation, warmup_calls
+from ldm_dkdm.evaluation.reference import teacher_calls
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks.cost import gflops, parameters
@@ -40,6 +41,7 @@ def costs(parts: Distillation) -> dict[str, str]:
         + ("disk, memory-mapped" if mapped else "memory"),
         "teacher calls, warm-up": f"{_warmup_samples(parts):,} samples ({source}){each}",
         "teacher calls, training": f"{iterations * batch:,} samples ({iterations:,} iterations of {batch}){each}",
+        "teacher calls, agreement": f"{_agreement_samples(parts):,} samples, once",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({precision})",
         "memory, host": size(0 if mapped else pool) + " for the pool",
         "disk": f"{size((KEPT + 1) * (pool + 16 * student) + 4 * student + mapped * pool)} for the student, {KEPT} "
@@ -64,6 +66,12 @@ def _warmup_samples(parts: Distillation) -> int:
     return 0 if method.pool_from else warmup_calls(preparation(method), parts.slots, parts.teacher.schedule)
 
 
+def _agreement_samples(parts: Distillation) -> int:
+    """Teacher evaluations of one sample for measurements during the training."""
+    steps, every = parts.config.trainer.max_steps, parts.config.logging.measure_every
+    return teacher_calls(parts.teacher.schedule.num_timesteps) if 0 < every <= steps else 0
+
+
 def codec_parameters(model: DiffusionModel) -> int:
     """Parameters of the first stage; a missing one is counted without allocating it."""
     stage = model.first_stage
@@ -83,7 +91,7 @@ def time_needed(parts: Distillation) -> str:
     seconds, teacher_seconds = time_iteration(parts, timed, TIMED_ITERATIONS)
     training = batches * seconds + (_iterations(config) - batches) * batch * teacher_seconds
     limit = 60 * (config.trainer.max_minutes or math.inf)
-    eta = min(training, limit) + warm * teacher_seconds
+    eta = min(training, limit) + (warm + _agreement_samples(parts)) * teacher_seconds
     ends = f", trainer.max_minutes ends it at step {int(steps * limit / training):,}" if limit < training else ""
     return (
         f"about {duration(eta)}: {pace(seconds)} an iteration, {duration(warm * teacher_seconds)} of warm-up{ends} "

@@ -95,6 +95,7 @@ def prepare_pool(
         if not saved.is_file():
             raise UserError(f"{saved}: missing; the checkpoint beside it cannot be resumed without its pool")
         pool.load(saved)
+        pool.updated[pool.updated < 0] = run.first_batch  # a file of an older version
     elif supply is not None:
         refill(pool, supply, teacher.schedule.num_timesteps, seed, rank)
     else:

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -23,14 +22,17 @@ from ldm_dkdm.config.schema import ModelCard, TrainerConfig
 from ldm_dkdm.device import default_device, resolve_precision
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.model import DiffusionModel
-from ldm_dkdm.reporting import Progress, logger
-from ldm_dkdm.training.bars import ProgressBar, ProgressCalls, StreamModule
+from ldm_dkdm.reporting import Progress, decoration, logger
+from ldm_dkdm.training.bars import ProgressBar, StreamModule, progress_callback
 from ldm_dkdm.training.ema import StudentEMA
 from ldm_dkdm.training.ends import EarlyStop, early_ends
 from ldm_dkdm.training.interrupt import GracefulStop
+from ldm_dkdm.training.loggers import open_loggers, require_loggers
+from ldm_dkdm.training.measuring import Agreement, refuse_agreement
 from ldm_dkdm.training.run_folder import RunFolder, alone_in, check_run, open_run, require_plain, step_of
 from ldm_dkdm.training.saving import RunCheckpoint, read_checkpoint
 from ldm_dkdm.training.undisturbed import undisturbed
+from ldm_dkdm.training.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Run:
         go_on: how to resume, for the message after a stop.
 
     Raises:
-        UserError: fewer devices than the config asks for, or a folder that Lightning reads as a network address.
+        UserError: fewer devices than the config asks for, a logger that is not installed, measurements that this kind
+            of run does not make, or a folder that Lightning reads as a network address.
     """
 
     def __init__(
@@ -75,6 +78,8 @@ class Run:
         go_on: str | None = None,
     ) -> None:
         require_plain(folder.path)
+        require_loggers(config.logging.loggers)
+        refuse_agreement(config)
         self.config, self.folder, self.resumed, self.progress = config, folder, resumed, progress
         self.trainer: TrainerConfig = config.trainer
         self.device = training_device(self.trainer)
@@ -124,8 +129,8 @@ class Run:
         return self._saved(model, self.step, end)
 
     def result(self, model: DiffusionModel, fitted: Result) -> Result:
-        """What `fit` made of a model: its EMA weights, or the best ones that an early stop has saved."""
-        if self.trainer.early_stop is not None:
+        """What `fit` made of a model: its EMA weights, or the best ones that the run has saved."""
+        if self.trainer.early_stop is not None or self.config.logging.keep_best:
             return self._saved(model, fitted.step, fitted.end)
         model.network.eval()
         self._describe(model)
@@ -172,6 +177,7 @@ class Run:
         module: L.LightningModule,
         stream_for: Callable[[L.Trainer], IterableDataset[Any]],
         callbacks: Sequence[L.Callback],
+        measuring: Agreement | None = None,
     ) -> Result:
         """Train to `max_steps`, or to an earlier end that the config asks for, from the newest checkpoint.
 
@@ -179,41 +185,58 @@ class Run:
             module: ends up with the EMA weights.
             stream_for: makes the stream of batches once the device and the rank are known.
             callbacks: among them one `RunCheckpoint`, which must come after whatever changes the state.
+            measuring: what measures the agreement, in a distillation.
 
         Raises:
             Stopped: a signal ended the run before its end; all is saved.
         """
         latest, ends = self.folder.latest(), early_ends(self.trainer)
+        windows = Windows(self.config.logging.log_every)
         _keep_best(ends, callbacks)
-        trainer = self._lightning(latest, [self.stop, *ends, *callbacks])
+        if measuring is not None:
+            hearing = [windows, *ends, *callbacks]
+            measuring.listeners = [found.measured for found in hearing if hasattr(found, "measured")]
+        first = [measuring] if measuring is not None else []
+        trainer = self._lightning([self.stop, *first, windows, *ends, *callbacks])
         try:
             trainer.fit(module, datamodule=StreamModule(stream_for), ckpt_path=latest, weights_only=True)
         except SIGTERMException:
             pass  # the signal asked for a stop, and that saved the run
         except SystemExit as end:  # Lightning's answer to the second Ctrl-C
             raise KeyboardInterrupt from end
+        if trainer.is_global_zero:
+            _report_on(self.folder.path)
         reached = [end.key for end in ends if end.reached]
         if trainer.global_step < self.trainer.max_steps and (self.stop.requested or not reached):
             raise Stopped(f"stopped and saved at step {trainer.global_step}; {self.go_on}")
         return Result(module, self.folder.path, trainer.global_step, (reached or ["trainer.max_steps"])[0])
 
-    def _lightning(self, latest: Path | None, callbacks: Sequence[L.Callback]) -> L.Trainer:
+    def _lightning(self, callbacks: Sequence[L.Callback]) -> L.Trainer:
         config = self.trainer
-        bar = ProgressCalls(self.progress) if callable(self.progress) else ProgressBar(refresh_rate=10)
+        bar = progress_callback(self.progress)
         return L.Trainer(
             accelerator=config.accelerator,
             devices=config.devices,
             precision="bf16-mixed" if self.precision == "bf16" else "32-true",
             max_steps=config.max_steps,
             accumulate_grad_batches=config.accumulate,
-            logger=CSVLogger(self.folder.path, name="", version=_metrics_name(latest)),
-            log_every_n_steps=min(10, config.max_steps),
-            callbacks=[StudentEMA(config.ema_decay, config.ema_warmup), *([bar] if self.progress else []), *callbacks],
-            enable_progress_bar=isinstance(bar, ProgressBar) and bool(self.progress),
+            logger=open_loggers(self.config.logging.loggers, self.folder.path, self.step),
+            log_every_n_steps=0,  # `Windows` logs means
+            callbacks=[StudentEMA(config.ema_decay, config.ema_warmup), *([bar] if bar else []), *callbacks],
+            enable_progress_bar=isinstance(bar, ProgressBar),
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+
+
+def _report_on(folder: Path) -> None:
+    """Write the page about a run into its folder; a failure is logged."""
+    page = folder / "report.html"
+    with decoration(str(page)):
+        from ldm_dkdm.reports.page import write_report
+
+        logger.info(f"report: {write_report([folder], page)}")
 
 
 def _keep_best(ends: Sequence[L.Callback], callbacks: Sequence[L.Callback]) -> None:
@@ -221,11 +244,6 @@ def _keep_best(ends: Sequence[L.Callback], callbacks: Sequence[L.Callback]) -> N
     for stop in (end for end in ends if isinstance(end, EarlyStop)):
         for saving in (callback for callback in callbacks if isinstance(callback, RunCheckpoint)):
             saving.early_stop, stop.on_best = stop, saving.on_saved
-
-
-def _metrics_name(resumed: Path | None) -> str:
-    """Name of the metrics folder; a resumed run gets a new one, because Lightning's logger empties its folder."""
-    return f"metrics-from-{step_of(resumed)}" if resumed else "metrics"
 
 
 def training_device(config: TrainerConfig) -> torch.device:

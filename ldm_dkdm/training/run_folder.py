@@ -26,7 +26,7 @@ _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """logs/<run>: config.yaml, checkpoints/, samples/, metrics/ and the model folder.
+    """logs/<run>: config.yaml, checkpoints/, samples/, the loggers' files and the model folder.
 
     Attributes:
         path: logs/<run>.

@@ -1,6 +1,7 @@
 """Save checkpoints with their pools, and refuse diverged weights."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,9 +9,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from ldm_dkdm.config.schema import LoggingConfig
 from ldm_dkdm.errors import UserError, blaming
-from ldm_dkdm.training.ends import EarlyStop, StepCallback
-from ldm_dkdm.training.run_folder import checkpoints
+from ldm_dkdm.training.ends import AGREEMENT, EarlyStop, StepCallback
+from ldm_dkdm.training.run_folder import checkpoints, step_of
 
 if TYPE_CHECKING:
     from ldm_dkdm.distillation.pool import NoisyPool
@@ -22,17 +24,20 @@ CHECKED_EVERY = 100  # steps between checks of the loss, which wait for the devi
 class RunCheckpoint(StepCallback):
     """Saves student, EMA, optimizer and step, and each rank's pool beside them; keeps the last two.
 
-    A checkpoint is complete once its `.ckpt` has its name; the pools are written before it.
+    A checkpoint is complete once its `.ckpt` has its name; the pools are written before it. Those at multiples of
+    `keep_every` and, with `keep_best`, the one with the best agreement stay too, without their pools.
 
     Args:
         folder: logs/<run>/checkpoints.
-        every: steps between saves; a stop and the end save too.
-        on_saved: called after each save on rank 0, with the trainer. Once an early stop has found a best model, it
-            is called when a better one comes instead, so that the model folder keeps the best.
+        config: steps between saves (a stop and the end save too), and what is kept.
+        on_saved: called after each save on rank 0, with the trainer. Once there is a best model, by the agreement
+            with `keep_best`, else by an early stop, it is called when a better one comes instead, so that the model
+            folder keeps the best.
     """
 
-    def __init__(self, folder: Path, every: int, on_saved: Callable[[L.Trainer], None]) -> None:
-        self.folder, self.every, self.on_saved = folder, every, on_saved
+    def __init__(self, folder: Path, config: LoggingConfig, on_saved: Callable[[L.Trainer], None]) -> None:
+        self.folder, self.config, self.on_saved = folder, config, on_saved
+        self.best, self.best_step = math.inf, -1  # smallest agreement and its step, with `keep_best`
         self.pool: NoisyPool | None = None  # this rank's, set by a distillation once the rank is known
         self.last_saved = -1
         self.early_stop: EarlyStop | None = None  # set by the run that has one
@@ -41,8 +46,24 @@ class RunCheckpoint(StepCallback):
         step = trainer.global_step
         if step % CHECKED_EVERY == 0:
             refuse_divergence(trainer)
-        if step % self.every == 0 or step >= trainer.max_steps or trainer.should_stop:
+        if trainer.should_stop or step in (trainer.max_steps, self.best_step) or self._due(step):
             self.save(trainer)
+
+    def _due(self, step: int) -> bool:
+        return any(every and step % every == 0 for every in (self.config.save_every, self.config.keep_every))
+
+    def measured(self, trainer: L.Trainer, figures: Mapping[str, float]) -> None:
+        """Note a better model, with `keep_best`; it must come before this callback's `on_step`, which saves it."""
+        if self.config.keep_best and figures[AGREEMENT] < self.best:
+            self.best, self.best_step = figures[AGREEMENT], trainer.global_step
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resume needs."""
+        return {"best": self.best, "best_step": float(self.best_step)}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Restore the best."""
+        self.best, self.best_step = state_dict["best"], int(state_dict["best_step"])
 
     def save(self, trainer: L.Trainer) -> None:
         """Write this step's checkpoint unless it is there already."""
@@ -57,16 +78,25 @@ class RunCheckpoint(StepCallback):
         trainer.save_checkpoint(temporary)
         self.last_saved = step
         if trainer.is_global_zero:
-            if self.early_stop is None or not self.early_stop.has_best:
+            if step == self.best_step or not self._has_best:
                 self.on_saved(trainer)
             temporary.replace(self.folder / f"step={step:08d}.ckpt")
             self._forget_old()
         trainer.strategy.barrier()
 
+    @property
+    def _has_best(self) -> bool:
+        """Whether a best model is in the model folder, which only a better one may replace."""
+        if self.config.keep_best:
+            return self.best < math.inf
+        return self.early_stop is not None and self.early_stop.has_best
+
     def _forget_old(self) -> None:
         for checkpoint in checkpoints(self.folder)[:-KEPT]:
-            checkpoint.unlink()
-        kept = {checkpoint.stem for checkpoint in checkpoints(self.folder)}
+            step, every = step_of(checkpoint), self.config.keep_every
+            if not (every and step % every == 0) and not (self.config.keep_best and step == self.best_step):
+                checkpoint.unlink()
+        kept = {checkpoint.stem for checkpoint in checkpoints(self.folder)[-KEPT:]}
         for file in self.folder.glob("*.pool-rank*.safetensors"):
             if file.name.split(".")[0] not in kept:  # pool of a removed checkpoint, a failed one, or the warm-up
                 file.unlink()

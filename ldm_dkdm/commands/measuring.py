@@ -1,0 +1,161 @@
+"""What `dkdm evaluate SAMPLES [REFERENCE]` does: opens both sets, measures, prints and writes."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm_dkdm.commands.arguments import flags, load_plugins
+from ldm_dkdm.commands.hints import ScopedHints
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
+from ldm_dkdm.reporting import logger
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm_dkdm.evaluation.measuring import Measurement
+    from ldm_dkdm.model import DiffusionModel
+
+SCOPES = ("samples", "reference")
+RESULTS = Path("logs/results.csv")
+COUNT = 10_000
+FLAGS = {
+    "count": "--n_samples",
+    "steps": "--custom_steps",
+    "metrics": "--metrics",
+    "features": "--features",
+    "sampler": "--sampler",
+    "eta": "--eta",
+    "labels": "--labels",
+    "seed": "--seed",
+    "reference_seed": "--reference_seed",
+    "batch_size": "--batch_size",
+    "size": "--size",
+    "samples": "SAMPLES",
+    "reference": "REFERENCE",
+    "device": "--device",
+    "processes": "--processes",
+}
+
+
+def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Sequence[str]) -> None:
+    """Measure SAMPLES against REFERENCE, by default the teacher of SAMPLES if that is a distillation's run."""
+    hints = ScopedHints(items, SCOPES)
+    load_plugins(options.plugin)
+
+    from ldm_dkdm.device import resolve_device
+    from ldm_dkdm.evaluation.measuring import measure
+    from ldm_dkdm.evaluation.results import append_row, read_rows, record_in_run, row_of, write_record
+
+    read_rows(options.results)  # refuses another file before anything is measured
+    with flags(**FLAGS):
+        device = resolve_device(options.device)
+        samples, reference = _opened(options, paths, hints, device)
+        found = measure(
+            samples,
+            reference,
+            metrics=options.metrics,
+            features=options.features,
+            count=COUNT if options.n_samples is None else options.n_samples,
+            steps=options.custom_steps,
+            sampler=options.sampler,
+            eta=options.eta,
+            seed=options.seed or 0,
+            reference_seed=options.reference_seed,
+            labels=options.labels,
+            batch_size=options.batch_size,
+            size=options.size,
+            chains=options.chains,
+            cache=options.cache,
+            device=device,
+            processes=options.processes,
+            progress=True,
+        )
+    record = found.record()
+    _show(found)
+    append_row(options.results, row_of(record))
+    print(f"{options.results}: a row with these figures and their provenance")
+    kept = record_in_run(getattr(samples, "path", None), record) if options.out is None else None
+    if options.out is not None:
+        write_record(options.out, record)
+    if place := options.out or kept:
+        print(f"{place}: figures and provenance")
+    if options.save_statistics:
+        _save_statistics(found, options.save_statistics)
+
+
+def _opened(
+    options: argparse.Namespace, paths: Sequence[str], hints: ScopedHints, device: "torch.device"
+) -> tuple[Any, Any]:
+    """SAMPLES and REFERENCE: models that are opened, and paths of all else."""
+    from ldm_dkdm.evaluation.features import named_features
+    from ldm_dkdm.evaluation.measuring import chosen_metrics
+    from ldm_dkdm.evaluation.metrics import METRICS
+    from ldm_dkdm.evaluation.opening import is_model
+
+    own = paths[0]
+    given = paths[1] if len(paths) > 1 else options.teacher
+    models: dict[str, DiffusionModel] = {}
+    samples: Any = own
+    if is_model(expanded(own)):
+        samples = models["samples"] = _model(own, hints, "samples", device, options.precision)
+    reference: Any = given
+    if given is not None and is_model(expanded(given)):
+        reference = models["reference"] = _model(given, hints, "reference", device, options.precision)
+    hints.require_used(models)
+    if given is None and "samples" in models:
+        wanted = options.metrics or chosen_metrics(None, named_features(options.features)[0], True)
+        if any(name in METRICS and METRICS[name].reference for name in wanted):
+            reference = _teacher(own, device, options.precision)
+    return samples, reference
+
+
+def _model(path: str, hints: ScopedHints, scope: str, device: "torch.device", precision: str) -> "DiffusionModel":
+    from ldm_dkdm.model import open_model
+
+    return open_model(path, hints.of(scope), lenient=True).to(device, precision)
+
+
+def _teacher(path: str, device: "torch.device", precision: str) -> "DiffusionModel | None":
+    """The teacher of a distillation's run, which is then the reference; None for another model."""
+    from ldm_dkdm.commands.distill import open_teacher
+    from ldm_dkdm.commands.evaluate import run_of
+
+    run = run_of(expanded(path))
+    if run is None:
+        return None
+    teacher = open_teacher(run).to(device, precision)
+    logger.info(f"REFERENCE: {teacher.path}, the teacher of {path}")
+    return teacher
+
+
+def _show(found: "Measurement") -> None:
+    """Print the figures as a table, their provenance, and warnings on stderr."""
+    from ldm_dkdm.evaluation.results import markdown
+
+    values = [{"figure": name, "value": value} for name, value in found.figures.items() if not isinstance(value, dict)]
+    print(markdown(["figure", "value"], values))
+    for scope, facts in (("samples", found.samples), ("reference", found.reference or {})):
+        if facts:
+            print(f"{scope}: " + ", ".join(f"{key} {value}" for key, value in facts.items() if value not in (None, 0)))
+    for facts in found.features:
+        print("features: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
+    for warning in found.warnings:
+        logger.warning(f"not comparable with published figures: {warning}")
+
+
+def _save_statistics(found: "Measurement", path: Path) -> None:
+    if len(found.statistics) != 1:
+        raise UserError(f"--save_statistics: a file holds those of one extractor, here are {len(found.statistics)}")
+    next(iter(found.statistics.values())).write(path)
+    print(f"{path}: statistics of SAMPLES, to be a REFERENCE")
+
+
+def print_table(paths: Sequence[str]) -> None:
+    """Print figures of evaluated runs as Markdown."""
+    from ldm_dkdm.evaluation.results import table
+
+    if not paths:
+        raise UserError("--table: name the runs, or JSON files of evaluations")
+    print(table(map(expanded, paths)))

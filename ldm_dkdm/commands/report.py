@@ -1,0 +1,20 @@
+"""Write one page about runs, finished or not: dkdm report RUN [RUN ...] [-o report.html]"""
+
+import argparse
+from pathlib import Path
+
+from ldm_dkdm.files import expanded
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The runs and the page."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=expanded, help="run folder; several are compared")
+    parser.add_argument("-o", "--out", type=expanded, help="default: report.html, of one run in its folder")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the page and print its path."""
+    from ldm_dkdm.reports.page import REPORT, write_report
+
+    alone = len(options.runs) == 1
+    print(write_report(options.runs, options.out or (options.runs[0] / REPORT if alone else Path(REPORT))))

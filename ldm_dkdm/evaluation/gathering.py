@@ -1,0 +1,121 @@
+"""Stream a set of images through extractors: cached by content, resumed where it was interrupted."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ldm_dkdm import __version__
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.evaluation.collector import Collector
+from ldm_dkdm.evaluation.extractor import Extractor
+from ldm_dkdm.evaluation.partial import LAYOUT, SAVE_SECONDS, partial_file, stream
+from ldm_dkdm.evaluation.processes import gather_in_processes
+from ldm_dkdm.evaluation.sources import ImageSource, key_of
+from ldm_dkdm.evaluation.statistics import INCEPTION, Statistics
+from ldm_dkdm.reporting import Progress, logger
+
+
+def statistics_cache() -> Path:
+    """$LDM_DKDM_CACHE, else $XDG_CACHE_HOME/ldm_dkdm, else ~/.cache/ldm_dkdm; its folder `statistics`."""
+    own = os.environ.get("LDM_DKDM_CACHE")
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(own) if own else shared / "ldm_dkdm") / "statistics"
+
+
+def gather(
+    source: ImageSource,
+    extractors: Mapping[str, Extractor],
+    keep: set[str],
+    *,
+    cache: Path | None = None,
+    batch_size: int = 64,
+    progress: bool | Progress = False,
+    save_seconds: float = SAVE_SECONDS,
+    processes: int = 1,
+) -> dict[str, Statistics]:
+    """Statistics of a set of images on every extractor's features, in one pass over the images.
+
+    Features are added in float64. Figures depend on the batch size and on the number of processes by rounding only.
+    Memory does not grow with the number of images, except for features in `keep`.
+
+    Args:
+        source: the images. extractors: by name. keep: names of those whose features metrics need one by one.
+        cache: folder of statistics; None: nothing is cached or resumed.
+        batch_size: images at once. progress: a bar, or a function.
+        save_seconds: between two saves of partial sums. processes: that share the images; see `gather_in_processes`.
+
+    Raises:
+        UserError: images that cannot be read, or a file with neither images nor statistics of these features.
+    """
+    found = {name: _at_hand(source, extractor, name in keep, cache) for name, extractor in extractors.items()}
+    missing = {name: Collector(extractors[name], name in keep) for name, known in found.items() if known is None}
+    if missing and processes > 1:
+        gather_in_processes(source, missing, processes, cache, batch_size, progress, save_seconds)
+    elif missing:
+        stream(source, missing, cache, batch_size, progress, save_seconds)
+        if cache is not None:
+            partial_file(cache, source, missing).unlink(missing_ok=True)
+    gathered = {
+        name: collector.statistics(source.count, _facts(source, collector)) for name, collector in missing.items()
+    }
+    for name, statistics in gathered.items():
+        if cache is not None and extractors[name].moments:
+            statistics.write(_file(cache, source, extractors[name]))
+    at_hand = {name: statistics for name, statistics in found.items() if statistics is not None}
+    return {name: _with_stored(source, extractors[name], part) for name, part in {**at_hand, **gathered}.items()}
+
+
+def _with_stored(source: ImageSource, extractor: Extractor, gathered: Statistics) -> Statistics:
+    """Mean and covariance as the file stores them: guided-diffusion's hold those of more images than are in it."""
+    stored = source.stored()
+    if stored is None or not fits(stored, extractor):
+        return gathered
+    named = {name: getattr(stored, name) for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    return replace(gathered, count=stored.count, **{name: array for name, array in named.items() if array is not None})
+
+
+def _facts(source: ImageSource, collector: Collector) -> dict[str, object]:
+    return {"source": source.facts(), **collector.extractor.facts(), "ldm_dkdm": __version__}
+
+
+def _file(cache: Path, source: ImageSource, extractor: Extractor) -> Path:
+    key = key_of(LAYOUT, source.identity(), extractor.name, extractor.sha256, extractor.resize)
+    return cache / f"{key}.npz"
+
+
+def _at_hand(source: ImageSource, extractor: Extractor, keep: bool, cache: Path | None) -> Statistics | None:
+    """Statistics in the source's own file, or cached; None if images must be read."""
+    stored = source.stored()
+    if stored is not None and not keep and fits(stored, extractor):
+        return stored
+    if not source.count:
+        what = "features one by one, which precision-recall and KID need" if keep else f"images for {extractor.name}"
+        raise UserError(f"{source.name}: holds statistics of {_whose(stored)}, not {what}")
+    if cache is None or not extractor.moments:
+        return None
+    file = _file(cache, source, extractor)
+    if not file.is_file():
+        return None
+    known = Statistics.read(file, features=keep)
+    if keep and known.features is None:
+        return None
+    logger.info(f"{source.name}: statistics of {known.count} images on {extractor.name} are reused: {file}")
+    return known
+
+
+def fits(stored: Statistics, extractor: Extractor) -> bool:
+    """Whether statistics of a file are of this extractor's features; those without provenance are Inception's."""
+    if "features" in stored.facts:
+        return stored.facts["features"] == extractor.name and stored.facts.get("weights_sha256") == extractor.sha256
+    assert stored.mu is not None  # a file of statistics holds it
+    return extractor.name == "inception" and len(stored.mu) == INCEPTION[0]
+
+
+def _whose(stored: Statistics | None) -> str:
+    if stored is None or stored.mu is None:
+        return "nothing"
+    facts = stored.facts
+    if "features" in facts:
+        return f"{facts['features']} features (weights {str(facts.get('weights_sha256'))[:8]})"
+    return f"{len(stored.mu)} features"

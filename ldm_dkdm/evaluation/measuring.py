@@ -1,0 +1,214 @@
+"""Measure a set of images, alone or against another: the figures of METRICS with their provenance."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_dkdm import __version__
+from ldm_dkdm.config.schema import SamplingConfig
+from ldm_dkdm.device import default_device
+from ldm_dkdm.errors import UserError, pick
+from ldm_dkdm.evaluation.comparability import doubts
+from ldm_dkdm.evaluation.comparison import evaluate
+from ldm_dkdm.evaluation.extractor import Extractor
+from ldm_dkdm.evaluation.features import INSTALL, named_features, open_extractor
+from ldm_dkdm.evaluation.gathering import gather, statistics_cache
+from ldm_dkdm.evaluation.metrics import DEFAULTS, METRICS, Metric, Pair
+from ldm_dkdm.evaluation.opening import Images, open_images
+from ldm_dkdm.evaluation.reconstruction import Reconstructions, reconstruction
+from ldm_dkdm.evaluation.samples import ModelImages
+from ldm_dkdm.evaluation.sources import ImageSource
+from ldm_dkdm.evaluation.statistics import Statistics
+from ldm_dkdm.files import expanded
+from ldm_dkdm.first_stage.codec import LatentCodec
+from ldm_dkdm.model.facts import whole
+from ldm_dkdm.reporting import Progress
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The result of `measure`.
+
+    Attributes:
+        figures: by name, such as FID or KID-efficientnet.
+        samples, reference: provenance of both sets. features: of the extractors.
+        warnings: why figures may not be comparable.
+        statistics: of the samples, by extractor.
+    """
+
+    figures: dict[str, Any]
+    samples: dict[str, Any]
+    reference: dict[str, Any] | None
+    features: list[dict[str, str | None]]
+    warnings: list[str]
+    statistics: Mapping[str, Statistics] = field(repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """All but the statistics, as JSON holds it."""
+        own = {"figures": self.figures, "samples": self.samples, "reference": self.reference}
+        return {**own, "features": self.features, "warnings": self.warnings, "ldm_dkdm": __version__}
+
+
+def measure(
+    samples: Images,
+    reference: Images | None = None,
+    *,
+    metrics: Sequence[str] | None = None,
+    features: str | Path = "inception",
+    count: int = 10_000,
+    steps: int | None = None,
+    sampler: str = "ddim",
+    eta: float = 0.0,
+    seed: int = 0,
+    reference_seed: int | None = None,
+    labels: Sequence[int] = (),
+    batch_size: int = 64,
+    size: int | None = None,
+    chains: int = 32,
+    cache: str | Path | None = None,
+    device: str | torch.device | None = None,
+    processes: int = 1,
+    progress: bool | Progress = False,
+) -> Measurement:
+    """Figures of a set of images, with provenance and warnings.
+
+    Args:
+        samples: a model (it is sampled), a model's path, a folder of images, an .npz of images or statistics, images
+            uint8 (N,H,W,C); or a first stage's path: its reconstructions of the reference.
+        reference: another such set; not needed by `is`.
+        metrics: names in METRICS; default: those that suit the features and the sets.
+        features: a name in FEATURES, or a file with weights of one, for metrics that take any.
+        count: samples of each model. steps, sampler, eta, labels: as in `DiffusionModel.sample`.
+        seed: sample i of `samples` depends on seed + i only; of a model as `reference` on `reference_seed` + i, by
+            default seed + count.
+        batch_size: images at once. size: side to which folders' images are cropped and resized.
+        chains: of the teacher, for `agreement`. cache: folder of statistics; default: `statistics_cache()`.
+        device: of extractors and of models opened here; default: that of the model in `samples`, else the fastest.
+        processes: that share the images, each on a GPU of its own if there are several. progress: bars, or a function.
+
+    Raises:
+        UserError: an unknown name, missing weights, a set that a metric cannot take, too few images.
+    """
+    for name, value, least in (
+        ("count", count, 1),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+        ("size", size, 1),
+    ):
+        whole(value, name, least)
+    named, weights = named_features(features)
+    chosen = chosen_metrics(metrics, named, reference is not None)
+    where = device or getattr(samples, "device", None) or default_device("auto")
+    config = SamplingConfig(count, batch_size, seed, steps, eta, sampler, labels)
+    second = replace(config, seed=_second(seed, count, reference_seed))
+    other = None if reference is None else open_images(reference, second, size, where)
+    own = open_images(samples, config, size, where, other)
+    names = dict.fromkeys(features_of(METRICS[name], named) for name in chosen if METRICS[name].of)
+    extractors = {name: open_extractor((name == named and weights) or name, where) for name in names}
+    folder = statistics_cache() if cache is None else expanded(cache)
+    work = _Work(extractors, named, batch_size, folder, progress, chains, processes)
+    return _measurement(own, other, chosen, extractors, *work.figures(chosen, own, other))
+
+
+def _measurement(
+    own: ImageSource,
+    other: ImageSource | None,
+    chosen: Sequence[str],
+    extractors: Mapping[str, Extractor],
+    figures: dict[str, Any],
+    statistics: Mapping[str, Statistics],
+) -> Measurement:
+    facts, theirs = own.facts(), None if other is None else other.facts()
+    used = [extractor.facts() for extractor in extractors.values()]
+    return Measurement(figures, facts, theirs, used, doubts(facts, theirs, chosen), statistics)
+
+
+def _require_numbers(**numbers: tuple[int | None, int]) -> None:
+    """Refuse what is not a whole number, or is below the least."""
+    for name, (value, least) in numbers.items():
+        whole(value, name, least)
+
+
+def _second(seed: int, count: int, given: int | None) -> int:
+    """The first seed of the reference: one that the samples do not use, unless it is given."""
+    whole(given, "reference_seed", 0)
+    return seed + count if given is None else given
+
+
+def features_of(metric: Metric, named: str) -> str:
+    """The extractor of a metric: its own, or the named one."""
+    return metric.features or named
+
+
+def chosen_metrics(metrics: Sequence[str] | None, features: str, reference: bool) -> list[str]:
+    """The metrics that are asked for, or those that suit the features.
+
+    Raises:
+        UserError: an unknown name, or one that needs a reference where there is none.
+    """
+    if metrics is None:
+        usual = DEFAULTS.get(features, DEFAULTS[""])
+        metrics = [name for name in usual if reference or not METRICS[name].reference]
+        if not metrics:
+            raise UserError(f"reference: {', '.join(usual)} compare with a second set of images; name it")
+    for name in metrics:
+        if pick(METRICS, name, "metrics").reference and not reference:
+            raise UserError(f"reference: {name} compares with a second set of images; name it")
+    return list(dict.fromkeys(metrics))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Gathers statistics and computes figures."""
+
+    extractors: Mapping[str, Extractor]
+    named: str
+    batch_size: int
+    cache: Path
+    progress: bool | Progress
+    chains: int
+    processes: int
+
+    def figures(
+        self, chosen: Sequence[str], own: ImageSource, other: ImageSource | None
+    ) -> tuple[dict[str, Any], dict[str, Statistics]]:
+        """Figures by name, and the samples' statistics by extractor."""
+        by_features = [name for name in chosen if METRICS[name].of]
+        found = self._gather(own, by_features)
+        theirs = {} if other is None else self._gather(other, [n for n in by_features if METRICS[n].reference])
+        figures: dict[str, Any] = {}
+        for name in chosen:
+            key, compare = features_of(METRICS[name], self.named), METRICS[name].of
+            try:
+                if compare is not None:
+                    figures |= compare(Pair(found[key], theirs.get(key), self.extractors[key]))
+                elif other is not None:
+                    figures |= self._without_features(name, own, other)
+            except ImportError as error:
+                raise UserError(f"metrics: {name} needs the package {error.name}; {INSTALL}") from error
+        return figures, found
+
+    def _gather(self, source: ImageSource, metrics: Sequence[str]) -> dict[str, Statistics]:
+        needs = {features_of(METRICS[name], self.named): False for name in metrics}
+        needs |= {features_of(METRICS[name], self.named): True for name in metrics if METRICS[name].keep}
+        extractors = {name: self.extractors[name] for name in needs}
+        keep = {name for name, kept in needs.items() if kept}
+        if not extractors:
+            return {}
+        options = {"cache": self.cache, "batch_size": self.batch_size, "progress": self.progress}
+        return gather(source, extractors, keep, processes=self.processes, **options)  # type: ignore[arg-type]  # a dict
+
+    def _without_features(self, name: str, own: ImageSource, other: ImageSource) -> dict[str, Any]:
+        """Figures of metrics that compare models, or a first stage with its input."""
+        if name == "agreement":
+            if not isinstance(own, ModelImages) or not isinstance(other, ModelImages):
+                raise UserError("metrics: agreement compares two models, not images")
+            return evaluate(own.model, other.model, images=0, chains=self.chains)
+        codec = own.model.codec() if isinstance(own, ModelImages) else getattr(own, "codec", None)
+        if not isinstance(codec, LatentCodec):
+            raise UserError("metrics: reconstruction measures a first stage, or a model on latents, on images")
+        images = own.images if isinstance(own, Reconstructions) else other
+        return reconstruction(codec, images, self.batch_size, self.progress)

@@ -1,0 +1,78 @@
+"""Read images out of an .npz batch by batch, compressed or not, without loading the array."""
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm_dkdm.errors import UserError, blaming
+
+MEMBER = "arr_0.npy"
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+class NpzFile:
+    """The images `arr_0` of an .npz, uint8 (N,H,W,C), or (N,H,W) for grey ones.
+
+    Attributes:
+        names: arrays in the file. shape: of the images (N,H,W,C); (0,0,0,0) if there are none.
+
+    Raises:
+        UserError: no such file, or not an .npz of images or statistics.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        with blaming(path, "is not an .npz"), zipfile.ZipFile(path) as archive:
+            self.names = {name.removesuffix(".npy") for name in archive.namelist()}
+            self.shape = self._shape(archive) if "arr_0" in self.names else (0, 0, 0, 0)
+        if not self.names & {"arr_0", "mu"}:
+            raise UserError(
+                f"{path}: holds {', '.join(sorted(self.names))}; images are in arr_0, statistics in mu, sigma"
+            )
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return self.shape[0]
+
+    def _shape(self, archive: zipfile.ZipFile) -> tuple[int, int, int, int]:
+        with archive.open(MEMBER) as member:
+            shape, fortran, kind = _header(member)
+        if len(shape) == 3:
+            shape = (*shape, 1)
+        if kind != np.uint8 or fortran or len(shape) != 4 or min(shape) < 1:
+            raise UserError(f"{self.path}: arr_0 is {kind} {shape}; images are uint8 (N,H,W,C)")
+        return shape[0], shape[1], shape[2], shape[3]
+
+    def batches(self, first: int, last: int, batch_size: int) -> Iterator[Tensor]:
+        """Images uint8 (B,H,W,C), numbers `first` ... `last` - 1.
+
+        Raises:
+            UserError: the file ends before its last image.
+        """
+        each = int(np.prod(self.shape[1:]))
+        with zipfile.ZipFile(self.path) as archive, archive.open(MEMBER) as member:
+            _header(member)
+            member.seek(first * each, 1)
+            for start in range(first, last, batch_size):
+                count = min(batch_size, last - start)
+                with blaming(self.path):
+                    content = member.read(count * each)
+                if len(content) < count * each:
+                    raise UserError(f"{self.path}: is damaged, it ends before image {start + count} of {self.count}")
+                yield torch.frombuffer(bytearray(content), dtype=torch.uint8).view(count, *self.shape[1:])
+
+
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and type of an array, whose values follow."""
+    version = np.lib.format.read_magic(member)
+    if version not in HEADERS:
+        raise ValueError(f"version {version} of NumPy's format")
+    return HEADERS[version](member)

@@ -1,0 +1,61 @@
+"""Open what a user names as a set of images: a model, a folder, an .npz, a first stage, a tensor."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm_dkdm.checkpoints.first_stages import FirstStageSource, is_first_stage_folder
+from ldm_dkdm.checkpoints.weight_files import holds_weights
+from ldm_dkdm.config.schema import SamplingConfig
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.evaluation.reconstruction import Reconstructions
+from ldm_dkdm.evaluation.samples import sampled
+from ldm_dkdm.evaluation.sources import ImageSource, TensorImages, image_files, require_images
+from ldm_dkdm.files import expanded
+from ldm_dkdm.model import DiffusionModel, load_model
+
+Images = DiffusionModel | Tensor | str | Path
+CONFIGS = ("config.yaml", "model_index.json", "config.json")  # files that make a folder a model's
+
+
+def open_images(
+    images: Images,
+    config: SamplingConfig,
+    size: int | None = None,
+    device: torch.device | str = "cpu",
+    reconstructed: ImageSource | None = None,
+) -> ImageSource:
+    """The set of images that a user names.
+
+    Args:
+        images: a model, images uint8 (N,H,W,C), or a path.
+        config: how a model is sampled. size: side to which folders' images are cropped and resized.
+        device: of a model that is opened here.
+        reconstructed: the images that the path of a first stage stands for after encoding and decoding.
+
+    Raises:
+        UserError: a path that is none of these, or a set that does not fit.
+    """
+    if isinstance(images, DiffusionModel):
+        return sampled(images, config)
+    if isinstance(images, Tensor):
+        require_images(images)
+        return TensorImages(images.cpu())
+    path = expanded(images)
+    if is_first_stage_folder(path):
+        if reconstructed is None:
+            raise UserError(
+                f"samples: {path} is a first stage; name the images that it should reconstruct as reference"
+            )
+        return Reconstructions(FirstStageSource(path).codec().to(device), reconstructed, str(images))
+    if not is_model(path):
+        return image_files(path, size)
+    return sampled(load_model(path).to(device), config, str(images))
+
+
+def is_model(path: Path) -> bool:
+    """Whether a path is opened as a diffusion model: any but an .npz, a first stage, and a folder without weights."""
+    if path.suffix == ".npz" or is_first_stage_folder(path):
+        return False
+    return not path.is_dir() or holds_weights(path) or any((path / name).exists() for name in CONFIGS)

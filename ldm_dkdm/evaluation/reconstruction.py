@@ -1,0 +1,121 @@
+"""How well a first stage reconstructs images: PSNR, SSIM, LPIPS, use of the codebook."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.evaluation.perceptual import lpips_loss
+from ldm_dkdm.evaluation.samples import TRUNCATED, weights_of
+from ldm_dkdm.evaluation.sources import ImageSource
+from ldm_dkdm.evaluation.weights import VGG16, cache_folder
+from ldm_dkdm.first_stage.codec import LatentCodec
+from ldm_dkdm.first_stage.vq import VQModel
+from ldm_dkdm.reporting import Progress, following
+
+WINDOW = 11  # SSIM (Wang et al. 2004)
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """Images of a set after a first stage has encoded and decoded them, in 8 bits."""
+
+    codec: LatentCodec
+    images: ImageSource
+    name: str
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return self.images.count
+
+    def identity(self) -> dict[str, Any]:
+        """The first stage's weights and the images."""
+        return {"first_stage": weights_of(self.codec.autoencoder), **self.images.identity()}
+
+    def facts(self) -> dict[str, Any]:
+        """Provenance."""
+        own = {"source": self.name, "kind": "reconstructions", "sha256": weights_of(self.codec.autoencoder)}
+        return {**self.images.facts(), **own, "rounding": TRUNCATED}
+
+    def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
+        """Reconstructions from number `first` on."""
+        for images in self.images.batches(first, batch_size):
+            yield self.codec.decode(self.codec.encode(images)).cpu()
+
+    def stored(self) -> None:
+        """None: there are no statistics."""
+
+
+def reconstruction(
+    codec: LatentCodec, images: ImageSource, batch_size: int = 16, progress: bool | Progress = False
+) -> dict[str, float]:
+    """Figures of a first stage on a set of images, each the mean over images.
+
+    PSNR in dB and SSIM (Wang et al. 2004; window of 11) of 8-bit images; LPIPS (Zhang et al. 2018, VGG16) where the
+    weights are in the cache of torch.hub; of a VQ first stage the share of codes in use and their perplexity.
+
+    Raises:
+        UserError: images whose channels or size the first stage does not take.
+    """
+    from kornia.metrics import ssim
+
+    lpips = _lpips()
+    sums: dict[str, float] = {}
+    codes = torch.zeros(codec.autoencoder.codes or 0, dtype=torch.float64)
+    done = 0
+    with following(progress, "reconstructing", "image", images.count) as show:
+        for batch in images.batches(0, batch_size):
+            _require(codec, batch)
+            latents = codec.encode(batch)
+            a, b = (x.movedim(-1, 1).float().cpu() / 255 for x in (batch, codec.decode(latents)))
+            figures = {"PSNR": _psnr(a, b), "SSIM": ssim(a, b, WINDOW).flatten(1).mean(1)}
+            if lpips is not None:
+                figures["LPIPS"] = lpips(2 * a - 1, 2 * b - 1).flatten()
+            for name, values in figures.items():
+                sums[name] = sums.get(name, 0.0) + values.double().sum().item()
+            codes += _codes(codec, latents)
+            done += len(batch)
+            show(done)
+    return {name: value / done for name, value in sums.items()} | _usage(codes)
+
+
+def _require(codec: LatentCodec, images: Tensor) -> None:
+    height, width, channels = images.shape[1:]
+    if channels != codec.autoencoder.in_channels or height % codec.downsampling or width % codec.downsampling:
+        raise UserError(
+            f"samples: the first stage takes {codec.autoencoder.in_channels} channels and sides that are multiples of "
+            f"{codec.downsampling}, the images are {height}x{width}x{channels}"
+        )
+
+
+def _psnr(a: Tensor, b: Tensor) -> Tensor:
+    """10 log10(1 / MSE) of every pair (B,C,H,W) in [0,1]; equal images count as half a level off."""
+    error = (a.double() - b.double()).square().flatten(1).mean(1)
+    return -10 * error.clamp(min=(0.5 / 255) ** 2).log10()
+
+
+def _codes(codec: LatentCodec, latents: Tensor) -> Tensor:
+    """How often each code is the nearest of latents (B,c,h,w)."""
+    if not isinstance(codec.autoencoder, VQModel):
+        return torch.zeros(0, dtype=torch.float64)
+    indices = codec.autoencoder.quantise(latents / codec.scale_factor)[2]
+    return torch.bincount(indices.flatten().cpu(), minlength=codec.autoencoder.codes).double()
+
+
+def _usage(codes: Tensor) -> dict[str, float]:
+    """Share of codes in use, and exp of the entropy of their frequencies."""
+    if not len(codes):
+        return {}
+    p = codes / codes.sum()
+    entropy = -(p[p > 0] * p[p > 0].log()).sum()
+    return {"codes in use": (codes > 0).double().mean().item(), "code perplexity": entropy.exp().item()}
+
+
+def _lpips() -> nn.Module | None:
+    """LPIPS if its VGG16 weights are in the cache of torch.hub."""
+    path = cache_folder() / VGG16.name
+    return lpips_loss(str(path)) if path.is_file() else None

@@ -1,0 +1,189 @@
+"""Write figures: a JSON file, a row of a CSV file, the record of a run, tables over several."""
+
+import csv
+import datetime
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_dkdm.checkpoints.card import FIGURES
+from ldm_dkdm.checkpoints.source import Source
+from ldm_dkdm.config.load import RUN_KIND, card_kind
+from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.evaluation.sources import key_of
+from ldm_dkdm.files import write_text
+
+Record = Mapping[str, Any]  # as `Measurement.record` makes it
+FOLDER = "evaluations"  # of a run's records, beside its model
+SAMPLING = (
+    "images",
+    "seeds",
+    "sampler",
+    "steps",
+    "eta",
+    "guidance",
+    "arithmetic",
+    "weights",
+    "sha256",
+    "size",
+    "rounding",
+)
+ORDER = ("FID", "sFID", "FD", "IS", "precision", "recall", "KID", "PSNR", "SSIM", "LPIPS")
+BEFORE = ("model", "parameters", "GFLOPs", "images", "sampler", "reference")
+DISTANCES = ("FID", "sFID", "FD", "KID", "precision", "recall")  # figures that depend on the reference
+AGREEMENT = "eps error by quarter of t"
+
+
+def row_of(record: Record) -> dict[str, Any]:
+    """A record as one row: figures, the samples' sampling, the reference, extractors, warnings."""
+    samples, reference = record["samples"], record["reference"] or {}
+    row = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "samples": samples["source"]}
+    row |= {"reference": reference.get("source"), **{n: v for n, v in record["figures"].items() if _is_number(v)}}
+    row |= {name: samples.get(name) for name in SAMPLING}
+    row |= {f"reference {name}": reference.get(name) for name in ("images", "seeds", "sha256", "size")}
+    for name in ("features", "weights_sha256", "resize"):
+        row[f"extractor {name}"] = "; ".join(str(features[name]) for features in record["features"])
+    return {**row, "warnings": "; ".join(record["warnings"]), "ldm_dkdm": record["ldm_dkdm"]}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file of results; none where there is no file.
+
+    Raises:
+        UserError: a file that is not one.
+    """
+    if not path.exists():
+        return []
+    try:
+        with blaming(path, "is not a CSV file of results"), path.open(newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}: is not a CSV file of results: {error}") from error
+    if any(None in row or "samples" not in row for row in rows):
+        raise UserError(f"{path}: is not a CSV file of results")
+    return rows
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row to a CSV file, atomically; new figures make new columns.
+
+    Raises:
+        UserError: as `read_rows`.
+    """
+    rows = [*read_rows(path), row]
+    columns = dict.fromkeys(name for known in rows for name in known)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record as JSON."""
+    write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def record_in_run(model: Path | None, record: Record) -> Path | None:
+    """Keep a record beside a run's model, together with other figures of the same two sets; None outside runs."""
+    if model is None or not model.is_dir() or not _in_run(model):
+        return None
+    key = key_of(record["samples"], record["reference"])[:8]
+    name = Path(str((record["reference"] or {}).get("source") or "alone")).stem
+    path = model / FOLDER / f"{name}-{key}.json"
+    known = _read(path) if path.is_file() else None
+    if known is None:
+        write_record(path, record)
+        return path
+    features = {str(used["features"]): used for used in [*known["features"], *record["features"]]}
+    figures = {**known["figures"], **record["figures"]}
+    warnings = list(dict.fromkeys([*known["warnings"], *record["warnings"]]))
+    write_record(path, {**record, "figures": figures, "features": list(features.values()), "warnings": warnings})
+    return path
+
+
+def _in_run(model: Path) -> bool:
+    config = model.parent / "config.yaml"
+    return config.is_file() and card_kind(config) == RUN_KIND
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with blaming(path, "is not a record of an evaluation"):
+        record = json.loads(path.read_text())
+        return {name: record[name] for name in ("figures", "samples", "reference", "features", "warnings", "ldm_dkdm")}
+
+
+def table(paths: Iterable[str | Path]) -> str:
+    """Figures of evaluated runs, and of JSON records, as Markdown: a row per run and pair of sets (Tab. 2, 3, 11).
+
+    A prime marks distances to a model's samples, as the paper's FID' and sFID'.
+
+    Raises:
+        UserError: a run without figures, or a file that is not a record.
+    """
+    rows = [row for path in paths for row in _rows(Path(path))]
+    names = dict.fromkeys(name for row in rows for name in row)
+    figures = sorted((name for name in names if name not in BEFORE), key=_rank)
+    return markdown([*(name for name in BEFORE if name in names), *figures], rows)
+
+
+def _rank(name: str) -> tuple[int, str]:
+    first = next((i for i, start in enumerate(ORDER) if name.partition("-")[0].startswith(start)), len(ORDER))
+    return first, name
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".json":
+        return [_row(_read(path))]
+    home = Source(path).path
+    home = home if home.is_dir() else home.parent
+    own = _agreement(home / FIGURES)
+    title = f"{home.parent.name}/{home.name}"
+    rows = [{**own, **_row(_read(file)), "model": title} for file in sorted((home / FOLDER).glob("*.json"))]
+    if not rows and not own:
+        raise UserError(f"{path}: has not been evaluated; dkdm evaluate {path} [REFERENCE] does it")
+    return rows or [{"model": title, **own}]
+
+
+def _row(record: Record) -> dict[str, Any]:
+    samples, reference = record["samples"], record["reference"] or {}
+    prime = "'" if reference.get("kind") == "model" else ""
+    sampler = " ".join(str(samples[name]) for name in ("sampler", "steps") if samples.get(name))
+    row = {"model": samples["source"], "parameters": _millions(samples.get("parameters")), "images": samples["images"]}
+    row |= {"sampler": sampler, "reference": reference.get("source")}
+    kept = {n: v for n, v in record["figures"].items() if _is_number(v) and not n.endswith(" std")}
+    row |= {f"{name}{prime if name.startswith(DISTANCES) else ''}": value for name, value in kept.items()}
+    return {name: value for name, value in row.items() if value not in (None, "")}
+
+
+def _agreement(path: Path) -> dict[str, Any]:
+    """Parameters, GFLOPs and eps errors out of a run's evaluation.json, if there is one."""
+    if not path.is_file():
+        return {}
+    with blaming(path, "is not a file of figures"):
+        figures = json.loads(path.read_text())
+        errors = " ".join(f"{error:.3g}" for error in figures["eps_mse_by_t_quarter"])
+        own = {"parameters": _millions(figures["student_parameters"]), "GFLOPs": figures["student_gflops"]}
+        return {**own, AGREEMENT: errors}
+
+
+def _millions(count: int | None) -> str | None:
+    return None if count is None else f"{count / 1e6:.1f} M"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a Markdown table with aligned columns."""
+    cells = [[_shown(row.get(name)) for name in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+    lines = [list(columns), ["-" * width for width in widths], *cells]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def _shown(value: object) -> str:
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,115 @@
+"""The samples of a model as a set of images: drawn when they are needed, none kept."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_dkdm.checkpoints.card import sha256
+from ldm_dkdm.config.schema import SamplingConfig
+from ldm_dkdm.first_stage.codec import LatentCodec
+from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.model.sampling import require_sampling, steps_of
+
+TRUNCATED = "truncated, as guided-diffusion's and CompVis's scripts do"
+
+
+@dataclass(frozen=True)
+class ModelImages:
+    """Samples of a model; image i depends on seed + i only."""
+
+    model: DiffusionModel
+    config: SamplingConfig
+    name: str
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return self.config.count
+
+    @cached_property
+    def weights(self) -> str:
+        """Hash of the tensors of the network and its first stage."""
+        codec = self.model.codec()
+        return weights_of(self.model.network, *([codec.autoencoder] if isinstance(codec, LatentCodec) else []))
+
+    def identity(self) -> dict[str, Any]:
+        """Weights, process, sampling."""
+        model = self.model
+        return {
+            "weights": self.weights,
+            "diffusion": repr(model.diffusion),
+            "node": repr(model.node),
+            "guidance": [model.guidance, model.null_label],
+            "scale_factor": model.codec().scale_factor,
+            **self.sampling(),
+        }
+
+    def sampling(self) -> dict[str, Any]:
+        """What decides the samples of a given model."""
+        config = self.config
+        return {
+            "images": config.count,
+            "seeds": f"{config.seed} ... {config.seed + config.count - 1}",
+            "sampler": config.sampler,
+            "steps": steps_of(self.model, config),
+            "eta": config.eta,
+            "labels": list(config.labels) or None,
+            "arithmetic": self.model.precision,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Provenance: the sampling, the weights' file and its hash."""
+        file, hints = self.model.file, self.model.hints
+        return {
+            "source": self.name,
+            "kind": "model",
+            **self.sampling(),
+            "guidance": self.model.guidance,
+            "parameters": self.model.parameters,
+            "weights": "raw" if hints.use_ema is False else "EMA, where the file holds it",
+            "sha256": sha256(file) if file is not None and file.exists() else self.weights,
+            "size": self.model.shape[1] * self.model.codec().downsampling,
+            "rounding": TRUNCATED,
+        }
+
+    def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
+        """Samples from number `first` on."""
+        labels = list(self.config.labels)
+        turn = first % len(labels) if labels else 0
+        config = replace(
+            self.config,
+            count=self.config.count - first,
+            seed=self.config.seed + first,
+            batch_size=batch_size,
+            labels=labels[turn:] + labels[:turn],
+        )
+        for batch in self.model.sample_batches(config):
+            yield batch.images
+
+    def stored(self) -> None:
+        """None: a model has no statistics."""
+
+
+def sampled(model: DiffusionModel, config: SamplingConfig, name: str | None = None) -> ModelImages:
+    """Samples of a model, checked to fit it.
+
+    Raises:
+        UserError: as `DiffusionModel.sample`.
+    """
+    require_sampling(model, config)
+    return ModelImages(model, config, name or str(model.path or "model"))
+
+
+def weights_of(*modules: nn.Module) -> str:
+    """A hash of the tensors of networks."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

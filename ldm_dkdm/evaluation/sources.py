@@ -1,0 +1,228 @@
+"""Sets of images to measure: models that are sampled, folders, .npz files, tensors; all in batches, none kept."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm_dkdm.checkpoints.card import sha256
+from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.evaluation.npz import NpzFile
+from ldm_dkdm.evaluation.statistics import Statistics
+from ldm_dkdm.images import FORMATS, find_images, read_image
+
+LOSSY = (".jpg", ".jpeg", ".jfif")
+
+
+class ImageSource(Protocol):
+    """A set of images in a fixed order."""
+
+    @property
+    def name(self) -> str:
+        """The set as the user named it."""
+
+    @property
+    def count(self) -> int:
+        """Number of images; 0 where there are statistics only."""
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the images, such as hashes and seeds: the key of the cache."""
+
+    def facts(self) -> dict[str, Any]:
+        """Provenance for the result."""
+
+    def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
+        """Images uint8 (B,H,W,C) from number `first` on."""
+
+    def stored(self) -> Statistics | None:
+        """Statistics that the file holds instead of images, or beside them."""
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """The image files below a folder, sorted by path.
+
+    Args:
+        size: side to which images are cropped and resized by `read_image`; default: their own, equal squares.
+    """
+
+    path: Path
+    name: str
+    size: int | None = None
+    limit: int | None = None
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files."""
+        return find_images(self.path)[: self.limit]
+
+    @property
+    def count(self) -> int:
+        """Number of files."""
+        return len(self.files)
+
+    @cached_property
+    def side(self) -> int:
+        """Side of the images that `batches` gives."""
+        return self.size or self._square(self.files[0])
+
+    def _square(self, file: Path) -> int:
+        with blaming(file, "is not a readable image"), Image.open(file, formats=FORMATS) as image:
+            width, height = image.size
+        if width != height:
+            raise UserError(f"size: {file} is {width}x{height}; give a size, to which squares are cropped and resized")
+        return width
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the files' bytes, in order."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        """The files' content and the size."""
+        return {"files": self.digest, "images": self.count, "size": self.side}
+
+    def facts(self) -> dict[str, Any]:
+        """Provenance: hash and number of the files."""
+        jpeg = sum(file.suffix.lower() in LOSSY for file in self.files)
+        resized = f"centred square to {self.size}, Lanczos" if self.size else "none"
+        facts = {"source": self.name, "kind": "folder", "images": self.count, "sha256": self.digest, "size": self.side}
+        return {**facts, "resized": resized, "jpeg": jpeg, "rounding": None}
+
+    def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
+        """Images from number `first` on."""
+        for start in range(first, self.count, batch_size):
+            yield torch.stack([self._read(file) for file in self.files[start : start + batch_size]])
+
+    def _read(self, file: Path) -> Tensor:
+        if self.size is None and self._square(file) != self.side:
+            raise UserError(f"size: {file} is not {self.side}x{self.side} as the first image; give a size")
+        return read_image(file, self.side)
+
+    def stored(self) -> None:
+        """None: a folder has no statistics."""
+
+
+@dataclass(frozen=True)
+class NpzImages:
+    """An ADM-style .npz: images in `arr_0`, statistics in mu, sigma, mu_s, sigma_s, or both."""
+
+    path: Path
+    name: str
+    limit: int | None = None
+
+    @cached_property
+    def file(self) -> NpzFile:
+        """The opened file."""
+        return NpzFile(self.path)
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return min(self.file.count, self.limit or self.file.count)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the file."""
+        return sha256(self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """The file's content."""
+        return {"file": self.digest, "images": self.count}
+
+    def facts(self) -> dict[str, Any]:
+        """Provenance: hash, images, and what the statistics in the file say of themselves."""
+        facts: dict[str, Any] = {
+            "source": self.name,
+            "kind": "npz",
+            "images": self.count or None,
+            "sha256": self.digest,
+        }
+        found = self.stored()
+        if found is not None:
+            facts |= {"statistics of": dict(found.facts), "images in statistics": found.count}
+        own = found.facts.get("source", {}) if found else {}
+        size = self.file.shape[1] if self.count else own.get("size")
+        return {**facts, "size": size, "rounding": own.get("rounding")}
+
+    def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
+        """Images from number `first` on."""
+        return self.file.batches(first, self.count, batch_size)
+
+    def stored(self) -> Statistics | None:
+        """Statistics in the file."""
+        return self._stored
+
+    @cached_property
+    def _stored(self) -> Statistics | None:
+        return Statistics.read(self.path) if "mu" in self.file.names else None
+
+
+@dataclass(frozen=True)
+class TensorImages:
+    """Images uint8 (N,H,W,C) in memory."""
+
+    images: Tensor
+    name: str = "tensor"
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    def identity(self) -> dict[str, Any]:
+        """Hash of the images."""
+        return {"pixels": hashlib.sha256(self.images.contiguous().numpy().tobytes()).hexdigest(), "n": self.count}
+
+    def facts(self) -> dict[str, Any]:
+        """Provenance: number and hash."""
+        facts = {"source": self.name, "kind": "tensor", "images": self.count, "sha256": self.identity()["pixels"]}
+        return {**facts, "size": self.images.shape[1], "rounding": None}
+
+    def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
+        """Images from number `first` on."""
+        return iter(self.images[first:].split(batch_size))
+
+    def stored(self) -> None:
+        """None: a tensor has no statistics."""
+
+
+def key_of(*parts: Any) -> str:
+    """A hash of JSON values."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def image_files(path: Path, size: int | None = None, limit: int | None = None) -> FolderImages | NpzImages:
+    """The images of a folder or an .npz.
+
+    Raises:
+        UserError: no such file or folder, or nothing in it.
+    """
+    if path.suffix == ".npz":
+        images = NpzImages(path, str(path), limit)
+        if size is not None and images.count and images.file.shape[1] != size:
+            raise UserError(f"size: {path} holds images of side {images.file.shape[1]}; an .npz is not resized")
+        return images
+    return FolderImages(path, str(path), size, limit)
+
+
+def require_images(images: Tensor) -> Sequence[int]:
+    """The shape of images uint8 (N,H,W,C).
+
+    Raises:
+        UserError: another type or shape.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
+        raise UserError(f"samples: images are uint8 (N,H,W,C), N > 0; got {images.dtype} {tuple(images.shape)}")
+    return images.shape

@@ -1,0 +1,1 @@
+"""A page about runs: read their folders, draw their curves, write one HTML file."""

@@ -1,0 +1,90 @@
+"""Read the figures of a run's model: evaluation.json and evaluations/*.json in its folder."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.reports.tables import Series
+
+FIGURES, RECORDS = "evaluation.json", "evaluations"
+MIN_CURVE = 4  # values of a mapping from numbers to numbers that is a curve
+MARK = " · "  # between the keys of nested mappings
+
+
+@dataclass
+class Figures:
+    """What was measured of a model.
+
+    Attributes:
+        values: name -> text. provenance: name -> text, of what was compared and how.
+        curves: name -> points, of mappings from numbers to numbers.
+    """
+
+    values: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
+    curves: dict[str, Series] = field(default_factory=dict)
+
+    def add(self, tree: Any, prefix: str = "") -> None:
+        """Take the leaves of a tree; of a record, `figures` are values and all else is provenance."""
+        is_record = isinstance(tree, Mapping) and isinstance(tree.get("figures"), Mapping)
+        values = tree["figures"] if is_record else tree
+        others = {key: value for key, value in tree.items() if key != "figures"} if is_record else {}
+        for name, value in flat(values, MARK, prefix):
+            if isinstance(value, Mapping) and value:
+                points = {int(key): number for key, number in value.items() if math.isfinite(number)}
+                self.curves[name] = Series(list(points), list(points.values()))
+            else:
+                self.values[name.replace("_", " ")] = shown(value)
+        for name, value in flat(others, MARK, prefix) if others else []:
+            self.provenance[name.replace("_", " ")] = shown(value)
+
+
+def read_figures(model: Path | None) -> Figures:
+    """The figures in a model folder; none without one.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    found, used = Figures(), set[str]()
+    for file in [] if model is None else [model / FIGURES, *sorted((model / RECORDS).glob("*.json"))]:
+        if not file.is_file():
+            continue
+        with blaming(file):
+            tree = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(tree, Mapping):
+                raise UserError(f"{file}: is not a file of figures")
+            prefix = "" if file.name == FIGURES else file.stem.rpartition("-")[0] or file.stem  # the same for all runs
+            found.add(tree, file.stem if prefix in used else prefix)
+            used.add(prefix)
+    return found
+
+
+def flat(tree: Any, mark: str, name: str = "") -> list[tuple[str, Any]]:
+    """(name, value) of the leaves of a tree of mappings; lists of mappings are numbered, curves are leaves."""
+    if isinstance(tree, Mapping) and tree and not _is_curve(tree):
+        parts = list(tree.items())
+    elif isinstance(tree, list) and any(isinstance(item, Mapping) for item in tree):
+        parts = list(enumerate(tree, 1)) if len(tree) > 1 else [("", tree[0])]
+    else:
+        return [(name, tree)]
+    return [leaf for key, value in parts for leaf in flat(value, mark, mark.join(filter(None, (name, str(key)))))]
+
+
+def _is_curve(tree: Mapping[Any, Any]) -> bool:
+    numbers = all(isinstance(value, (int, float)) for value in tree.values())
+    return numbers and len(tree) >= MIN_CURVE and all(str(key).isdecimal() for key in tree)
+
+
+def shown(value: Any) -> str:
+    """A leaf as text: numbers to six digits, lists joined by commas, true and false as in YAML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(map(shown, value))
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None or value == {} else str(value)

@@ -1,0 +1,99 @@
+"""Read the tables that a training writes, as one series of points per column."""
+
+import csv
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldm_dkdm.errors import UserError
+
+Row = dict[str, float]
+MAX_POINTS = 2000  # of a curve in the page
+UNSHOWN = {"step", "epoch"}  # columns that are not figures
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one column, by training step, ascending."""
+
+    steps: Sequence[int]
+    values: Sequence[float]
+
+
+def read_series(files: Sequence[Path]) -> dict[str, Series]:
+    """The columns of CSV files that continue each other; cells that are empty or not finite are no points.
+
+    A run that went back to an older checkpoint repeats steps: the later rows count.
+
+    Raises:
+        UserError: a cell that is not a number, a row of another length than its header, or no column `step`.
+    """
+    rows = list(joined(row for file in files for row in read_rows(file)))
+    names = dict.fromkeys(name for row in rows for name in row if name not in UNSHOWN)
+    return {name: _column(rows, name) for name in names}
+
+
+def _column(rows: Iterable[Row], name: str) -> Series:
+    points = [(int(row["step"]), row[name]) for row in rows if name in row]
+    return Series([step for step, _ in points], [value for _, value in points])
+
+
+def joined(rows: Iterable[Row]) -> list[Row]:
+    """Rows in order of their steps: one at step s removes earlier ones after s, and completes one at s."""
+    kept: list[Row] = []
+    for row in rows:
+        while kept and kept[-1]["step"] > row["step"]:
+            kept.pop()
+        if kept and kept[-1]["step"] == row["step"]:
+            kept[-1] |= row
+        else:
+            kept.append(dict(row))
+    return kept
+
+
+def read_rows(file: Path) -> Iterator[Row]:
+    """The numbers in each row of a CSV file, without empty and non-finite cells; errors as `read_series`.
+
+    The last row may be half written, since the run may be going on: it is left for the next reading.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not a table of numbers ({error})") from error
+    lines = list(csv.reader(text.splitlines()))
+    if not lines:
+        return
+    header, unfinished = lines[0], not text.endswith("\n")
+    if "step" not in header:
+        raise UserError(f"{file}: has no column step")
+    for number, cells in enumerate(lines[1:], 2):
+        if len(cells) < len(header) and unfinished and number == len(lines):
+            return
+        if len(cells) != len(header):
+            raise UserError(f"{file}: line {number} has {len(cells)} cells, the header {len(header)}")
+        row = {name: _number(cell, f"{file}: line {number}, {name}") for name, cell in zip(header, cells) if cell}
+        finite = {name: value for name, value in row.items() if math.isfinite(value)}
+        if "step" not in finite:
+            raise UserError(f"{file}: line {number} has no step")
+        yield finite
+
+
+def _number(cell: str, where: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        raise UserError(f"{where}: '{cell}' is not a number") from None
+
+
+def thinned(series: Series, most: int = MAX_POINTS) -> Series:
+    """At most `most` points at even distances, the first and the last among them."""
+    kept = spread(len(series.steps), most)
+    return Series([series.steps[i] for i in kept], [series.values[i] for i in kept])
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` indices below `count` at even distances, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(i * (count - 1) / (most - 1)) for i in range(most)]

@@ -1,0 +1,266 @@
+"""dkdm evaluate SAMPLES [REFERENCE]: figures, provenance, warnings, results and tables, as a user sees them."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ldm_dkdm as dkdm
+from ldm_dkdm import UserError
+from ldm_dkdm.checkpoints.card import sha256
+from ldm_dkdm.checkpoints.first_stages import FirstStageSource
+from tests.cli import contents, distil, run_script, write_yaml
+from tests.feature_sets import Toy, add_toy
+from tests.parts import distill_config
+
+GENERATOR = torch.Generator().manual_seed(0)
+A = torch.randint(0, 200, (70, 32, 32, 3), dtype=torch.uint8, generator=GENERATOR)
+B = torch.randint(50, 256, (80, 32, 32, 3), dtype=torch.uint8, generator=GENERATOR)
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of one's own for results and the cache, with the toy features."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LDM_DKDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    add_toy(monkeypatch)
+    np.savez(tmp_path / "a.npz", A.numpy())
+    np.savez(tmp_path / "b.npz", B.numpy())
+
+
+@pytest.fixture(scope="module")
+def run(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("logs")
+    config = distill_config(teacher_folder, home, trainer={"max_steps": 2})
+    assert distil("--base", write_yaml(home / "base.yaml", config)) == 0
+    return home / "run"
+
+
+def evaluate(*arguments: object) -> int:
+    return run_script("evaluate.py", *arguments)
+
+
+def toy(*arguments: object) -> int:
+    return evaluate(*arguments, "--features", "toy")
+
+
+def record(path: str = "out.json") -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def results() -> list[dict[str, str]]:
+    with Path("logs/results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Images
+
+
+def test_two_sets_are_measured_printed_and_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert toy("a.npz", "b.npz", "-o", "out.json", "--batch_size", 16) == 0
+    printed, found = capsys.readouterr().out, record()
+    mean = [Toy()(x.movedim(-1, 1)).pooled.double().numpy() for x in (A, B)]
+    lower = ((mean[0].mean(0) - mean[1].mean(0)) ** 2).sum()
+    assert found["figures"]["FD-toy"] > lower and "FD-toy" in printed and "KID-toy" in printed
+    assert set(found["figures"]) == {"FD-toy", "KID-toy", "KID-toy std", "precision-toy", "recall-toy"}
+    assert (
+        found["samples"] | {"source": "a.npz", "images": 70, "size": 32, "sha256": sha256(Path("a.npz"))}
+        == (found["samples"])
+    )
+    assert found["reference"]["sha256"] == sha256(Path("b.npz")) and found["ldm_dkdm"] == dkdm.__version__
+    assert found["features"] == [
+        {"features": "toy", "weights_sha256": sha256(Path(__file__).parent / "feature_sets.py"), "resize": "none"}
+    ]
+    (row,) = results()
+    assert float(row["FD-toy"]) == found["figures"]["FD-toy"]
+    assert (row["samples"], row["reference"], row["images"], row["reference images"]) == ("a.npz", "b.npz", "70", "80")
+
+
+def test_rows_are_added_and_new_figures_make_columns() -> None:
+    assert toy("a.npz", "b.npz", "--metrics", "fd") == 0
+    assert toy("a.npz", "b.npz", "--metrics", "pixel-frechet", "kid") == 0
+    first, second = results()
+    assert first["FD-toy"] and not first["KID-toy"] and second["KID-toy"] and second["pixel Frechet"]
+    assert toy("a.npz", "b.npz", "--metrics", "fd", "--results", "other.csv") == 0
+    assert len(results()) == 2 and len(Path("other.csv").read_text().splitlines()) == 2
+
+
+def test_the_pixel_distance_is_that_of_the_tensors() -> None:
+    from ldm_dkdm.evaluation.frechet import pixel_frechet_distance
+
+    assert evaluate("a.npz", "b.npz", "--metrics", "pixel-frechet", "-o", "out.json") == 0
+    assert record()["figures"] == {"pixel Frechet": pytest.approx(pixel_frechet_distance(B, A), rel=1e-9)}
+
+
+def test_saved_statistics_take_the_place_of_images(capsys: pytest.CaptureFixture[str]) -> None:
+    assert toy("a.npz", "b.npz", "--metrics", "fd", "-o", "images.json") == 0
+    assert toy("b.npz", "a.npz", "--metrics", "fd", "--save_statistics", "b_statistics.npz") == 0
+    assert toy("a.npz", "b_statistics.npz", "--metrics", "fd", "-o", "statistics.json") == 0
+    found, wanted = record("statistics.json"), record("images.json")
+    assert found["figures"] == pytest.approx(wanted["figures"], abs=1e-9)
+    assert found["reference"]["images in statistics"] == 80
+    assert found["reference"]["statistics of"]["source"]["sha256"] == sha256(Path("b.npz"))
+    capsys.readouterr()
+    assert toy("a.npz", "b_statistics.npz", "--metrics", "kid") == 2
+    assert "not features one by one, which precision-recall and KID need" in capsys.readouterr().err
+
+
+def test_doubts_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("jpeg").mkdir()
+    for i, image in enumerate(A[:10].numpy()):
+        Image.fromarray(image[:16, :16]).save(f"jpeg/{i}.jpg")
+    assert toy("jpeg", "b.npz", "-o", "out.json") == 0
+    errors = capsys.readouterr().err
+    for part in (
+        "samples: 10 images are fewer than 10,000; fd depend on their number, kid does not",
+        "samples: 10 files are JPEG",
+        "the samples are 16x16, the reference 32x32",
+    ):
+        assert part in errors and any(part in warning for warning in record()["warnings"])
+    assert toy("a.npz", "b.npz", "--metrics", "kid") == 0
+    assert "not comparable" not in capsys.readouterr().err
+
+
+# Models
+
+
+def test_a_model_is_sampled_with_other_seeds_than_its_reference(teacher_folder: Path) -> None:
+    asked = ("-n", 12, "-c", 2, "--metrics", "fd", "-o", "out.json")
+    assert toy(teacher_folder, teacher_folder, *asked) == 0
+    found = record()
+    assert (found["samples"]["seeds"], found["reference"]["seeds"]) == ("0 ... 11", "12 ... 23")
+    assert found["samples"]["sampler"] == "ddim" and found["samples"]["steps"] == 2 and found["figures"]["FD-toy"] > 0
+    assert found["samples"]["sha256"] == sha256(teacher_folder / "model.safetensors")
+    assert toy(teacher_folder, teacher_folder, *asked, "--seed", 12, "--reference_seed", 12) == 0
+    assert record()["figures"]["FD-toy"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_runs_reference_is_its_teacher_and_its_figures_stay_with_it(
+    run: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("-n", 12, "-c", 2)
+    assert toy(run, *asked, "--metrics", "fd") == 0
+    assert f"REFERENCE: {teacher_folder}, the teacher of {run}" in capsys.readouterr().out
+    assert toy("-r", run, *asked, "--metrics", "kid", "precision-recall") == 0
+    (file,) = (run / "student" / "evaluations").glob("*.json")
+    found = record(file)
+    assert {"FD-toy", "KID-toy", "recall-toy"} <= set(found["figures"])
+    assert found["reference"]["source"] == str(teacher_folder) and found["samples"]["parameters"] > 0
+    assert toy(run, "b.npz", *asked, "--metrics", "fd") == 0
+    assert evaluate("-r", run, "-n", 0, "--chains", 1) == 0
+    capsys.readouterr()
+    assert evaluate(run, "--table") == 0
+    head, line, *rows = capsys.readouterr().out.splitlines()
+    columns = [cell.strip() for cell in head.strip("|").split("|")]
+    assert columns[:6] == ["model", "parameters", "GFLOPs", "images", "sampler", "reference"]
+    assert set(line) <= set("|- ")
+    assert {"FD-toy'", "FD-toy", "KID-toy'", "eps error by quarter of t"} <= set(columns) and len(rows) == 2
+    assert all("run/student" in row and "ddim 2" in row for row in rows)
+
+
+def test_agreement_equals_the_measurement_without_data(run: Path) -> None:
+    assert evaluate(run, "--metrics", "agreement", "--chains", 2, "-n", 5, "-c", 2, "-o", "out.json") == 0
+    assert evaluate("-r", run, "-n", 0, "--chains", 2, "-o", "plain.json") == 0
+    assert record()["figures"]["eps_mse_by_t"] == record("plain.json")["eps_mse_by_t"]
+
+
+def test_nothing_is_written_into_models_that_are_not_runs(teacher_folder: Path) -> None:
+    before = contents(teacher_folder)
+    assert toy(teacher_folder, "b.npz", "-n", 5, "-c", 2, "--metrics", "fd") == 0
+    assert contents(teacher_folder) == before
+
+
+# First stages
+
+
+def test_a_first_stage_reconstructs_the_reference(first_stage: Path) -> None:
+    assert toy(first_stage, "b.npz", "--metrics", "reconstruction", "fd", "-o", "out.json") == 0
+    codec = FirstStageSource(first_stage).codec()
+    latents = codec.encode(B)
+    again = codec.decode(latents)
+    error = ((B.double() - again.double()) / 255).square().flatten(1).mean(1)
+    codes = codec.autoencoder.quantise(latents / codec.scale_factor)[2].unique()
+    figures = record()["figures"]
+    assert figures["PSNR"] == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-6)
+    assert figures["codes in use"] == pytest.approx(len(codes) / 64)
+    assert 1 <= figures["code perplexity"] <= len(codes) and -1 <= figures["SSIM"] < 1 and "LPIPS" not in figures
+    assert figures["FD-toy"] == pytest.approx(dkdm.measure(again, B, features="toy", metrics=["fd"]).figures["FD-toy"])
+
+
+def test_a_model_on_latents_is_measured_by_its_first_stage(teacher_folder: Path, first_stage: Path) -> None:
+    asked = ("b.npz", "--metrics", "reconstruction", "-o", "out.json")
+    assert evaluate(teacher_folder, *asked, "-n", 1, "-c", 1) == 0
+    figures = record()["figures"]
+    assert evaluate(first_stage, *asked) == 0
+    assert record()["figures"] == figures
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "SAMPLES: name a model, a folder of images or an .npz"),
+        (["a.npz", "b.npz", "a.npz"], "'a.npz': one argument too many"),
+        (["a.npz"], "REFERENCE: fd, precision-recall, kid compare with a second set of images; name it"),
+        (["a.npz", "--metrics", "kid"], "REFERENCE: kid compares with a second set of images; name it"),
+        (["a.npz", "b.npz", "--metrics", "fidd"], "invalid choice: 'fidd'"),
+        (["a.npz", "b.npz", "--metrics", "fid"], "--features: weights-inception-2015-12-05-6726825d.pth is missing"),
+        (["a.npz", "b.npz", "--metrics", "fd-dinov2"], "--features: dinov2_vitl14_pretrain.pth is missing"),
+        (["a.npz", "b.npz", "--metrics", "agreement"], "agreement compares two models, not images"),
+        (["a.npz", "b.npz", "--metrics", "reconstruction"], "reconstruction measures a first stage"),
+        (["a.npz", "b.npz", "--size", "16"], "--size: b.npz holds images of side 32"),
+        (["a.npz", "b.npz", "image_size=3"], "image_size: no model uses this hint"),
+        (["a.npz", "b.npz", "--batch_size", "0"], "--batch_size: must be at least 1"),
+        (["nowhere", "b.npz"], "nowhere: no such"),
+        (["-r", "nowhere", "--sampler", "ddpm"], "--sampler: has no effect with -r alone; add --metrics"),
+        (["--table"], "--table: name the runs"),
+        (["a.json", "--table"], "a.json"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert toy(*arguments) == 2
+    error = capsys.readouterr().err
+    assert reason in error and len(error.strip().splitlines()) == 1
+    assert not Path("logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "package"), [("kid", "torch_fidelity.metric_kid"), ("reconstruction", "kornia.metrics")]
+)
+def test_packages_that_are_not_installed_are_named(
+    metric: str, package: str, first_stage: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert toy(first_stage, "b.npz", "--metrics", metric) == 2
+    error = capsys.readouterr().err
+    assert f"--metrics: {metric} needs the package {package}; pip install 'ldm-dkdm[evaluation]'" in error
+
+
+def test_results_that_are_not_csv_are_not_written_over(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("notes.csv").write_text('a,b\n1,2,3,"\n')
+    assert toy("a.npz", "b.npz", "--metrics", "fd", "--results", "notes.csv") == 2
+    assert "notes.csv: is not a CSV file of results" in capsys.readouterr().err
+    assert Path("notes.csv").read_text() == 'a,b\n1,2,3,"\n'
+
+
+# Python
+
+
+def test_measure_takes_tensors_models_and_paths(teacher_folder: Path) -> None:
+    teacher = dkdm.load_model(teacher_folder)
+    found = dkdm.measure(teacher, B, features="toy", metrics=["fd", "kid"], count=6, steps=2)
+    again = dkdm.measure(teacher.sample(6, steps=2), Path("b.npz"), features="toy", metrics=["fd", "kid"])
+    assert found.figures == pytest.approx(again.figures, abs=1e-9)
+    assert found.statistics["toy"].count == 6 and found.reference["kind"] == "tensor"
+    with pytest.raises(UserError, match="metrics: 'fidd' is not one of fid, sfid"):
+        dkdm.measure(A, B, metrics=["fidd"])
+    with pytest.raises(UserError, match="count: must be at least 1, got 0"):
+        dkdm.measure(teacher, B, features="toy", count=0)
