@@ -1,7 +1,7 @@
 """Speed and distance of students of several architectures (Fig. 6): python benchmarks/architectures.py RUN [RUN ...]
 
-Each run's student is timed in turn with the teacher while it samples 256 images, as in the paper, and measured against the
-teacher's samples. RUN may be any model; `--teacher` then names the teacher.
+Each run's student is timed in turn with the teacher while it samples 256 images, as in the paper, and measured
+against the teacher's samples. RUN may be any model; `--teacher` then names the teacher.
 """
 
 import argparse

@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from tests.cli import distil, write_yaml
+from tests.parts import distill_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,3 +40,31 @@ def test_memory_is_measured_for_every_size_of_the_pool(tmp_path: Path) -> None:
     assert on_data["rho"] == "on data" and on_data["pool GB"] == 0
     assert pool["pool GB"] == pytest.approx(0.5 * 1000 * 2 * 3 * 16 * 16 * 2 / 1e9)  # slots of float16 latents
     assert pool["host GB"] > 0.1
+
+
+@pytest.fixture(scope="module")
+def runs(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    home = tmp_path_factory.mktemp("runs")
+    for name in ("one", "two"):
+        config = distill_config(teacher_folder, home, trainer={"max_steps": 1}, logging={"name": name})
+        assert distil("--base", write_yaml(home / f"{name}.yaml", config)) == 0
+    return [home / "one", home / "two"]
+
+
+def test_students_are_timed_and_measured_beside_their_teacher(runs: list[Path], tmp_path: Path) -> None:
+    words = ("-n", 2, "--count", 8, "-c", 2, "--rounds", 1, "-o", tmp_path / "architectures.json")
+    benchmark("architectures.py", *runs, *words)
+    rows = json.loads((tmp_path / "architectures.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["teacher", "one", "two"]
+    assert all(row["images/s"] > 0 and row["FD-efficientnet"] > 0 for row in rows)
+
+
+def test_a_line_is_fitted_through_students_and_teachers(runs: list[Path], tmp_path: Path) -> None:
+    reference = tmp_path / "images.npz"
+    np.savez(reference, arr_0=np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
+    words = ("--reference", reference, "--count", 8, "-c", 2, "-o", tmp_path / "teachers.json")
+    benchmark("teachers.py", *runs, *words)
+    found = json.loads((tmp_path / "teachers.json").read_text())
+    assert [row["run"] for row in found["rows"]] == ["one", "two"]
+    assert found["rows"][0]["teacher"] == pytest.approx(found["rows"][1]["teacher"])  # one teacher: no line
+    assert "slope" not in found and (tmp_path / "teachers.png").is_file()
