@@ -201,6 +201,14 @@ def test_a_model_on_latents_is_measured_by_its_first_stage(teacher_folder: Path,
     assert record()["figures"] == figures
 
 
+def test_lpips_is_not_measured_with_other_weights(first_stage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = Path("torch/hub/checkpoints/vgg16-397923af.pth")
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"other weights")
+    assert evaluate(first_stage, "b.npz", "--metrics", "reconstruction") == 2
+    assert "vgg16-397923af.pth is damaged or another file: its SHA-256 is" in capsys.readouterr().err
+
+
 # Mistakes
 
 

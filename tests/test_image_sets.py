@@ -177,6 +177,10 @@ def test_the_identity_of_samples_follows_weights_and_sampling(teacher_folder: Pa
     known.append(sampled(model, CONFIG).identity())
     assert all(known[i] != known[j] for i in range(len(known)) for j in range(i))
     again, other = sampled(load_model(teacher_folder), CONFIG), SamplingConfig(5, 4, 7, 3)
+    other_scale = sampled(model, CONFIG)
+    before = other_scale.identity()
+    model.codec().scale_factor *= 2  # as the first samples may decide
+    assert other_scale.identity() == before != sampled(model, CONFIG).identity()
     assert again.identity() == known[0] == sampled(load_model(teacher_folder), other).identity()
 
 

@@ -11,7 +11,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.perceptual import lpips_loss
 from ldm_dkdm.evaluation.samples import TRUNCATED, weights_of
 from ldm_dkdm.evaluation.sources import ImageSource
-from ldm_dkdm.evaluation.weights import VGG16, cache_folder
+from ldm_dkdm.evaluation.weights import VGG16, cache_folder, find_weights
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.first_stage.vq import VQModel
 from ldm_dkdm.reporting import Progress, following
@@ -116,6 +116,5 @@ def _usage(codes: Tensor) -> dict[str, float]:
 
 
 def _lpips() -> nn.Module | None:
-    """LPIPS if its VGG16 weights are in the cache of torch.hub."""
-    path = cache_folder() / VGG16.name
-    return lpips_loss(str(path)) if path.is_file() else None
+    """LPIPS if its VGG16 weights are in the cache of torch.hub; a file of that name with another hash is refused."""
+    return lpips_loss(str(find_weights(VGG16))) if (cache_folder() / VGG16.name).is_file() else None

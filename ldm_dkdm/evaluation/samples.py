@@ -38,8 +38,12 @@ class ModelImages:
         return weights_of(self.model.network, *([codec.autoencoder] if isinstance(codec, LatentCodec) else []))
 
     def identity(self) -> dict[str, Any]:
-        """Weights, process, sampling."""
-        model = self.model
+        """Weights, process, sampling; as they are when it is first asked for."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        model = self.model  # a doubtful scale of its latents is decided by its first samples
         return {
             "weights": self.weights,
             "diffusion": repr(model.diffusion),
