@@ -12,6 +12,8 @@ from typing import TypeVar
 from zipfile import BadZipFile
 
 T = TypeVar("T")
+LONGEST = 2000  # characters of a message; names come from files, and files are not trusted
+GUESSED = 100  # longest name for which a near one is looked for: comparing takes the square of the length
 
 
 class Stopped(Exception):
@@ -19,7 +21,23 @@ class Stopped(Exception):
 
 
 class UserError(ValueError):
-    """A mistake in a file, a key or an option; the message names it and says what to do."""
+    """A mistake in a file, a key or an option; the message names it and says what to do.
+
+    Its text is `legible`, whatever names it quotes.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(legible(str(message)))
+
+
+def legible(text: str, most: int = LONGEST) -> str:
+    """A text for a terminal: control characters are escaped, the middle of one above `most` characters is left out."""
+    if len(text) > most:
+        head, tail = text[: most * 3 // 4], text[len(text) - most // 4 :]
+        text = f"{head} ... ({len(text) - len(head) - len(tail)} characters) ... {tail}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def pick(table: Mapping[str, T], name: object, parameter: str) -> T:
@@ -33,16 +51,21 @@ def pick(table: Mapping[str, T], name: object, parameter: str) -> T:
     return table[name]
 
 
+def near(name: str, valid: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """The nearest valid name, if one is near."""
+    return difflib.get_close_matches(name, list(valid), n=1, cutoff=cutoff) if len(name) <= GUESSED else []
+
+
 def closest(name: str, valid: Iterable[str]) -> str:
     """A hint that names the nearest valid name, if one is near."""
-    close = difflib.get_close_matches(name, list(valid), n=1)
+    close = near(name, valid)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def nearest(key: str, valid: Iterable[str]) -> str:
     """A hint that names the nearest valid key, or all of them."""
     names = list(valid)
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    close = near(key, names, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; valid keys: {', '.join(names)}"
 
 

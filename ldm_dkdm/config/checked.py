@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import difflib
 import functools
 import math
 import numbers
@@ -15,7 +14,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from ldm_dkdm.errors import UserError, nearest
+from ldm_dkdm.errors import UserError, closest, nearest
 from ldm_dkdm.files import expanded
 
 T = TypeVar("T", bound="Section")
@@ -260,9 +259,7 @@ def article(kind: str) -> str:
 
 def _require_choice(value: str, options: Sequence[str], where: str) -> str:
     if value not in options:
-        close = difflib.get_close_matches(value, options, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise UserError(f"{where}: '{value}' is not one of {', '.join(options)}{hint}")
+        raise UserError(f"{where}: '{value}' is not one of {', '.join(options)}{closest(value, options)}")
     return value
 
 
