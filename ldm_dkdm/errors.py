@@ -1,6 +1,7 @@
 """`UserError`, `Stopped`, and helpers for their messages."""
 
 import difflib
+import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -116,6 +117,18 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+NO_MEMORY = re.compile(
+    "out of memory|not enough memory|allocate memory|buffer size|(calculation|multiplication) overflow"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether NumPy or PyTorch could not get the memory that it asked for, on the host or on a device."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and NO_MEMORY.search(str(error).lower()) is not None
+    )
+
+
 @contextmanager
 def blaming(source: str | Path, fault: str = "is damaged, or not a file of its kind") -> Iterator[None]:
     """Turn what malformed content raises into a `UserError` that names its file; Ctrl-C is not damage."""
@@ -125,6 +138,8 @@ def blaming(source: str | Path, fault: str = "is damaged, or not a file of its k
     except UserError:
         raise
     except MALFORMED as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{source}: {fault} ({type(error).__name__}: {error})") from error
 
 

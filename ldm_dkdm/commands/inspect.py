@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import add_plugin_argument, load_plugins
-from ldm_dkdm.errors import blaming
+from ldm_dkdm.errors import blaming, legible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
         lines = describe(options.file)
     width = max(map(len, lines))
     for subject, value in lines.items():
-        print(f"{subject:<{width}}  {value}")
+        print(f"{subject:<{width}}  {legible(value)}")
 
 
 def describe(path: str) -> dict[str, str]:

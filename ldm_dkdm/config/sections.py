@@ -6,7 +6,11 @@ from typing import Any, Literal
 from ldm_dkdm.config.checked import Section, key, one_of
 
 PARAMETERIZATIONS = "ldm_dkdm.diffusion.process:PARAMETERIZATIONS"
+FIRST_STAGES = "ldm_dkdm.first_stage:FIRST_STAGES"
 SAMPLERS = "ldm_dkdm.diffusion.samplers:SAMPLERS"
+
+
+SCALES = {"min": 1e-4, "max": 1e4, "why": "latents of such a scale overflow or vanish"}
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,9 @@ class FirstStageConfig(Section):
     ckpt: str | None = key(
         None, path=True, help="Path of the first stage; null takes the one that comes with the model."
     )
-    target: str | None = key(None, help="Name of the first stage's class, such as `ldm_dkdm.first_stage.VQModel`.")
+    target: str | None = one_of(FIRST_STAGES, None, help="Name of the first stage's class.")
     params: dict[str, Any] = key(factory=dict, help="Keyword arguments of that class.")
-    scale_factor: float | None = key(None, above=0, help="Factor from encoded images to the network's latents.")
+    scale_factor: float | None = key(None, help="Factor from encoded images to the network's latents.", **SCALES)
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,18 @@ class TrainerConfig(Section):
     """Optimisation and hardware."""
 
     max_steps: int = key(min=1, help="Training steps of the run.")
-    learning_rate: float = key(above=0, help="Learning rate of Adam (AdamW with a weight decay).")
-    max_minutes: float | None = key(None, above=0, help="Minutes of training after which a run ends; null: no limit.")
+    learning_rate: float = key(
+        above=0,
+        max=100,
+        help="Learning rate of Adam (AdamW with a weight decay).",
+        why="Adam moves every weight by about as much in every step",
+    )
+    max_minutes: float | None = key(
+        None,
+        min=0.01,
+        help="Minutes of training after which a run ends; null: no limit.",
+        why="no run takes its first step in less",
+    )
     lr_schedule: Literal["constant", "cosine"] = key(
         "constant", help="`cosine` falls to 0 at the end of the run (steps or minutes)."
     )
