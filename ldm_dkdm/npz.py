@@ -1,7 +1,7 @@
 """Read arrays of numbers from .npz archives; what a header claims is checked before it takes memory."""
 
-import lzma
 import math
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -35,7 +35,7 @@ def read_npz(path: Path, name: str = "arr_0") -> np.ndarray | None:
             return None
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, *MALFORMED, MemoryError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, *MALFORMED, MemoryError, SyntaxError, tokenize.TokenError, zlib.error) as error:
         raise UserError(f"{path}: not an .npz with an array {name}: {error}") from error
 
 

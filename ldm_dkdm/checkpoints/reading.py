@@ -59,7 +59,7 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
     with blaming(path):
         content = read_content(path)
         if isinstance(content, Tensor):
-            return {path.stem: content}
+            return {path.stem: as_tensor(content, path.stem, path)}
         tree = select_part(content, part, path)
         tensors = tensors_in(tree, path)
         if not tensors:

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_dkdm.commands.arguments import flags
-from ldm_dkdm.config.schema import FirstStageConfig
+from ldm_dkdm.config.schema import FirstStageConfig, SamplingConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+LARGEST = 1e6  # magnitude of a latent
 LARGER = 64  # most positions of latents, in units of the first stage's own; attention takes the square
 
 
@@ -27,9 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Decode, write a grid, PNG files and an ADM-style .npz."""
-    if options.batch_size < 1:
-        raise UserError(f"--batch_size: must be at least 1, got {options.batch_size}")
-    with flags(scale_factor="--scale_factor"):
+    with flags(scale_factor="--scale_factor", batch_size="--batch_size"):
+        SamplingConfig(batch_size=options.batch_size)
         FirstStageConfig(scale_factor=options.scale_factor)  # refuses what no latents have
     count = decode_file(options.latents, options.first_stage, options.out, options.scale_factor, options.batch_size)
     print(f"{count} images: {options.out}")
@@ -53,11 +53,11 @@ def read_latents(path: Path) -> "Tensor":
         raise UserError(f"{path}: holds images already (uint8), not latents; dkdm sample --latents writes those")
     if latents.ndim != 4 or latents.numel() == 0:
         raise UserError(f"{path}: latents are (N,C,h,w), none of them 0, found {tuple(latents.shape)}")
-    if latents.is_complex() or latents.dtype == torch.bool:
-        raise UserError(f"{path}: holds {latents.dtype}, not latents")
+    if not latents.is_floating_point():
+        raise UserError(f"{path}: holds {latents.dtype}, latents are floating-point numbers")
     latents = latents.float()
-    if not torch.isfinite(latents).all():
-        raise UserError(f"{path}: holds values that are not finite; no latents are")
+    if not latents.abs().max() <= LARGEST:  # also where it is no number
+        raise UserError(f"{path}: holds values that are not finite, or beyond {LARGEST:g}; no latents are")
     return latents
 
 

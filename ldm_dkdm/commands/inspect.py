@@ -66,6 +66,7 @@ def _first_stage(source: "Source") -> dict[str, str]:
     from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 
     stage = FirstStageSource(source.path).opened()
+    stage.codec()  # refuses tensors and parameters that do not fit
     return {
         "path": str(source.path),
         "format": "first-stage folder",

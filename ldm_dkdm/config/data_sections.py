@@ -71,8 +71,8 @@ class CodebookConfig(Section):
 class SamplingConfig(Section):
     """How images are sampled from a model."""
 
-    count: int = key(64, min=1, help="Number of images.")
-    batch_size: int = key(64, min=1, help="Images in one network call.")
+    count: int = key(64, min=1, max=100_000_000, help="Number of images.")
+    batch_size: int = key(64, min=1, max=100_000, help="Images in one network call.")
     seed: int = key(0, min=0, help="Seed of the first image; image i has seed + i.")
     steps: int | None = key(None, min=1, help="Sampling steps; null takes the sampler's default.")
     eta: float = key(0.0, min=0, max=1, help="Share of DDPM's noise that DDIM adds in each step.")

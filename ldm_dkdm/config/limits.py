@@ -17,7 +17,8 @@ DIGITS = 40  # characters of a number
 TEXT = "tag:yaml.org,2002:str"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 NUMBER_LIKE = re.compile(r"[-+]?[.0-9][0-9a-fA-FxXoO_:.+-]*")
-PLAIN = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]{3})*)|[-+]?([0-9]+(_[0-9]{3})*)?\.?[0-9]*([eE][-+]?[0-9]+)?|[-+]?\.\w+")
+WHOLE = r"(0|[1-9][0-9]{0,2}(_[0-9]{3})*|[1-9][0-9]*)"
+PLAIN = re.compile(rf"[-+]?({WHOLE}(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.\w+")
 REFERENCE = re.compile(r"\$\{([^${}]*)\}")
 KEPT = "oc.env:"  # the one resolver that is read: a variable of the environment
 
@@ -67,13 +68,13 @@ def require_plain_numbers(text: str) -> None:
         UserError: the number, and how to write it.
     """
     for event in yaml.parse(text, Loader=LOADER):
-        if isinstance(event, yaml.ScalarEvent) and event.style is None and NUMBER_LIKE.fullmatch(event.value):
+        if isinstance(event, yaml.ScalarEvent) and not event.style and NUMBER_LIKE.fullmatch(event.value):
             _require_plain(event.value)
 
 
 def _require_plain(value: str) -> None:
     if len(value) > DIGITS and re.fullmatch(r"[-+]?[0-9_:.]+", value):
-        raise UserError(f"{value} is too long for a number")
+        raise UserError(f"{legible(value, 60)} is too long for a number")
     if PLAIN.fullmatch(value) or len(value) > DIGITS:
         return
     meant = OmegaConf.create({"value": yaml_value(value)}).value

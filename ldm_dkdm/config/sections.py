@@ -10,7 +10,7 @@ FIRST_STAGES = "ldm_dkdm.first_stage:FIRST_STAGES"
 SAMPLERS = "ldm_dkdm.diffusion.samplers:SAMPLERS"
 
 
-SCALES = {"min": 1e-4, "max": 1e4, "why": "latents of such a scale overflow or vanish"}
+SCALES: dict[str, Any] = {"min": 1e-4, "max": 1e4, "why": "latents of such a scale overflow or vanish"}
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class DistillConfig(Section):
         help="How batches are made; `dynamic` is the method, the others are the paper's comparisons.",
     )
     rho: float | None = key(
-        None, above=0, help="Size of the pool of `dynamic`, which needs it; the others do not use it."
+        None, above=0, max=10_000, help="Size of the pool of `dynamic`, which needs it; the others do not use it."
     )
     discard: float = key(0.0, min=0, below=1, help="Share of advanced batches that are not shown to the student.")
     discard_mode: Literal["redraw", "same_slots"] = key(
@@ -181,7 +181,7 @@ class TrainerConfig(Section):
     lr_warmup: int = key(0, min=0, help="Steps in which the learning rate rises to its full value.")
     weight_decay: float = key(0.0, min=0, help="Weight decay of AdamW; 0 is Adam.")
     grad_clip: float | None = key(None, above=0, help="Largest norm of the gradient; null does not clip.")
-    accumulate: int = key(1, min=1, help="Batches per step.")
+    accumulate: int = key(1, min=1, max=10_000, help="Batches per step.")
     early_stop: EarlyStopConfig | None = key(None, help="End the run when a figure no longer falls.")
     ema_decay: float = key(0.9999, min=0, below=1, help="Decay per step of the averaged weights.")
     ema_warmup: bool = key(

@@ -72,7 +72,10 @@ class UNet(nn.Module):
         super().__init__()
         _check_levels(image_size, channel_mult, attention_resolutions, num_res_blocks)
         _check_constants(
-            dropout=(dropout, 0, 0.999), downsample_padding=(downsample_padding, 0, 1), norm_eps=(norm_eps, 0, 1)
+            dropout=(dropout, 0, 0.999),
+            downsample_padding=(downsample_padding, 0, 1),
+            num_heads=(num_heads, 1 if num_head_channels == -1 else -1, 4096),
+            norm_eps=(norm_eps, 0, 1),
         )
         widths = level_widths(model_channels, channel_mult)
         attends = [2**level in attention_resolutions for level in range(len(widths))]
