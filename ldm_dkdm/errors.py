@@ -33,12 +33,18 @@ class UserError(ValueError):
 
 def legible(text: str, most: int = LONGEST) -> str:
     """A text for a terminal: control characters are escaped, the middle of one above `most` characters is left out."""
-    if len(text) > most:
-        head, tail = text[: most * 3 // 4], text[len(text) - most // 4 :]
-        text = f"{head} ... ({len(text) - len(head) - len(tail)} characters) ... {tail}"
+    text = _shortened(text, most)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    escaped = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return _shortened("".join(escaped), most)
+
+
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    head, tail = text[: most * 3 // 4], text[len(text) - most // 5 :]
+    return f"{head} ... ({len(text) - len(head) - len(tail)} characters) ... {tail}"
 
 
 def pick(table: Mapping[str, T], name: object, parameter: str) -> T:

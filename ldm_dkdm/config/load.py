@@ -69,8 +69,7 @@ def load_config(
     try:
         recipe = _without_architecture(reduce(_merge, parts[:-1]), parts[-1])
         merged = _merge(recipe, parts[-1])
-        require_short_references(OmegaConf.to_container(merged))
-        tree: Any = OmegaConf.to_container(merged, resolve=True)
+        tree = _resolved(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{files[-1]}: {error}") from error
     except TypeError as error:
@@ -83,6 +82,12 @@ def load_config(
         trainer = tree.get("trainer")
         tree[name] = divided(tree[name], trainer if isinstance(trainer, Mapping) else {}, f"{name}.")
     return parse(schema, tree, "")
+
+
+def _resolved(node: DictConfig) -> Any:
+    """Plain values, with the references ${key} replaced by what they name."""
+    require_short_references(OmegaConf.to_container(node))
+    return OmegaConf.to_container(node, resolve=True)
 
 
 def _parts(files: Sequence[Path], overrides: Sequence[str], schema: Any) -> list[DictConfig]:
@@ -183,7 +188,7 @@ def read_yaml(path: Path, hint: Any = None) -> DictConfig:
         require_modest(text)
         text = quoted(text, hint)
         require_plain_numbers(text)
-        node = OmegaConf.load(io.StringIO(text))
+        node = _loaded(text)
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except NOT_YAML as error:
@@ -193,13 +198,24 @@ def read_yaml(path: Path, hint: Any = None) -> DictConfig:
     return node
 
 
+def _loaded(text: str) -> Any:
+    """The content of a YAML text; None where it is a number alone."""
+    try:
+        return OmegaConf.load(io.StringIO(text))
+    except OSError:
+        return None
+
+
 def read_overrides(overrides: Sequence[str], hint: Any = None) -> dict[str, Any]:
     """`key=value` items as a tree of plain values; those of text keys in `hint` (`text.quoted`) are kept as typed.
 
     Raises:
-        UserError: an item of another form, or a value that is not YAML.
+        UserError: an item of another form, a value that is not YAML, or a reference to nothing.
     """
-    return cast(dict[str, Any], OmegaConf.to_container(_dotlist(overrides, hint), resolve=True))
+    try:
+        return cast(dict[str, Any], _resolved(_dotlist(overrides, hint)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"overrides {' '.join(overrides)}: {error}") from error
 
 
 def _dotlist(overrides: Sequence[str], hint: Any = None) -> DictConfig:

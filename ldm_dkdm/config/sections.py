@@ -206,6 +206,6 @@ class LoggingConfig(Section):
     name: str | None = key(None, help="Name of the run folder; null joins the names of the config files.")
     save_every: int = key(5000, min=1, help="Steps between checkpoints.")
     sample_every: int = key(5000, min=1, help="Steps between grids of samples.")
-    sample_count: int = key(16, min=1, help="Samples in a grid.")
+    sample_count: int = key(16, min=1, max=4096, help="Samples in a grid.")
     sample_steps: int = key(50, min=1, help="DDIM steps of the grids' samples; the default is at most T.")
     export_dtype: Literal["float32", "float16"] = key("float32", help="Number format of the saved model's weights.")
