@@ -33,7 +33,7 @@ from ldm_dkdm.images import FORMATS, read_image
 from ldm_dkdm.npz import read_npz
 from tests.limited import limited
 
-EXAMPLES = 100
+EXAMPLES = 60
 Property = Callable[[Path], Callable[[], None]]
 READERS: dict[str, tuple[st.SearchStrategy[bytes], str, Callable[[Path], object]]] = {}
 
