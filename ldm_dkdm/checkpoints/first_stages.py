@@ -116,17 +116,12 @@ class FirstStageSource:
         stage = self.opened(latent_size)
         with naming("first_stage"):
             FirstStageConfig(scale_factor=stage.scale_factor)  # refuses what no latents have
-<<<<<<< HEAD
-        autoencoder = build_loaded(stage, "first_stage.params", FIRST_STAGES, stage.tensors or {}, stage.path)
+        where = f"{stage.path}: params" if self.target is None else "first_stage.params"
+        autoencoder = build_loaded(stage, where, FIRST_STAGES, stage.tensors or {}, stage.path)
         doubt = stage.doubt if stage.scale_factor else UNSCALED
         if doubt:
             logger.warning(f"{stage.path}: {doubt}; another is set as scale_factor")
         return LatentCodec(autoencoder, stage.scale_factor or 1.0, precision, stage.target, stage.params, doubt)
-=======
-        where = f"{stage.path}: params" if self.target is None else "first_stage.params"
-        autoencoder = build_loaded(stage, where, FIRST_STAGES, stage.tensors or {}, stage.path)
-        return LatentCodec(autoencoder, stage.scale_factor or 1.0, precision, stage.target, stage.params)
->>>>>>> cda3276 (Wrong kinds in CompVis's configs, latents and budgets are named; first stages are checked when inspected)
 
     def changed(self, config: FirstStageConfig) -> "FirstStageSource":
         """A copy with the user's values; the scale stays the diffusion model's, whichever file is named."""
