@@ -82,6 +82,8 @@ def resolve_device(name: str) -> "torch.device":
     if name == "auto":
         return default_device("auto")
     try:
-        return torch.empty(0, device=name).device
+        one = torch.ones(1, device=name)
+        one.item()  # the meta device holds no numbers
+        return one.device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: '{name}' cannot be used here: {str(error).splitlines()[0]}") from error

@@ -1,6 +1,7 @@
 """`UserError`, `Stopped`, and helpers for their messages."""
 
 import difflib
+import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,8 @@ from typing import TypeVar
 from zipfile import BadZipFile
 
 T = TypeVar("T")
+LONGEST = 2000  # characters of a message; names come from files, and files are not trusted
+GUESSED = 100  # longest name for which a near one is looked for: comparing takes the square of the length
 
 
 class Stopped(Exception):
@@ -19,7 +22,29 @@ class Stopped(Exception):
 
 
 class UserError(ValueError):
-    """A mistake in a file, a key or an option; the message names it and says what to do."""
+    """A mistake in a file, a key or an option; the message names it and says what to do.
+
+    Its text is `legible`, whatever names it quotes.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(legible(str(message)))
+
+
+def legible(text: str, most: int = LONGEST) -> str:
+    """A text for a terminal: control characters are escaped, the middle of one above `most` characters is left out."""
+    text = _shortened(text, most)
+    if text.isprintable():
+        return text
+    escaped = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return _shortened("".join(escaped), most)
+
+
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    head, tail = text[: most * 3 // 4], text[len(text) - most // 5 :]
+    return f"{head} ... ({len(text) - len(head) - len(tail)} characters) ... {tail}"
 
 
 def pick(table: Mapping[str, T], name: object, parameter: str) -> T:
@@ -33,16 +58,21 @@ def pick(table: Mapping[str, T], name: object, parameter: str) -> T:
     return table[name]
 
 
+def near(name: str, valid: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """The nearest valid name, if one is near."""
+    return difflib.get_close_matches(name, list(valid), n=1, cutoff=cutoff) if len(name) <= GUESSED else []
+
+
 def closest(name: str, valid: Iterable[str]) -> str:
     """A hint that names the nearest valid name, if one is near."""
-    close = difflib.get_close_matches(name, list(valid), n=1)
+    close = near(name, valid)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def nearest(key: str, valid: Iterable[str]) -> str:
     """A hint that names the nearest valid key, or all of them."""
     names = list(valid)
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    close = near(key, names, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else f"; valid keys: {', '.join(names)}"
 
 
@@ -93,6 +123,18 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+NO_MEMORY = re.compile(
+    "out of memory|not enough memory|allocate memory|buffer size|(calculation|multiplication) overflow"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether NumPy or PyTorch could not get the memory that it asked for, on the host or on a device."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and NO_MEMORY.search(str(error).lower()) is not None
+    )
+
+
 @contextmanager
 def blaming(source: str | Path, fault: str = "is damaged, or not a file of its kind") -> Iterator[None]:
     """Turn what malformed content raises into a `UserError` that names its file; Ctrl-C is not damage."""
@@ -102,6 +144,8 @@ def blaming(source: str | Path, fault: str = "is damaged, or not a file of its k
     except UserError:
         raise
     except MALFORMED as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{source}: {fault} ({type(error).__name__}: {error})") from error
 
 

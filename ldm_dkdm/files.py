@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_dkdm.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -24,6 +26,32 @@ def exists(text: str) -> bool:
         return expanded(text).exists()
     except (OSError, ValueError):  # longer than a name may be, a null character
         return False
+
+
+def read_text(path: Path, most: int) -> str:
+    """A text file of at most `most` bytes, UTF-8 with or without a mark of its byte order.
+
+    Raises:
+        OSError: no such file, no permission.
+        UserError: a longer file, a folder, a pipe or a device.
+        UnicodeDecodeError: another encoding.
+    """
+    require_file(path)
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(f"{path}: is longer than {most / 1e6:g} MB, which no such file is")
+    return content.decode("utf-8-sig")
+
+
+def require_file(path: Path) -> None:
+    """Refuse what would be read without end, or wait for a writer: a pipe, a socket, a device.
+
+    Raises:
+        UserError: the path is not a file.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a file" + (" but a folder" if path.is_dir() else ", but a pipe or a device"))
 
 
 @contextmanager

@@ -16,11 +16,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError, interruptible
-from ldm_dkdm.files import expanded, replacing
+from ldm_dkdm.files import expanded, replacing, require_file
+from ldm_dkdm.npz import read_npz
 from ldm_dkdm.reporting import logger
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow's names; it opens no others
+PIXELS = 1 << 26  # of an image file; Pillow takes up to 32 bytes for each
 MODES = {1: "L", 3: "RGB"}  # channels of an image file -> Pillow's mode
 
 
@@ -94,17 +96,6 @@ def square_npz(path: Path, size: int, channels: int = 3) -> Tensor:
     return torch.from_numpy(array)
 
 
-def read_npz(path: Path, name: str = "arr_0") -> np.ndarray | None:
-    """An array of an .npz; None if it is missing and not `arr_0`."""
-    try:
-        with interruptible(), np.load(path, allow_pickle=False) as archive:
-            return archive[name] if name == "arr_0" or name in archive else None
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not an .npz with an array {name}: {error}") from error
-
-
 def read_image(path: Path, size: int, channels: int = 3) -> Tensor:
     """One image file -> uint8 (size,size,channels): upright, on white, centred square, Lanczos.
 
@@ -113,16 +104,9 @@ def read_image(path: Path, size: int, channels: int = 3) -> Tensor:
     Raises:
         UserError: a file that cannot be read, or numbers whose range is unknown.
     """
+    require_file(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with interruptible(), Image.open(path, formats=FORMATS) as file:
-                image = ImageOps.exif_transpose(_of_8_bits(file)).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = white.convert(MODES[channels]).crop((left, top, left + side, top + side))
+        square = _on_white(_square(path)).convert(MODES[channels])
         pixels = np.asarray(square.resize((size, size), Image.Resampling.LANCZOS)).copy()
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: has too many pixels to be read safely; scale it down first ({error})") from error
@@ -131,22 +115,54 @@ def read_image(path: Path, size: int, channels: int = 3) -> Tensor:
     return torch.from_numpy(pixels).view(size, size, channels)
 
 
+def _square(path: Path) -> Image.Image:
+    """The centred square of an image file, upright."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with interruptible(), Image.open(path, formats=FORMATS) as file:
+            if file.width * file.height > PIXELS:
+                raise Image.DecompressionBombError(f"{file.width} x {file.height}, more than {PIXELS}")
+            image = ImageOps.exif_transpose(_of_8_bits(file))
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image)
+    return white
+
+
+def _has_pages(image: Image.Image) -> bool:
+    """Whether a second page follows; a file may claim any number of them."""
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
+
+
 def _of_8_bits(image: Image.Image) -> Image.Image:
     """An image as it is, or 16-bit grey divided by 257; Pillow's `convert` would cut at 255.
 
     Raises:
         ValueError: numbers of unknown range, or several pages.
     """
-    if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-        raise ValueError(f"it has {getattr(image, 'n_frames', 1)} pages; write each as a file of its own")
+    if image.format == "TIFF" and _has_pages(image):
+        raise ValueError("it has several pages; write each as a file of its own")
     tags = getattr(image, "tag_v2", {})  # TIFF's
     bits, inverted = tags.get(258, (16,))[0], tags.get(262) == 0
     if not (image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))):
         if image.mode in ("I", "F"):
             raise ValueError(f"its numbers (mode {image.mode}) have no known range; write it with 8 or 16 bits")
         return image
-    levels = np.asarray(image).astype(np.float64) * (255 / (2**bits - 1))
-    grey = Image.fromarray((255 - levels if inverted else levels).round().clip(0, 255).astype(np.uint8))
+    levels = np.asarray(image).astype(np.float32)
+    levels *= 255 / (2**bits - 1)  # in place, here and below: an image may have tens of millions of pixels
+    if inverted:
+        np.subtract(255, levels, out=levels)
+    grey = Image.fromarray(levels.round(out=levels).clip(0, 255, out=levels).astype(np.uint8))
     grey.info["exif"] = image.getexif().tobytes()
     return grey
 

@@ -16,6 +16,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "scripts").glob("*.py")])
 LAYERS = [
     {"errors"},
     {"rng", "files", "device", "reporting", "records"},
+    {"npz"},
     {"images"},
     {"pixel"},
     {"diffusion", "networks", "first_stage", "config"},

@@ -139,7 +139,7 @@ def test_an_animation_gives_its_first_frame_and_a_tiff_of_pages_is_refused(tmp_p
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
     assert read_image(tmp_path / "a.gif", 8)[0, 0].tolist() == list(RED)
-    with pytest.raises(UserError, match=r"a\.tif: .*it has 2 pages"):
+    with pytest.raises(UserError, match=r"a\.tif: .*it has several pages"):
         read_image(tmp_path / "a.tif", 8)
 
 

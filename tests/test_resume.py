@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(
 
 
 def test_weights_that_diverged_are_not_saved(teacher_folder: Path, tmp_path: Path, capsys) -> None:
-    base = write_config(teacher_folder, tmp_path, "wild", trainer={"learning_rate": 1e30}, logging={"save_every": 1})
+    base = write_config(teacher_folder, tmp_path, "wild", trainer={"weight_decay": 1e35}, logging={"save_every": 1})
     assert distil("--base", base) == 2
     assert "trainer.learning_rate: the run diverged by step 1" in capsys.readouterr().err
     assert not list((tmp_path / "logs" / "wild" / "checkpoints").glob("step=*"))

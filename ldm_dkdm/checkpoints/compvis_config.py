@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm_dkdm.config.checked import convert
 from ldm_dkdm.config.load import read_yaml
 from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.errors import UserError
@@ -49,13 +50,23 @@ class CompVisConfig:
 
     @property
     def parameterization(self) -> str | None:
-        """What the network predicts."""
-        return self.model.get("parameterization")
+        """What the network predicts.
+
+        Raises:
+            UserError: anything but a text.
+        """
+        value = self.model.get("parameterization")
+        return None if value is None else convert(str, value, f"{self.file}: parameterization")
 
     @property
     def scale_factor(self) -> float | None:
-        """The factor of the latents; None where it was measured on the data (`scale_by_std`)."""
-        return None if self.model.get("scale_by_std") else self.model.get("scale_factor")
+        """The factor of the latents; None where it was measured on the data (`scale_by_std`).
+
+        Raises:
+            UserError: anything but a number.
+        """
+        value = None if self.model.get("scale_by_std") else self.model.get("scale_factor")
+        return None if value is None else convert(float, value, f"{self.file}: scale_factor")
 
     def diffusion(self) -> DiffusionConfig | None:
         """The forward process, for a file without its buffers; None for a schedule that is not known.
@@ -66,7 +77,7 @@ class CompVisConfig:
         keys: dict[str, Any] = {**DEFAULTS, **{key: self.model[key] for key in DEFAULTS if key in self.model}}
         if self.model.get("given_betas") is not None:
             keys = {"betas": self.model["given_betas"]}
-        elif keys["beta_schedule"] in OUR_SCHEDULES:
+        elif convert(str, keys["beta_schedule"], f"{self.file}: beta_schedule") in OUR_SCHEDULES:
             ends = {"beta_start": keys["linear_start"], "beta_end": keys["linear_end"]}
             keys = {"schedule": OUR_SCHEDULES[keys["beta_schedule"]], "num_timesteps": keys["timesteps"], **ends}
         else:
@@ -111,7 +122,10 @@ def _read(file: Path) -> CompVisConfig | None:
         tree: Any = OmegaConf.to_container(read_yaml(file))
         model = tree["model"]["params"]
         unet = model["unet_config"]["params"]
-    except (UserError, OmegaConfBaseException, OSError, KeyError, TypeError):
+    except UserError as error:
+        logger.warning(f"{error}; not used")
+        return None
+    except (OmegaConfBaseException, OSError, KeyError, TypeError):
         return None
     return CompVisConfig(file, model, unet) if isinstance(unet, Mapping) and isinstance(model, Mapping) else None
 

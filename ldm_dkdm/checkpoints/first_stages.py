@@ -17,7 +17,7 @@ from ldm_dkdm.checkpoints.source import Source, has_config
 from ldm_dkdm.checkpoints.state_dicts import FIRST_STAGE, prefixes_of
 from ldm_dkdm.config.load import card_kind, read_card
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageConfig
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.reporting import logger
@@ -114,7 +114,10 @@ class FirstStageSource:
             UserError: no first stage, or tensors that do not fit it.
         """
         stage = self.opened(latent_size)
-        autoencoder = build_loaded(stage, "first_stage.params", FIRST_STAGES, stage.tensors or {}, stage.path)
+        with naming("first_stage"):
+            FirstStageConfig(scale_factor=stage.scale_factor)  # refuses what no latents have
+        where = f"{stage.path}: params" if self.target is None else "first_stage.params"
+        autoencoder = build_loaded(stage, where, FIRST_STAGES, stage.tensors or {}, stage.path)
         doubt = stage.doubt if stage.scale_factor else UNSCALED
         if doubt:
             logger.warning(f"{stage.path}: {doubt}; another is set as scale_factor")

@@ -1,27 +1,15 @@
 """Load weights strictly: every key fits, or the error lists those that do not."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from ldm_dkdm.config.registry import Targets, build, is_own
+from ldm_dkdm.config.registry import Targets, Unfilled, build, is_own
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.rng import forked_rng
-
-
-class Unfilled(TorchFunctionMode):
-    """Skips random initialisation: the meta device holds no values, but torch would import its compiler for it."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = kwargs or {}
-        random = func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == "torch.nn.init"
-        return (args[0] if args else given["tensor"]) if random else func(*args, **given)
 
 
 def build_loaded(node: Any, where: str, targets: Targets, tensors: Mapping[str, Tensor], source: str | Path) -> Any:

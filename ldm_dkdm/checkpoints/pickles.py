@@ -1,21 +1,24 @@
 """Read pickled files with inert stand-ins: no code that a pickle names is run."""
 
 import pickle
-import pickletools
 import re
 import sys
 import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from ldm_dkdm.checkpoints.arrays import STAND_INS
+from ldm_dkdm.checkpoints.pickle_shape import PickleShape
 from ldm_dkdm.errors import UserError
+
+TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch.save's legacy files
+LEGACY_PICKLES = 5  # magic number, protocol, system, content, keys of the storages
 
 # What trainings store beside their weights: names of the standard library and of torch that become stand-ins.
 # Names outside both always do (Lightning, omegaconf, the user's own code). All others are refused.
@@ -75,101 +78,36 @@ def asked_globals(path: Path) -> set[str]:
     """The classes and functions, `module.name`, that a pickled file names; none is imported.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or unpickling it would take more than weights do (`pickle_shape`).
     """
+    shape = PickleShape()
     try:
         if is_zip(path):
-            with zipfile.ZipFile(path) as archive:
-                names = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
-                return {found for name in names for found in _globals_of_member(archive, name)}
-        with path.open("rb") as file:
-            return set(_globals_of_all(file))
+            with zipfile.ZipFile(path) as archive, archive.open(_pickle_in(archive)) as file:
+                shape.read(file)
+        else:
+            with path.open("rb") as file:
+                legacy = file.read(len(TORCH_MAGIC)) == TORCH_MAGIC
+                file.seek(0)
+                for _ in range(LEGACY_PICKLES if legacy else 1):
+                    shape.read(file)
     except Exception as error:  # damage can raise anything; nothing of the file has run
         raise UserError(f"{path}: not a readable checkpoint (is the download complete?): {error}") from error
+    return shape.names
 
 
-def _globals_of_member(archive: zipfile.ZipFile, name: str) -> set[str]:
-    with archive.open(name) as file:
-        return set(_globals_in(file))
+def _pickle_in(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
+    """The one pickle in a file of torch's zip format, which stores it as it is.
 
-
-def _globals_of_all(file: IO[bytes]) -> Iterator[str]:
-    """Globals of the consecutive pickles in PyTorch's legacy format: magic, protocol, system, content, keys."""
-    start = file.read(1)
-    file.seek(0)
-    for _ in range(5):
-        if start != b"\x80":
-            return
-        yield from _globals_in(file)
-        start = file.read(1)
-        file.seek(-len(start), 1)
-
-
-def _globals_in(file: IO[bytes]) -> Iterator[str]:
-    memo: dict[int, str] = {}
-    strings: list[str] = ["", ""]
-    nesting = _Nesting()
-    argument: Any  # its type depends on the opcode
-    for opcode, argument, _ in pickletools.genops(file):
-        nesting.follow(opcode, argument)
-        if opcode.name in ("GLOBAL", "INST"):
-            yield argument.replace(" ", ".", 1)
-        elif opcode.name == "STACK_GLOBAL":
-            yield ".".join(strings[-2:])
-        elif isinstance(argument, str):
-            strings.append(argument)
-        elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[argument] = strings[-1]
-        elif opcode.name == "MEMOIZE":
-            memo[len(memo)] = strings[-1]
-        elif opcode.name in ("GET", "BINGET", "LONG_BINGET") and argument in memo:
-            strings.append(memo[argument])
-
-
-class _Nesting:
-    """Tracks how deeply the containers of a pickle nest: hashing tuples a million deep would crash the interpreter."""
-
-    LIMIT = 1000
-    FAR = 10**6  # largest accepted gap in memo numbers; picklers count one by one
-    GROW = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")  # their first operand stays
-
-    def __init__(self) -> None:
-        self.stack: list[int] = []  # depth of every object; -1 is a mark
-        self.memo: dict[int, int] = {}
-
-    def follow(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        """Apply the effect of an opcode, as pickletools describes it."""
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            place = len(self.memo) if argument is None else argument
-            if place > self.FAR + 2 * len(self.memo):
-                raise pickle.UnpicklingError(f"it numbers its objects up to {place}, which takes memory for nothing")
-            self.memo[place] = self.stack[-1]
-        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
-            self.stack.append(self.memo[argument])
-        elif opcode.name == "MARK":
-            self.stack.append(-1)
-        elif opcode.name == "DUP":
-            self.stack.append(self.stack[-1])
-        else:
-            taken = self._take(opcode)
-            depth = 1 + max(taken, default=-1)
-            if opcode.name in self.GROW:
-                depth = max(taken[0], 1 + max(taken[1:], default=-1))
-            if depth > self.LIMIT:
-                raise pickle.UnpicklingError(f"its content is nested more than {self.LIMIT} deep")
-            self.stack += [depth] * len(opcode.stack_after)
-
-    def _take(self, opcode: pickletools.OpcodeInfo) -> list[int]:
-        """Depths of the operands that an opcode takes off the stack."""
-        taken: list[int] = []
-        before = list(opcode.stack_before)
-        if pickletools.markobject in before:
-            while (top := self.stack.pop()) != -1:
-                taken.append(top)
-            before = before[: before.index(pickletools.markobject)]
-        for _ in before:
-            taken.append(self.stack.pop())
-        return taken[::-1]
+    Raises:
+        ValueError: there is none, or several, or it is compressed.
+    """
+    found = [entry for entry in archive.infolist() if entry.filename.rpartition("/")[2] == "data.pkl"]
+    if len(found) != 1:
+        raise ValueError(f"it holds {len(found)} pickles called data.pkl in place of one")
+    if found[0].compress_type != zipfile.ZIP_STORED:
+        raise ValueError("its pickle is compressed, unlike those of torch.save")
+    return found[0]
 
 
 def refused_globals(names: set[str]) -> list[str]:
@@ -283,7 +221,7 @@ def read_array_pickle(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            set(_globals_in(file))  # refuses what is nested too deeply
+            PickleShape().read(file)  # refuses what takes more than arrays do
             file.seek(0)
             return _ArrayUnpickler(file).load()
     except Exception as error:  # damage can raise anything

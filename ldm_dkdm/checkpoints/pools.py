@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.arrays import PickledArray
-from ldm_dkdm.checkpoints.reading import as_tensor, read_content
+from ldm_dkdm.checkpoints.reading import as_tensor, file_kind, read_content
 from ldm_dkdm.config.schema import DiffusionConfig
-from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.errors import MALFORMED, UserError, blaming
 from ldm_dkdm.records import NoisyBatch
 
 STEPS, STATES = "total_t", "total_x_t_1"
@@ -55,21 +55,25 @@ def _newest(run: Path) -> list[Path]:
 
 
 def _read_own(file: Path, shape: tuple[int, int, int], facts: Mapping[str, Any]) -> NoisyBatch:
+    if file_kind(file) != "safetensors":
+        raise UserError(f"{file}: not a readable pool file")
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
             header = json.loads((opened.metadata() or {})["pool"])
         x, t, label = tensors["x"], tensors["t"].long(), tensors.get("label")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        filled = int(header["filled"])
+        known = {name for name in facts if name in header}
+    except (SafetensorError, OSError, *MALFORMED) as error:
         raise UserError(f"{file}: not a readable pool file ({error})") from error
     for name, wanted in json.loads(json.dumps(facts)).items():
-        if name not in header:
+        if name not in known:
             raise UserError(f"{file}: does not say its {name}; only pools saved by this version can be reused")
         if _completed(header[name]) != wanted:
             raise UserError(f"{file}: its {name} is {header[name]}, this run's is {wanted}")
-    if header["filled"] < len(t):
-        raise UserError(f"{file}: its warm-up was interrupted at slot {header['filled']} of {len(t)}; finish that run")
-    if x.shape != (len(t), *shape) or not 0 <= int(t.min()) <= int(t.max()) < facts["num_timesteps"]:
+    if filled < len(t):
+        raise UserError(f"{file}: its warm-up was interrupted at slot {filled} of {len(t)}; finish that run")
+    if not len(t) or x.shape != (len(t), *shape) or not 0 <= int(t.min()) <= int(t.max()) < facts["num_timesteps"]:
         raise UserError(f"{file}: states {tuple(x.shape)} or timesteps that do not fit the teacher's {shape}")
     return NoisyBatch(x, t, None if label is None else label.long())
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.arrays import PickledArray
-from ldm_dkdm.checkpoints.pickles import Inert, read_array_pickle, read_torch_file
+from ldm_dkdm.checkpoints.pickles import TORCH_MAGIC, Inert, read_array_pickle, read_torch_file
 from ldm_dkdm.checkpoints.weight_files import files_of, holds_weights, is_index, weights_in
 from ldm_dkdm.errors import UserError, blaming, interruptible
-from ldm_dkdm.files import expanded
+from ldm_dkdm.files import expanded, require_file
 
-TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # start of torch.save's legacy files
+HEADER = 10_000_000  # bytes of a safetensors header; one of 10,000 tensors has 1 MB
 PARTS = ("state_dict", "ema", "model")  # keys in Lightning's and CompVis's files; in DiT's, EMA first
 SIGNATURES = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
@@ -59,7 +59,7 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
     with blaming(path):
         content = read_content(path)
         if isinstance(content, Tensor):
-            return {path.stem: content}
+            return {path.stem: as_tensor(content, path.stem, path)}
         tree = select_part(content, part, path)
         tensors = tensors_in(tree, path)
         if not tensors:
@@ -106,6 +106,7 @@ def file_kind(path: Path) -> str:
     Raises:
         UserError: another kind of file; says which.
     """
+    require_file(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(512)
@@ -150,6 +151,8 @@ def _is_safetensors(head: bytes, size: int, path: Path) -> bool:
     (length,) = struct.unpack("<Q", head[:8])
     if length > 100_000_000:
         return False
+    if length > HEADER:
+        raise UserError(f"{path}: its header of {length / 1e6:.0f} MB names more than any network has")
     if 8 + length > size:
         raise UserError(f"{path}: not a readable safetensors file, its header is truncated; download it again")
     return True
@@ -210,6 +213,7 @@ def as_tensor(value: Tensor | PickledArray, name: object, path: Path) -> Tensor:
             return value.tensor
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: {name} is not a readable array: {error}") from error
+    value = Tensor.detach(value)  # without the attributes that a pickle can set on it, such as a number for a method
     kinds = {
         "sparse": value.layout != torch.strided and not value.is_nested,
         "nested": value.is_nested,

@@ -16,7 +16,9 @@ from ldm_dkdm.checkpoints.state_dicts import Weights, find_weights, is_averaged,
 from ldm_dkdm.config.load import card_kind, read_yaml
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.errors import UserError, interruptible
+from ldm_dkdm.files import read_text, require_file
 
+LONGEST = 20_000_000  # bytes of a JSON file
 OWN_KEYS = {"weights", "network", "diffusion"}  # keys in the config of a model folder
 RUN_MODELS = ("model", "first_stage", "student")  # model folders in a run folder
 
@@ -49,6 +51,7 @@ class Source:
         """
         if self.is_folder:
             return "folder"
+        require_file(self.path)
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such checkpoint file; {how_to_get(self.path)}")
         return file_kind(self.path)
@@ -116,7 +119,9 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: a missing or malformed file, or one that holds no object.
     """
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(read_text(path, LONGEST))
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable JSON: {error}") from error
     if not isinstance(tree, dict):

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import exists, read_text
 
+LONGEST = 20_000_000  # bytes of an index
 STEM = "diffusion_pytorch_model"  # name in diffusers' folders
 STANDARD = [f"{STEM}.{kind}" for kind in ("safetensors", "safetensors.index.json", "bin", "bin.index.json")]
 OTHERS = ("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.ckpt")  # variants and renamed files, in order of preference
@@ -73,7 +75,9 @@ def files_of(path: Path) -> list[Path]:
     if not is_index(path):
         return [path]
     try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(read_text(path, LONGEST))["weight_map"].values()))
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a readable index of shards: {type(error).__name__}: {error}") from error
     _require_shards(path, names)
@@ -84,5 +88,5 @@ def _require_shards(path: Path, names: Iterable[object]) -> None:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{path}: weight_map: {name!r} must be a file name in the same folder")
-        if not (path.parent / name).is_file():
+        if not exists(str(path.parent / name)):
             raise UserError(f"{path.parent / name}: missing; {path.name} lists it")

@@ -4,11 +4,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_dkdm.commands.arguments import flags
+from ldm_dkdm.config.schema import FirstStageConfig, SamplingConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LARGEST = 1e6  # magnitude of a latent
+LARGER = 64  # most positions of latents, in units of the first stage's own; attention takes the square
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Decode, write a grid, PNG files and an ADM-style .npz."""
-    if options.batch_size < 1:
-        raise UserError(f"--batch_size: must be at least 1, got {options.batch_size}")
-    if options.scale_factor is not None and options.scale_factor <= 0:
-        raise UserError(f"--scale_factor: must be above 0, got {options.scale_factor}")
+    with flags(scale_factor="--scale_factor", batch_size="--batch_size"):
+        SamplingConfig(batch_size=options.batch_size)
+        FirstStageConfig(scale_factor=options.scale_factor)  # refuses what no latents have
     count = decode_file(options.latents, options.first_stage, options.out, options.scale_factor, options.batch_size)
     print(f"{count} images: {options.out}")
 
@@ -36,7 +40,7 @@ def read_latents(path: Path) -> "Tensor":
     import torch
 
     from ldm_dkdm.checkpoints import read_tensors
-    from ldm_dkdm.images import read_npz
+    from ldm_dkdm.npz import read_npz
 
     if path.suffix == ".npz":
         latents = torch.from_numpy(read_npz(path))
@@ -47,9 +51,14 @@ def read_latents(path: Path) -> "Tensor":
         latents = next(iter(tensors.values()))
     if latents.dtype == torch.uint8:
         raise UserError(f"{path}: holds images already (uint8), not latents; dkdm sample --latents writes those")
-    if latents.ndim != 4 or len(latents) == 0:
-        raise UserError(f"{path}: latents are (N,C,h,w), N > 0, found {tuple(latents.shape)}")
-    return latents.float()
+    if latents.ndim != 4 or latents.numel() == 0:
+        raise UserError(f"{path}: latents are (N,C,h,w), none of them 0, found {tuple(latents.shape)}")
+    if not latents.is_floating_point():
+        raise UserError(f"{path}: holds {latents.dtype}, latents are floating-point numbers")
+    latents = latents.float()
+    if not latents.abs().max() <= LARGEST:  # also where it is no number
+        raise UserError(f"{path}: holds values that are not finite, or beyond {LARGEST:g}; no latents are")
+    return latents
 
 
 def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | None, batch_size: int) -> int:
@@ -65,6 +74,12 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
     codec = FirstStageSource(first_stage, scale_factor).codec(precision=resolve_precision("auto", device)).to(device)
     if latents.shape[1] != codec.latent_channels:
         raise UserError(f"{path}: {latents.shape[1]} channels, but {first_stage} decodes {codec.latent_channels}")
+    positions, most = latents[0, 0].numel(), LARGER * codec.latent_size**2
+    if positions > most:
+        sides = f"{latents.shape[2]} x {latents.shape[3]}, but {first_stage} is made for {codec.latent_size} x"
+        raise UserError(
+            f"{path}: latents of {sides} {codec.latent_size}; at most {LARGER} times as many positions work"
+        )
     parts = []
     with following(True, "decoding", "image", len(latents)) as done:
         for batch in latents.split(batch_size):

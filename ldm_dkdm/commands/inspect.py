@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import add_plugin_argument, load_plugins
-from ldm_dkdm.errors import blaming
+from ldm_dkdm.errors import blaming, legible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
         lines = describe(options.file)
     width = max(map(len, lines))
     for subject, value in lines.items():
-        print(f"{subject:<{width}}  {value}")
+        print(f"{subject:<{width}}  {legible(value)}")
 
 
 def describe(path: str) -> dict[str, str]:
@@ -66,6 +66,7 @@ def _first_stage(source: "Source") -> dict[str, str]:
     from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 
     stage = FirstStageSource(source.path).opened()
+    stage.codec()  # refuses tensors and parameters that do not fit
     return {
         "path": str(source.path),
         "format": "first-stage folder",

@@ -10,7 +10,7 @@ from typing import Protocol, cast
 
 from ldm_dkdm import __version__
 from ldm_dkdm.commands.arguments import Parser
-from ldm_dkdm.errors import Stopped, UserError, interruptible, nearest
+from ldm_dkdm.errors import Stopped, UserError, interruptible, is_out_of_memory, legible, nearest
 
 COMMANDS = {
     "distill": "turn a diffusion model into a smaller one without data (Alg. 1)",
@@ -24,6 +24,14 @@ COMMANDS = {
     "decode": "decode latents in a file",
     "demo": "distil the shipped teacher on a CPU, and compare both",
 }
+SMALLER = {
+    "distill": "distill.batch_size, distill.warmup.batch_size, or distill.rho for a smaller pool",
+    "train": "data.batch_size, or set data.cache=false",
+    "train-first-stage": "data.batch_size",
+    "sample": "--batch_size",
+    "evaluate": "--batch_size",
+    "decode": "--batch_size",
+}  # what to lower where memory runs out
 
 
 class Command(Protocol):
@@ -46,15 +54,20 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
         arguments: default: those of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    guarded(lambda: _dispatch(command, given))
+    guarded(lambda: _dispatch(command, given), SMALLER.get(command or " ".join(given[:1]), "the batch size"))
 
 
-def guarded(work: Callable[[], None]) -> None:
-    """Do the work of a command and exit with its code; a user's error is one line on stderr."""
-    sys.exit(_exit_code(work))
+def guarded(work: Callable[[], None], smaller: str = "the batch size") -> None:
+    """Do the work of a command and exit with its code; a user's error is one line on stderr.
+
+    Args:
+        work: the command.
+        smaller: what a user should lower where memory runs out.
+    """
+    sys.exit(_exit_code(work, smaller))
 
 
-def _exit_code(work: Callable[[], None]) -> int:
+def _exit_code(work: Callable[[], None], smaller: str) -> int:
     try:
         with spoken(), interruptible():
             work()
@@ -62,7 +75,13 @@ def _exit_code(work: Callable[[], None]) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:  # disk full, no permission
-        print(f"error: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {legible(str(error.filename or 'input/output'))}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or ["no more is free"])[0].partition(". ")[0]
+        print(f"error: out of memory ({legible(reason, 200)}); lower {smaller}", file=sys.stderr)
         return 2
     except Stopped as stop:
         print(stop, file=sys.stderr)
@@ -134,4 +153,4 @@ class _Printer(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        print(record.getMessage(), file=stream, flush=True)
+        print(legible(record.getMessage()), file=stream, flush=True)

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import difflib
 import functools
 import math
 import numbers
@@ -15,7 +14,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from ldm_dkdm.errors import UserError, nearest
+from ldm_dkdm.errors import UserError, closest, nearest
 from ldm_dkdm.files import expanded
 
 T = TypeVar("T", bound="Section")
@@ -57,6 +56,7 @@ def key(
     help: str,
     factory: Callable[[], Any] | None = None,
     path: bool = False,
+    why: str = "",
     **limits: float | None,
 ) -> Any:
     """Declare a key of a section.
@@ -66,9 +66,10 @@ def key(
         help: meaning of the key in one sentence.
         factory: makes the default, where that is a section or a mapping.
         path: the text is a path, in which `~` is the home folder.
+        why: reason of a limit, for the message.
         limits: bounds of a number, or of every entry of a list: `min`, `above`, `below`, `max`; `length` of a list.
     """
-    metadata = {"help": help, "path": path, **limits}
+    metadata = {"help": help, "path": path, "why": why, **limits}
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -196,9 +197,9 @@ def _field_value(hint: Any, metadata: Mapping[str, Any], value: Any, where: str)
         if value and len(value) != metadata.get("length", len(value)):
             raise UserError(f"{where}: expected {metadata['length']} entries, got {len(value)}")
         for i, entry in enumerate(value):
-            _require_limits(entry, metadata, f"{where}[{i}]")
+            require_limits(entry, metadata, f"{where}[{i}]")
     else:
-        _require_limits(value, metadata, where)
+        require_limits(value, metadata, where)
     return value
 
 
@@ -266,13 +267,16 @@ def article(kind: str) -> str:
 
 def _require_choice(value: str, options: Sequence[str], where: str) -> str:
     if value not in options:
-        close = difflib.get_close_matches(value, options, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise UserError(f"{where}: '{value}' is not one of {', '.join(options)}{hint}")
+        raise UserError(f"{where}: '{value}' is not one of {', '.join(options)}{closest(value, options)}")
     return value
 
 
-def _require_limits(value: Any, limits: Mapping[str, Any], where: str) -> None:
+def require_limits(value: Any, limits: Mapping[str, Any], where: str) -> None:
+    """Refuse a number that is not finite, or outside `limits` (see `key`); what is not a number passes.
+
+    Raises:
+        UserError: the message begins with `where`.
+    """
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
     if isinstance(value, int) and abs(value) >= LARGEST:
@@ -281,7 +285,8 @@ def _require_limits(value: Any, limits: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}: must be a finite number, got {value}")
     for name, (words, holds) in LIMITS.items():
         if limits.get(name) is not None and not holds(value, limits[name]):
-            raise UserError(f"{where}: must be {words} {limits[name]}, got {value}")
+            why = f"; {limits['why']}" if limits.get("why") else ""
+            raise UserError(f"{where}: must be {words} {limits[name]}, got {value}{why}")
 
 
 def _join(where: str, name: Any) -> str:

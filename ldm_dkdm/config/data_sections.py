@@ -13,7 +13,7 @@ class DataConfig(Section):
     """Training images, and an optional held-out set."""
 
     path: str = key(path=True, help="Folder of images or ADM-style .npz.")
-    image_size: int = key(min=1, help="Side of the images in pixels, after cropping and scaling.")
+    image_size: int = key(min=1, max=8192, help="Side of the images in pixels, after cropping and scaling.")
     batch_size: int = key(min=1, help="Images in a training batch, per device.")
     held_out: str | None = key(None, path=True, help="Images that measure reconstruction: a folder or an .npz.")
     flip: bool = key(True, help="Mirror half of the images at random.")
@@ -30,7 +30,7 @@ class DiffusionDataConfig(Section):
         "append",
         help="Add real images to the samples, or replace a `fraction` of the samples (the public code).",
     )
-    image_size: int = key(min=1, help="Side of the images in pixels, after cropping and scaling.")
+    image_size: int = key(min=1, max=8192, help="Side of the images in pixels, after cropping and scaling.")
     batch_size: int = key(min=1, help="Images in a training batch, per device.")
     global_batch_size: int | None = key(
         None, min=1, help="Images per step on all devices, which divide it, in place of `batch_size`."
@@ -71,8 +71,8 @@ class CodebookConfig(Section):
 class SamplingConfig(Section):
     """How images are sampled from a model."""
 
-    count: int = key(64, min=1, help="Number of images.")
-    batch_size: int = key(64, min=1, help="Images in one network call.")
+    count: int = key(64, min=1, max=100_000_000, help="Number of images.")
+    batch_size: int = key(64, min=1, max=100_000, help="Images in one network call.")
     seed: int = key(0, min=0, help="Seed of the first image; image i has seed + i.")
     steps: int | None = key(None, min=1, help="Sampling steps; null takes the sampler's default.")
     eta: float = key(0.0, min=0, max=1, help="Share of DDPM's noise that DDIM adds in each step.")

@@ -13,10 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm_dkdm.config.batches import SECTIONS, divided
 from ldm_dkdm.config.checked import Section, convert, hints_of, is_required, parse, unwrap
+from ldm_dkdm.config.limits import DEPTH, require_modest, require_plain_numbers, require_short_references
 from ldm_dkdm.config.recipes import find_config, find_shipped
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard, NewNetworkConfig
 from ldm_dkdm.config.text import quoted, quoted_override
-from ldm_dkdm.errors import UserError, nearest
+from ldm_dkdm.errors import MALFORMED, UserError, legible, nearest
+from ldm_dkdm.files import read_text
 from ldm_dkdm.reporting import logger
 
 __all__ = [
@@ -43,6 +45,8 @@ Card = TypeVar("Card", ModelCard, FirstStageCard)
 DESCRIPTIONS = ("model_index.json", "config.yaml", "student/config.yaml", "model/config.yaml")  # mark a whole model
 RUNS = (DistillRun, DiffusionRun, FirstStageRun)
 RUN_KIND = "a run folder without a saved model"
+LONGEST = 4_000_000  # bytes of a config
+NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, *MALFORMED)
 
 
 def load_config(
@@ -64,7 +68,8 @@ def load_config(
     parts = [_unwrap_sections(part, schema) for part in _parts(files, overrides, schema)]
     try:
         recipe = _without_architecture(reduce(_merge, parts[:-1]), parts[-1])
-        tree: Any = OmegaConf.to_container(_merge(recipe, parts[-1]), resolve=True)
+        merged = _merge(recipe, parts[-1])
+        tree = _resolved(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{files[-1]}: {error}") from error
     except TypeError as error:
@@ -77,6 +82,12 @@ def load_config(
         trainer = tree.get("trainer")
         tree[name] = divided(tree[name], trainer if isinstance(trainer, Mapping) else {}, f"{name}.")
     return parse(schema, tree, "")
+
+
+def _resolved(node: DictConfig) -> Any:
+    """Plain values, with the references ${key} replaced by what they name."""
+    require_short_references(OmegaConf.to_container(node))
+    return OmegaConf.to_container(node, resolve=True)
 
 
 def _parts(files: Sequence[Path], overrides: Sequence[str], schema: Any) -> list[DictConfig]:
@@ -165,35 +176,78 @@ def _unwrap_sections(part: DictConfig, schema: type) -> DictConfig:
 
 
 def read_yaml(path: Path, hint: Any = None) -> DictConfig:
-    """The mapping in a YAML file; the values of text keys in `hint` (`text.quoted`) are kept as typed."""
+    """The mapping in a YAML file; the values of text keys in `hint` (`text.quoted`) are kept as typed.
+
+    Raises:
+        UserError: no such file, not YAML, more than a config needs (`config.limits`), or not a mapping.
+    """
     if not path.is_file():
         raise UserError(f"{path}: " + ("is a folder; name a file in it" if path.is_dir() else "no such config file"))
     try:
-        node = OmegaConf.load(io.StringIO(quoted(path.read_text(encoding="utf-8-sig"), hint)))
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        text = read_text(path, LONGEST)
+        require_modest(text)
+        text = quoted(text, hint)
+        require_plain_numbers(text)
+        node = _loaded(text)
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    except NOT_YAML as error:
+        raise UserError(f"{path}: not valid YAML: {legible(' '.join(str(error).split()), 500)}") from error
     if not isinstance(node, DictConfig):
         raise UserError(f"{path}: a config is a mapping of sections, this file is not")
     return node
+
+
+def _loaded(text: str) -> Any:
+    """The content of a YAML text; None where it is a number alone."""
+    try:
+        return OmegaConf.load(io.StringIO(text))
+    except OSError:
+        return None
 
 
 def read_overrides(overrides: Sequence[str], hint: Any = None) -> dict[str, Any]:
     """`key=value` items as a tree of plain values; those of text keys in `hint` (`text.quoted`) are kept as typed.
 
     Raises:
-        UserError: an item of another form, or a value that is not YAML.
+        UserError: an item of another form, a value that is not YAML, or a reference to nothing.
     """
-    return cast(dict[str, Any], OmegaConf.to_container(_dotlist(overrides, hint), resolve=True))
+    try:
+        return cast(dict[str, Any], _resolved(_dotlist(overrides, hint)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"overrides {' '.join(overrides)}: {error}") from error
 
 
 def _dotlist(overrides: Sequence[str], hint: Any = None) -> DictConfig:
-    for item in overrides:
-        if "=" not in item or item.startswith(("=", "-")):
-            raise UserError(f"'{item}': overrides look like key=value, for example trainer.max_steps=1000")
+    items = [_checked_override(item, hint) for item in overrides]
     try:
-        return OmegaConf.from_dotlist([quoted_override(item, hint) for item in overrides])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        return OmegaConf.from_dotlist(items)
+    except NOT_YAML as error:
         raise UserError(f"overrides {' '.join(overrides)}: {error}") from error
+
+
+def _checked_override(item: str, hint: Any) -> str:
+    """An override as OmegaConf should read it.
+
+    Raises:
+        UserError: another form, a value that is not YAML, or one that is more than a value or not plainly a number.
+    """
+    key, equals, value = item.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise UserError(f"'{item}': overrides look like key=value, for example trainer.max_steps=1000")
+    if value.strip() == "???":
+        raise UserError(f"{key}: ??? stands for a missing value; give one")
+    if key.count(".") + key.count("[") > DEPTH:
+        raise UserError(f"{key}: nests more than {DEPTH} sections")
+    try:
+        item = quoted_override(item, hint)
+        require_modest(item.partition("=")[2])
+        require_plain_numbers(item.partition("=")[2])
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    except NOT_YAML as error:
+        raise UserError(f"overrides {item}: {error}") from error
+    return item
 
 
 def read_card(path: Path, schema: type[Card]) -> Card:

@@ -22,7 +22,7 @@ class LoggingConfig(Section):
         help="Also keep the checkpoint with the best agreement, without its pool, and make its weights the student.",
     )
     sample_every: int = key(5000, min=1, help="Steps between grids of samples.")
-    sample_count: int = key(16, min=1, help="Samples in a grid.")
+    sample_count: int = key(16, min=1, max=4096, help="Samples in a grid.")
     sample_steps: int = key(50, min=1, help="DDIM steps of the grids' samples; the default is at most T.")
     evaluate_every: int | None = key(
         None,

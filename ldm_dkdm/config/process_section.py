@@ -18,7 +18,9 @@ class DiffusionConfig(Section):
         "scaled_linear",
         help="Noise schedule; `scaled_linear` is what CompVis calls linear.",
     )
-    num_timesteps: int = key(1000, min=1, help="Number of timesteps T.")
+    num_timesteps: int = key(
+        1000, min=1, max=100_000, help="Number of timesteps T.", why="models have a thousand or a few"
+    )
     beta_start: float = key(None, above=0, help="First beta; null is 0.0015 (`scaled_linear`) or 0.1 / T (`linear`).")
     beta_end: float = key(None, above=0, help="Last beta; null is 0.0195 (`scaled_linear`) or 20 / T (`linear`).")
     space: str = one_of(

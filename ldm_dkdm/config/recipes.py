@@ -1,10 +1,9 @@
 """Find the configs and models that ship with the package."""
 
-import difflib
 from pathlib import Path
 
 from ldm_dkdm.config.hub import find_cached
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, near
 from ldm_dkdm.files import exists, expanded
 
 PACKAGE = Path(__file__).parents[1]
@@ -52,6 +51,6 @@ def find_config(name: str | Path) -> Path:
 def _refuse(name: str) -> Path:
     names = recipe_names()
     known = {word: full for full in names for word in (full, full.rpartition("/")[2])}
-    close = difflib.get_close_matches(Path(name).name.removesuffix(".yaml"), known, n=1, cutoff=0.5)
+    close = near(Path(name).name.removesuffix(".yaml"), known, cutoff=0.5)
     hint = f"did you mean '{close[0]}'?" if close else f"recipes: {', '.join(names)}"
     raise UserError(f"{name}: no such config file or recipe; {hint}")

@@ -1,14 +1,18 @@
 """Build networks and first stages from `target` and `params`; a config can name only the classes in a table."""
 
 import inspect
+import os
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ldm_dkdm.config.checked import convert
-from ldm_dkdm.errors import UserError, nearest
+from ldm_dkdm.config.checked import convert, require_limits
+from ldm_dkdm.errors import MALFORMED, UserError, nearest
+from ldm_dkdm.reporting import size
 
 Targets = Mapping[str, Callable[..., nn.Module]]
 
@@ -25,6 +29,17 @@ IGNORED: dict[str, tuple[Any, ...]] = {
 }
 
 
+class Unfilled(TorchFunctionMode):
+    """Skips random initialisation: the meta device holds no values, but torch would import its compiler for it."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        random = func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == "torch.nn.init"
+        return (args[0] if args else given["tensor"]) if random else func(*args, **given)
+
+
 def build(node: Any, targets: Targets, where: str = "params") -> nn.Module:
     """Build the network or first stage that a node with `target` and `params` describes.
 
@@ -34,17 +49,29 @@ def build(node: Any, targets: Targets, where: str = "params") -> nn.Module:
         where: prefix of the keys in messages.
 
     Raises:
-        UserError: an unknown target, an unknown or missing parameter, or one of the wrong kind.
+        UserError: an unknown target, an unknown or missing parameter, one of the wrong kind or range, or a network
+            that this machine's memory does not hold.
     """
     get = node.get if isinstance(node, Mapping) else lambda key: getattr(node, key, None)
     factory, params = resolve(get("target"), dict(get("params") or {}), where, targets)
     _check_params(factory, params, where)
     try:
+        if is_own(factory) and torch.get_default_device().type != "meta":
+            _require_room(factory, params)
         return factory(**params)
     except UserError as error:  # it names the parameter
         raise UserError(f"{where}.{error}") from error
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError, ZeroDivisionError) as error:
+    except (*MALFORMED, MemoryError) as error:
         raise UserError(f"{where}: {factory.__name__} cannot be built from these values: {error}") from error
+
+
+def _require_room(factory: Callable[..., nn.Module], params: Mapping[str, Any]) -> None:
+    """Build without memory, and refuse what this machine does not hold."""
+    with torch.device("meta"), Unfilled():
+        values = factory(**params).state_dict().values()
+    needed, memory = (sum(v.nbytes for v in values), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if needed > memory:
+        raise ValueError(f"its weights take {size(needed)}, and this machine has {size(memory)} of memory")
 
 
 def _check_params(factory: Callable[..., nn.Module], params: Mapping[str, Any], where: str) -> None:
@@ -57,7 +84,7 @@ def _check_params(factory: Callable[..., nn.Module], params: Mapping[str, Any], 
         if key not in accepted and not any(p.kind == p.VAR_KEYWORD for p in parameters):
             raise UserError(f"{where}.{key}: unknown key of {factory.__name__}{nearest(key, accepted)}")
         if key in hints:
-            convert(hints[key], value, f"{where}.{key}")
+            require_limits(convert(hints[key], value, f"{where}.{key}"), {}, f"{where}.{key}")
     for name, parameter in accepted.items():
         if parameter.default is inspect.Parameter.empty and name not in params:
             raise UserError(f"{where}.{name}: missing; {factory.__name__} needs it")

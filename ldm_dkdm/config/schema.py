@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ldm_dkdm.config.checked import Section, key
+from ldm_dkdm.config.checked import Section, key, one_of
 from ldm_dkdm.config.data_sections import (
     CodebookConfig,
     DataConfig,
@@ -15,6 +15,8 @@ from ldm_dkdm.config.data_sections import (
 from ldm_dkdm.config.logging_section import LoggingConfig
 from ldm_dkdm.config.process_section import DiffusionConfig
 from ldm_dkdm.config.sections import (
+    FIRST_STAGES,
+    SCALES,
     DistillConfig,
     EarlyStopConfig,
     FirstStageConfig,
@@ -109,8 +111,8 @@ class FirstStagePointer(Section):
     """Where a model's first stage is; `target` and `params` describe one that is not a folder of this package."""
 
     path: str = key(help="Path of the first stage, relative to the model folder.")
-    scale_factor: float = key(above=0, help="Factor from encoded images to the network's latents.")
-    target: str | None = key(None, help="Name of the first stage's class.")
+    scale_factor: float = key(help="Factor from encoded images to the network's latents.", **SCALES)
+    target: str | None = one_of(FIRST_STAGES, None, help="Name of the first stage's class.")
     params: dict[str, Any] = key(factory=dict, help="Keyword arguments of that class.")
 
 
@@ -126,7 +128,7 @@ class ModelCard(Section):
     null_label: int | None = key(None, min=0, help="Label for no class, where the network does not define it.")
     info: dict[str, Any] = key(factory=dict, help="Facts about the training, for the model card.")
     shape: Sequence[int] | None = key(
-        None, min=1, length=3, help="Shape (C,H,W) of the states, where the network does not define it."
+        None, min=1, max=65536, length=3, help="Shape (C,H,W) of the states, where the network does not define it."
     )
     num_classes: int | None = key(None, min=1, help="Number of classes, where the network does not define it.")
 
@@ -137,7 +139,7 @@ class FirstStageCard(Section):
 
     KIND: ClassVar[str] = "a first-stage folder"
     weights: str = key(help="Name of the file with the weights, in the same folder.")
-    target: str = key(help="Name of the first stage's class.")
+    target: str = one_of(FIRST_STAGES, help="Name of the first stage's class.")
     params: dict[str, Any] = key(help="Keyword arguments of that class.")
-    scale_factor: float = key(1.0, above=0, help="Factor from encoded images to the network's latents.")
+    scale_factor: float = key(1.0, help="Factor from encoded images to the network's latents.", **SCALES)
     info: dict[str, Any] = key(factory=dict, help="Facts about the training, such as its steps.")

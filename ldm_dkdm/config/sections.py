@@ -7,7 +7,11 @@ from ldm_dkdm.config.checked import Section, key, one_of
 from ldm_dkdm.errors import UserError
 
 PARAMETERIZATIONS = "ldm_dkdm.diffusion.process:PARAMETERIZATIONS"
+FIRST_STAGES = "ldm_dkdm.first_stage:FIRST_STAGES"
 SAMPLERS = "ldm_dkdm.diffusion.samplers:SAMPLERS"
+
+
+SCALES: dict[str, Any] = {"min": 1e-4, "max": 1e4, "why": "latents of such a scale overflow or vanish"}
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,9 @@ class FirstStageConfig(Section):
     ckpt: str | None = key(
         None, path=True, help="Path of the first stage; null takes the one that comes with the model."
     )
-    target: str | None = key(None, help="Name of the first stage's class, such as `ldm_dkdm.first_stage.VQModel`.")
+    target: str | None = one_of(FIRST_STAGES, None, help="Name of the first stage's class.")
     params: dict[str, Any] = key(factory=dict, help="Keyword arguments of that class.")
-    scale_factor: float | None = key(None, above=0, help="Factor from encoded images to the network's latents.")
+    scale_factor: float | None = key(None, help="Factor from encoded images to the network's latents.", **SCALES)
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class DistillConfig(Section):
         help="How batches are made; `dynamic` is the method, the others are the paper's comparisons.",
     )
     rho: float | None = key(
-        None, above=0, help="Size of the pool of `dynamic`, which needs it; the others do not use it."
+        None, above=0, max=10_000, help="Size of the pool of `dynamic`, which needs it; the others do not use it."
     )
     discard: float = key(0.0, min=0, below=1, help="Share of advanced batches that are not shown to the student.")
     discard_mode: Literal["redraw", "same_slots"] = key(
@@ -174,15 +178,25 @@ class TrainerConfig(Section):
     """Optimisation and hardware."""
 
     max_steps: int = key(min=1, help="Training steps of the run.")
-    learning_rate: float = key(above=0, help="Learning rate of Adam (AdamW with a weight decay).")
-    max_minutes: float | None = key(None, above=0, help="Minutes of training after which a run ends; null: no limit.")
+    learning_rate: float = key(
+        above=0,
+        max=100,
+        help="Learning rate of Adam (AdamW with a weight decay).",
+        why="Adam moves every weight by about as much in every step",
+    )
+    max_minutes: float | None = key(
+        None,
+        min=0.01,
+        help="Minutes of training after which a run ends; null: no limit.",
+        why="no run takes its first step in less",
+    )
     lr_schedule: Literal["constant", "cosine"] = key(
         "constant", help="`cosine` falls to 0 at the end of the run (steps or minutes)."
     )
     lr_warmup: int = key(0, min=0, help="Steps in which the learning rate rises to its full value.")
     weight_decay: float = key(0.0, min=0, help="Weight decay of AdamW; 0 is Adam.")
     grad_clip: float | None = key(None, above=0, help="Largest norm of the gradient; null does not clip.")
-    accumulate: int = key(1, min=1, help="Batches per step.")
+    accumulate: int = key(1, min=1, max=10_000, help="Batches per step.")
     early_stop: EarlyStopConfig | None = key(None, help="End the run when a figure no longer falls.")
     ema_decay: float = key(0.9999, min=0, below=1, help="Decay per step of the averaged weights.")
     ema_warmup: bool = key(

@@ -53,7 +53,7 @@ def _is_yaml(value: str, hint: Any) -> bool:
     """Whether a whole value is one quoted scalar, or null."""
     try:
         node = yaml.compose(value, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return False
     if not isinstance(node, yaml.ScalarNode):
         return node is None

@@ -111,6 +111,7 @@ class NoiseSchedule:
         self.name = name if betas is None else "betas"
         self.num_timesteps, self.ends_in_noise = len(self.unscaled_betas), rescale_betas_zero_snr
         self.alphas_cumprod = torch.cumprod(1 - self.unscaled_betas, 0)
+        _require_noise(self.alphas_cumprod, "beta_start, beta_end" if betas is None else "betas")
         self.betas = self.unscaled_betas
         if rescale_betas_zero_snr:
             self.alphas_cumprod = zero_terminal_snr(self.alphas_cumprod)
@@ -159,6 +160,13 @@ def _require_numbers(what: str, kind: type, **values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(f"{name}: expected {what}, got {value!r}")
+
+
+def _require_noise(alphas_cumprod: Tensor, names: str) -> None:
+    """Refuse betas so small that float64 sees no noise, or so large that it sees no image."""
+    first, last = alphas_cumprod[0].item(), alphas_cumprod[-1].item()
+    if not 0 < last <= first < 1:
+        raise UserError(f"{names}: alphas_cumprod goes from {first:g} to {last:g}; it must stay above 0 and below 1")
 
 
 def _given(betas: Tensor | Sequence[float]) -> Tensor:

@@ -13,10 +13,12 @@ from ldm_dkdm.config.schema import DiffusionDataConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec
-from ldm_dkdm.images import find_images, read_image, read_npz, square_npz
+from ldm_dkdm.images import find_images, read_image, square_npz
+from ldm_dkdm.npz import read_npz
 from ldm_dkdm.reporting import Progress, following, logger
 
 ENCODE_BATCH = 64
+LABELS = 1_000_000  # every label is smaller
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,9 @@ def _npz_labels(path: Path, count: int) -> Tensor | None:
         return None
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{path}: arr_1 is {labels.dtype} {labels.shape}, expected {count} integer labels")
-    return torch.from_numpy(labels).long()
+    if labels.min() < 0 or labels.max() >= LABELS:
+        raise UserError(f"{path}: arr_1 holds labels {labels.min()} ... {labels.max()}, which are no classes")
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def open_sets(config: DiffusionDataConfig, seed: int, channels: int = 3) -> dict[str, ImageSet]:

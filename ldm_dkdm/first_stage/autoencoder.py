@@ -8,9 +8,9 @@ from typing import Any
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from torch import Tensor, nn
 
-from ldm_dkdm.errors import pick
+from ldm_dkdm.first_stage.ddconfig import ATTENTIONS, read_keys, require_whole
 
-ATTENTIONS = {"vanilla": "softmax", "none": None}  # CompVis's `attn_type` -> what the middle computes
+CHANNELS = 1024  # most channels of a latent
 
 
 class Autoencoder(nn.Module):
@@ -22,13 +22,15 @@ class Autoencoder(nn.Module):
         embed_dim: channels of a latent.
 
     Raises:
-        UserError: another `attn_type`.
+        UserError: a key of `ddconfig` that is unknown, missing or out of range, or such an `embed_dim`.
     """
 
     codes = 0  # size of the codebook, if there is one
 
     def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()
+        ddconfig = read_keys(ddconfig)
+        require_whole("embed_dim", embed_dim, CHANNELS)
         moments = 2 if ddconfig.get("double_z", True) else 1  # mean and log variance, or a latent
         self.in_channels, self.out_channels = ddconfig["in_channels"], ddconfig["out_ch"]
         self.embed_dim = embed_dim
@@ -37,7 +39,7 @@ class Autoencoder(nn.Module):
         with contextlib.redirect_stdout(io.StringIO()):  # taming's Decoder prints its latent shape
             self.encoder = Encoder(**ddconfig)
             self.decoder = Decoder(**ddconfig)
-        if pick(ATTENTIONS, ddconfig.get("attn_type", "vanilla"), "ddconfig.attn_type") is None:
+        if ATTENTIONS[ddconfig.get("attn_type", "vanilla")] is None:
             _drop_attention(self.encoder, self.decoder)
         self.quant_conv = nn.Conv2d(moments * ddconfig["z_channels"], moments * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage.autoencoder import Autoencoder
+from ldm_dkdm.first_stage.ddconfig import require_whole
+
+CODES = 1 << 20  # most codes
 
 
 class VQModel(Autoencoder):
@@ -23,6 +26,7 @@ class VQModel(Autoencoder):
     def __init__(self, ddconfig: Mapping[str, Any], n_embed: int, embed_dim: int) -> None:
         if ddconfig.get("double_z", True):
             raise UserError("ddconfig: a VQ first stage has double_z: false")
+        require_whole("n_embed", n_embed, CODES)
         super().__init__(ddconfig, embed_dim)
         self.codes = n_embed
         self.quantize = VectorQuantizer2(n_embed, embed_dim, beta=0.25)

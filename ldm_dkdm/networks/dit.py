@@ -12,6 +12,7 @@ from ldm_dkdm.networks.arguments import remembers_arguments
 from ldm_dkdm.networks.layers import attend, timestep_embedding, zero_init
 
 MAX_DEPTH = 1000
+MAX_SIDE = 2048  # largest input_size; files are not trusted
 FREQUENCIES = 256  # width of the sinusoids that the timestep's MLP reads
 
 
@@ -63,6 +64,10 @@ class DiT(nn.Module):
         _check_positive(input_size=input_size, patch_size=patch_size, in_channels=in_channels, depth=depth)
         if depth > MAX_DEPTH:  # files are not trusted
             raise UserError(f"depth: {depth} is more than {MAX_DEPTH} blocks")
+        if input_size > MAX_SIDE:
+            raise UserError(f"input_size: {input_size} is more than {MAX_SIDE}")
+        if not 0 <= class_dropout_prob <= 1:
+            raise UserError(f"class_dropout_prob: {class_dropout_prob} is not between 0 and 1")
         _check_widths(hidden_size, num_heads, mlp_ratio)
         if input_size % patch_size:
             raise UserError(f"patch_size: {patch_size} does not divide input_size {input_size}")

@@ -18,6 +18,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks.layers import AttentionBlock, Downsample, ResBlock
 from ldm_dkdm.networks.unet import UNet
 
+LARGEST = 10**12  # parameters
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -25,13 +26,13 @@ def parse_budget(text: str | int) -> int:
     """A number of parameters: `60M`, `14.5M`, `300k`, `2e6`, `2_000_000` or 2000000.
 
     Raises:
-        UserError: another form, or less than one parameter.
+        UserError: another form, less than one parameter, or more than any network has.
     """
     match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\+?\d+)?)\s*([kmb]?)", str(text).strip().lower())
-    budget = round(float(match[1]) * UNITS[match[2]]) if match else 0
-    if budget < 1:
+    budget = min(float(match[1]) * UNITS[match[2]], LARGEST + 1.0) if match else 0
+    if not 0.5 < budget <= LARGEST:
         raise UserError(f"budget: expected a number of parameters such as 60M or 300k, got {text!r}")
-    return budget
+    return round(budget)
 
 
 def unet_within_budget(params: Mapping[str, Any], budget: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ldm_dkdm.networks.layers import (
 )
 
 MAX_BLOCKS = 100  # residual blocks per level
+MAX_SIDE = 2048  # largest image_size: no diffusion model has more pixels, and a file could ask for any number
 
 
 @remembers_arguments
@@ -70,6 +71,12 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_levels(image_size, channel_mult, attention_resolutions, num_res_blocks)
+        _check_constants(
+            dropout=(dropout, 0, 0.999),
+            downsample_padding=(downsample_padding, 0, 1),
+            num_heads=(num_heads, 1 if num_head_channels == -1 else -1, 4096),
+            norm_eps=(norm_eps, 0, 1),
+        )
         widths = level_widths(model_channels, channel_mult)
         attends = [2**level in attention_resolutions for level in range(len(widths))]
         _check_widths(widths, attends, num_heads, num_head_channels)
@@ -182,6 +189,8 @@ def _output_blocks(
 def _check_levels(size: int, mults: Sequence[float], attention: Sequence[int], blocks: int) -> None:
     if not 1 <= blocks <= MAX_BLOCKS:  # files are not trusted
         raise UserError(f"num_res_blocks: {blocks} is not between 1 and {MAX_BLOCKS}")
+    if not 1 <= size <= MAX_SIDE:
+        raise UserError(f"image_size: {size} is not between 1 and {MAX_SIDE}")
     if not mults or size % 2 ** (len(mults) - 1):
         raise UserError(f"channel_mult: {len(mults)} levels cannot halve image_size {size} that often")
     factors = [2**level for level in range(len(mults))]
@@ -190,6 +199,13 @@ def _check_levels(size: int, mults: Sequence[float], attention: Sequence[int], b
             f"attention_resolutions: none of {list(attention)} is a downsampling factor of this network, which has "
             f"{', '.join(map(str, factors))}; they are factors, not sides; [] leaves attention to the middle block"
         )
+
+
+def _check_constants(**values: tuple[float, float, float]) -> None:
+    """Refuse a number that is not between its bounds, which a NaN is not either."""
+    for name, (value, least, most) in values.items():
+        if not least <= value <= most:
+            raise UserError(f"{name}: {value} is not between {least} and {most}")
 
 
 def level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[int]:

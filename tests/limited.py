@@ -1,0 +1,105 @@
+"""Work in a process of its own with limits, so that a hang, a crash or a flood of memory is an outcome like others."""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from subprocess import run
+
+ROOT = Path(__file__).parents[1]
+SECONDS, MEGABYTES = 10, 2000  # what no file may take: time of the processor, memory in use
+STILL = 20.0  # seconds without work after which a process waits for something that never comes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a piece of work ended.
+
+    Attributes:
+        code: exit code; negative: the number of the signal that ended it.
+        seconds: time of the processor. megabytes: most memory in use. printed: stdout and stderr.
+    """
+
+    code: int
+    seconds: float
+    megabytes: float
+    printed: str
+
+    @property
+    def kept_the_limits(self) -> bool:
+        return self.code >= 0 and self.seconds < SECONDS and self.megabytes < MEGABYTES
+
+
+def limited(work: Callable[[], object], printed: Path) -> Outcome:
+    """Fork, do the work there; it must be called in a process without threads."""
+    process = os.fork()
+    if process == 0:
+        _child(work, printed)
+    status, usage = _wait(process)
+    seconds = usage.ru_utime + usage.ru_stime
+    text = printed.read_text(errors="replace")
+    return Outcome(os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss / 1024, text)
+
+
+def _child(work: Callable[[], object], printed: Path) -> None:
+    code = 1
+    try:
+        with printed.open("wb", buffering=0) as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115 (until the process ends)
+        sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        room = pages * resource.getpagesize() + 2 * MEGABYTES * 10**6
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+        resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS, 2 * SECONDS + 1))
+        work()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _wait(process: int) -> tuple[int, resource.struct_rusage]:
+    worked, since = "", time.monotonic()
+    while True:
+        ended, status, usage = os.wait4(process, os.WNOHANG)
+        if ended:
+            return status, usage
+        now = " ".join(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13])
+        if now != worked:
+            worked, since = now, time.monotonic()
+        if time.monotonic() - since > STILL:
+            os.kill(process, 9)
+        time.sleep(0.01)
+
+
+def outcomes(module: str, folder: Path, tasks: Sequence[Sequence[str]] = ()) -> list[Outcome]:
+    """Run `python -m MODULE FOLDER`, which reads tasks as JSON and prints outcomes as JSON."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", module, str(folder)]
+    done = run(command, input=json.dumps(tasks), capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    return [Outcome(**found) for found in json.loads(done.stdout.splitlines()[-1])]
+
+
+def commands(folder: Path, lines: Sequence[Sequence[str]]) -> None:
+    """Run command lines of `dkdm`, each in a process of its own, and print their outcomes."""
+    from ldm_dkdm.commands import decode, distill, inspect, sample, train  # noqa: F401 (once, before the forks)
+    from ldm_dkdm.commands.main import main
+    from ldm_dkdm.training import autoencoder, from_images, from_teacher  # noqa: F401
+
+    os.chdir(folder)
+    found = [limited(lambda line=line: main(line[0], line[1:]), folder / "printed") for line in lines]
+    print(json.dumps([asdict(outcome) for outcome in found]))
+
+
+if __name__ == "__main__":
+    commands(Path(sys.argv[1]), json.load(sys.stdin))
