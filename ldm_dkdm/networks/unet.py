@@ -95,14 +95,8 @@ class UNet(nn.Module):
             heads = num_heads if num_head_channels == -1 else channels // num_head_channels
             return AttentionBlock(channels, heads, use_new_attention_order)
 
-        def resampler(channels: int, direction: str) -> nn.Module:
-            if resblock_updown:
-                return res(channels, channels, direction)
-            if direction == "up":
-                return Upsample(channels, conv_resample)
-            return Downsample(channels, conv_resample, downsample_padding)
-
-        parts = _Parts(res, attention, resampler)
+        plain = _resampler(conv_resample, downsample_padding)
+        parts = _Parts(res, attention, (lambda c, direction: res(c, c, direction)) if resblock_updown else plain)
         stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         blocks, skips = _input_blocks(parts, stem, widths, attends, num_res_blocks)
         self.input_blocks = blocks
@@ -184,6 +178,15 @@ def _output_blocks(
             blocks.append(nn.ModuleList(layers))
             channels = width
     return blocks
+
+
+def _resampler(convolves: bool, padding: int) -> Callable[[int, str], nn.Module]:
+    """Makes layers without a residual block that double ("up") or halve the resolution, from their channels."""
+
+    def resampler(channels: int, direction: str) -> nn.Module:
+        return Upsample(channels, convolves) if direction == "up" else Downsample(channels, convolves, padding)
+
+    return resampler
 
 
 def _check_levels(size: int, mults: Sequence[float], attention: Sequence[int], blocks: int) -> None:
