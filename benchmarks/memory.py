@@ -29,9 +29,10 @@ def measure(recipe: str, batch_size: int | None, rho: float | None, storage: Pat
     pair = open_pair(recipe)
     size = batch_size or pair.config.distill.batch_size
     stream = DataStream(encoded(pair), **on_data(pair, size)) if rho is None else distillation(pair, size, rho, storage)
-    training = Training(pair, stream)
+    training, average = Training(pair, stream), pair.new_student()  # the second as the EMA
     for _ in range(STEPS):
         training.iteration()
+    del average
     on_gpu = pair.device.type == "cuda"
     pool = 0 if rho is None else stream.pool.x.numel() * stream.pool.x.element_size()
     return {
@@ -45,7 +46,8 @@ def measure(recipe: str, batch_size: int | None, rho: float | None, storage: Pat
 def distillation(pair: Pair, batch_size: int, rho: float, storage: Path | None) -> DistillStream:
     """A stream on a pool of the size that rho asks for, filled with noise."""
     teacher, slots = pair.teacher, pool_slots(rho, pair.teacher.schedule.num_timesteps, batch_size)
-    pool = NoisyPool(slots, teacher.shape, storage=storage, labeled=teacher.num_classes is not None)
+    dtype = getattr(torch, pair.config.distill.pool_dtype)
+    pool = NoisyPool(slots, teacher.shape, dtype, storage, labeled=teacher.num_classes is not None)
     for part in torch.arange(slots).split(4096):
         labels = teacher.draw_labels(len(part), torch.Generator(pair.device).manual_seed(0))
         t = torch.randint(teacher.schedule.num_timesteps, (len(part),))

@@ -157,6 +157,14 @@ def test_the_best_checkpoint_stays_and_is_the_student(teacher_folder: Path, tmp_
     assert load_model(folder).info["step"] == 10 and files(folder, ".ckpt") == [10, 12]
 
 
+def test_an_early_stop_by_the_loss_leaves_the_best_agreement(teacher_folder: Path, tmp_path: Path, given: list) -> None:
+    given += [1.0, 2.0, 3.0]
+    log = {"evaluate_every": 2, "save_every": 3, "keep_best": True, "sample_every": 99}
+    stop = {"monitor": "loss", "window": 1, "patience": 100}
+    assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 6, "early_stop": stop}, logging=log) == 0
+    assert load_model(tmp_path / "run").info["step"] == 2
+
+
 def test_checkpoints_at_multiples_stay(teacher_folder: Path, tmp_path: Path) -> None:
     log = {"save_every": 3, "keep_every": 2, "sample_every": 99}
     assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 9}, logging=log) == 0

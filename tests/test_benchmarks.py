@@ -59,7 +59,7 @@ def test_students_are_timed_and_measured_beside_their_teacher(runs: list[Path], 
     assert all(row["images/s"] > 0 and row["FD-efficientnet"] > 0 for row in rows)
 
 
-def test_a_line_is_fitted_through_students_and_teachers(runs: list[Path], tmp_path: Path) -> None:
+def test_students_are_measured_beside_their_teachers(runs: list[Path], tmp_path: Path) -> None:
     reference = tmp_path / "images.npz"
     np.savez(reference, arr_0=np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
     words = ("--reference", reference, "--count", 8, "-c", 2, "-o", tmp_path / "teachers.json")
@@ -68,3 +68,10 @@ def test_a_line_is_fitted_through_students_and_teachers(runs: list[Path], tmp_pa
     assert [row["run"] for row in found["rows"]] == ["one", "two"]
     assert found["rows"][0]["teacher"] == pytest.approx(found["rows"][1]["teacher"])  # one teacher: no line
     assert "slope" not in found and (tmp_path / "teachers.png").is_file()
+
+
+def test_the_line_is_the_least_squares_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from teachers import line
+
+    assert line([1.0, 2.0, 3.0], [3.0, 5.0, 7.0]) == pytest.approx({"slope": 2, "intercept": 1, "correlation": 1})

@@ -152,7 +152,7 @@ class EarlyStop(EarlyEnd):
     def _judge(self, mean: float) -> bool:
         """Count a window; whether it is the best so far."""
         improved = mean < self.best - self.config.min_delta
-        self.best = min(self.best, mean)
+        self.best = mean if improved else self.best  # a slow fall adds up to one that counts
         self.bad_windows = 0 if improved else self.bad_windows + 1
         self.total, self.batches, self.steps = 0.0, 0, 0
         return improved

@@ -240,10 +240,11 @@ def _report_on(folder: Path) -> None:
 
 
 def _keep_best(ends: Sequence[L.Callback], callbacks: Sequence[L.Callback]) -> None:
-    """Let an early stop export the best model, in place of the run's saves."""
+    """Let an early stop export the best model, in place of the run's saves, unless these keep the best agreement."""
     for stop in (end for end in ends if isinstance(end, EarlyStop)):
         for saving in (callback for callback in callbacks if isinstance(callback, RunCheckpoint)):
-            saving.early_stop, stop.on_best = stop, saving.on_saved
+            if not saving.config.keep_best:
+                saving.early_stop, stop.on_best = stop, saving.on_saved
 
 
 def training_device(config: TrainerConfig) -> torch.device:
