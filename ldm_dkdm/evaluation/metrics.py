@@ -99,7 +99,8 @@ def precision_recall(pair: Pair) -> dict[str, float]:
         raise UserError(f"metrics: precision-recall needs {NEIGHBOURS + 1} images or more in both sets")
     options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": DISTANCES, "save_cpu_ram": True, "verbose": False}
     found = prc_features_to_metric(samples, reference, **options)
-    return {pair.extractor.titled(name): found[name] for name in ("precision", "recall")}
+    counts = {"precision": len(samples), "recall": len(reference)}  # shares of whole numbers, given in float32
+    return {pair.extractor.titled(name): round(found[name] * count) / count for name, count in counts.items()}
 
 
 def kernel_distance(pair: Pair) -> dict[str, float]:
