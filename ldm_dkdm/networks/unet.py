@@ -71,12 +71,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_levels(image_size, channel_mult, attention_resolutions, num_res_blocks)
-        _check_constants(
-            dropout=(dropout, 0, 0.999),
-            downsample_padding=(downsample_padding, 0, 1),
-            num_heads=(num_heads, 1 if num_head_channels == -1 else -1, 4096),
-            norm_eps=(norm_eps, 0, 1),
-        )
+        _check_constants(dropout, downsample_padding, norm_eps, num_heads, fixed=num_head_channels != -1)
         widths = level_widths(model_channels, channel_mult)
         attends = [2**level in attention_resolutions for level in range(len(widths))]
         _check_widths(widths, attends, num_heads, num_head_channels)
@@ -204,9 +199,15 @@ def _check_levels(size: int, mults: Sequence[float], attention: Sequence[int], b
         )
 
 
-def _check_constants(**values: tuple[float, float, float]) -> None:
-    """Refuse a number that is not between its bounds, which a NaN is not either."""
-    for name, (value, least, most) in values.items():
+def _check_constants(dropout: float, downsample_padding: int, norm_eps: float, num_heads: int, fixed: bool) -> None:
+    """Refuse numbers outside their bounds, which a NaN is too; where heads are `fixed`, their number is not used."""
+    bounds = {
+        "dropout": (dropout, 0, 1),
+        "downsample_padding": (downsample_padding, 0, 1),
+        "norm_eps": (norm_eps, 0, 1),
+        "num_heads": (num_heads, -1 if fixed else 1, 4096),
+    }
+    for name, (value, least, most) in bounds.items():
         if not least <= value <= most:
             raise UserError(f"{name}: {value} is not between {least} and {most}")
 
