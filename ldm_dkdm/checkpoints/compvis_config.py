@@ -119,7 +119,7 @@ def _candidates(checkpoint: Path) -> Iterator[Path]:
 def _read(file: Path) -> CompVisConfig | None:
     """CompVis's config in a YAML file; None for any other file, which is not this model's to judge."""
     try:
-        tree: Any = OmegaConf.to_container(read_yaml(file))
+        tree: Any = OmegaConf.to_container(read_yaml(file, {}))
         model = tree["model"]["params"]
         unet = model["unet_config"]["params"]
     except UserError as error:

@@ -13,6 +13,7 @@ LENGTH = 1_000_000  # characters of a YAML text
 DEPTH = 40  # sections and lists within each other
 NODES = 10_000  # keys, values, sections and lists of a file, aliases expanded
 EXPANDED = 1_000_000  # characters and nodes that references may expand to
+REFERENCES = 20  # ${key} in a text
 DIGITS = 40  # characters of a number
 TEXT = "tag:yaml.org,2002:str"
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -24,7 +25,7 @@ KEPT = "oc.env:"  # the one resolver that is read: a variable of the environment
 
 
 def require_modest(text: str) -> None:
-    """Refuse a YAML text that is too long, too deep or too large, or that names types of its own.
+    """Refuse a YAML text that is too long, too deep or too large, that names types of its own, or nests references.
 
     Raises:
         UserError: what is too much.
@@ -45,6 +46,8 @@ def require_modest(text: str) -> None:
             count += sizes[event.anchor]
         elif isinstance(event, yaml.NodeEvent):
             _require_no_tag(event)
+            if isinstance(event, yaml.ScalarEvent) and "${" in event.value:
+                _require_few_references(event.value)
             if isinstance(event, yaml.CollectionStartEvent):
                 open_nodes.append((event.anchor, count))
             elif event.anchor:
@@ -59,6 +62,15 @@ def require_modest(text: str) -> None:
 def _require_no_tag(event: Any) -> None:
     if event.tag not in (None, "!", TEXT):
         raise UserError(f"{event.tag} in line {event.start_mark.line + 1}: a value has no type of its own here")
+
+
+def _require_few_references(text: str) -> None:
+    """Refuse what takes OmegaConf long to read."""
+    rest, count = REFERENCE.subn("", text)
+    if "${" in rest:
+        raise UserError(f"'{legible(text, 100)}' holds a reference in a reference, or one without an end")
+    if count > REFERENCES:
+        raise UserError(f"'{legible(text, 100)}' holds more than {REFERENCES} references")
 
 
 def require_plain_numbers(text: str) -> None:
@@ -139,10 +151,7 @@ class _Expansion:
         return total
 
     def _of_text(self, text: str, path: tuple[str, ...]) -> int:
-        found = REFERENCE.findall(text)
-        if "${" in REFERENCE.sub("", text):
-            raise UserError(f"{'.'.join(path)}: '{legible(text, 100)}' holds a reference in a reference")
-        return len(text) + sum(self._of_reference(name.strip(), path) for name in found)
+        return len(text) + sum(self._of_reference(name.strip(), path) for name in REFERENCE.findall(text))
 
     def _of_reference(self, name: str, path: tuple[str, ...]) -> int:
         if name.startswith(KEPT):

@@ -178,6 +178,8 @@ def _unwrap_sections(part: DictConfig, schema: type) -> DictConfig:
 def read_yaml(path: Path, hint: Any = None) -> DictConfig:
     """The mapping in a YAML file; the values of text keys in `hint` (`text.quoted`) are kept as typed.
 
+    Without a `hint` nobody knows which values are texts, and numbers may look like anything.
+
     Raises:
         UserError: no such file, not YAML, more than a config needs (`config.limits`), or not a mapping.
     """
@@ -187,7 +189,8 @@ def read_yaml(path: Path, hint: Any = None) -> DictConfig:
         text = read_text(path, LONGEST)
         require_modest(text)
         text = quoted(text, hint)
-        require_plain_numbers(text)
+        if hint is not None:
+            require_plain_numbers(text)
         node = _loaded(text)
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
