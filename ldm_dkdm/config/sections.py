@@ -128,7 +128,7 @@ class DistillConfig(Section):
         help="How batches are made; `dynamic` is the method, the others are the paper's comparisons.",
     )
     rho: float | None = key(
-        None, above=0, max=1e12, help="Size of the pool of `dynamic`, which needs it; the others do not use it."
+        None, above=0, max=1e18, help="Size of the pool of `dynamic`, which needs it; the others do not use it."
     )
     discard: float = key(0.0, min=0, below=1, help="Share of advanced batches that are not shown to the student.")
     discard_mode: Literal["redraw", "same_slots"] = key(

@@ -93,13 +93,12 @@ class UNet(nn.Module):
         plain = _resampler(conv_resample, downsample_padding)
         parts = _Parts(res, attention, (lambda c, direction: res(c, c, direction)) if resblock_updown else plain)
         stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        blocks, skips = _input_blocks(parts, stem, widths, attends, num_res_blocks)
-        self.input_blocks = blocks
+        self.input_blocks, skips = _input_blocks(parts, stem, widths, attends, num_res_blocks)
         deepest = widths[-1]
         self.middle_block = nn.ModuleList([res(deepest, deepest), attention(deepest), res(deepest, deepest)])
         self.output_blocks = _output_blocks(parts, widths, attends, num_res_blocks, skips)
-        last = zero_init(nn.Conv2d(widths[0], out_channels, 3, padding=1))
-        self.out = nn.Sequential(group_norm(widths[0]), nn.SiLU(), last)
+        self.out = nn.Sequential(group_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], out_channels, 3, padding=1))
+        zero_init(self.out[-1])
         _set_eps(self, norm_eps)
 
     def embedding(self, t: Tensor) -> Tensor:
