@@ -113,3 +113,13 @@ def test_numbers_that_make_no_schedule_name_the_file(checkpoint: Path) -> None:
     file = write_config(checkpoint.with_suffix(".yaml"), timesteps="many")
     with pytest.raises(UserError, match=f"{file}: num_timesteps"):
         load_model(checkpoint)
+
+
+def test_inspect_shows_what_the_config_tells(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(checkpoint.with_suffix(".yaml"))
+    assert run_script("inspect_checkpoint.py", checkpoint) == 0
+    printed = capsys.readouterr().out
+    assert "from the config beside it" in printed and "image_size 8, num_head_channels 32" in printed
+    assert run_script("inspect_checkpoint.py", checkpoint, "--config") == 0
+    pasted = capsys.readouterr().out
+    assert "image_size: 8" in pasted and "num_head_channels: 32" in pasted and "???" not in pasted

@@ -133,11 +133,14 @@ def _count(part: "Mapping[str, Tensor]") -> str:
 
 def _architecture(contents: "Contents") -> dict[str, str]:
     known = ", ".join(f"{key} {value}" for key, value in contents.params.items())
-    missing = "; ".join(f"{' or '.join(d.keys)} ({d.hint})" for d in contents.demands)
+    missing = "; ".join(f"{' or '.join(d.keys)} ({d.hint})" for d in contents.missing({}))
+    wanted = {key for demand in contents.demands for key in demand.keys}
+    beside = ", ".join(f"{key} {value}" for key, value in contents.usual.items() if key in wanted)
     predicts = "" if contents.parameterization is None else f", predicts {contents.parameterization}"
     return {
         "architecture": f"{contents.target}, {_parameters(contents) / 1e6:.6f} M parameters{predicts}",
         "parameters" if contents.described else "inferred": known,
+        **({"from the config beside it": beside} if beside else {}),
         **({} if contents.described else {"cannot be inferred": missing or "nothing"}),
     }
 
@@ -190,11 +193,11 @@ def as_config(path: str) -> str:
     contents = read(source)
     if contents.described:
         return yaml.safe_dump({"teacher": {"ckpt": str(source.path)}})  # it describes itself
-    params = {**contents.usual, **contents.params, **{demand.keys[0]: "???" for demand in contents.demands}}
+    params = {**contents.usual, **contents.params, **{demand.keys[0]: "???" for demand in contents.missing({})}}
     tree: dict[str, Any] = {"teacher": {"ckpt": str(source.path), "target": contents.target, "params": params}}
     tree["diffusion"] = _process_section(contents)
     text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120)
-    for demand in contents.demands:
+    for demand in contents.missing({}):
         other = f"or {demand.keys[1]}; " if len(demand.keys) > 1 else ""
         text = f"# {demand.keys[0]}: {other}{demand.hint}\n{text}"
     return text

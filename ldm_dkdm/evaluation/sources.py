@@ -214,6 +214,8 @@ def image_files(path: Path, size: int | None = None, limit: int | None = None) -
         if size is not None and images.count and images.file.shape[1] != size:
             raise UserError(f"size: {path} holds images of side {images.file.shape[1]}; an .npz is not resized")
         return images
+    if (path / "grid.png").is_file() and (path / "img").is_dir():  # a folder of `dkdm sample`
+        path = path / "img"
     return FolderImages(path, str(path), size, limit)
 
 
