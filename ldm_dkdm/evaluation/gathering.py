@@ -9,6 +9,7 @@ from ldm_dkdm import __version__
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.collector import Collector
 from ldm_dkdm.evaluation.extractor import Extractor
+from ldm_dkdm.evaluation.features import FEATURES
 from ldm_dkdm.evaluation.partial import LAYOUT, SAVE_SECONDS, partial_file, stream
 from ldm_dkdm.evaluation.processes import gather_in_processes
 from ldm_dkdm.evaluation.sources import ImageSource, key_of
@@ -105,11 +106,12 @@ def _at_hand(source: ImageSource, extractor: Extractor, keep: bool, cache: Path 
 
 
 def fits(stored: Statistics, extractor: Extractor) -> bool:
-    """Whether statistics of a file are of this extractor's features; those without provenance are Inception's."""
+    """Whether statistics of a file are of this extractor's features; without provenance they are of the FID's Inception."""
     if "features" in stored.facts:
         return stored.facts["features"] == extractor.name and stored.facts.get("weights_sha256") == extractor.sha256
     assert stored.mu is not None  # a file of statistics holds it
-    return extractor.name == "inception" and len(stored.mu) == INCEPTION[0]
+    fids = extractor.name == "inception" and extractor.sha256 == FEATURES["inception"].pinned
+    return fids and len(stored.mu) == INCEPTION[0]
 
 
 def _whose(stored: Statistics | None) -> str:

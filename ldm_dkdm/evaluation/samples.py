@@ -15,8 +15,6 @@ from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.sampling import require_sampling, steps_of
 
-TRUNCATED = "truncated, as guided-diffusion's and CompVis's scripts do"
-
 
 @dataclass(frozen=True)
 class ModelImages:
@@ -78,7 +76,7 @@ class ModelImages:
             "weights": "raw" if hints.use_ema is False else "EMA, where the file holds it",
             "sha256": sha256(file) if file is not None and file.exists() else self.weights,
             "size": self.model.shape[1] * self.model.codec().downsampling,
-            "rounding": TRUNCATED,
+            "rounding": self.model.codec().rounding,
         }
 
     def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
