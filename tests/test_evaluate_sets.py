@@ -136,7 +136,7 @@ def test_a_model_is_sampled_with_other_seeds_than_its_reference(teacher_folder: 
     found = record()
     assert (found["samples"]["seeds"], found["reference"]["seeds"]) == ("0 ... 11", "12 ... 23")
     assert found["samples"]["sampler"] == "ddim" and found["samples"]["steps"] == 2 and found["figures"]["FD-toy"] > 0
-    assert found["samples"]["sha256"] == sha256(teacher_folder / "model.safetensors")
+    assert found["samples"]["opened_from_sha256"] == sha256(teacher_folder / "model.safetensors")
     assert toy(teacher_folder, teacher_folder, *asked, "--seed", 12, "--reference_seed", 12) == 0
     assert record()["figures"]["FD-toy"] == pytest.approx(0, abs=1e-6)
 

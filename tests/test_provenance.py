@@ -1,6 +1,8 @@
 """What results say of their images and models is true, and doubts are named."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 from ldm_dkdm import DiffusionModel, NoiseSchedule, load_model
+from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.evaluation.comparability import doubts
 from ldm_dkdm.evaluation.extractor import Extractor
@@ -16,6 +19,7 @@ from ldm_dkdm.evaluation.gathering import fits
 from ldm_dkdm.evaluation.samples import ModelImages, sampled
 from ldm_dkdm.evaluation.statistics import Statistics
 from ldm_dkdm.first_stage.codec import TRUNCATED
+from ldm_dkdm.model import sampling
 
 CONFIG = SamplingConfig(3, 2, 0, 2)
 
@@ -61,3 +65,42 @@ def test_statistics_without_provenance_are_those_of_the_fids_own_weights(
 ) -> None:
     extractor = Extractor(name, "", None, sha256, "none", torch.device("cpu"))
     assert fits(Statistics(None, np.zeros(features), np.zeros((1, 1))), extractor) is fitting
+
+
+def test_weights_that_were_changed_in_memory_have_a_hash_of_their_own(teacher_folder: Path) -> None:
+    before, changed = load_model(teacher_folder), load_model(teacher_folder)
+    file = sha256(teacher_folder / "model.safetensors")
+    with torch.no_grad():
+        next(changed.network.parameters()).add_(1)
+    first, second = (sampled(model, CONFIG).facts() for model in (before, changed))
+    assert first["sha256"] != second["sha256"] and file not in (first["sha256"], second["sha256"])
+    assert first["sha256"] == sampled(load_model(teacher_folder), CONFIG).facts()["sha256"]
+    assert first["opened_from_sha256"] == second["opened_from_sha256"] == file
+    with torch.no_grad():
+        next(changed.codec().autoencoder.parameters()).add_(1)
+    third = sampled(changed, CONFIG).facts()
+    assert third["sha256"] == second["sha256"] and third["first_stage_sha256"] != first["first_stage_sha256"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_doubtful_scale_is_settled_by_the_same_two_samples(batch_size: int, teacher_folder: Path) -> None:
+    def doubtful() -> DiffusionModel:
+        model = load_model(teacher_folder)
+        model.codec().doubt = "a test's"
+        return model
+
+    seen: list[torch.Tensor] = []
+
+    def figures(codec: object, states: torch.Tensor) -> SimpleNamespace:
+        seen.append(states.clone())
+        return SimpleNamespace(best=0.5 + states.abs().mean().item())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "scale_figures", figures)
+        source = sampled(doubtful(), CONFIG)
+        scale = source.identity()["scale_factor"]
+        late = torch.cat(list(source.batches(2, batch_size)))
+        whole = [batch.images for batch in doubtful().sample_batches(replace(CONFIG, batch_size=batch_size))]
+    assert len(seen) == 2 and [len(states) for states in seen] == [2, 2] and torch.equal(*seen)
+    assert scale == source.model.codec().scale_factor == pytest.approx(0.5 + seen[0].abs().mean().item())
+    assert (torch.cat(whole)[2:].int() - late.int()).abs().max() <= 1

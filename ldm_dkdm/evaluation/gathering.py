@@ -49,6 +49,8 @@ def gather(
     Raises:
         UserError: images that cannot be read, or a file with neither images nor statistics of these features.
     """
+    if source.count:
+        source.identity()  # settles what is doubtful before any image is drawn
     found = {name: _at_hand(source, extractor, name in keep, cache) for name, extractor in extractors.items()}
     missing = {name: Collector(extractors[name], name in keep) for name, known in found.items() if known is None}
     if missing and processes > 1:
@@ -106,7 +108,7 @@ def _at_hand(source: ImageSource, extractor: Extractor, keep: bool, cache: Path 
 
 
 def fits(stored: Statistics, extractor: Extractor) -> bool:
-    """Whether statistics of a file are of this extractor's features; without provenance they are of the FID's Inception."""
+    """Whether statistics of a file are of this extractor's features; of the FID's own where they do not say."""
     if "features" in stored.facts:
         return stored.facts["features"] == extractor.name and stored.facts.get("weights_sha256") == extractor.sha256
     assert stored.mu is not None  # a file of statistics holds it
