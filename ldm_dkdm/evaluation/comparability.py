@@ -12,8 +12,8 @@ BIASED = {"fid", "sfid", "is", "fd", "fd-dinov2"}  # metrics that do
 def doubts(samples: Mapping[str, Any], reference: Mapping[str, Any] | None, metrics: Iterable[str]) -> list[str]:
     """Sentences about two sets of images, from their facts; empty where nothing stands against a comparison."""
     sets = {"samples": samples} | ({} if reference is None else {"reference": reference})
-    found = []
-    biased = sorted(BIASED & set(metrics))
+    found, metrics = [], set(metrics)
+    biased = sorted(BIASED & metrics)
     if biased:
         for name, facts in sets.items():
             images = facts.get("images in statistics") or facts.get("images")
@@ -28,7 +28,7 @@ def doubts(samples: Mapping[str, Any], reference: Mapping[str, Any] | None, metr
                 f"{name}: {facts['jpeg']} files are JPEG, whose compression moves every feature; use PNG or .npz"
             )
     rounding = samples.get("rounding")
-    if rounding and rounding != TRUNCATED:
+    if rounding and rounding != TRUNCATED and set(metrics) - {"agreement"}:
         other = "unknown" if reference is None else reference.get("rounding") or "unknown"
         found.append(f"8-bit rounding: samples {rounding}, published ones {TRUNCATED}; reference {other}")
     if reference is not None:

@@ -58,13 +58,13 @@ def _drawn(model: "DiffusionModel", config: SamplingConfig, start: int, count: i
 def settle(model: "DiffusionModel", config: SamplingConfig) -> None:
     """Decide a doubtful scale of the latents by the samples of seed and seed + 1, whatever the batches are."""
     codec = model.codec()
-    if _doubtful(model, codec):
+    if _doubtful(codec, model):
         codec.to(model.device, resolve_precision(model.precision, model.device))
         with in_eval_mode(model.network):
             settle_scale(model, codec, _drawn(model, config, 0, IMAGES)[0])
 
 
-def _doubtful(model: "DiffusionModel", codec: Codec) -> TypeGuard[LatentCodec]:
+def _doubtful(codec: Codec, model: "DiffusionModel") -> TypeGuard[LatentCodec]:
     return isinstance(codec, LatentCodec) and bool(codec.doubt) and model.path is not None
 
 
@@ -73,7 +73,7 @@ def settle_scale(model: "DiffusionModel", codec: Codec, states: Tensor) -> None:
 
     A student in training has no say: its samples are not yet what its teacher's are.
     """
-    if not _doubtful(model, codec):
+    if not _doubtful(codec, model):
         return
     figures = scale_figures(codec, states)
     logger.warning(f"scale_factor: {figures.best:g} is taken ({figures}); scale_factor=NUMBER states another")
