@@ -234,7 +234,11 @@ class _Work:
         keep = {name for name, kept in needs.items() if kept}
         if not extractors:
             return {}
-        options = {"cache": self.cache, "batch_size": self.batch_size, "progress": self.progress}
+        fields = {
+            key: [f for n in metrics if features_of(METRICS[n], self.named) == key for f in METRICS[n].fields]
+            for key in needs
+        }
+        options = {"fields": fields, "cache": self.cache, "batch_size": self.batch_size, "progress": self.progress}
         return gather(source, extractors, keep, processes=self.processes, **options)  # type: ignore[arg-type]  # a dict
 
     def _without_features(self, name: str, own: ImageSource, other: ImageSource) -> dict[str, Any]:
@@ -243,7 +247,7 @@ class _Work:
             if not isinstance(own, ModelImages) or not isinstance(other, ModelImages):
                 raise UserError("metrics: agreement compares two models, not images")
             options = {"chains": self.chains, "seed": self.seed, "batch_size": self.batch_size}
-            found = evaluate(own.model, other.model, images=0, progress=self.progress, **options)  # type: ignore[arg-type]  # a dict
+            found = evaluate(own.model, other.model, images=0, progress=self.progress, **options)
             return {name: value for name, value in found.items() if name != "measured_with"}
         codec = own.model.codec() if isinstance(own, ModelImages) else getattr(own, "codec", None)
         if not isinstance(codec, LatentCodec):
