@@ -167,7 +167,13 @@ def test_a_runs_reference_is_its_teacher_and_its_figures_stay_with_it(
 def test_agreement_equals_the_measurement_without_data(run: Path) -> None:
     assert evaluate(run, "--metrics", "agreement", "--chains", 2, "--seed", 1_000_000, "-o", "out.json") == 0
     assert evaluate("-r", run, "-n", 0, "--chains", 2, "-o", "plain.json") == 0
-    assert record()["figures"]["eps_mse_by_t"] == record("plain.json")["eps_mse_by_t"]
+    plain = record("plain.json")
+    assert record()["figures"]["eps_mse_by_t"] == plain["eps_mse_by_t"]
+    assert plain["student_sha256"] == record()["samples"]["sha256"] != plain["teacher_sha256"]
+    assert plain["teacher_sha256"] == record()["reference"]["sha256"] and plain["ldm_dkdm"] == dkdm.__version__
+    assert (
+        plain["precision"] == "32" and "sampler" not in plain and "--chains 2 --seed 1000000" in plain["measured_with"]
+    )
 
 
 def test_nothing_is_written_into_models_that_are_not_runs(teacher_folder: Path) -> None:

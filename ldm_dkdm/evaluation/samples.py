@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm_dkdm import __version__
 from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.first_stage.codec import LatentCodec
@@ -119,6 +120,16 @@ def sampled(model: DiffusionModel, config: SamplingConfig, name: str | None = No
     """
     require_sampling(model, config)
     return ModelImages(model, config, name or str(model.path or "model"))
+
+
+def compared(student: DiffusionModel, teacher: DiffusionModel, images: int) -> dict[str, Any]:
+    """Provenance of the figures of `evaluate`: both models' weights in memory, precision, the images' sampler."""
+    return {
+        **{f"{name}_sha256": weights_of(model.network) for name, model in (("student", student), ("teacher", teacher))},
+        "sampler": "ddim" if images else None,
+        "precision": student.precision,
+        "ldm_dkdm": __version__,
+    }
 
 
 def weights_of(*modules: nn.Module) -> str:
