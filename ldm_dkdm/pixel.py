@@ -18,6 +18,7 @@ class PixelCodec:
     parameters = 0
     downsampling = 1
     scale_factor = 1.0
+    rounding = "to nearest"
 
     def __init__(self, channels: int = 3) -> None:
         self.channels = channels

@@ -136,7 +136,7 @@ def test_a_model_is_sampled_with_other_seeds_than_its_reference(teacher_folder: 
     found = record()
     assert (found["samples"]["seeds"], found["reference"]["seeds"]) == ("0 ... 11", "12 ... 23")
     assert found["samples"]["sampler"] == "ddim" and found["samples"]["steps"] == 2 and found["figures"]["FD-toy"] > 0
-    assert found["samples"]["sha256"] == sha256(teacher_folder / "model.safetensors")
+    assert found["samples"]["opened_from_sha256"] == sha256(teacher_folder / "model.safetensors")
     assert toy(teacher_folder, teacher_folder, *asked, "--seed", 12, "--reference_seed", 12) == 0
     assert record()["figures"]["FD-toy"] == pytest.approx(0, abs=1e-6)
 
@@ -165,9 +165,15 @@ def test_a_runs_reference_is_its_teacher_and_its_figures_stay_with_it(
 
 
 def test_agreement_equals_the_measurement_without_data(run: Path) -> None:
-    assert evaluate(run, "--metrics", "agreement", "--chains", 2, "-n", 5, "-c", 2, "-o", "out.json") == 0
+    assert evaluate(run, "--metrics", "agreement", "--chains", 2, "--seed", 1_000_000, "-o", "out.json") == 0
     assert evaluate("-r", run, "-n", 0, "--chains", 2, "-o", "plain.json") == 0
-    assert record()["figures"]["eps_mse_by_t"] == record("plain.json")["eps_mse_by_t"]
+    plain = record("plain.json")
+    assert record()["figures"]["eps_mse_by_t"] == plain["eps_mse_by_t"]
+    assert plain["student_sha256"] == record()["samples"]["sha256"] != plain["teacher_sha256"]
+    assert plain["teacher_sha256"] == record()["reference"]["sha256"] and plain["ldm_dkdm"] == dkdm.__version__
+    assert (
+        plain["precision"] == "32" and "sampler" not in plain and "--chains 2 --seed 1000000" in plain["measured_with"]
+    )
 
 
 def test_nothing_is_written_into_models_that_are_not_runs(teacher_folder: Path) -> None:
@@ -195,7 +201,7 @@ def test_a_first_stage_reconstructs_the_reference(first_stage: Path) -> None:
 
 def test_a_model_on_latents_is_measured_by_its_first_stage(teacher_folder: Path, first_stage: Path) -> None:
     asked = ("b.npz", "--metrics", "reconstruction", "-o", "out.json")
-    assert evaluate(teacher_folder, *asked, "-n", 1, "-c", 1) == 0
+    assert evaluate(teacher_folder, *asked) == 0
     figures = record()["figures"]
     assert evaluate(first_stage, *asked) == 0
     assert record()["figures"] == figures
@@ -227,6 +233,11 @@ def test_lpips_is_not_measured_with_other_weights(first_stage: Path, capsys: pyt
         (["a.npz", "b.npz", "--size", "16"], "--size: b.npz holds images of side 32"),
         (["a.npz", "b.npz", "image_size=3"], "image_size: no model uses this hint"),
         (["a.npz", "b.npz", "--batch_size", "0"], "--batch_size: must be at least 1"),
+        (["a.npz", "b.npz", "--teacher", "/nowhere"], "--teacher: has no effect; REFERENCE is b.npz"),
+        (["a.npz", "b.npz", "--labels", "7"], "--labels: has no effect"),
+        (["a.npz", "b.npz", "--chains", "-4"], "--chains: must be at least 1"),
+        (["a.npz", "b.npz", "--processes", "-2"], "--processes: must be at least 1"),
+        (["a.npz", "b.npz", "-n", "5"], "--n_samples: has no effect"),
         (["nowhere", "b.npz"], "nowhere: no such"),
         (["-r", "nowhere", "--sampler", "ddpm"], "--sampler: has no effect with -r alone; add --metrics"),
         (["--table"], "--table: name the runs"),

@@ -212,3 +212,42 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     assert statistics_cache() == tmp_path / "ldm_dkdm" / "statistics"
     monkeypatch.setenv("LDM_DKDM_CACHE", str(tmp_path / "own"))
     assert statistics_cache() == tmp_path / "own" / "statistics"
+
+
+def test_images_beside_statistics_are_read_for_what_these_lack(tmp_path: Path) -> None:
+    facts = {"features": "toy", "weights_sha256": "0" * 64}
+    Statistics(1000, np.ones(D), np.eye(D), facts=facts).write(tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as archive:
+        np.savez(tmp_path / "b.npz", arr_0=IMAGES.numpy(), **archive)
+    source = NpzImages(tmp_path / "b.npz", "b")
+    assert toy(source, keep=False, fields={"toy": ["mu", "sigma"]}).scores is None
+    found, wanted = toy(source, keep=False, fields={"toy": ["scores", "mu_s"]}), toy(TensorImages(IMAGES))
+    np.testing.assert_allclose(found.scores.scores(), wanted.scores.scores())
+    np.testing.assert_allclose(found.mu_s, wanted.mu_s)
+    assert np.array_equal(found.mu, np.ones(D))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: b"", lambda content: content[:-200], lambda content: b"x" + content[9:]]
+)
+def test_a_damaged_cache_is_computed_again(damage: object, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wanted = toy(TensorImages(IMAGES), cache=tmp_path)
+    (file,) = tmp_path.glob("*.npz")
+    file.write_bytes(damage(file.read_bytes()))
+    assert_same(toy(TensorImages(IMAGES), cache=tmp_path), wanted)
+    assert "its statistics are computed again" in caplog.text and Statistics.read(file).count == 50
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-200], None])
+def test_damaged_partial_sums_are_removed(damage: object, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wanted = toy(TensorImages(IMAGES), batch_size=5)
+    with pytest.raises(Stopped):
+        toy(TensorImages(IMAGES), batch_size=5, cache=tmp_path, save_seconds=0.0, progress=stop_after(30))
+    (file,) = tmp_path.glob("*.partial.npz")
+    if damage is None:  # some sums, but no number of images
+        with np.load(file) as archive:
+            np.savez(file, **{name: archive[name] for name in archive.files if name != "done"})
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    assert_same(toy(TensorImages(IMAGES), batch_size=5, cache=tmp_path), wanted)
+    assert "all images are read again" in caplog.text and not file.exists()

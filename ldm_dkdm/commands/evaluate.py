@@ -105,6 +105,7 @@ def _compare(options: argparse.Namespace) -> None:
     from ldm_dkdm.config.schema import ModelCard
     from ldm_dkdm.device import resolve_device
     from ldm_dkdm.evaluation.comparison import evaluate
+    from ldm_dkdm.evaluation.samples import compared
     from ldm_dkdm.files import write_text
     from ldm_dkdm.model import open_model
 
@@ -114,6 +115,8 @@ def _compare(options: argparse.Namespace) -> None:
     hints.require_used({"student": student} | ({"teacher": teacher} if options.teacher else {}))
     with flags(**FLAGS):
         figures = evaluate(student, teacher, progress=True, **numbers)
+    known = compared(student, teacher, options.n_samples != 0)
+    figures |= {name: value for name, value in known.items() if value is not None}
     for name, value in figures.items():
         if name != PER_T:
             print(f"{name}: {value}")

@@ -36,6 +36,7 @@ FLAGS = {
     "reference": "REFERENCE",
     "device": "--device",
     "processes": "--processes",
+    "chains": "--chains",
 }
 
 
@@ -52,6 +53,7 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
     with flags(**FLAGS):
         device = resolve_device(options.device)
         samples, reference = _opened(options, paths, hints, device)
+        _require_effect(options, samples, reference)
         found = measure(
             samples,
             reference,
@@ -94,6 +96,8 @@ def _opened(
     from ldm_dkdm.evaluation.metrics import METRICS
     from ldm_dkdm.evaluation.opening import is_model
 
+    if len(paths) > 1 and options.teacher is not None:
+        raise UserError(f"--teacher: has no effect; REFERENCE is {paths[1]}")
     own = paths[0]
     given = paths[1] if len(paths) > 1 else options.teacher
     models: dict[str, DiffusionModel] = {}
@@ -109,6 +113,18 @@ def _opened(
         if any(name in METRICS and METRICS[name].reference for name in wanted):
             reference = _teacher(own, device, options.precision)
     return samples, reference
+
+
+def _require_effect(options: argparse.Namespace, samples: object, reference: object) -> None:
+    """Refuse flags that are for models where both sets are images; `measure` refuses the rest."""
+    from ldm_dkdm.model import DiffusionModel
+
+    if isinstance(samples, DiffusionModel) or isinstance(reference, DiffusionModel):
+        return
+    given = {"n_samples": options.n_samples, "seed": options.seed, "precision": options.precision != "32" or None}
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"--{name}: has no effect; neither SAMPLES nor REFERENCE is a model")
 
 
 def _model(path: str, hints: ScopedHints, scope: str, device: "torch.device", precision: str) -> "DiffusionModel":

@@ -1,7 +1,7 @@
 """Stream a set of images through extractors: cached by content, resumed where it was interrupted."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from ldm_dkdm import __version__
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.collector import Collector
 from ldm_dkdm.evaluation.extractor import Extractor
+from ldm_dkdm.evaluation.features import FEATURES
 from ldm_dkdm.evaluation.partial import LAYOUT, SAVE_SECONDS, partial_file, stream
 from ldm_dkdm.evaluation.processes import gather_in_processes
 from ldm_dkdm.evaluation.sources import ImageSource, key_of
@@ -33,6 +34,7 @@ def gather(
     progress: bool | Progress = False,
     save_seconds: float = SAVE_SECONDS,
     processes: int = 1,
+    fields: Mapping[str, Collection[str]] | None = None,
 ) -> dict[str, Statistics]:
     """Statistics of a set of images on every extractor's features, in one pass over the images.
 
@@ -44,11 +46,17 @@ def gather(
         cache: folder of statistics; None: nothing is cached or resumed.
         batch_size: images at once. progress: a bar, or a function.
         save_seconds: between two saves of partial sums. processes: that share the images; see `gather_in_processes`.
+        fields: of `Statistics` that metrics read, by extractor; images are read where a file's statistics lack one.
 
     Raises:
         UserError: images that cannot be read, or a file with neither images nor statistics of these features.
     """
-    found = {name: _at_hand(source, extractor, name in keep, cache) for name, extractor in extractors.items()}
+    if source.count:
+        source.identity()  # settles what is doubtful before any image is drawn
+    found = {
+        name: _at_hand(source, extractor, name in keep, cache, (fields or {}).get(name, ()))
+        for name, extractor in extractors.items()
+    }
     missing = {name: Collector(extractors[name], name in keep) for name, known in found.items() if known is None}
     if missing and processes > 1:
         gather_in_processes(source, missing, processes, cache, batch_size, progress, save_seconds)
@@ -84,10 +92,12 @@ def _file(cache: Path, source: ImageSource, extractor: Extractor) -> Path:
     return cache / f"{key}.npz"
 
 
-def _at_hand(source: ImageSource, extractor: Extractor, keep: bool, cache: Path | None) -> Statistics | None:
+def _at_hand(
+    source: ImageSource, extractor: Extractor, keep: bool, cache: Path | None, fields: Collection[str]
+) -> Statistics | None:
     """Statistics in the source's own file, or cached; None if images must be read."""
     stored = source.stored()
-    if stored is not None and not keep and fits(stored, extractor):
+    if stored is not None and not keep and fits(stored, extractor) and (not source.count or _has(stored, fields)):
         return stored
     if not source.count:
         what = "features one by one, which precision-recall and KID need" if keep else f"images for {extractor.name}"
@@ -97,19 +107,39 @@ def _at_hand(source: ImageSource, extractor: Extractor, keep: bool, cache: Path 
     file = _file(cache, source, extractor)
     if not file.is_file():
         return None
-    known = Statistics.read(file, features=keep)
+    known = _cached(file, keep)
+    if known is None:
+        return None
     if keep and known.features is None:
         return None
     logger.info(f"{source.name}: statistics of {known.count} images on {extractor.name} are reused: {file}")
     return known
 
 
+def _has(stored: Statistics, fields: Collection[str]) -> bool:
+    return all(getattr(stored, name) is not None for name in fields)
+
+
+def _cached(file: Path, features: bool) -> Statistics | None:
+    """Statistics of the cache; None where the file is damaged, which removes it."""
+    try:
+        known = Statistics.read(file, features)
+        if known.mu is None or known.count is None:
+            raise UserError(f"{file}: does not hold statistics")
+    except UserError as error:
+        logger.warning(f"{error}; it is removed, and its statistics are computed again")
+        file.unlink()
+        return None
+    return known
+
+
 def fits(stored: Statistics, extractor: Extractor) -> bool:
-    """Whether statistics of a file are of this extractor's features; those without provenance are Inception's."""
+    """Whether statistics of a file are of this extractor's features; of the FID's own where they do not say."""
     if "features" in stored.facts:
         return stored.facts["features"] == extractor.name and stored.facts.get("weights_sha256") == extractor.sha256
     assert stored.mu is not None  # a file of statistics holds it
-    return extractor.name == "inception" and len(stored.mu) == INCEPTION[0]
+    fids = extractor.name == "inception" and extractor.sha256 == FEATURES["inception"].pinned
+    return fids and len(stored.mu) == INCEPTION[0]
 
 
 def _whose(stored: Statistics | None) -> str:

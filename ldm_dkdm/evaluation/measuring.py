@@ -83,7 +83,7 @@ def measure(
         features: a name in FEATURES, or a file with weights of one, for metrics that take any.
         count: samples of each model. steps, sampler, eta, labels: as in `DiffusionModel.sample`.
         seed: sample i of `samples` depends on seed + i only; of a model as `reference` on `reference_seed` + i, by
-            default seed + count.
+            default seed + count. The chains of `agreement` depend on seed.
         batch_size: images at once. size: side to which folders' images are cropped and resized.
         chains: of the teacher, for `agreement`. cache: folder of statistics; default: `statistics_cache()`.
         device: of extractors and of models opened here; default: that of the model in `samples`, else the fastest.
@@ -97,6 +97,8 @@ def measure(
         ("batch_size", batch_size, 1),
         ("seed", seed, 0),
         ("size", size, 1),
+        ("chains", chains, 1),
+        ("processes", processes, 1),
     ):
         whole(value, name, least)
     named, weights = named_features(features)
@@ -106,11 +108,13 @@ def measure(
     second = replace(config, seed=_second(seed, count, reference_seed))
     other = None if reference is None else open_images(reference, second, size, where)
     own = open_images(samples, config, size, where, other)
+    require_effect((draws(own, chosen), draws(other, chosen, True)), config, reference_seed)
     names = dict.fromkeys(features_of(METRICS[name], named) for name in chosen if METRICS[name].of)
     extractors = {name: open_extractor((name == named and weights) or name, where) for name in names}
     folder = statistics_cache() if cache is None else expanded(cache)
-    work = _Work(extractors, named, batch_size, folder, progress, chains, processes)
-    return _measurement(own, other, chosen, extractors, *work.figures(chosen, own, other))
+    work = _Work(extractors, named, batch_size, folder, progress, chains, seed, processes)
+    states = f"{chains} chains of the reference, seed {seed}"
+    return _measurement(own, other, chosen, extractors, states, *work.figures(chosen, own, other))
 
 
 def _measurement(
@@ -118,18 +122,49 @@ def _measurement(
     other: ImageSource | None,
     chosen: Sequence[str],
     extractors: Mapping[str, Extractor],
+    states: str,
     figures: dict[str, Any],
     statistics: Mapping[str, Statistics],
 ) -> Measurement:
-    facts, theirs = own.facts(), None if other is None else other.facts()
+    facts, theirs = _facts(own, chosen), None if other is None else _facts(other, chosen, True)
+    if "agreement" in chosen:
+        facts["agreement"] = states
     used = [extractor.facts() for extractor in extractors.values()]
     return Measurement(figures, facts, theirs, used, doubts(facts, theirs, chosen), statistics)
 
 
-def _require_numbers(**numbers: tuple[int | None, int]) -> None:
-    """Refuse what is not a whole number, or is below the least."""
-    for name, (value, least) in numbers.items():
-        whole(value, name, least)
+def _facts(source: ImageSource, chosen: Sequence[str], second: bool = False) -> dict[str, Any]:
+    """Provenance of a set; a model that is not sampled has no number of images."""
+    if isinstance(source, ModelImages) and not draws(source, chosen, second):
+        return {**source.model_facts(), "images": None}
+    return source.facts()
+
+
+def draws(source: ImageSource | None, chosen: Sequence[str], second: bool = False) -> bool:
+    """Whether metrics sample a set: it is a model, and one of them compares features."""
+    used = any(METRICS[name].of and (METRICS[name].reference or not second) for name in chosen)
+    return used and isinstance(source, ModelImages)
+
+
+def require_effect(sources: Sequence[bool], config: SamplingConfig, reference_seed: int | None) -> None:
+    """Refuse the sampling of models where none is sampled.
+
+    Args:
+        sources: whether the samples and the reference are sampled.
+
+    Raises:
+        UserError: an option without effect.
+    """
+    given = {
+        "steps": config.steps is not None,
+        "sampler": config.sampler != "ddim",
+        "eta": bool(config.eta),
+        "labels": bool(config.labels),
+    }
+    unused = [name for name, is_given in given.items() if is_given and not any(sources)]
+    unused += ["reference_seed"] if reference_seed is not None and not sources[1] else []
+    if unused:
+        raise UserError(f"{unused[0]}: has no effect; no model is sampled for it")
 
 
 def _second(seed: int, count: int, given: int | None) -> int:
@@ -170,6 +205,7 @@ class _Work:
     cache: Path
     progress: bool | Progress
     chains: int
+    seed: int
     processes: int
 
     def figures(
@@ -198,7 +234,11 @@ class _Work:
         keep = {name for name, kept in needs.items() if kept}
         if not extractors:
             return {}
-        options = {"cache": self.cache, "batch_size": self.batch_size, "progress": self.progress}
+        fields = {
+            key: [f for n in metrics if features_of(METRICS[n], self.named) == key for f in METRICS[n].fields]
+            for key in needs
+        }
+        options = {"fields": fields, "cache": self.cache, "batch_size": self.batch_size, "progress": self.progress}
         return gather(source, extractors, keep, processes=self.processes, **options)  # type: ignore[arg-type]  # a dict
 
     def _without_features(self, name: str, own: ImageSource, other: ImageSource) -> dict[str, Any]:
@@ -206,7 +246,9 @@ class _Work:
         if name == "agreement":
             if not isinstance(own, ModelImages) or not isinstance(other, ModelImages):
                 raise UserError("metrics: agreement compares two models, not images")
-            return evaluate(own.model, other.model, images=0, chains=self.chains)
+            options = {"chains": self.chains, "seed": self.seed, "batch_size": self.batch_size}
+            found = evaluate(own.model, other.model, images=0, progress=self.progress, **options)
+            return {name: value for name, value in found.items() if name != "measured_with"}
         codec = own.model.codec() if isinstance(own, ModelImages) else getattr(own, "codec", None)
         if not isinstance(codec, LatentCodec):
             raise UserError("metrics: reconstruction measures a first stage, or a model on latents, on images")

@@ -41,6 +41,7 @@ class Metric:
         meaning: one line. source: where it is defined.
         features: the extractor that defines it; None: any, chosen by the user.
         keep: whether it needs features one by one. reference: whether it compares with a second set.
+        fields: of `Statistics` that it reads.
     """
 
     of: Callable[[Pair], Mapping[str, float]] | None
@@ -49,6 +50,7 @@ class Metric:
     features: str | None = None
     keep: bool = False
     reference: bool = True
+    fields: tuple[str, ...] = ("mu", "sigma")
 
 
 def frechet(pair: Pair) -> dict[str, float]:
@@ -146,10 +148,19 @@ def _features(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
 METRICS: dict[str, Metric] = {
     "fid": Metric(frechet, "Frechet distance on Inception features", "Heusel et al. 2017", "inception"),
     "sfid": Metric(
-        spatial_frechet, "the same on 7 channels of mixed_6/conv, at all positions", "Nash et al. 2021", "inception"
+        spatial_frechet,
+        "the same on 7 channels of mixed_6/conv, at all positions",
+        "Nash et al. 2021",
+        "inception",
+        fields=("mu_s", "sigma_s"),
     ),
     "is": Metric(
-        inception_score, "Inception score, splits of 5,000", "Salimans et al. 2016", "inception", reference=False
+        inception_score,
+        "Inception score, splits of 5,000",
+        "Salimans et al. 2016",
+        "inception",
+        reference=False,
+        fields=("scores",),
     ),
     "fd": Metric(frechet, "Frechet distance on --features", "Heusel et al. 2017"),
     "fd-dinov2": Metric(frechet, "Frechet distance on DINOv2 features", "Stein et al. 2023", "dinov2"),

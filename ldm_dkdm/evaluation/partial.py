@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_dkdm.errors import blaming
+from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.evaluation.collector import Collector
 from ldm_dkdm.evaluation.sources import ImageSource, key_of
 from ldm_dkdm.files import replacing
@@ -59,10 +59,22 @@ def _save(partial: Path, collectors: Mapping[str, Collector], done: int) -> None
 
 
 def _resumed(partial: Path, collectors: Mapping[str, Collector]) -> int:
-    """Restore the collectors from partial sums; returns the number of images in them."""
+    """Restore the collectors from partial sums; returns the number of images in them, 0 where the file is damaged."""
     if not partial.is_file():
         return 0
-    with blaming(partial), np.load(partial, allow_pickle=False) as archive:
+    try:
+        with blaming(partial):
+            return _restored(partial, collectors)
+    except UserError as error:
+        logger.warning(f"{error}; it is removed, and all images are read again")
+        partial.unlink()
+        for collector in collectors.values():
+            collector.restore({})
+        return 0
+
+
+def _restored(partial: Path, collectors: Mapping[str, Collector]) -> int:
+    with partial.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         arrays = dict(archive)
     for name, collector in collectors.items():
         own = {key.removeprefix(f"{name}/"): array for key, array in arrays.items() if key.startswith(f"{name}/")}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.perceptual import lpips_loss
-from ldm_dkdm.evaluation.samples import TRUNCATED, weights_of
+from ldm_dkdm.evaluation.samples import weights_of
 from ldm_dkdm.evaluation.sources import ImageSource
 from ldm_dkdm.evaluation.weights import VGG16, cache_folder, find_weights
 from ldm_dkdm.first_stage.codec import LatentCodec
@@ -39,7 +39,7 @@ class Reconstructions:
     def facts(self) -> dict[str, Any]:
         """Provenance."""
         own = {"source": self.name, "kind": "reconstructions", "sha256": weights_of(self.codec.autoencoder)}
-        return {**self.images.facts(), **own, "rounding": TRUNCATED}
+        return {**self.images.facts(), **own, "rounding": self.codec.rounding}
 
     def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
         """Reconstructions from number `first` on."""

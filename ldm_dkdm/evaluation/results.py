@@ -23,6 +23,7 @@ SAMPLING = (
     "sampler",
     "steps",
     "eta",
+    "labels",
     "guidance",
     "arithmetic",
     "weights",
@@ -97,11 +98,18 @@ def record_in_run(model: Path | None, record: Record) -> Path | None:
     if known is None:
         write_record(path, record)
         return path
-    features = {str(used["features"]): used for used in [*known["features"], *record["features"]]}
+    versions = {**_versions(known), **_versions(record)}
+    features = {(used["features"], used["weights_sha256"]): used for used in [*known["features"], *record["features"]]}
     figures = {**known["figures"], **record["figures"]}
     warnings = list(dict.fromkeys([*known["warnings"], *record["warnings"]]))
-    write_record(path, {**record, "figures": figures, "features": list(features.values()), "warnings": warnings})
+    joined = {"figures": figures, "features": list(features.values()), "warnings": warnings, "versions": versions}
+    write_record(path, {**record, **joined})
     return path
+
+
+def _versions(record: Record) -> dict[str, str]:
+    """The package's version by figure: records of several calls hold several."""
+    return {name: record.get("versions", {}).get(name, record["ldm_dkdm"]) for name in record["figures"]}
 
 
 def _in_run(model: Path) -> bool:
@@ -112,7 +120,8 @@ def _in_run(model: Path) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     with blaming(path, "is not a record of an evaluation"):
         record = json.loads(path.read_text())
-        return {name: record[name] for name in ("figures", "samples", "reference", "features", "warnings", "ldm_dkdm")}
+        names = ("figures", "samples", "reference", "features", "warnings", "ldm_dkdm")
+        return {name: record[name] for name in names} | {"versions": record.get("versions", {})}
 
 
 def table(paths: Iterable[str | Path]) -> str:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm_dkdm import __version__
 from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.model import DiffusionModel
-from ldm_dkdm.model.sampling import require_sampling, steps_of
-
-TRUNCATED = "truncated, as guided-diffusion's and CompVis's scripts do"
+from ldm_dkdm.model.sampling import require_sampling, settle, steps_of
 
 
 @dataclass(frozen=True)
@@ -33,19 +32,26 @@ class ModelImages:
 
     @cached_property
     def weights(self) -> str:
-        """Hash of the tensors of the network and its first stage."""
+        """Hash of the network's tensors in memory."""
+        return weights_of(self.model.network)
+
+    @cached_property
+    def first_stage(self) -> str | None:
+        """Hash of the first stage's tensors in memory; None in pixel space."""
         codec = self.model.codec()
-        return weights_of(self.model.network, *([codec.autoencoder] if isinstance(codec, LatentCodec) else []))
+        return weights_of(codec.autoencoder) if isinstance(codec, LatentCodec) else None
 
     def identity(self) -> dict[str, Any]:
-        """Weights, process, sampling; as they are when it is first asked for."""
+        """Weights, process, sampling; settles a doubtful scale of the latents first, by the images 0 and 1."""
         return self._identity
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        model = self.model  # a doubtful scale of its latents is decided by its first samples
+        model = self.model
+        settle(model, self.config)
         return {
             "weights": self.weights,
+            "first_stage": self.first_stage,
             "diffusion": repr(model.diffusion),
             "node": repr(model.node),
             "guidance": [model.guidance, model.null_label],
@@ -67,18 +73,25 @@ class ModelImages:
         }
 
     def facts(self) -> dict[str, Any]:
-        """Provenance: the sampling, the weights' file and its hash."""
-        file, hints = self.model.file, self.model.hints
+        """Provenance: the sampling, the weights in memory, and the hash of the file that they were opened from."""
+        return {**self.model_facts(), **self.sampling()}
+
+    def model_facts(self) -> dict[str, Any]:
+        """The same without the sampling: for metrics that draw no images."""
+        file, raw = self.model.file, self.model.hints.use_ema is False
+        opened = file is not None and file.exists()
         return {
             "source": self.name,
             "kind": "model",
-            **self.sampling(),
+            "arithmetic": self.model.precision,
             "guidance": self.model.guidance,
             "parameters": self.model.parameters,
-            "weights": "raw" if hints.use_ema is False else "EMA, where the file holds it",
-            "sha256": sha256(file) if file is not None and file.exists() else self.weights,
+            "weights": ("raw" if raw else "EMA, where the file holds it") if opened else None,
+            "sha256": self.weights,
+            "first_stage_sha256": self.first_stage,
+            "opened_from_sha256": sha256(file) if file is not None and opened else None,
             "size": self.model.shape[1] * self.model.codec().downsampling,
-            "rounding": TRUNCATED,
+            "rounding": self.model.codec().rounding,
         }
 
     def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
@@ -107,6 +120,16 @@ def sampled(model: DiffusionModel, config: SamplingConfig, name: str | None = No
     """
     require_sampling(model, config)
     return ModelImages(model, config, name or str(model.path or "model"))
+
+
+def compared(student: DiffusionModel, teacher: DiffusionModel, images: int) -> dict[str, Any]:
+    """Provenance of the figures of `evaluate`: both models' weights in memory, precision, the images' sampler."""
+    return {
+        **{f"{name}_sha256": weights_of(model.network) for name, model in (("student", student), ("teacher", teacher))},
+        "sampler": "ddim" if images else None,
+        "precision": student.precision,
+        "ldm_dkdm": __version__,
+    }
 
 
 def weights_of(*modules: nn.Module) -> str:

@@ -58,7 +58,12 @@ class Statistics:
         Raises:
             UserError: not an .npz of statistics, or values that are not finite.
         """
-        with blaming(path, "does not hold statistics"), interruptible(), np.load(path, allow_pickle=False) as archive:
+        with (
+            blaming(path, "does not hold statistics"),
+            interruptible(),
+            path.open("rb") as file,  # np.load leaves a damaged file open
+            np.load(file, allow_pickle=False) as archive,
+        ):
             names = set(archive.files)
             count = int(archive["count"]) if "count" in names else -1
             facts = json.loads(str(archive["provenance"])) if "provenance" in names else {}

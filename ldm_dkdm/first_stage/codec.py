@@ -11,6 +11,7 @@ from ldm_dkdm.first_stage.autoencoder import Autoencoder
 from ldm_dkdm.images import to_signed, to_uint8
 
 MAX_DISTANCES = 1 << 27  # distances of latents and codes computed at once: 0.5 GB in float32
+TRUNCATED = "truncated, as ADM"  # how images become 8-bit: guided-diffusion's and CompVis's scripts
 CODES = 8192  # size of codebook assumed for batches where there is none
 
 
@@ -18,6 +19,7 @@ class Codec(Protocol):
     """Converts images to states and back: `LatentCodec`, `pixel.PixelCodec`."""
 
     scale_factor: float
+    rounding: str  # how decoded images become 8-bit
 
     @property
     def parameters(self) -> int:
@@ -51,6 +53,8 @@ class LatentCodec:
         target, params: the autoencoder in a config.
         doubt: why the scale may be another one; empty where a file or a user states it.
     """
+
+    rounding = TRUNCATED
 
     def __init__(
         self,

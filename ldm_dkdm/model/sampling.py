@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.diffusion.samplers import SAMPLERS, ImageNoise, Sampler, last
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.first_stage.codec import Codec, LatentCodec
-from ldm_dkdm.first_stage.scale import scale_figures
+from ldm_dkdm.first_stage.scale import IMAGES, scale_figures
 from ldm_dkdm.networks.modes import in_eval_mode
 from ldm_dkdm.reporting import logger
 from ldm_dkdm.rng import numpy_generator
@@ -36,18 +36,36 @@ def sample_batches(model: "DiffusionModel", config: SamplingConfig) -> Iterator[
     Raises:
         UserError: as `DiffusionModel.sample`.
     """
-    sampler, steps = require_sampling(model, config), steps_of(model, config)
-    device = model.device
+    require_sampling(model, config)
     codec = model.codec().to(model.device, resolve_precision(model.precision, model.device))
+    settle(model, config)
     with in_eval_mode(model.network):
         for start in range(0, config.count, config.batch_size):
             count = min(config.batch_size, config.count - start)
-            noise = ImageNoise([config.seed + start + i for i in range(count)], model.shape, device)
-            label = labels_of(model, config, start, count)
-            label = None if label is None else label.to(device)
-            states = last(sampler.walk(model.schedule, model.predict, noise(), noise, steps, label, config.eta))
-            settle_scale(model, codec, states)
+            states, label = _drawn(model, config, start, count)
             yield SampleBatch(states, codec.decode(states).cpu(), label)
+
+
+def _drawn(model: "DiffusionModel", config: SamplingConfig, start: int, count: int) -> tuple[Tensor, Tensor | None]:
+    """States and labels of the images start ... start+count-1."""
+    sampler, steps, device = require_sampling(model, config), steps_of(model, config), model.device
+    noise = ImageNoise([config.seed + start + i for i in range(count)], model.shape, device)
+    label = labels_of(model, config, start, count)
+    label = None if label is None else label.to(device)
+    return last(sampler.walk(model.schedule, model.predict, noise(), noise, steps, label, config.eta)), label
+
+
+def settle(model: "DiffusionModel", config: SamplingConfig) -> None:
+    """Decide a doubtful scale of the latents by the samples of seed and seed + 1, whatever the batches are."""
+    codec = model.codec()
+    if _doubtful(codec, model):
+        codec.to(model.device, resolve_precision(model.precision, model.device))
+        with in_eval_mode(model.network):
+            settle_scale(model, codec, _drawn(model, config, 0, IMAGES)[0])
+
+
+def _doubtful(codec: Codec, model: "DiffusionModel") -> TypeGuard[LatentCodec]:
+    return isinstance(codec, LatentCodec) and bool(codec.doubt) and model.path is not None
 
 
 def settle_scale(model: "DiffusionModel", codec: Codec, states: Tensor) -> None:
@@ -55,7 +73,7 @@ def settle_scale(model: "DiffusionModel", codec: Codec, states: Tensor) -> None:
 
     A student in training has no say: its samples are not yet what its teacher's are.
     """
-    if not isinstance(codec, LatentCodec) or not codec.doubt or model.path is None:
+    if not _doubtful(codec, model):
         return
     figures = scale_figures(codec, states)
     logger.warning(f"scale_factor: {figures.best:g} is taken ({figures}); scale_factor=NUMBER states another")
