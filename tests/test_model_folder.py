@@ -63,5 +63,9 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_folder(tmp_path, FirstStageCard("model.safetensors", "other", {}), {"b": torch.zeros(1)})
+        write_folder(
+            tmp_path,
+            FirstStageCard("model.safetensors", "ldm_dkdm.first_stage.AutoencoderKL", {}),
+            {"b": torch.zeros(1)},
+        )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

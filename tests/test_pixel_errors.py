@@ -49,7 +49,7 @@ def test_bad_values_are_one_line_and_exit_code_2(
         (np.arange(3), "int64 (3,), expected 4"),
         (np.eye(4, dtype=int), "int64 (4, 4), expected 4"),
         (np.full(4, 0.7), "float64 (4,), expected 4"),
-        (np.array(["a"] * 4), "<U1 (4,), expected 4"),
+        (np.array(["a"] * 4), "array arr_1: it holds str32, not numbers"),
         (np.arange(4) + 9, "labels go from 9 to 12"),
         (None, "needs labels"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,10 @@ def name_schedule(alphas_cumprod: Tensor) -> DiffusionConfig | None:
     for name, (start, end) in product(SCHEDULES, ((first, final), *USUAL_ENDS)):
         if 0 < start <= end < 1:
             config = DiffusionConfig(name, steps, start, end)
-            wanted = schedule_of(config).alphas_cumprod
-            if torch.allclose(wanted, alphas_cumprod.double(), rtol=tolerance(alphas_cumprod), atol=1e-6):
-                return config
+            with suppress(UserError):  # these ends leave nothing of x_0 at T
+                wanted = schedule_of(config).alphas_cumprod
+                if torch.allclose(wanted, alphas_cumprod.double(), rtol=tolerance(alphas_cumprod), atol=1e-6):
+                    return config
     if bool(((betas > 0) & (betas < 1)).all()):
         return DiffusionConfig(num_timesteps=steps, betas=betas.tolist())
     return None

@@ -92,14 +92,8 @@ def measure(
     Raises:
         UserError: an unknown name, missing weights, a set that a metric cannot take, too few images.
     """
-    for name, value, least in (
-        ("count", count, 1),
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-        ("size", size, 1),
-        ("chains", chains, 1),
-        ("processes", processes, 1),
-    ):
+    numbers = {"count": (count, 1), "batch_size": (batch_size, 1), "seed": (seed, 0), "size": (size, 1)}
+    for name, (value, least) in {**numbers, "chains": (chains, 1), "processes": (processes, 1)}.items():
         whole(value, name, least)
     named, weights = named_features(features)
     chosen = chosen_metrics(metrics, named, reference is not None)
