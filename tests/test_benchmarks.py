@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ldm_dkdm import UserError
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config
 
@@ -75,3 +76,14 @@ def test_the_line_is_the_least_squares_one(monkeypatch: pytest.MonkeyPatch) -> N
     from teachers import line
 
     assert line([1.0, 2.0, 3.0], [3.0, 5.0, 7.0]) == pytest.approx({"slope": 2, "intercept": 1, "correlation": 1})
+
+
+def test_the_last_measured_agreement_is_ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from ranking import last_agreement, rank_correlation
+
+    (tmp_path / "metrics.csv").write_text("step,loss,agreement\n1,2,0.5\n2,1,0.25\n3,1,\n")
+    assert last_agreement(tmp_path) == 0.25
+    assert rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 9.0, 4.0, 16.0]) == pytest.approx(0.8)
+    with pytest.raises(UserError, match="holds no agreement"):
+        last_agreement(tmp_path / "nowhere")
