@@ -8,6 +8,7 @@ import torch
 
 from ldm_dkdm import DiffusionModel, UserError, evaluate, load_model, measure
 from ldm_dkdm.evaluation.results import record_in_run, row_of
+from tests.cli import run_script
 from tests.feature_sets import add_toy
 
 IMAGES = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -70,3 +71,19 @@ def test_records_of_a_run_keep_every_extractor_and_every_figures_version(
     assert [used["weights_sha256"] for used in found["features"]] == ["a", "b"]
     assert found["versions"] == {"FID": "1", "FD-inception-b": "2", "KID": "3"}
     assert row_of(record("FID", "a", "1"))["labels"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seed", "9" * 23], "--seed: must be at most 4611686018427387904"),
+        (["-o", "."], "--out: . is a folder; name a file in it"),
+        (["--results", "."], "--results: . is a folder; name a file in it"),
+    ],
+)
+def test_a_huge_seed_and_a_folder_for_a_file_are_refused(
+    teacher_folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    against = ("-r", teacher_folder, "--teacher", teacher_folder, "-n", 0, "--chains", 1)
+    assert run_script("evaluate.py", *against, *words) == 2
+    assert said in capsys.readouterr().err

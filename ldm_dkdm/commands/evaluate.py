@@ -68,6 +68,9 @@ def _names() -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Choose what is asked for: a table, two sets of images, or a student and its teacher."""
+    for flag in ("out", "results", "save_statistics"):
+        if (file := getattr(options, flag)) is not None and file.is_dir():
+            raise UserError(f"--{flag}: {file} is a folder; name a file in it")
     paths, items = split_paths(options.hints)
     if options.table:
         print_table([*([options.resume] if options.resume else []), *paths])

@@ -77,13 +77,18 @@ def _sizes(shape: Sequence[int]) -> tuple[int, int, int]:
     return found[0], found[1], found[2]
 
 
+LARGEST = 2**62  # PyTorch takes 64-bit seeds, and a sample adds its number
+
+
 def whole(value: int | None, name: str, least: int) -> int | None:
     """A whole number that a user gives, or None.
 
     Raises:
-        UserError: it is something else, or below the least.
+        UserError: it is something else, below the least, or above LARGEST.
     """
     number: int | None = convert(int | None, value, name)
+    if number is not None and number > LARGEST:
+        raise UserError(f"{name}: must be at most {LARGEST}")
     if number is not None and number < least:
         raise UserError(f"{name}: must be at least {least}, got {number}")
     return number
