@@ -4,32 +4,24 @@ Each run's student is timed in turn with the teacher while it samples 256 images
 against the teacher's samples. RUN may be any model; `--teacher` then names the teacher.
 """
 
-import argparse
 from pathlib import Path
 
-from common import finish, interleaved, plot
+from common import finish, interleaved, measuring_parser, plot, teacher_of
 
 import ldm_dkdm as dkdm
-from ldm_dkdm.commands.evaluate import find_teacher
-from ldm_dkdm.commands.hints import ScopedHints
 from ldm_dkdm.device import default_device
 
 
 def main() -> None:
     """Time, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser = measuring_parser(__doc__)
     parser.add_argument("--teacher", help="default: the one of the first run")
     parser.add_argument("-n", "--images", type=int, default=256, help="images that are timed")
-    parser.add_argument("--count", type=int, default=2000, help="images of the distance")
-    parser.add_argument("-c", "--steps", type=int, default=50, help="DDIM steps")
-    parser.add_argument("--features", default="efficientnet-lite0")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="32", choices=["auto", "bf16", "32"])
-    parser.add_argument("-o", "--out", type=Path, help="JSON file; a plot is written beside it")
     options = parser.parse_args()
     device = default_device("auto")
-    teacher = find_teacher(options.runs[0], options.teacher, ScopedHints([], ("student", "teacher")))
+    teacher = teacher_of(options.runs[0], options.teacher)
     models = {"teacher": teacher} | {run.name: dkdm.load_model(run) for run in options.runs}
     models = {name: model.to(device, options.precision) for name, model in models.items()}
     size = min(options.images, 256)

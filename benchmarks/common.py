@@ -1,5 +1,6 @@
 """What benchmarks share: models of a recipe, the machine at hand, tables, JSON and plots."""
 
+import argparse
 import json
 import platform
 import statistics
@@ -17,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 from ldm_dkdm import DiffusionModel, __version__  # noqa: E402
 from ldm_dkdm.commands.distill import open_teacher, untrained_teacher  # noqa: E402
+from ldm_dkdm.commands.evaluate import find_teacher  # noqa: E402
+from ldm_dkdm.commands.hints import ScopedHints  # noqa: E402
 from ldm_dkdm.config.load import load_config  # noqa: E402
 from ldm_dkdm.config.recipes import find_shipped  # noqa: E402
 from ldm_dkdm.config.registry import build  # noqa: E402
@@ -100,6 +103,22 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     widths = [max(map(len, column)) for column in zip(keys, *shown)]
     lines = [keys, ["-" * width for width in widths], *shown]
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+
+
+def measuring_parser(meaning: str) -> argparse.ArgumentParser:
+    """The arguments of a benchmark that measures the students of several distillations."""
+    parser = argparse.ArgumentParser(description=meaning.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--count", type=int, default=2000, help="images of each model")
+    parser.add_argument("-c", "--steps", type=int, default=50, help="DDIM steps")
+    parser.add_argument("--features", default="efficientnet-lite0")
+    parser.add_argument("-o", "--out", type=Path, help="JSON file; a plot is written beside it")
+    return parser
+
+
+def teacher_of(run: Path, teacher: str | None = None) -> DiffusionModel:
+    """The teacher that is named, else the one of a run's distillation."""
+    return find_teacher(run, teacher, ScopedHints([], ("student", "teacher")))
 
 
 def finish(out: Path | None, device: torch.device, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from ldm_dkdm.evaluation.features import open_extractor
 from ldm_dkdm.evaluation.gathering import gather
+from ldm_dkdm.evaluation.processes import Part
 from ldm_dkdm.evaluation.sources import NpzImages
 from ldm_dkdm.images import npz_writer
 
@@ -48,7 +49,12 @@ def main() -> None:
         write(path, options.count, options.size)
         for count in (options.count // 10, options.count):
             started, worked = time.perf_counter(), time.process_time()
-            gather(NpzImages(path, "images", count), {extractor.name: extractor}, keep, cache=Path(folder) / "cache")
+            gather(
+                Part(NpzImages(path, "images"), 0, count),
+                {extractor.name: extractor},
+                keep,
+                cache=Path(folder) / "cache",
+            )
             seconds, cpu = time.perf_counter() - started, time.process_time() - worked
             print(f"{count} images: {seconds:.0f} s, {cpu:.0f} s of CPU time, peak {peak():.0f} MB", flush=True)
 

@@ -4,33 +4,25 @@ Reads the last agreement of every distillation from its metrics.csv, measures it
 prints Spearman's rank correlation of the two over the runs.
 """
 
-import argparse
-import csv
 from pathlib import Path
 
-from common import finish, plot
+from common import finish, measuring_parser, plot, teacher_of
 from scipy.stats import spearmanr
 
 import ldm_dkdm as dkdm
-from ldm_dkdm.commands.evaluate import find_teacher
-from ldm_dkdm.commands.hints import ScopedHints
 from ldm_dkdm.device import default_device
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.reports.tables import read_series
 
 
 def main() -> None:
     """Measure, rank, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--count", type=int, default=2000, help="images of each model")
-    parser.add_argument("-c", "--steps", type=int, default=50, help="DDIM steps")
-    parser.add_argument("--features", default="efficientnet-lite0")
-    parser.add_argument("-o", "--out", type=Path, help="JSON file; a plot is written beside it")
+    parser = measuring_parser(__doc__)
     options = parser.parse_args()
     numbers = {"metrics": ["fd"], "features": options.features, "count": options.count, "steps": options.steps}
     rows, name = [], ""
     for run in options.runs:
-        teacher = find_teacher(run, None, ScopedHints([], ("student", "teacher")))
+        teacher = teacher_of(run)
         ((name, distance),) = dkdm.measure(dkdm.load_model(run), teacher, **numbers).figures.items()
         rows.append({"run": run.name, "agreement": last_agreement(run), name: distance})
     correlation = rank_correlation([row["agreement"] for row in rows], [row[name] for row in rows])
@@ -50,11 +42,10 @@ def last_agreement(run: Path) -> float:
         UserError: it was not measured.
     """
     file = run / "metrics.csv"
-    rows = list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
-    measured = [row["agreement"] for row in rows if row.get("agreement")]
-    if not measured:
+    measured = read_series([file] if file.is_file() else []).get("agreement")
+    if measured is None:
         raise UserError(f"{file}: holds no agreement; the run needs logging.evaluate_every")
-    return float(measured[-1])
+    return measured.values[-1]
 
 
 def rank_correlation(x: list[float], y: list[float]) -> float:

@@ -4,32 +4,24 @@ Each RUN is a distillation. Its student and its teacher are measured against the
 through the pairs.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
-from common import finish, plot
+from common import finish, measuring_parser, plot, teacher_of
 
 import ldm_dkdm as dkdm
-from ldm_dkdm.commands.evaluate import find_teacher
-from ldm_dkdm.commands.hints import ScopedHints
 from ldm_dkdm.device import default_device
 
 
 def main() -> None:
     """Measure, fit, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser = measuring_parser(__doc__)
     parser.add_argument("--reference", required=True, help="folder of images, .npz, statistics or a model")
-    parser.add_argument("--count", type=int, default=2000, help="images of each model")
-    parser.add_argument("-c", "--steps", type=int, default=50, help="DDIM steps")
-    parser.add_argument("--features", default="efficientnet-lite0")
-    parser.add_argument("-o", "--out", type=Path, help="JSON file; a plot is written beside it")
     options = parser.parse_args()
     numbers = {"metrics": ["fd"], "features": options.features, "count": options.count, "steps": options.steps}
     rows, name = [], ""
     for run in options.runs:
-        teacher = find_teacher(run, None, ScopedHints([], ("student", "teacher")))
+        teacher = teacher_of(run)
         row = {"run": run.name}
         for role, model in (("teacher", teacher), ("student", dkdm.load_model(run))):
             ((name, value),) = dkdm.measure(model, options.reference, **numbers).figures.items()

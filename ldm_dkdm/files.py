@@ -28,6 +28,9 @@ def exists(text: str) -> bool:
         return False
 
 
+JSON_BYTES = 20_000_000  # longest accepted JSON file
+
+
 def read_text(path: Path, most: int) -> str:
     """A text file of at most `most` bytes, UTF-8 with or without a mark of its byte order.
 

@@ -22,7 +22,7 @@ from ldm_dkdm.reporting import logger
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow's names; it opens no others
-PIXELS = 1 << 26  # of an image file; Pillow takes up to 32 bytes for each
+PIXELS = 1 << 26  # most pixels in an image file; Pillow takes up to 32 bytes for each
 MODES = {1: "L", 3: "RGB"}  # channels of an image file -> Pillow's mode
 
 

@@ -4,12 +4,14 @@ import math
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from ldm_dkdm.errors import MALFORMED, UserError, interruptible
+from ldm_dkdm.errors import MALFORMED, UserError, blaming, interruptible
 from ldm_dkdm.files import require_file
 from ldm_dkdm.reporting import size
 
@@ -31,7 +33,7 @@ def read_npz(path: Path, name: str = "arr_0") -> np.ndarray | None:
     try:
         with interruptible(), zipfile.ZipFile(path) as archive:
             if f"{name}.npy" in archive.namelist() or name == "arr_0":
-                return _read(archive, archive.getinfo(f"{name}.npy"), path.stat().st_size)
+                return _read(archive, name, path.stat().st_size)
             return None
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
@@ -39,7 +41,34 @@ def read_npz(path: Path, name: str = "arr_0") -> np.ndarray | None:
         raise UserError(f"{path}: not an .npz with an array {name}: {error}") from error
 
 
-def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file_size: int) -> np.ndarray:
+def array_names(path: Path) -> set[str]:
+    """The arrays in an .npz.
+
+    Raises:
+        UserError: no such file, or not a zip archive.
+    """
+    require_file(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with blaming(path, "is not an .npz"), zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def read_arrays(path: Path, skipped: Container[str] = ()) -> dict[str, np.ndarray]:
+    """All arrays of an .npz but some; errors as `read_npz`."""
+    found = {name: read_npz(path, name) for name in sorted(array_names(path)) if name not in skipped}
+    return {name: array for name, array in found.items() if array is not None}
+
+
+@contextmanager
+def opened_array(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype]]:
+    """The values of an array as a stream, its shape, whether its order is Fortran's, and its type.
+
+    Raises:
+        KeyError: no such array.
+        ValueError: an encrypted or oddly compressed one, one of anything but numbers, or of less than its shape says.
+    """
+    entry = archive.getinfo(f"{name}.npy")
     if entry.flag_bits & 1:
         raise ValueError("it is encrypted")
     if entry.compress_type not in METHODS:
@@ -51,9 +80,14 @@ def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file_size: int) -> n
         shape, fortran, dtype = HEADERS[version](member)
         if dtype.kind not in NUMBERS or dtype.itemsize > 8:
             raise ValueError(f"it holds {dtype.name}, not numbers of up to 64 bits")
-        needed = math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or needed > entry.file_size:
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > entry.file_size:
             raise ValueError(f"it claims the shape {shape}, for which it holds too little")
+        yield member, shape, fortran, dtype
+
+
+def _read(archive: zipfile.ZipFile, name: str, file_size: int) -> np.ndarray:
+    with opened_array(archive, name) as (member, shape, fortran, dtype):
+        needed = math.prod(shape) * dtype.itemsize
         if needed > max(SMALL, PACKED * file_size):
             raise ValueError(f"a file of {size(file_size)} unpacks to {size(needed)}, as no images do")
         numbers = _numbers(member, needed).view(dtype)

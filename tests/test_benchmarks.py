@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_dkdm import UserError
+from ldm_dkdm import UserError, load_model, measure
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config
 
@@ -52,12 +52,19 @@ def runs(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return [home / "one", home / "two"]
 
 
-def test_students_are_timed_and_measured_beside_their_teacher(runs: list[Path], tmp_path: Path) -> None:
+def test_students_are_timed_and_measured_beside_their_teacher(
+    runs: list[Path], teacher_folder: Path, tmp_path: Path
+) -> None:
     words = ("-n", 2, "--count", 8, "-c", 2, "--rounds", 1, "-o", tmp_path / "architectures.json")
     benchmark("architectures.py", *runs, *words)
     rows = json.loads((tmp_path / "architectures.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["teacher", "one", "two"]
-    assert all(row["images/s"] > 0 and row["FD-efficientnet"] > 0 for row in rows)
+    for row, model in zip(rows[1:], runs, strict=True):
+        found = measure(
+            model, metrics=["fd"], reference=teacher_folder, features="efficientnet-lite0", count=8, steps=2
+        )
+        assert row["FD-efficientnet"] == pytest.approx(found.figures["FD-efficientnet"], rel=1e-4)
+        assert row["M parameters"] == load_model(model).parameters / 1e6 and row["images/s"] > 0
 
 
 def test_students_are_measured_beside_their_teachers(runs: list[Path], tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
 def test_an_npz_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (1500, 64, 64, 3), np.uint8)  # 18 MB
     np.savez(tmp_path / "a.npz", images)
-    peak(NpzImages(tmp_path / "a.npz", "a", limit=100), tmp_path)
+    peak(Part(NpzImages(tmp_path / "a.npz", "a"), 0, 100), tmp_path)
     assert peak(NpzImages(tmp_path / "a.npz", "a"), tmp_path) < images.nbytes / 4
 
 

@@ -77,13 +77,13 @@ def test_images_of_other_sizes_need_a_size(tmp_path: Path) -> None:
         ({"arr_0": np.zeros((2, 3, 3, 3), np.float32)}, "arr_0 is float32"),
         ({"arr_0": np.zeros((2, 3), np.uint8)}, "arr_0 is uint8"),
         ({"arr_0": np.asfortranarray(np.zeros((2, 3, 3, 3), np.uint8))}, "arr_0 is uint8"),
-        ({"arr_0": np.array([{"a": 1}], dtype=object)}, "arr_0 is object"),
+        ({"arr_0": np.array([{"a": 1}], dtype=object)}, "images in arr_0 .*holds object"),
         ({"latents": np.zeros(3)}, "holds latents; images are in arr_0"),
         ({"mu": np.zeros(3)}, "mu and sigma .* come in pairs"),
         ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, r"sigma \(2, 2\) does not fit mu \(3,\)"),
         ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "mu holds values that are not finite"),
         ({"mu": np.zeros(2, int), "sigma": np.eye(2)}, "mu is int64"),
-        ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "mu is <U1"),
+        ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "array mu: it holds str32"),
     ],
 )
 def test_other_npz_files_are_refused(arrays: dict[str, np.ndarray], reason: str, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def saved(folder: Path, form: str, change: float | None) -> Path:
         tree = {key: value for key, value in json.loads(config.read_text()).items() if key != "scaling_factor"}
         config.write_text(json.dumps(tree | ({} if change is None else {"scaling_factor": change})))
     else:
-        content = torch.load(path, weights_only=False)
+        content = torch.load(path, weights_only=True)
         del content["state_dict"]["scale_factor"]
         torch.save(content, path)
     return path

@@ -4,11 +4,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from ldm_dkdm.checkpoints.weight_files import LONGEST, files_of
+from ldm_dkdm.checkpoints.weight_files import files_of
 from ldm_dkdm.config.load import RUN_KIND, card_kind
 from ldm_dkdm.config.schema import ModelCard
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import read_text, write_text
+from ldm_dkdm.files import JSON_BYTES, read_text, write_text
 
 FIGURES = "evaluation.json"
 PER_T = "eps_mse_by_t"  # a long list; evaluation.json has it, cards do not
@@ -29,7 +29,7 @@ def write_readme(folder: Path, card: ModelCard) -> None:
     """Write or renew the card of a model folder, with the figures in its evaluation.json."""
     info, params = dict(card.info), card.network.params
     figures = folder / FIGURES
-    measured = json.loads(read_text(figures, LONGEST)) if figures.is_file() else {}
+    measured = json.loads(read_text(figures, JSON_BYTES)) if figures.is_file() else {}
     kind = card.network.target.rpartition(".")[2]
     lines = [
         "---",

@@ -15,7 +15,12 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.reporting import logger
 
 OUR_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine"}  # CompVis's names -> ours
-DEFAULTS = {"beta_schedule": "linear", "timesteps": 1000, "linear_start": 1e-4, "linear_end": 2e-2}  # of its DDPM class
+DEFAULTS = {
+    "beta_schedule": "linear",
+    "timesteps": 1000,
+    "linear_start": 1e-4,
+    "linear_end": 2e-2,
+}  # the defaults of CompVis's DDPM class
 UNSHOWN = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order", "dropout", "use_checkpoint")
 
 

@@ -104,7 +104,9 @@ class Contents:
             self._refuse_unknown(hints)
             wanted = "; ".join(f"{' or '.join(map(hints.key, demand.keys))} ({demand.hint})" for demand in missing)
             raise UserError(f"{self.path}: tensor shapes do not show everything; set {wanted}")
-        others = {key for d in self.demands if set(d.keys) & set(hints.params) for key in d.keys}  # of two spellings
+        others = {
+            key for d in self.demands if set(d.keys) & set(hints.params) for key in d.keys
+        }  # alternatives of a given hint
         usual = {key: value for key, value in self.usual.items() if key not in others}
         return NetworkConfig(self.target, {**usual, **self.params, **hints.params}, kind)
 

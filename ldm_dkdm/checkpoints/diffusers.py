@@ -25,7 +25,7 @@ from ldm_dkdm.reporting import logger
 
 NAME = "diffusers folder"
 UNET, TARGET = "UNet2DModel", "ldm_dkdm.networks.UNet"
-PARTS = ("unet", "transformer")  # of a network in a pipeline
+PARTS = ("unet", "transformer")  # names of the network's folder in a pipeline
 INDEX = "model_index.json"
 NOTES = "ldm_dkdm.json"  # what diffusers' files have no key for; the library does not read it
 NOTED = ("null_label", "info")

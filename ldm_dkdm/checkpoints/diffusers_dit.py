@@ -14,7 +14,7 @@ from ldm_dkdm.networks.dit import grid_positions
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in older files
 TARGET = "ldm_dkdm.networks.DiT"
-DROPOUT = 0.1  # of labels while training; the library has no other
+DROPOUT = 0.1  # probability of dropping a label in training; fixed in the library
 NAMES = {  # theirs -> ours, within a block `transformer_blocks.N.` -> `blocks.N.`
     "norm1.linear": "adaLN_modulation.1",
     "attn1.to_qkv": "attn.qkv",
@@ -50,7 +50,7 @@ KNOWN = {
     *FIXED,
     *("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "num_layers", "sample_size"),
     *("patch_size", "num_embeds_ada_norm", "norm_eps", "norm_num_groups", "upcast_attention"),
-    *("caption_channels", "interpolation_scale", "use_additional_conditions"),  # of other norm types
+    *("caption_channels", "interpolation_scale", "use_additional_conditions"),  # keys of other norm types
 }
 
 

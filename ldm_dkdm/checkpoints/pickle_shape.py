@@ -5,7 +5,7 @@ import pickletools
 from collections.abc import Iterator
 from typing import IO, Any
 
-OPCODES = 1_000_000  # of a file; a network of 10,000 tensors and its optimizer have 600,000
+OPCODES = 1_000_000  # most opcodes in a file; a network of 10,000 tensors and its optimizer have 600,000
 EXPANDED = 3_000_000  # objects, where shared ones count as often as they occur: what hashing and searching visit
 DEPTH = 1000  # containers within each other: hashing tuples a million deep would end the interpreter
 NAMES = 10_000  # classes and functions
@@ -16,7 +16,7 @@ GROW = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS")  # their first o
 PUT = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
 GET = ("GET", "BINGET", "LONG_BINGET")
 MARK = object()
-Node = list[Any]  # of a container: how many plain values it holds, then the containers that it holds
+Node = list[Any]  # a container: its number of plain values, then its containers
 
 
 class PickleShape:

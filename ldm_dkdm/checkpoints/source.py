@@ -16,9 +16,8 @@ from ldm_dkdm.checkpoints.state_dicts import Weights, find_weights, is_averaged,
 from ldm_dkdm.config.load import card_kind, read_yaml
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.errors import UserError, interruptible
-from ldm_dkdm.files import read_text, require_file
+from ldm_dkdm.files import JSON_BYTES, read_text, require_file
 
-LONGEST = 20_000_000  # bytes of a JSON file
 OWN_KEYS = {"weights", "network", "diffusion"}  # keys in the config of a model folder
 RUN_MODELS = ("model", "first_stage", "student")  # model folders in a run folder
 
@@ -119,7 +118,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: a missing or malformed file, or one that holds no object.
     """
     try:
-        tree = json.loads(read_text(path, LONGEST))
+        tree = json.loads(read_text(path, JSON_BYTES))
     except UserError:
         raise
     except (OSError, ValueError, RecursionError) as error:

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import exists, read_text
+from ldm_dkdm.files import JSON_BYTES, exists, read_text
 
-LONGEST = 20_000_000  # bytes of an index
 STEM = "diffusion_pytorch_model"  # name in diffusers' folders
 STANDARD = [f"{STEM}.{kind}" for kind in ("safetensors", "safetensors.index.json", "bin", "bin.index.json")]
 OTHERS = ("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.ckpt")  # variants and renamed files, in order of preference
@@ -75,7 +74,7 @@ def files_of(path: Path) -> list[Path]:
     if not is_index(path):
         return [path]
     try:
-        names = sorted(set(json.loads(read_text(path, LONGEST))["weight_map"].values()))
+        names = sorted(set(json.loads(read_text(path, JSON_BYTES))["weight_map"].values()))
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -33,7 +33,7 @@ def require_modest(text: str) -> None:
     """
     if len(text) > LENGTH:
         raise UserError(f"has {len(text)} characters, more than {LENGTH}")
-    sizes: dict[str, int] = {}  # of anchored nodes
+    sizes: dict[str, int] = {}  # anchor -> expanded size of its node
     open_nodes: list[tuple[str | None, int]] = []  # anchor of each open section or list, and the count at its start
     count = 0
     for event in yaml.parse(text, Loader=LOADER):

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ldm_dkdm.errors import UserError, interruptible
+from ldm_dkdm.checkpoints.reading import file_kind
+from ldm_dkdm.errors import MALFORMED, UserError, interruptible
 from ldm_dkdm.files import write_tensors
 from ldm_dkdm.records import NoisyBatch
 
@@ -103,6 +104,7 @@ class NoisyPool:
         """
         own = self._tensors()
         try:
+            file_kind(path)  # refuses a header without end
             with interruptible(), safe_open(path, framework="pt") as file:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
                 found.setdefault("updated", torch.full_like(found["t"], -1))
@@ -110,7 +112,7 @@ class NoisyPool:
                 step, filled, found_origin = metadata["step"], metadata["filled"], metadata["origin"]
             layouts = [{k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} for tensors in (found, own)]
             outside = found["t"].min() < 0
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, *MALFORMED) as error:
             raise UserError(f"{path}: not a readable pool file ({error}); delete it to start a new pool") from error
         if layouts[0] != layouts[1]:
             raise UserError(f"{path}: holds a pool {_shown(found)}, this configuration wants {_shown(own)}")

@@ -55,7 +55,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, PATCH, PATCH)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, width))  # of the training; in the file
+        self.mask_token = nn.Parameter(torch.zeros(1, width))  # used in training only, but stored
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, width))
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width, 1e-6)

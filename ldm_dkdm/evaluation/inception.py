@@ -10,7 +10,7 @@ from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.errors import blaming
 from ldm_dkdm.evaluation.extractor import Features
 
-SPATIAL_CHANNELS = 7  # of mixed_6/conv (guided-diffusion)
+SPATIAL_CHANNELS = 7  # the first channels of mixed_6/conv, as in guided-diffusion
 
 
 class Inception:

@@ -3,16 +3,15 @@
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.npz import array_names, opened_array
 
-MEMBER = "arr_0.npy"
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+IMAGES = "arr_0"
 
 
 class NpzFile:
@@ -27,12 +26,10 @@ class NpzFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-        with blaming(path, "is not an .npz"), zipfile.ZipFile(path) as archive:
-            self.names = {name.removesuffix(".npy") for name in archive.namelist()}
-            self.shape = self._shape(archive) if "arr_0" in self.names else (0, 0, 0, 0)
-        if not self.names & {"arr_0", "mu"}:
+        self.names = array_names(path)
+        with blaming(path, "is not an .npz of images in arr_0"), zipfile.ZipFile(path) as archive:
+            self.shape = self._shape(archive) if IMAGES in self.names else (0, 0, 0, 0)
+        if not self.names & {IMAGES, "mu"}:
             raise UserError(
                 f"{path}: holds {', '.join(sorted(self.names))}; images are in arr_0, statistics in mu, sigma"
             )
@@ -43,8 +40,8 @@ class NpzFile:
         return self.shape[0]
 
     def _shape(self, archive: zipfile.ZipFile) -> tuple[int, int, int, int]:
-        with archive.open(MEMBER) as member:
-            shape, fortran, kind = _header(member)
+        with opened_array(archive, IMAGES) as (_, shape, fortran, kind):
+            pass
         if len(shape) == 3:
             shape = (*shape, 1)
         if kind != np.uint8 or fortran or len(shape) != 4 or min(shape) < 1:
@@ -58,8 +55,7 @@ class NpzFile:
             UserError: the file ends before its last image.
         """
         each = int(np.prod(self.shape[1:]))
-        with zipfile.ZipFile(self.path) as archive, archive.open(MEMBER) as member:
-            _header(member)
+        with zipfile.ZipFile(self.path) as archive, opened_array(archive, IMAGES) as (member, *_):
             member.seek(first * each, 1)
             for start in range(first, last, batch_size):
                 count = min(batch_size, last - start)
@@ -68,11 +64,3 @@ class NpzFile:
                 if len(content) < count * each:
                     raise UserError(f"{self.path}: is damaged, it ends before image {start + count} of {self.count}")
                 yield torch.frombuffer(bytearray(content), dtype=torch.uint8).view(count, *self.shape[1:])
-
-
-def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and type of an array, whose values follow."""
-    version = np.lib.format.read_magic(member)
-    if version not in HEADERS:
-        raise ValueError(f"version {version} of NumPy's format")
-    return HEADERS[version](member)

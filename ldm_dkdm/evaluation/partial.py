@@ -10,10 +10,11 @@ from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.evaluation.collector import Collector
 from ldm_dkdm.evaluation.sources import ImageSource, key_of
 from ldm_dkdm.files import replacing
+from ldm_dkdm.npz import read_arrays
 from ldm_dkdm.reporting import Progress, following, logger
 
-SAVE_SECONDS = 60.0  # between two saves of partial sums
-LAYOUT = 1  # of the cached files; a change makes older ones unfit
+SAVE_SECONDS = 60.0  # pause between saves of partial sums
+LAYOUT = 2  # version of the cached files; older ones are computed again
 
 
 def stream(
@@ -74,8 +75,7 @@ def _resumed(partial: Path, collectors: Mapping[str, Collector]) -> int:
 
 
 def _restored(partial: Path, collectors: Mapping[str, Collector]) -> int:
-    with partial.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        arrays = dict(archive)
+    arrays = read_arrays(partial)
     for name, collector in collectors.items():
         own = {key.removeprefix(f"{name}/"): array for key, array in arrays.items() if key.startswith(f"{name}/")}
         collector.restore(own)

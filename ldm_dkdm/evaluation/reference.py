@@ -14,8 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.reading import file_kind
 from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.diffusion.samplers import SAMPLERS, ImageNoise, last
+from ldm_dkdm.errors import MALFORMED, UserError
 from ldm_dkdm.evaluation.agreement import HeldOutStates, eps_error_by_quarter, eps_errors, held_out_chains
 from ldm_dkdm.files import write_tensors
 from ldm_dkdm.model import DiffusionModel
@@ -141,7 +143,10 @@ def save_reference(reference: Reference, path: Path, facts: Mapping[str, Any]) -
 
 def read_reference(path: Path, facts: Mapping[str, Any]) -> Reference | None:
     """Read what `save_reference` wrote; None if there is none, or one that follows from other facts."""
+    if not path.is_file():
+        return None
     try:
+        file_kind(path)  # refuses a header without end
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["reference"])
             if header["facts"] != json.loads(json.dumps(facts)):
@@ -149,7 +154,7 @@ def read_reference(path: Path, facts: Mapping[str, Any]) -> Reference | None:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         states = HeldOutStates(found["x"], found["t"], found["eps"], found.get("states_label"))
         return Reference(states, found["drift"], found["images"], found.get("label"), header["seed"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):  # it is computed again
+    except (SafetensorError, OSError, *MALFORMED, UserError):  # it is computed again
         return None
 
 

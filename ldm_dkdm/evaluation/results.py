@@ -13,10 +13,10 @@ from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.config.load import RUN_KIND, card_kind
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.evaluation.sources import key_of
-from ldm_dkdm.files import write_text
+from ldm_dkdm.files import JSON_BYTES, read_text, write_text
 
 Record = Mapping[str, Any]  # as `Measurement.record` makes it
-FOLDER = "evaluations"  # of a run's records, beside its model
+FOLDER = "evaluations"  # folder with a run's records, beside its model
 SAMPLING = (
     "images",
     "seeds",
@@ -119,7 +119,7 @@ def _in_run(model: Path) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     with blaming(path, "is not a record of an evaluation"):
-        record = json.loads(path.read_text())
+        record = json.loads(read_text(path, JSON_BYTES))
         names = ("figures", "samples", "reference", "features", "warnings", "ldm_dkdm")
         return {name: record[name] for name in names} | {"versions": record.get("versions", {})}
 
@@ -172,7 +172,7 @@ def _agreement(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     with blaming(path, "is not a file of figures"):
-        figures = json.loads(path.read_text())
+        figures = json.loads(read_text(path, JSON_BYTES))
         errors = " ".join(f"{error:.3g}" for error in figures["eps_mse_by_t_quarter"])
         own = {"parameters": _millions(figures["student_parameters"]), "GFLOPs": figures["student_gflops"]}
         return {**own, AGREEMENT: errors}

@@ -16,6 +16,7 @@ from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.evaluation.npz import NpzFile
 from ldm_dkdm.evaluation.statistics import Statistics
+from ldm_dkdm.files import require_file
 from ldm_dkdm.images import FORMATS, find_images, read_image
 
 LOSSY = (".jpg", ".jpeg", ".jfif")
@@ -56,12 +57,11 @@ class FolderImages:
     path: Path
     name: str
     size: int | None = None
-    limit: int | None = None
 
     @cached_property
     def files(self) -> list[Path]:
         """The files."""
-        return find_images(self.path)[: self.limit]
+        return find_images(self.path)
 
     @property
     def count(self) -> int:
@@ -74,6 +74,7 @@ class FolderImages:
         return self.size or self._square(self.files[0])
 
     def _square(self, file: Path) -> int:
+        require_file(file)
         with blaming(file, "is not a readable image"), Image.open(file, formats=FORMATS) as image:
             width, height = image.size
         if width != height:
@@ -119,7 +120,6 @@ class NpzImages:
 
     path: Path
     name: str
-    limit: int | None = None
 
     @cached_property
     def file(self) -> NpzFile:
@@ -129,7 +129,7 @@ class NpzImages:
     @property
     def count(self) -> int:
         """Number of images."""
-        return min(self.file.count, self.limit or self.file.count)
+        return self.file.count
 
     @cached_property
     def digest(self) -> str:
@@ -203,20 +203,20 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def image_files(path: Path, size: int | None = None, limit: int | None = None) -> FolderImages | NpzImages:
+def image_files(path: Path, size: int | None = None) -> FolderImages | NpzImages:
     """The images of a folder or an .npz.
 
     Raises:
         UserError: no such file or folder, or nothing in it.
     """
     if path.suffix == ".npz":
-        images = NpzImages(path, str(path), limit)
+        images = NpzImages(path, str(path))
         if size is not None and images.count and images.file.shape[1] != size:
             raise UserError(f"size: {path} holds images of side {images.file.shape[1]}; an .npz is not resized")
         return images
     if (path / "grid.png").is_file() and (path / "img").is_dir():  # a folder of `dkdm sample`
         path = path / "img"
-    return FolderImages(path, str(path), size, limit)
+    return FolderImages(path, str(path), size)
 
 
 def require_images(images: Tensor) -> Sequence[int]:

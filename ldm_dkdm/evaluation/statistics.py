@@ -8,10 +8,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from ldm_dkdm.errors import UserError, blaming, interruptible
+from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.evaluation.moments import SplitScores
 from ldm_dkdm.files import replacing
+from ldm_dkdm.npz import read_arrays
 
+MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's keys
 INCEPTION = (2048, 2023)  # features of pool_3, and of 7 channels of mixed_6/conv at 17x17
 
 
@@ -39,12 +41,12 @@ class Statistics:
 
     def write(self, path: Path) -> None:
         """Write an .npz with ADM's keys mu, sigma, mu_s, sigma_s, and our count, scores, features, provenance."""
-        named = {name: getattr(self, name) for name in ("mu", "sigma", "mu_s", "sigma_s", "features")}
+        named = {name: getattr(self, name) for name in (*MOMENTS, "features")}
         arrays = {name: array for name, array in named.items() if array is not None}
         for split, sums in (self.scores.state() if self.scores else {}).items():
             arrays[f"scores_{split}"] = sums
         arrays["count"] = np.array(-1 if self.count is None else self.count)
-        arrays["provenance"] = np.array(json.dumps(dict(self.facts)))
+        arrays["provenance"] = np.frombuffer(json.dumps(dict(self.facts)).encode(), np.uint8)
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
 
@@ -58,20 +60,16 @@ class Statistics:
         Raises:
             UserError: not an .npz of statistics, or values that are not finite.
         """
-        with (
-            blaming(path, "does not hold statistics"),
-            interruptible(),
-            path.open("rb") as file,  # np.load leaves a damaged file open
-            np.load(file, allow_pickle=False) as archive,
-        ):
-            names = set(archive.files)
-            count = int(archive["count"]) if "count" in names else -1
-            facts = json.loads(str(archive["provenance"])) if "provenance" in names else {}
-            pairs = {name: archive[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
-            sums = {name.removeprefix("scores_"): archive[name] for name in names if name.startswith("scores_")}
-            kept = archive["features"] if features and "features" in names else None
+        found = read_arrays(path, {"arr_0", "arr_1"} | (set() if features else {"features"}))
+        with blaming(path, "does not hold statistics"):
+            count = int(found["count"]) if "count" in found else -1
+            facts = json.loads(found["provenance"].tobytes()) if "provenance" in found else {}
+        pairs: dict[str, np.ndarray] = {
+            name: found[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in found
+        }
+        sums = {name.removeprefix("scores_"): array for name, array in found.items() if name.startswith("scores_")}
         if ("mu" in pairs) != ("sigma" in pairs) or ("mu_s" in pairs) != ("sigma_s" in pairs):
-            raise UserError(f"{path}: holds {', '.join(sorted(names))}; mu and sigma (mu_s and sigma_s) come in pairs")
+            raise UserError(f"{path}: holds {', '.join(sorted(found))}; mu and sigma (mu_s and sigma_s) come in pairs")
         pairs = {name: _checked(path, name, array) for name, array in pairs.items()}
         for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
             if mean in pairs and pairs[covariance].shape != (len(pairs[mean]), len(pairs[mean])):
@@ -79,7 +77,7 @@ class Statistics:
                     f"{path}: {covariance} {pairs[covariance].shape} does not fit {mean} {pairs[mean].shape}"
                 )
         scores = SplitScores.of(sums) if sums else None
-        return cls(None if count < 0 else count, **pairs, scores=scores, features=kept, facts=facts)
+        return cls(None if count < 0 else count, **pairs, scores=scores, features=found.get("features"), facts=facts)
 
 
 def _checked(path: Path, name: str, array: np.ndarray) -> np.ndarray:

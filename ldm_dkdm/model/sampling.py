@@ -71,7 +71,7 @@ def _doubtful(codec: Codec, model: "DiffusionModel") -> TypeGuard[LatentCodec]:
 def settle_scale(model: "DiffusionModel", codec: Codec, states: Tensor) -> None:
     """Decide a doubtful scale of the latents by the samples of a model that was read from a file; says so in one line.
 
-    A student in training has no say: its samples are not yet what its teacher's are.
+    A student in training does not decide: its samples are not yet what its teacher's are.
     """
     if not _doubtful(codec, model):
         return

@@ -67,8 +67,8 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
     ),
 }
 OTHERS, CURVES = "Other columns", "Figures as curves"
-Points = Mapping[str, Series]  # of all lines of a run, by column
-UNITS = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}  # of a time axis, the first that the longest time fills
+Points = Mapping[str, Series]  # a run's lines, by column
+UNITS = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}  # seconds in each unit, the longest first
 
 
 def sections_of(runs: Sequence[RunFiles], points: Sequence[Points]) -> dict[str, list[Chart]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.files import JSON_BYTES, read_text
 from ldm_dkdm.reports.tables import Series
 
 FIGURES, RECORDS = "evaluation.json", "evaluations"
@@ -54,7 +55,7 @@ def read_figures(model: Path | None) -> Figures:
         if not file.is_file():
             continue
         with blaming(file):
-            tree = json.loads(file.read_text(encoding="utf-8"))
+            tree = json.loads(read_text(file, JSON_BYTES))
             if not isinstance(tree, Mapping):
                 raise UserError(f"{file}: is not a file of figures")
             prefix = "" if file.name == FIGURES else file.stem.rpartition("-")[0] or file.stem  # the same for all runs

@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 MAX_SIDE = 768  # pixels of an image in the page
-MAX_BYTES = 200_000  # of an image file that goes into the page as it is
-QUALITY = 88  # of WebP
+MAX_BYTES = 200_000  # largest image file that goes into the page as it is
+QUALITY = 88  # quality of WebP images
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ldm_dkdm.errors import UserError
 
 Row = dict[str, float]
-MAX_POINTS = 2000  # of a curve in the page
+MAX_POINTS = 2000  # largest number of points in a curve
 UNSHOWN = {"step", "epoch"}  # columns that are not figures
 
 
@@ -22,7 +22,7 @@ class Series:
 
 
 def read_series(files: Sequence[Path]) -> dict[str, Series]:
-    """The columns of CSV files that continue each other; cells that are empty or not finite are no points.
+    """The columns of CSV files that continue each other; empty and non-finite cells are skipped.
 
     A run that went back to an older checkpoint repeats steps: the later rows count.
 

@@ -145,7 +145,7 @@ def _made_with(stored: Path, schema: type[RunConfig]) -> str:
     try:
         return to_yaml(load_config(stored, schema=schema))
     except UserError:  # a config of another script
-        return stored.read_text()
+        return OmegaConf.to_yaml(read_yaml(stored))  # refuses a damaged or endless one
 
 
 def require_plain(path: Path) -> None:

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.pickles import asked_globals
 from ldm_dkdm.config.schema import LoggingConfig
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.training.ends import AGREEMENT, EarlyStop, StepCallback
@@ -120,6 +121,10 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
         UserError: the file is damaged.
     """
     fault = "is damaged; delete it to continue from the checkpoint before"
+    try:
+        asked_globals(checkpoint)  # refuses what torch.load would unpickle for ever
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {fault} ({error})") from error
     try:
         with blaming(checkpoint, fault):
             return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)

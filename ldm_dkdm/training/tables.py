@@ -23,7 +23,7 @@ class Table:
 
     def __init__(self, path: Path, columns: Sequence[str], resumed_at: int, optional: Sequence[str] = ()) -> None:
         self.path, self.order, self.resumed_at, self.optional = path, list(columns), resumed_at, set(optional)
-        self.columns: list[str] = []  # of the file, once it is open
+        self.columns: list[str] = []  # the columns in the file, once it is open
 
     def add(self, row: Mapping[str, float]) -> None:
         """Append a row; columns that it does not have stay empty."""
