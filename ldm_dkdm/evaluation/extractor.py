@@ -76,6 +76,11 @@ class Extractor:
         """Whether mean and covariance are gathered; those of pixels would be too large."""
         return self.forward is not None
 
+    @property
+    def opener(self) -> "str | Path | Extractor":
+        """What another process opens this extractor by."""
+        return self.path or self.name
+
     def titled(self, figure: str) -> str:
         """The name of a figure on these features, such as FD-efficientnet-lite0."""
         return f"{figure}-{self.suffix}" if self.suffix else figure

@@ -13,6 +13,8 @@ from ldm_dkdm.device import default_device
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.evaluation.comparability import doubts
 from ldm_dkdm.evaluation.comparison import evaluate
+from ldm_dkdm.evaluation.components import NAME as PIXEL_COMPONENTS
+from ldm_dkdm.evaluation.components import pixel_components
 from ldm_dkdm.evaluation.extractor import Extractor
 from ldm_dkdm.evaluation.features import INSTALL, named_features, open_extractor
 from ldm_dkdm.evaluation.gathering import gather, statistics_cache
@@ -104,8 +106,11 @@ def measure(
     own = open_images(samples, config, size, where, other)
     require_effect((draws(own, chosen), draws(other, chosen, True)), config, reference_seed)
     names = dict.fromkeys(features_of(METRICS[name], named) for name in chosen if METRICS[name].of)
-    extractors = {name: open_extractor((name == named and weights) or name, where) for name in names}
+    opened = [name for name in names if name != PIXEL_COMPONENTS]
+    extractors = {name: open_extractor((name == named and weights) or name, where) for name in opened}
     folder = statistics_cache() if cache is None else expanded(cache)
+    if PIXEL_COMPONENTS in names and other is not None:
+        extractors[PIXEL_COMPONENTS], other = pixel_components(other, folder, batch_size, progress)
     work = _Work(extractors, named, batch_size, folder, progress, chains, seed, processes)
     states = f"{chains} chains of the reference, seed {seed}"
     return _measurement(own, other, chosen, extractors, states, *work.figures(chosen, own, other))

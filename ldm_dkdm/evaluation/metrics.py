@@ -7,14 +7,15 @@ import numpy as np
 import torch
 
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.evaluation.components import NAME as PIXEL_COMPONENTS
+from ldm_dkdm.evaluation.components import require_enough
 from ldm_dkdm.evaluation.extractor import Extractor
-from ldm_dkdm.evaluation.frechet import frechet_distance, pixel_frechet_distance
+from ldm_dkdm.evaluation.frechet import frechet_distance
 from ldm_dkdm.evaluation.statistics import Statistics
 
 NEIGHBOURS = 3  # Kynkaanniemi et al. 2019; guided-diffusion
 SUBSETS, SUBSET_SIZE = 100, 1000  # Binkowski et al. 2018; torch-fidelity's defaults
 DISTANCES = 1000  # rows of distances at once
-COMPONENTS = 64
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,8 @@ def kernel_distance(pair: Pair) -> dict[str, float]:
 
 def pixel_frechet(pair: Pair) -> dict[str, float]:
     """Frechet distance on 64 principal components of the reference's pixels."""
-    samples, reference = _features(pair)
-    if min(len(samples), len(reference)) <= COMPONENTS:
-        raise UserError(f"metrics: pixel-frechet needs {COMPONENTS + 1} images or more in both sets")
-    return {"pixel Frechet": pixel_frechet_distance(reference, samples, COMPONENTS)}
+    require_enough(pair.samples.count, pair.other.count)
+    return {"pixel Frechet": _distance(pair.samples, pair.other, "mu", "sigma")}
 
 
 def _features(pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,7 +171,7 @@ METRICS: dict[str, Metric] = {
         keep=True,
     ),
     "pixel-frechet": Metric(
-        pixel_frechet, "Frechet distance on 64 principal components of pixels", "this package", "pixels", keep=True
+        pixel_frechet, "Frechet distance on 64 principal components of pixels", "this package", PIXEL_COMPONENTS
     ),
     "agreement": Metric(None, "errors of a student's eps on its teacher's chains, without data", "this package"),
     "reconstruction": Metric(None, "PSNR, SSIM, LPIPS and codes in use of a first stage", "Wang et al. 2004"),

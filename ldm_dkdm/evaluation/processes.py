@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.evaluation.collector import Collector
+from ldm_dkdm.evaluation.extractor import Extractor
 from ldm_dkdm.evaluation.features import open_extractor
 from ldm_dkdm.evaluation.partial import SAVE_SECONDS, partial_file, stream
 from ldm_dkdm.evaluation.samples import ModelImages
@@ -65,7 +66,7 @@ class Part:
 @dataclass(frozen=True)
 class _Job:
     part: Part
-    extractors: Mapping[str, tuple[str | Path, bool]]  # name -> what opens it, and whether features are kept
+    extractors: Mapping[str, tuple[str | Path | Extractor, bool]]  # name -> its opener, and whether features are kept
     device: str
     threads: int
     cache: Path | None
@@ -74,9 +75,10 @@ class _Job:
 
     def collectors(self) -> dict[str, Collector]:
         """New collectors on this job's device."""
-        return {
-            name: Collector(open_extractor(own, self.device), keep) for name, (own, keep) in self.extractors.items()
-        }
+        return {name: Collector(self._opened(own), keep) for name, (own, keep) in self.extractors.items()}
+
+    def _opened(self, opener: str | Path | Extractor) -> Extractor:
+        return opener if isinstance(opener, Extractor) else open_extractor(opener, self.device)
 
 
 def gather_in_processes(
@@ -119,7 +121,7 @@ def _jobs(
     own = next(iter(collectors.values())).extractor.device
     gpus = torch.cuda.device_count() if own.type == "cuda" else 0
     threads = max(1, (os.cpu_count() or 1) // processes)
-    opened = {name: (c.extractor.path or c.extractor.name, c.keep) for name, c in collectors.items()}
+    opened = {name: (c.extractor.opener, c.keep) for name, c in collectors.items()}
     ends = np.linspace(0, source.count, min(processes, source.count) + 1).astype(int).tolist()
     return [
         _Job(
