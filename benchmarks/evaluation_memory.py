@@ -21,7 +21,6 @@ from ldm_dkdm.evaluation.processes import Part
 from ldm_dkdm.evaluation.sources import ImageSource, NpzImages
 from ldm_dkdm.images import npz_writer
 
-
 PIXELS = "pixel-frechet"
 
 

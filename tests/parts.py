@@ -57,10 +57,12 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def first_stage_folder(folder: Path) -> Path:
-    """A first-stage folder: 32x32 pictures, 8x8x3 latents, 64 codes."""
-    card = FirstStageCard("model.safetensors", "ldm_dkdm.first_stage.VQModel", VQ_PARAMS, 0.5)
-    write_folder(folder, card, randomised(VQModel(**VQ_PARAMS)).state_dict())
+def first_stage_folder(folder: Path, channels: int = 3, weight: float = 1.0) -> Path:
+    """A first-stage folder: 32x32 images, 8x8x3 latents, 64 codes; its weights are random, times `weight`."""
+    params = {**VQ_PARAMS, "ddconfig": {**DDCONFIG, "in_channels": channels, "out_ch": channels}}
+    card = FirstStageCard("model.safetensors", "ldm_dkdm.first_stage.VQModel", params, 0.5)
+    state = randomised(VQModel(**params)).state_dict()
+    write_folder(folder, card, {name: weight * tensor for name, tensor in state.items()})
     return folder
 
 

@@ -14,9 +14,10 @@ import ldm_dkdm as dkdm
 from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
+from ldm_dkdm.images import save_image, to_image
 from tests.cli import contents, distil, run_script, write_yaml
 from tests.feature_sets import Toy, add_toy
-from tests.parts import distill_config
+from tests.parts import distill_config, first_stage_folder
 
 GENERATOR = torch.Generator().manual_seed(0)
 A = torch.randint(0, 200, (70, 32, 32, 3), dtype=torch.uint8, generator=GENERATOR)
@@ -52,6 +53,11 @@ def toy(*arguments: object) -> int:
 
 def record(path: str = "out.json") -> dict:
     return json.loads(Path(path).read_text())
+
+
+def write_images(folder: str, images: torch.Tensor) -> None:
+    for number, image in enumerate(images):
+        save_image(to_image(image), Path(folder) / f"{number:03d}.png")
 
 
 def results() -> list[dict[str, str]]:
@@ -118,13 +124,30 @@ def test_doubts_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     assert toy("jpeg", "b.npz", "-o", "out.json") == 0
     errors = capsys.readouterr().err
     for part in (
-        "samples: 10 images are fewer than 10,000; fd depend on their number, kid does not",
-        "samples: 10 files are JPEG",
+        "samples: 10 images are fewer than 10,000; fd, precision-recall depend on their number, kid does not",
+        "samples: 10 files are JPEG or lossy WebP",
         "the samples are 16x16, the reference 32x32",
     ):
         assert part in errors and any(part in warning for warning in record()["warnings"])
     assert toy("a.npz", "b.npz", "--metrics", "kid") == 0
     assert "not comparable" not in capsys.readouterr().err
+
+
+def test_saved_statistics_remember_that_files_were_jpeg_and_resized(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("jpeg").mkdir()
+    for i, image in enumerate(A[:10].numpy()):
+        Image.fromarray(image[:, :24]).save(f"jpeg/{i}.png", format="JPEG")  # whatever its name is
+    asked = ("--metrics", "fd", "--save_statistics", "jpeg.npz", "--size", 32)
+    assert toy("jpeg", "b.npz", *asked) == 0
+    assert toy("a.npz", "jpeg.npz", "--metrics", "fd") == 0
+    errors = capsys.readouterr().err
+    for part in (
+        "samples: 10 files are JPEG",
+        "reference: 10 files are JPEG",
+        "samples centred square to 32, Lanczos; reference none",
+        "samples none; reference centred square to 32, Lanczos",
+    ):
+        assert part in errors
 
 
 # Models
@@ -197,6 +220,39 @@ def test_a_first_stage_reconstructs_the_reference(first_stage: Path) -> None:
     assert figures["codes in use"] == pytest.approx(len(codes) / 64)
     assert 1 <= figures["code perplexity"] <= len(codes) and -1 <= figures["SSIM"] < 1 and "LPIPS" not in figures
     assert figures["FD-toy"] == pytest.approx(dkdm.measure(again, B, features="toy", metrics=["fd"]).figures["FD-toy"])
+
+
+@pytest.mark.parametrize("metric", ["fd", "reconstruction"])
+@pytest.mark.parametrize(("own", "given"), [(1, 3), (3, 1)])
+def test_a_first_stage_and_images_of_other_channels_are_one_line(
+    own: int, given: int, metric: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first_stage_folder(Path("stage"), own)
+    write_images("images", B[:5, ..., :given])
+    assert toy("stage", "images", "--metrics", metric) == 2
+    line = f"the first stage takes {own} channels and sides that are multiples of 4, the images are 32x32x{given}\n"
+    assert capsys.readouterr().err == f"error: SAMPLES: {line}"
+    assert not Path("logs").exists()
+
+
+def test_a_grey_first_stage_reconstructs_a_folder_of_grey_images() -> None:
+    stage = first_stage_folder(Path("stage"), 1)
+    write_images("images", B[:70, ..., :1])
+    metrics = ("fd", "reconstruction", "pixel-frechet")
+    assert toy("stage", "images", "--metrics", *metrics, "-o", "out.json") == 0
+    codec = FirstStageSource(stage).codec()
+    again = codec.decode(codec.encode(B[:70, ..., :1]))
+    wanted = dkdm.measure(again, B[:70, ..., :1], features="toy", metrics=["fd", "pixel-frechet"]).figures
+    assert {name: record()["figures"][name] for name in wanted} == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("metric", ["fd", "reconstruction"])
+def test_a_first_stage_whose_latents_are_not_finite_is_one_line(
+    metric: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first_stage_folder(Path("stage"), weight=1e9)
+    assert toy("stage", "b.npz", "--metrics", metric) == 2
+    assert "SAMPLES: the first stage's latents are not finite, or beyond 1e+06" in capsys.readouterr().err
 
 
 def test_a_model_on_latents_is_measured_by_its_first_stage(teacher_folder: Path, first_stage: Path) -> None:

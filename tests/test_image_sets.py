@@ -15,7 +15,7 @@ from ldm_dkdm.evaluation.opening import open_images
 from ldm_dkdm.evaluation.samples import sampled
 from ldm_dkdm.evaluation.sources import FolderImages, image_files
 from ldm_dkdm.evaluation.statistics import Statistics
-from ldm_dkdm.images import save_npz
+from ldm_dkdm.images import save_image, save_npz, to_image
 from ldm_dkdm.networks import DiT
 from tests.parts import randomised
 
@@ -54,7 +54,7 @@ def test_what_dkdm_sample_writes_and_grey_images_are_read(tmp_path: Path) -> Non
 
 def test_a_folder_gives_its_images_as_they_are(tmp_path: Path) -> None:
     source = image_files(folder(tmp_path / "a"))
-    assert torch.equal(all_of(source), IMAGES) and source.facts()["jpeg"] == 0
+    assert torch.equal(all_of(source), IMAGES) and source.facts()["lossy"] == 0
     assert source.identity() == image_files(folder(tmp_path / "b")).identity()
     assert source.identity() != image_files(folder(tmp_path / "c", IMAGES.flip(0))).identity()
     assert all_of(FolderImages(tmp_path / "a", "a", size=3)).shape == (9, 3, 3, 3)
@@ -69,6 +69,41 @@ def test_images_of_other_sizes_need_a_size(tmp_path: Path) -> None:
     Image.new("RGB", (7, 5)).save(path / "0.png")
     with pytest.raises(UserError, match=r"size: .*0.png is 7x5; give a size"):
         all_of(image_files(path))
+
+
+def test_lossy_files_are_known_by_their_content(tmp_path: Path) -> None:
+    image = Image.fromarray(IMAGES[0].numpy()).resize((40, 40))
+    profile = {"icc_profile": b"p" * 5001}
+    kinds = {
+        "a.png": ("JPEG", {}, 1),
+        "b.jpg": ("PNG", {}, 0),
+        "c.webp": ("WEBP", {"lossless": True, **profile}, 0),
+        "d.webp": ("WEBP", {"lossless": False, **profile}, 1),
+        "e.gif": ("GIF", {}, 0),
+    }
+    for name, (kind, options, lossy) in kinds.items():
+        file = tmp_path / name[0] / name
+        file.parent.mkdir()
+        image.save(file, format=kind, **options)
+        assert FolderImages(file.parent, "a").facts()["lossy"] == lossy, name
+    assert FolderImages(tmp_path, "all").facts()["lossy"] == 2
+    (tmp_path / "a" / "a.png").write_bytes(b"RIFF\xff\xff\xff\xffWEBPabcd\0\0")  # breaks off in a chunk
+    assert FolderImages(tmp_path, "all", size=4).digest
+
+
+def test_a_folder_is_grey_only_if_all_its_images_are(tmp_path: Path) -> None:
+    for number, image in enumerate(IMAGES):
+        save_image(to_image(image[..., :1]), tmp_path / f"{number}.png")
+    assert torch.equal(all_of(FolderImages(tmp_path, "a")), IMAGES[..., :1])
+    save_image(to_image(IMAGES[0]), tmp_path / "z.png")
+    assert all_of(FolderImages(tmp_path, "a")).shape == (10, 6, 6, 3)
+
+
+def test_a_resize_is_a_fact_only_where_it_changes_an_image(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a")
+    assert FolderImages(path, "a", size=6).facts()["resized"] == "none"
+    Image.new("RGB", (6, 7)).save(path / "z.png")
+    assert FolderImages(path, "a", size=6).facts()["resized"] == "centred square to 6, Lanczos"
 
 
 @pytest.mark.parametrize(

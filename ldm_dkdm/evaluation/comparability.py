@@ -6,34 +6,31 @@ from typing import Any
 from ldm_dkdm.first_stage.codec import TRUNCATED
 
 FEW = 10_000  # samples below which Frechet distances and Inception scores depend strongly on the number
-BIASED = {"fid", "sfid", "is", "fd", "fd-dinov2"}  # metrics that do
+BIASED = {"fid", "sfid", "is", "fd", "fd-dinov2", "precision-recall", "pixel-frechet"}  # metrics that do
 
 
 def doubts(samples: Mapping[str, Any], reference: Mapping[str, Any] | None, metrics: Iterable[str]) -> list[str]:
     """Sentences about two sets of images, from their facts; empty where nothing stands against a comparison."""
     sets = {"samples": samples} | ({} if reference is None else {"reference": reference})
-    found, metrics = [], set(metrics)
-    biased = sorted(BIASED & metrics)
-    if biased:
-        for name, facts in sets.items():
-            images = facts.get("images in statistics") or facts.get("images")
-            if images is not None and images < FEW:
-                found.append(
-                    f"{name}: {images} images are fewer than {FEW:,}; {', '.join(biased)} depend on their number, "
-                    "kid does not"
-                )
-    for name, facts in sets.items():
-        if facts.get("jpeg"):
-            found.append(
-                f"{name}: {facts['jpeg']} files are JPEG, whose compression moves every feature; use PNG or .npz"
-            )
+    metrics = set(metrics)
+    found = [sentence for name, facts in sets.items() for sentence in _few(name, facts, metrics)]
+    found += [
+        f"{name}: {facts['lossy']} files are JPEG or lossy WebP, whose compression moves every feature; use PNG or .npz"
+        for name, facts in sets.items()
+        if facts.get("lossy")
+    ]
     rounding = samples.get("rounding")
-    if rounding and rounding != TRUNCATED and set(metrics) - {"agreement"}:
+    if rounding and rounding != TRUNCATED and metrics - {"agreement"}:
         other = "unknown" if reference is None else reference.get("rounding") or "unknown"
         found.append(f"8-bit rounding: samples {rounding}, published ones {TRUNCATED}; reference {other}")
-    if reference is not None:
-        found += _differences(samples, reference)
-    return found
+    return found if reference is None else [*found, *_differences(samples, reference)]
+
+
+def _few(name: str, facts: Mapping[str, Any], metrics: set[str]) -> list[str]:
+    biased, images = sorted(BIASED & metrics), facts.get("images in statistics") or facts.get("images")
+    if not biased or images is None or images >= FEW:
+        return []
+    return [f"{name}: {images} images are fewer than {FEW:,}; {', '.join(biased)} depend on their number, kid does not"]
 
 
 def _differences(samples: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
@@ -41,6 +38,9 @@ def _differences(samples: Mapping[str, Any], reference: Mapping[str, Any]) -> li
     own, other = samples.get("size"), reference.get("size")
     if own and other and own != other:
         found.append(f"the samples are {own}x{own}, the reference {other}x{other}; features see the resize")
+    own, other = (facts.get("resized") or "none" for facts in (samples, reference))
+    if own != other:
+        found.append(f"resize of the files: samples {own}; reference {other}; features see it")
     own, other = samples.get("rounding"), reference.get("rounding")
     if own == TRUNCATED and other and own != other:
         found.append(f"8-bit rounding differs: samples {own}; reference {other}")

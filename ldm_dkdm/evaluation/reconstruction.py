@@ -17,6 +17,7 @@ from ldm_dkdm.first_stage.vq import VQModel
 from ldm_dkdm.reporting import Progress, following
 
 WINDOW = 11  # SSIM (Wang et al. 2004)
+LARGEST = 1e6  # magnitude of a latent
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Reconstructions:
     def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
         """Reconstructions from number `first` on."""
         for images in self.images.batches(first, batch_size):
-            yield self.codec.decode(self.codec.encode(images)).cpu()
+            yield self.codec.decode(encoded(self.codec, images)).cpu()
 
     def stored(self) -> None:
         """None: there are no statistics."""
@@ -69,8 +70,7 @@ def reconstruction(
     done = 0
     with following(progress, "reconstructing", "image", images.count) as show:
         for batch in images.batches(0, batch_size):
-            _require(codec, batch)
-            latents = codec.encode(batch)
+            latents = encoded(codec, batch)
             a, b = (x.movedim(-1, 1).float().cpu() / 255 for x in (batch, codec.decode(latents)))
             figures = {"PSNR": _psnr(a, b), "SSIM": ssim(a, b, WINDOW).flatten(1).mean(1)}
             if lpips is not None:
@@ -83,13 +83,23 @@ def reconstruction(
     return {name: value / done for name, value in sums.items()} | _usage(codes)
 
 
-def _require(codec: LatentCodec, images: Tensor) -> None:
+def encoded(codec: LatentCodec, images: Tensor) -> Tensor:
+    """Latents (B,c,h,w) of images uint8 (B,H,W,C) that a first stage takes.
+
+    Raises:
+        UserError: images whose channels or size it does not take, or latents that are not numbers.
+    """
     height, width, channels = images.shape[1:]
-    if channels != codec.autoencoder.in_channels or height % codec.downsampling or width % codec.downsampling:
+    own, factor = codec.autoencoder.in_channels, codec.downsampling
+    if channels != own or height % factor or width % factor:
         raise UserError(
-            f"samples: the first stage takes {codec.autoencoder.in_channels} channels and sides that are multiples of "
-            f"{codec.downsampling}, the images are {height}x{width}x{channels}"
+            f"samples: the first stage takes {own} channels and sides that are multiples of {factor}, the images are "
+            f"{height}x{width}x{channels}"
         )
+    latents = codec.encode(images)
+    if not latents.abs().max() <= LARGEST:  # also where it is no number
+        raise UserError(f"samples: the first stage's latents are not finite, or beyond {LARGEST:g}")
+    return latents
 
 
 def _psnr(a: Tensor, b: Tensor) -> Tensor:

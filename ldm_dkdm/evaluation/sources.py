@@ -19,7 +19,9 @@ from ldm_dkdm.evaluation.statistics import Statistics
 from ldm_dkdm.files import require_file
 from ldm_dkdm.images import FORMATS, find_images, read_image
 
-LOSSY = (".jpg", ".jpeg", ".jfif")
+JPEG = b"\xff\xd8\xff"  # what such a file begins with
+GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I")  # Pillow's modes of grey files
+INHERITED = ("size", "rounding", "resized", "lossy")  # facts of a set that those of its statistics keep
 
 
 class ImageSource(Protocol):
@@ -48,7 +50,7 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class FolderImages:
-    """The image files below a folder, sorted by path.
+    """The image files below a folder, sorted by path; grey (B,H,W,1) where all of them are, otherwise RGB.
 
     Args:
         size: side to which images are cropped and resized by `read_image`; default: their own, equal squares.
@@ -73,21 +75,32 @@ class FolderImages:
         """Side of the images that `batches` gives."""
         return self.size or self._square(self.files[0])
 
+    @cached_property
+    def channels(self) -> int:
+        """Channels of the images that `batches` gives."""
+        return 1 if all(_header(file).mode in GREY for file in self.files) else 3
+
     def _square(self, file: Path) -> int:
-        require_file(file)
-        with blaming(file, "is not a readable image"), Image.open(file, formats=FORMATS) as image:
-            width, height = image.size
+        width, height = _header(file).size
         if width != height:
             raise UserError(f"size: {file} is {width}x{height}; give a size, to which squares are cropped and resized")
         return width
 
     @cached_property
+    def _content(self) -> tuple[str, int]:
+        """Hash of the files' bytes, in order, and the number of files with lossy compression."""
+        digest, lossy = hashlib.sha256(), 0
+        for file in self.files:
+            require_file(file)
+            content = file.read_bytes()
+            digest.update(content)
+            lossy += _is_lossy(content)
+        return digest.hexdigest(), lossy
+
+    @property
     def digest(self) -> str:
         """Hash of the files' bytes, in order."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(file.read_bytes())
-        return digest.hexdigest()
+        return self._content[0]
 
     def identity(self) -> dict[str, Any]:
         """The files' content and the size."""
@@ -95,10 +108,14 @@ class FolderImages:
 
     def facts(self) -> dict[str, Any]:
         """Provenance: hash and number of the files."""
-        jpeg = sum(file.suffix.lower() in LOSSY for file in self.files)
-        resized = f"centred square to {self.size}, Lanczos" if self.size else "none"
         facts = {"source": self.name, "kind": "folder", "images": self.count, "sha256": self.digest, "size": self.side}
-        return {**facts, "resized": resized, "jpeg": jpeg, "rounding": None}
+        return {**facts, "resized": self.resized, "lossy": self._content[1], "rounding": None}
+
+    @cached_property
+    def resized(self) -> str:
+        """What is done to the size of the images."""
+        changed = self.size and any(_header(file).size != (self.size, self.size) for file in self.files)
+        return f"centred square to {self.size}, Lanczos" if changed else "none"
 
     def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
         """Images from number `first` on."""
@@ -108,10 +125,33 @@ class FolderImages:
     def _read(self, file: Path) -> Tensor:
         if self.size is None and self._square(file) != self.side:
             raise UserError(f"size: {file} is not {self.side}x{self.side} as the first image; give a size")
-        return read_image(file, self.side)
+        return read_image(file, self.side, self.channels)
 
     def stored(self) -> None:
         """None: a folder has no statistics."""
+
+
+@dataclass(frozen=True)
+class _Header:
+    size: tuple[int, int]
+    mode: str
+
+
+def _header(file: Path) -> _Header:
+    """Width, height and Pillow's mode of an image file."""
+    require_file(file)
+    with blaming(file, "is not a readable image"), Image.open(file, formats=FORMATS) as image:
+        return _Header(image.size, image.mode)
+
+
+def _is_lossy(content: bytes) -> bool:
+    """Whether a file is JPEG, or WebP with a lossy image, whatever its name is."""
+    if content[:4] != b"RIFF" or content[8:12] != b"WEBP":
+        return content[:3] == JPEG
+    place = 12  # of a chunk: its name, the length of its content, the content
+    while place + 8 <= len(content) and content[place : place + 4] not in (b"VP8 ", b"VP8L"):
+        place += 8 + (int.from_bytes(content[place + 4 : place + 8], "little") + 1) // 2 * 2
+    return content[place : place + 4] == b"VP8 "
 
 
 @dataclass(frozen=True)
@@ -152,8 +192,9 @@ class NpzImages:
         if found is not None:
             facts |= {"statistics of": dict(found.facts), "images in statistics": found.count}
         own = found.facts.get("source", {}) if found else {}
-        size = self.file.shape[1] if self.count else own.get("size")
-        return {**facts, "size": size, "rounding": own.get("rounding")}
+        facts |= {name: own.get(name) for name in INHERITED}
+        facts["lossy"] = own.get("lossy", own.get("jpeg"))  # its name before
+        return facts | ({"size": self.file.shape[1]} if self.count else {})
 
     def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
         """Images from number `first` on."""
