@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,35 @@ def require_file(path: Path) -> None:
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a file" + (" but a folder" if path.is_dir() else ", but a pipe or a device"))
+
+
+def require_place(path: Path) -> None:
+    """Refuse a path where no file can be written, before the work whose result it should hold.
+
+    Raises:
+        UserError: a folder, a pipe or a device, no permission, or a file among the folders above it.
+    """
+    require_file(path)
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise UserError(f"{path}: cannot be written; {above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written; no permission in {above}")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for the same path, by a lock on the file .NAME.lock beside it.
+
+    Where the system or the file system has no such locks, the block runs without one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a") as file:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
+        yield
 
 
 @contextmanager

@@ -1,38 +1,18 @@
 """dkdm evaluate SAMPLES [REFERENCE]: figures, provenance, warnings, results and tables, as a user sees them."""
 
-import csv
-import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import ldm_dkdm as dkdm
 from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints.card import sha256
-from ldm_dkdm.checkpoints.first_stages import FirstStageSource
-from ldm_dkdm.images import save_image, to_image
-from tests.cli import contents, distil, run_script, write_yaml
-from tests.feature_sets import Toy, add_toy
-from tests.parts import distill_config, first_stage_folder
-
-GENERATOR = torch.Generator().manual_seed(0)
-A = torch.randint(0, 200, (70, 32, 32, 3), dtype=torch.uint8, generator=GENERATOR)
-B = torch.randint(50, 256, (80, 32, 32, 3), dtype=torch.uint8, generator=GENERATOR)
-
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of one's own for results and the cache, with the toy features."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LDM_DKDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    add_toy(monkeypatch)
-    np.savez(tmp_path / "a.npz", A.numpy())
-    np.savez(tmp_path / "b.npz", B.numpy())
+from tests.cli import contents, distil, write_yaml
+from tests.evaluate_sets import A, B, evaluate, evaluation_home, record, results, toy  # noqa: F401 (a fixture)
+from tests.feature_sets import Toy
+from tests.parts import distill_config
 
 
 @pytest.fixture(scope="module")
@@ -41,28 +21,6 @@ def run(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = distill_config(teacher_folder, home, trainer={"max_steps": 2})
     assert distil("--base", write_yaml(home / "base.yaml", config)) == 0
     return home / "run"
-
-
-def evaluate(*arguments: object) -> int:
-    return run_script("evaluate.py", *arguments)
-
-
-def toy(*arguments: object) -> int:
-    return evaluate(*arguments, "--features", "toy")
-
-
-def record(path: str = "out.json") -> dict:
-    return json.loads(Path(path).read_text())
-
-
-def write_images(folder: str, images: torch.Tensor) -> None:
-    for number, image in enumerate(images):
-        save_image(to_image(image), Path(folder) / f"{number:03d}.png")
-
-
-def results() -> list[dict[str, str]]:
-    with Path("logs/results.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # Images
@@ -133,23 +91,6 @@ def test_doubts_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not comparable" not in capsys.readouterr().err
 
 
-def test_saved_statistics_remember_that_files_were_jpeg_and_resized(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("jpeg").mkdir()
-    for i, image in enumerate(A[:10].numpy()):
-        Image.fromarray(image[:, :24]).save(f"jpeg/{i}.png", format="JPEG")  # whatever its name is
-    asked = ("--metrics", "fd", "--save_statistics", "jpeg.npz", "--size", 32)
-    assert toy("jpeg", "b.npz", *asked) == 0
-    assert toy("a.npz", "jpeg.npz", "--metrics", "fd") == 0
-    errors = capsys.readouterr().err
-    for part in (
-        "samples: 10 files are JPEG",
-        "reference: 10 files are JPEG",
-        "samples centred square to 32, Lanczos; reference none",
-        "samples none; reference centred square to 32, Lanczos",
-    ):
-        assert part in errors
-
-
 # Models
 
 
@@ -205,72 +146,6 @@ def test_nothing_is_written_into_models_that_are_not_runs(teacher_folder: Path) 
     assert contents(teacher_folder) == before
 
 
-# First stages
-
-
-def test_a_first_stage_reconstructs_the_reference(first_stage: Path) -> None:
-    assert toy(first_stage, "b.npz", "--metrics", "reconstruction", "fd", "-o", "out.json") == 0
-    codec = FirstStageSource(first_stage).codec()
-    latents = codec.encode(B)
-    again = codec.decode(latents)
-    error = ((B.double() - again.double()) / 255).square().flatten(1).mean(1)
-    codes = codec.autoencoder.quantise(latents / codec.scale_factor)[2].unique()
-    figures = record()["figures"]
-    assert figures["PSNR"] == pytest.approx((-10 * error.log10()).mean().item(), abs=1e-6)
-    assert figures["codes in use"] == pytest.approx(len(codes) / 64)
-    assert 1 <= figures["code perplexity"] <= len(codes) and -1 <= figures["SSIM"] < 1 and "LPIPS" not in figures
-    assert figures["FD-toy"] == pytest.approx(dkdm.measure(again, B, features="toy", metrics=["fd"]).figures["FD-toy"])
-
-
-@pytest.mark.parametrize("metric", ["fd", "reconstruction"])
-@pytest.mark.parametrize(("own", "given"), [(1, 3), (3, 1)])
-def test_a_first_stage_and_images_of_other_channels_are_one_line(
-    own: int, given: int, metric: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first_stage_folder(Path("stage"), own)
-    write_images("images", B[:5, ..., :given])
-    assert toy("stage", "images", "--metrics", metric) == 2
-    line = f"the first stage takes {own} channels and sides that are multiples of 4, the images are 32x32x{given}\n"
-    assert capsys.readouterr().err == f"error: SAMPLES: {line}"
-    assert not Path("logs").exists()
-
-
-def test_a_grey_first_stage_reconstructs_a_folder_of_grey_images() -> None:
-    stage = first_stage_folder(Path("stage"), 1)
-    write_images("images", B[:70, ..., :1])
-    metrics = ("fd", "reconstruction", "pixel-frechet")
-    assert toy("stage", "images", "--metrics", *metrics, "-o", "out.json") == 0
-    codec = FirstStageSource(stage).codec()
-    again = codec.decode(codec.encode(B[:70, ..., :1]))
-    wanted = dkdm.measure(again, B[:70, ..., :1], features="toy", metrics=["fd", "pixel-frechet"]).figures
-    assert {name: record()["figures"][name] for name in wanted} == pytest.approx(wanted)
-
-
-@pytest.mark.parametrize("metric", ["fd", "reconstruction"])
-def test_a_first_stage_whose_latents_are_not_finite_is_one_line(
-    metric: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first_stage_folder(Path("stage"), weight=1e9)
-    assert toy("stage", "b.npz", "--metrics", metric) == 2
-    assert "SAMPLES: the first stage's latents are not finite, or beyond 1e+06" in capsys.readouterr().err
-
-
-def test_a_model_on_latents_is_measured_by_its_first_stage(teacher_folder: Path, first_stage: Path) -> None:
-    asked = ("b.npz", "--metrics", "reconstruction", "-o", "out.json")
-    assert evaluate(teacher_folder, *asked) == 0
-    figures = record()["figures"]
-    assert evaluate(first_stage, *asked) == 0
-    assert record()["figures"] == figures
-
-
-def test_lpips_is_not_measured_with_other_weights(first_stage: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = Path("torch/hub/checkpoints/vgg16-397923af.pth")
-    place.parent.mkdir(parents=True)
-    place.write_bytes(b"other weights")
-    assert evaluate(first_stage, "b.npz", "--metrics", "reconstruction") == 2
-    assert "vgg16-397923af.pth is damaged or another file: its SHA-256 is" in capsys.readouterr().err
-
-
 # Mistakes
 
 
@@ -296,12 +171,31 @@ def test_lpips_is_not_measured_with_other_weights(first_stage: Path, capsys: pyt
         (["a.npz", "b.npz", "-n", "5"], "--n_samples: has no effect"),
         (["nowhere", "b.npz"], "nowhere: no such"),
         (["-r", "nowhere", "--sampler", "ddpm"], "--sampler: has no effect with -r alone; add --metrics"),
+        (
+            ["a.npz", "b.npz", "--save_statistics", "a.txt"],
+            "--save_statistics: statistics are an .npz, a.txt is not",
+        ),
+        (
+            ["a.npz", "b.npz", "--save_statistics", "b.npz"],
+            "--save_statistics: b.npz exists and does not hold",
+        ),
+        (["a.npz", "b.npz", "--save_statistics", "b.npz/c.npz"], "b.npz/c.npz: cannot be written; "),
+        (["a.npz", "b.npz", "-o", "b.npz/c.json"], "b.npz/c.json: cannot be written; "),
+        (["a.npz", "b.npz", "--results", "b.npz/c.csv"], "b.npz/c.csv: cannot be written; "),
+        (
+            ["a.npz", "b.npz", "--save_statistics", "c.npz", "--metrics", "is", "fd"],
+            "--save_statistics: a file holds statistics of one extractor, the metrics need inception, toy",
+        ),
+        (
+            ["a.npz", "b.npz", "--save_statistics", "c.npz", "--metrics", "pixel-frechet"],
+            "--save_statistics: pixel components have no statistics",
+        ),
         (["--table"], "--table: name the runs"),
         (["a.json", "--table"], "a.json"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert toy(*arguments) == 2
+    assert toy(*arguments) == 2 and Toy.seen == 0
     error = capsys.readouterr().err
     assert reason in error and len(error.strip().splitlines()) == 1
     assert not Path("logs").exists()

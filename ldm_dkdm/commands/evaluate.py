@@ -17,7 +17,7 @@ from ldm_dkdm.commands.hints import ScopedHints, split_paths
 from ldm_dkdm.commands.measuring import RESULTS, measure_sets, print_table
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import expanded
+from ldm_dkdm.files import expanded, require_place
 
 if TYPE_CHECKING:
     from ldm_dkdm.config.schema import DistillRun
@@ -71,6 +71,8 @@ def run(options: argparse.Namespace) -> None:
     for flag in ("out", "results", "save_statistics"):
         if (file := getattr(options, flag)) is not None and file.is_dir():
             raise UserError(f"--{flag}: {file} is a folder; name a file in it")
+    if options.out is not None:
+        require_place(options.out)
     paths, items = split_paths(options.hints)
     if options.table:
         print_table([*([options.resume] if options.resume else []), *paths])

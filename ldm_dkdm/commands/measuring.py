@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ldm_dkdm.commands.arguments import flags, load_plugins
 from ldm_dkdm.commands.hints import ScopedHints
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import expanded
+from ldm_dkdm.files import expanded, require_place
 from ldm_dkdm.reporting import logger
 
 if TYPE_CHECKING:
@@ -49,11 +49,14 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
     from ldm_dkdm.evaluation.measuring import measure
     from ldm_dkdm.evaluation.results import append_row, read_rows, record_in_run, row_of, write_record
 
+    require_place(options.results)
     read_rows(options.results)  # refuses another file before anything is measured
     with flags(**FLAGS):
         device = resolve_device(options.device)
         samples, reference = _opened(options, paths, hints, device)
         _require_effect(options, samples, reference)
+        if options.save_statistics:
+            _require_place(options, reference is not None)
         found = measure(
             samples,
             reference,
@@ -161,9 +164,22 @@ def _show(found: "Measurement") -> None:
         logger.warning(f"not comparable with published figures: {warning}")
 
 
+def _require_place(options: argparse.Namespace, reference: bool) -> None:
+    """Refuse --save_statistics before the work where it could not be done after it."""
+    from ldm_dkdm.evaluation.features import named_features
+    from ldm_dkdm.evaluation.measuring import chosen_metrics, features_of
+    from ldm_dkdm.evaluation.metrics import METRICS
+    from ldm_dkdm.evaluation.statistics import require_place_for_statistics
+
+    named = named_features(options.features)[0]
+    used = [METRICS[name] for name in chosen_metrics(options.metrics, named, reference) if METRICS[name].of]
+    if not used:
+        raise UserError("--save_statistics: none of these metrics compares features")
+    with flags(path="--save_statistics"):
+        require_place_for_statistics(options.save_statistics, [*dict.fromkeys(features_of(own, named) for own in used)])
+
+
 def _save_statistics(found: "Measurement", path: Path) -> None:
-    if len(found.statistics) != 1:
-        raise UserError(f"--save_statistics: a file holds those of one extractor, here are {len(found.statistics)}")
     next(iter(found.statistics.values())).write(path)
     print(f"{path}: statistics of SAMPLES, to be a REFERENCE")
 

@@ -13,7 +13,7 @@ from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.config.load import RUN_KIND, card_kind
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.evaluation.sources import key_of
-from ldm_dkdm.files import JSON_BYTES, read_text, write_text
+from ldm_dkdm.files import JSON_BYTES, locked, read_text, write_text
 
 Record = Mapping[str, Any]  # as `Measurement.record` makes it
 FOLDER = "evaluations"  # folder with a run's records, beside its model
@@ -68,18 +68,19 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a CSV file, atomically; new figures make new columns.
+    """Add a row to a CSV file, atomically, one process at a time; new figures make new columns.
 
     Raises:
         UserError: as `read_rows`.
     """
-    rows = [*read_rows(path), row]
-    columns = dict.fromkeys(name for known in rows for name in known)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    with locked(path):
+        rows = [*read_rows(path), row]
+        columns = dict.fromkeys(name for known in rows for name in known)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(path, text.getvalue())
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -94,17 +95,19 @@ def record_in_run(model: Path | None, record: Record) -> Path | None:
     key = key_of(record["samples"], record["reference"])[:8]
     name = Path(str((record["reference"] or {}).get("source") or "alone")).stem
     path = model / FOLDER / f"{name}-{key}.json"
-    known = _read(path) if path.is_file() else None
-    if known is None:
-        write_record(path, record)
-        return path
+    with locked(path):
+        write_record(path, _joined(_read(path), record) if path.is_file() else record)
+    return path
+
+
+def _joined(known: Record, record: Record) -> Record:
+    """Figures of two calls on the same two sets in one record; those of the later one count."""
     versions = {**_versions(known), **_versions(record)}
     features = {(used["features"], used["weights_sha256"]): used for used in [*known["features"], *record["features"]]}
     figures = {**known["figures"], **record["figures"]}
     warnings = list(dict.fromkeys([*known["warnings"], *record["warnings"]]))
     joined = {"figures": figures, "features": list(features.values()), "warnings": warnings, "versions": versions}
-    write_record(path, {**record, **joined})
-    return path
+    return {**record, **joined}
 
 
 def _versions(record: Record) -> dict[str, str]:

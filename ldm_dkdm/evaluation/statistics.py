@@ -1,7 +1,7 @@
 """Statistics of a set of images on one extractor's features, and their .npz with ADM's keys."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -10,8 +10,8 @@ import numpy as np
 
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.evaluation.moments import SplitScores
-from ldm_dkdm.files import replacing
-from ldm_dkdm.npz import read_arrays
+from ldm_dkdm.files import replacing, require_place
+from ldm_dkdm.npz import array_names, read_arrays
 
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's keys
 INCEPTION = (2048, 2023)  # features of pool_3, and of 7 channels of mixed_6/conv at 17x17
@@ -78,6 +78,26 @@ class Statistics:
                 )
         scores = SplitScores.of(sums) if sums else None
         return cls(None if count < 0 else count, **pairs, scores=scores, features=found.get("features"), facts=facts)
+
+
+def require_place_for_statistics(path: Path, features: Sequence[str]) -> None:
+    """Refuse a path that statistics of a set on these features could not be written to, before they are gathered.
+
+    Raises:
+        UserError: not an .npz, a file that holds anything but statistics, no permission; several features, or pixels,
+            of which no statistics are gathered that another call could use.
+    """
+    if path.suffix != ".npz":
+        raise UserError(f"path: statistics are an .npz, {path} is not named so")
+    require_place(path)
+    if path.exists():
+        names = array_names(path)
+        if not names >= {"mu", "sigma"} or "arr_0" in names:
+            raise UserError(f"path: {path} exists and does not hold statistics alone; name another file")
+    if len(features) != 1:
+        raise UserError(f"path: a file holds statistics of one extractor, the metrics need {', '.join(features)}")
+    if features[0].startswith("pixel"):
+        raise UserError(f"path: {features[0]} have no statistics that could be a reference")
 
 
 def _checked(path: Path, name: str, array: np.ndarray) -> np.ndarray:

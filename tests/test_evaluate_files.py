@@ -1,0 +1,56 @@
+"""The files that dkdm evaluate writes: statistics that remember their images, rows of several processes."""
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ldm_dkdm.evaluation.results import append_row, read_rows
+from ldm_dkdm.evaluation.statistics import Statistics
+from tests.evaluate_sets import A, evaluation_home, results, toy  # noqa: F401 (a fixture)
+
+
+def test_saved_statistics_remember_that_files_were_jpeg_and_resized(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("jpeg").mkdir()
+    for i, image in enumerate(A[:10].numpy()):
+        Image.fromarray(image[:, :24]).save(f"jpeg/{i}.png", format="JPEG")  # whatever its name is
+    asked = ("--metrics", "fd", "--save_statistics", "jpeg.npz", "--size", 32)
+    assert toy("jpeg", "b.npz", *asked) == 0
+    assert toy("a.npz", "jpeg.npz", "--metrics", "fd") == 0
+    errors = capsys.readouterr().err
+    for part in (
+        "samples: 10 files are JPEG",
+        "reference: 10 files are JPEG",
+        "samples centred square to 32, Lanczos; reference none",
+        "samples none; reference centred square to 32, Lanczos",
+    ):
+        assert part in errors
+
+
+def test_saved_statistics_are_written_over_by_statistics_only() -> None:
+    asked = ("--metrics", "fd", "--save_statistics", "statistics.npz")
+    assert toy("a.npz", "b.npz", *asked) == 0 == toy("b.npz", "a.npz", *asked)
+    assert Statistics.read(Path("statistics.npz")).count == 80
+
+
+def append_rows(number: int) -> None:
+    """Ten rows of a process, with a figure of its own."""
+    for i in range(10):
+        append_row(Path("rows.csv"), {"samples": f"{number}.{i}", f"figure {number}": i})
+
+
+def wait_for_others(barrier: Barrier) -> None:
+    barrier.wait(60)
+
+
+def test_processes_that_append_rows_at_once_lose_none() -> None:
+    spawn = get_context("spawn")
+    options = {"mp_context": spawn, "initializer": wait_for_others, "initargs": (spawn.Barrier(2),)}
+    with ProcessPoolExecutor(2, **options) as pool:
+        list(pool.map(append_rows, range(2)))
+    rows = read_rows(Path("rows.csv"))
+    assert sorted(row["samples"] for row in rows) == sorted(f"{n}.{i}" for n in range(2) for i in range(10))
+    assert all(row[f"figure {row['samples'][0]}"] == row["samples"][2] for row in rows)
