@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm_dkdm.evaluation.results import append_row, read_rows
 from ldm_dkdm.evaluation.statistics import Statistics
-from tests.evaluate_sets import A, evaluation_home, results, toy  # noqa: F401 (a fixture)
+from tests.evaluate_sets import A, evaluation_home, toy  # noqa: F401 (a fixture)
 
 
 def test_saved_statistics_remember_that_files_were_jpeg_and_resized(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.training.pool_log import pool_figures
-from ldm_dkdm.training.tables import Table, read_rows
+from ldm_dkdm.training.tables import Table
 from tests.cli import distil, sample, table, write_yaml
 from tests.parts import distill_config
 from tests.process import changes, process_state
@@ -94,8 +94,25 @@ def test_a_table_takes_later_columns_and_ignores_what_is_none(tmp_path: Path) ->
     assert file.read_text() == "step,b\n1,0.5\n2,0.25\n3,0.333333\n"
     rows.add({"step": 4, "a": 7.0, "z": 1e-9})
     assert file.read_text() == "step,a,b,z\n1,,0.5,\n2,,0.25,\n3,,0.333333,\n4,7,,1e-09\n"
-    (tmp_path / "b.csv").write_bytes(b"not\na,table\n")
-    assert read_rows(tmp_path / "b.csv") == [] == read_rows(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "warning", "left"),
+    [
+        (b"not\na,table\n", "has no column step; it is left out", ""),
+        (b"step,loss\n1,0.5\n2\n3,0.25\n", "line 3 has 1 cells, the header 2; it is left out", "1,0.5\n3,0.25\n"),
+        (b"step,loss\n1,0.5\n,2\n", "line 3 has no step; it is left out", "1,0.5\n"),
+        (b"\xff\n", "not a table of numbers", ""),
+        (b"step,loss\n1,0.5\n2,", "", "1,0.5\n"),
+    ],
+)
+def test_damaged_rows_do_not_keep_a_run_from_its_resume(
+    content: bytes, warning: str, left: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    Table(tmp_path / "a.csv", ("step", "loss"), resumed_at=5).add({"step": 6, "loss": 1.0})
+    assert (tmp_path / "a.csv").read_text() == f"step,loss\n{left}6,1\n"
+    assert warning in caplog.text and bool(warning) == bool(caplog.records)
 
 
 def test_the_pools_rows_follow_every_slot(teacher_folder: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_row_that_is_being_written_waits_for_the_next_page(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("step,loss\n1,high\n", "metrics.csv: line 2, loss: 'high' is not a number"),
+        ("step,loss\n1,high\n", "metrics.csv: step 1, loss: 'high' is not a number"),
         ("step,loss\n1\n2,3\n", "metrics.csv: line 2 has 1 cells, the header 2"),
         ("loss\n1\n", "metrics.csv: has no column step"),
         ("step,loss\n,1\n", "metrics.csv: line 2 has no step"),

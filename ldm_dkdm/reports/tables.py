@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,30 +53,53 @@ def joined(rows: Iterable[Row]) -> list[Row]:
 
 
 def read_rows(file: Path) -> Iterator[Row]:
-    """The numbers in each row of a CSV file, without empty and non-finite cells; errors as `read_series`.
+    """The numbers in each row of a CSV file, without empty and non-finite cells; errors as `read_series`."""
+    for cells in read_cells(file, _refuse):
+        row = {name: _number(cell, f"{file}: step {cells['step']}, {name}") for name, cell in cells.items() if cell}
+        yield {name: value for name, value in row.items() if math.isfinite(value)}
 
-    The last row may be half written, since the run may be going on: it is left for the next reading.
+
+def read_cells(file: Path, damaged: Callable[[str], object]) -> list[dict[str, str]]:
+    """The rows of a table that a training writes, as column -> text; none if there is no file.
+
+    A last line without an end is left out: a crash has cut it off, or it is being written.
+
+    Args:
+        damaged: called with what is wrong where a file or a row is not of a table with the column `step`; if it does
+            not raise, these are left out.
     """
     try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not a table of numbers ({error})") from error
-    lines = list(csv.reader(text.splitlines()))
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
+    except (UnicodeDecodeError, csv.Error) as error:
+        damaged(f"{file}: not a table of numbers ({error})")
+        return []
     if not lines:
-        return
-    header, unfinished = lines[0], not text.endswith("\n")
+        return []
+    header, rows = lines[0], []
     if "step" not in header:
-        raise UserError(f"{file}: has no column step")
+        damaged(f"{file}: has no column step")
+        return []
     for number, cells in enumerate(lines[1:], 2):
-        if len(cells) < len(header) and unfinished and number == len(lines):
-            return
+        row = dict(zip(header, cells))
         if len(cells) != len(header):
-            raise UserError(f"{file}: line {number} has {len(cells)} cells, the header {len(header)}")
-        row = {name: _number(cell, f"{file}: line {number}, {name}") for name, cell in zip(header, cells) if cell}
-        finite = {name: value for name, value in row.items() if math.isfinite(value)}
-        if "step" not in finite:
-            raise UserError(f"{file}: line {number} has no step")
-        yield finite
+            damaged(f"{file}: line {number} has {len(cells)} cells, the header {len(header)}")
+        elif not _is_finite(row["step"]):
+            damaged(f"{file}: line {number} has no step")
+        else:
+            rows.append(row)
+    return rows
+
+
+def _refuse(problem: str) -> None:
+    raise UserError(problem)
+
+
+def _is_finite(cell: str) -> bool:
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False
 
 
 def _number(cell: str, where: str) -> float:

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ldm_dkdm.files import write_text
+from ldm_dkdm.reporting import logger
+from ldm_dkdm.reports.tables import read_cells
 
 
 class Table:
     """Rows with a `step`, in a CSV file.
 
-    The file is opened with the first row: rows past the step that the run is resumed at, and a line that a crash has
-    cut off, are dropped. A figure that first appears later gets a column of its own.
+    The file is opened with the first row. Rows past the step that the run is resumed at, and a line that a crash has
+    cut off, are dropped; other lines that are not rows are dropped with a warning. A figure that first appears later
+    gets a column of its own.
 
     Args:
         path: the file.
@@ -29,9 +32,9 @@ class Table:
         """Append a row; columns that it does not have stay empty."""
         if not self.columns:
             known = [name for name in self.order if name not in self.optional]
-            self._write(known, row, read_rows(self.path), self.resumed_at)
+            self._write(known, row, read_cells(self.path, _left_out), self.resumed_at)
         elif not row.keys() <= set(self.columns):
-            self._write(self.columns, row, read_rows(self.path), int(row["step"]))
+            self._write(self.columns, row, read_cells(self.path, _left_out), int(row["step"]))
         with self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(_lines([[shown(name, row[name]) if name in row else "" for name in self.columns]]))
 
@@ -40,16 +43,12 @@ class Table:
         names = dict.fromkeys([*columns, *(name for old in rows[:1] for name in old), *row])
         known = [name for name in self.order if name in names]
         self.columns = [*known, *(name for name in names if name not in known)]
-        kept = [[old.get(name, "") for name in self.columns] for old in rows if int(old["step"]) <= last]
+        kept = [[old.get(name, "") for name in self.columns] for old in rows if float(old["step"]) <= last]
         write_text(self.path, _lines([self.columns, *kept]))
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a table, with empty fields; none if there is no such file, or it is not a table."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    whole = text[: text.rfind("\n") + 1]  # without the line that a crash has cut off
-    rows = list(csv.DictReader(io.StringIO(whole)))
-    return [row for row in rows if (row.get("step") or "").isdecimal() and None not in row.values()]
+def _left_out(problem: str) -> None:
+    logger.warning(f"{problem}; it is left out")
 
 
 def shown(name: str, value: float) -> str:
