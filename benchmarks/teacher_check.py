@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ldm_dkdm import DiffusionModel, UserError, load_model
-from ldm_dkdm.evaluation.readings import reread
+from ldm_dkdm.evaluation.interpretations import reinterpreted
 from ldm_dkdm.evaluation.teacher_check import COMPARED, measure
 
 
@@ -25,10 +25,10 @@ def faults(model: DiffusionModel) -> Iterator[tuple[str, DiffusionModel]]:
     yield "output zero", _with_network(model, _zero)
     yield "NaN", _with_network(model, _nan)
     flipped = not model.node.params.get("use_new_attention_order", False)
-    yield "other attention order", reread(model, use_new_attention_order=flipped)
-    yield "one head", reread(model, num_head_channels=-1, num_heads=1)
+    yield "other attention order", reinterpreted(model, use_new_attention_order=flipped)
+    yield "one head", reinterpreted(model, num_head_channels=-1, num_heads=1)
     width = 32 if model.node.params.get("num_head_channels") == 16 else 16
-    yield f"heads of {width} channels", reread(model, num_head_channels=width)
+    yield f"heads of {width} channels", reinterpreted(model, num_head_channels=width)
     own = model.diffusion
     for name, other in (
         ("linear schedule", replace(own, schedule="linear", beta_start=1e-4, beta_end=0.02)),
@@ -94,7 +94,7 @@ def main() -> None:
             except UserError as error:
                 verdict = str(error).removeprefix(f"{model.path}: ").partition(";")[0]
             errors = ", ".join(f"{row.eps_error:.3f}" for row in figures.rows[1:])
-            shown = f"{figures.along:.3f} | {errors} | {figures.linear:.2f} | {figures.deviation:.3f}"
+            shown = f"{figures.cosine:.3f} | {errors} | {figures.linear:.2f} | {figures.deviation:.3f}"
             print(f"| {name} | {shown} | {verdict} |", flush=True)
 
 

@@ -165,7 +165,7 @@ def archives() -> st.SearchStrategy[bytes]:
     return st.builds(pack, kind, shape, fortran, body, st.sampled_from([0, 8, 12, 14]), extra, flag)
 
 
-def pictures() -> list[bytes]:
+def image_contents() -> list[bytes]:
     found = []
     for kind in FORMATS:
         for mode in ("RGB", "L", "I;16"):
@@ -212,7 +212,7 @@ READERS |= {
         lambda path: read_own_pool(path, SHAPE, {"num_timesteps": 20}),
     ),
     "npz": (archives(), "x.npz", read_npz),
-    "image": (mutated(pictures()), "x.png", lambda path: read_image(path, 8)),
+    "image": (mutated(image_contents()), "x.png", lambda path: read_image(path, 8)),
     "latents": (st.one_of(mutated(latents()), archives()), "x.npz", read_latents),
 }
 

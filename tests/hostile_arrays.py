@@ -93,7 +93,7 @@ def labelled(place: Place, labels: np.ndarray) -> str:
     return place.new("x.npz", buffer.getvalue())
 
 
-def picture(content: bytes, name: str = "a.png") -> Callable[[Place], list[str]]:
+def image_file(content: bytes, name: str = "a.png") -> Callable[[Place], list[str]]:
     return lambda p: p.training(str(Path(p.new(name, content)).parent))
 
 
@@ -114,16 +114,16 @@ def png(width: int, height: int) -> bytes:
 
 def postscript(place: Place) -> list[str]:
     text = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n({place.marker}) (w) file closefile\n"
-    return picture(text.encode())(place)
+    return image_file(text.encode())(place)
 
 
 CASES |= {
     "PostScript": (postscript, "not a readable image"),
-    "a billion pixels": (picture(png(31623, 31623)), "too many pixels"),
-    "67 million pixels": (picture(png(9400, 9400)), "too many pixels"),
-    "long comment": (picture(b"P5\n#" + b"x" * 20_000_000, "a.ppm"), "not a readable image"),
+    "a billion pixels": (image_file(png(31623, 31623)), "too many pixels"),
+    "67 million pixels": (image_file(png(9400, 9400)), "too many pixels"),
+    "long comment": (image_file(b"P5\n#" + b"x" * 20_000_000, "a.ppm"), "not a readable image"),
     "pipe": (pipe, "but a pipe or a device"),
-    "escape in a file's name": (picture(b"x", f"{ESCAPE[:4]}.png"), "not a readable image"),
+    "escape in a file's name": (image_file(b"x", f"{ESCAPE[:4]}.png"), "not a readable image"),
 }
 
 

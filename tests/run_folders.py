@@ -21,7 +21,7 @@ CONFIG = {
 CARD = {"weights": "student.safetensors", "info": {"step": 100}, "network": {"target": "ldm_dkdm.networks.UNet"}}
 CURVE = {"0": 0.5, "25": 0.2, "50": 0.1, "75": 0.05}
 FIGURES = {"eps_mse_by_t": CURVE, "eps_mse_by_t_quarter": [0.5, 0.25], "student_parameters": 7}
-RECORD = {  # of dkdm evaluate with a reference
+RECORD = {  # what dkdm evaluate writes with a reference
     "figures": {"FID": 12.5, "IS": None},
     "samples": {"source": "run", "sampler": "ddim", "steps": 20},
     "reference": {"source": "emoji"},

@@ -17,7 +17,7 @@ from ldm_dkdm.evaluation.reference import agreement, new_reference, read_referen
 from ldm_dkdm.training import measuring
 from tests.cli import contents, distil, table, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
-from tests.pictures import LOGGING, TRAINER, pictures
+from tests.training_images import LOGGING, TRAINER, training_images
 
 
 class Constant(nn.Module):
@@ -212,5 +212,5 @@ def test_a_training_on_images_has_no_teacher_to_agree_with(key: str, first_stage
     )
     numbers = {"steps": TRAINER["max_steps"], "batch_size": 4, **LOGGING, key: 1 if key == "evaluate_every" else True}
     with pytest.raises(UserError, match=f"^{key}: needs a teacher to agree with"):
-        dkdm.train(like, pictures(tmp_path), tmp_path / "run", progress=False, **numbers)
+        dkdm.train(like, training_images(tmp_path), tmp_path / "run", progress=False, **numbers)
     assert not (tmp_path / "run").exists() and reference.teacher_calls(1000) == 4 * 1000 + 16 * 20

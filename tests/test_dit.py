@@ -143,7 +143,7 @@ def test_weights_start_as_published() -> None:
         elif name.startswith(("t_embedder", "y_embedder")):
             assert abs(weight.std().item() / 0.02 - 1) < 0.1, name
         elif name != "pos_embed":
-            fans = weight.flatten(1).shape  # of a patch, too, as of a linear layer
+            fans = weight.flatten(1).shape  # a patch counts as the input of a linear layer
             bound = math.sqrt(6 / sum(fans))
             assert 0.97 * bound < weight.abs().max() <= bound, name
             assert abs(weight.std().item() * math.sqrt(3) / bound - 1) < 0.1, name

@@ -133,12 +133,12 @@ def test_latents_decode_to_the_images_that_were_sampled(run: Path, first_stage: 
 
 
 def test_a_comparison_is_one_image_of_all_models(run: Path, teacher_folder: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "both.png"
+    comparison = tmp_path / "both.png"
     models = ("-r", teacher_folder, run)
-    assert sample(*models, "-n", 4, "-c", 2, "-l", tmp_path / "out", "--compare", picture) == 0
+    assert sample(*models, "-n", 4, "-c", 2, "-l", tmp_path / "out", "--compare", comparison) == 0
     for name in ("teacher", "student"):
         (sampled,) = (tmp_path / "out").glob(f"*-{name}/grid.png")
-        assert [places(read(sampled), read(picture), factor) for factor in range(1, 9)].count(1) == 1
+        assert [places(read(sampled), read(comparison), factor) for factor in range(1, 9)].count(1) == 1
 
 
 def places(panel: np.ndarray, sheet: np.ndarray, factor: int) -> int:

@@ -17,7 +17,7 @@ from ldm_dkdm.first_stage.discriminator import Discriminator
 from ldm_dkdm.first_stage.vqgan import FirstStageModule, as_vectors, held_out_psnr
 from tests.cli import run_script, write_yaml
 from tests.parts import VQ_PARAMS
-from tests.pictures import LOGGING, TRAINER, pictures
+from tests.training_images import LOGGING, TRAINER, training_images
 
 
 def first_stage_config(data: Path, logs: Path, **sections: dict[str, object]) -> dict[str, dict]:
@@ -33,11 +33,11 @@ def first_stage_config(data: Path, logs: Path, **sections: dict[str, object]) ->
 
 def test_a_first_stage_trains_with_every_term_and_its_folder_loads(tmp_path: Path) -> None:
     loss = {"adversarial": 0.1, "adversarial_start": 4, "color": 0.5}
-    config = first_stage_config(pictures(tmp_path), tmp_path / "logs", loss=loss) | {"hue": 0.25}
+    config = first_stage_config(training_images(tmp_path), tmp_path / "logs", loss=loss) | {"hue": 0.25}
     assert run_script("train_first_stage.py", "--base", write_yaml(tmp_path / "vq.yaml", config)) == 0
     run = tmp_path / "logs" / "vq"
     codec = FirstStageSource(run / "first_stage").codec()
-    images = torch.from_numpy(np.load(tmp_path / "pictures.npz")["arr_0"])
+    images = torch.from_numpy(np.load(tmp_path / "images.npz")["arr_0"])
     assert codec.encode(images).std().item() == pytest.approx(1.0, abs=1e-3)
     state = torch.load(run / "checkpoints" / "step=00000008.ckpt", weights_only=True)
     critic = state["optimizer_states"][1]["state"].values()
@@ -45,7 +45,7 @@ def test_a_first_stage_trains_with_every_term_and_its_folder_loads(tmp_path: Pat
 
 
 def test_training_a_first_stage_raises_its_psnr(tmp_path: Path) -> None:
-    data = pictures(tmp_path, constant=True)
+    data = training_images(tmp_path, constant=True)
     sections = {"trainer": {"max_steps": 150, "learning_rate": 2e-3}, "codebook": {"continuous_steps": 40}}
     base = write_yaml(tmp_path / "vq.yaml", first_stage_config(data, tmp_path / "logs", **sections))
     assert run_script("train_first_stage.py", "--base", base) == 0

@@ -8,7 +8,7 @@ from tests.cli import contents, run_script, write_yaml
 from tests.digits import LOGGING as DIGITS_LOGGING
 from tests.digits import PIXEL, TRAINER, UNET
 from tests.parts import UNET_PARAMS
-from tests.pictures import pictures
+from tests.training_images import training_images
 
 
 def plan(base: Path, *words: str) -> int:
@@ -21,7 +21,7 @@ def latent(first_stage: Path, tmp_path: Path) -> Path:
         "model": {"target": "ldm_dkdm.networks.UNet", "params": UNET_PARAMS},
         "first_stage": {"ckpt": str(first_stage)},
         "diffusion": {"num_timesteps": 20},
-        "data": {"path": str(pictures(tmp_path)), "image_size": 32, "batch_size": 4},
+        "data": {"path": str(training_images(tmp_path)), "image_size": 32, "batch_size": 4},
         "trainer": {**TRAINER, "max_steps": 6},
         "logging": {"dir": str(tmp_path / "logs"), "name": "planned"},
     }

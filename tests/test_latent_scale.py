@@ -16,12 +16,12 @@ from ldm_dkdm.first_stage.scale import scale_figures
 from ldm_dkdm.model.sampling import settle_scale
 
 TEACHER = Path("models/teachers/emoji64")
-SCALE = 0.655761  # of the shipped first stage
+SCALE = 0.655761  # the shipped first stage's
 
 
 @pytest.fixture(scope="module")
-def pictures() -> torch.Tensor:
-    """Pictures that the shipped first stage was made for: what it decodes from its teacher's samples."""
+def decoded() -> torch.Tensor:
+    """Images that the shipped first stage was made for: what it decodes from its teacher's samples."""
     return load_model(TEACHER).sample(2, sampler="dpm-solver++", steps=6)
 
 
@@ -35,10 +35,10 @@ def codec() -> LatentCodec:
 @pytest.mark.parametrize("true", [1.0, 0.18215, 0.42])
 @pytest.mark.parametrize("stated", [1.0, 0.18215])
 def test_the_scale_at_which_samples_come_back_is_found(
-    true: float, stated: float, codec: LatentCodec, pictures: torch.Tensor
+    true: float, stated: float, codec: LatentCodec, decoded: torch.Tensor
 ) -> None:
     codec.scale_factor = true
-    states = codec.encode(pictures)
+    states = codec.encode(decoded)
     codec.scale_factor = stated
     figures = scale_figures(codec, states)
     assert figures.best == pytest.approx(true, rel=0.05)
@@ -80,14 +80,14 @@ def test_a_doubtful_scale_is_named_asked_for_and_decided(
     form: str,
     change: float | None,
     words: str,
-    pictures: torch.Tensor,
+    decoded: torch.Tensor,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.INFO)
     path = saved(tmp_path, form, change)
-    states = load_model(TEACHER).codec().encode(pictures)
+    states = load_model(TEACHER).codec().encode(decoded)
     figures = Figures(
         1.0, (Row(9, 0.01, 0.5, 1.0), Row(1, 0.01, 0.1, 1.0)), 0.1, torch.zeros(2), torch.zeros(2), states
     )
@@ -110,9 +110,9 @@ def test_a_doubtful_scale_is_named_asked_for_and_decided(
 
 
 def test_a_right_scale_is_confirmed_and_a_student_in_training_has_no_say(
-    codec: LatentCodec, pictures: torch.Tensor, caplog: pytest.LogCaptureFixture
+    codec: LatentCodec, decoded: torch.Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    states, codec.doubt = codec.encode(pictures), "stores no scale_factor"
+    states, codec.doubt = codec.encode(decoded), "stores no scale_factor"
     assert scale_figures(codec, states).best == codec.scale_factor
     student = load_model(TEACHER)
     student.path = None

@@ -100,7 +100,7 @@ def test_the_example_of_the_design_works_with_a_network_of_ones_own(tmp_path: Pa
 def test_a_network_of_ones_own_is_evaluated(teacher: dkdm.DiffusionModel) -> None:
     figures = dkdm.evaluate(own_student(teacher), teacher, images=65, steps=2, chains=2)
     assert figures["student_parameters"] == sum(p.numel() for p in Net().parameters())
-    operations = 2 * 8 * 8 * 9 * (3 * 16 + 16 * 3)  # of two convolutions of 8x8 states
+    operations = 2 * 8 * 8 * 9 * (3 * 16 + 16 * 3)  # two convolutions of 8x8 states
     assert figures["student_gflops"] == pytest.approx(operations / 1e9, abs=5e-5)
     assert len(figures["eps_mse_by_t_quarter"]) == 4 and figures["frechet_student_to_teacher"] > 0
 

@@ -16,7 +16,7 @@ from ldm_dkdm import UserError, distill, write_report
 from ldm_dkdm.commands.main import main
 from ldm_dkdm.config.load import to_yaml
 from ldm_dkdm.reports.charts import points_of, pool_map, sections_of, time_left
-from ldm_dkdm.reports.pictures import MAX_SIDE, picture
+from ldm_dkdm.reports.images import MAX_SIDE, page_image
 from ldm_dkdm.reports.run_files import MAX_GRIDS, read_run
 from ldm_dkdm.reports.tables import MAX_POINTS, read_series
 from ldm_dkdm.reports.texts import blocks_of, differences_of, facts_of, names_of
@@ -150,10 +150,10 @@ def test_long_runs_are_thinned_to_their_ends(tmp_path: Path) -> None:
 
 def test_large_images_are_made_smaller_and_small_ones_are_kept(tmp_path: Path) -> None:
     write_png(tmp_path / "small.png", 0)
-    assert picture(tmp_path / "small.png").uri.startswith("data:image/png;base64,")
+    assert page_image(tmp_path / "small.png").uri.startswith("data:image/png;base64,")
     shades = np.linspace(0, 255, 1024 * 1536 * 3).reshape(1024, 1536, 3).astype(np.uint8)
     Image.fromarray(shades).save(tmp_path / "large.png")
-    large = picture(tmp_path / "large.png")
+    large = page_image(tmp_path / "large.png")
     assert (large.width, large.height) == (1536, 1024)
     assert large.uri.startswith("data:image/webp;base64,")
     with Image.open(io.BytesIO(base64.b64decode(large.uri.partition(",")[2]))) as image:

@@ -80,7 +80,7 @@ def test_the_slider_moves_the_samples_of_all_runs_by_keys(browser: Browser, two:
         np.testing.assert_array_equal(second, stored[step])
         assert browser.texts("#samples figcaption span") == [f"step {min(step, 100)}", f"step {step}"]
     assert list(shown.values()) == [200, 50, 100, 200]
-    np.testing.assert_array_equal(browser.pixels(".pictures img")[0], write_png(files / "again.png", 0))
+    np.testing.assert_array_equal(browser.pixels(".samples img")[0], write_png(files / "again.png", 0))
     assert browser.complaints() == []
 
 

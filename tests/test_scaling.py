@@ -93,7 +93,7 @@ def test_where_depths_differ_the_outer_blocks_correspond() -> None:
     teacher, student = unet(64, num_res_blocks=2), unet(32, num_res_blocks=1)
     report = slice_teacher(student, teacher)
     assert report.random == 0
-    # of the decoder's three blocks per level: the innermost (it takes the level below) and the outermost (it upsamples)
+    # the decoder has three blocks per level: the innermost (it takes the level below) and the outermost (it upsamples)
     pairs = {"input_blocks.1": "input_blocks.1", "input_blocks.2": "input_blocks.3", "middle_block": "middle_block"}
     pairs |= {f"output_blocks.{k}": f"output_blocks.{n}" for k, n in enumerate((0, 2, 3, 5))}
     for own, other in pairs.items():

@@ -12,7 +12,7 @@ from torch import nn
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model
 from ldm_dkdm.checkpoints import Hints
 from ldm_dkdm.commands.arguments import read_hints
-from ldm_dkdm.evaluation.readings import other_readings, reread
+from ldm_dkdm.evaluation.interpretations import other_interpretations, reinterpreted
 from ldm_dkdm.evaluation.teacher_check import (
     COMPARED,
     Figures,
@@ -66,7 +66,7 @@ def test_a_good_teacher_of_unclipped_latents_passes_where_x_0_explodes_near_T() 
 
 def test_the_shipped_teacher_passes_with_room_to_spare(good: DiffusionModel) -> None:
     figures = good.check()
-    assert figures.along > 0.95 and figures.linear < 0.2 and figures.deviation < 0.03
+    assert figures.cosine > 0.95 and figures.linear < 0.2 and figures.deviation < 0.03
     x0_errors = [row.x0_error for row in figures.rows]
     assert x0_errors == sorted(x0_errors, reverse=True)
 
@@ -102,8 +102,8 @@ def test_another_schedule_is_refused(good: DiffusionModel) -> None:
 
 def test_the_right_schedule_is_preferred_where_the_wrong_one_passes(good: DiffusionModel) -> None:
     wrong = bare(good).changed(diffusion=replace(good.diffusion, beta_start=0.00085, beta_end=0.012))
-    readings = dict(other_readings(wrong))
-    right = readings["schedule=scaled_linear num_timesteps=1000 beta_start=0.0015 beta_end=0.0195"]
+    interpretations = dict(other_interpretations(wrong))
+    right = interpretations["schedule=scaled_linear num_timesteps=1000 beta_start=0.0015 beta_end=0.0195"]
     figures = [measure(model, images=COMPARED) for model in (wrong, right)]
     assert fault(figures[0]) is None
     assert preferred(figures[0], figures[1])
@@ -111,8 +111,8 @@ def test_the_right_schedule_is_preferred_where_the_wrong_one_passes(good: Diffus
 
 
 def test_the_right_attention_order_is_preferred(good: DiffusionModel) -> None:
-    wrong = reread(good, use_new_attention_order=True)
-    right = dict(other_readings(wrong))["use_new_attention_order=false"]
+    wrong = reinterpreted(good, use_new_attention_order=True)
+    right = dict(other_interpretations(wrong))["use_new_attention_order=false"]
     x, t = torch.randn(2, *good.shape), torch.tensor([5, 500])
     with torch.no_grad():
         assert torch.equal(right.network.eval()(x, t), good.network.eval()(x, t))
@@ -122,8 +122,8 @@ def test_the_right_attention_order_is_preferred(good: DiffusionModel) -> None:
     assert not preferred(figures[1], figures[0])
 
 
-def test_a_reading_is_named_as_the_user_would_write_it(good: DiffusionModel) -> None:
-    names = [name for name, _ in other_readings(bare(good, Hints(sections=True)))]
+def test_an_interpretation_is_named_as_the_user_would_write_it(good: DiffusionModel) -> None:
+    names = [name for name, _ in other_interpretations(bare(good, Hints(sections=True)))]
     assert {
         "teacher.params.use_new_attention_order=true",
         "diffusion.schedule=cosine diffusion.num_timesteps=4000",
@@ -131,7 +131,7 @@ def test_a_reading_is_named_as_the_user_would_write_it(good: DiffusionModel) -> 
 
 
 def test_the_head_widths_that_are_usual_are_tried(good: DiffusionModel) -> None:
-    names = [name for name, _ in other_readings(good)]
+    names = [name for name, _ in other_interpretations(good)]
     assert {"use_new_attention_order=true", "num_head_channels=64"} <= set(names)
     assert {"num_head_channels=-1 num_heads=1", "num_head_channels=-1 num_heads=4"} <= set(names)
     assert "num_head_channels=32" not in names
@@ -162,7 +162,7 @@ def test_a_guided_teacher_is_checked_without_its_guidance(digits_teacher: Path) 
     assert reasons[0] == reasons[1]
 
 
-def test_a_reading_that_alone_predicts_posterior_means_is_preferred_whatever_the_errors_are() -> None:
+def test_an_interpretation_that_alone_predicts_posterior_means_is_preferred_whatever_the_errors_are() -> None:
     generator = torch.Generator().manual_seed(0)
     rows, errors = (Row(500, 0.1, 0.1, 0.95),) * 2, torch.full((32,), -3.0)
 
@@ -175,7 +175,7 @@ def test_a_reading_that_alone_predicts_posterior_means_is_preferred_whatever_the
     assert not preferred(biased, worse) and not preferred(worse, biased)  # neither of the two is right
 
 
-def test_of_several_better_readings_the_one_without_bias_is_named_then_the_smallest_error() -> None:
+def test_of_several_better_interpretations_the_one_without_bias_is_named_then_the_smallest_error() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = (Row(500, 0.1, 0.1, 0.95),) * 2
 
@@ -192,22 +192,22 @@ def test_of_several_better_readings_the_one_without_bias_is_named_then_the_small
 
 def test_a_file_that_stores_its_schedule_is_offered_no_other(good: DiffusionModel) -> None:
     assert good.stores_schedule
-    assert not any("schedule=" in words for words, _ in other_readings(good))
-    assert any("schedule=" in words for words, _ in other_readings(bare(good)))
+    assert not any("schedule=" in words for words, _ in other_interpretations(good))
+    assert any("schedule=" in words for words, _ in other_interpretations(bare(good)))
 
 
-def test_every_reading_is_accepted_by_the_loader(tmp_path: Path) -> None:
+def test_every_interpretation_is_accepted_by_the_loader(tmp_path: Path) -> None:
     params = {**UNET_PARAMS, "model_channels": 64, "num_head_channels": 64, "num_heads": 1}
     model = DiffusionModel(UNet(**params), schedule=NoiseSchedule("cosine", 100), space="pixel")
     torch.save(model.network.state_dict(), file := tmp_path / "bare.pt")
     hints = {"image_size": 8, "num_head_channels": 64, "use_new_attention_order": False, "space": "pixel"}
     found = load_model(file, **hints, betas=model.schedule.betas.tolist())
-    readings = dict(other_readings(found))
-    assert "rescale_timesteps=true" in readings
-    assert {"num_head_channels=-1 num_heads=4", "schedule=cosine num_timesteps=1000 betas=null"} <= set(readings)
+    interpretations = dict(other_interpretations(found))
+    assert "rescale_timesteps=true" in interpretations
+    assert {"num_head_channels=-1 num_heads=4", "schedule=cosine num_timesteps=1000 betas=null"} <= set(interpretations)
     base = {**hints, "betas": model.schedule.betas.tolist()}
-    for words, reading in readings.items():
+    for words, interpretation in interpretations.items():
         again = load_model(file, **{**base, **read_hints(words.split())})
-        assert again.diffusion == reading.diffusion, words
+        assert again.diffusion == interpretation.diffusion, words
         x, t = torch.randn(1, 3, 8, 8), torch.tensor([5])
-        assert torch.equal(again.predict(x, t).eps, reading.predict(x, t).eps), words
+        assert torch.equal(again.predict(x, t).eps, interpretation.predict(x, t).eps), words

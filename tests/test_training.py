@@ -18,7 +18,7 @@ from ldm_dkdm.training.ema import StudentEMA
 from ldm_dkdm.training.ends import EarlyStop
 from tests.cli import distil, run_script, sample, table, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
-from tests.pictures import LOGGING, TRAINER, pictures
+from tests.training_images import LOGGING, TRAINER, training_images
 
 
 def ldm_config(data: Path, first_stage: Path, logs: Path, name: str) -> dict[str, dict]:
@@ -34,7 +34,7 @@ def ldm_config(data: Path, first_stage: Path, logs: Path, name: str) -> dict[str
 
 
 def test_a_teacher_trains_on_images_and_resumes_exactly(first_stage: Path, tmp_path: Path, monkeypatch) -> None:
-    data, logs = pictures(tmp_path), tmp_path / "logs"
+    data, logs = training_images(tmp_path), tmp_path / "logs"
     bases = [write_yaml(tmp_path / f"{n}.yaml", ldm_config(data, first_stage, logs, n)) for n in ("whole", "stopped")]
     assert run_script("train_ldm.py", "--base", bases[0]) == 0
     next_batch = DataStream.next_batch
@@ -61,7 +61,7 @@ def test_a_teacher_trains_on_images_and_resumes_exactly(first_stage: Path, tmp_p
 def test_latents_encoded_in_every_step_give_the_losses_that_latents_encoded_once_do(
     first_stage: Path, tmp_path: Path
 ) -> None:
-    data, rows = pictures(tmp_path), []
+    data, rows = training_images(tmp_path), []
     for cache in (True, False):
         config = ldm_config(data, first_stage, tmp_path / "logs", f"cache-{cache}")
         config["data"] |= {"cache": cache, "flip": False}

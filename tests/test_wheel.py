@@ -81,7 +81,7 @@ def test_the_installed_demo_distils_the_shipped_teacher_and_draws_both(dkdm: Pat
     assert run(dkdm, "demo", *small, cwd=tmp_path).endswith("logs/quickstart/teacher_vs_student.png\n")
     assert (tmp_path / "logs/quickstart/student/config.yaml").is_file()
     assert (tmp_path / "logs/quickstart/report.html").is_file()
-    picture = tmp_path / "logs/quickstart/teacher_vs_student.png"
-    drawn = picture.stat().st_mtime_ns
+    comparison = tmp_path / "logs/quickstart/teacher_vs_student.png"
+    drawn = comparison.stat().st_mtime_ns
     run(dkdm, "demo", cwd=tmp_path)  # reuses what is there
-    assert picture.stat().st_mtime_ns == drawn
+    assert comparison.stat().st_mtime_ns == drawn

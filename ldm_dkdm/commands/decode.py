@@ -56,7 +56,7 @@ def read_latents(path: Path) -> "Tensor":
     if not latents.is_floating_point():
         raise UserError(f"{path}: holds {latents.dtype}, latents are floating-point numbers")
     latents = latents.float()
-    if not latents.abs().max() <= LARGEST:  # also where it is no number
+    if not latents.abs().max() <= LARGEST:  # also refuses NaN
         raise UserError(f"{path}: holds values that are not finite, or beyond {LARGEST:g}; no latents are")
     return latents
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from ldm_dkdm.errors import Stopped
 
 RUN = Path("logs/quickstart")
-PICTURE = RUN / "teacher_vs_student.png"
+COMPARISON = RUN / "teacher_vs_student.png"
 SAMPLING = ["-n", "64", "-c", "30", "--sampler", "dpm-solver++", "--no_png"]
 
 
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     except Stopped as stop:
         raise Stopped(f"{stop}; dkdm demo also continues it, and writes the comparison at the end") from stop
     student = RUN / "student" / "student.safetensors"
-    if not PICTURE.is_file() or PICTURE.stat().st_mtime < student.stat().st_mtime:
+    if not COMPARISON.is_file() or COMPARISON.stat().st_mtime < student.stat().st_mtime:
         models = ["-r", "models/teachers/emoji64", str(RUN), "-l", str(RUN / "samples/final")]
-        sample.run(parser_of("sample").parse_args([*models, *SAMPLING, "--compare", str(PICTURE)]))
-    print(PICTURE)
+        sample.run(parser_of("sample").parse_args([*models, *SAMPLING, "--compare", str(COMPARISON)]))
+    print(COMPARISON)

@@ -97,7 +97,7 @@ def encoded(codec: LatentCodec, images: Tensor) -> Tensor:
             f"{height}x{width}x{channels}"
         )
     latents = codec.encode(images)
-    if not latents.abs().max() <= LARGEST:  # also where it is no number
+    if not latents.abs().max() <= LARGEST:  # also refuses NaN
         raise UserError(f"samples: the first stage's latents are not finite, or beyond {LARGEST:g}")
     return latents
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm_dkdm.diffusion.process import q_sample
 from ldm_dkdm.diffusion.samplers import dpm_solver, last
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.evaluation.readings import other_readings
+from ldm_dkdm.evaluation.interpretations import other_interpretations
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.first_stage.scale import scale_figures
 from ldm_dkdm.model import DiffusionModel
@@ -30,7 +30,7 @@ LEVELS = (0.2, 0.5, 0.8, 0.95)  # abar where configurations are compared: equal 
 NOISY = (0.05, 0.2)  # abar where biases are measured: predictions hardly depend on errors of the samples there
 BIASED, UNBIASED = 4.0, 2.0  # standard errors of the bias
 # These bounds separate the good and the faulty teachers in docs/teacher-check.md.
-ALONG = 0.7  # smallest cosine of eps and pure noise at T-1
+ALIGNED = 0.7  # smallest cosine of eps and pure noise at T-1
 LINEAR = 0.7  # largest eps error at T/4, in units of the best linear denoiser's
 UNCALIBRATED = 0.15  # largest |rms of eps - sqrt(1 - its error)|, which vanishes for a posterior mean
 BETTER = 0.85  # an alternative is preferred if its error is below this fraction of the configuration's
@@ -57,7 +57,7 @@ class Figures:
     """Figures of a teacher's predictions on its own samples.
 
     Args:
-        along: cosine of eps and its input, pure noise at T-1.
+        cosine: that of eps and its input, pure noise at T-1.
         rows: from near T to near 0.
         linear: eps error at T/4 in units of the best linear denoiser's.
         log_errors: (n,) mean logarithm of each image's eps errors at `LEVELS`.
@@ -65,7 +65,7 @@ class Figures:
         samples: (n,C,H,W) the teacher's samples themselves.
     """
 
-    along: float
+    cosine: float
     rows: tuple[Row, ...]
     linear: float
     log_errors: Tensor
@@ -95,7 +95,7 @@ class Figures:
     @property
     def finite(self) -> bool:
         """Whether every figure is a number."""
-        return all(map(math.isfinite, (self.along, self.linear, self.error, self.deviation)))
+        return all(map(math.isfinite, (self.cosine, self.linear, self.error, self.deviation)))
 
 
 @torch.no_grad()
@@ -118,8 +118,8 @@ def measure(teacher: DiffusionModel, images: int = IMAGES) -> Figures:
         rows.append(Row(int(t[0]), error, x0_error, prediction.eps.square().mean().sqrt().item()))
         if quantile == QUANTILES[-2]:
             linear = error / _linear_error(schedule.alpha_bar(t[:1], x_0).item(), x_0)
-    along = F.cosine_similarity(at_T.flatten(1), noise.flatten(1)).mean().item()
-    return Figures(along, tuple(rows), linear, *_of_images(teacher, x_0, label, generator), x_0)
+    cosine = F.cosine_similarity(at_T.flatten(1), noise.flatten(1)).mean().item()
+    return Figures(cosine, tuple(rows), linear, *_of_images(teacher, x_0, label, generator), x_0)
 
 
 def _of_images(
@@ -149,10 +149,10 @@ def fault(figures: Figures) -> str | None:
     """What is wrong with a teacher by its own figures; None if nothing is."""
     if not figures.finite:
         return "its predictions are not finite; the weights are damaged or overflow in this precision"
-    if figures.along < ALONG:
+    if figures.cosine < ALIGNED:
         return (
-            f"at t = T-1 its eps does not point along pure noise (cosine {figures.along:.2f}, expected above {ALONG}); "
-            "the weights are random or scrambled, or the parameterization is wrong"
+            f"at t = T-1 its eps does not point along pure noise (cosine {figures.cosine:.2f}, expected above "
+            f"{ALIGNED}); the weights are random or scrambled, or the parameterization is wrong"
         )
     if figures.linear > LINEAR:
         return (
@@ -231,7 +231,7 @@ def _refuse_scale(model: DiffusionModel, samples: Tensor) -> None:
 
 
 def _refuse_better(model: DiffusionModel, own: Figures) -> None:
-    measured = ((words, measure(other, COMPARED)) for words, other in other_readings(model))
+    measured = ((words, measure(other, COMPARED)) for words, other in other_interpretations(model))
     words, best = best_of(own, {words: figures for words, figures in measured if preferred(own, figures)})
     if best is own:
         return

@@ -6,7 +6,7 @@ from typing import Any
 from ldm_dkdm.errors import UserError, nearest, pick
 
 ATTENTIONS = {"vanilla": "softmax", "none": None}  # CompVis's `attn_type` -> what the middle computes
-GROUPS = 32  # of taming's GroupNorm
+GROUPS = 32  # groups of taming's GroupNorm
 SIDE = 16384  # largest image
 LEVELS = 12
 # whole numbers: key -> largest value; files are not trusted

@@ -50,7 +50,7 @@ class DiffusionModel:
         null_label: the label for no class; default: the network's.
         first_stage: path of a latent model's first stage. info: facts for the model card.
         node: target and params that rebuild the network; default: those that it was built from.
-        guidance: weight of classifier-free guidance in every prediction; 1 is none.
+        guidance: weight of classifier-free guidance in every prediction; 1: no guidance.
         precision: `auto`, `bf16` or `32`, of predictions without gradients.
 
     Attributes:

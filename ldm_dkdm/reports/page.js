@@ -17,7 +17,7 @@ function connectSlider() {
   if (!slider) return;
   const images = all("img.student");
   for (const image of images) data.runs[image.dataset.run].grids.at(-1).uri = image.src;
-  for (const image of all(".pictures img")) image.classList.toggle("tiny", image.naturalWidth < 240);
+  for (const image of all(".samples img")) image.classList.toggle("tiny", image.naturalWidth < 240);
   const steps = [...new Set(data.runs.flatMap((run) => run.grids.map((grid) => grid.step)))].sort((a, b) => a - b);
   slider.max = steps.length - 1;
   slider.value = slider.max;

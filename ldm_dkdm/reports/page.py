@@ -16,7 +16,7 @@ from ldm_dkdm import __version__
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded, write_text
 from ldm_dkdm.reports.charts import Chart, Points, places_of, points_of, pool_map, sections_of, unit_of
-from ldm_dkdm.reports.pictures import Picture
+from ldm_dkdm.reports.images import PageImage
 from ldm_dkdm.reports.run_files import RunFiles, read_run
 from ldm_dkdm.reports.tables import Series, thinned
 from ldm_dkdm.reports.texts import blocks_of, differences_of, facts_of, names_of, rows_of
@@ -83,10 +83,10 @@ def page_of(runs: Sequence[RunFiles]) -> str:
     )
 
 
-def _teachers(runs: Sequence[RunFiles]) -> list[Picture | None]:
+def _teachers(runs: Sequence[RunFiles]) -> list[PageImage | None]:
     """The teacher's samples to show beside each run: not the same image twice."""
     seen: set[str | None] = {None}
-    shown: list[Picture | None] = []
+    shown: list[PageImage | None] = []
     for run in runs:
         uri = run.teacher.uri if run.teacher else None
         shown.append(None if uri in seen else run.teacher)

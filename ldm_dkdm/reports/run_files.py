@@ -13,7 +13,7 @@ from ldm_dkdm.config.schema import FirstStageCard, ModelCard
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.reporting import decoration
 from ldm_dkdm.reports.figures import Figures, flat, read_figures
-from ldm_dkdm.reports.pictures import Picture, picture
+from ldm_dkdm.reports.images import PageImage, page_image
 from ldm_dkdm.reports.tables import Series, read_series, spread
 
 MAX_GRIDS = 24  # grids of a run in the page
@@ -27,7 +27,7 @@ class Grid:
     """Samples of a student at a training step."""
 
     step: int
-    image: Picture
+    image: PageImage
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RunFiles:
     card: str
     grids: Sequence[Grid]
     grid_count: int
-    teacher: Picture | None
+    teacher: PageImage | None
 
 
 def read_run(path: Path) -> RunFiles:
@@ -96,10 +96,10 @@ def _optional(file: Path) -> dict[str, Series]:
     return read_series([file]) if file.is_file() else {}
 
 
-def _image(file: Path) -> Picture | None:
+def _image(file: Path) -> PageImage | None:
     if file.is_file():
         with decoration(str(file)):
-            return picture(file)
+            return page_image(file)
     return None
 
 

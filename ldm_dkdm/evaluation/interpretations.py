@@ -1,4 +1,4 @@
-"""Other readings of a model's weights: what its file does not store, in the alternatives that are usual."""
+"""Other interpretations of a model's weights: what its file does not store, in the alternatives that are usual."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -24,7 +24,7 @@ USUAL_SCHEDULES = (  # schedule, T, rescale_timesteps
 )
 
 
-def other_readings(model: DiffusionModel) -> Iterator[tuple[str, DiffusionModel]]:
+def other_interpretations(model: DiffusionModel) -> Iterator[tuple[str, DiffusionModel]]:
     """The same weights with alternatives for what their file does not store: attention, then the schedule."""
     yield from _other_attention(model)
     if model.stores_schedule:
@@ -60,7 +60,7 @@ def _other_attention(model: DiffusionModel) -> Iterator[tuple[str, DiffusionMode
     flipped = not params.get("use_new_attention_order", False)
     yield (
         _words(model, {"use_new_attention_order": str(flipped).lower()}),
-        reread(model, use_new_attention_order=flipped),
+        reinterpreted(model, use_new_attention_order=flipped),
     )
     widths = [{"num_head_channels": width} for width in (32, 64, 16)]
     for changes in (*widths, {"num_heads": 1}, {"num_heads": 4}):
@@ -68,7 +68,7 @@ def _other_attention(model: DiffusionModel) -> Iterator[tuple[str, DiffusionMode
         given = {key: params.get(key, default) for key, default in (("num_head_channels", -1), ("num_heads", 1))}
         if whole != given:
             try:
-                other = reread(model, **whole)
+                other = reinterpreted(model, **whole)
             except UserError:
                 continue  # these channels do not divide into such heads
             if _heads(other.network) != _heads(network):
@@ -85,7 +85,7 @@ def _heads(network: nn.Module) -> list[int]:
     return [layer.heads for layer in network.modules() if isinstance(layer, AttentionBlock)]
 
 
-def reread(model: DiffusionModel, **changes: Any) -> DiffusionModel:
+def reinterpreted(model: DiffusionModel, **changes: Any) -> DiffusionModel:
     """The same weights in an architecture with other parameters, which must change no shape."""
     node = replace(model.node, params={**model.node.params, **changes})
     with torch.device("meta"):

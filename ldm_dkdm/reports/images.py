@@ -13,7 +13,7 @@ QUALITY = 88  # quality of WebP images
 
 
 @dataclass(frozen=True)
-class Picture:
+class PageImage:
     """An image in the page: its data URI, and its size in pixels before it was made smaller."""
 
     uri: str
@@ -21,7 +21,7 @@ class Picture:
     height: int
 
 
-def picture(file: Path) -> Picture:
+def page_image(file: Path) -> PageImage:
     """A PNG as it is, or, if it is large, as WebP of at most MAX_SIDE pixels.
 
     Raises:
@@ -32,8 +32,8 @@ def picture(file: Path) -> Picture:
         image.load()
         width, height = image.size
         if max(width, height) > MAX_SIDE or len(content) > MAX_BYTES:
-            return Picture(_uri("webp", _as_webp(image)), width, height)
-    return Picture(_uri("png", content), width, height)
+            return PageImage(_uri("webp", _as_webp(image)), width, height)
+    return PageImage(_uri("png", content), width, height)
 
 
 def _as_webp(image: Image.Image) -> bytes:
