@@ -97,7 +97,7 @@ def precision_recall(pair: Pair) -> dict[str, float]:
     """Improved precision and recall, by torch-fidelity, on manifolds of 3 nearest neighbours."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    samples, reference = _features(pair)
+    samples, reference = (features.float() for features in _features(pair))  # pixels are whole numbers
     if min(len(samples), len(reference)) <= NEIGHBOURS:
         raise UserError(f"metrics: precision-recall needs {NEIGHBOURS + 1} images or more in both sets")
     options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": DISTANCES, "save_cpu_ram": True, "verbose": False}
@@ -176,4 +176,8 @@ METRICS: dict[str, Metric] = {
     "agreement": Metric(None, "errors of a student's eps on its teacher's chains, without data", "this package"),
     "reconstruction": Metric(None, "PSNR, SSIM, LPIPS and codes in use of a first stage", "Wang et al. 2004"),
 }
-DEFAULTS = {"inception": ("fid", "sfid", "is", "precision-recall", "kid"), "": ("fd", "precision-recall", "kid")}
+DEFAULTS = {
+    "inception": ("fid", "sfid", "is", "precision-recall", "kid"),
+    "pixels": ("pixel-frechet", "precision-recall", "kid"),
+    "": ("fd", "precision-recall", "kid"),
+}
