@@ -1,6 +1,6 @@
 """Seconds and peak memory of gathering statistics: python benchmarks/evaluation_memory.py --count 10000
 
-Writes random images to an .npz and streams them through an extractor, first a fifth of them, then all. With
+Writes random images to an .npz and streams them through an extractor, first a tenth of them, then all. With
 `--features pixel-frechet` it is the one of that metric. Prints seconds and peak memory of each; memory must not grow
 with the number of images. docs/evaluation.md has the figures.
 """
@@ -39,9 +39,10 @@ def peak() -> float:
 
 
 def main() -> None:
-    """Measure a fifth of the images, then all."""
+    """Measure some of the images, then all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--first", type=int, help="images of the first measurement; default: a tenth")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--features", default="efficientnet-lite0")
     parser.add_argument("--keep", action="store_true", help="keep the features, as KID and precision-recall need")
@@ -50,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path, cache = Path(folder) / "images.npz", Path(folder) / "cache"
         write(path, options.count, options.size)
-        for count in (options.count // 5, options.count):
+        for count in (options.first or options.count // 10, options.count):
             started, worked = time.perf_counter(), time.process_time()
             images: ImageSource = Part(NpzImages(path, "images"), 0, count)
             used = extractor

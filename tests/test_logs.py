@@ -1,9 +1,12 @@
 """What a run logs: metrics.csv, pool.csv, TensorBoard, Weights & Biases, and lines where there is no terminal."""
 
+import itertools
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +18,8 @@ from ldm_dkdm.config.schema import DistillConfig
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.records import NoisyBatch
+from ldm_dkdm.training import ends, measuring, windows
+from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.pool_log import pool_figures
 from ldm_dkdm.training.tables import Table
 from tests.cli import distil, sample, table, write_yaml
@@ -49,6 +54,55 @@ def test_a_row_has_the_means_of_its_steps(teacher_folder: Path, tmp_path: Path) 
     seconds = [float(row["seconds"]) for row in windows]
     steps = np.diff([0, 4, 8, 10]) / np.diff([0, *seconds])
     assert [float(row["steps_per_second"]) for row in windows] == pytest.approx(steps, rel=0.3)
+
+
+def test_which_row_counts_a_measurement_and_which_a_grid(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(windows, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def taking(seconds: float, value: object = None) -> Callable[..., object]:
+        def work(*arguments: object) -> object:
+            clock[0] += seconds
+            return value
+
+        return work
+
+    monkeypatch.setattr(SampleGrid, "_write", taking(50.0))  # twice at step 4: the student's and the teacher's
+    monkeypatch.setattr(measuring, "agreement", taking(7.0, {"agreement": 0.5}))
+    log = {"log_every": 4, "evaluate_every": 4, "sample_every": 4}
+    assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 10}, logging=log) == 0
+    rows = [(row["step"], float(row["seconds"])) for row in table(tmp_path / "run" / "metrics.csv")]
+    assert rows == [("4", 7.0), ("8", 7.0 + 100.0 + 7.0), ("10", 7.0 + 100.0 + 7.0 + 50.0 + 7.0)]
+
+
+@pytest.mark.parametrize(
+    ("log", "steps"),
+    [
+        ({"evaluate_every": 3}, ["3", "6", "8"]),
+        ({"evaluate_every": None, "sample_every": 5}, ["5", "8"]),
+        ({"evaluate_every": 0, "save_every": 4}, ["4", "8"]),
+    ],
+)
+def test_when_the_pool_gets_a_row(
+    log: dict[str, object], steps: list[str], teacher_folder: Path, tmp_path: Path
+) -> None:
+    assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 8}, logging=log) == 0
+    assert [row["step"] for row in table(tmp_path / "run" / "pool.csv")] == steps
+
+
+def test_an_early_end_leaves_its_window_to_a_resume(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, log = {"max_steps": 8, "max_minutes": 0.01}, {"log_every": 3}
+    with monkeypatch.context() as patch:
+        seconds = itertools.count(step=0.4)
+        patch.setattr(ends, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+        assert run(teacher_folder, tmp_path, "run", trainer=limit, logging=log) == 0
+    assert not (tmp_path / "run" / "metrics.csv").exists()  # it ended at step 2
+    assert distil("--resume", tmp_path / "run", "trainer.max_minutes=null") == 0
+    assert [row["step"] for row in table(tmp_path / "run" / "metrics.csv")] == ["3", "6", "8"]
 
 
 def test_a_stop_within_a_window_leaves_no_trace(
