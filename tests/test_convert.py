@@ -209,4 +209,4 @@ def test_a_student_s_card_names_its_teacher_by_hash_and_licence(teacher_folder: 
     ):
         assert words in card
     assert run_script("evaluate.py", "-r", folder, "-n", 0, "-c", 4, "--chains", 2) == 0
-    assert "eps_mse_by_t_quarter" in (folder / "student" / "README.md").read_text()
+    assert "agreement_q4" in (folder / "student" / "README.md").read_text()

@@ -6,7 +6,7 @@ from typing import Any
 from ldm_dkdm.first_stage.codec import TRUNCATED
 
 FEW = 10_000  # samples below which Frechet distances and Inception scores depend strongly on the number
-BIASED = {"fid", "sfid", "is", "fd", "fd-dinov2"}  # metrics that do
+BIASED = {"fid", "sfid", "is", "fd", "fd-dinov2", "pixel-frechet"}  # metrics that do
 
 
 def doubts(samples: Mapping[str, Any], reference: Mapping[str, Any] | None, metrics: Iterable[str]) -> list[str]:
