@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model
-from ldm_dkdm.evaluation.agreement import Sizes, agreement, new_reference, teacher_calls
+from ldm_dkdm.evaluation.agreement import agreement, new_reference, teacher_calls
 from ldm_dkdm.evaluation.reference import read_reference, save_reference
 from ldm_dkdm.training import measuring
 from tests.cli import contents, distil, table, write_yaml
@@ -112,7 +112,7 @@ def test_measuring_changes_nothing_in_the_training_and_a_resume_asks_the_teacher
         steps = 2 if name == "halves" else 6
         log = {"evaluate_every": every, "log_every": 1}
         assert run(teacher_folder, tmp_path, name, student=student, trainer={"max_steps": steps}, logging=log) == 0
-    monkeypatch.setattr(measuring, "new_reference", lambda *args, **options: pytest.fail("the teacher was called again"))
+    monkeypatch.setattr(measuring, "new_reference", lambda *args, **options: pytest.fail("called again"))
     assert distil("--resume", tmp_path / "halves", "trainer.max_steps=6") == 0
     off, on, halves = (contents(tmp_path / name) for name in ("off", "on", "halves"))
     assert off["student/student.safetensors"] == on["student/student.safetensors"]

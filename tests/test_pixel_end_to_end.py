@@ -143,6 +143,7 @@ def test_a_time_limit_ends_a_run_with_the_learning_rate_and_more_time_goes_on(
     base = distil_config(teacher, tmp_path, "short", trainer=trainer, logging={"save_every": 3})
     run = tmp_path / "short"
     assert distil("--base", base) == 0
+    assert "trainer.max_minutes (1) ends the training at about step 6 of 50" in capsys.readouterr().out
     assert load_model(run / "student").info["step"] == 6
     saved = torch.load(run / "checkpoints" / "step=00000006.ckpt", weights_only=True)
     assert saved["lr_schedulers"][0]["_last_lr"][0] < 0.1 * TRAINER["learning_rate"]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.hints import Hints
-from ldm_dkdm.checkpoints.state_dicts import is_averaged
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.diffusion.clipping import Clipping
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
@@ -86,17 +85,6 @@ class Contents:
             has, value = ("no EMA weights", "false") if hints.use_ema else ("EMA weights only", "true")
             raise UserError(f"{self.path}: holds {has}; set {key}={value}, or {hints.drop}")
         return found
-
-    def weights_kind(self, hints: Hints) -> str | None:
-        """Whether `weights` are EMA or raw; None where the file holds one set and does not say.
-
-        Cards of runs say it. Those of older versions name the EMA's decay; guided-diffusion's files are called ema_*.
-        """
-        if self.ema is not None:
-            return "raw" if hints.use_ema is False else "EMA"
-        said: str | None = self.info.get(KIND)
-        averaged = "ema_decay" in self.info or is_averaged(self.file.stem)
-        return said or ("EMA" if averaged else "raw" if hints.use_ema is False else None)
 
     def network(self, hints: Hints) -> NetworkConfig:
         """The whole network: the file's part and the hints.
@@ -206,9 +194,6 @@ class Contents:
         example = " ".join(f"{hints.key(key)}={value}" for key, value in {**usual, "num_timesteps": 1000}.items())
         return f"{self.path} ({self.format}) stores no noise schedule; set it, for example {example}"
 
-
-KIND = "weights_kind"  # fact of a card: EMA or raw
-UNSAID = "the only set in the file, which does not say EMA or raw"
 
 SAMPLING = (
     "variance",

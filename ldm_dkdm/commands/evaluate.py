@@ -150,8 +150,8 @@ def _report(
     from ldm_dkdm.evaluation.samples import compared
 
     steps = steps_within(numbers["steps"], teacher)
-    config = SamplingConfig(numbers["images"], numbers["batch_size"], numbers["seed"], steps)
-    found = against_teacher(student, teacher, figures, config)
+    config = SamplingConfig(numbers["images"] or 1, numbers["batch_size"], numbers["seed"], steps)
+    found = against_teacher(student, teacher, figures, config, numbers["images"] > 0)
     show(found)
     add_row(options.results, found)
     known = compared(student, teacher, numbers["images"])

@@ -1,6 +1,6 @@
 """Measure a set of images, alone or against another: the figures of METRICS with their provenance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,24 +86,20 @@ def measure(
         reference: another such set; not needed by `is`.
         metrics: names in METRICS; default: those that suit the features and the sets.
         features: a name in FEATURES, or a file with weights of one, for metrics that take any.
-        count: samples of each model. steps, sampler, eta, labels: as in `DiffusionModel.sample`. Images of `agreement`
-            are by DDIM, in 20 steps by default.
+        count: samples of each model. steps, sampler, eta, labels: as in `DiffusionModel.sample`.
         seed: sample i of `samples` depends on seed + i only; of a model as `reference` on `reference_seed` + i, by
             default seed + count. The chains and images of `agreement` depend on seed.
         batch_size: images at once. size: side to which folders' images are cropped and resized.
-        chains, pairs: of `agreement`, as in `evaluate`. cache: folder of statistics; default: `statistics_cache()`.
-        lpips: torchvision's VGG16 weights, for `agreement` and `reconstruction`; default: torch.hub's cache. Without
-            them LPIPS is left out.
+        chains, pairs, lpips: of `agreement`, as in `evaluate`; lpips also of `reconstruction`.
+        cache: folder of statistics; default: `statistics_cache()`.
         device: of extractors and of models opened here; default: that of the model in `samples`, else the fastest.
         processes: that share the images, each on a GPU of its own if there are several. progress: bars, or a function.
 
     Raises:
         UserError: an unknown name, missing weights, a set that a metric cannot take, too few images.
     """
-    numbers = {"count": (count, 1), "batch_size": (batch_size, 1), "seed": (seed, 0), "size": (size, 1)}
-    numbers |= {"chains": (chains, 1), "pairs": (pairs, 1), "processes": (processes, 1)}
-    for name, (value, least) in numbers.items():
-        whole(value, name, least)
+    _at_least(1, count=count, batch_size=batch_size, size=size, chains=chains, pairs=pairs, processes=processes)
+    _at_least(0, seed=seed)
     named, weights = named_features(features)
     chosen = chosen_metrics(metrics, named, reference is not None)
     where = device or getattr(samples, "device", None) or default_device("auto")
@@ -118,23 +114,28 @@ def measure(
     folder = statistics_cache() if cache is None else expanded(cache)
     agreeing = {"chains": chains, "pairs": pairs, "steps": steps, "seed": seed, "lpips": lpips}
     work = _Work(extractors, named, batch_size, folder, progress, agreeing, perceptual, processes)
-    figures, statistics = work.figures(chosen, own, other)
-    used = [extractor.facts() for extractor in extractors.values()]
-    return _measurement(own, other, chosen, used, figures, statistics)
+    return _measurement(own, other, chosen, extractors.values(), *work.figures(chosen, own, other))
+
+
+def _at_least(least: int, **numbers: int | None) -> None:
+    """Refuse numbers below the least, by name."""
+    for name, value in numbers.items():
+        whole(value, name, least)
 
 
 def _measurement(
     own: ImageSource,
     other: ImageSource | None,
     chosen: Sequence[str],
-    used: list[dict[str, str | None]],
+    extractors: Iterable[Extractor],
     figures: dict[str, Any],
     statistics: Mapping[str, Statistics],
 ) -> Measurement:
     facts, theirs = _facts(own, chosen), None if other is None else _facts(other, chosen, True)
     if MEASURED_WITH in figures:
         facts["agreement by"] = figures.pop(MEASURED_WITH)
-    used = used + ([LPIPS_FACTS] if any(name.lower() == "lpips" for name in figures) else [])
+    used = [extractor.facts() for extractor in extractors]
+    used += [LPIPS_FACTS] if any(name.lower() == "lpips" for name in figures) else []
     return Measurement(figures, facts, theirs, used, doubts(facts, theirs, chosen), statistics)
 
 
@@ -186,15 +187,16 @@ def _lpips(file: str | Path | None, chosen: Sequence[str]) -> Lpips | None:
 
 
 def against_teacher(
-    student: DiffusionModel, teacher: DiffusionModel, figures: Mapping[str, Any], config: SamplingConfig
+    student: DiffusionModel, teacher: DiffusionModel, figures: Mapping[str, Any], config: SamplingConfig, drawn: bool
 ) -> Measurement:
     """The provenance of figures of `evaluate`, as `measure` gives it.
 
     Args:
-        config: as `evaluate` samples the teacher; the student's seeds begin at seed + count. A count of 0: no images.
+        config: as `evaluate` samples the teacher; the student's seeds begin at seed + count.
+        drawn: whether there are images for the Frechet distance.
     """
-    chosen = ["agreement", *(["pixel-frechet"] if config.count else [])]
-    used = [open_extractor("pixels", "cpu").facts()] if config.count else []
+    chosen = ["agreement", *(["pixel-frechet"] if drawn else [])]
+    used = [open_extractor("pixels", "cpu")] if drawn else []
     own = ModelImages(student, replace(config, seed=config.seed + config.count), str(student.path or "student"))
     other = ModelImages(teacher, config, str(teacher.path or "teacher"))
     return _measurement(own, other, chosen, used, dict(figures), {})

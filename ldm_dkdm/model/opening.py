@@ -9,7 +9,8 @@ from torch import nn
 
 from ldm_dkdm import checkpoints
 from ldm_dkdm.checkpoints import Contents, Hints, Source
-from ldm_dkdm.checkpoints.contents import KIND, schedule_of
+from ldm_dkdm.checkpoints.averaging import KIND, weights_kind
+from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource, named_first_stage
 from ldm_dkdm.checkpoints.loading import build_loaded, load_strictly
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
@@ -105,7 +106,7 @@ def _mention_rescaling(contents: Contents, diffusion: DiffusionConfig, hints: Hi
 def _model_of(
     contents: Contents, hints: Hints, network: nn.Module, node: NetworkConfig, diffusion: DiffusionConfig
 ) -> DiffusionModel:
-    kind = contents.weights_kind(hints)
+    kind = weights_kind(contents, hints)
     model = DiffusionModel(
         network.eval(),
         schedule=schedule_of(diffusion),

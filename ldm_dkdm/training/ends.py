@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm_dkdm.config.schema import EarlyStopConfig, TrainerConfig
 from ldm_dkdm.reporting import logger
 
-TIMED_STEPS = 6  # at a run's start, which show where its time limit ends it
+TIMED_STEPS = 5  # at a run's start, which show where its time limit ends it
 AGREEMENT = "agreement"  # the figure that is not logged by the module
 
 

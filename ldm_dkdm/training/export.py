@@ -6,7 +6,7 @@ from dataclasses import replace
 import lightning as L
 import torch
 
-from ldm_dkdm.checkpoints.contents import KIND
+from ldm_dkdm.checkpoints.averaging import KIND
 from ldm_dkdm.checkpoints.model_folder import card_of, require_tensors, write_model
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.model import DiffusionModel
