@@ -105,7 +105,7 @@ def new_reference(
     """
     own, sizes = seed_of(seed, 0, 0, "evaluation"), sizes or TRAINING
     total = teacher.schedule.num_timesteps
-    with following(progress, "held-out chains of the teacher", "step", total) as show:
+    with following(progress, "held-out chains", "step", total) as show:
 
         def done(calls: int) -> None:
             show(calls)
