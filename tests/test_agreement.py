@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model
-from ldm_dkdm.evaluation.agreement import agreement, new_reference, teacher_calls
+from ldm_dkdm.evaluation.agreement import Sizes, agreement, new_reference, teacher_calls
 from ldm_dkdm.evaluation.reference import read_reference, save_reference
 from ldm_dkdm.training import measuring
 from tests.cli import contents, distil, table, write_yaml
@@ -54,9 +54,10 @@ def test_a_constant_error_has_the_closed_form(total: int, teacher_folder: Path) 
     assert figures["x0_drift"] == pytest.approx(np.mean(np.square(drifts)), rel=1e-4)
 
 
-def test_the_teacher_agrees_with_itself(teacher_folder: Path) -> None:
+@pytest.mark.parametrize("sizes", [None, Sizes(chains=1, images=5, steps=3)])  # 3 steps in 20 are spaced as 4
+def test_the_teacher_agrees_with_itself(sizes: Sizes | None, teacher_folder: Path) -> None:
     teacher = load_model(teacher_folder)
-    figures = agreement(teacher, new_reference(teacher, seed=3))
+    figures = agreement(teacher, new_reference(teacher, 3, sizes, batch_size=3))
     assert figures["agreement"] < 1e-9 and figures["x0_drift"] < 1e-9
     assert figures["psnr"] == 100 and figures["ssim"] == pytest.approx(1)
 

@@ -63,6 +63,7 @@ class Reference:
         images: uint8 (B,H,W,C), what the chain ends at.
         label: (B,) classes of the images.
         seed: of the images; image i begins with the noise of seed + i.
+        steps: DDIM steps that were asked for; its spacing may make more.
     """
 
     states: HeldOutStates
@@ -70,6 +71,7 @@ class Reference:
     images: Tensor
     label: Tensor | None
     seed: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def new_reference(
     label = teacher.draw_labels(sizes.images, torch_generator(seed, 0, 1, "evaluation"))
     drift, images = _walked(teacher, own, label, sizes.images, sizes.steps, batch_size, progress)
     labels = None if states.label is None else states.label.cpu()
-    return Reference(HeldOutStates(states.x.cpu(), states.t.cpu(), states.eps.cpu(), labels), drift, images, label, own)
+    states = HeldOutStates(states.x.cpu(), states.t.cpu(), states.eps.cpu(), labels)
+    return Reference(states, drift, images, label, own, sizes.steps)
 
 
 def agreement(student: DiffusionModel, reference: Reference, lpips: Lpips | None = None) -> dict[str, float]:
@@ -142,8 +145,8 @@ def compare(
     """
     states, total = reference.states, student.schedule.num_timesteps
     errors = errors_of(student, states, batch_size, progress)
-    count, steps = len(reference.images), len(reference.drift)
-    drift, images = _walked(student, reference.seed, reference.label, count, steps, batch_size, progress)
+    count, label = len(reference.images), reference.label
+    drift, images = _walked(student, reference.seed, label, count, reference.steps, batch_size, progress)
     figures = {"agreement": errors.mean().item()}
     figures |= {f"agreement_q{n}": error for n, error in enumerate(eps_error_by_quarter(errors, states, total), 1)}
     figures["x0_drift"] = (drift - reference.drift).square().mean().item()

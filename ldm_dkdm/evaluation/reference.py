@@ -22,7 +22,8 @@ def save_reference(reference: Reference, path: Path, facts: Mapping[str, Any]) -
     tensors = {"x": states.x, "t": states.t, "eps": states.eps, "drift": reference.drift, "images": reference.images}
     labels = {"states_label": states.label, "label": reference.label}
     tensors |= {name: label for name, label in labels.items() if label is not None}
-    write_tensors(path, tensors, {"reference": json.dumps({"facts": facts, "seed": reference.seed})})
+    numbers = {"seed": reference.seed, "steps": reference.steps}
+    write_tensors(path, tensors, {"reference": json.dumps({"facts": facts, **numbers})})
 
 
 def read_reference(path: Path, facts: Mapping[str, Any]) -> Reference | None:
@@ -37,7 +38,8 @@ def read_reference(path: Path, facts: Mapping[str, Any]) -> Reference | None:
                 return None
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         states = HeldOutStates(found["x"], found["t"], found["eps"], found.get("states_label"))
-        return Reference(states, found["drift"], found["images"], found.get("label"), header["seed"])
+        steps = header.get("steps") or header["facts"]["steps"]  # as older versions wrote it
+        return Reference(states, found["drift"], found["images"], found.get("label"), header["seed"], steps)
     except (SafetensorError, OSError, *MALFORMED, UserError):  # it is computed again
         return None
 
