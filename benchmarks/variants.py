@@ -37,7 +37,8 @@ def main() -> None:
         ]
         call("dkdm_ldm.py", "--base", arguments.base, *override, f"logging.save_every={arguments.steps}")
         call("evaluate.py", "-r", run, "-n", 0, "--chains", 8)
-        errors = json.loads((run / "student" / "evaluation.json").read_text())["eps_mse_by_t_quarter"]
+        figures = json.loads((run / "student" / "evaluation.json").read_text())
+        errors = ", ".join(f"{figures[f'agreement_q{quarter}']:.3g}" for quarter in range(1, 5))
         print(f"{variant}: eps error per t-quarter {errors}")
         curves[variant] = losses(run)
     draw(curves, arguments.out)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_dkdm.evaluation import reference
+from ldm_dkdm.commands import evaluate
+from ldm_dkdm.evaluation import agreement
 from tests.cli import run_script
 from tests.digits import train
 from tests.parts import first_stage_folder, model_folder
@@ -40,8 +41,13 @@ def digits_teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make measurements of the agreement quick: 3 images of 2 steps."""
-    monkeypatch.setattr(reference, "IMAGES", 3)
-    monkeypatch.setattr(reference, "STEPS", 2)
+    monkeypatch.setattr(agreement, "TRAINING", agreement.Sizes(chains=4, images=3, steps=2))
+
+
+@pytest.fixture(autouse=True)
+def _results(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of `dkdm evaluate` stay out of the working folder."""
+    monkeypatch.setattr(evaluate, "RESULTS", tmp_path_factory.getbasetemp() / "results.csv")
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ def evaluation_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LDM_DKDM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("ldm_dkdm.commands.evaluate.RESULTS", Path("logs/results.csv"))
     add_toy(monkeypatch)
     np.savez(tmp_path / "a.npz", A.numpy())
     np.savez(tmp_path / "b.npz", B.numpy())

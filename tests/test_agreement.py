@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model
-from ldm_dkdm.evaluation import reference
-from ldm_dkdm.evaluation.reference import agreement, new_reference, read_reference, save_reference
+from ldm_dkdm.evaluation.agreement import Sizes, agreement, new_reference, teacher_calls
+from ldm_dkdm.evaluation.reference import read_reference, save_reference
 from ldm_dkdm.training import measuring
 from tests.cli import contents, distil, table, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
@@ -54,9 +54,10 @@ def test_a_constant_error_has_the_closed_form(total: int, teacher_folder: Path) 
     assert figures["x0_drift"] == pytest.approx(np.mean(np.square(drifts)), rel=1e-4)
 
 
-def test_the_teacher_agrees_with_itself(teacher_folder: Path) -> None:
+@pytest.mark.parametrize("sizes", [None, Sizes(chains=1, images=5, steps=3)])  # 3 steps in 20 are spaced as 4
+def test_the_teacher_agrees_with_itself(sizes: Sizes | None, teacher_folder: Path) -> None:
     teacher = load_model(teacher_folder)
-    figures = agreement(teacher, new_reference(teacher, seed=3))
+    figures = agreement(teacher, new_reference(teacher, 3, sizes, batch_size=3))
     assert figures["agreement"] < 1e-9 and figures["x0_drift"] < 1e-9
     assert figures["psnr"] == 100 and figures["ssim"] == pytest.approx(1)
 
@@ -112,7 +113,7 @@ def test_measuring_changes_nothing_in_the_training_and_a_resume_asks_the_teacher
         steps = 2 if name == "halves" else 6
         log = {"evaluate_every": every, "log_every": 1}
         assert run(teacher_folder, tmp_path, name, student=student, trainer={"max_steps": steps}, logging=log) == 0
-    monkeypatch.setattr(measuring, "new_reference", lambda *args: pytest.fail("the teacher was called again"))
+    monkeypatch.setattr(measuring, "new_reference", lambda *args, **options: pytest.fail("called again"))
     assert distil("--resume", tmp_path / "halves", "trainer.max_steps=6") == 0
     off, on, halves = (contents(tmp_path / name) for name in ("off", "on", "halves"))
     assert off["student/student.safetensors"] == on["student/student.safetensors"]
@@ -213,4 +214,4 @@ def test_a_training_on_images_has_no_teacher_to_agree_with(key: str, first_stage
     numbers = {"steps": TRAINER["max_steps"], "batch_size": 4, **LOGGING, key: 1 if key == "evaluate_every" else True}
     with pytest.raises(UserError, match=f"^{key}: needs a teacher to agree with"):
         dkdm.train(like, training_images(tmp_path), tmp_path / "run", progress=False, **numbers)
-    assert not (tmp_path / "run").exists() and reference.teacher_calls(1000) == 4 * 1000 + 16 * 20
+    assert not (tmp_path / "run").exists() and teacher_calls(1000) == 4 * 1000 + 16 * 20

@@ -143,7 +143,7 @@ def test_a_network_by_plugin_distils_samples_and_evaluates_and_is_refused_withou
     assert sample("-r", run, "-n", 2, "-c", 2, "--latents", "-l", tmp_path / "samples", *use) == 0
     assert run_script("evaluate.py", "-r", run, "-n", 0, "-c", 2, "--chains", 2, *use) == 0
     figures = json.loads((run / "student" / "evaluation.json").read_text())
-    trained, untrained = (figures[f"eps_mse_by_t_quarter{end}"] for end in ("", "_untrained"))
+    trained, untrained = (figures[name] for name in ("agreement_q1", "untrained_q1"))
     assert figures["student_parameters"] == 16 * 20 + 2 * 16 * 27 + 16 + 3 and trained != untrained
     assert run_script("inspect_checkpoint.py", run, *use) == 0
     assert run_script("convert.py", run, tmp_path / "own.safetensors", "--to", "safetensors", *use) == 0

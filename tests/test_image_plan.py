@@ -38,6 +38,14 @@ def test_encodings_and_epochs_are_counted_and_nothing_is_written(latent: Path, t
     assert contents(tmp_path) == before
 
 
+def test_a_plan_says_that_a_time_limit_ends_the_run_early(latent: Path, capsys) -> None:
+    for minutes, said in ((0.01, True), (10**6, False)):
+        assert plan(latent, f"trainer.max_minutes={minutes}", "trainer.max_steps=100000") == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "trainer.max_minutes" in line]
+        assert len(lines) == said
+        assert all("(0.01) ends the training at about step" in x and x.endswith("of 100,000") for x in lines)
+
+
 def test_encoding_in_every_step_belongs_to_an_iteration(latent: Path, capsys) -> None:
     assert plan(latent, "data.cache=false") == 0
     printed = capsys.readouterr().out

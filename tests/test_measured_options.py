@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_dkdm import DiffusionModel, UserError, evaluate, load_model, measure
+from ldm_dkdm import DiffusionModel, UserError, __version__, evaluate, load_model, measure
 from ldm_dkdm.evaluation.results import record_in_run, row_of
 from tests.cli import run_script
 from tests.feature_sets import add_toy
@@ -35,7 +35,8 @@ def test_agreement_follows_its_seed_and_says_that_no_images_were_drawn(teacher_f
     assert found[0].figures["eps_mse_by_t"] != found[1].figures["eps_mse_by_t"]
     facts = found[0].samples
     assert facts["images"] is None and not {"seeds", "sampler", "steps"} & set(facts)
-    assert facts["agreement"] == "1 chains of the reference, seed 3" and "measured_with" not in found[0].figures
+    assert facts["agreement by"] == (f"ldm_dkdm {__version__}: dkdm evaluate -n 0 -c 20 --chains 1 --pairs 16 --seed 3")
+    assert "measured_with" not in found[0].figures
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,8 @@ def test_a_guided_vit_teaches_a_cnn_and_is_what_the_student_is_measured_against(
         base = distil_config(tmp_path / "vit" / "model", tmp_path, name, teacher=teacher, trainer={"max_steps": 2})
         assert distil("--base", base) == 0
         assert run_script("evaluate.py", "-r", tmp_path / name, "-n", 0, "-c", 4, "--chains", 2) == 0
-        found.append(
-            json.loads((tmp_path / name / "student" / "evaluation.json").read_text())["eps_mse_by_t_quarter_untrained"]
-        )
+        figures = json.loads((tmp_path / name / "student" / "evaluation.json").read_text())
+        found.append([figures[f"untrained_q{n}"] for n in range(1, 5)])
     assert load_model(tmp_path / "guided-4" / "student").null_label is None  # its table ends at 9
     assert not np.allclose(found[0], found[1], rtol=1e-3)
 
@@ -144,6 +143,7 @@ def test_a_time_limit_ends_a_run_with_the_learning_rate_and_more_time_goes_on(
     base = distil_config(teacher, tmp_path, "short", trainer=trainer, logging={"save_every": 3})
     run = tmp_path / "short"
     assert distil("--base", base) == 0
+    assert "trainer.max_minutes (1) ends the training at about step 6 of 50" in capsys.readouterr().out
     assert load_model(run / "student").info["step"] == 6
     saved = torch.load(run / "checkpoints" / "step=00000006.ckpt", weights_only=True)
     assert saved["lr_schedulers"][0]["_last_lr"][0] < 0.1 * TRAINER["learning_rate"]

@@ -13,7 +13,7 @@ from ldm_dkdm import load_model
 from ldm_dkdm.config.schema import EarlyStopConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distillation.data_stream import DataStream
-from ldm_dkdm.evaluation.agreement import eps_error_by_quarter, eps_errors, held_out_chains
+from ldm_dkdm.evaluation.held_out import eps_error_by_quarter, eps_errors, held_out_chains
 from ldm_dkdm.training.ema import StudentEMA
 from ldm_dkdm.training.ends import EarlyStop
 from tests.cli import distil, run_script, sample, table, write_yaml

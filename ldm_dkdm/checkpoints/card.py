@@ -12,7 +12,7 @@ from ldm_dkdm.files import JSON_BYTES, read_text, write_text
 
 FIGURES = "evaluation.json"
 PER_T = "eps_mse_by_t"  # a long list; evaluation.json has it, cards do not
-NOT_MEASURED = "Not measured yet (scripts/evaluate.py)."
+NOT_MEASURED = "Not measured yet; `dkdm evaluate -r RUN` does it."
 
 
 def sha256(path: Path) -> str:

@@ -89,13 +89,14 @@ def add_plan_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="print what the run will cost and exit")
 
 
-def print_plan(lines: Mapping[str, str], time_needed: Callable[[], str]) -> None:
+def print_plan(lines: Mapping[str, str], time_needed: Callable[[], Mapping[str, str]]) -> None:
     """Print the lines of a plan, then the time, which is measured meanwhile."""
     width = max(map(len, lines))
     for subject, value in lines.items():
         print(f"{subject:<{width}}  {value}", flush=True)
     print("timing a few iterations on this machine ...", file=sys.stderr)
-    print(f"{'time':<{width}}  {time_needed()}")
+    for subject, value in time_needed().items():
+        print(f"{subject:<{width}}  {value}")
 
 
 def read_training_call(options: argparse.Namespace, schema: type[T]) -> TrainingCall[T]:

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the output, the format, hints."""
     parser.add_argument("source", help="anything that opens as a model")
     parser.add_argument("out", type=expanded, help="the file or folder to write; it must not exist")
-    parser.add_argument("--to", required=True, choices=names_of("ldm_dkdm.checkpoints:FORMATS"), metavar="FORMAT")
+    names = [name for name in names_of("ldm_dkdm.checkpoints:FORMATS") if name != "checkpoint"]  # only a run writes it
+    parser.add_argument("--to", required=True, choices=names, metavar="FORMAT", help=f"one of {', '.join(names)}")
     add_hints(parser)
 
 

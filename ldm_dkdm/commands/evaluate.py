@@ -9,12 +9,13 @@ Of several evaluated runs: dkdm evaluate RUN RUN ... --table
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import add_plugin_argument, flags, load_plugins, read_hints
 from ldm_dkdm.commands.hints import ScopedHints, split_paths
-from ldm_dkdm.commands.measuring import RESULTS, measure_sets, print_table
+from ldm_dkdm.commands.measuring import RESULTS, add_row, measure_sets, print_table, show
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded, require_place
@@ -27,6 +28,8 @@ FLAGS = {
     "images": "--n_samples",
     "steps": "--custom_steps",
     "chains": "--chains",
+    "pairs": "--pairs",
+    "lpips": "--lpips",
     "batch_size": "--batch_size",
     "seed": "--seed",
 }
@@ -42,14 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--metrics", nargs="+", choices=names, metavar="NAME", help=f"{', '.join(names)}; default: by --features")
     add("--features", default="inception", metavar="NAME|PATH", help=f"{_names()}, or a file with their weights")
     add("-n", "--n_samples", type=int, help="samples of each model; default: 10000, with -r 1000 (65 or more; 0: none)")
-    add("-c", "--custom_steps", type=int, help="sampling steps; default: the sampler's, with -r 20, at most all T")
+    add("-c", "--custom_steps", type=int, help="sampling steps; default: the sampler's; 20 with -r and for agreement")
     add("--sampler", choices=names_of("ldm_dkdm.diffusion.samplers:SAMPLERS"), default="ddim")
     add("-e", "--eta", type=float, default=0.0, help="DDIM's eta: 0 deterministic, 1 ancestral")
     add("--labels", type=int, nargs="+", default=[], help="class labels, in turn; default: random by seed")
-    add("--seed", type=int, help="sample i depends on seed + i only; default: 0, with -r 1000000")
+    add("--seed", type=int, help="sample i depends on seed + i only; default: 0")
     add("--reference_seed", type=int, metavar="S", help="the same for a model as REFERENCE; default: seed + n_samples")
     add("--size", type=int, metavar="PIXELS", help="crop and resize the images of folders; default: as they are")
-    add("--chains", type=int, default=32, help="held-out ancestral chains of the teacher")
+    add("--chains", type=int, default=32, help="held-out ancestral chains of the teacher, for agreement and -r")
+    add("--pairs", type=int, default=16, metavar="N", help="images that student and teacher make from the same noise")
+    add("--lpips", metavar="FILE", help="torchvision's VGG16 weights, for LPIPS; default: torch.hub's cache")
     add("--batch_size", type=int, default=128)
     add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32")
     add("--device", default="auto", help="cpu, cuda, ...")
@@ -93,11 +98,12 @@ def _compare(options: argparse.Namespace) -> None:
         "images": 1000 if options.n_samples is None else options.n_samples,
         "steps": options.custom_steps,
         "chains": options.chains,
-        "seed": 1_000_000 if options.seed is None else options.seed,
+        "pairs": options.pairs,
+        "seed": options.seed or 0,
         "batch_size": options.batch_size,
     }
-    if options.chains < 1 or options.batch_size < 1 or numbers["seed"] < 0:
-        raise UserError("--chains and --batch_size must be at least 1, --seed at least 0")
+    if min(options.chains, options.pairs, options.batch_size) < 1 or numbers["seed"] < 0:
+        raise UserError("--chains, --pairs and --batch_size must be at least 1, --seed at least 0")
     if numbers["images"] != 0 and numbers["images"] < 65:
         raise UserError("--n_samples: at least 65, the distance uses 64 principal components; or 0")
     _require_defaults(options)
@@ -105,26 +111,23 @@ def _compare(options: argparse.Namespace) -> None:
     hints = ScopedHints(options.hints, ("student", "teacher"))
     load_plugins(options.plugin)
 
-    from ldm_dkdm.checkpoints.card import FIGURES, PER_T, write_readme
+    from ldm_dkdm.checkpoints.card import FIGURES, write_readme
     from ldm_dkdm.config.load import read_card
     from ldm_dkdm.config.schema import ModelCard
     from ldm_dkdm.device import resolve_device
     from ldm_dkdm.evaluation.comparison import evaluate
-    from ldm_dkdm.evaluation.samples import compared
+    from ldm_dkdm.evaluation.results import read_rows
     from ldm_dkdm.files import write_text
     from ldm_dkdm.model import open_model
 
+    read_rows(options.results)  # refuses another file before anything is measured
     device = resolve_device(options.device)
     student = open_model(options.resume, hints.of("student"), lenient=True).to(device, options.precision)
     teacher = find_teacher(expanded(options.resume), options.teacher, hints).to(device, options.precision)
     hints.require_used({"student": student} | ({"teacher": teacher} if options.teacher else {}))
     with flags(**FLAGS):
-        figures = evaluate(student, teacher, progress=True, **numbers)
-    known = compared(student, teacher, options.n_samples != 0)
-    figures |= {name: value for name, value in known.items() if value is not None}
-    for name, value in figures.items():
-        if name != PER_T:
-            print(f"{name}: {value}")
+        figures = evaluate(student, teacher, progress=True, lpips=options.lpips, **numbers)
+    figures |= _report(options, student, teacher, figures, numbers)
     assert student.path is not None and student.file is not None  # set when a model is opened
     home = student.path if student.path.is_dir() else student.path.parent
     own = student.file.is_relative_to(home)  # otherwise it is a checkpoint of the run around the model folder
@@ -135,11 +138,36 @@ def _compare(options: argparse.Namespace) -> None:
         write_readme(home, read_card(home / "config.yaml", ModelCard))
 
 
+def _report(
+    options: argparse.Namespace,
+    student: "DiffusionModel",
+    teacher: "DiffusionModel",
+    figures: Mapping[str, Any],
+    numbers: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Print the figures of a student against its teacher and add a row of results; returns their provenance."""
+    from ldm_dkdm.config.schema import SamplingConfig
+    from ldm_dkdm.evaluation.comparison import steps_within
+    from ldm_dkdm.evaluation.measuring import against_teacher
+    from ldm_dkdm.evaluation.samples import compared
+
+    steps = steps_within(numbers["steps"], teacher)
+    config = SamplingConfig(numbers["images"] or 1, numbers["batch_size"], numbers["seed"], steps)
+    found = against_teacher(student, teacher, figures, config, numbers["images"] > 0)
+    show(found)
+    add_row(options.results, found)
+    known = compared(student, teacher, numbers["images"])
+    for name, facts in (("student", found.samples), ("teacher", found.reference or {})):
+        known |= {f"{name}_weights": facts["weights"], f"{name}_opened_from": facts["opened_from"]}
+    known["warnings"] = found.warnings or None
+    return {name: value for name, value in known.items() if value is not None}
+
+
 def _require_defaults(options: argparse.Namespace) -> None:
     """Refuse options that `-r` alone does not use."""
-    defaults = {"eta": 0.0, "sampler": "ddim", "features": "inception", "results": RESULTS, "labels": []}
+    defaults = {"eta": 0.0, "sampler": "ddim", "features": "inception", "labels": []}
     defaults["processes"] = 1
-    unused = ("sampler", "eta", "labels", "features", "reference_seed", "size", "results", "cache", "save_statistics")
+    unused = ("sampler", "eta", "labels", "features", "reference_seed", "size", "cache", "save_statistics")
     for name in (*unused, "processes"):
         if getattr(options, name) != defaults.get(name):
             raise UserError(f"--{name}: has no effect with -r alone; add --metrics")

@@ -37,6 +37,8 @@ FLAGS = {
     "device": "--device",
     "processes": "--processes",
     "chains": "--chains",
+    "pairs": "--pairs",
+    "lpips": "--lpips",
 }
 
 
@@ -47,7 +49,7 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
 
     from ldm_dkdm.device import resolve_device
     from ldm_dkdm.evaluation.measuring import measure
-    from ldm_dkdm.evaluation.results import append_row, read_rows, record_in_run, row_of, write_record
+    from ldm_dkdm.evaluation.results import read_rows, record_in_run, write_record
 
     require_place(options.results)
     read_rows(options.results)  # refuses another file before anything is measured
@@ -72,15 +74,16 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
             batch_size=options.batch_size,
             size=options.size,
             chains=options.chains,
+            pairs=options.pairs,
+            lpips=options.lpips,
             cache=options.cache,
             device=device,
             processes=options.processes,
             progress=True,
         )
     record = found.record()
-    _show(found)
-    append_row(options.results, row_of(record))
-    print(f"{options.results}: a row with these figures and their provenance")
+    show(found)
+    add_row(options.results, found)
     kept = record_in_run(getattr(samples, "path", None), record) if options.out is None else None
     if options.out is not None:
         write_record(options.out, record)
@@ -97,12 +100,15 @@ def _opened(
     from ldm_dkdm.evaluation.features import named_features
     from ldm_dkdm.evaluation.measuring import chosen_metrics
     from ldm_dkdm.evaluation.metrics import METRICS
-    from ldm_dkdm.evaluation.opening import is_model
+    from ldm_dkdm.evaluation.opening import is_model, require_set
 
     if len(paths) > 1 and options.teacher is not None:
         raise UserError(f"--teacher: has no effect; REFERENCE is {paths[1]}")
     own = paths[0]
     given = paths[1] if len(paths) > 1 else options.teacher
+    for scope, path in (("SAMPLES", own), ("REFERENCE", given)):
+        if path is not None:
+            require_set(expanded(path), scope)
     models: dict[str, DiffusionModel] = {}
     samples: Any = own
     if is_model(expanded(own)):
@@ -149,7 +155,16 @@ def _teacher(path: str, device: "torch.device", precision: str) -> "DiffusionMod
     return teacher
 
 
-def _show(found: "Measurement") -> None:
+def add_row(results: Path, found: "Measurement") -> None:
+    """Add a row to the CSV file of results, and say so."""
+    from ldm_dkdm.evaluation.results import append_row, row_of
+
+    added = append_row(results, row_of(found.record()))
+    what = "a row with these figures and their provenance" if added else "holds this row already, from an earlier call"
+    print(f"{results}: {what}")
+
+
+def show(found: "Measurement") -> None:
     """Print the figures as a table, their provenance, and warnings on stderr."""
     from ldm_dkdm.evaluation.results import markdown
 

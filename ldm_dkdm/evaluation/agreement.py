@@ -1,74 +1,211 @@
-"""The eps error of a student on states of its teacher's chains."""
+"""How far a student is from its teacher, without data: the only computation of it, during and after a training.
 
-from collections.abc import Callable
+The teacher's part, a `Reference`, is computed once. Every measurement then calls the student alone.
+"""
+
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ldm_dkdm.diffusion.samplers import Denoise
+from ldm_dkdm.device import resolve_precision
+from ldm_dkdm.diffusion.samplers import SAMPLERS, ImageNoise, last
+from ldm_dkdm.evaluation.held_out import (
+    HeldOutStates,
+    eps_error_by_quarter,
+    eps_error_by_t,
+    eps_errors,
+    held_out_chains,
+)
+from ldm_dkdm.evaluation.likeness import likeness
+from ldm_dkdm.evaluation.perceptual import Lpips
 from ldm_dkdm.model import DiffusionModel
-from ldm_dkdm.records import NoisyBatch
+from ldm_dkdm.records import Prediction
+from ldm_dkdm.reporting import Progress, following
+from ldm_dkdm.rng import seed_of, torch_generator
+
+KEPT_STATES = 20  # timesteps of a chain at which the eps error is measured
+BATCH = 16  # states in a call of the student, so that a measurement fits beside a training
+FIGURES = ("agreement", *(f"agreement_q{quarter}" for quarter in range(1, 5)), "x0_drift", "psnr", "ssim", "lpips")
 
 
 @dataclass(frozen=True)
-class HeldOutStates:
-    """States of exact ancestral chains of the teacher, and its predictions there."""
+class Sizes:
+    """How much is compared.
 
-    x: Tensor  # (N,C,H,W)
-    t: Tensor  # (N,)
-    eps: Tensor  # (N,C,H,W)
-    label: Tensor | None = None  # (N,)
-
-
-def held_out_chains(
-    teacher: DiffusionModel,
-    chains: int,
-    seed: int,
-    device: torch.device | str = "cpu",
-    every: int = 25,
-    done: Callable[[int], object] = lambda calls: None,
-) -> HeldOutStates:
-    """Walk `chains` fresh ancestral chains through all T steps and keep every `every`-th state.
-
-    Where T is below 4 * `every`, more states are kept, so that each quarter of [0, T) has some. `done` is called with
-    the number of the teacher's calls after each.
+    Attributes:
+        chains: held-out ancestral chains of the teacher.
+        images: images that both models sample from the same noise.
+        steps: their DDIM steps; all T where there are fewer.
     """
-    generator = torch.Generator(device).manual_seed(seed)
-    x = torch.randn((chains, *teacher.shape), generator=generator, device=device)
-    label = teacher.draw_labels(chains, generator)
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    every = max(1, min(every, teacher.schedule.num_timesteps // 4))
-    for step in reversed(range(teacher.schedule.num_timesteps)):
-        t = torch.full((chains,), step, device=device)
-        noise = torch.randn(x.shape, generator=generator, device=device)
-        prediction, x_next = teacher.step(NoisyBatch(x, t, label), noise)
-        if step % every == every // 2:
-            kept.append((x, t, prediction.eps))
-        x = x_next
-        done(teacher.schedule.num_timesteps - step)
-    labels = None if label is None else label.repeat(len(kept))
-    x, t, eps = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    return HeldOutStates(x, t, eps, labels)
+
+    chains: int
+    images: int
+    steps: int
+
+    def __str__(self) -> str:
+        images = f"{self.images} images from the same noise by DDIM in {self.steps} steps"
+        return f"{self.chains} chains of the teacher, {images}"
+
+
+TRAINING = Sizes(chains=4, images=16, steps=20)  # of measurements during a training
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a student is compared with, on the CPU.
+
+    Attributes:
+        states: states of held-out exact chains with the teacher's eps there.
+        drift: (K,B,C,H,W), the teacher's x_0 at every DDIM step, in the order of the chain.
+        images: uint8 (B,H,W,C), what the chain ends at.
+        label: (B,) classes of the images.
+        seed: of the images; image i begins with the noise of seed + i.
+        steps: DDIM steps that were asked for; its spacing may make more.
+    """
+
+    states: HeldOutStates
+    drift: Tensor
+    images: Tensor
+    label: Tensor | None
+    seed: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Figures of a student against its teacher by name, and its squared eps error by timestep."""
+
+    figures: dict[str, float]
+    by_t: dict[int, float]
+
+
+def teacher_calls(num_timesteps: int, sizes: Sizes | None = None) -> int:
+    """Single-sample calls of the teacher that a `Reference` takes, apart from DDIM's spacing."""
+    sizes = sizes or TRAINING
+    return sizes.chains * num_timesteps + sizes.images * min(sizes.steps, num_timesteps)
+
+
+def new_reference(
+    teacher: DiffusionModel,
+    seed: int,
+    sizes: Sizes | None = None,
+    *,
+    batch_size: int = BATCH,
+    progress: bool | Progress = False,
+    check: Callable[[], object] = lambda: None,
+) -> Reference:
+    """Walk the teacher's held-out chains, and sample its images.
+
+    Args:
+        teacher: on the device where it computes.
+        seed: of a run; the noise differs from all that the run trains on.
+        sizes: default: TRAINING. batch_size: images at once.
+        progress: a bar, or a function. check: called after every step of the chains; what it raises ends the work.
+    """
+    own, sizes = seed_of(seed, 0, 0, "evaluation"), sizes or TRAINING
+    total = teacher.schedule.num_timesteps
+    with following(progress, "held-out chains", "step", total) as show:
+
+        def done(calls: int) -> None:
+            show(calls)
+            check()
+
+        states = held_out_chains(teacher, sizes.chains, own, teacher.device, max(1, total // KEPT_STATES), done)
+    label = teacher.draw_labels(sizes.images, torch_generator(seed, 0, 1, "evaluation"))
+    drift, images = _walked(teacher, own, label, sizes.images, sizes.steps, batch_size, progress)
+    labels = None if states.label is None else states.label.cpu()
+    states = HeldOutStates(states.x.cpu(), states.t.cpu(), states.eps.cpu(), labels)
+    return Reference(states, drift, images, label, own, sizes.steps)
+
+
+def agreement(student: DiffusionModel, reference: Reference, lpips: Lpips | None = None) -> dict[str, float]:
+    """The figures of `compare`."""
+    return compare(student, reference, lpips).figures
 
 
 @torch.no_grad()
-def eps_errors(denoise: Denoise, states: HeldOutStates, batch_size: int = 128) -> Tensor:
-    """Squared eps error (N,) against the teacher, mean over elements, of every state."""
-    errors = []
-    for part in torch.arange(len(states.t), device=states.t.device).split(batch_size):
-        label = None if states.label is None else states.label[part]
-        eps = denoise(states.x[part], states.t[part], label).eps.float()
-        errors.append((eps - states.eps[part]).square().flatten(1).mean(1))
-    return torch.cat(errors)
+def compare(
+    student: DiffusionModel,
+    reference: Reference,
+    lpips: Lpips | None = None,
+    *,
+    batch_size: int = BATCH,
+    progress: bool | Progress = False,
+) -> Comparison:
+    """Figures of a student against its teacher; those that cannot be measured are left out.
+
+    - agreement: squared eps error, mean over elements, held-out states and timesteps; 0 is the teacher.
+      agreement_q1 ... q4: the same for t in the quarters of [0, T), ascending.
+    - x0_drift: both models walk their own DDIM chain from the same noise; squared difference of the x_0 that they
+      predict, mean over elements, images and steps. It also shows the errors that add up along a chain.
+    - psnr, ssim and lpips (`likeness`) of the images at the ends of these chains, against the teacher's.
+    """
+    states, total = reference.states, student.schedule.num_timesteps
+    errors = errors_of(student, states, batch_size, progress)
+    count, label = len(reference.images), reference.label
+    drift, images = _walked(student, reference.seed, label, count, reference.steps, batch_size, progress)
+    figures = {"agreement": errors.mean().item()}
+    figures |= {f"agreement_q{n}": error for n, error in enumerate(eps_error_by_quarter(errors, states, total), 1)}
+    figures["x0_drift"] = (drift - reference.drift).square().mean().item()
+    pairs = likeness(images, reference.images, None if lpips is None else lpips.metric)
+    figures |= {name: values.mean().item() for name, values in pairs.items()}
+    known = {name: value for name, value in figures.items() if not math.isnan(value)}  # T below 4: empty quarters
+    return Comparison(known, eps_error_by_t(errors, states))
 
 
-def eps_error_by_t(error: Tensor, states: HeldOutStates) -> dict[int, float]:
-    """Mean of the errors (N,) of `eps_errors` at every timestep that the states cover."""
-    return {int(t): error[states.t == t].mean().item() for t in states.t.unique()}
+def errors_of(
+    model: DiffusionModel,
+    states: HeldOutStates,
+    batch_size: int = BATCH,
+    progress: bool | Progress = False,
+    what: str = "eps errors of the student",
+) -> Tensor:
+    """Squared eps errors (N,) of a model on states on the CPU; `what` names the work for a bar."""
+
+    def denoise(x: Tensor, t: Tensor, label: Tensor | None) -> Prediction:
+        device = model.device
+        found = model.predict(x.to(device), t.to(device), None if label is None else label.to(device))
+        return Prediction(found.eps.cpu(), found.x_0.cpu())
+
+    with following(progress, what, "state", len(states.t)) as show:
+        return eps_errors(denoise, states, batch_size, show)
 
 
-def eps_error_by_quarter(error: Tensor, states: HeldOutStates, num_timesteps: int) -> list[float]:
-    """Mean of the errors (N,) of `eps_errors` for t in the four quarters of [0, T), ascending; T is at least 4."""
-    quarter = (states.t * 4) // num_timesteps
-    return [error[quarter == q].mean().item() for q in range(4)]
+def _walked(
+    model: DiffusionModel,
+    seed: int,
+    label: Tensor | None,
+    count: int,
+    steps: int,
+    batch_size: int,
+    progress: bool | Progress,
+) -> tuple[Tensor, Tensor]:
+    """DDIM chains of a model from the noise of a seed: x_0 at every step (K,B,C,H,W), images uint8 (B,H,W,C)."""
+    drifts, images = [], []
+    with following(progress, "images from the same noise", "image", count) as show:
+        for start in range(0, count, batch_size):
+            numbers = range(start, min(start + batch_size, count))
+            own = None if label is None else label[start : numbers.stop].to(model.device)
+            *drift, states = _chain(model, [seed + i for i in numbers], own, min(steps, model.schedule.num_timesteps))
+            codec = model.codec().to(model.device, resolve_precision(model.precision, model.device))
+            drifts.append(torch.stack(drift))
+            images.append(codec.decode(states).cpu().contiguous())
+            show(numbers.stop)
+    return torch.cat(drifts, 1), torch.cat(images)
+
+
+def _chain(model: DiffusionModel, seeds: list[int], label: Tensor | None, steps: int) -> Iterator[Tensor]:
+    """The x_0 (B,C,H,W) that a model predicts at every DDIM step, and then the chain's end."""
+    kept: list[Tensor] = []
+
+    def denoise(x: Tensor, t: Tensor, label: Tensor | None) -> Prediction:
+        prediction = model.predict(x, t, label)
+        kept.append(prediction.x_0.cpu())
+        return prediction
+
+    noise = ImageNoise(seeds, model.shape, model.device)
+    states = last(SAMPLERS["ddim"].walk(model.schedule, denoise, noise(), noise, steps, label))
+    yield from (*kept, states)

@@ -1,20 +1,39 @@
 """Measure a student against its teacher, without data."""
 
+import math
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ldm_dkdm import __version__
 from ldm_dkdm.checkpoints.contents import described, same_process
+from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.diffusion.samplers import SAMPLERS
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.evaluation.agreement import eps_error_by_quarter, eps_error_by_t, eps_errors, held_out_chains
+from ldm_dkdm.evaluation.agreement import (
+    KEPT_STATES,
+    Reference,
+    Sizes,
+    compare,
+    errors_of,
+    new_reference,
+    teacher_calls,
+)
 from ldm_dkdm.evaluation.frechet import pixel_frechet_distance
+from ldm_dkdm.evaluation.held_out import eps_error_by_quarter
+from ldm_dkdm.evaluation.perceptual import find_lpips
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.facts import whole
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.cost import gflops
-from ldm_dkdm.reporting import Progress
+from ldm_dkdm.reporting import Progress, following, logger
+
+STEPS = 20  # DDIM steps of images, or all T where there are fewer
+MEASURED_WITH = "measured_with"
+LEAST = 65  # images; the distance uses 64 principal components
 
 
 def evaluate(
@@ -24,53 +43,66 @@ def evaluate(
     images: int = 1000,
     steps: int | None = None,
     chains: int = 32,
-    seed: int = 1_000_000,
+    pairs: int = 16,
+    seed: int = 0,
     batch_size: int = 128,
+    lpips: str | Path | None = None,
     progress: bool | Progress = False,
 ) -> dict[str, Any]:
     """Figures of a student against its teacher, by name.
 
-    eps_mse_by_t: mean squared error of eps on states of exact teacher chains that were not trained on, at every 25th t
-    (more where T < 100) and by quarter of t, ascending; the same for the student's architecture with random weights.
-    frechet_*: distance of images on 64 principal components of pixels. Parameters, GFLOPs a call, images a second.
+    agreement, agreement_q1 ... q4, x0_drift, psnr, ssim, lpips: see `agreement.compare`, which also measures during a
+    training. untrained_q1 ... q4: eps errors of the student's architecture with random weights. eps_mse_by_t: the
+    student's at 20 timesteps (all, where T is smaller). frechet_*: distance of images on 64 principal components of
+    pixels. Parameters, GFLOPs a call, images a second.
 
     Args:
         images: for the Frechet distance, 65 or more; 0 leaves it out.
-        steps: DDIM steps of the images; default: 20, or all T where there are fewer.
+        steps: DDIM steps of all images; default: 20, or all T where there are fewer.
         chains: held-out ancestral chains of the teacher, each of T calls.
-        seed: of chains and images.
+        pairs: images that both models make from the same noise.
+        seed: of chains and images. With the seed and the sizes of a training, the figures are the training's.
         batch_size: images drawn at once.
+        lpips: file with torchvision's VGG16 weights; default: the one in torch.hub's cache, without which LPIPS is left
+            out, as a line of the log says.
 
     Raises:
         UserError: models that `require_comparable` refuses, or a number out of range.
     """
     require_comparable(student, teacher)
-    steps = min(20, teacher.schedule.num_timesteps) if steps is None else steps
-    numbers = {"images": (images, 0), "steps": (steps, 1), "chains": (chains, 1), "seed": (seed, 0)}
-    for name, (value, least) in {**numbers, "batch_size": (batch_size, 1)}.items():
-        whole(value, name, least)
-    if images and images < 65:
-        raise UserError(f"images: at least 65, the distance uses 64 principal components; or 0; got {images}")
     total = teacher.schedule.num_timesteps
-    if total < 4:
-        raise UserError(f"teacher: it has T = {total}; the eps error is given by quarter of [0, T), which needs T >= 4")
-    SAMPLERS["ddim"].timesteps(teacher.schedule, steps)  # refuses what does not fit
-    states = held_out_chains(teacher, chains, seed, teacher.device)
-    figures: dict[str, Any] = {"measured_with": measured_with(images, steps, chains, seed)}
-    untrained = _untrained(student)
-    if untrained is not None:
-        first = eps_errors(untrained.predict, states)
-        figures["eps_mse_by_t_quarter_untrained"] = _rounded(eps_error_by_quarter(first, states, total))
-    errors = eps_errors(student.predict, states)
-    figures["eps_mse_by_t_quarter"] = _rounded(eps_error_by_quarter(errors, states, total))
-    figures["eps_mse_by_t"] = {str(t): round(e, 6) for t, e in eps_error_by_t(errors, states).items()}
+    sizes = Sizes(chains, pairs, steps_within(steps, teacher))
+    _require(sizes, images, seed, batch_size)
+    SAMPLERS["ddim"].timesteps(teacher.schedule, sizes.steps)  # refuses what does not fit
+    perceptual = find_lpips(lpips)
+    if perceptual.missing:
+        logger.info(perceptual.missing)
+    logger.info(work(sizes, images, total))
+    reference = new_reference(teacher, seed, sizes, batch_size=batch_size, progress=progress)
+    found = compare(student, reference, perceptual, batch_size=batch_size, progress=progress)
+    figures: dict[str, Any] = {MEASURED_WITH: measured_with(sizes, images, seed), **found.figures}
+    figures |= _untrained_errors(student, reference, batch_size, progress)
+    figures["eps_mse_by_t"] = {str(t): round(e, 6) for t, e in found.by_t.items()}
     for name, model in (("teacher", teacher), ("student", student)):
         figures[f"{name}_parameters"] = model.parameters
         cost = gflops(model.network, model.shape, model.num_classes is not None)
         figures[f"{name}_gflops"] = round(cost, 4)
     if images:
-        figures |= _distances(student, teacher, images, steps, seed, batch_size, progress)
+        figures |= _distances(student, teacher, SamplingConfig(images, batch_size, seed, sizes.steps), progress)
     return figures
+
+
+def steps_within(steps: int | None, teacher: DiffusionModel) -> int:
+    """DDIM steps of images; default: 20, or all T where there are fewer."""
+    return min(STEPS, teacher.schedule.num_timesteps) if steps is None else steps
+
+
+def _require(sizes: Sizes, images: int, seed: int, batch_size: int) -> None:
+    numbers = {"images": (images, 0), "steps": (sizes.steps, 1), "chains": (sizes.chains, 1), "seed": (seed, 0)}
+    for name, (value, least) in {**numbers, "batch_size": (batch_size, 1), "pairs": (sizes.images, 1)}.items():
+        whole(value, name, least)
+    if images and images < LEAST:
+        raise UserError(f"images: at least {LEAST}, the distance uses 64 principal components; or 0; got {images}")
 
 
 def require_comparable(student: DiffusionModel, teacher: DiffusionModel) -> None:
@@ -101,29 +133,43 @@ def _labels(model: DiffusionModel) -> str:
     return f"{len(classes)} classes{skipped}"
 
 
-def measured_with(images: int, steps: int, chains: int, seed: int) -> str:
-    """The options that the figures depend on, as the command takes them."""
-    samples = f"-n {images} -c {steps} " if images else "-n 0 "
-    return f"evaluate.py {samples}--chains {chains} --seed {seed}"
+def work(sizes: Sizes, images: int, num_timesteps: int) -> str:
+    """What `evaluate` will do: images, and calls of both networks counted by samples."""
+    sampled = sizes.steps * images
+    teacher = teacher_calls(num_timesteps, sizes) + 2 * sampled
+    states = sizes.chains * min(KEPT_STATES, num_timesteps)
+    student = 2 * states + sizes.images * sizes.steps + sampled
+    drawn = f"{3 * images + 2 * sizes.images:,} images by DDIM in {sizes.steps} steps"
+    return (
+        f"to do: {sizes.chains} chains of the teacher through {num_timesteps:,} steps, {drawn}; calls of one sample: "
+        f"teacher {teacher:,}, student about {student:,}"
+    )
+
+
+def measured_with(sizes: Sizes, images: int, seed: int) -> str:
+    """The package, its version, and the options that the figures depend on, as the command takes them."""
+    options = f"-n {images} -c {sizes.steps} --chains {sizes.chains} --pairs {sizes.images} --seed {seed}"
+    return f"ldm_dkdm {__version__}: dkdm evaluate {options}"
 
 
 def _distances(
-    student: DiffusionModel,
-    teacher: DiffusionModel,
-    images: int,
-    steps: int,
-    seed: int,
-    batch_size: int,
-    progress: bool | Progress,
+    student: DiffusionModel, teacher: DiffusionModel, config: SamplingConfig, progress: bool | Progress
 ) -> dict[str, float]:
-    def draw(model: DiffusionModel, first: int) -> tuple[Tensor, float]:
-        started = time.perf_counter()
-        drawn = model.sample(images, steps=steps, seed=first, batch_size=batch_size, progress=progress)
-        return drawn, images / (time.perf_counter() - started)
+    """Frechet distances of the student's images and of more of the teacher's to the teacher's, and speeds."""
+    count = config.count
 
-    reference, teacher_rate = draw(teacher, seed)
-    again, _ = draw(teacher, seed + images)
-    students, student_rate = draw(student, seed + images)
+    def draw(model: DiffusionModel, first: int, what: str) -> tuple[Tensor, float]:
+        images: list[Tensor] = []
+        started = time.perf_counter()
+        with following(progress, what, "image", count) as show:
+            for batch in model.sample_batches(SamplingConfig(count, config.batch_size, first, config.steps)):
+                images.append(batch.images)
+                show(sum(map(len, images)))
+        return torch.cat(images), count / (time.perf_counter() - started)
+
+    reference, teacher_rate = draw(teacher, config.seed, "images of the teacher")
+    again, _ = draw(teacher, config.seed + count, "more images of the teacher")
+    students, student_rate = draw(student, config.seed + count, "images of the student")
     return {
         "frechet_teacher_to_teacher": round(pixel_frechet_distance(reference, again), 3),
         "frechet_student_to_teacher": round(pixel_frechet_distance(reference, students), 3),
@@ -132,12 +178,13 @@ def _distances(
     }
 
 
-def _untrained(model: DiffusionModel) -> DiffusionModel | None:
-    """The same architecture with random weights; None for a module of the user's own, which cannot be rebuilt."""
+def _untrained_errors(
+    model: DiffusionModel, reference: Reference, batch_size: int, progress: bool | Progress
+) -> dict[str, float]:
+    """Eps errors of the architecture with random weights; none for a user's own module, which cannot be rebuilt."""
     if model.node.target not in NETWORKS:
-        return None
-    return model.student(model.node).to(model.device, model.precision)
-
-
-def _rounded(values: list[float]) -> list[float]:
-    return [float(f"{value:.3g}") for value in values]
+        return {}
+    untrained = model.student(model.node).to(model.device, model.precision)
+    errors = errors_of(untrained, reference.states, batch_size, progress, "eps errors of random weights")
+    quarters = eps_error_by_quarter(errors, reference.states, model.schedule.num_timesteps)
+    return {f"untrained_q{n}": error for n, error in enumerate(quarters, 1) if not math.isnan(error)}

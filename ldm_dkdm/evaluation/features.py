@@ -13,10 +13,8 @@ from ldm_dkdm.evaluation.dinov2 import DinoV2
 from ldm_dkdm.evaluation.efficientnet import EfficientNetLite0, packaged_weights
 from ldm_dkdm.evaluation.extractor import SHORT, Extractor, Forward
 from ldm_dkdm.evaluation.inception import Inception
-from ldm_dkdm.evaluation.weights import WeightsFile, find_weights
+from ldm_dkdm.evaluation.weights import INSTALL, WeightsFile, find_weights
 from ldm_dkdm.files import exists, expanded
-
-INSTALL = "pip install 'ldm-dkdm[evaluation]'"
 
 
 @dataclass(frozen=True)

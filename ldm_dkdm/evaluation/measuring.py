@@ -1,6 +1,6 @@
 """Measure a set of images, alone or against another: the figures of METRICS with their provenance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,25 @@ from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.device import default_device
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.evaluation.comparability import doubts
-from ldm_dkdm.evaluation.comparison import evaluate
+from ldm_dkdm.evaluation.comparison import MEASURED_WITH, evaluate
 from ldm_dkdm.evaluation.components import NAME as PIXEL_COMPONENTS
 from ldm_dkdm.evaluation.components import pixel_components
 from ldm_dkdm.evaluation.extractor import Extractor
-from ldm_dkdm.evaluation.features import INSTALL, named_features, open_extractor
+from ldm_dkdm.evaluation.features import named_features, open_extractor
 from ldm_dkdm.evaluation.gathering import gather, statistics_cache
 from ldm_dkdm.evaluation.metrics import DEFAULTS, METRICS, Metric, Pair
 from ldm_dkdm.evaluation.opening import Images, open_images
+from ldm_dkdm.evaluation.perceptual import LPIPS_FACTS, Lpips, find_lpips
 from ldm_dkdm.evaluation.reconstruction import Reconstructions, reconstruction
 from ldm_dkdm.evaluation.samples import ModelImages
 from ldm_dkdm.evaluation.sources import ImageSource
 from ldm_dkdm.evaluation.statistics import Statistics
+from ldm_dkdm.evaluation.weights import INSTALL
 from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import LatentCodec
+from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.facts import whole
-from ldm_dkdm.reporting import Progress
+from ldm_dkdm.reporting import Progress, logger
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def measure(
     batch_size: int = 64,
     size: int | None = None,
     chains: int = 32,
+    pairs: int = 16,
+    lpips: str | Path | None = None,
     cache: str | Path | None = None,
     device: str | torch.device | None = None,
     processes: int = 1,
@@ -85,18 +90,18 @@ def measure(
         features: a name in FEATURES, or a file with weights of one, for metrics that take any.
         count: samples of each model. steps, sampler, eta, labels: as in `DiffusionModel.sample`.
         seed: sample i of `samples` depends on seed + i only; of a model as `reference` on `reference_seed` + i, by
-            default seed + count. The chains of `agreement` depend on seed.
+            default seed + count. The chains and images of `agreement` depend on seed.
         batch_size: images at once. size: side to which folders' images are cropped and resized.
-        chains: of the teacher, for `agreement`. cache: folder of statistics; default: `statistics_cache()`.
+        chains, pairs, lpips: of `agreement`, as in `evaluate`; lpips also of `reconstruction`.
+        cache: folder of statistics; default: `statistics_cache()`.
         device: of extractors and of models opened here; default: that of the model in `samples`, else the fastest.
         processes: that share the images, each on a GPU of its own if there are several. progress: bars, or a function.
 
     Raises:
         UserError: an unknown name, missing weights, a set that a metric cannot take, too few images.
     """
-    numbers = {"count": (count, 1), "batch_size": (batch_size, 1), "seed": (seed, 0), "size": (size, 1)}
-    for name, (value, least) in {**numbers, "chains": (chains, 1), "processes": (processes, 1)}.items():
-        whole(value, name, least)
+    _at_least(1, count=count, batch_size=batch_size, size=size, chains=chains, pairs=pairs, processes=processes)
+    _at_least(0, seed=seed)
     named, weights = named_features(features)
     chosen = chosen_metrics(metrics, named, reference is not None)
     where = device or getattr(samples, "device", None) or default_device("auto")
@@ -104,31 +109,38 @@ def measure(
     second = replace(config, seed=_second(seed, count, reference_seed))
     other = None if reference is None else open_images(reference, second, size, where)
     own = open_images(samples, config, size, where, other)
-    require_effect((draws(own, chosen), draws(other, chosen, True)), config, reference_seed)
+    require_effect((draws(own, chosen), draws(other, chosen, True)), config, reference_seed, "agreement" in chosen)
+    perceptual = _lpips(lpips, chosen)
     names = dict.fromkeys(features_of(METRICS[name], named) for name in chosen if METRICS[name].of)
     opened = [name for name in names if name != PIXEL_COMPONENTS]
     extractors = {name: open_extractor((name == named and weights) or name, where) for name in opened}
     folder = statistics_cache() if cache is None else expanded(cache)
     if PIXEL_COMPONENTS in names and other is not None:
         extractors[PIXEL_COMPONENTS], other = pixel_components(other, folder, batch_size, progress)
-    work = _Work(extractors, named, batch_size, folder, progress, chains, seed, processes)
-    states = f"{chains} chains of the reference, seed {seed}"
-    return _measurement(own, other, chosen, extractors, states, *work.figures(chosen, own, other))
+    agreeing = {"chains": chains, "pairs": pairs, "steps": steps, "seed": seed, "lpips": lpips}
+    work = _Work(extractors, named, batch_size, folder, progress, agreeing, perceptual, processes)
+    return _measurement(own, other, chosen, extractors.values(), *work.figures(chosen, own, other))
+
+
+def _at_least(least: int, **numbers: int | None) -> None:
+    """Refuse numbers below the least, by name."""
+    for name, value in numbers.items():
+        whole(value, name, least)
 
 
 def _measurement(
     own: ImageSource,
     other: ImageSource | None,
     chosen: Sequence[str],
-    extractors: Mapping[str, Extractor],
-    states: str,
+    extractors: Iterable[Extractor],
     figures: dict[str, Any],
     statistics: Mapping[str, Statistics],
 ) -> Measurement:
     facts, theirs = _facts(own, chosen), None if other is None else _facts(other, chosen, True)
-    if "agreement" in chosen:
-        facts["agreement"] = states
-    used = [extractor.facts() for extractor in extractors.values()]
+    if MEASURED_WITH in figures:
+        facts["agreement by"] = figures.pop(MEASURED_WITH)
+    used = [extractor.facts() for extractor in extractors]
+    used += [LPIPS_FACTS] if any(name.lower() == "lpips" for name in figures) else []
     return Measurement(figures, facts, theirs, used, doubts(facts, theirs, chosen), statistics)
 
 
@@ -145,17 +157,20 @@ def draws(source: ImageSource | None, chosen: Sequence[str], second: bool = Fals
     return used and isinstance(source, ModelImages)
 
 
-def require_effect(sources: Sequence[bool], config: SamplingConfig, reference_seed: int | None) -> None:
+def require_effect(
+    sources: Sequence[bool], config: SamplingConfig, reference_seed: int | None, agreement: bool = False
+) -> None:
     """Refuse the sampling of models where none is sampled.
 
     Args:
         sources: whether the samples and the reference are sampled.
+        agreement: whether it is measured, on images of its own.
 
     Raises:
         UserError: an option without effect.
     """
     given = {
-        "steps": config.steps is not None,
+        "steps": config.steps is not None and not agreement,
         "sampler": config.sampler != "ddim",
         "eta": bool(config.eta),
         "labels": bool(config.labels),
@@ -164,6 +179,32 @@ def require_effect(sources: Sequence[bool], config: SamplingConfig, reference_se
     unused += ["reference_seed"] if reference_seed is not None and not sources[1] else []
     if unused:
         raise UserError(f"{unused[0]}: has no effect; no model is sampled for it")
+
+
+def _lpips(file: str | Path | None, chosen: Sequence[str]) -> Lpips | None:
+    """LPIPS for a reconstruction; `evaluate` finds its own. A file that no metric reads is refused."""
+    if file is not None and not {"agreement", "reconstruction"} & set(chosen):
+        raise UserError("lpips: has no effect; agreement and reconstruction measure LPIPS")
+    found = find_lpips(file) if "reconstruction" in chosen else None
+    if found is not None and found.missing:
+        logger.info(found.missing)
+    return found
+
+
+def against_teacher(
+    student: DiffusionModel, teacher: DiffusionModel, figures: Mapping[str, Any], config: SamplingConfig, drawn: bool
+) -> Measurement:
+    """The provenance of figures of `evaluate`, as `measure` gives it.
+
+    Args:
+        config: as `evaluate` samples the teacher; the student's seeds begin at seed + count.
+        drawn: whether there are images for the Frechet distance.
+    """
+    chosen = ["agreement", *(["pixel-frechet"] if drawn else [])]
+    used = [open_extractor("pixels", "cpu")] if drawn else []
+    own = ModelImages(student, replace(config, seed=config.seed + config.count), str(student.path or "student"))
+    other = ModelImages(teacher, config, str(teacher.path or "teacher"))
+    return _measurement(own, other, chosen, used, dict(figures), {})
 
 
 def _second(seed: int, count: int, given: int | None) -> int:
@@ -205,8 +246,8 @@ class _Work:
     batch_size: int
     cache: Path
     progress: bool | Progress
-    chains: int
-    seed: int
+    agreeing: Mapping[str, Any]  # arguments of `evaluate`
+    lpips: Lpips | None
     processes: int
 
     def figures(
@@ -247,11 +288,10 @@ class _Work:
         if name == "agreement":
             if not isinstance(own, ModelImages) or not isinstance(other, ModelImages):
                 raise UserError("metrics: agreement compares two models, not images")
-            options = {"chains": self.chains, "seed": self.seed, "batch_size": self.batch_size}
-            found = evaluate(own.model, other.model, images=0, progress=self.progress, **options)
-            return {name: value for name, value in found.items() if name != "measured_with"}
+            options = {"batch_size": self.batch_size, "progress": self.progress, **self.agreeing}
+            return evaluate(own.model, other.model, images=0, **options)
         codec = own.model.codec() if isinstance(own, ModelImages) else getattr(own, "codec", None)
         if not isinstance(codec, LatentCodec):
             raise UserError("metrics: reconstruction measures a first stage, or a model on latents, on images")
         images = own.images if isinstance(own, Reconstructions) else other
-        return reconstruction(codec, images, self.batch_size, self.progress)
+        return reconstruction(codec, images, self.batch_size, self.progress, self.lpips)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource, is_first_stage_folder
+from ldm_dkdm.checkpoints.releases import how_to_get
 from ldm_dkdm.checkpoints.weight_files import holds_weights
+from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.reconstruction import Reconstructions
@@ -43,6 +45,7 @@ def open_images(
         require_images(images)
         return TensorImages(images.cpu())
     path = expanded(images)
+    require_set(path)
     if is_first_stage_folder(path):
         if reconstructed is None:
             raise UserError(
@@ -52,6 +55,20 @@ def open_images(
     if not is_model(path):
         return image_files(path, size)
     return sampled(load_model(path).to(device), config, str(images))
+
+
+def require_set(path: Path, what: str = "the path of a set of images") -> None:
+    """Refuse a path that does not exist.
+
+    Raises:
+        UserError: says what `what` may be.
+    """
+    if not find_shipped(path).exists():
+        advice = how_to_get(path, "correct the path")
+        raise UserError(
+            f"{path}: no such file or folder; {what} is a model, a folder of images, an .npz of images, or statistics "
+            f"(.npz); {advice}"
+        )
 
 
 def is_model(path: Path) -> bool:

@@ -1,13 +1,20 @@
 """LPIPS with weights from a local file, without a download."""
 
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
 
 from ldm_dkdm.checkpoints import read_tensors
+from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.evaluation.weights import INSTALL, VGG16, cache_folder
+from ldm_dkdm.files import expanded
+from ldm_dkdm.reporting import size
+
+LPIPS_FACTS: dict[str, str | None] = {"features": "vgg16 of LPIPS", "weights_sha256": VGG16.sha256, "resize": "none"}
 
 
 def lpips_loss(backbone: str | None) -> nn.Module:
@@ -36,3 +43,39 @@ def lpips_loss(backbone: str | None) -> nn.Module:
         for index, layer in getattr(metric.net, f"slice{i}").named_children():
             layer.load_state_dict(features[int(index)].state_dict())
     return metric.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Lpips:
+    """LPIPS as a figure, where it can be computed.
+
+    Attributes:
+        metric: images (B,3,H,W) in [-1,1], twice -> (B,1,1,1); None where something is missing.
+        missing: what that is, and where to put it; one line.
+    """
+
+    metric: nn.Module | None = field(default=None, repr=False)
+    missing: str = ""
+
+
+def find_lpips(file: str | Path | None = None) -> Lpips:
+    """LPIPS on torchvision's VGG16 weights, in a file or in the cache of torch.hub; nothing is downloaded.
+
+    Raises:
+        UserError: `file` does not exist, or what is found has another hash than these weights.
+    """
+    path = cache_folder() / VGG16.name if file is None else expanded(file)
+    if file is not None and not path.is_file():
+        raise UserError(f"lpips: {path}: no such file; it should hold {_wanted()}")
+    if not path.is_file():
+        return Lpips(missing=f"LPIPS is left out: {_wanted()} is not at {path}; put it there, or give its path")
+    if (found := sha256(path)) != VGG16.sha256:
+        raise UserError(f"lpips: {path} is damaged or another file: its SHA-256 is {found}, not {VGG16.sha256}")
+    try:
+        return Lpips(lpips_loss(str(path)))
+    except ImportError as error:
+        return Lpips(missing=f"LPIPS is left out: it needs the package {error.name}; {INSTALL}")
+
+
+def _wanted() -> str:
+    return f"{VGG16.name} ({size(VGG16.size)}, SHA-256 {VGG16.sha256}, from {VGG16.origin})"

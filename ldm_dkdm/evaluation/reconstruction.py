@@ -5,18 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.evaluation.perceptual import lpips_loss
+from ldm_dkdm.evaluation.likeness import likeness
+from ldm_dkdm.evaluation.perceptual import Lpips
 from ldm_dkdm.evaluation.samples import weights_of
 from ldm_dkdm.evaluation.sources import ImageSource
-from ldm_dkdm.evaluation.weights import VGG16, cache_folder, find_weights
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.first_stage.vq import VQModel
 from ldm_dkdm.reporting import Progress, following
 
-WINDOW = 11  # SSIM (Wang et al. 2004)
 LARGEST = 1e6  # magnitude of a latent
 
 
@@ -52,31 +51,29 @@ class Reconstructions:
 
 
 def reconstruction(
-    codec: LatentCodec, images: ImageSource, batch_size: int = 16, progress: bool | Progress = False
+    codec: LatentCodec,
+    images: ImageSource,
+    batch_size: int = 16,
+    progress: bool | Progress = False,
+    lpips: Lpips | None = None,
 ) -> dict[str, float]:
     """Figures of a first stage on a set of images, each the mean over images.
 
-    PSNR in dB and SSIM (Wang et al. 2004; window of 11) of 8-bit images; LPIPS (Zhang et al. 2018, VGG16) where the
-    weights are in the cache of torch.hub; of a VQ first stage the share of codes in use and their perplexity.
+    PSNR, SSIM and LPIPS (`likeness`) of 8-bit images; of a VQ first stage the share of codes in use and their
+    perplexity.
 
     Raises:
         UserError: images whose channels or size the first stage does not take.
     """
-    from kornia.metrics import ssim
-
-    lpips = _lpips()
     sums: dict[str, float] = {}
     codes = torch.zeros(codec.autoencoder.codes or 0, dtype=torch.float64)
     done = 0
     with following(progress, "reconstructing", "image", images.count) as show:
         for batch in images.batches(0, batch_size):
             latents = encoded(codec, batch)
-            a, b = (x.movedim(-1, 1).float().cpu() / 255 for x in (batch, codec.decode(latents)))
-            figures = {"PSNR": _psnr(a, b), "SSIM": ssim(a, b, WINDOW).flatten(1).mean(1)}
-            if lpips is not None:
-                figures["LPIPS"] = lpips(2 * a - 1, 2 * b - 1).flatten()
+            figures = likeness(batch, codec.decode(latents), None if lpips is None else lpips.metric)
             for name, values in figures.items():
-                sums[name] = sums.get(name, 0.0) + values.double().sum().item()
+                sums[name.upper()] = sums.get(name.upper(), 0.0) + values.sum().item()
             codes += _codes(codec, latents)
             done += len(batch)
             show(done)
@@ -102,12 +99,6 @@ def encoded(codec: LatentCodec, images: Tensor) -> Tensor:
     return latents
 
 
-def _psnr(a: Tensor, b: Tensor) -> Tensor:
-    """10 log10(1 / MSE) of every pair (B,C,H,W) in [0,1]; equal images count as half a level off."""
-    error = (a.double() - b.double()).square().flatten(1).mean(1)
-    return -10 * error.clamp(min=(0.5 / 255) ** 2).log10()
-
-
 def _codes(codec: LatentCodec, latents: Tensor) -> Tensor:
     """How often each code is the nearest of latents (B,c,h,w)."""
     if not isinstance(codec.autoencoder, VQModel):
@@ -123,8 +114,3 @@ def _usage(codes: Tensor) -> dict[str, float]:
     p = codes / codes.sum()
     entropy = -(p[p > 0] * p[p > 0].log()).sum()
     return {"codes in use": (codes > 0).double().mean().item(), "code perplexity": entropy.exp().item()}
-
-
-def _lpips() -> nn.Module | None:
-    """LPIPS if its VGG16 weights are in the cache of torch.hub; a file of that name with another hash is refused."""
-    return lpips_loss(str(find_weights(VGG16))) if (cache_folder() / VGG16.name).is_file() else None

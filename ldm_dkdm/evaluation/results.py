@@ -27,13 +27,18 @@ SAMPLING = (
     "guidance",
     "arithmetic",
     "weights",
+    "opened_from",
+    "opened_from_sha256",
     "sha256",
     "size",
     "rounding",
+    "agreement by",
 )
+OF_REFERENCE = ("images", "seeds", "weights", "sha256", "size")
 ORDER = ("FID", "sFID", "FD", "IS", "precision", "recall", "KID", "PSNR", "SSIM", "LPIPS")
 BEFORE = ("model", "parameters", "GFLOPs", "images", "sampler", "reference")
 DISTANCES = ("FID", "sFID", "FD", "KID", "precision", "recall")  # figures that depend on the reference
+PRIME = "A prime (FID') marks a figure against samples of a model, the teacher, in place of data (Tab. 11)."
 AGREEMENT = "eps error by quarter of t"
 
 
@@ -43,7 +48,7 @@ def row_of(record: Record) -> dict[str, Any]:
     row = {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "samples": samples["source"]}
     row |= {"reference": reference.get("source"), **{n: v for n, v in record["figures"].items() if _is_number(v)}}
     row |= {name: samples.get(name) for name in SAMPLING}
-    row |= {f"reference {name}": reference.get(name) for name in ("images", "seeds", "sha256", "size")}
+    row |= {f"reference {name}": reference.get(name) for name in OF_REFERENCE}
     for name in ("features", "weights_sha256", "resize"):
         row[f"extractor {name}"] = "; ".join(str(features[name]) for features in record["features"])
     return {**row, "warnings": "; ".join(record["warnings"]), "ldm_dkdm": record["ldm_dkdm"]}
@@ -67,20 +72,33 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
+def append_row(path: Path, row: Mapping[str, Any]) -> bool:
     """Add a row to a CSV file, atomically, one process at a time; new figures make new columns.
+
+    Returns:
+        False where an earlier row says the same but for its date, as after a call that reused statistics of the cache;
+        then nothing is written.
 
     Raises:
         UserError: as `read_rows`.
     """
     with locked(path):
-        rows = [*read_rows(path), row]
+        known = read_rows(path)
+        if any(_same(old, row) for old in known):
+            return False
+        rows = [*known, row]
         columns = dict.fromkeys(name for known in rows for name in known)
         text = io.StringIO()
         writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_text(path, text.getvalue())
+        return True
+
+
+def _same(old: Mapping[str, str], row: Mapping[str, Any]) -> bool:
+    names = {*old, *row} - {"date"}
+    return all((old.get(name) or "") == ("" if row.get(name) is None else str(row[name])) for name in names)
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -138,7 +156,8 @@ def table(paths: Iterable[str | Path]) -> str:
     rows = [row for path in paths for row in _rows(Path(path))]
     names = dict.fromkeys(name for row in rows for name in row)
     figures = sorted((name for name in names if name not in BEFORE), key=_rank)
-    return markdown([*(name for name in BEFORE if name in names), *figures], rows)
+    found = markdown([*(name for name in BEFORE if name in names), *figures], rows)
+    return f"{found}\n\n{PRIME}" if any(name.endswith("'") for name in names) else found
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -176,7 +195,8 @@ def _agreement(path: Path) -> dict[str, Any]:
         return {}
     with blaming(path, "is not a file of figures"):
         figures = json.loads(read_text(path, JSON_BYTES))
-        errors = " ".join(f"{error:.3g}" for error in figures["eps_mse_by_t_quarter"])
+        named = [figures[f"agreement_q{n}"] for n in range(1, 5) if f"agreement_q{n}" in figures]
+        errors = " ".join(f"{error:.3g}" for error in named or figures["eps_mse_by_t_quarter"])  # of older versions
         own = {"parameters": _millions(figures["student_parameters"]), "GFLOPs": figures["student_gflops"]}
         return {**own, AGREEMENT: errors}
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_dkdm import __version__
+from ldm_dkdm.checkpoints.averaging import KIND, UNSAID
 from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.first_stage.codec import LatentCodec
@@ -78,7 +79,7 @@ class ModelImages:
 
     def model_facts(self) -> dict[str, Any]:
         """The same without the sampling: for metrics that draw no images."""
-        file, raw = self.model.file, self.model.hints.use_ema is False
+        file = self.model.file
         opened = file is not None and file.exists()
         return {
             "source": self.name,
@@ -86,7 +87,8 @@ class ModelImages:
             "arithmetic": self.model.precision,
             "guidance": self.model.guidance,
             "parameters": self.model.parameters,
-            "weights": ("raw" if raw else "EMA, where the file holds it") if opened else None,
+            "weights": self.model.info.get(KIND, UNSAID) if opened else None,
+            "opened_from": str(file) if opened else None,
             "sha256": self.weights,
             "first_stage_sha256": self.first_stage,
             "opened_from_sha256": sha256(file) if file is not None and opened else None,

@@ -7,6 +7,8 @@ from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.reporting import size
 
+INSTALL = "pip install 'ldm-dkdm[evaluation]'"
+
 
 @dataclass(frozen=True)
 class WeightsFile:

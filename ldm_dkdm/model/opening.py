@@ -9,6 +9,7 @@ from torch import nn
 
 from ldm_dkdm import checkpoints
 from ldm_dkdm.checkpoints import Contents, Hints, Source
+from ldm_dkdm.checkpoints.averaging import KIND, weights_kind
 from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource, named_first_stage
 from ldm_dkdm.checkpoints.loading import build_loaded, load_strictly
@@ -105,6 +106,7 @@ def _mention_rescaling(contents: Contents, diffusion: DiffusionConfig, hints: Hi
 def _model_of(
     contents: Contents, hints: Hints, network: nn.Module, node: NetworkConfig, diffusion: DiffusionConfig
 ) -> DiffusionModel:
+    kind = weights_kind(contents, hints)
     model = DiffusionModel(
         network.eval(),
         schedule=schedule_of(diffusion),
@@ -115,7 +117,7 @@ def _model_of(
         null_label=contents.null_label if hints.null_label is None else hints.null_label,
         first_stage=_stage(contents.first_stage, hints.first_stage, diffusion),
         node=node,
-        info=contents.info,
+        info={**contents.info, **({KIND: kind} if kind else {})},
     )
     model.diffusion, model.schedule = diffusion, schedule_of(diffusion)
     file = contents.raw_file if hints.use_ema is False and contents.raw_file else contents.file

@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm_dkdm.config.schema import EarlyStopConfig, TrainerConfig
 from ldm_dkdm.reporting import logger
 
+TIMED_STEPS = 5  # at a run's start, which show where its time limit ends it
 AGREEMENT = "agreement"  # the figure that is not logged by the module
 
 
@@ -54,11 +55,16 @@ def early_ends(config: TrainerConfig) -> list[EarlyEnd]:
     return ends + ([EarlyStop(config.early_stop)] if config.early_stop else [])
 
 
+def ended_early(minutes: float, reached: int, max_steps: int) -> str:
+    """What max_minutes does to a run that is too slow for its steps."""
+    return f"trainer.max_minutes ({minutes:g}) ends the training at about step {reached:,} of {max_steps:,}"
+
+
 class TimeLimit(EarlyEnd):
     """Ends a run when its training time, summed over resumes, reaches a limit.
 
     `module.time_used` is the used share of the limit; the learning rate falls with it, since its schedule should fit
-    the budget (Li et al. 2020, "Budgeted Training").
+    the budget (Li et al. 2020, "Budgeted Training"). A line says early that the limit shortens the run.
     """
 
     key = "trainer.max_minutes"
@@ -66,6 +72,7 @@ class TimeLimit(EarlyEnd):
     def __init__(self, minutes: float) -> None:
         self.limit = 60 * minutes
         self.spent, self._since = 0.0, 0.0
+        self._timed: list[tuple[int, float]] = []  # step and time spent at it, of the first steps
 
     @property
     def reached(self) -> bool:
@@ -81,10 +88,22 @@ class TimeLimit(EarlyEnd):
         spent = torch.tensor(time.monotonic() - self._since, device=module.device)
         self.spent = trainer.strategy.reduce(spent).item()  # the same in all processes
         self._share_time(module)
+        if len(self._timed) < TIMED_STEPS:
+            self._time(trainer.global_step, trainer.max_steps)
         if self.reached:
             steps = f"step {trainer.global_step} of {trainer.max_steps}"
             logger.info(f"stopped by trainer.max_minutes ({self.limit / 60:g}) at {steps}")
             trainer.should_stop = True
+
+    def _time(self, step: int, max_steps: int) -> None:
+        """Time one of the first steps; after the last of them, say so if the limit shortens the run."""
+        self._timed.append((step, self.spent))
+        if len(self._timed) < TIMED_STEPS:
+            return
+        first, before = self._timed[1]  # the first step is slower than others
+        left = (self.limit - self.spent) * (step - first) / max(1e-9, self.spent - before)
+        if 0 < left < max_steps - step:
+            logger.info(ended_early(self.limit / 60, step + int(left), max_steps))
 
     def _share_time(self, module: Any) -> None:
         """Set a `StudentModule`'s used share of the limit."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 import lightning as L
 import torch
 
+from ldm_dkdm.checkpoints.averaging import KIND
 from ldm_dkdm.checkpoints.model_folder import card_of, require_tensors, write_model
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.model import DiffusionModel
@@ -23,7 +24,8 @@ def export_on_save(model: DiffusionModel, folder: RunFolder, dtype: str) -> Call
     card = card_of(model, folder.model, f"{folder.model.name}.safetensors")
 
     def export(trainer: L.Trainer) -> None:
-        info = {**card.info, "step": trainer.global_step, "max_steps": trainer.max_steps}
+        steps = {"step": trainer.global_step, "max_steps": trainer.max_steps}
+        info = {**card.info, **steps, KIND: "EMA"}
         network = averaged(trainer, StudentModule).network
         write_model(folder.model, replace(card, info=info), network.state_dict(), getattr(torch, dtype))
 

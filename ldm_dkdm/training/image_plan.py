@@ -15,7 +15,7 @@ from ldm_dkdm.files import exists
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import duration, pace, size
 from ldm_dkdm.training.from_images import require_fitting_labels, require_trainable
-from ldm_dkdm.training.plan import codec_parameters, network_cost
+from ldm_dkdm.training.plan import codec_parameters, early, network_cost
 from ldm_dkdm.training.saving import KEPT
 from ldm_dkdm.training.timing import TIMED_ITERATIONS, Times, time_iterations, timed_batch, timed_with
 
@@ -112,8 +112,8 @@ def _cached_bytes(parts: ImageTraining) -> int:
     return sum(len(images) * images.size**2 * images.channels for images in held)
 
 
-def training_time(parts: ImageTraining) -> str:
-    """How long the run will take, from a few timed iterations."""
+def training_time(parts: ImageTraining) -> dict[str, str]:
+    """The lines of a plan about time, from a few timed iterations."""
     config, batch = parts.config, parts.config.data.batch_size
     trial = _time(parts, 1, 1).iteration(1)  # also warms the machine up
     timed = timed_batch(batch, trial)
@@ -124,10 +124,9 @@ def training_time(parts: ImageTraining) -> str:
     before = f", {duration(parts.encodings * encoding)} of encoding" if parts.encodings else ""
     if parts.model.space.encoded and not (encoding and parts.images):
         before = ", and the encoding"
-    reached = int(config.trainer.max_steps * limit / training) if limit < training else 0
-    ends = f", trainer.max_minutes ends it at step {reached:,}" if limit < training else ""
     eta = min(training, limit) + parts.encodings * encoding
-    return f"about {duration(eta)}: {pace(seconds)} an iteration{before}{ends} {timed_with(timed)}"
+    needed = f"about {duration(eta)}: {pace(seconds)} an iteration{before} {timed_with(timed)}"
+    return {"time": needed, **early(config.trainer, training)}
 
 
 def _time(parts: ImageTraining, batch: int, iterations: int) -> Times:

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.evaluation.reference import FIGURES
+from ldm_dkdm.evaluation.agreement import FIGURES
 from ldm_dkdm.files import write_text
 from ldm_dkdm.training.tables import Table
 
@@ -28,7 +28,7 @@ class MetricsCsv(Logger):
 
     def __init__(self, folder: Path, resumed_at: int) -> None:
         super().__init__()
-        self.table = Table(folder / "metrics.csv", COLUMNS, resumed_at, optional=["vlb"])
+        self.table = Table(folder / "metrics.csv", COLUMNS, resumed_at, optional=["vlb", "lpips"])
 
     @property
     def name(self) -> str:

@@ -9,16 +9,11 @@ import lightning as L
 from ldm_dkdm.config.schema import DistillRun
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.evaluation.reference import (
-    Reference,
-    agreement,
-    new_reference,
-    read_reference,
-    reference_facts,
-    save_reference,
-)
+from ldm_dkdm.evaluation.agreement import Reference, agreement, new_reference
+from ldm_dkdm.evaluation.perceptual import Lpips, find_lpips
+from ldm_dkdm.evaluation.reference import read_reference, reference_facts, save_reference
 from ldm_dkdm.model import DiffusionModel
-from ldm_dkdm.reporting import Progress, decoration, following
+from ldm_dkdm.reporting import Progress, decoration
 from ldm_dkdm.training.ema import averaged
 from ldm_dkdm.training.ends import AGREEMENT, StepCallback
 
@@ -41,6 +36,7 @@ class Agreement(StepCallback):
     def __init__(self, teacher: DiffusionModel, file: Path, every: int, seed: int) -> None:
         self.teacher, self.file, self.every, self.seed = teacher, file, every, seed
         self.reference: Reference | None = None  # on rank 0
+        self.lpips = Lpips()  # on rank 0, where its weights are in the cache of torch.hub
         self.listeners: list[Listener] = []
 
     def prepare(
@@ -56,18 +52,13 @@ class Agreement(StepCallback):
         """
         if not self._measures(last_step):
             return
+        with decoration("lpips"):
+            self.lpips = find_lpips()
         facts = {**facts, **reference_facts(), "seed": self.seed, "precision": self.teacher.precision}
         self.reference = read_reference(self.file, facts)
-        if self.reference is not None:
-            return
-        with following(progress, "held-out chains", "step", self.teacher.schedule.num_timesteps) as show:
-
-            def done(calls: int) -> None:
-                show(calls)
-                check()
-
-            self.reference = new_reference(self.teacher, self.seed, done)
-        save_reference(self.reference, self.file, facts)
+        if self.reference is None:
+            self.reference = new_reference(self.teacher, self.seed, progress=progress, check=check)
+            save_reference(self.reference, self.file, facts)
 
     def _measures(self, last_step: int) -> bool:
         return 0 < self.every <= last_step
@@ -79,7 +70,7 @@ class Agreement(StepCallback):
         figures: dict[str, float] = {}
         if self.reference is not None:
             with decoration(AGREEMENT):
-                figures = agreement(averaged(trainer, StudentModule).model, self.reference)
+                figures = agreement(averaged(trainer, StudentModule).model, self.reference, self.lpips)
         figures = trainer.strategy.broadcast(figures)
         if AGREEMENT in figures:
             module.log(AGREEMENT, figures[AGREEMENT], prog_bar=True)

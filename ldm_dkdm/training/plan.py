@@ -6,17 +6,18 @@ from dataclasses import replace
 import torch
 
 from ldm_dkdm.config.registry import build
-from ldm_dkdm.config.schema import DistillRun
+from ldm_dkdm.config.schema import DistillRun, TrainerConfig
 from ldm_dkdm.device import default_device
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.distillation.warmup import preparation, warmup_calls
-from ldm_dkdm.evaluation.reference import teacher_calls
+from ldm_dkdm.evaluation.agreement import teacher_calls
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks.cost import gflops, parameters
 from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.reporting import duration, pace, size
+from ldm_dkdm.training.ends import ended_early
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.saving import KEPT
 from ldm_dkdm.training.timing import TIMED_ITERATIONS, time_iterations, timed_batch, timed_with
@@ -83,20 +84,26 @@ def codec_parameters(model: DiffusionModel) -> int:
         return parameters(build(stage, FIRST_STAGES, "first_stage.params"))
 
 
-def time_needed(parts: Distillation) -> str:
-    """How long the run will take, from a few timed iterations."""
+def time_needed(parts: Distillation) -> dict[str, str]:
+    """The lines of a plan about time, from a few timed iterations."""
     config, warm = parts.config, _warmup_samples(parts)
-    steps, batch, batches = config.trainer.max_steps, config.distill.batch_size, parts.batches
+    batch, batches = config.distill.batch_size, parts.batches
     timed = timed_batch(batch, time_iteration(parts, 1, 1)[0] / batch)  # the trial also warms the machine up
     seconds, teacher_seconds = time_iteration(parts, timed, TIMED_ITERATIONS)
     training = batches * seconds + (_iterations(config) - batches) * batch * teacher_seconds
     limit = 60 * (config.trainer.max_minutes or math.inf)
     eta = min(training, limit) + (warm + _agreement_samples(parts)) * teacher_seconds
-    ends = f", trainer.max_minutes ends it at step {int(steps * limit / training):,}" if limit < training else ""
-    return (
-        f"about {duration(eta)}: {pace(seconds)} an iteration, {duration(warm * teacher_seconds)} of warm-up{ends} "
-        + timed_with(timed)
-    )
+    warming = f"{duration(warm * teacher_seconds)} of warm-up {timed_with(timed)}"
+    needed = f"about {duration(eta)}: {pace(seconds)} an iteration, {warming}"
+    return {"time": needed, **early(config.trainer, training)}
+
+
+def early(config: TrainerConfig, seconds: float) -> dict[str, str]:
+    """A line of a plan about max_minutes, if it shortens a training that would take these seconds."""
+    if config.max_minutes is None or 60 * config.max_minutes >= seconds:
+        return {}
+    reached = int(config.max_steps * 60 * config.max_minutes / seconds)
+    return {"early end": ended_early(config.max_minutes, reached, config.max_steps)}
 
 
 def time_iteration(parts: Distillation, batch: int, iterations: int) -> tuple[float, float]:

@@ -14,13 +14,14 @@ from omegaconf import OmegaConf
 from ldm_dkdm.config.load import card_kind, fits, load_config, read_yaml, to_yaml
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, LoggingConfig, ModelCard
 from ldm_dkdm.device import is_first_rank
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, legible
 from ldm_dkdm.files import expanded, write_text
 from ldm_dkdm.reporting import logger
 
 RunConfig = DistillRun | DiffusionRun | FirstStageRun
 FREE = ("trainer", "logging")  # sections that may change when a run is resumed
 FIXED = ("trainer.seed", "trainer.accumulate", "trainer.devices")  # keys in FREE that may not
+NAMED = 3  # keys that a message names, of those that differ
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
@@ -110,8 +111,9 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
     if before != now:
         if not resumed:
             raise UserError(
-                f"{folder.path}: made with another configuration; name another folder (logging.name=NEW, in Python "
-                f"out), continue in this one (--resume {folder.path}, in Python resume=True), or delete it"
+                f"{folder.path}: made with another configuration ({_differences(before, now)}); name another folder "
+                f"(logging.name=NEW, in Python out), continue in this one (--resume {folder.path}, in Python "
+                "resume=True), or delete it"
             )
         sections = [field.name for field in dataclasses.fields(config) if field.name not in FREE]
         for key in (*sections, *FIXED):
@@ -131,13 +133,30 @@ def _at(tree: Any, key: str) -> Any:
     return tree
 
 
+def _differences(before: Any, now: Any) -> str:
+    """The first keys that differ, with both values."""
+    changes = list(_changes(before, now, ""))
+    shown = [f"{key}: {_short(old)} there, {_short(new)} here" for key, old, new in changes[:NAMED]]
+    more = f" and {len(changes) - NAMED} more" if len(changes) > NAMED else ""
+    return "; ".join(shown) + more
+
+
+def _changes(before: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value before, value now) of values that differ."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys([*before, *now]):
+            yield from _changes(before.get(name), now.get(name), f"{key}.{name}" if key else str(name))
+    elif before != now:
+        yield key, before, now
+
+
+def _short(value: Any) -> str:
+    return "null" if value is None else legible(str(value), 40)
+
+
 def _first_change(before: Any, now: Any, key: str) -> str | None:
     """The dotted key of the first value that differs."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        keys: dict[Any, Any] = {**before, **now}
-        changes = (_first_change(before.get(k), now.get(k), f"{key}.{k}") for k in keys)
-        return next((change for change in changes if change), None)
-    return None if before == now else key
+    return next((change[0] for change in _changes(before, now, key)), None)
 
 
 def _made_with(stored: Path, schema: type[RunConfig]) -> str:

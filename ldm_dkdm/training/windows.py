@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from ldm_dkdm.evaluation.reference import FIGURES
+from ldm_dkdm.evaluation.agreement import FIGURES
 from ldm_dkdm.training.ends import StepCallback
 
 

@@ -1,0 +1,187 @@
+"""`dkdm evaluate -r RUN` and `--metrics agreement`: the training's figures, their provenance, what is said."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ldm_dkdm as dkdm
+from ldm_dkdm import DiffusionModel, UserError, load_model
+from ldm_dkdm.checkpoints.card import sha256
+from ldm_dkdm.evaluation import perceptual
+from ldm_dkdm.evaluation.agreement import FIGURES
+from ldm_dkdm.evaluation.likeness import likeness
+from ldm_dkdm.evaluation.results import append_row
+from tests.cli import distil, run_script, table, write_yaml
+from tests.parts import distill_config
+
+SMALL = ("--chains", 4, "--pairs", 3, "-c", 2)  # the sizes of `few_images`
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("ldm_dkdm.commands.evaluate.RESULTS", Path("results.csv"))
+
+
+@pytest.fixture(scope="module")
+def run(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of seed 5 that measured itself at its last step."""
+    home = tmp_path_factory.mktemp("logs")
+    config = distill_config(teacher_folder, home, trainer={"max_steps": 3, "seed": 5, "precision": "32"})
+    config["logging"] |= {"evaluate_every": 3, "sample_every": 99}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm_dkdm.evaluation.agreement.TRAINING", dkdm.evaluation.agreement.Sizes(4, 3, 2))
+        assert distil("--base", write_yaml(home / "base.yaml", config)) == 0
+    return home / "run"
+
+
+def evaluate(*arguments: object) -> int:
+    return run_script("evaluate.py", *arguments)
+
+
+def rows() -> list[dict[str, str]]:
+    with Path("results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_command_gives_the_figures_that_the_training_logged(run: Path, teacher_folder: Path) -> None:
+    logged = {name: float(text) for name, text in table(run / "metrics.csv")[-1].items() if text and name in FIGURES}
+    assert {"agreement", "agreement_q1", "x0_drift", "psnr", "ssim"} <= set(logged) and logged["agreement"] > 0
+    assert evaluate("-r", run, "-n", 0, *SMALL, "--seed", 5, "-o", "alone.json") == 0
+    assert evaluate(run, teacher_folder, "--metrics", "agreement", *SMALL, "--seed", 5, "-o", "metric.json") == 0
+    alone, metric = json.loads(Path("alone.json").read_text()), json.loads(Path("metric.json").read_text())
+    for found in (alone, metric["figures"]):
+        assert {name: found[name] for name in logged} == pytest.approx(logged, rel=1e-4)
+        assert len(found["eps_mse_by_t"]) == 20
+    assert evaluate("-r", run, "-n", 0, *SMALL, "--seed", 6, "-o", "other.json") == 0
+    assert json.loads(Path("other.json").read_text())["agreement"] != pytest.approx(logged["agreement"], rel=1e-4)
+
+
+def test_a_run_alone_has_a_row_of_results_with_the_facts_of_any_other(
+    run: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("-r", run, "-n", 65, "--chains", 1, "--pairs", 1, "-c", 2) == 0
+    printed = capsys.readouterr()
+    (row,) = rows()
+    figures = json.loads((run / "student" / "evaluation.json").read_text())
+    assert float(row["agreement"]) == figures["agreement"]
+    assert float(row["frechet_student_to_teacher"]) == figures["frechet_student_to_teacher"]
+    student = run / "student" / "student.safetensors"
+    facts = {"images": "65", "seeds": "65 ... 129", "sampler": "ddim", "steps": "2", "weights": "EMA"}
+    facts |= {"opened_from": str(student), "opened_from_sha256": sha256(student), "extractor features": "pixels"}
+    facts |= {"reference": str(teacher_folder), "reference seeds": "0 ... 64", "ldm_dkdm": dkdm.__version__}
+    assert {name: row[name] for name in facts} == facts
+    by = f"ldm_dkdm {dkdm.__version__}: dkdm evaluate -n 65 -c 2 --chains 1 --pairs 1 --seed 0"
+    assert row["agreement by"] == figures["measured_with"] == by
+    few = "samples: 65 images are fewer than 10,000; pixel-frechet"
+    assert few in printed.err and few in row["warnings"] and few in figures["warnings"][0]
+    assert figures["student_weights"] == "EMA" and figures["student_opened_from"] == str(student)
+    assert "to do: 1 chains of the teacher through 20 steps, 197 images by DDIM in 2 steps" in printed.out
+    calls = f"teacher {20 + 2 * (1 + 2 * 65):,}, student about {2 * 20 + 2 * (1 + 65):,}"
+    assert calls in printed.out and printed.out.index("to do:") < printed.out.index("frechet_student_to_teacher")
+
+
+def test_the_same_row_is_not_added_twice(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert evaluate("-r", run, "-n", 0, *SMALL) == 0
+    assert len(rows()) == 1 and "results.csv: holds this row already" in capsys.readouterr().out
+    assert evaluate("-r", run, "-n", 0, *SMALL, "--seed", 1) == 0
+    assert len(rows()) == 2
+
+
+def test_rows_that_differ_in_their_date_alone_are_one(tmp_path: Path) -> None:
+    row = {"date": "1", "samples": "a", "FID": 0.1, "labels": None}
+    assert append_row(tmp_path / "r.csv", row) and not append_row(tmp_path / "r.csv", {**row, "date": "2"})
+    assert append_row(tmp_path / "r.csv", {**row, "KID": 0.0}) and append_row(tmp_path / "r.csv", {**row, "FID": 0.2})
+    assert not append_row(tmp_path / "r.csv", {**row, "date": "3"})  # in a file with more columns by now
+
+
+def test_every_long_part_shows_its_progress(teacher_folder: Path) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+    teacher = load_model(teacher_folder)
+    student = teacher.student(teacher.node)
+    dkdm.evaluate(
+        student, teacher, images=65, chains=2, pairs=3, steps=2, progress=lambda w, d, t: seen.update({w: (d, t)})
+    )
+    chains, pairs, states, random = list(seen)[:4]
+    assert ("chains" in chains, "same noise" in pairs, "student" in states, "random" in random) == (True,) * 4
+    assert list(seen)[4:] == ["images of the teacher", "more images of the teacher", "images of the student"]
+    totals = [20, 3, 40, 40, 65, 65, 65]
+    assert list(seen.values()) == [(total, total) for total in totals]
+
+
+def test_which_weights_were_loaded_is_a_fact(run: Path, teacher_folder: Path) -> None:
+    file = run / "checkpoints" / "step=00000003.ckpt"
+    models = [load_model(path, **hints) for path, hints in ((run, {}), (file, {}), (file, {"use_ema": False}))]
+    kinds = [dkdm.measure(m, m, metrics=["agreement"], chains=1, pairs=1, steps=1).samples["weights"] for m in models]
+    assert kinds == ["EMA", "EMA", "raw"]
+    assert "weights_kind: EMA" in (run / "student" / "config.yaml").read_text()
+    assert "**weights kind**: EMA" in (run / "student" / "README.md").read_text()
+    models[2].save(run.parent / "saved")
+    assert load_model(run.parent / "saved").info["weights_kind"] == "raw"
+    assert "weights_kind" not in load_model(teacher_folder).info  # its card does not say
+
+
+# LPIPS
+
+
+class Fake(nn.Module):
+    """In place of LPIPS: the mean distance of two images in [-1,1]."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        assert a.shape == b.shape and a.shape[1] == 3
+        return (a - b).abs().mean((1, 2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pairs_are_given_to_lpips_as_rgb_in_its_range(channels: int) -> None:
+    white, black = (torch.full((9, 16, 16, channels), value, dtype=torch.uint8) for value in (255, 0))
+    figures = likeness(white, black, Fake())
+    assert figures["lpips"].tolist() == [2.0] * 9 and figures["psnr"].tolist() == [0.0] * 9
+    assert "lpips" not in likeness(white[:, :15], black[:, :15], Fake()) and "lpips" not in likeness(white, black)
+    assert "ssim" not in likeness(white[:, :5], black[:, :5])
+
+
+def models(folder: Path) -> tuple[DiffusionModel, DiffusionModel]:
+    teacher = load_model(folder)
+    return teacher.student(teacher.node), teacher
+
+
+def test_lpips_is_measured_where_its_weights_are(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vgg.pth").write_bytes(b"weights")
+    monkeypatch.setattr(perceptual, "VGG16", replace(perceptual.VGG16, sha256=sha256(tmp_path / "vgg.pth")))
+    monkeypatch.setattr(perceptual, "lpips_loss", lambda path: Fake())
+    asked = {"chains": 1, "pairs": 3, "steps": 2}
+    student, teacher = models(teacher_folder)
+    given = dkdm.evaluate(student, teacher, images=0, lpips=tmp_path / "vgg.pth", **asked)
+    seed = dkdm.evaluation.agreement.seed_of(0, 0, 0, "evaluation")
+    ours, theirs = (m.sample(3, steps=2, seed=seed).double() / 127.5 for m in (student, teacher))
+    assert given["lpips"] == pytest.approx((ours - theirs).abs().mean().item(), rel=1e-4) and given["lpips"] > 0
+    place = tmp_path / "torch" / "hub" / "checkpoints" / perceptual.VGG16.name
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"weights")
+    found = dkdm.measure(student, teacher, metrics=["agreement"], **asked)
+    assert found.figures["lpips"] == given["lpips"] and found.features[0]["features"] == "vgg16 of LPIPS"
+
+
+def test_a_line_says_where_the_weights_of_lpips_belong(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("-r", run, "-n", 0, *SMALL) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "LPIPS" in line]
+    place = tmp_path / "torch" / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    assert len(lines) == 1 and f"is not at {place}; put it there" in lines[0]
+    assert "553.4 MB, SHA-256 397923af8e79cdbb6a71" in lines[0] and not rows()[0].get("lpips")
+    assert evaluate("-r", run, "-n", 0, *SMALL, "--lpips", "nowhere") == 2
+    assert "--lpips: nowhere: no such file; it should hold vgg16-397923af.pth" in capsys.readouterr().err
+    image = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    with pytest.raises(UserError, match="lpips: has no effect; agreement and reconstruction measure LPIPS"):
+        dkdm.measure(image, image, metrics=["pixel-frechet"], lpips="x")
