@@ -20,7 +20,7 @@ from ldm_dkdm.evaluation.reference import (
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, decoration, following
 from ldm_dkdm.training.ema import averaged
-from ldm_dkdm.training.ends import AGREEMENT, StepCallback
+from ldm_dkdm.training.ends import AGREEMENT, StepCallback, figures_of
 
 Listener = Callable[[L.Trainer, Mapping[str, float]], None]
 
@@ -82,7 +82,7 @@ class Agreement(StepCallback):
                 figures = agreement(averaged(trainer, StudentModule).model, self.reference)
         figures = trainer.strategy.broadcast(figures)
         if AGREEMENT in figures:
-            module.log(AGREEMENT, figures[AGREEMENT], prog_bar=True)
+            figures_of(module)[AGREEMENT] = figures[AGREEMENT]
             for listener in self.listeners:
                 listener(trainer, figures)
 
