@@ -25,19 +25,12 @@ IMAGES = 64  # random images to draw from
 BATCHES = 1 << 30  # no stream ends here
 
 
-class Unlogged(StudentModule):
-    """A student without a trainer to log to."""
-
-    def log(self, *args: object, **kwargs: object) -> None:
-        pass
-
-
 class Training:
     """A student, its optimizer and a stream of batches."""
 
     def __init__(self, pair: Pair, stream: BatchStream) -> None:
         trainer = TrainerConfig(max_steps=1, learning_rate=1e-6)
-        self.module = Unlogged(pair.new_student(), pair.config.distill.loss, trainer)
+        self.module = StudentModule(pair.new_student(), pair.config.distill.loss, trainer)
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         self.stream, self.pair = stream, pair
         self.module.network.train()

@@ -11,6 +11,7 @@ from ldm_dkdm.errors import UserError, pick
 if TYPE_CHECKING:
     import torch
 
+WITHOUT_PINNED = ("cpu", "mps")  # devices that copy nothing beside their work
 PRECISIONS = {
     "auto": "bf16 where the device multiplies it faster, else float32",
     "bf16": "bf16 autocast; weights stay float32",
@@ -42,6 +43,22 @@ def autocast(precision: str, device: "torch.device | str") -> "torch.autocast":
     import torch
 
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def compiles(choice: str, device: "torch.device") -> bool:
+    """Whether `trainer.compile` compiles: `auto` does so on a GPU that Triton knows; on a CPU it gains little."""
+    from torch.utils._triton import has_triton
+
+    return choice == "true" or (choice == "auto" and device.type == "cuda" and has_triton())
+
+
+def to_device(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor":
+    """A small tensor of the host on a device; from pinned memory the copy is under way when this returns."""
+    import torch
+
+    if torch.device(device).type in WITHOUT_PINNED:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def local_rank() -> int:

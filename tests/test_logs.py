@@ -177,13 +177,13 @@ def test_the_pools_rows_follow_every_slot(teacher_folder: Path) -> None:
         DistillConfig(4, rho=0.3, discard=0.4),
     )
     pool.fill(NoisyBatch(torch.randn(24, *teacher.shape), torch.arange(24) % 20))
-    put_back = pool.put_back
+    move = pool.move
 
     def following(indices: torch.Tensor, *rest: object) -> None:
         last.update(dict.fromkeys(indices.tolist(), stream.step + 1))
-        put_back(indices, *rest)
+        move(indices, *rest)
 
-    pool.put_back = following
+    pool.move = following
     stream = DistillStream(teacher, pool, config, 20)
     for _ in range(18):
         stream.next_batch()

@@ -89,6 +89,7 @@ def test_the_average_is_the_closed_form(ramp: bool) -> None:
     module, ema = L.LightningModule(), StudentEMA(0.3, ramp)
     module.weight = torch.nn.Parameter(weights[0].clone())
     ema.setup(SimpleNamespace(), module, "fit")
+    ema.on_train_start(SimpleNamespace(), module)
     wanted = weights[0]
     for step, value in enumerate(weights[1:], 1):
         module.weight.data.copy_(value)

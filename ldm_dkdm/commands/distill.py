@@ -38,13 +38,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _distil(call: TrainingCall[DistillRun]) -> None:
-    from ldm_dkdm.device import is_first_rank
+    from ldm_dkdm.device import default_device, is_first_rank, resolve_precision
     from ldm_dkdm.distillation.make_student import make_student
+    from ldm_dkdm.networks.modes import stored_in_bf16
     from ldm_dkdm.training.from_teacher import distill
 
     config, out = call.config, call.folder.path
     teacher = open_teacher(config)
     student = make_student(config.student, teacher, config.trainer.seed)
+    if resolve_precision(config.trainer.precision, default_device(config.trainer.accelerator)) == "bf16":
+        teacher.network = stored_in_bf16(teacher.network)  # the only copy, in half the memory
     go_on = f"continue with: dkdm distill --resume {out}"
     result = distill(teacher, student, out, config=config, resume=call.resumed, signals=SIGNALS, go_on=go_on)
     if is_first_rank():

@@ -139,7 +139,11 @@ class DistillConfig(Section):
         1, min=1, help="Timesteps that a drawn slot advances, more where `t_cap` wants fewer slots; 1 is the paper's."
     )
     pool_dtype: Literal["float16", "float32"] = key("float16", help="Number format of the pool's states.")
-    pool_storage: Literal["memory", "mmap"] = key("memory", help="`mmap` keeps the pool in a file of the run.")
+    pool_storage: Literal["auto", "device", "memory", "mmap"] = key(
+        "auto",
+        help="`device` keeps the pool beside the student, `memory` in the host's memory, `mmap` in a file of the run; "
+        "`auto` is `device` on a GPU where it takes at most half of the free memory, else `memory`.",
+    )
     pool_from: str | None = key(
         None,
         path=True,
@@ -207,6 +211,9 @@ class TrainerConfig(Section):
         "ldm_dkdm.device:PRECISIONS",
         "auto",
         help="`auto` is bf16 autocast where the machine has fast bf16, else float32.",
+    )
+    compile: Literal["auto", "true", "false"] = key(
+        "auto", help="Compile the networks (torch.compile) before the first step; `auto` does so on a GPU with Triton."
     )
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = key("auto", help="Kind of device to train on.")
     devices: int = key(1, min=1, help="Number of devices; each has a pool of its own.")

@@ -21,12 +21,16 @@ class StudentModule(L.LightningModule):
         model: the student.
         loss: space and weights of the loss.
         trainer_config: learning rate, its schedule, weight decay, seed.
+
+    Attributes:
+        figures: the last batch's losses, scalars on the device; whoever reads one waits for the device.
     """
 
     def __init__(self, model: DiffusionModel, loss: LossConfig, trainer_config: TrainerConfig) -> None:
         super().__init__()
         self.model = model
         self.network = model.network
+        self.figures: dict[str, Tensor] = {}
         self.time_used = 0.0  # used share of the time limit, 0 ... 1
         self.loss, self.config = loss, trainer_config
 
@@ -43,9 +47,9 @@ class StudentModule(L.LightningModule):
                 self.model.schedule, batch.x, batch.t, batch.target, prediction, self.loss.clip_student
             ).mean()
             loss = loss + self.loss.vlb_weight * vlb
-            self.log("vlb", vlb.detach(), prog_bar=True)
-        self.log("loss", loss.detach(), prog_bar=True)
-        self.log("eps_mse", simple_loss(batch.target.eps, prediction.eps.detach()).mean(), prog_bar=True)
+            self.figures["vlb"] = vlb.detach()
+        self.figures["loss"] = loss.detach()
+        self.figures["eps_mse"] = simple_loss(batch.target.eps, prediction.eps.detach()).mean()
         return loss
 
     def transfer_batch_to_device(self, batch: DistillBatch, device: torch.device, dataloader_idx: int) -> DistillBatch:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,15 +12,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.reading import file_kind
+from ldm_dkdm.device import to_device
 from ldm_dkdm.errors import MALFORMED, UserError, interruptible
 from ldm_dkdm.files import write_tensors
 from ldm_dkdm.records import NoisyBatch
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 class NoisyPool:
-    """Slots (x_t, t, label) in host memory or in a memory-mapped file.
+    """Slots (x_t, t, label) in host memory, in a memory-mapped file, or on a device.
 
-    A slot at timestep t in [0, T-1] holds the x_t that the teacher sees next.
+    A slot at timestep t in [0, T-1] holds the x_t that the teacher sees next. Timesteps are always on the host, where
+    the moves are decided, so that no draw waits for a device.
 
     Args:
         slots: |B+| = round(rho * T) * batch size.
@@ -28,9 +33,11 @@ class NoisyPool:
         dtype: storage type of the states; half precision by default.
         storage: file to map the states to; None keeps them in memory.
         labeled: whether a slot has a label, for a class-conditional teacher.
+        device: where states and labels are kept.
 
     Attributes:
         filled: slots 0 ... filled-1 are prepared.
+        settle: finishes writes that are under way; `save` calls it.
         updated: (slots,), the number of batches of the training after which each slot was last put back.
         facts: what the states follow from, for the file: teacher, T, schedule.
     """
@@ -42,15 +49,22 @@ class NoisyPool:
         dtype: torch.dtype = torch.float16,
         storage: Path | None = None,
         labeled: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         if slots < 1:
             raise UserError(f"rho: a pool of {slots} slots; rho * T must round to at least 1")
-        self.x = _allocate((slots, *shape), dtype, storage)
+        self.x = _allocate((slots, *shape), dtype, storage, device)
         self.t = torch.zeros(slots, dtype=torch.int32)
-        self.label = torch.zeros(slots, dtype=torch.int32) if labeled else None
+        self.label = torch.zeros(slots, dtype=torch.int32, device=device) if labeled else None
         self.updated = torch.zeros(slots, dtype=torch.int32)
         self.filled = 0
         self.facts: dict[str, Any] = {}
+        self.settle: Callable[[], None] = lambda: None
+
+    @property
+    def device(self) -> torch.device:
+        """Where states and labels are kept."""
+        return self.x.device
 
     def __len__(self) -> int:
         return len(self.t)
@@ -70,26 +84,40 @@ class NoisyPool:
         return torch.from_numpy(rng.choice(len(self), batch_size, replace=False))
 
     def take(self, indices: Tensor) -> NoisyBatch:
-        """The slots' states (B,C,H,W), float32, timesteps (B,) and labels (B,), int64; the pool keeps them."""
-        label = None if self.label is None else self.label[indices].long()
-        return NoisyBatch(self.x[indices].float(), self.t[indices].long(), label)
+        """A copy of slots: states (B,C,H,W), float32, timesteps (B,) and labels (B,), int64.
+
+        Timesteps are on the host, states and labels on the pool's device.
+        """
+        own = to_device(indices, self.device)
+        label = None if self.label is None else self.label[own].long()
+        return NoisyBatch(self.x[own].float(), self.t[indices].long(), label)
 
     def put_back(self, indices: Tensor, batch: NoisyBatch, batches: int = 0) -> None:
         """Overwrite the slots (B,) with as many states, in the training's batch of this number; 0: before it."""
+        self.move(indices, batch.t, batches)
+        self.overwrite(indices, batch.x, batch.label)
+
+    def move(self, indices: Tensor, t: Tensor, batches: int = 0) -> None:
+        """Set the timesteps (B,) of slots (B,), as `put_back`."""
         self.updated[indices] = batches
-        self.x[indices] = batch.x.to("cpu", self.x.dtype)
-        self.t[indices] = batch.t.to("cpu", self.t.dtype)
+        self.t[indices] = t.to("cpu", self.t.dtype)
+
+    def overwrite(self, indices: Tensor, x: Tensor, label: Tensor | None) -> None:
+        """Set states (B,C,H,W) and labels (B,) of slots (B,), as `put_back`."""
+        own = to_device(indices, self.device)
+        self.x[own] = x.to(self.device, self.x.dtype)
         if self.label is not None:
-            assert batch.label is not None  # batches of a labelled pool have labels
-            self.label[indices] = batch.label.to("cpu", self.label.dtype)
+            assert label is not None  # batches of a labelled pool have labels
+            self.label[own] = label.to(self.device, self.label.dtype)
 
     def save(self, path: Path, step: int, origin: str = "") -> None:
         """Write the slots to a safetensors file, atomically; `origin` names what filled them."""
+        self.settle()
         metadata = json.dumps({"step": step, "filled": self.filled, "origin": origin, **self.facts})
         write_tensors(path, self._tensors(), {"pool": metadata})
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"x": self.x, "t": self.t} | ({} if self.label is None else {"label": self.label})
+        tensors = {"x": self.x.cpu(), "t": self.t} | ({} if self.label is None else {"label": self.label.cpu()})
         return tensors | {"updated": self.updated}
 
     def load(self, path: Path, origin: str = "") -> int:
@@ -120,8 +148,8 @@ class NoisyPool:
             raise UserError(f"{path}: was filled with other settings ({found_origin}); delete it to start a new pool")
         if outside:
             raise UserError(f"{path}: its timesteps do not fit its states; delete it to start a new pool")
-        for name, tensor in own.items():
-            tensor.copy_(found[name])
+        for name in own:
+            getattr(self, name).copy_(found[name])
         self.filled = filled
         return step
 
@@ -140,9 +168,9 @@ def slot_bytes(shape: tuple[int, ...], dtype: torch.dtype, labeled: bool) -> int
     return math.prod(shape) * dtype.itemsize + torch.int32.itemsize * (2 + labeled)
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, storage: Path | None) -> Tensor:
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, storage: Path | None, device: torch.device | str) -> Tensor:
     if storage is None:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device=device)
     count = math.prod(shape)
     if hasattr(os, "posix_fallocate"):  # reserved now: a later write to a full disk would kill the process
         with storage.open("wb") as file:

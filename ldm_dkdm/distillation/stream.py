@@ -1,6 +1,6 @@
 """The stream of training batches: one teacher call each, never two (DKDM, Alg. 1 and Sec. 3.3)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.config.schema import DistillConfig
+from ldm_dkdm.device import to_device
 from ldm_dkdm.diffusion.process import q_sample
 from ldm_dkdm.distillation.batches import BatchStream
 from ldm_dkdm.distillation.pace import pace_of
 from ldm_dkdm.distillation.pool import NoisyPool
+from ldm_dkdm.distillation.staging import slots_on
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import DistillBatch, NoisyBatch
 from ldm_dkdm.rng import numpy_generator, torch_generator
@@ -43,8 +45,26 @@ VARIANTS = {
 }
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What the host decides about one advance, ahead of the device.
+
+    Attributes:
+        indices: the slots (B,) to advance.
+        places: uniform numbers (2,B), float64, for a `Pace`; None without one.
+        kept: whether the advanced batch is handed over.
+    """
+
+    indices: Tensor
+    places: Tensor | None
+    kept: bool
+
+
 class DistillStream(BatchStream):
     """Draws slots, lets the teacher predict and step them, and hands over the prediction.
+
+    The host never waits for the device: draws and timesteps are decided on the host, one advance ahead, and states
+    stay on the device or travel beside its work (`staging`).
 
     Args:
         teacher: the teacher, on `device`.
@@ -76,44 +96,63 @@ class DistillStream(BatchStream):
         self.draw = VARIANTS[config.variant].draw
         self.pace = pace_of(config, teacher.schedule)
         self.together = VARIANTS[config.variant].from_noise  # all slots stay at one t
+        self.slots = slots_on(pool, torch.device(device))
+        self.plans = self._plans(first_step)
+        self.plan: Plan | None = None  # the next advance
 
     def next_batch(self) -> DistillBatch:
-        """Advance batches until one is not discarded; the pool is up to date when it is handed over."""
-        rng = numpy_generator(self.seed, self.rank, self.step, "draw")
+        """Advance batches until one is not discarded; the pool's timesteps are up to date when it is handed over.
+
+        Its states are once `pool.settle` has been called.
+        """
         generator = torch_generator(self.seed, self.rank, self.step, "step_noise", self.device)
-        indices = self.draw(self.pool, self.config.batch_size, rng)
-        while True:
-            batch = self._advance(indices, rng, generator)
-            if rng.random() >= self.config.discard:
-                break
-            if self.config.discard_mode == "redraw":
-                indices = self.draw(self.pool, self.config.batch_size, rng)
+        kept = False
+        while not kept:
+            plan = self.plan or next(self.plans)
+            batch = self._advance(plan, generator)
+            self.plan = next(self.plans)
+            self.slots.expect(self.plan.indices)
+            kept = plan.kept
         self.step += 1
         return self._perturbed(batch, generator) if self.config.input_perturbation else batch
 
-    def _advance(self, indices: Tensor, rng: np.random.Generator, generator: torch.Generator) -> DistillBatch:
+    def _plans(self, step: int) -> Iterator[Plan]:
+        """The advances of this step and of all after it; they follow from (seed, rank, step)."""
+        size, redraws = self.config.batch_size, self.config.discard_mode == "redraw"
+        while True:
+            rng, kept = numpy_generator(self.seed, self.rank, step, "draw"), False
+            indices = self.draw(self.pool, size, rng)
+            while not kept:
+                places = None if self.pace is None else torch.from_numpy(rng.random((2, len(indices))))
+                kept = bool(rng.random() >= self.config.discard)
+                yield Plan(indices, places, kept)
+                if not kept and redraws:
+                    indices = self.draw(self.pool, size, rng)
+            step += 1
+
+    def _advance(self, plan: Plan, generator: torch.Generator) -> DistillBatch:
         """Predict and step the slots, put them back: ONE teacher call."""
-        slots = self.pool.take(indices)
-        t_next, fresh_t = (t.to(self.device) for t in self._moves(slots.t, rng))  # in float64, on the host
-        slots = slots.to(self.device)
-        stride = 1 if self.pace is None else slots.t - t_next
-        target, x_next = self.teacher.step(slots, self._randn(slots.x, generator), stride)
+        t = self.pool.t[plan.indices].long()
+        t_next, fresh_t = self._moves(t, plan.places)  # in float64, on the host
+        self.pool.move(plan.indices, torch.where(t_next < 0, fresh_t, t_next), self.step + 1)
+        t, t_next, fresh_t = to_device(torch.stack([t, t_next, fresh_t]), self.device)
+        x, label = self.slots.take(plan.indices)
+        slots = NoisyBatch(x, t, label)
+        stride = 1 if self.pace is None else t - t_next
+        target, x_next = self.teacher.step(slots, self._randn(x, generator), stride)
         finished = t_next < 0
         x_next = torch.where(finished.view(-1, 1, 1, 1), self._fresh(target.x_0, fresh_t, generator), x_next)
-        t_next = torch.where(finished, fresh_t, t_next)
-        label = slots.label
         if label is not None:
             fresh = self.teacher.draw_labels(len(label), generator)
             assert fresh is not None  # labelled slots come from a class-conditional teacher
             label = torch.where(finished, fresh, label)
-        self.pool.put_back(indices, NoisyBatch(x_next, t_next, label), self.step + 1)
+        self.slots.put_back(plan.indices, x_next, label)
         return DistillBatch(slots.x, slots.t, target, slots.label)
 
-    def _moves(self, t: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _moves(self, t: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
         """Timesteps (B,) after this step, -1 where a chain ends, and those at which its slot then begins again."""
-        if self.pace is None:
+        if self.pace is None or places is None:
             return t - 1, torch.full_like(t, self.teacher.schedule.num_timesteps - 1)
-        places = torch.from_numpy(rng.random((2, len(t))))
         begins = places[1, :1].expand(len(t)) if self.together else places[1]
         return self.pace.next(t, places[0]), self.pace.first(begins)
 

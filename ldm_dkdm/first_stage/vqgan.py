@@ -39,6 +39,7 @@ class FirstStageModule(L.LightningModule):
         self.vq, self.loss, self.codebook = vq, config.loss, config.codebook
         self.learning_rate, self.max_steps = config.trainer.learning_rate, config.trainer.max_steps
         self.seed = config.trainer.seed
+        self.figures: dict[str, Tensor] = {}  # of the last batch
         self.recent_latents: list[Tensor] = []
         self.register_buffer("code_uses", torch.zeros(vq.quantize.n_e, dtype=torch.long))
         self.discriminator = Discriminator(vq.in_channels) if self.loss.adversarial else None
@@ -84,7 +85,7 @@ class FirstStageModule(L.LightningModule):
                 total, reconstructions, last_layer
             )
         self._optimise(total, images, reconstructions.detach(), step)
-        self.log("loss", total.detach(), prog_bar=True)
+        self.figures["loss"] = total.detach()
 
     def reconstruction_loss(self, images: Tensor, reconstructions: Tensor) -> Tensor:
         """Weighted L1, L2, colour and LPIPS distance of images (B,C,H,W) in [-1,1]; a scalar."""
@@ -135,7 +136,7 @@ class FirstStageModule(L.LightningModule):
         if len(dead):
             chosen = torch.multinomial(squared_error + 1e-12, len(dead), replacement=True)
             self.vq.quantize.embedding.weight[dead] = vectors[chosen]
-        self.log("dead_codes", float(len(dead)), prog_bar=True)
+        self.figures["dead_codes"] = torch.tensor(float(len(dead)))
         self.code_uses.zero_()
 
 

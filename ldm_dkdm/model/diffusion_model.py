@@ -22,7 +22,7 @@ from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec
 from ldm_dkdm.model.changes import changed, same_codec, stage_of
-from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, require_meaning, shape_of
+from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, require_meaning, shape_of, table_of
 from ldm_dkdm.model.guidance import output_of, require_guidance
 from ldm_dkdm.model.sampling import SampleBatch, sample_batches
 from ldm_dkdm.networks import NETWORKS, DiT, UNet
@@ -189,7 +189,7 @@ class DiffusionModel:
         """Labels (count,) of classes, uniformly at random; None for an unconditional model."""
         if self.classes is None:
             return None
-        classes = torch.tensor(self.classes, device=generator.device)
+        classes = table_of(tuple(self.classes), generator.device)
         return classes[torch.randint(len(classes), (count,), generator=generator, device=generator.device)]
 
     def sample(

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ldm_dkdm.config.checked import convert
 from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
@@ -147,3 +149,9 @@ def open_codec(model: "DiffusionModel") -> LatentCodec:
         if own != theirs:
             raise UserError(f"first_stage: {stage.path} makes {what.format(theirs)}, the model has {own}")
     return codec
+
+
+@cache
+def table_of(labels: tuple[int, ...], device: torch.device) -> Tensor:
+    """Labels as a tensor on a device, copied there once."""
+    return torch.tensor(labels, device=device)

@@ -1,9 +1,14 @@
-"""Run a network in eval mode and leave its modules in the modes that they had."""
+"""Networks in another mode: for evaluation, compiled, or with the weights of bf16 autocast."""
 
-from collections.abc import Iterator
+import copy
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers whose weights autocast casts in every call
 
 
 @contextmanager
@@ -17,3 +22,34 @@ def in_eval_mode(network: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def compiled(networks: Sequence[nn.Module], compiles: bool) -> Iterator[None]:
+    """Let calls of networks run compiled; the names of their weights stay. Afterwards they are as before."""
+    chosen = [network for network in networks if compiles]
+    try:
+        for network in chosen:
+            network.compile(dynamic=False)
+        yield
+    finally:
+        for network in chosen:
+            network._compiled_call_impl = None
+
+
+def stored_in_bf16(network: nn.Module) -> nn.Module:
+    """A frozen copy that stores the weights which bf16 autocast casts as bf16: under autocast it computes the same.
+
+    It shares the other weights. A network without such weights is returned itself.
+    """
+    uses = Counter(id(weight) for module in network.modules() for weight in module.parameters(recurse=False))
+    memo: dict[int, Tensor] = {id(weight): weight for weight in network.parameters()}
+    cast = 0
+    for module in network.modules():
+        if type(module) not in CAST_BY_AUTOCAST or "parametrizations" in module._modules:
+            continue  # a subclass may use its weights otherwise
+        for weight in module.parameters(recurse=False):
+            if uses[id(weight)] == 1 and weight.dtype == torch.float32:
+                memo[id(weight)] = nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
+                cast += 1
+    return copy.deepcopy(network, memo) if cast else network

@@ -117,6 +117,7 @@ OWN_CHOICES = (
     "lr_warmup",
     "weight_decay",
     "grad_clip",
+    "compile",
     "devices",
     "accumulate",
     "early_stop",

@@ -2,16 +2,18 @@
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ldm_dkdm.reporting import Lines, Progress, on_terminal
-from ldm_dkdm.training.ends import StepCallback
+from ldm_dkdm.training.ends import StepCallback, figures_of
 
 
 def progress_callback(progress: bool | Progress) -> L.Callback | None:
@@ -29,8 +31,26 @@ def expected_steps(trainer: L.Trainer, module: L.LightningModule) -> int:
     return min(trainer.max_steps, max(done, round(done / used))) if used else trainer.max_steps
 
 
+class Glance:
+    """Figures of a device without waiting for it: those of the glance before, which have long arrived."""
+
+    def __init__(self) -> None:
+        self._coming: dict[str, Tensor | float] = {}
+
+    def at(self, figures: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """The newest figures that are on the host."""
+        arrived = self._coming
+        self._coming = {name: torch.as_tensor(value).to("cpu", non_blocking=True) for name, value in figures.items()}
+        waits = any(torch.as_tensor(value).device.type != "cpu" for value in figures.values())
+        return {name: float(value) for name, value in (arrived if waits else self._coming).items()}
+
+
 class ProgressBar(TQDMProgressBar):
     """Steps, speed, ETA and losses on stderr; a stream has no epochs, and the logger's version is left out."""
+
+    def __init__(self, **numbers: Any) -> None:
+        super().__init__(**numbers)
+        self._glance = Glance()
 
     def init_train_tqdm(self) -> Tqdm:
         return Tqdm(  # as Lightning's, which goes to stdout, where the command prints its result
@@ -66,9 +86,7 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: L.Trainer, module: L.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        metrics = super().get_metrics(trainer, module)
-        metrics.pop("v_num", None)
-        return metrics
+        return dict(self._glance.at(figures_of(module)))
 
 
 class StreamModule(L.LightningDataModule):
@@ -105,5 +123,5 @@ class ProgressLines(StepCallback):
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero and self.lines.due:
             self.lines.total = expected_steps(trainer, module)
-            figures = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
+            figures = {name: float(value) for name, value in figures_of(module).items()}
             self.lines.show(trainer.global_step, figures)

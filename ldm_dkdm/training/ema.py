@@ -1,6 +1,5 @@
 """The exponential moving average of the student."""
 
-from collections.abc import Sequence
 from typing import TypeVar
 
 import lightning as L
@@ -23,18 +22,24 @@ class StudentEMA(WeightAveraging):
     """
 
     def __init__(self, decay: float, ramp: bool = True) -> None:
-        def update(averages: Sequence[Tensor], currents: Sequence[Tensor], count: Tensor | int) -> None:
-            n = self._latest_update_step + 1  # as `count`, but on the host
-            kept = min(decay, (1 + n) / (10 + n)) if ramp else decay
-            torch._foreach_lerp_(list(averages), list(currents), 1 - kept)
+        super().__init__(use_buffers=False)
+        self.decay, self.ramp = decay, ramp
+        self._averages: list[Tensor] = []
+        self._currents: list[Tensor] = []
 
-        super().__init__(use_buffers=False, multi_avg_fn=torch.no_grad()(update))
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """List the weights once: walking a network's modules takes as long as averaging a small one."""
+        average = self.module.to(module.device)  # Lightning copied the module before it was moved
+        self._averages = [weight.detach() for weight in average.parameters()]
+        self._currents = [weight.detach() for weight in module.parameters()]
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Copy the initial weights: they are the first average."""
-        super().setup(trainer, pl_module, stage)
-        if self._average_model is not None:
-            self._average_model.n_averaged += 1  # else the first update copies
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        """Average after an optimizer step; unlike torch's `AveragedModel` it counts on the host."""
+        if trainer.global_step > self._latest_update_step:
+            n = self._latest_update_step = trainer.global_step
+            kept = min(self.decay, (1 + n) / (10 + n)) if self.ramp else self.decay
+            torch._foreach_lerp_(self._averages, self._currents, 1 - kept)
 
     @property
     def module(self) -> nn.Module:

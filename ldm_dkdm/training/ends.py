@@ -16,6 +16,11 @@ TIMED_STEPS = 5  # at a run's start, which show where its time limit ends it
 AGREEMENT = "agreement"  # the figure that is not logged by the module
 
 
+def figures_of(module: Any) -> dict[str, Tensor | float]:
+    """What a training module reports of its last batch, and its last measurements."""
+    return module.figures
+
+
 class StepCallback(L.Callback):
     """Calls `on_step` after every optimizer step and not after the batches in between."""
 
@@ -85,8 +90,9 @@ class TimeLimit(EarlyEnd):
         super().on_train_start(trainer, module)
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        spent = torch.tensor(time.monotonic() - self._since, device=module.device)
-        self.spent = trainer.strategy.reduce(spent).item()  # the same in all processes
+        self.spent = time.monotonic() - self._since
+        if trainer.world_size > 1:  # the same in all processes
+            self.spent = trainer.strategy.reduce(torch.tensor(self.spent, device=module.device)).item()
         self._share_time(module)
         if len(self._timed) < TIMED_STEPS:
             self._time(trainer.global_step, trainer.max_steps)
@@ -141,7 +147,7 @@ class EarlyStop(EarlyEnd):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
         if self.config.monitor != AGREEMENT:
-            self.total = self.total + trainer.callback_metrics[self.config.monitor]
+            self.total = self.total + figures_of(module)[self.config.monitor]
             self.batches += 1
         super().on_train_batch_end(trainer, module, *args)
 

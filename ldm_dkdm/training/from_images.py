@@ -17,7 +17,7 @@ from ldm_dkdm.config.schema import (
     DiffusionRun,
     LossConfig,
 )
-from ldm_dkdm.device import is_first_rank
+from ldm_dkdm.device import compiles, is_first_rank
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.distillation.image_data import EncodedStates, ImageSet, States, encode_sets, open_sets
 from ldm_dkdm.distillation.make_student import check_loss, load_initial, require_call
@@ -28,6 +28,7 @@ from ldm_dkdm.first_stage.codec import Codec, LatentCodec
 from ldm_dkdm.images import save_grid
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS
+from ldm_dkdm.networks.modes import compiled
 from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.calls import refuse_beside, training_of
@@ -134,7 +135,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     info = {**model.info, **_named_classes(model, config.data, sets[0])}
     export = export_on_save(model.changed(info=info), run.folder, config.logging.export_dtype)
     saving = RunCheckpoint(run.folder.checkpoints, config.logging, export)
-    with run.open():
+    with run.open(), compiled([trained.network], compiles(run.trainer.compile, run.device)):
         if is_first_rank():
             count = min(config.logging.sample_count, len(sets[0]))
             shown = sets[0].take(torch.arange(count))

@@ -13,12 +13,13 @@ from ldm_dkdm.config.schema import (
     LossConfig,
     WarmupConfig,
 )
-from ldm_dkdm.device import is_first_rank
+from ldm_dkdm.device import compiles, is_first_rank
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
-from ldm_dkdm.reporting import Progress, logger
+from ldm_dkdm.networks.modes import compiled, stored_in_bf16
+from ldm_dkdm.reporting import Progress, logger, size
 from ldm_dkdm.training.calls import distillation_of, refuse_beside
 from ldm_dkdm.training.export import export_on_save
 from ldm_dkdm.training.grids import SampleGrid
@@ -94,7 +95,8 @@ def distill(
 def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Result:
     """Warm the pool up and train the student in a run folder; errors as `distill`."""
     teacher.frozen().codec()  # refuses what does not fit before anything is written
-    teacher = teacher.changed(precision=run.precision)
+    frozen = stored_in_bf16(teacher.network) if run.precision == "bf16" else teacher.network
+    teacher = teacher.changed(precision=run.precision, network=frozen)
     trained = student.changed(precision=run.precision, first_stage=teacher.first_stage).sharing_codec(teacher)
     parts, supply = assemble(teacher, trained, run.config), None
     if not run.folder.latest():
@@ -114,14 +116,16 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
     def stream_for(trainer: L.Trainer) -> DistillStream:
         device, rank = trainer.strategy.root_device, trainer.global_rank
         teacher.to(device)
-        saving.pool = pools.pool = pool = parts.new_pool(run.folder.path, rank)
+        saving.pool = pools.pool = pool = parts.new_pool(run.folder.path, rank, device)
+        if rank == 0 and device.type != "cpu":
+            logger.info(f"pool: {size(parts.pool_bytes)} in {parts.pool_place(device)} ({pool.device})")
         prepare_pool(pool, supply, parts, run, device, rank)
         if rank == 0:
             measuring.prepare(pool.facts, run.trainer.max_steps, lambda: run.check_stop(BEFORE), run.progress)
         method = run.config.distill
         return DistillStream(teacher, pool, method, parts.batches, seed, rank, device, run.first_batch)
 
-    with run.open():
+    with run.open(), compiled([teacher.network, trained.network], compiles(run.trainer.compile, run.device)):
         result = run.fit(parts.module(), stream_for, [pools, saving, grids], measuring)
     for mapped in run.folder.path.glob("pool-rank*.bin"):  # the checkpoints hold the same
         mapped.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from ldm_dkdm.evaluation.reference import read_reference, reference_facts, save_
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, decoration
 from ldm_dkdm.training.ema import averaged
-from ldm_dkdm.training.ends import AGREEMENT, StepCallback
+from ldm_dkdm.training.ends import AGREEMENT, StepCallback, figures_of
 
 Listener = Callable[[L.Trainer, Mapping[str, float]], None]
 
@@ -73,7 +73,7 @@ class Agreement(StepCallback):
                 figures = agreement(averaged(trainer, StudentModule).model, self.reference, self.lpips)
         figures = trainer.strategy.broadcast(figures)
         if AGREEMENT in figures:
-            module.log(AGREEMENT, figures[AGREEMENT], prog_bar=True)
+            figures_of(module)[AGREEMENT] = figures[AGREEMENT]
             for listener in self.listeners:
                 listener(trainer, figures)
 

@@ -55,10 +55,20 @@ class Distillation:
         """The student in training."""
         return StudentModule(self.student, self.config.distill.loss, self.config.trainer)
 
-    def new_pool(self, folder: Path, rank: int) -> NoisyPool:
-        """An empty pool of one rank."""
-        storage = folder / f"pool-rank{rank}.bin" if self.config.distill.pool_storage == "mmap" else None
-        return NoisyPool(self.slots, self.teacher.shape, self.pool_dtype, storage, self.labeled)
+    def new_pool(self, folder: Path, rank: int, device: torch.device) -> NoisyPool:
+        """An empty pool of one rank, whose student trains on `device`."""
+        place = self.pool_place(device)
+        storage = folder / f"pool-rank{rank}.bin" if place == "mmap" else None
+        own = device if place == "device" else torch.device("cpu")
+        return NoisyPool(self.slots, self.teacher.shape, self.pool_dtype, storage, self.labeled, own)
+
+    def pool_place(self, device: torch.device) -> str:
+        """Where a rank's pool is kept: `device`, `memory` or `mmap`."""
+        chosen = self.config.distill.pool_storage
+        if chosen != "auto":
+            return chosen
+        fits = device.type == "cuda" and 2 * self.pool_bytes <= torch.cuda.mem_get_info(device)[0]
+        return "device" if fits else "memory"
 
 
 def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRun) -> Distillation:

@@ -27,24 +27,27 @@ def costs(parts: Distillation) -> dict[str, str]:
     """The lines of a plan that need no timing, in order: quantity -> amount."""
     config = parts.config
     batch, iterations = config.distill.batch_size, _iterations(config)
-    devices, mapped = config.trainer.devices, config.distill.pool_storage == "mmap"
+    devices, device = config.trainer.devices, default_device(config.trainer.accelerator)
+    place = parts.pool_place(device)
+    mapped = place == "mmap"
     pool, each = devices * parts.pool_bytes, f" on each of {devices} devices" if devices > 1 else ""
     source = config.distill.pool_from or preparation(config.distill).mode
     student, teacher = parts.student.parameters, parts.teacher.parameters
-    # student in float32: weights, gradients, two Adam moments, EMA; teacher and first stage: weights
-    resident = 4 * (5 * student + teacher + codec_parameters(parts.teacher))
-    device = default_device(config.trainer.accelerator)
+    # student in float32: weights, gradients, two Adam moments, EMA; teacher (bf16 halves it) and first stage: weights
+    own = 2 if parts.teacher.precision == "bf16" else 4
+    resident = 4 * (5 * student + codec_parameters(parts.teacher)) + own * teacher
     precision = {"bf16": "bf16 autocast", "32": "float32"}[parts.teacher.precision]
+    resident += pool // devices if place == "device" else 0
     return {
         "teacher": network_cost(parts.teacher),
         "student": network_cost(parts.student),
-        "pool": f"{parts.slots:,} slots ({config.distill.variant}){each}, {size(pool)} of host "
-        + ("disk, memory-mapped" if mapped else "memory"),
+        "pool": f"{parts.slots:,} slots ({config.distill.variant}){each}, {size(pool)} of "
+        + {"mmap": "host disk, memory-mapped", "device": f"{device.type} memory"}.get(place, "host memory"),
         "teacher calls, warm-up": f"{_warmup_samples(parts):,} samples ({source}){each}",
         "teacher calls, training": f"{iterations * batch:,} samples ({iterations:,} iterations of {batch}){each}",
         "teacher calls, agreement": f"{_agreement_samples(parts):,} samples, once",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({precision})",
-        "memory, host": size(0 if mapped else pool) + " for the pool",
+        "memory, host": size(pool if place == "memory" else 0) + " for the pool",
         "disk": f"{size((KEPT + 1) * (pool + 16 * student) + 4 * student + mapped * pool)} for the student, {KEPT} "
         "checkpoints and the next one while it is written" + (", the mapped pool" if mapped else ""),
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm_dkdm.checkpoints.pickles import asked_globals
 from ldm_dkdm.config.schema import LoggingConfig
 from ldm_dkdm.errors import UserError, blaming
-from ldm_dkdm.training.ends import AGREEMENT, EarlyStop, StepCallback
+from ldm_dkdm.training.ends import AGREEMENT, EarlyStop, StepCallback, figures_of
 from ldm_dkdm.training.run_folder import checkpoints, step_of
 
 if TYPE_CHECKING:
@@ -107,7 +107,10 @@ class RunCheckpoint(StepCallback):
 
 def refuse_divergence(trainer: L.Trainer, weights: Iterable[Tensor] = ()) -> None:
     """End a run whose loss is no longer finite, or whose weights' norms overflow."""
-    figures = [trainer.callback_metrics["loss"], *(weight.detach().norm() for weight in weights)]
+    figures = [
+        torch.as_tensor(figures_of(trainer.lightning_module)["loss"]),
+        *(weight.detach().norm() for weight in weights),
+    ]
     bad = not all(map(torch.isfinite, figures))
     if trainer.strategy.reduce_boolean_decision(bad, all=False):  # all processes end together
         step = trainer.global_step

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 
@@ -32,13 +31,6 @@ class Times:
         return (self.batch + self.gradients) * scale + self.update
 
 
-class _TimedModule(StudentModule):
-    """Logs nothing, since no trainer is attached."""
-
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
 def time_iterations(
     model: DiffusionModel,
     loss: LossConfig,
@@ -47,7 +39,7 @@ def time_iterations(
     iterations: int,
 ) -> Times:
     """The shortest times of `iterations` training iterations; weights change by a learning rate of 1e-9 only."""
-    module = _TimedModule(model, loss, TrainerConfig(max_steps=1, learning_rate=1e-9)).to(device)
+    module = StudentModule(model, loss, TrainerConfig(max_steps=1, learning_rate=1e-9)).to(device)
     optimizer = module.configure_optimizers()["optimizer"]
     found = []
     for _ in range(iterations):

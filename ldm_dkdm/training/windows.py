@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.evaluation.agreement import FIGURES
-from ldm_dkdm.training.ends import StepCallback
+from ldm_dkdm.training.ends import StepCallback, figures_of
 
 
 class Windows(StepCallback):
@@ -39,7 +39,7 @@ class Windows(StepCallback):
         self.learning_rate = optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
-        for name, value in trainer.callback_metrics.items():
+        for name, value in figures_of(module).items():
             if name not in FIGURES:
                 self.totals[name] = self.totals.get(name, 0.0) + value
                 self.counts[name] = self.counts.get(name, 0) + 1
