@@ -10,6 +10,7 @@ from typing import Protocol, cast
 
 from ldm_dkdm import __version__
 from ldm_dkdm.commands.arguments import Parser
+from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import Stopped, UserError, interruptible, is_out_of_memory, legible, nearest
 
 COMMANDS = {
@@ -149,8 +150,10 @@ def spoken() -> Iterator[None]:
 
 
 class _Printer(logging.Handler):
-    """Prints messages without decoration."""
+    """Prints messages without decoration; of several ranks the first one does."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if not is_first_rank():
+            return
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         print(legible(record.getMessage()), file=stream, flush=True)

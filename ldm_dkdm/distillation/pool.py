@@ -86,9 +86,10 @@ class NoisyPool:
     def save(self, path: Path, step: int, origin: str = "") -> None:
         """Write the slots to a safetensors file, atomically; `origin` names what filled them."""
         metadata = json.dumps({"step": step, "filled": self.filled, "origin": origin, **self.facts})
-        write_tensors(path, self._tensors(), {"pool": metadata})
+        write_tensors(path, self.tensors(), {"pool": metadata})
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """What a slot has, by name, for all slots."""
         tensors = {"x": self.x, "t": self.t} | ({} if self.label is None else {"label": self.label})
         return tensors | {"updated": self.updated}
 
@@ -102,7 +103,7 @@ class NoisyPool:
         Raises:
             UserError: not a pool file, or one of another size or origin.
         """
-        own = self._tensors()
+        own = self.tensors()
         try:
             file_kind(path)  # refuses a header without end
             with interruptible(), safe_open(path, framework="pt") as file:

@@ -1,12 +1,15 @@
 """The exponential moving average of the student."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from copy import deepcopy
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
+
+from ldm_dkdm.training.sharding import ShardedStrategy, full_state, load_full_state, local
 
 Module = TypeVar("Module", bound=L.LightningModule)
 
@@ -26,26 +29,76 @@ class StudentEMA(WeightAveraging):
         def update(averages: Sequence[Tensor], currents: Sequence[Tensor], count: Tensor | int) -> None:
             n = self._latest_update_step + 1  # as `count`, but on the host
             kept = min(decay, (1 + n) / (10 + n)) if ramp else decay
-            torch._foreach_lerp_(list(averages), list(currents), 1 - kept)
+            torch._foreach_lerp_([local(a) for a in averages], [local(c) for c in currents], 1 - kept)
 
         super().__init__(use_buffers=False, multi_avg_fn=torch.no_grad()(update))
+        self.sharded = False
+        self.whole: nn.Module | None = None  # on rank 0, where the average is sharded
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Copy the initial weights: they are the first average."""
+        mesh = pl_module.__dict__.pop("_device_mesh", None)  # Lightning's, which cannot be copied
         super().setup(trainer, pl_module, stage)
+        pl_module.__dict__["_device_mesh"] = mesh
         if self._average_model is not None:
             self._average_model.n_averaged += 1  # else the first update copies
+            if isinstance(trainer.strategy, ShardedStrategy):
+                self.whole = deepcopy(self._average_model.module) if trainer.is_global_zero else None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(trainer.strategy, ShardedStrategy):
+            trainer.strategy.shard(self._average)
+            self.sharded = True
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self.sharded:
+            checkpoint["state_dict"] = full_state(self._average)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self.sharded:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+            return
+        assert self._average_model is not None  # made by `setup`
+        with torch.no_grad():  # the strategy has read the average into the module
+            for average, current in zip(self._average.parameters(), pl_module.parameters(), strict=True):
+                local(average).copy_(local(current))
+        self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
+        load_full_state(pl_module, checkpoint["current_model_state"])
+
+    def gather(self) -> None:
+        """Collect a sharded average on rank 0, where `module` then has it; all processes must call this."""
+        if self.sharded:
+            state = full_state(self._average)
+            if self.whole is not None:
+                self.whole.load_state_dict(state)
 
     @property
-    def module(self) -> nn.Module:
-        """The averaged LightningModule."""
+    def _average(self) -> nn.Module:
         assert self._average_model is not None  # made when the training starts
         return self._average_model.module
 
+    @property
+    def module(self) -> nn.Module:
+        """The averaged LightningModule; of a sharded one, on rank 0, as it was last gathered."""
+        return self._average if self.whole is None else self.whole
+
 
 def averaged(trainer: L.Trainer, kind: type[Module]) -> Module:
-    """The averaged module, of a known class, that a running trainer's `StudentEMA` keeps."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it from another class
-    module = next(callback for callback in callbacks if isinstance(callback, StudentEMA)).module
+    """The averaged module, of a known class, that a running trainer's `StudentEMA` keeps.
+
+    A sharded one is on rank 0, once `gather_average` was called.
+    """
+    module = _average_of(trainer).module
     assert isinstance(module, kind)
     return module
+
+
+def gather_average(trainer: L.Trainer) -> None:
+    """Make a sharded average ready for `averaged`; all processes must call this."""
+    _average_of(trainer).gather()
+
+
+def _average_of(trainer: L.Trainer) -> StudentEMA:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it elsewhere
+    return next(callback for callback in callbacks if isinstance(callback, StudentEMA))

@@ -55,10 +55,10 @@ class Distillation:
         """The student in training."""
         return StudentModule(self.student, self.config.distill.loss, self.config.trainer)
 
-    def new_pool(self, folder: Path, rank: int) -> NoisyPool:
-        """An empty pool of one rank."""
+    def new_pool(self, folder: Path, rank: int, slots: int | None = None) -> NoisyPool:
+        """An empty pool of one rank; a share of other ranks' pools may have another number of slots."""
         storage = folder / f"pool-rank{rank}.bin" if self.config.distill.pool_storage == "mmap" else None
-        return NoisyPool(self.slots, self.teacher.shape, self.pool_dtype, storage, self.labeled)
+        return NoisyPool(slots or self.slots, self.teacher.shape, self.pool_dtype, storage, self.labeled)
 
 
 def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRun) -> Distillation:

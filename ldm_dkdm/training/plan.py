@@ -6,11 +6,11 @@ from dataclasses import replace
 import torch
 
 from ldm_dkdm.config.registry import build
-from ldm_dkdm.config.schema import DistillRun
+from ldm_dkdm.config.schema import DistillRun, TrainerConfig
 from ldm_dkdm.device import default_device
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import DistillStream
-from ldm_dkdm.distillation.warmup import preparation, warmup_calls
+from ldm_dkdm.distillation.warmup import preparation, warmup_calls, warmup_of
 from ldm_dkdm.evaluation.reference import teacher_calls
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.model import DiffusionModel
@@ -19,34 +19,67 @@ from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.reporting import duration, pace, size
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.saving import KEPT
+from ldm_dkdm.training.sharding import SHARDED
 from ldm_dkdm.training.timing import TIMED_ITERATIONS, time_iterations, timed_batch, timed_with
+
+GIGABITS = (10, 100, 400)  # usual networks between machines
 
 
 def costs(parts: Distillation) -> dict[str, str]:
     """The lines of a plan that need no timing, in order: quantity -> amount."""
     config = parts.config
     batch, iterations = config.distill.batch_size, _iterations(config)
-    devices, mapped = config.trainer.devices, config.distill.pool_storage == "mmap"
-    pool, each = devices * parts.pool_bytes, f" on each of {devices} devices" if devices > 1 else ""
+    trainer, mapped = config.trainer, config.distill.pool_storage == "mmap"
+    pools, each = trainer.ranks * parts.pool_bytes, on_each(trainer)
     source = config.distill.pool_from or preparation(config.distill).mode
     student, teacher = parts.student.parameters, parts.teacher.parameters
-    # student in float32: weights, gradients, two Adam moments, EMA; teacher and first stage: weights
-    resident = 4 * (5 * student + teacher + codec_parameters(parts.teacher))
+    # teacher and first stage in float32: weights
+    resident = training_bytes(student, trainer) + 4 * (teacher + codec_parameters(parts.teacher))
     device = default_device(config.trainer.accelerator)
     precision = {"bf16": "bf16 autocast", "32": "float32"}[parts.teacher.precision]
     return {
         "teacher": network_cost(parts.teacher),
         "student": network_cost(parts.student),
-        "pool": f"{parts.slots:,} slots ({config.distill.variant}){each}, {size(pool)} of host "
+        "pool": f"{parts.slots:,} slots ({config.distill.variant}){each}, {size(pools)} of host "
         + ("disk, memory-mapped" if mapped else "memory"),
         "teacher calls, warm-up": f"{_warmup_samples(parts):,} samples ({source}){each}",
         "teacher calls, training": f"{iterations * batch:,} samples ({iterations:,} iterations of {batch}){each}",
         "teacher calls, agreement": f"{_agreement_samples(parts):,} samples, once",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({precision})",
-        "memory, host": size(0 if mapped else pool) + " for the pool",
-        "disk": f"{size((KEPT + 1) * (pool + 16 * student) + 4 * student + mapped * pool)} for the student, {KEPT} "
+        "memory, host": size(0 if mapped else trainer.per_node * parts.pool_bytes)
+        + (" for the pool" if trainer.ranks == 1 else " for the pools, on each machine"),
+        **traffic(student, trainer),
+        "disk": f"{size((KEPT + 1) * (pools + 16 * student) + 4 * student + mapped * pools)} for the student, {KEPT} "
         "checkpoints and the next one while it is written" + (", the mapped pool" if mapped else ""),
     }
+
+
+def on_each(trainer: TrainerConfig) -> str:
+    """Of how many devices a line of a plan holds, where there are several."""
+    if trainer.ranks == 1:
+        return ""
+    machines = f" on {trainer.nodes} machines" if trainer.nodes > 1 else ""
+    return f" on each of {trainer.ranks} devices{machines}"
+
+
+def training_bytes(parameters: int, trainer: TrainerConfig) -> float:
+    """Float32 on each device: weights, gradients and two Adam moments, shared where they are sharded, and the EMA."""
+    return 4 * 5 * parameters / (trainer.ranks if trainer.strategy in SHARDED else 1)
+
+
+def traffic(parameters: int, trainer: TrainerConfig) -> dict[str, str]:
+    """What a device sends in a step, where there are several.
+
+    A ring's all-reduce of float32 gradients sends 2 (R-1)/R of them (Patarasu and Yuan 2009); shards send (R-1)/R of
+    the weights twice in every batch, forward and backward, and as much of the gradients.
+    """
+    ranks, batches = trainer.ranks, trainer.accumulate
+    if ranks == 1:
+        return {}
+    times = 3 * batches if trainer.strategy in SHARDED else 2
+    sent = 4 * parameters * times * (ranks - 1) / ranks
+    shown = ", ".join(f"{pace(8 * sent / (bits * 1e9))} at {bits} Gbit/s" for bits in GIGABITS)
+    return {"traffic": f"{size(sent)} a step from each device: {shown}, partly beside the computation"}
 
 
 def network_cost(model: DiffusionModel) -> str:
@@ -63,7 +96,9 @@ def _iterations(config: DistillRun) -> int:
 def _warmup_samples(parts: Distillation) -> int:
     """Teacher evaluations of one sample before the training."""
     method = parts.config.distill
-    return 0 if method.pool_from else warmup_calls(preparation(method), parts.slots, parts.teacher.schedule)
+    if method.pool_from:
+        return 0
+    return warmup_calls(warmup_of(method, parts.config.trainer.ranks), parts.slots, parts.teacher.schedule)
 
 
 def _agreement_samples(parts: Distillation) -> int:
@@ -93,10 +128,8 @@ def time_needed(parts: Distillation) -> str:
     limit = 60 * (config.trainer.max_minutes or math.inf)
     eta = min(training, limit) + (warm + _agreement_samples(parts)) * teacher_seconds
     ends = f", trainer.max_minutes ends it at step {int(steps * limit / training):,}" if limit < training else ""
-    return (
-        f"about {duration(eta)}: {pace(seconds)} an iteration, {duration(warm * teacher_seconds)} of warm-up{ends} "
-        + timed_with(timed)
-    )
+    warming, where = duration(warm * teacher_seconds), on_each(config.trainer)
+    return f"about {duration(eta)}{where}: {pace(seconds)} an iteration, {warming} of warm-up{ends} {timed_with(timed)}"
 
 
 def time_iteration(parts: Distillation, batch: int, iterations: int) -> tuple[float, float]:
