@@ -97,7 +97,7 @@ def started() -> World | None:
         if ranks > 1 or by == "torchrun":
             return World(by, ranks // nodes, nodes, rank, local, node)
     for name, launcher in UNSUPPORTED.items():
-        if _number(env, name) > 1 and local_rank() == 0:
+        if _number(env, name) > 1:
             raise UserError(f"devices: {launcher} started {env[name]} processes; start them with torchrun or srun")
     return None
 
@@ -129,10 +129,12 @@ def local_rank() -> int:
 
 def is_first_rank() -> bool:
     """Whether this is the first of a run's processes, on all machines; it alone writes and reports."""
-    world = started()
-    if world is not None:
-        return world.rank == 0
-    return local_rank() == 0 and _number(os.environ, "NODE_RANK") == 0  # Lightning's own processes
+    try:
+        world = started()
+        own = local_rank() or _number(os.environ, "NODE_RANK")  # of Lightning's own processes
+    except UserError:  # a command with ranks refuses it
+        return not any(os.environ.get(name, "0") != "0" for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "RANK"))
+    return (world.rank if world else own) == 0
 
 
 def default_device(accelerator: str) -> "torch.device":

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, cast
@@ -33,6 +34,8 @@ SMALLER = {
     "evaluate": "--batch_size",
     "decode": "--batch_size",
 }  # what to lower where memory runs out
+
+PATIENCE = 2.0  # seconds in which a launcher ends the other ranks on a machine after the first one's error
 
 
 class Command(Protocol):
@@ -73,6 +76,8 @@ def _exit_code(work: Callable[[], None], smaller: str) -> int:
         with spoken(), interruptible():
             work()
     except UserError as error:
+        if not is_first_rank():
+            time.sleep(PATIENCE)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:  # disk full, no permission

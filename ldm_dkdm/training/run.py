@@ -20,7 +20,7 @@ from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.shapes import under
 from ldm_dkdm.config.load import read_card
 from ldm_dkdm.config.schema import ModelCard, TrainerConfig
-from ldm_dkdm.device import default_device, resolve_precision
+from ldm_dkdm.device import default_device, resolve_precision, started
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, decoration, logger
@@ -272,6 +272,7 @@ def training_device(config: TrainerConfig) -> torch.device:
     """
     device = default_device(config.accelerator)
     count = {"cuda": torch.cuda.device_count(), "cpu": os.cpu_count() or 1}.get(device.type, 1)
-    if config.per_node > count:
-        raise UserError(f"devices: {config.per_node}, but this machine has {count} ({device.type})")
+    if config.per_node > count and not (device.type == "cpu" and started()):  # processes may share cores
+        bound = "; with srun, --gpus-per-task hides the others" if started() else ""
+        raise UserError(f"devices: {config.per_node}, but this machine has {count} ({device.type}){bound}")
     return device

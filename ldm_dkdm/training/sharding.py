@@ -1,5 +1,6 @@
 """Shard a student, its gradients, its optimizer and its average over the devices (FSDP2, `fully_shard`)."""
 
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,19 @@ class ShardedStrategy(ModelParallelStrategy):
 def shard(network: nn.Module, mesh: DeviceMesh, offload: bool = False) -> None:
     """Shard the parameters of every block, and of the rest together: one block at a time is whole in memory."""
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
-    lists = [module for module in network.children() if isinstance(module, nn.ModuleList)]
-    for block in (block for blocks in lists for block in blocks if any(True for _ in block.parameters())):
-        fully_shard(block, mesh=mesh, offload_policy=policy)
+    for child in network.children():
+        for block in _blocks(child) if isinstance(child, nn.ModuleList) else ():
+            fully_shard(block, mesh=mesh, offload_policy=policy)
     fully_shard(network, mesh=mesh, offload_policy=policy)
+
+
+def _blocks(modules: nn.ModuleList) -> Iterator[nn.Module]:
+    """The modules with parameters in a list, and in lists in it."""
+    for module in modules:
+        if isinstance(module, nn.ModuleList):
+            yield from _blocks(module)
+        elif any(True for _ in module.parameters()):
+            yield module
 
 
 def local(tensor: Tensor) -> Tensor:

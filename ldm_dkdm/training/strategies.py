@@ -146,5 +146,6 @@ def losing(ranks: int, go_on: str) -> Iterator[None]:
         text = str(error).lower()
         if ranks == 1 or not any(part in text for part in LOST):
             raise
-        reason = str(error).strip().splitlines()[0].partition("] ")[2] or str(error).strip().splitlines()[0]
+        first = str(error).strip().partition("\n")[0].partition(". ")[0]
+        reason = first.partition(".cc:")[2].partition("] ")[2] or first
         raise UserError(f"another process of the run has ended or does not answer ({reason}); {go_on}") from error
