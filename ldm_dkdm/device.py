@@ -77,6 +77,7 @@ LAUNCHERS = {
 }
 STEP = {"SLURM_NTASKS": "SLURM_STEP_NUM_TASKS", "SLURM_NNODES": "SLURM_STEP_NUM_NODES"}  # srun's own, where they differ
 INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs whose shell starts commands without srun
+PORTS = 15000  # below the ports of SLURM jobs without MASTER_PORT
 UNSUPPORTED = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 
 
@@ -100,6 +101,21 @@ def started() -> World | None:
         if _number(env, name) > 1:
             raise UserError(f"devices: {launcher} started {env[name]} processes; start them with torchrun or srun")
     return None
+
+
+def main_address() -> str:
+    """The host of rank 0, by MASTER_ADDR or SLURM's list of hosts."""
+    if address := os.environ.get("MASTER_ADDR"):
+        return address
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment  # reads node[01-04,7]
+
+    hosts = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
+    return SLURMEnvironment.resolve_root_node_address(hosts)
+
+
+def main_port() -> int:
+    """The port of rank 0, by MASTER_PORT or SLURM's number of the job."""
+    return _number(os.environ, "MASTER_PORT") or PORTS + int(os.environ.get("SLURM_JOB_ID", "0")[-4:])
 
 
 def _is_of_others(by: str, env: Mapping[str, str]) -> bool:

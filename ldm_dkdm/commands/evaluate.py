@@ -76,7 +76,16 @@ def run(options: argparse.Namespace) -> None:
     paths, items = split_paths(options.hints)
     if options.table:
         print_table([*([options.resume] if options.resume else []), *paths])
-    elif options.resume and not options.metrics:
+        return
+    from ldm_dkdm.model.ranks import together
+
+    with together():
+        _measure(options, paths, items)
+
+
+def _measure(options: argparse.Namespace, paths: list[str], items: list[str]) -> None:
+    """Measure two sets of images, or a student and its teacher."""
+    if options.resume and not options.metrics:
         _compare(options)
     else:
         paths = [*([options.resume] if options.resume else []), *paths]
@@ -113,6 +122,7 @@ def _compare(options: argparse.Namespace) -> None:
     from ldm_dkdm.evaluation.samples import compared
     from ldm_dkdm.files import write_text
     from ldm_dkdm.model import open_model
+    from ldm_dkdm.model.ranks import joined
 
     device = resolve_device(options.device)
     student = open_model(options.resume, hints.of("student"), lenient=True).to(device, options.precision)
@@ -120,6 +130,8 @@ def _compare(options: argparse.Namespace) -> None:
     hints.require_used({"student": student} | ({"teacher": teacher} if options.teacher else {}))
     with flags(**FLAGS):
         figures = evaluate(student, teacher, progress=True, **numbers)
+    if not joined().first:
+        return
     known = compared(student, teacher, options.n_samples != 0)
     figures |= {name: value for name, value in known.items() if value is not None}
     for name, value in figures.items():

@@ -6,12 +6,14 @@ from typing import Any
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.contents import described, same_process
+from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.diffusion.samplers import SAMPLERS
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.agreement import eps_error_by_quarter, eps_error_by_t, eps_errors, held_out_chains
 from ldm_dkdm.evaluation.frechet import pixel_frechet_distance
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.facts import whole
+from ldm_dkdm.model.ranks import joined, sample_together
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.cost import gflops
 from ldm_dkdm.reporting import Progress
@@ -118,7 +120,10 @@ def _distances(
 ) -> dict[str, float]:
     def draw(model: DiffusionModel, first: int) -> tuple[Tensor, float]:
         started = time.perf_counter()
-        drawn = model.sample(images, steps=steps, seed=first, batch_size=batch_size, progress=progress)
+        if joined().ranks > 1:
+            drawn = sample_together(model, SamplingConfig(images, batch_size, first, steps))
+        else:
+            drawn = model.sample(images, steps=steps, seed=first, batch_size=batch_size, progress=progress)
         return drawn, images / (time.perf_counter() - started)
 
     reference, teacher_rate = draw(teacher, seed)

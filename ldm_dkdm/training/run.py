@@ -23,6 +23,7 @@ from ldm_dkdm.config.schema import ModelCard, TrainerConfig
 from ldm_dkdm.device import default_device, resolve_precision, started
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.model.ranks import losing
 from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.training.bars import ProgressBar, StreamModule, progress_callback
 from ldm_dkdm.training.ema import StudentEMA
@@ -35,7 +36,6 @@ from ldm_dkdm.training.saving import RunCheckpoint, read_checkpoint
 from ldm_dkdm.training.sharding import SHARDED
 from ldm_dkdm.training.strategies import (
     environment,
-    losing,
     require_strategy,
     require_world,
     strategy_of,

@@ -1,18 +1,15 @@
 """How the processes of a run find each other and work together: Lightning's cluster environments and strategies."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 
 from ldm_dkdm.config.schema import TrainerConfig
-from ldm_dkdm.device import World, started
+from ldm_dkdm.device import World, main_address, main_port, started
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.training.sharding import SHARDED, ShardedStrategy
 
@@ -25,8 +22,6 @@ REFUSED = {
     "xla": "is for TPUs, which are not supported; use ddp or fsdp",
     "tpu": "is for TPUs, which are not supported; use ddp or fsdp",
 }  # part of a name -> why it cannot be used
-LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "peer", "nccl", "gloo", "store")
-PORTS = 15000  # the first port of SLURM jobs without MASTER_PORT
 
 
 class StartedEnvironment(ClusterEnvironment):
@@ -45,12 +40,11 @@ class StartedEnvironment(ClusterEnvironment):
 
     @property
     def main_address(self) -> str:
-        hosts = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
-        return os.environ.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(hosts)
+        return main_address()
 
     @property
     def main_port(self) -> int:
-        return int(os.environ.get("MASTER_PORT") or PORTS + int(os.environ.get("SLURM_JOB_ID", "0")[-4:]))
+        return main_port()
 
     @staticmethod
     def detect() -> bool:
@@ -127,25 +121,3 @@ def strategy_of(config: TrainerConfig) -> Strategy | str:
         return AUTO
     given: dict[str, Any] = StrategyRegistry["ddp" if config.strategy == AUTO else config.strategy]["init_params"]
     return DDPStrategy(timeout=timeout, **given)
-
-
-@contextmanager
-def losing(ranks: int, go_on: str) -> Iterator[None]:
-    """Say in one line that another process has ended, where communication with it fails.
-
-    Args:
-        ranks: of the run; one alone loses nobody.
-        go_on: how the run is continued.
-
-    Raises:
-        UserError: a process was lost.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # torch.distributed's errors are
-        text = str(error).lower()
-        if ranks == 1 or not any(part in text for part in LOST):
-            raise
-        first = str(error).strip().partition("\n")[0].partition(". ")[0]
-        reason = first.partition(".cc:")[2].partition("] ")[2] or first
-        raise UserError(f"another process of the run has ended or does not answer ({reason}); {go_on}") from error
