@@ -36,36 +36,44 @@ class StartedEnvironment(ClusterEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
+        """Whether a launcher has started the processes: always."""
         return True
 
     @property
     def main_address(self) -> str:
+        """The host of rank 0."""
         return main_address()
 
     @property
     def main_port(self) -> int:
+        """The port of rank 0."""
         return main_port()
 
     @staticmethod
     def detect() -> bool:
+        """Whether a launcher has started this process."""
         return started() is not None
 
     def world_size(self) -> int:
+        """The number of processes."""
         return self.world.ranks
 
     def set_world_size(self, size: int) -> None:
         """Nothing: the world has its size."""
 
     def global_rank(self) -> int:
+        """This process's rank among all."""
         return self.world.rank
 
     def set_global_rank(self, rank: int) -> None:
         """Nothing: the process has its rank."""
 
     def local_rank(self) -> int:
+        """This process's rank on its machine."""
         return self.world.local_rank
 
     def node_rank(self) -> int:
+        """The number of this machine."""
         return self.world.node
 
 
