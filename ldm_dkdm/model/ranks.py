@@ -1,5 +1,6 @@
 """Processes that sample or measure together: which this is, and how they exchange what they have."""
 
+import atexit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -84,16 +85,22 @@ def together(go_on: str = "call it again to continue", minutes: float = MINUTES)
     # torchrun's agent holds the store of its processes
     address = None if world.by == "torchrun" else f"tcp://{main_address()}:{main_port()}"
     with losing(world.ranks, go_on):
-        distributed.init_process_group(
-            "gloo", address, timedelta(minutes=minutes), world_size=world.ranks, rank=world.rank
-        )
+        if not distributed.is_initialized():  # once a process: a second group would meet the first one's addresses
+            distributed.init_process_group(
+                "gloo", address, timedelta(minutes=minutes), world_size=world.ranks, rank=world.rank
+            )
+            atexit.register(_leave)
         token = _joined.set(Ranks(world.rank, world.ranks))
         try:
             yield joined()
             distributed.barrier()
         finally:
             _joined.reset(token)
-            distributed.destroy_process_group()
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @contextmanager
