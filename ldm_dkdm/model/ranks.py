@@ -19,7 +19,6 @@ from ldm_dkdm.model.sampling import sample_batches, starts_of
 
 T = TypeVar("T")
 MINUTES = 30.0  # for which a process waits for the others
-LOST = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "peer", "nccl", "gloo", "store")
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,9 @@ def losing(ranks: int, go_on: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # torch.distributed's errors are
-        text = str(error).lower()
-        if ranks == 1 or not any(part in text for part in LOST):
+    except RuntimeError as error:
+        lost = isinstance(error, distributed.DistError) or "gloo" in str(error).lower()  # gloo's have no class
+        if ranks == 1 or not lost:
             raise
         first = str(error).strip().partition("\n")[0].partition(". ")[0]
         reason = first.partition(".cc:")[2].partition("] ")[2] or first

@@ -43,7 +43,8 @@ class StudentEMA(WeightAveraging):
         if self._average_model is not None:
             self._average_model.n_averaged += 1  # else the first update copies
             if isinstance(trainer.strategy, ShardedStrategy):
-                self.whole = deepcopy(self._average_model.module) if trainer.is_global_zero else None
+                device = trainer.strategy.root_device
+                self.whole = deepcopy(self._average_model.module).to(device) if trainer.is_global_zero else None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(trainer.strategy, ShardedStrategy):

@@ -36,14 +36,18 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
+    def _get_process_group_backend(self) -> str:
+        offloaded = self.offload and self.root_device.type == "cuda"  # norms of shards in host memory are summed there
+        return "cpu:gloo,cuda:nccl" if offloaded else super()._get_process_group_backend()
+
     def setup(self, trainer: L.Trainer) -> None:
         """Shard the student before its optimizer is made."""
         assert self.model is not None and self.accelerator is not None  # Lightning has connected both
         self.accelerator.setup(trainer)
         self.shard(self.model)
         self.model = self.precision_plugin.convert_module(self.model)
-        if not self.offload:
-            self.model_to_device()  # buffers
+        for buffer in self.model.buffers():
+            buffer.data = buffer.to(self.root_device)  # sharding has put the parameters in their places
         self.barrier()
         self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -60,7 +64,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 def shard(network: nn.Module, mesh: DeviceMesh, offload: bool = False) -> None:
     """Shard the parameters of every block, and of the rest together: one block at a time is whole in memory."""
-    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    policy = CPUOffloadPolicy() if offload and mesh.device_type != "cpu" else OffloadPolicy()
     for child in network.children():
         for block in _blocks(child) if isinstance(child, nn.ModuleList) else ():
             fully_shard(block, mesh=mesh, offload_policy=policy)
