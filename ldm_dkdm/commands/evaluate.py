@@ -9,6 +9,7 @@ Of several evaluated runs: dkdm evaluate RUN RUN ... --table
 
 import argparse
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from ldm_dkdm.commands.arguments import add_plugin_argument, flags, load_plugins
 from ldm_dkdm.commands.hints import ScopedHints, split_paths
 from ldm_dkdm.commands.measuring import RESULTS, measure_sets, print_table
 from ldm_dkdm.config.checked import names_of
+from ldm_dkdm.device import started
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded, require_place
 
@@ -77,10 +79,18 @@ def run(options: argparse.Namespace) -> None:
     if options.table:
         print_table([*([options.resume] if options.resume else []), *paths])
         return
+    with _shared():
+        _measure(options, paths, items)
+
+
+def _shared() -> AbstractContextManager[object]:
+    """Join the ranks that are started; one process alone imports nothing before its arguments are read."""
+    world = started()
+    if world is None or world.ranks == 1:
+        return nullcontext()
     from ldm_dkdm.model.ranks import together
 
-    with together():
-        _measure(options, paths, items)
+    return together()
 
 
 def _measure(options: argparse.Namespace, paths: list[str], items: list[str]) -> None:

@@ -42,12 +42,11 @@ class StudentEMA(WeightAveraging):
         pl_module.__dict__["_device_mesh"] = mesh
         if self._average_model is not None:
             self._average_model.n_averaged += 1  # else the first update copies
-            if isinstance(trainer.strategy, ShardedStrategy):
-                device = trainer.strategy.root_device
-                self.whole = deepcopy(self._average_model.module).to(device) if trainer.is_global_zero else None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(trainer.strategy, ShardedStrategy):
+            device = trainer.strategy.root_device
+            self.whole = deepcopy(self._average).to(device) if trainer.is_global_zero else None
             trainer.strategy.shard(self._average)
             self.sharded = True
 
