@@ -4,6 +4,8 @@ Functions import torch themselves, so that a command can query its rank without 
 """
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ldm_dkdm.errors import UserError, pick
@@ -61,14 +63,111 @@ def to_device(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Te
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+@dataclass(frozen=True)
+class World:
+    """The processes that a launcher has started, and which of them this is.
+
+    Attributes:
+        by: the launcher's name in LAUNCHERS.
+        devices: processes on each machine. nodes: machines.
+        rank: of this process among all. local_rank: on its machine. node: the machine's number.
+    """
+
+    by: str
+    devices: int
+    nodes: int
+    rank: int
+    local_rank: int
+    node: int
+
+    @property
+    def ranks(self) -> int:
+        """The number of processes."""
+        return self.devices * self.nodes
+
+
+# launcher -> (variable that marks it, then those of: processes, machines, rank, local rank, machine's number)
+LAUNCHERS = {
+    "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "GROUP_WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NNODES", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
+    "RANK and WORLD_SIZE": ("RANK", "WORLD_SIZE", "WORLD_SIZE", "RANK", "LOCAL_RANK", "RANK"),  # one on each machine
+}
+STEP = {"SLURM_NTASKS": "SLURM_STEP_NUM_TASKS", "SLURM_NNODES": "SLURM_STEP_NUM_NODES"}  # srun's own, where they differ
+INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs whose shell starts commands without srun
+PORTS = 15000  # below the ports of SLURM jobs without MASTER_PORT
+UNSUPPORTED = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
+
+def started() -> World | None:
+    """The world of torchrun, srun, or the variables RANK and WORLD_SIZE; None where nothing has started several.
+
+    Raises:
+        UserError: a launcher that is not supported, or machines with different numbers of processes.
+    """
+    env = os.environ
+    for by, (mark, *names) in LAUNCHERS.items():
+        if mark not in env or _is_of_others(by, env):
+            continue
+        ranks, nodes, rank, local, node = (_number(env, STEP.get(name, name), name) for name in names)
+        ranks, nodes = max(ranks, 1), max(nodes, 1)
+        if ranks % nodes:
+            raise UserError(f"devices: {by} started {ranks} processes on {nodes} machines; start as many on each")
+        if ranks > 1 or by == "torchrun":
+            return World(by, ranks // nodes, nodes, rank, local, node)
+    for name, launcher in UNSUPPORTED.items():
+        if _number(env, name) > 1:
+            raise UserError(f"devices: {launcher} started {env[name]} processes; start them with torchrun or srun")
+    return None
+
+
+def main_address() -> str:
+    """The host of rank 0, by MASTER_ADDR or SLURM's list of hosts."""
+    if address := os.environ.get("MASTER_ADDR"):
+        return address
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment  # reads node[01-04,7]
+
+    hosts = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
+    return SLURMEnvironment.resolve_root_node_address(hosts)
+
+
+def main_port() -> int:
+    """The port of rank 0, by MASTER_PORT or SLURM's number of the job."""
+    return _number(os.environ, "MASTER_PORT") or PORTS + int(os.environ.get("SLURM_JOB_ID", "0")[-4:])
+
+
+def _is_of_others(by: str, env: Mapping[str, str]) -> bool:
+    """Whether variables are a SLURM shell's, which starts commands without srun, or those of Lightning's processes."""
+    return env.get("SLURM_JOB_NAME") in INTERACTIVE if by == "srun" else by != "torchrun" and "NODE_RANK" in env
+
+
+def _number(env: Mapping[str, str], *names: str) -> int:
+    """The first of these variables that is set; 0 without one."""
+    value = next((env[name] for name in names if name in env), "0")
+    if not value.isdecimal():
+        raise UserError(f"devices: {names[-1]}={value} in the environment is not a whole number")
+    return int(value)
+
+
+def world_of(devices: int | None, num_nodes: int | None) -> tuple[int, int]:
+    """Devices on each machine and machines; None: those that are started, else 1."""
+    world = started() if devices is None or num_nodes is None else None
+    per_node, nodes = (world.devices, world.nodes) if world else (1, 1)
+    return devices or per_node, num_nodes or nodes
+
+
 def local_rank() -> int:
     """The rank of this process among a run's processes on the machine."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    return _number(os.environ, "LOCAL_RANK", "SLURM_LOCALID")
 
 
 def is_first_rank() -> bool:
-    """Whether this is the first of a run's processes on the machine."""
-    return local_rank() == 0
+    """Whether this is the first of a run's processes, on all machines; it alone writes and reports."""
+    try:
+        world = started()
+        own = local_rank() or _number(os.environ, "NODE_RANK")  # of Lightning's own processes
+    except UserError:  # a command with ranks refuses it
+        return not any(os.environ.get(name, "0") != "0" for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "RANK"))
+    return (world.rank if world else own) == 0
 
 
 def default_device(accelerator: str) -> "torch.device":

@@ -17,10 +17,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import yaml
 
 from ldm_dkdm.commands.main import parser_of
 from ldm_dkdm.config.keys import RUNS
@@ -102,9 +104,21 @@ def _target(words: list[str]) -> tuple[str | None, list[str]]:
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), f"no such target: {words[1]}"
         return None, []
+    if words[0] in ("torchrun", "srun"):
+        return _target(_started(words))
     assert words[0] == "python", f"unknown program: {words[0]}"
     assert (ROOT / words[1]).is_file(), f"no such file: {words[1]}"
     return SCRIPTS.get(Path(words[1]).name), words[2:]
+
+
+def _started(words: list[str]) -> list[str]:
+    """The command that a launcher starts; torchrun's own options must parse, and so must those of Kubeflow's pods."""
+    if words[0] == "srun":
+        return list(dropwhile(lambda word: word.startswith("--") and "=" in word, words[1:]))
+    from torch.distributed.run import get_args_parser
+
+    options = get_args_parser().parse_args(words[1:])
+    return [*([] if options.no_python else ["python"]), options.training_script, *options.training_script_args]
 
 
 def _require_config(command: str, arguments: list[str]) -> None:
@@ -125,6 +139,17 @@ def test_command_lines_parse(page: Path) -> None:
         if command is not None:
             parser_of(command).parse_args(arguments)
             _require_config(command, arguments)
+
+
+def test_the_pods_of_kubernetes_run_commands_that_parse() -> None:
+    jobs = [yaml.safe_load(b.text) for b in blocks(ROOT / "docs" / "clusters.md") if b.language == "yaml"]
+    pods = [part["template"]["spec"] for job in jobs for part in job["spec"]["pytorchReplicaSpecs"].values()]
+    assert len(pods) == 2
+    for container in (container for pod in pods for container in pod["containers"]):
+        command, arguments = _target(container["command"])
+        assert command is not None
+        parser_of(command).parse_args(arguments)
+        _require_config(command, arguments)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

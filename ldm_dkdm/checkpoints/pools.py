@@ -48,10 +48,41 @@ def _newest(run: Path) -> list[Path]:
     folder = run / "checkpoints"
     steps = sorted({file.stem for file in folder.glob("step=*.ckpt")})
     for stem in [*reversed(steps), "warmup"]:
-        found = sorted(folder.glob(f"{stem}.pool-rank*.safetensors"))
-        if found:
-            return found
+        if (folder / f"{stem}.pool-rank0.safetensors").is_file():
+            return pool_files(folder, stem)
     raise UserError(f"{run}: is not the run folder of a distillation with a pool (checkpoints/step=N.pool-rank0...)")
+
+
+def pool_files(folder: Path, stem: str) -> list[Path]:
+    """The pools of one save, in the order of the ranks that made it; files of other ranks beside them are left out.
+
+    Args:
+        folder: checkpoints/ of a run.
+        stem: `step=N` or `warmup`.
+
+    Raises:
+        UserError: one is missing, or the first is damaged.
+    """
+    files = {int(file.suffixes[-2].removeprefix(".pool-rank")): file for file in folder.glob(f"{stem}.pool-rank*")}
+    first = folder / f"{stem}.pool-rank0.safetensors"
+    count = _ranks(first, len(files)) if first.is_file() else max(files, default=0) + 1
+    for rank in range(count):
+        if rank not in files:
+            lacking = folder / f"{stem}.pool-rank{rank}.safetensors"
+            raise UserError(f"{lacking}: missing; the checkpoint beside it cannot be resumed without its pool")
+    return [files[rank] for rank in range(count)]
+
+
+def _ranks(file: Path, default: int) -> int:
+    """How many ranks saved a pool together; a file of an older version does not say it."""
+    try:
+        if file_kind(file) != "safetensors":
+            raise ValueError("another format")
+        with safe_open(file, framework="pt") as opened:
+            header = json.loads((opened.metadata() or {})["pool"])
+        return int(header.get("ranks", default))
+    except (SafetensorError, OSError, *MALFORMED) as error:
+        raise UserError(f"{file}: not a readable pool file ({error}); delete it to start a new pool") from error
 
 
 def _read_own(file: Path, shape: tuple[int, int, int], facts: Mapping[str, Any]) -> NoisyBatch:

@@ -10,6 +10,7 @@ Of several evaluated runs: dkdm evaluate RUN RUN ... --table
 import argparse
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from ldm_dkdm.commands.arguments import add_plugin_argument, flags, load_plugins
 from ldm_dkdm.commands.hints import ScopedHints, split_paths
 from ldm_dkdm.commands.measuring import RESULTS, add_row, measure_sets, print_table, show
 from ldm_dkdm.config.checked import names_of
+from ldm_dkdm.device import started
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded, require_place
 
@@ -81,7 +83,24 @@ def run(options: argparse.Namespace) -> None:
     paths, items = split_paths(options.hints)
     if options.table:
         print_table([*([options.resume] if options.resume else []), *paths])
-    elif options.resume and not options.metrics:
+        return
+    with _shared():
+        _measure(options, paths, items)
+
+
+def _shared() -> AbstractContextManager[object]:
+    """Join the ranks that are started; one process alone imports nothing before its arguments are read."""
+    world = started()
+    if world is None or world.ranks == 1:
+        return nullcontext()
+    from ldm_dkdm.model.ranks import together
+
+    return together()
+
+
+def _measure(options: argparse.Namespace, paths: list[str], items: list[str]) -> None:
+    """Measure two sets of images, or a student and its teacher."""
+    if options.resume and not options.metrics:
         _compare(options)
     else:
         paths = [*([options.resume] if options.resume else []), *paths]
@@ -119,6 +138,7 @@ def _compare(options: argparse.Namespace) -> None:
     from ldm_dkdm.evaluation.results import read_rows
     from ldm_dkdm.files import write_text
     from ldm_dkdm.model import open_model
+    from ldm_dkdm.model.ranks import joined
 
     read_rows(options.results)  # refuses another file before anything is measured
     device = resolve_device(options.device)
@@ -127,6 +147,8 @@ def _compare(options: argparse.Namespace) -> None:
     hints.require_used({"student": student} | ({"teacher": teacher} if options.teacher else {}))
     with flags(**FLAGS):
         figures = evaluate(student, teacher, progress=True, lpips=options.lpips, **numbers)
+    if not joined().first:
+        return
     figures |= _report(options, student, teacher, figures, numbers)
     assert student.path is not None and student.file is not None  # set when a model is opened
     home = student.path if student.path.is_dir() else student.path.parent

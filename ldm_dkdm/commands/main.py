@@ -4,12 +4,14 @@ import argparse
 import importlib
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, cast
 
 from ldm_dkdm import __version__
 from ldm_dkdm.commands.arguments import Parser
+from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import Stopped, UserError, interruptible, is_out_of_memory, legible, nearest
 
 COMMANDS = {
@@ -32,6 +34,8 @@ SMALLER = {
     "evaluate": "--batch_size",
     "decode": "--batch_size",
 }  # what to lower where memory runs out
+
+PATIENCE = 2.0  # seconds in which a launcher ends the other ranks on a machine after the first one's error
 
 
 class Command(Protocol):
@@ -72,6 +76,8 @@ def _exit_code(work: Callable[[], None], smaller: str) -> int:
         with spoken(), interruptible():
             work()
     except UserError as error:
+        if not is_first_rank():
+            time.sleep(PATIENCE)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:  # disk full, no permission
@@ -149,8 +155,10 @@ def spoken() -> Iterator[None]:
 
 
 class _Printer(logging.Handler):
-    """Prints messages without decoration."""
+    """Prints messages without decoration; of several ranks the first one does."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if not is_first_rank():
+            return
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         print(legible(record.getMessage()), file=stream, flush=True)

@@ -50,8 +50,11 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
     from ldm_dkdm.device import resolve_device
     from ldm_dkdm.evaluation.measuring import measure
     from ldm_dkdm.evaluation.results import read_rows, record_in_run, write_record
+    from ldm_dkdm.model.ranks import joined
 
     require_place(options.results)
+    if options.processes > 1 and joined().ranks > 1:
+        raise UserError(f"--processes: {joined().ranks} ranks are started, which share the images; leave it out")
     read_rows(options.results)  # refuses another file before anything is measured
     with flags(**FLAGS):
         device = resolve_device(options.device)
@@ -81,6 +84,8 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
             processes=options.processes,
             progress=True,
         )
+    if not joined().first:
+        return
     record = found.record()
     show(found)
     add_row(options.results, found)

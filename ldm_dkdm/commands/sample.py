@@ -4,10 +4,8 @@ Of several models, `2.key=value` is a hint for the second one.
 """
 
 import argparse
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +19,12 @@ from ldm_dkdm.reporting import logger
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
     from ldm_dkdm.checkpoints import Hints
+    from ldm_dkdm.commands.drawing import Outputs
     from ldm_dkdm.model import DiffusionModel
+    from ldm_dkdm.model.ranks import Ranks
 
-GRID = 64  # most samples in a grid
 FLAGS = {
     "count": "--n_samples",
     "steps": "--custom_steps",
@@ -93,13 +91,23 @@ def run(options: argparse.Namespace) -> None:
             models.append(open_for_sampling(path, weight, config, own, device, options.precision))
     with flags(**({"use_ema": "--raw"} if options.raw else {})):
         hints.require_used(dict(zip(names, models, strict=True)))
-    outputs = Outputs(png=not options.no_png, npz=options.npz, latents=options.latents)
-    for model in models if outputs.png else ():
+    for model in () if options.no_png else models:
         require_png(model)
-    panels = [_sample(model, config, _folder(model, options.logdir, len(models)), outputs) for model in models]
-    if options.compare:
-        from ldm_dkdm.images import save_image, side_by_side
+    _sample_all(models, config, options)
 
+
+def _sample_all(models: "Sequence[DiffusionModel]", config: SamplingConfig, options: argparse.Namespace) -> None:
+    """Sample from each model, over the ranks that are started, and write the comparison."""
+    from ldm_dkdm.commands.drawing import Outputs
+    from ldm_dkdm.images import save_image, side_by_side
+    from ldm_dkdm.model.ranks import together
+
+    outputs = Outputs(png=not options.no_png, npz=options.npz, latents=options.latents)
+    with together("the same call goes on with the batches that are drawn") as ranks:
+        folders = [_folder(model, options.logdir, len(models)) for model in models]
+        made = [_sample(model, config, out, outputs, ranks) for model, out in zip(models, folders, strict=True)]
+        panels = [panel for panel in made if panel is not None]
+    if options.compare and panels:
         save_image(side_by_side(panels), options.compare)
         print(options.compare)
 
@@ -154,15 +162,6 @@ def naming_model(path: str) -> Iterator[None]:
         raise UserError(f"{name}: {path}:{rest}") from error
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Which files a sampling writes beside the grid."""
-
-    png: bool
-    npz: bool
-    latents: bool
-
-
 def require_png(model: "DiffusionModel") -> None:
     """Refuse images that a PNG does not hold, before they are sampled."""
     from ldm_dkdm.images import MODES
@@ -188,47 +187,21 @@ def _folder(model: "DiffusionModel", logdir: Path | None, models: int) -> Path:
     return logdir / name if models > 1 else logdir
 
 
-def _sample(model: "DiffusionModel", config: SamplingConfig, out: Path, outputs: Outputs) -> tuple[str, "Image"]:
-    """Sample, decode and write batch by batch; returns a label and the grid of the first samples."""
-    import torch
+def _sample(
+    model: "DiffusionModel", config: SamplingConfig, out: Path, outputs: "Outputs", ranks: "Ranks"
+) -> tuple[str, "Image"] | None:
+    """Sample, decode and write; returns a label and the grid of the first samples, on the first rank."""
+    from ldm_dkdm.commands.drawing import draw
 
-    from ldm_dkdm.files import write_tensors
-    from ldm_dkdm.images import grid, npz_writer, save_image
-    from ldm_dkdm.reporting import following
-
-    latents, first, done, started = [], [], 0, time.monotonic()
-    with ExitStack() as files:
-        npz = files.enter_context(npz_writer(out / "samples.npz", config.count)) if outputs.npz else None
-        show = files.enter_context(following(True, f"sampling {name_of(model)}", "image", config.count))
-        for batch in model.sample_batches(config):
-            if outputs.png:
-                _write_png(batch.images, out / "img", config.seed + done)
-            if npz:
-                npz.add(batch.images, None if batch.labels is None else batch.labels.cpu())
-            if done < GRID:
-                first.append(batch.images)
-            if outputs.latents:
-                latents.append(batch.states.cpu())
-            done += len(batch.images)
-            show(done)
-    rate = config.count / (time.monotonic() - started)
-    if outputs.latents:
-        write_tensors(out / "latents.safetensors", {"latents": torch.cat(latents)})
-    sheet = grid(torch.cat(first)[:GRID])
-    save_image(sheet, out / "grid.png")
-    label = f"{name_of(model)}: {model.parameters / 1e6:.1f}M parameters, {rate:.2g} images/s"
+    found = draw(model, name_of(model), config, out, outputs, ranks)
+    if found is None:
+        return None
+    label = f"{name_of(model)}: {model.parameters / 1e6:.1f}M parameters, {found[0]:.2g} images/s"
     others = len(list((out / "img").glob("*.png"))) - config.count if outputs.png else 0
     if others > 0:
         print(f"{out}/img: also holds {others} images of earlier calls; -l names another folder")
     print(f"{label}: {out}")
-    return label, sheet
-
-
-def _write_png(images: "Tensor", folder: Path, first: int) -> None:
-    from ldm_dkdm.images import save_image, to_image
-
-    for i, image in enumerate(images, first):
-        save_image(to_image(image), folder / f"{i:06d}.png")
+    return label, found[1]
 
 
 def require_writable(folder: Path | None) -> None:

@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> None:
             _plan(call.config)
         return
 
+    from ldm_dkdm.device import is_first_rank
     from ldm_dkdm.training.from_images import new_model, train
 
     config, out = call.config, call.folder.path
@@ -39,7 +40,8 @@ def run(options: argparse.Namespace) -> None:
     with dotted_keys("trainer", "logging"):
         model = new_model(config)
         result = train(model, config.data, out, config=config, resume=call.resumed, signals=SIGNALS, go_on=go_on)
-    print(f"model: {result.model.path}")
+    if is_first_rank():
+        print(f"model: {result.model.path}")
 
 
 def _plan(config: DiffusionRun) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ldm_dkdm.config.checked import Section, key, one_of
+from ldm_dkdm.device import world_of
 from ldm_dkdm.errors import UserError
 
 PARAMETERIZATIONS = "ldm_dkdm.diffusion.process:PARAMETERIZATIONS"
@@ -216,5 +217,37 @@ class TrainerConfig(Section):
         "auto", help="Compile the networks (torch.compile) before the first step; `auto` does so on a GPU with Triton."
     )
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = key("auto", help="Kind of device to train on.")
-    devices: int = key(1, min=1, help="Number of devices; each has a pool of its own.")
+    devices: int | None = key(
+        None,
+        min=1,
+        max=100_000,
+        help="Devices of each machine, each with a pool of its own; null: one for each process that torchrun or srun "
+        "started there, else 1.",
+    )
+    num_nodes: int | None = key(
+        None, min=1, max=100_000, help="Machines; null: those on which torchrun or srun started processes, else 1."
+    )
+    strategy: str = key(
+        "auto",
+        help="How devices work together, by Lightning's name: `ddp` keeps the student on every device, `fsdp` shards "
+        "it; `auto` is `ddp` where there are several.",
+    )
+    timeout: float = key(
+        30.0, min=0.1, max=10_000, help="Minutes that a process waits for the others before it ends the run."
+    )
     seed: int = key(0, min=0, help="Seed of every random choice.")
+
+    @property
+    def ranks(self) -> int:
+        """The number of processes, one for each device."""
+        return self.per_node * self.nodes
+
+    @property
+    def per_node(self) -> int:
+        """Devices on each machine, by this configuration or by the launcher."""
+        return world_of(self.devices, self.num_nodes)[0]
+
+    @property
+    def nodes(self) -> int:
+        """Machines, by this configuration or by the launcher."""
+        return world_of(self.devices, self.num_nodes)[1]

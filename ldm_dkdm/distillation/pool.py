@@ -114,9 +114,10 @@ class NoisyPool:
         """Write the slots to a safetensors file, atomically; `origin` names what filled them."""
         self.settle()
         metadata = json.dumps({"step": step, "filled": self.filled, "origin": origin, **self.facts})
-        write_tensors(path, self._tensors(), {"pool": metadata})
+        write_tensors(path, self.tensors(), {"pool": metadata})
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """What a slot has, by name, for all slots, on the host."""
         tensors = {"x": self.x.cpu(), "t": self.t} | ({} if self.label is None else {"label": self.label.cpu()})
         return tensors | {"updated": self.updated}
 
@@ -130,7 +131,7 @@ class NoisyPool:
         Raises:
             UserError: not a pool file, or one of another size or origin.
         """
-        own = self._tensors()
+        own = self.tensors()
         try:
             file_kind(path)  # refuses a header without end
             with interruptible(), safe_open(path, framework="pt") as file:

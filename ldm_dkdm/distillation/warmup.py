@@ -148,6 +148,12 @@ def preparation(config: DistillConfig) -> WarmupConfig:
     return replace(config.warmup, mode="noise") if VARIANTS[config.variant].from_noise else config.warmup
 
 
+def warmup_of(config: DistillConfig, ranks: int) -> WarmupConfig:
+    """The warm-up of one rank: its share of the teacher's samples, which all ranks draw together."""
+    mode = preparation(config)
+    return replace(mode, images=-(-mode.images // ranks)) if WARMUPS[mode.mode].from_samples else mode
+
+
 def warmup_calls(config: WarmupConfig, slots: int, schedule: NoiseSchedule) -> int:
     """Teacher evaluations (of one sample) that a warm-up needs; for `ancestral` the expected number."""
     return WARMUPS[config.mode].calls(config, slots, schedule)

@@ -27,6 +27,7 @@ from ldm_dkdm.evaluation.held_out import eps_error_by_quarter
 from ldm_dkdm.evaluation.perceptual import find_lpips
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.facts import whole
+from ldm_dkdm.model.ranks import joined, sample_together
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.cost import gflops
 from ldm_dkdm.reporting import Progress, following, logger
@@ -162,9 +163,14 @@ def _distances(
         images: list[Tensor] = []
         started = time.perf_counter()
         with following(progress, what, "image", count) as show:
-            for batch in model.sample_batches(SamplingConfig(count, config.batch_size, first, config.steps)):
-                images.append(batch.images)
-                show(sum(map(len, images)))
+            own = SamplingConfig(count, config.batch_size, first, config.steps)
+            if joined().ranks > 1:
+                images.append(sample_together(model, own))
+                show(count)
+            else:
+                for batch in model.sample_batches(own):
+                    images.append(batch.images)
+                    show(sum(map(len, images)))
         return torch.cat(images), count / (time.perf_counter() - started)
 
     reference, teacher_rate = draw(teacher, config.seed, "images of the teacher")

@@ -12,8 +12,10 @@ from ldm_dkdm.evaluation.extractor import Extractor
 from ldm_dkdm.evaluation.features import FEATURES
 from ldm_dkdm.evaluation.partial import LAYOUT, SAVE_SECONDS, partial_file, stream
 from ldm_dkdm.evaluation.processes import gather_in_processes
+from ldm_dkdm.evaluation.ranks import gather_over_ranks
 from ldm_dkdm.evaluation.sources import ImageSource, key_of
 from ldm_dkdm.evaluation.statistics import INCEPTION, Statistics
+from ldm_dkdm.model.ranks import joined
 from ldm_dkdm.reporting import Progress, logger
 
 
@@ -57,8 +59,12 @@ def gather(
         name: _at_hand(source, extractor, name in keep, cache, (fields or {}).get(name, ()))
         for name, extractor in extractors.items()
     }
+    ranks = joined()
+    found = ranks.from_first(found)
     missing = {name: Collector(extractors[name], name in keep) for name, known in found.items() if known is None}
-    if missing and processes > 1:
+    if missing and ranks.ranks > 1:
+        gather_over_ranks(source, missing, ranks, cache, batch_size, progress, save_seconds)
+    elif missing and processes > 1:
         gather_in_processes(source, missing, processes, cache, batch_size, progress, save_seconds)
     elif missing:
         stream(source, missing, cache, batch_size, progress, save_seconds)
@@ -68,7 +74,7 @@ def gather(
         name: collector.statistics(source.count, _facts(source, collector)) for name, collector in missing.items()
     }
     for name, statistics in gathered.items():
-        if cache is not None and extractors[name].moments:
+        if cache is not None and extractors[name].moments and ranks.first:
             statistics.write(_file(cache, source, extractors[name]))
     at_hand = {name: statistics for name, statistics in found.items() if statistics is not None}
     return {name: _with_stored(source, extractors[name], part) for name, part in {**at_hand, **gathered}.items()}

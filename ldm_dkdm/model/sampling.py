@@ -1,6 +1,6 @@
 """From seeds to images: noise -> sampler -> first stage -> batches of uint8 images."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -30,8 +30,20 @@ class SampleBatch:
     labels: Tensor | None
 
 
-def sample_batches(model: "DiffusionModel", config: SamplingConfig) -> Iterator[SampleBatch]:
+def starts_of(config: SamplingConfig) -> range:
+    """The number of the first image of every batch."""
+    return range(0, config.count, config.batch_size)
+
+
+def sample_batches(
+    model: "DiffusionModel", config: SamplingConfig, starts: Sequence[int] | None = None
+) -> Iterator[SampleBatch]:
     """Draw and decode batch by batch, so that the images need not fit in memory.
+
+    Args:
+        model: it samples.
+        config: number, seed and sampler.
+        starts: some of `starts_of(config)`, whose batches are drawn; default: all.
 
     Raises:
         UserError: as `DiffusionModel.sample`.
@@ -40,7 +52,7 @@ def sample_batches(model: "DiffusionModel", config: SamplingConfig) -> Iterator[
     codec = model.codec().to(model.device, resolve_precision(model.precision, model.device))
     settle(model, config)
     with in_eval_mode(model.network):
-        for start in range(0, config.count, config.batch_size):
+        for start in starts_of(config) if starts is None else starts:
             count = min(config.batch_size, config.count - start)
             states, label = _drawn(model, config, start, count)
             yield SampleBatch(states, codec.decode(states).cpu(), label)

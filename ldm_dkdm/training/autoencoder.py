@@ -119,6 +119,9 @@ OWN_CHOICES = (
     "grad_clip",
     "compile",
     "devices",
+    "num_nodes",
+    "strategy",
+    "timeout",
     "accumulate",
     "early_stop",
     "max_minutes",
@@ -133,6 +136,10 @@ def _refuse_unused(config: FirstStageRun) -> None:
             raise UserError(
                 f"trainer.{key}: the first stage trains on one device with its own schedule; remove the key"
             )
+    if config.trainer.ranks > 1:
+        raise UserError(
+            f"trainer.devices: the first stage trains on one device, and {config.trainer.ranks} are started"
+        )
     for key in ("ckpt", "scale_factor"):
         if getattr(config.first_stage, key) is not None:
             raise UserError(f"first_stage.{key}: the training makes it; remove the key")

@@ -1,11 +1,14 @@
 """The exponential moving average of the student."""
 
-from typing import TypeVar
+from copy import deepcopy
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
+
+from ldm_dkdm.training.sharding import ShardedStrategy, full_state, load_full_state, local
 
 Module = TypeVar("Module", bound=L.LightningModule)
 
@@ -26,12 +29,21 @@ class StudentEMA(WeightAveraging):
         self.decay, self.ramp = decay, ramp
         self._averages: list[Tensor] = []
         self._currents: list[Tensor] = []
+        self.sharded = False
+        self.whole: nn.Module | None = None  # on rank 0, where the average is sharded
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Copy the initial weights: they are the first average."""
+        mesh = pl_module.__dict__.pop("_device_mesh", None)  # Lightning's, which cannot be copied
+        super().setup(trainer, pl_module, stage)
+        pl_module.__dict__["_device_mesh"] = mesh
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """List the weights once: walking a network's modules takes as long as averaging a small one."""
-        average = self.module.to(module.device)  # Lightning copied the module before it was moved
-        self._averages = [weight.detach() for weight in average.parameters()]
-        self._currents = [weight.detach() for weight in module.parameters()]
+        if not self.sharded:
+            self._average.to(module.device)  # Lightning copied the module before it was moved
+        self._averages = [local(weight.detach()) for weight in self._average.parameters()]
+        self._currents = [local(weight.detach()) for weight in module.parameters()]
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
@@ -41,16 +53,62 @@ class StudentEMA(WeightAveraging):
             kept = min(self.decay, (1 + n) / (10 + n)) if self.ramp else self.decay
             torch._foreach_lerp_(self._averages, self._currents, 1 - kept)
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(trainer.strategy, ShardedStrategy):
+            device = trainer.strategy.root_device
+            self.whole = deepcopy(self._average).to(device) if trainer.is_global_zero else None
+            trainer.strategy.shard(self._average)
+            self.sharded = True
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self.sharded:
+            checkpoint["state_dict"] = full_state(self._average)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self.sharded:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+            return
+        assert self._average_model is not None  # made by `setup`
+        with torch.no_grad():  # the strategy has read the average into the module
+            for average, current in zip(self._average.parameters(), pl_module.parameters(), strict=True):
+                local(average).copy_(local(current))
+        self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
+        load_full_state(pl_module, checkpoint["current_model_state"])
+
+    def gather(self) -> None:
+        """Collect a sharded average on rank 0, where `module` then has it; all processes must call this."""
+        if self.sharded:
+            state = full_state(self._average)
+            if self.whole is not None:
+                self.whole.load_state_dict(state)
+
     @property
-    def module(self) -> nn.Module:
-        """The averaged LightningModule."""
+    def _average(self) -> nn.Module:
         assert self._average_model is not None  # made when the training starts
         return self._average_model.module
 
+    @property
+    def module(self) -> nn.Module:
+        """The averaged LightningModule; of a sharded one, on rank 0, as it was last gathered."""
+        return self._average if self.whole is None else self.whole
+
 
 def averaged(trainer: L.Trainer, kind: type[Module]) -> Module:
-    """The averaged module, of a known class, that a running trainer's `StudentEMA` keeps."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it from another class
-    module = next(callback for callback in callbacks if isinstance(callback, StudentEMA)).module
+    """The averaged module, of a known class, that a running trainer's `StudentEMA` keeps.
+
+    A sharded one is on rank 0, once `gather_average` was called.
+    """
+    module = _average_of(trainer).module
     assert isinstance(module, kind)
     return module
+
+
+def gather_average(trainer: L.Trainer) -> None:
+    """Make a sharded average ready for `averaged`; all processes must call this."""
+    _average_of(trainer).gather()
+
+
+def _average_of(trainer: L.Trainer) -> StudentEMA:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it elsewhere
+    return next(callback for callback in callbacks if isinstance(callback, StudentEMA))

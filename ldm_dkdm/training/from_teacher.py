@@ -25,7 +25,7 @@ from ldm_dkdm.training.export import export_on_save
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.measuring import Agreement
 from ldm_dkdm.training.parts import Distillation, assemble
-from ldm_dkdm.training.pool_filling import prepare_pool, require_room, supply_of, teacher_hash
+from ldm_dkdm.training.pool_filling import pool_facts, prepare_pool, require_room, supply_of, teacher_hash
 from ldm_dkdm.training.pool_log import PoolLog
 from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.run_folder import RunFolder
@@ -116,12 +116,11 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
     def stream_for(trainer: L.Trainer) -> DistillStream:
         device, rank = trainer.strategy.root_device, trainer.global_rank
         teacher.to(device)
-        saving.pool = pools.pool = pool = parts.new_pool(run.folder.path, rank, device)
+        saving.pool = pools.pool = pool = prepare_pool(supply, parts, run, device, rank)
         if rank == 0 and device.type != "cpu":
             logger.info(f"pool: {size(parts.pool_bytes)} in {parts.pool_place(device)} ({pool.device})")
-        prepare_pool(pool, supply, parts, run, device, rank)
         if rank == 0:
-            measuring.prepare(pool.facts, run.trainer.max_steps, lambda: run.check_stop(BEFORE), run.progress)
+            measuring.prepare(pool_facts(teacher), run.trainer.max_steps, lambda: run.check_stop(BEFORE), run.progress)
         method = run.config.distill
         return DistillStream(teacher, pool, method, parts.batches, seed, rank, device, run.first_batch)
 
@@ -160,7 +159,7 @@ def teacher_facts(parts: Distillation) -> dict[str, Any]:
         "teacher_sha256": teacher_hash(parts.teacher),
         "teacher_licence": teacher.licence or "not stated (teacher.licence)",
         "method": f"DKDM, {distill.variant} iterative distillation",
-        "batch_size": distill.batch_size * trainer.accumulate * trainer.devices,
+        "batch_size": distill.batch_size * trainer.accumulate * trainer.ranks,
         "learning_rate": trainer.learning_rate,
         "ema_decay": trainer.ema_decay,
         **{key: value for key, value in parts.teacher.info.items() if key == "classes"},

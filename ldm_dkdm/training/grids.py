@@ -12,7 +12,7 @@ from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.images import grid, save_image
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import decoration
-from ldm_dkdm.training.ema import averaged
+from ldm_dkdm.training.ema import averaged, gather_average
 from ldm_dkdm.training.ends import StepCallback
 from ldm_dkdm.training.loggers import show_image
 
@@ -33,7 +33,10 @@ class SampleGrid(StepCallback):
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
-        if not trainer.is_global_zero or step % self.every:
+        if step % self.every:
+            return
+        gather_average(trainer)
+        if not trainer.is_global_zero:
             return
         self._write(averaged(trainer, StudentModule).model, f"step={step:08d}.png", "samples", trainer)
         if self.teacher is not None:

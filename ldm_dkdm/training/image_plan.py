@@ -15,7 +15,7 @@ from ldm_dkdm.files import exists
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import duration, pace, size
 from ldm_dkdm.training.from_images import require_fitting_labels, require_trainable
-from ldm_dkdm.training.plan import codec_parameters, early, network_cost
+from ldm_dkdm.training.plan import codec_parameters, early, network_cost, on_each, traffic, training_bytes
 from ldm_dkdm.training.saving import KEPT
 from ldm_dkdm.training.timing import TIMED_ITERATIONS, Times, time_iterations, timed_batch, timed_with
 
@@ -76,19 +76,19 @@ def plan_training(model: DiffusionModel, config: DiffusionRun) -> ImageTraining:
 def training_costs(parts: ImageTraining) -> dict[str, str]:
     """The lines of a plan that need no timing, in order: quantity -> amount."""
     config, model = parts.config, parts.model
-    batch, devices = config.data.batch_size, config.trainer.devices
-    each = f" on each of {devices} devices" if devices > 1 else ""
-    # in float32: weights, gradients, two Adam moments, EMA; the first stage's weights
-    resident = 4 * (5 * model.parameters + codec_parameters(model))
+    batch, trainer = config.data.batch_size, config.trainer
+    each = on_each(trainer)
+    resident = training_bytes(model.parameters, trainer) + 4 * codec_parameters(model)  # the first stage in float32
     device = default_device(config.trainer.accelerator)
     precision = {"bf16": "bf16 autocast", "32": "float32"}[model.precision]
-    epochs = f", {parts.batches * batch * devices / parts.images:.1f} epochs" if parts.images else ""
+    epochs = f", {parts.batches * batch * trainer.ranks / parts.images:.1f} epochs" if parts.images else ""
     return {
         "model": network_cost(model),
         "images": _images(parts),
         "images, training": f"{parts.batches * batch:,} ({parts.batches:,} iterations of {batch}){each}{epochs}",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({precision})",
         "memory, host": (size(_cached_bytes(parts)) if parts.sets else "not known") + f" for the images{each}",
+        **traffic(model.parameters, trainer),
         "disk": f"{size((KEPT + 1) * 16 * model.parameters + 4 * model.parameters)} for the model, {KEPT} "
         "checkpoints and the next one while it is written",
     }
@@ -125,7 +125,7 @@ def training_time(parts: ImageTraining) -> dict[str, str]:
     if parts.model.space.encoded and not (encoding and parts.images):
         before = ", and the encoding"
     eta = min(training, limit) + parts.encodings * encoding
-    needed = f"about {duration(eta)}: {pace(seconds)} an iteration{before} {timed_with(timed)}"
+    needed = f"about {duration(eta)}{on_each(config.trainer)}: {pace(seconds)} an iteration{before} {timed_with(timed)}"
     return {"time": needed, **early(config.trainer, training)}
 
 

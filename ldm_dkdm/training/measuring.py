@@ -14,7 +14,7 @@ from ldm_dkdm.evaluation.perceptual import Lpips, find_lpips
 from ldm_dkdm.evaluation.reference import read_reference, reference_facts, save_reference
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, decoration
-from ldm_dkdm.training.ema import averaged
+from ldm_dkdm.training.ema import averaged, gather_average
 from ldm_dkdm.training.ends import AGREEMENT, StepCallback, figures_of
 
 Listener = Callable[[L.Trainer, Mapping[str, float]], None]
@@ -67,6 +67,7 @@ class Agreement(StepCallback):
         step = trainer.global_step
         if not self._measures(trainer.max_steps) or (step % self.every and step < trainer.max_steps):
             return
+        gather_average(trainer)
         figures: dict[str, float] = {}
         if self.reference is not None:
             with decoration(AGREEMENT):

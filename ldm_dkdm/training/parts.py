@@ -55,12 +55,15 @@ class Distillation:
         """The student in training."""
         return StudentModule(self.student, self.config.distill.loss, self.config.trainer)
 
-    def new_pool(self, folder: Path, rank: int, device: torch.device) -> NoisyPool:
-        """An empty pool of one rank, whose student trains on `device`."""
+    def new_pool(self, folder: Path, rank: int, device: torch.device, slots: int | None = None) -> NoisyPool:
+        """An empty pool of one rank, whose student trains on `device`.
+
+        A share of other ranks' pools may have another number of slots.
+        """
         place = self.pool_place(device)
         storage = folder / f"pool-rank{rank}.bin" if place == "mmap" else None
         own = device if place == "device" else torch.device("cpu")
-        return NoisyPool(self.slots, self.teacher.shape, self.pool_dtype, storage, self.labeled, own)
+        return NoisyPool(slots or self.slots, self.teacher.shape, self.pool_dtype, storage, self.labeled, own)
 
     def pool_place(self, device: torch.device) -> str:
         """Where a rank's pool is kept: `device`, `memory` or `mmap`."""

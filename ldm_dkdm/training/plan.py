@@ -10,7 +10,7 @@ from ldm_dkdm.config.schema import DistillRun, TrainerConfig
 from ldm_dkdm.device import default_device
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import DistillStream
-from ldm_dkdm.distillation.warmup import preparation, warmup_calls
+from ldm_dkdm.distillation.warmup import preparation, warmup_calls, warmup_of
 from ldm_dkdm.evaluation.agreement import teacher_calls
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.model import DiffusionModel
@@ -20,37 +20,70 @@ from ldm_dkdm.reporting import duration, pace, size
 from ldm_dkdm.training.ends import ended_early
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.saving import KEPT
+from ldm_dkdm.training.sharding import SHARDED
 from ldm_dkdm.training.timing import TIMED_ITERATIONS, time_iterations, timed_batch, timed_with
+
+GIGABITS = (10, 100, 400)  # usual networks between machines
 
 
 def costs(parts: Distillation) -> dict[str, str]:
     """The lines of a plan that need no timing, in order: quantity -> amount."""
     config = parts.config
     batch, iterations = config.distill.batch_size, _iterations(config)
-    devices, device = config.trainer.devices, default_device(config.trainer.accelerator)
+    trainer, device = config.trainer, default_device(config.trainer.accelerator)
     place = parts.pool_place(device)
     mapped = place == "mmap"
-    pool, each = devices * parts.pool_bytes, f" on each of {devices} devices" if devices > 1 else ""
+    pools, each = trainer.ranks * parts.pool_bytes, on_each(trainer)
     source = config.distill.pool_from or preparation(config.distill).mode
     student, teacher = parts.student.parameters, parts.teacher.parameters
-    # student in float32: weights, gradients, two Adam moments, EMA; teacher (bf16 halves it) and first stage: weights
+    # weights of the teacher (bf16 halves it) and the first stage
     own = 2 if parts.teacher.precision == "bf16" else 4
-    resident = 4 * (5 * student + codec_parameters(parts.teacher)) + own * teacher
+    resident = training_bytes(student, trainer) + own * teacher + 4 * codec_parameters(parts.teacher)
     precision = {"bf16": "bf16 autocast", "32": "float32"}[parts.teacher.precision]
-    resident += pool // devices if place == "device" else 0
+    resident += parts.pool_bytes if place == "device" else 0
     return {
         "teacher": network_cost(parts.teacher),
         "student": network_cost(parts.student),
-        "pool": f"{parts.slots:,} slots ({config.distill.variant}){each}, {size(pool)} of "
+        "pool": f"{parts.slots:,} slots ({config.distill.variant}){each}, {size(pools)} of "
         + {"mmap": "host disk, memory-mapped", "device": f"{device.type} memory"}.get(place, "host memory"),
         "teacher calls, warm-up": f"{_warmup_samples(parts):,} samples ({source}){each}",
         "teacher calls, training": f"{iterations * batch:,} samples ({iterations:,} iterations of {batch}){each}",
         "teacher calls, agreement": f"{_agreement_samples(parts):,} samples, once",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({precision})",
-        "memory, host": size(pool if place == "memory" else 0) + " for the pool",
-        "disk": f"{size((KEPT + 1) * (pool + 16 * student) + 4 * student + mapped * pool)} for the student, {KEPT} "
+        "memory, host": size(trainer.per_node * parts.pool_bytes if place == "memory" else 0)
+        + (" for the pool" if trainer.ranks == 1 else " for the pools, on each machine"),
+        **traffic(student, trainer),
+        "disk": f"{size((KEPT + 1) * (pools + 16 * student) + 4 * student + mapped * pools)} for the student, {KEPT} "
         "checkpoints and the next one while it is written" + (", the mapped pool" if mapped else ""),
     }
+
+
+def on_each(trainer: TrainerConfig) -> str:
+    """Of how many devices a line of a plan holds, where there are several."""
+    if trainer.ranks == 1:
+        return ""
+    machines = f" on {trainer.nodes} machines" if trainer.nodes > 1 else ""
+    return f" on each of {trainer.ranks} devices{machines}"
+
+
+def training_bytes(parameters: int, trainer: TrainerConfig) -> float:
+    """Float32 on each device: weights, gradients and two Adam moments, shared where they are sharded, and the EMA."""
+    return 4 * 5 * parameters / (trainer.ranks if trainer.strategy in SHARDED else 1)
+
+
+def traffic(parameters: int, trainer: TrainerConfig) -> dict[str, str]:
+    """What a device sends in a step, where there are several.
+
+    A ring's all-reduce of float32 gradients sends 2 (R-1)/R of them (Patarasu and Yuan 2009); shards send (R-1)/R of
+    the weights twice in every batch, forward and backward, and as much of the gradients.
+    """
+    ranks, batches = trainer.ranks, trainer.accumulate
+    if ranks == 1:
+        return {}
+    times = 3 * batches if trainer.strategy in SHARDED else 2
+    sent = 4 * parameters * times * (ranks - 1) / ranks
+    shown = ", ".join(f"{pace(8 * sent / (bits * 1e9))} at {bits} Gbit/s" for bits in GIGABITS)
+    return {"traffic": f"{size(sent)} a step from each device: {shown}, partly beside the computation"}
 
 
 def network_cost(model: DiffusionModel) -> str:
@@ -67,7 +100,9 @@ def _iterations(config: DistillRun) -> int:
 def _warmup_samples(parts: Distillation) -> int:
     """Teacher evaluations of one sample before the training."""
     method = parts.config.distill
-    return 0 if method.pool_from else warmup_calls(preparation(method), parts.slots, parts.teacher.schedule)
+    if method.pool_from:
+        return 0
+    return warmup_calls(warmup_of(method, parts.config.trainer.ranks), parts.slots, parts.teacher.schedule)
 
 
 def _agreement_samples(parts: Distillation) -> int:
@@ -97,7 +132,7 @@ def time_needed(parts: Distillation) -> dict[str, str]:
     limit = 60 * (config.trainer.max_minutes or math.inf)
     eta = min(training, limit) + (warm + _agreement_samples(parts)) * teacher_seconds
     warming = f"{duration(warm * teacher_seconds)} of warm-up {timed_with(timed)}"
-    needed = f"about {duration(eta)}: {pace(seconds)} an iteration, {warming}"
+    needed = f"about {duration(eta)}{on_each(config.trainer)}: {pace(seconds)} an iteration, {warming}"
     return {"time": needed, **early(config.trainer, training)}
 
 

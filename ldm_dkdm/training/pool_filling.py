@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,20 @@ from typing import Any
 import torch
 
 from ldm_dkdm.checkpoints.card import sha256
-from ldm_dkdm.checkpoints.pools import is_own_pool, read_own_pool, read_reference_pool
+from ldm_dkdm.checkpoints.pools import is_own_pool, pool_files, read_own_pool, read_reference_pool
 from ldm_dkdm.distillation.pool import NoisyPool
+from ldm_dkdm.distillation.redeal import redeal, share
 from ldm_dkdm.distillation.refill import check_supply, refill
 from ldm_dkdm.distillation.stream import VARIANTS
-from ldm_dkdm.distillation.warmup import Warmup, preparation
+from ldm_dkdm.distillation.warmup import Warmup, warmup_of
 from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import NoisyBatch
-from ldm_dkdm.reporting import Progress, following, size
+from ldm_dkdm.reporting import Progress, following, logger, size
 from ldm_dkdm.training.calls import IN_MEMORY
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.run import Run
-from ldm_dkdm.training.run_folder import step_of
-from ldm_dkdm.training.saving import pool_path, warmup_path
+from ldm_dkdm.training.saving import warmup_path
 
 SECONDS_BETWEEN_WARMUP_SAVES = 600.0
 
@@ -31,8 +32,9 @@ SECONDS_BETWEEN_WARMUP_SAVES = 600.0
 def require_room(parts: Distillation) -> None:
     """Refuse pools that this machine cannot hold, before anything is written."""
     config = parts.config
-    needed = config.trainer.devices * parts.pool_bytes
+    needed = config.trainer.per_node * parts.pool_bytes
     if config.distill.pool_storage == "mmap":
+        needed = config.trainer.ranks * parts.pool_bytes
         logs = Path(config.logging.dir).absolute()
         place = next(folder for folder in (logs, *logs.parents) if folder.is_dir())
         room, what = shutil.disk_usage(place).free, f"free on the disk of {config.logging.dir}"
@@ -60,7 +62,7 @@ def supply_of(parts: Distillation) -> NoisyBatch | None:
         raise UserError("pool_from: such a cache holds no labels, and the teacher is class-conditional")
     with naming("pool_from"):
         states = found or read_reference_pool(path, teacher.shape, steps)
-    check_supply(states, parts.slots, config.trainer.devices, method.batch_size, steps)
+    check_supply(states, parts.slots, config.trainer.ranks, method.batch_size, steps)
     return states
 
 
@@ -80,29 +82,50 @@ def pool_facts(teacher: DiffusionModel) -> dict[str, Any]:
 
 
 def prepare_pool(
-    pool: NoisyPool, supply: NoisyBatch | None, parts: Distillation, run: Run, device: torch.device, rank: int
-) -> None:
-    """Fill a rank's pool: from its checkpoint, from given states, or by the warm-up.
+    supply: NoisyBatch | None, parts: Distillation, run: Run, device: torch.device, rank: int
+) -> NoisyPool:
+    """A rank's pool, filled: from its checkpoint, from given states, or by the warm-up.
 
     Raises:
         UserError: the pool of a checkpoint is missing or damaged.
         Stopped: a signal; the warm-up so far is saved.
     """
-    pool.facts = pool_facts(parts.teacher)
     latest, teacher, seed = run.folder.latest(), parts.teacher, run.trainer.seed
+    facts = {**pool_facts(teacher), "ranks": run.trainer.ranks}
     if latest:
-        saved = pool_path(run.folder.checkpoints, step_of(latest), rank)
-        if not saved.is_file():
-            raise UserError(f"{saved}: missing; the checkpoint beside it cannot be resumed without its pool")
-        pool.load(saved)
+        files = pool_files(run.folder.checkpoints, latest.stem)
+        pool = _saved_pool(files, parts, run, rank, device)
         pool.updated[pool.updated < 0] = run.first_batch  # a file of an older version
-    elif supply is not None:
+        pool.facts = facts
+        return pool
+    pool = parts.new_pool(run.folder.path, rank, device)
+    pool.facts = facts
+    if supply is not None:
         refill(pool, supply, teacher.schedule.num_timesteps, seed, rank)
     else:
-        mode = preparation(run.config.distill)
+        mode = warmup_of(run.config.distill, run.trainer.ranks)
         origin = f"{run.config.teacher.ckpt}, seed {seed}, {mode}"
         warmup = Warmup(pool, teacher, mode, seed, rank, device, lambda: run.check_stop("in the warm-up"))
         _warm_up(warmup, warmup_path(run.folder.checkpoints, rank), origin, run.progress if rank == 0 else False)
+    return pool
+
+
+def _saved_pool(files: Sequence[Path], parts: Distillation, run: Run, rank: int, device: torch.device) -> NoisyPool:
+    """A rank's pool from a checkpoint of as many ranks, or its share of the pools of another number."""
+    ranks = run.trainer.ranks
+    if len(files) == ranks:
+        pool = parts.new_pool(run.folder.path, rank, device)
+        pool.load(files[rank])
+        return pool
+    least, most = share(files, ranks - 1, ranks), share(files, 0, ranks)
+    if least < (parts.config.distill.batch_size if VARIANTS[parts.config.distill.variant].expands else 1):
+        raise UserError(f"devices: {ranks} ranks are too many for the run's pool; each would have {least} slots")
+    if rank == 0:
+        each = f"{most}" if least == most else f"{least} or {most}"
+        logger.info(f"the pools of {len(files)} ranks are dealt to {ranks}: {each} slots each, none is lost")
+    pool = parts.new_pool(run.folder.path, rank, device, share(files, rank, ranks))
+    redeal(pool, files, rank, ranks)
+    return pool
 
 
 def _warm_up(warmup: Warmup, partial: Path, origin: str, progress: bool | Progress) -> None:

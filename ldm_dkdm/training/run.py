@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.shapes import under
 from ldm_dkdm.config.load import read_card
 from ldm_dkdm.config.schema import ModelCard, TrainerConfig
-from ldm_dkdm.device import default_device, resolve_precision
+from ldm_dkdm.device import default_device, resolve_precision, started
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.model.ranks import losing
 from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.training.bars import ProgressBar, StreamModule, progress_callback
 from ldm_dkdm.training.ema import StudentEMA
@@ -31,6 +33,13 @@ from ldm_dkdm.training.loggers import open_loggers, require_loggers
 from ldm_dkdm.training.measuring import Agreement, refuse_agreement
 from ldm_dkdm.training.run_folder import RunFolder, alone_in, check_run, open_run, require_plain, step_of
 from ldm_dkdm.training.saving import RunCheckpoint, read_checkpoint
+from ldm_dkdm.training.sharding import SHARDED
+from ldm_dkdm.training.strategies import (
+    environment,
+    require_strategy,
+    require_world,
+    strategy_of,
+)
 from ldm_dkdm.training.undisturbed import undisturbed
 from ldm_dkdm.training.windows import Windows
 
@@ -82,6 +91,8 @@ class Run:
         refuse_agreement(config)
         self.config, self.folder, self.resumed, self.progress = config, folder, resumed, progress
         self.trainer: TrainerConfig = config.trainer
+        require_strategy(self.trainer.strategy, self.trainer.ranks)
+        require_world(self.trainer)
         self.device = training_device(self.trainer)
         self.precision = resolve_precision(self.trainer.precision, self.device)
         self.go_on = go_on or "call it again with the same arguments to continue"
@@ -130,7 +141,7 @@ class Run:
 
     def result(self, model: DiffusionModel, fitted: Result) -> Result:
         """What `fit` made of a model: its EMA weights, or the best ones that the run has saved."""
-        if self.trainer.early_stop is not None or self.config.logging.keep_best:
+        if self.trainer.early_stop is not None or self.config.logging.keep_best or self.trainer.strategy in SHARDED:
             return self._saved(model, fitted.step, fitted.end)
         model.network.eval()
         self._describe(model)
@@ -191,6 +202,8 @@ class Run:
             Stopped: a signal ended the run before its end; all is saved.
         """
         latest, ends = self.folder.latest(), early_ends(self.trainer)
+        if self.trainer.strategy in SHARDED:
+            module = deepcopy(module)  # sharding is not undone
         windows = Windows(self.config.logging.log_every)
         _keep_best(ends, callbacks)
         if measuring is not None:
@@ -199,7 +212,8 @@ class Run:
         first = [measuring] if measuring is not None else []
         trainer = self._lightning([self.stop, *first, windows, *ends, *callbacks])
         try:
-            trainer.fit(module, datamodule=StreamModule(stream_for), ckpt_path=latest, weights_only=True)
+            with losing(self.trainer.ranks, self.go_on):
+                trainer.fit(module, datamodule=StreamModule(stream_for), ckpt_path=latest, weights_only=True)
         except SIGTERMException:
             pass  # the signal asked for a stop, and that saved the run
         except SystemExit as end:  # Lightning's answer to the second Ctrl-C
@@ -216,7 +230,10 @@ class Run:
         bar = progress_callback(self.progress)
         return L.Trainer(
             accelerator=config.accelerator,
-            devices=config.devices,
+            devices=config.per_node,
+            num_nodes=config.nodes,
+            strategy=strategy_of(config),
+            plugins=[environment()],
             precision="bf16-mixed" if self.precision == "bf16" else "32-true",
             max_steps=config.max_steps,
             accumulate_grad_batches=config.accumulate,
@@ -255,6 +272,7 @@ def training_device(config: TrainerConfig) -> torch.device:
     """
     device = default_device(config.accelerator)
     count = {"cuda": torch.cuda.device_count(), "cpu": os.cpu_count() or 1}.get(device.type, 1)
-    if config.devices > count:
-        raise UserError(f"devices: {config.devices}, but this machine has {count} ({device.type})")
+    if config.per_node > count and not (device.type == "cpu" and started()):  # processes may share cores
+        bound = "; with srun, --gpus-per-task hides the others" if started() else ""
+        raise UserError(f"devices: {config.per_node}, but this machine has {count} ({device.type}){bound}")
     return device

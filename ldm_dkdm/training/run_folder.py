@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ldm_dkdm.config.batches import SECTIONS
 from ldm_dkdm.config.load import card_kind, fits, load_config, read_yaml, to_yaml
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, LoggingConfig, ModelCard
 from ldm_dkdm.device import is_first_rank
@@ -20,7 +21,7 @@ from ldm_dkdm.reporting import logger
 
 RunConfig = DistillRun | DiffusionRun | FirstStageRun
 FREE = ("trainer", "logging")  # sections that may change when a run is resumed
-FIXED = ("trainer.seed", "trainer.accumulate", "trainer.devices")  # keys in FREE that may not
+FIXED = ("trainer.seed", "trainer.accumulate")  # keys in FREE that may not
 NAMED = 3  # keys that a message names, of those that differ
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
@@ -71,8 +72,8 @@ def step_of(checkpoint: Path) -> int:
 def open_run(config: RunConfig, folder: RunFolder, resumed: bool = False) -> None:
     """Create the folder, or continue in it (`check_run`)."""
     check_run(config, folder, resumed)
-    stored, text = folder.path / "config.yaml", to_yaml(config)
-    if not stored.is_file() or stored.read_text() != text:
+    stored, text = folder.path / "config.yaml", _text(config)
+    if is_first_rank() and (not stored.is_file() or stored.read_text() != text):
         write_text(stored, text)
 
 
@@ -106,7 +107,7 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
         resumed: the user asked to resume the run.
     """
     stored = folder.path / "config.yaml"
-    now = _plain(to_yaml(config))
+    now = _plain(_text(config))
     before = _plain(_made_with(stored, type(config))) if stored.is_file() else now
     if before != now:
         if not resumed:
@@ -119,6 +120,17 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
         for key in (*sections, *FIXED):
             if changed := _first_change(_at(before, key), _at(now, key), key):
                 raise UserError(f"{changed}: cannot change when {folder.path} is resumed; start a new run for that")
+
+
+def _text(config: RunConfig) -> str:
+    """A config as YAML; a batch size per device is left to the global one, since the devices may change."""
+    for name in SECTIONS:
+        section = getattr(config, name, None)
+        if getattr(section, "global_batch_size", None) is not None:
+            tree = OmegaConf.create(to_yaml(config))
+            OmegaConf.update(tree, f"{name}.batch_size", None)
+            return OmegaConf.to_yaml(tree)
+    return to_yaml(config)
 
 
 def _plain(text: str) -> Any:
@@ -162,7 +174,7 @@ def _first_change(before: Any, now: Any, key: str) -> str | None:
 def _made_with(stored: Path, schema: type[RunConfig]) -> str:
     """The config in a run folder; keys that did not exist when it was made have their defaults."""
     try:
-        return to_yaml(load_config(stored, schema=schema))
+        return _text(load_config(stored, schema=schema))
     except UserError:  # a config of another script
         return OmegaConf.to_yaml(read_yaml(stored))  # refuses a damaged or endless one
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from ldm_dkdm.checkpoints.pickles import asked_globals
 from ldm_dkdm.config.schema import LoggingConfig
 from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.training.ema import gather_average
 from ldm_dkdm.training.ends import AGREEMENT, EarlyStop, StepCallback, figures_of
 from ldm_dkdm.training.run_folder import checkpoints, step_of
+from ldm_dkdm.training.sharding import local
 
 if TYPE_CHECKING:
     from ldm_dkdm.distillation.pool import NoisyPool
@@ -78,6 +80,7 @@ class RunCheckpoint(StepCallback):
         temporary = self.folder / f".step={step:08d}.ckpt.tmp"  # one name for all ranks: rank 0 writes it
         trainer.save_checkpoint(temporary)
         self.last_saved = step
+        gather_average(trainer)
         if trainer.is_global_zero:
             if step == self.best_step or not self._has_best:
                 self.on_saved(trainer)
@@ -109,7 +112,7 @@ def refuse_divergence(trainer: L.Trainer, weights: Iterable[Tensor] = ()) -> Non
     """End a run whose loss is no longer finite, or whose weights' norms overflow."""
     figures = [
         torch.as_tensor(figures_of(trainer.lightning_module)["loss"]),
-        *(weight.detach().norm() for weight in weights),
+        *(local(weight.detach()).norm() for weight in weights),
     ]
     bad = not all(map(torch.isfinite, figures))
     if trainer.strategy.reduce_boolean_decision(bad, all=False):  # all processes end together

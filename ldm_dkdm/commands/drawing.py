@@ -1,0 +1,135 @@
+"""Draw a model's images batch by batch, each kept until all are there: a killed call goes on, and ranks share them."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ldm_dkdm.checkpoints import read_tensors
+from ldm_dkdm.config.schema import SamplingConfig
+from ldm_dkdm.evaluation.samples import sampled
+from ldm_dkdm.files import write_tensors
+from ldm_dkdm.images import NpzWriter, grid, npz_writer, save_image, to_image
+from ldm_dkdm.model.ranks import Ranks
+from ldm_dkdm.model.sampling import sample_batches, starts_of
+from ldm_dkdm.reporting import following, logger
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ldm_dkdm.model import DiffusionModel
+
+GRID = 64  # most samples in a grid
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Which files a sampling writes beside the grid."""
+
+    png: bool
+    npz: bool
+    latents: bool
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The batches of one call that are drawn, a file each, in a hidden folder of the output.
+
+    Attributes:
+        folder: its name follows from all that decides the images, so that another call does not find them.
+        outputs: images are kept for the .npz and the grid only.
+    """
+
+    folder: Path
+    outputs: Outputs
+
+    def file(self, start: int) -> Path:
+        """The file of the batch that begins with this image."""
+        return self.folder / f"{start:09d}.safetensors"
+
+    def keep(self, start: int, images: Tensor, states: Tensor, labels: Tensor | None) -> None:
+        """Write a batch: images uint8 (B,H,W,C), states (B,C,h,w), labels (B,) if any."""
+        used = len(images) if self.outputs.npz else max(0, GRID - start)
+        tensors = {"images": images[:used].contiguous()}
+        if self.outputs.latents:
+            tensors["states"] = states.cpu().contiguous()
+        if labels is not None:
+            tensors["labels"] = labels.cpu()
+        write_tensors(self.file(start), tensors)
+
+    def read(self, starts: Sequence[int]) -> Iterator[dict[str, Tensor]]:
+        """The batches, in order."""
+        for start in starts:
+            yield read_tensors(self.file(start))
+
+
+def parts_of(model: "DiffusionModel", config: SamplingConfig, out: Path, outputs: Outputs) -> Parts:
+    """Where a call keeps its batches."""
+    facts = [sampled(model, config).identity(), config.batch_size, model.device.type, vars(outputs)]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return Parts(out / f".parts-{key[:16]}", outputs)
+
+
+def draw(
+    model: "DiffusionModel", name: str, config: SamplingConfig, out: Path, outputs: Outputs, ranks: Ranks
+) -> tuple[float, "Image"] | None:
+    """Sample, decode and write this rank's batches; the first rank then joins all of them.
+
+    Returns:
+        Images a second of all ranks and the grid of the first samples; None on other ranks.
+    """
+    parts, starts, started = parts_of(model, config, out, outputs), starts_of(config), time.monotonic()
+    own = ranks.share(starts)
+    left = [start for start in own if not parts.file(start).is_file()]
+    if len(left) < len(own):
+        logger.info(f"{out}: goes on after {len(own) - len(left)} of {len(own)} batches that are drawn")
+    done, drawn = len(own) - len(left), 0
+    with following(ranks.first, f"sampling {name}", "batch", len(own), done) as show:
+        for number, (start, batch) in enumerate(zip(left, sample_batches(model, config, left), strict=True), 1):
+            if outputs.png:
+                _write_png(batch.images, out / "img", config.seed + start)
+            parts.keep(start, batch.images, batch.states, batch.labels)
+            drawn += len(batch.images)
+            show(done + number)
+    counts = ranks.gather(drawn)
+    if not ranks.first:
+        return None
+    rate = sum(counts) / (time.monotonic() - started)
+    sheet = _join(parts, starts, config, out)
+    shutil.rmtree(parts.folder)
+    return rate, sheet
+
+
+def _join(parts: Parts, starts: Sequence[int], config: SamplingConfig, out: Path) -> "Image":
+    """Write samples.npz, latents.safetensors and grid.png from all batches; returns the grid."""
+    shown: list[Tensor] = []
+    latents: list[Tensor] = []
+    with ExitStack() as files:
+        npz: NpzWriter | None = None
+        if parts.outputs.npz:
+            npz = files.enter_context(npz_writer(out / "samples.npz", config.count))
+        for tensors in parts.read(starts):
+            images = tensors["images"]
+            if npz:
+                npz.add(images, tensors.get("labels"))
+            if sum(map(len, shown)) < GRID:
+                shown.append(images)
+            latents += [tensors["states"]] if parts.outputs.latents else []
+    if parts.outputs.latents:
+        write_tensors(out / "latents.safetensors", {"latents": torch.cat(latents)})
+    sheet = grid(torch.cat(shown)[:GRID])
+    save_image(sheet, out / "grid.png")
+    return sheet
+
+
+def _write_png(images: Tensor, folder: Path, first: int) -> None:
+    for i, image in enumerate(images, first):
+        save_image(to_image(image), folder / f"{i:06d}.png")

@@ -1,0 +1,117 @@
+"""What each process of tests/test_ranks.py does: python tests/rank_worker.py FOLDER SCENARIO [SCENARIO ...]"""
+
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ldm_dkdm import load_config, load_model
+from ldm_dkdm.commands.main import main
+from ldm_dkdm.config.load import parse
+from ldm_dkdm.config.schema import DistillRun
+from ldm_dkdm.device import started
+from ldm_dkdm.diffusion.process import q_sample
+from ldm_dkdm.distillation.batches import BatchStream
+from ldm_dkdm.distillation.make_student import make_student
+from ldm_dkdm.files import write_text
+from ldm_dkdm.records import DistillBatch, Prediction
+from ldm_dkdm.training.from_teacher import distill
+from ldm_dkdm.training.parts import assemble
+from ldm_dkdm.training.run import Run
+from ldm_dkdm.training.run_folder import RunFolder
+from ldm_dkdm.training.saving import RunCheckpoint
+
+STEPS, GLOBAL_BATCH = 6, 4
+KILLED_AT = 4  # the last checkpoint before it is that of step 3
+
+
+def digest(network: torch.nn.Module) -> str:
+    """A hash of the weights."""
+    parts = [tensor.detach().numpy().tobytes() for tensor in network.state_dict().values()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def run(folder: Path, name: str, strategy: str = "auto", die: bool = False) -> None:
+    """Distil as base.yaml says; every process writes the hash of its weights after each step."""
+    config = load_config(folder / "base.yaml", [f"logging.name={name}", f"trainer.strategy={strategy}"])
+    teacher = load_model(config.teacher.ckpt)
+    student = make_student(config.student, teacher, config.trainer.seed)
+    world, seen = started(), []
+    rank = world.rank if world else 0
+
+    def watch(what: str, done: int, total: int) -> None:
+        if what == "training":
+            seen.append(digest(student.network))
+            if die and rank == 1 and done == KILLED_AT:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    distill(teacher, student, folder / name, config=config, progress=watch)
+    write_text(folder / f"{name}-{rank}.txt", "\n".join(seen))
+
+
+class FixedBatches(BatchStream):
+    """The same global batches for any number of ranks, each of which takes its slice."""
+
+    def __init__(self, parts, rank: int, ranks: int) -> None:
+        self.teacher, self.rank, self.ranks, self.step, self.max_steps = parts.teacher, rank, ranks, 0, STEPS
+
+    def next_batch(self) -> DistillBatch:
+        generator = torch.Generator().manual_seed(self.step)
+        x_0, eps = torch.randn(2, GLOBAL_BATCH, *self.teacher.shape, generator=generator)
+        t = torch.randint(self.teacher.schedule.num_timesteps, (GLOBAL_BATCH,), generator=generator)
+        own = slice(self.rank * GLOBAL_BATCH // self.ranks, (self.rank + 1) * GLOBAL_BATCH // self.ranks)
+        self.step += 1
+        x = q_sample(self.teacher.schedule, x_0, t, eps)
+        return DistillBatch(x[own], t[own], Prediction(eps[own], x_0[own]), None)
+
+
+def train_on_fixed_batches(folder: Path, name: str, strategy: str = "auto") -> None:
+    """Train a student on `FixedBatches` and leave the checkpoint."""
+    tree = vars(load_config(folder / "base.yaml", [f"logging.name={name}", f"trainer.strategy={strategy}"]))
+    config = parse(DistillRun, {key: value for key, value in tree.items() if value is not None})
+    teacher = load_model(config.teacher.ckpt)
+    parts = assemble(teacher, make_student(config.student, teacher, 0), config)
+    work = Run(config, RunFolder(folder / name), progress=False)
+    saving = RunCheckpoint(work.folder.checkpoints, config.logging, lambda trainer: None)
+    with work.open():
+        work.fit(parts.module(), lambda t: FixedBatches(parts, t.global_rank, t.world_size), [saving])
+
+
+def command(*arguments: object) -> None:
+    """Run a command; what it writes shows whether it succeeds."""
+    with contextlib.suppress(SystemExit):
+        main(arguments=list(map(str, arguments)))
+
+
+def sample(folder: Path) -> None:
+    """Draw 23 images in batches of 4."""
+    drawing = ("-n", 23, "-c", 2, "--batch_size", 4, "--npz", "--latents", "--device", "cpu")
+    command("sample", "-r", folder / "teacher", *drawing, "-l", folder / "samples-ranks")
+
+
+def evaluate(folder: Path) -> None:
+    """Measure 70 images against others."""
+    reference = ("evaluate", folder / "teacher", folder / "reference.npz", "--metrics", "pixel-frechet")
+    options = ("-n", 70, "-c", 1, "--batch_size", 16, "--device", "cpu", "--cache", folder / "cache")
+    command(*reference, *options, "--results", folder / "ranks.csv")
+
+
+SCENARIOS: dict[str, Callable[[Path], None]] = {
+    "sample": sample,
+    "evaluate": evaluate,
+    "ddp": lambda folder: run(folder, "ddp"),
+    "fsdp": lambda folder: run(folder, "fsdp", "fsdp"),
+    "split": lambda folder: train_on_fixed_batches(folder, "split"),
+    "shards": lambda folder: train_on_fixed_batches(folder, "shards", "fsdp"),
+    "killed": lambda folder: run(folder, "killed", die=True),
+    "resumed": lambda folder: run(folder, "killed"),
+}
+
+if __name__ == "__main__":
+    for scenario in sys.argv[2:]:
+        SCENARIOS[scenario](Path(sys.argv[1]))

@@ -1,0 +1,272 @@
+"""Several processes: two agents on loopback, SLURM's variables, killed ranks, another number of ranks, shards."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm_dkdm.device import started
+from tests import rank_worker
+from tests.cli import ROOT, contents, sample, table, write_yaml
+from tests.cli import run_script as script
+from tests.parts import distill_config, first_stage_folder, model_folder
+
+WORKER = str(ROOT / "tests" / "rank_worker.py")
+CLEARED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start(command: Sequence[str], **variables: object) -> subprocess.Popen:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(CLEARED)}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in variables.items()}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def ended(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Exit codes and stderr of all."""
+    outputs = [process.communicate(timeout=250) for process in processes]
+    return [(process.returncode, error) for process, (_, error) in zip(processes, outputs, strict=True)]
+
+
+def agents(folder: Path, *scenarios: str, nodes: int = 2, each: int = 1) -> list[tuple[int, str]]:
+    """torchrun, once on every machine; here they are all on this one."""
+    port = free_port()
+    where = ["--nnodes", str(nodes), "--nproc_per_node", str(each), "--master_addr", "127.0.0.1"]
+    torchrun = ["-m", "torch.distributed.run", *where, "--master_port", str(port)]
+    work = [WORKER, str(folder), *scenarios]
+    return ended([start([*torchrun, "--node_rank", str(node), *work]) for node in range(nodes)])
+
+
+def srun(folder: Path, *scenarios: str, tasks: int = 2) -> list[tuple[int, str]]:
+    """Processes with the variables that srun gives to its tasks."""
+    shared = {"SLURM_NTASKS": tasks, "SLURM_NNODES": 1, "SLURM_NODEID": 0, "SLURM_JOB_ID": 71, "SLURM_JOB_NAME": "x"}
+    shared |= {"SLURM_NODELIST": "localhost", "MASTER_PORT": free_port()}
+    work = [WORKER, str(folder), *scenarios]
+    return ended([start(work, **shared, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in range(tasks)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two agents of one process each leave."""
+    home = tmp_path_factory.mktemp("ranks")
+    teacher = model_folder(home / "teacher", first_stage_folder(home / "vq"))
+    logging = {"evaluate_every": 0, "sample_every": 3, "log_every": 1}
+    trainer = {"max_steps": rank_worker.STEPS, "grad_clip": 1.0}
+    write_yaml(home / "base.yaml", distill_config(teacher, home, trainer=trainer, logging=logging))
+    images = np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), dtype=np.uint8)
+    np.savez(home / "reference.npz", arr_0=images)
+    for code, error in agents(home, "sample", "evaluate", "ddp", "fsdp", "split", "shards"):
+        assert code == 0, error
+    return home
+
+
+def student(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "student" / "student.safetensors")
+
+
+def checkpoint(folder: Path, name: str) -> dict[str, object]:
+    return torch.load(folder / name / "checkpoints" / "step=00000006.ckpt", weights_only=True)
+
+
+def moments(folder: Path, name: str) -> torch.Tensor:
+    """Adam's means of the gradients, which are linear in them."""
+    states = checkpoint(folder, name)["optimizer_states"][0]["state"]
+    return torch.cat([states[key]["exp_avg"].flatten() for key in sorted(states)]).double()
+
+
+def weights(folder: Path, name: str) -> torch.Tensor:
+    return torch.cat([w.flatten() for w in checkpoint(folder, name)["current_model_state"].values()]).double()
+
+
+@pytest.mark.timeout(600)
+def test_two_agents_train_one_student_whose_weights_are_equal_after_every_step(folder: Path) -> None:
+    seen = [(folder / f"ddp-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    assert seen[0] == seen[1]
+    assert len(set(seen[0])) == rank_worker.STEPS  # every step changes them
+    pools = [load_file(folder / "ddp" / "checkpoints" / f"step=00000006.pool-rank{r}.safetensors") for r in (0, 1)]
+    assert not torch.equal(pools[0]["x"], pools[1]["x"])
+    assert [row["step"] for row in table(folder / "ddp" / "metrics.csv")] == list("123456")  # rank 0 alone writes
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_at_a_batch_are_one_rank_at_twice_the_batch(folder: Path) -> None:
+    rank_worker.train_on_fixed_batches(folder, "whole")
+    scale = moments(folder, "whole").abs().max()
+    for name in ("split", "shards"):
+        assert (moments(folder, name) - moments(folder, "whole")).abs().max() < 1e-5 * scale
+        assert (weights(folder, name) - weights(folder, "whole")).abs().max() < 2e-4  # the rate is 1e-3, 6 steps
+
+
+@pytest.mark.timeout(600)
+def test_shards_train_the_student_of_ddp(folder: Path) -> None:
+    ddp, fsdp = student(folder / "ddp"), student(folder / "fsdp")
+    assert ddp.keys() == fsdp.keys()
+    assert max((ddp[name] - fsdp[name]).abs().max() for name in ddp) < 2e-4
+    assert (moments(folder, "fsdp") - moments(folder, "ddp")).abs().max() < 1e-5 * moments(folder, "ddp").abs().max()
+    rows = [table(folder / name / "metrics.csv") for name in ("ddp", "fsdp")]
+    for one, other in zip(*rows, strict=True):
+        assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
+    assert (folder / "fsdp" / "samples" / "step=00000003.png").is_file()
+
+
+@pytest.mark.timeout(600)
+def test_a_rank_is_killed_and_the_restarted_run_makes_the_student_of_an_undisturbed_one(folder: Path) -> None:
+    ((code, error),) = agents(folder, "killed", nodes=1, each=2)
+    assert code != 0
+    assert not (folder / "killed-0.txt").exists()
+    names = sorted(file.name for file in (folder / "killed" / "checkpoints").iterdir() if file.name[0] != ".")
+    assert names == [f"step=00000003.{end}" for end in ("ckpt", "pool-rank0.safetensors", "pool-rank1.safetensors")]
+    for code, error in srun(folder, "resumed"):  # another launcher makes no difference
+        assert code == 0, error
+    resumed, whole = student(folder / "killed"), student(folder / "ddp")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_keeps_every_slot(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "fsdp", tmp_path / "run")
+    saved = [load_file(tmp_path / "run" / "checkpoints" / f"step=00000006.pool-rank{r}.safetensors") for r in (0, 1)]
+    arguments = ("trainer.strategy=ddp", "logging.sample_every=1000", "trainer.max_steps=7")
+    assert script("dkdm_ldm.py", "--resume", tmp_path / "run", *arguments) == 0
+    assert "the pools of 2 ranks are dealt to 1: 80 slots each, none is lost" in capsys.readouterr().out
+    after = load_file(tmp_path / "run" / "checkpoints" / "step=00000007.pool-rank0.safetensors")
+    kept = (after["updated"] <= 6).nonzero().flatten()
+    assert len(kept) == 80 - 4  # one batch was drawn
+    before = torch.cat([pool["x"] for pool in saved])
+    assert torch.equal(after["x"][kept], before[kept])
+
+
+def test_sampling_over_ranks_is_sampling_in_one_process_and_goes_on_after_a_stop(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ldm_dkdm.commands import drawing
+
+    drawing_options = ("-n", 23, "-c", 2, "--batch_size", 4, "--npz", "--latents", "--device", "cpu")
+    arguments = ("-r", folder / "teacher", *drawing_options, "-l", tmp_path / "one")
+    with monkeypatch.context() as patch:
+        batches = drawing.sample_batches
+        patch.setattr(drawing, "sample_batches", lambda *given: stopping(batches(*given), 4))
+        with pytest.raises(ZeroDivisionError):
+            sample(*arguments)
+    drawn = []
+    batches = drawing.sample_batches
+    monkeypatch.setattr(drawing, "sample_batches", lambda *given: (drawn.append(given[2]), batches(*given))[1])
+    assert sample(*arguments) == 0
+    assert drawn == [[16, 20]]
+    assert "goes on after 4 of 6 batches" in capsys.readouterr().out
+    assert contents(tmp_path / "one") == contents(folder / "samples-ranks")
+
+
+def stopping(batches, count: int):
+    for number, batch in enumerate(batches):
+        if number == count:
+            raise ZeroDivisionError
+        yield batch
+
+
+def test_an_evaluation_over_ranks_has_the_figures_of_one_process(folder: Path, tmp_path: Path) -> None:
+    options = ("--metrics", "pixel-frechet", "-n", 70, "-c", 1, "--batch_size", 16, "--device", "cpu")
+    files = ("--cache", tmp_path / "cache", "--results", tmp_path / "one.csv")
+    assert script("evaluate.py", folder / "teacher", folder / "reference.npz", *options, *files) == 0
+    (ranks,), (one,) = table(folder / "ranks.csv"), table(tmp_path / "one.csv")
+    assert float(ranks["pixel Frechet"]) == pytest.approx(float(one["pixel Frechet"]), rel=1e-12)
+    assert not list((folder / "cache").glob("*.partial.npz"))
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1", "RANK": "3"}
+SRUN = {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in [name for name in os.environ if name.startswith((*CLEARED, "TORCHELASTIC", "OMPI", "PMI"))]:
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({**TORCHRUN, "LOCAL_RANK": "1"}, ("torchrun", 2, 2, 3, 1, 1)),
+        (SRUN, ("srun", 2, 2, 3, 1, 1)),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, ("srun", 1, 2, 3, 1, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, ("RANK and WORLD_SIZE", 1, 2, 1, 0, 1)),  # Kubeflow, without torchrun
+        ({**SRUN, "SLURM_JOB_NAME": "interactive"}, None),
+        ({"SLURM_NTASKS": "4"}, None),  # salloc's shell
+        ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}, None),  # Lightning's own process
+        ({"RANK": "0", "WORLD_SIZE": "2", "NODE_RANK": "0", "LOCAL_RANK": "1"}, None),
+    ],
+)
+def test_the_world_is_the_one_that_was_started(
+    variables: Mapping[str, str], found: tuple | None, environment: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    world = started()
+    assert (None if world is None else tuple(vars(world).values())) == found
+
+
+@pytest.mark.parametrize(
+    ("variables", "override", "message"),
+    [
+        (TORCHRUN, "trainer.devices=3", "trainer.devices: 3 (and num_nodes: 2), but torchrun started 2 processes"),
+        (SRUN, "trainer.num_nodes=1", "trainer.num_nodes: 1 (and devices: 2), but srun started 2 processes on each of"),
+        ({}, "trainer.num_nodes=2", "trainer.num_nodes: 2 machines, and nothing tells this process which it is on"),
+        ({**SRUN, "SLURM_NTASKS": "3"}, "trainer.seed=1", "srun started 3 processes on 2 machines; start as many on"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "trainer.seed=1", "mpirun started 2 processes; start them with torchrun or"),
+        ({}, "trainer.strategy=dpp", "trainer.strategy: 'dpp' is not one of auto, ddp,"),
+        ({}, "trainer.strategy=deepspeed_stage_2", "trainer.strategy: deepspeed_stage_2 writes checkpoints that it"),
+        ({}, "trainer.strategy=ddp_spawn", "trainer.strategy: ddp_spawn copies this process"),
+        (TORCHRUN, "trainer.strategy=single_device", "trainer.strategy: single_device is for one process, and there"),
+    ],
+)
+def test_another_world_or_strategy_is_refused_before_anything_is_written(
+    variables: Mapping[str, str],
+    override: str,
+    message: str,
+    teacher_folder: Path,
+    tmp_path: Path,
+    environment: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = write_yaml(tmp_path / "base.yaml", distill_config(teacher_folder, tmp_path))
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    environment.setattr("ldm_dkdm.commands.main.PATIENCE", 0.0)
+    assert script("dkdm_ldm.py", "--base", base, override) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_global_batch_is_divided_over_the_world_and_stays_when_the_ranks_change(
+    teacher_folder: Path, tmp_path: Path, environment: pytest.MonkeyPatch
+) -> None:
+    from ldm_dkdm import load_config
+    from ldm_dkdm.training.run_folder import RunFolder, open_run
+
+    config = distill_config(teacher_folder, tmp_path, distill={"global_batch_size": 8})
+    del config["distill"]["batch_size"]
+    base = write_yaml(tmp_path / "base.yaml", config)
+    one = load_config(base)
+    assert one.distill.batch_size == 8
+    open_run(one, RunFolder(tmp_path / "run"))
+    for name, value in {**SRUN, "SLURM_PROCID": "0"}.items():
+        environment.setenv(name, value)
+    four = load_config(tmp_path / "run" / "config.yaml")
+    assert four.distill.batch_size == 2
+    open_run(four, RunFolder(tmp_path / "run"))  # refuses another configuration
