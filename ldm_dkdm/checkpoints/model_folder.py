@@ -17,7 +17,7 @@ from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
 from ldm_dkdm.config.load import RUN_KIND, card_kind, read_card, to_yaml
 from ldm_dkdm.config.schema import FirstStageCard, FirstStagePointer, ModelCard
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import write_tensors, write_text
+from ldm_dkdm.files import replacing_in, write_tensors, write_text
 from ldm_dkdm.reporting import decoration
 
 NAME = "model folder"
@@ -67,14 +67,15 @@ def described(home: Path, format: str = NAME, file: Path | None = None, **weight
 
 
 def write(model: SavedModel, path: Path) -> None:
-    """Write a model into a new or empty folder; config.yaml comes last.
+    """Write a model into a new or empty folder, which is there whole or not at all.
 
     Raises:
         UserError: the folder holds files, or is a file.
     """
     if not path.is_dir() or any(path.iterdir()):
         refuse_existing(path)
-    write_model(path, card_of(model, path), model.network.state_dict())
+    with replacing_in(path.parent, path.name) as temporary:
+        write_model(temporary / path.name, card_of(model, path), model.network.state_dict())
 
 
 def card_of(model: SavedModel, folder: Path, weights: str = WEIGHTS, **info: Any) -> ModelCard:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.arrays import PickledArray
+from ldm_dkdm.checkpoints.hashes import read_safetensors
 from ldm_dkdm.checkpoints.reading import as_tensor, file_kind, read_content
 from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.errors import MALFORMED, UserError, blaming
@@ -58,12 +59,13 @@ def _read_own(file: Path, shape: tuple[int, int, int], facts: Mapping[str, Any])
     if file_kind(file) != "safetensors":
         raise UserError(f"{file}: not a readable pool file")
     try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-            header = json.loads((opened.metadata() or {})["pool"])
+        tensors, metadata = read_safetensors(file)
+        header = json.loads(metadata["pool"])
         x, t, label = tensors["x"], tensors["t"].long(), tensors.get("label")
         filled = int(header["filled"])
         known = {name for name in facts if name in header}
+    except UserError:
+        raise
     except (SafetensorError, OSError, *MALFORMED) as error:
         raise UserError(f"{file}: not a readable pool file ({error})") from error
     for name, wanted in json.loads(json.dumps(facts)).items():

@@ -21,7 +21,6 @@ from ldm_dkdm.reporting import logger
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
     from ldm_dkdm.checkpoints import Hints
     from ldm_dkdm.model import DiffusionModel
@@ -193,7 +192,7 @@ def _sample(model: "DiffusionModel", config: SamplingConfig, out: Path, outputs:
     import torch
 
     from ldm_dkdm.files import write_tensors
-    from ldm_dkdm.images import grid, npz_writer, save_image
+    from ldm_dkdm.images import grid, npz_writer, save_image, save_images
     from ldm_dkdm.reporting import following
 
     latents, first, done, started = [], [], 0, time.monotonic()
@@ -202,7 +201,7 @@ def _sample(model: "DiffusionModel", config: SamplingConfig, out: Path, outputs:
         show = files.enter_context(following(True, f"sampling {name_of(model)}", "image", config.count))
         for batch in model.sample_batches(config):
             if outputs.png:
-                _write_png(batch.images, out / "img", config.seed + done)
+                save_images(batch.images, out / "img", config.seed + done)
             if npz:
                 npz.add(batch.images, None if batch.labels is None else batch.labels.cpu())
             if done < GRID:
@@ -222,13 +221,6 @@ def _sample(model: "DiffusionModel", config: SamplingConfig, out: Path, outputs:
         print(f"{out}/img: also holds {others} images of earlier calls; -l names another folder")
     print(f"{label}: {out}")
     return label, sheet
-
-
-def _write_png(images: "Tensor", folder: Path, first: int) -> None:
-    from ldm_dkdm.images import save_image, to_image
-
-    for i, image in enumerate(images, first):
-        save_image(to_image(image), folder / f"{i:06d}.png")
 
 
 def require_writable(folder: Path | None) -> None:

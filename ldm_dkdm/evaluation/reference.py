@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.hashes import check_content
 from ldm_dkdm.checkpoints.reading import file_kind
 from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.diffusion.samplers import SAMPLERS, ImageNoise, last
@@ -152,6 +153,7 @@ def read_reference(path: Path, facts: Mapping[str, Any]) -> Reference | None:
             if header["facts"] != json.loads(json.dumps(facts)):
                 return None
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            check_content(path, found, file.metadata())
         states = HeldOutStates(found["x"], found["t"], found["eps"], found.get("states_label"))
         return Reference(states, found["drift"], found["images"], found.get("label"), header["seed"])
     except (SafetensorError, OSError, *MALFORMED, UserError):  # it is computed again

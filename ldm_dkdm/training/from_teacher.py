@@ -97,7 +97,7 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
     teacher = teacher.changed(precision=run.precision)
     trained = student.changed(precision=run.precision, first_stage=teacher.first_stage).sharing_codec(teacher)
     parts, supply = assemble(teacher, trained, run.config), None
-    if not run.folder.latest():
+    if not run.latest:
         require_room(parts)
         supply = supply_of(parts)
         _check_teacher(parts, run)

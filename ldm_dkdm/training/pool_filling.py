@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ldm_dkdm.checkpoints.card import sha256
+from ldm_dkdm.checkpoints.hashes import sha256, verifying
 from ldm_dkdm.checkpoints.pools import is_own_pool, read_own_pool, read_reference_pool
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.refill import check_supply, refill
@@ -89,12 +89,13 @@ def prepare_pool(
         Stopped: a signal; the warm-up so far is saved.
     """
     pool.facts = pool_facts(parts.teacher)
-    latest, teacher, seed = run.folder.latest(), parts.teacher, run.trainer.seed
+    latest, teacher, seed = run.latest, parts.teacher, run.trainer.seed
     if latest:
         saved = pool_path(run.folder.checkpoints, step_of(latest), rank)
         if not saved.is_file():
             raise UserError(f"{saved}: missing; the checkpoint beside it cannot be resumed without its pool")
-        pool.load(saved)
+        with verifying(False):  # `run.latest` has compared it with its hash
+            pool.load(saved)
         pool.updated[pool.updated < 0] = run.first_batch  # a file of an older version
     elif supply is not None:
         refill(pool, supply, teacher.schedule.num_timesteps, seed, rank)
@@ -109,7 +110,10 @@ def _warm_up(warmup: Warmup, partial: Path, origin: str, progress: bool | Progre
     """Run a warm-up, or continue an interrupted one; it is saved from time to time and at its end."""
     pool = warmup.pool
     if partial.is_file():
-        pool.load(partial, origin)
+        try:
+            pool.load(partial, origin)
+        except UserError as error:
+            raise UserError(f"{error}; delete it to start the warm-up again") from error
     last_save = time.monotonic()
     with following(progress, "warm-up", "slot", len(pool), pool.filled) as done:
         try:

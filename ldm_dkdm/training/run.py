@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from ldm_dkdm.checkpoints.loading import load_strictly, require_keys
 from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.shapes import under
 from ldm_dkdm.config.load import read_card
-from ldm_dkdm.config.schema import ModelCard, TrainerConfig
-from ldm_dkdm.device import default_device, resolve_precision
+from ldm_dkdm.config.schema import DistillRun, ModelCard, TrainerConfig
+from ldm_dkdm.device import default_device, is_first_rank, resolve_precision
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, decoration, logger
@@ -29,8 +30,9 @@ from ldm_dkdm.training.ends import EarlyStop, early_ends
 from ldm_dkdm.training.interrupt import GracefulStop
 from ldm_dkdm.training.loggers import open_loggers, require_loggers
 from ldm_dkdm.training.measuring import Agreement, refuse_agreement
+from ldm_dkdm.training.resuming import continues, newest_whole, read_checkpoint, set_aside
 from ldm_dkdm.training.run_folder import RunFolder, alone_in, check_run, open_run, require_plain, step_of
-from ldm_dkdm.training.saving import RunCheckpoint, read_checkpoint
+from ldm_dkdm.training.saving import RunCheckpoint, WrittenInPlace
 from ldm_dkdm.training.undisturbed import undisturbed
 from ldm_dkdm.training.windows import Windows
 
@@ -97,10 +99,10 @@ class Run:
             UserError: the folder is another run's, its newest checkpoint is damaged, or another network's.
         """
         check_run(self.config, self.folder, self.resumed)
-        latest = self.folder.latest()
+        latest = self.latest
         if latest is None:
             return None
-        step, saved = step_of(latest), read_checkpoint(latest)  # refuses a damaged file
+        step, saved = step_of(latest), read_checkpoint(latest)
         if network is not None:
             require_keys(network, under(saved["state_dict"], "network."), latest)
         if step >= self.trainer.max_steps:
@@ -113,6 +115,17 @@ class Run:
                 return f"already ended at step {step} by {end.key}; a larger one continues it ({self._resume})"
         return None
 
+    @cached_property
+    def latest(self) -> Path | None:
+        """The checkpoint to continue from: the newest whole one.
+
+        Raises:
+            UserError: the folder is another run's, or has no whole one.
+        """
+        check_run(self.config, self.folder, self.resumed)
+        pools = self.trainer.devices if isinstance(self.config, DistillRun) else 0
+        return newest_whole(self.folder.checkpoints, pools)
+
     @property
     def _resume(self) -> str:
         return f"--resume {self.folder.path}, in Python resume=True"
@@ -120,7 +133,7 @@ class Run:
     @property
     def step(self) -> int:
         """The optimizer steps of the newest checkpoint; 0 without one."""
-        latest = self.folder.latest()
+        latest = self.latest
         return step_of(latest) if latest else 0
 
     def ended(self, model: DiffusionModel, end: str) -> Result:
@@ -190,13 +203,16 @@ class Run:
         Raises:
             Stopped: a signal ended the run before its end; all is saved.
         """
-        latest, ends = self.folder.latest(), early_ends(self.trainer)
+        latest, ends = self.latest, early_ends(self.trainer)
         windows = Windows(self.config.logging.log_every)
         _keep_best(ends, callbacks)
         if measuring is not None:
             hearing = [windows, *ends, *callbacks]
             measuring.listeners = [found.measured for found in hearing if hasattr(found, "measured")]
         first = [measuring] if measuring is not None else []
+        if latest is not None and is_first_rank():
+            set_aside(self.folder.checkpoints, latest)
+            logger.info(continues(self.folder.path, self.step))
         trainer = self._lightning([self.stop, *first, windows, *ends, *callbacks])
         try:
             trainer.fit(module, datamodule=StreamModule(stream_for), ckpt_path=latest, weights_only=True)
@@ -225,6 +241,7 @@ class Run:
             callbacks=[StudentEMA(config.ema_decay, config.ema_warmup), *([bar] if bar else []), *callbacks],
             enable_progress_bar=isinstance(bar, ProgressBar),
             enable_checkpointing=False,
+            plugins=[WrittenInPlace()],
             enable_model_summary=False,
             use_distributed_sampler=False,
         )

@@ -15,7 +15,7 @@ from ldm_dkdm.config.load import card_kind, fits, load_config, read_yaml, to_yam
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, LoggingConfig, ModelCard
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import expanded, write_text
+from ldm_dkdm.files import expanded, make_folder, write_text
 from ldm_dkdm.reporting import logger
 
 RunConfig = DistillRun | DiffusionRun | FirstStageRun
@@ -85,7 +85,7 @@ def alone_in(folder: RunFolder) -> Iterator[None]:
     if not is_first_rank():
         yield
         return
-    folder.path.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.path)
     with (folder.path / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
