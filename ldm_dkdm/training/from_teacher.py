@@ -28,7 +28,7 @@ from ldm_dkdm.training.pool_filling import prepare_pool, require_room, supply_of
 from ldm_dkdm.training.pool_log import PoolLog
 from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.run_folder import RunFolder
-from ldm_dkdm.training.saving import RunCheckpoint
+from ldm_dkdm.training.saving import RunCheckpoint, tidy
 
 BEFORE = "before the training"
 
@@ -123,8 +123,8 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
 
     with run.open():
         result = run.fit(parts.module(), stream_for, [pools, saving, grids], measuring)
-    for mapped in run.folder.path.glob("pool-rank*.bin"):  # the checkpoints hold the same
-        mapped.unlink(missing_ok=True)
+        if is_first_rank():
+            tidy(run.folder)
     return run.result(student, result)
 
 

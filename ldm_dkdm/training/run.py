@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from ldm_dkdm.training.loggers import open_loggers, require_loggers
 from ldm_dkdm.training.measuring import Agreement, refuse_agreement
 from ldm_dkdm.training.resuming import continues, newest_whole, read_checkpoint, set_aside
 from ldm_dkdm.training.run_folder import RunFolder, alone_in, check_run, open_run, require_plain, step_of
-from ldm_dkdm.training.saving import RunCheckpoint, WrittenInPlace
+from ldm_dkdm.training.saving import RunCheckpoint, WrittenInPlace, tidy
 from ldm_dkdm.training.undisturbed import undisturbed
 from ldm_dkdm.training.windows import Windows
 
@@ -139,6 +139,9 @@ class Run:
     def ended(self, model: DiffusionModel, end: str) -> Result:
         """The model of a run that has nothing more to do, with the weights that it saved."""
         logger.info(f"{self.folder.path}: {end}")
+        if is_first_rank():
+            with suppress(UserError), alone_in(self.folder):  # unless another process is just ending there
+                tidy(self.folder)
         return self._saved(model, self.step, end)
 
     def result(self, model: DiffusionModel, fitted: Result) -> Result:
@@ -173,6 +176,8 @@ class Run:
             UserError: another process trains in the folder.
         """
         with undisturbed(), alone_in(self.folder), self.stop:
+            if is_first_rank():
+                tidy(self.folder)
             open_run(self.config, self.folder, self.resumed)
             yield self
 

@@ -17,7 +17,7 @@ from ldm_dkdm.config.schema import LoggingConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import make_folder, sync, write_torch
 from ldm_dkdm.training.ends import AGREEMENT, EarlyStop, StepCallback
-from ldm_dkdm.training.run_folder import checkpoints, step_of
+from ldm_dkdm.training.run_folder import RunFolder, checkpoints, step_of
 
 if TYPE_CHECKING:
     from ldm_dkdm.distillation.pool import NoisyPool
@@ -123,6 +123,14 @@ class WrittenInPlace(TorchCheckpointIO):
             OSError: no room, no permission.
         """
         write_torch(Path(path), checkpoint)
+
+
+def tidy(run: RunFolder) -> None:
+    """Remove what killed processes left in a run folder: half-written files, the mapped pools; it must be locked."""
+    for folder in (run.path, run.checkpoints, run.model, run.path / "samples"):
+        sweep(folder)
+    for mapped in run.path.glob("pool-rank*.bin"):  # the checkpoints hold the same
+        mapped.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
