@@ -99,7 +99,7 @@ def check_file(path: Path) -> None:
 
 
 def check_parts(path: Path) -> None:
-    """Compare the parts of a zip archive with their CRC-32; a file of another kind, or without them, has none.
+    """Compare the parts of a zip archive with their CRC-32; a file of another kind has none.
 
     Raises:
         UserError: one differs, or parts share their content, which no writer does.
@@ -110,8 +110,6 @@ def check_parts(path: Path) -> None:
         parts = archive.infolist()
         if sum(part.compress_size for part in parts) > path.stat().st_size:
             raise UserError(f"{path}: is damaged: its parts are larger than the file")
-        if not any(part.CRC for part in parts if part.file_size):  # written without them, to save time
-            return
         for part in parts:
             _check_part(path, archive, part)
 

@@ -32,7 +32,12 @@ from ldm_dkdm.files import exists, expanded
 from ldm_dkdm.training.run_folder import RunFolder, find_run, run_folder
 
 T = TypeVar("T", DistillRun, DiffusionRun, FirstStageRun)
-HINTS = {**hints_of(TeacherConfig), **hints_of(DiffusionConfig), "first_stage": str}  # types of the hints
+HINTS = {
+    **hints_of(TeacherConfig),
+    **hints_of(DiffusionConfig),
+    "first_stage": str,
+    "verify": bool,
+}  # types of the hints
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a training command to save and stop
 
 

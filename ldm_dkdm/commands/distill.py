@@ -56,7 +56,7 @@ def open_teacher(config: DistillRun) -> "DiffusionModel":
     from ldm_dkdm.checkpoints import Hints
     from ldm_dkdm.model import open_model
 
-    hints = Hints.of_sections(config.teacher, config.diffusion, config.first_stage)
+    hints = Hints.of_sections(config.teacher, config.diffusion, config.first_stage, config.trainer.verify)
     with dotted_keys("teacher", path="teacher.ckpt"):
         return open_model(config.teacher.ckpt, hints).changed(guidance=config.teacher.guidance)
 

@@ -210,4 +210,8 @@ class TrainerConfig(Section):
     )
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = key("auto", help="Kind of device to train on.")
     devices: int = key(1, min=1, help="Number of devices; each has a pool of its own.")
+    verify: bool = key(
+        True,
+        help="Compare teacher, checkpoints and pools with the hashes they were written with; false saves the seconds.",
+    )
     seed: int = key(0, min=0, help="Seed of every random choice.")

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from ldm_dkdm.checkpoints.hashes import verifying
 from ldm_dkdm.checkpoints.loading import load_strictly, require_keys
 from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.shapes import under
@@ -102,7 +103,8 @@ class Run:
         latest = self.latest
         if latest is None:
             return None
-        step, saved = step_of(latest), read_checkpoint(latest)
+        with verifying(False):  # `latest` is whole
+            step, saved = step_of(latest), read_checkpoint(latest)
         if network is not None:
             require_keys(network, under(saved["state_dict"], "network."), latest)
         if step >= self.trainer.max_steps:
@@ -124,7 +126,8 @@ class Run:
         """
         check_run(self.config, self.folder, self.resumed)
         pools = self.trainer.devices if isinstance(self.config, DistillRun) else 0
-        return newest_whole(self.folder.checkpoints, pools)
+        with verifying(self.trainer.verify):
+            return newest_whole(self.folder.checkpoints, pools)
 
     @property
     def _resume(self) -> str:
