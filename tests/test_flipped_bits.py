@@ -27,7 +27,7 @@ from tests.parts import (
     write_compvis_checkpoint,
 )
 
-FLIPS = int(os.environ.get("DKDM_FLIPS", 20))  # in each kind of file
+FLIPS = int(os.environ.get("DKDM_FLIPS", "20"))  # in each kind of file
 HINTS = {"image_size": 8, "num_head_channels": 32}
 
 

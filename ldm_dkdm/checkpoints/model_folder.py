@@ -47,7 +47,7 @@ def described(home: Path, format: str = NAME, file: Path | None = None, **weight
     pointer = card.first_stage
     stage = None
     if pointer is not None:
-        stage = FirstStageSource(home / pointer.path, pointer.scale_factor, pointer.target, pointer.params)
+        stage = FirstStageSource(_pointed_to(home, pointer), pointer.scale_factor, pointer.target, pointer.params)
     return Contents(
         path=home,
         file=file or home / card.weights,
@@ -64,6 +64,13 @@ def described(home: Path, format: str = NAME, file: Path | None = None, **weight
         described=True,
         **weights,
     )
+
+
+def _pointed_to(home: Path, pointer: FirstStagePointer) -> Path:
+    """The first stage beside a model folder, or where it was when the folder was written."""
+    near = home / pointer.path
+    there = None if pointer.absolute is None else Path(pointer.absolute)
+    return there if there is not None and there.exists() and not near.exists() else near
 
 
 def write(model: SavedModel, path: Path) -> None:
@@ -98,9 +105,9 @@ def pointer_to(stage: FirstStageSource, model: SavedModel, folder: Path) -> Firs
     path = os.path.relpath(stage.path.resolve(), folder.resolve())
     scale = (not stage.doubt and stage.scale_factor) or model.codec().scale_factor
     if is_first_stage_folder(stage.path) or (stage.path / "model_index.json").is_file():
-        return FirstStagePointer(path, scale)
+        return FirstStagePointer(path, scale, absolute=str(stage.path.resolve()))
     opened = stage if stage.target else stage.opened(model.shape[1])
-    return FirstStagePointer(path, scale, opened.target, dict(opened.params))
+    return FirstStagePointer(path, scale, opened.target, dict(opened.params), str(stage.path.resolve()))
 
 
 def write_model(

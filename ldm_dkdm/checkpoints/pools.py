@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.arrays import PickledArray
@@ -28,6 +28,23 @@ _NAME = re.compile(r"(step=\d+|warmup)\.pool-rank\d+\.safetensors")
 def is_own_pool(path: Path) -> bool:
     """Whether a path is a run folder, or a pool file in one."""
     return path.is_dir() or _NAME.fullmatch(path.name) is not None
+
+
+def pool_header(file: Path) -> dict[str, Any]:
+    """What a pool's file says of its states, without reading them.
+
+    Raises:
+        UserError: not a pool file of this package.
+    """
+    file_kind(file)  # refuses a header without end
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = json.loads((opened.metadata() or {})["pool"])
+    except (SafetensorError, OSError, *MALFORMED) as error:
+        raise UserError(f"{file}: not a readable pool file ({error})") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{file}: not a readable pool file")
+    return header
 
 
 def read_own_pool(path: Path, shape: tuple[int, int, int], facts: Mapping[str, Any]) -> NoisyBatch:

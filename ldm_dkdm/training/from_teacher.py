@@ -24,7 +24,14 @@ from ldm_dkdm.training.export import export_on_save
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.measuring import Agreement
 from ldm_dkdm.training.parts import Distillation, assemble
-from ldm_dkdm.training.pool_filling import prepare_pool, require_room, supply_of, teacher_hash
+from ldm_dkdm.training.pool_filling import (
+    prepare_pool,
+    refuse_other_teacher,
+    refuse_overwriting,
+    require_room,
+    supply_of,
+    teacher_hash,
+)
 from ldm_dkdm.training.pool_log import PoolLog
 from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.run_folder import RunFolder
@@ -96,6 +103,7 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
     teacher.frozen().codec()  # refuses what does not fit before anything is written
     teacher = teacher.changed(precision=run.precision)
     trained = student.changed(precision=run.precision, first_stage=teacher.first_stage).sharing_codec(teacher)
+    refuse_overwriting(teacher, run.folder.path)
     parts, supply = assemble(teacher, trained, run.config), None
     if not run.latest:
         require_room(parts)
@@ -103,6 +111,7 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
         _check_teacher(parts, run)
     if end := run.end(student.network):
         return run.ended(student, end)
+    refuse_other_teacher(teacher, run)
     student.network.train()
     log, seed = run.config.logging, run.trainer.seed
     saving = RunCheckpoint(run.folder.checkpoints, log, _export(parts, run))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ldm_dkdm.checkpoints.hashes import sha256, verifying
-from ldm_dkdm.checkpoints.pools import is_own_pool, read_own_pool, read_reference_pool
+from ldm_dkdm.checkpoints.pools import is_own_pool, pool_header, read_own_pool, read_reference_pool
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.refill import check_supply, refill
 from ldm_dkdm.distillation.stream import VARIANTS
@@ -67,6 +67,35 @@ def supply_of(parts: Distillation) -> NoisyBatch | None:
 def teacher_hash(teacher: DiffusionModel) -> str:
     """SHA-256 of the file with the teacher's weights."""
     return sha256(teacher.file) if teacher.file else IN_MEMORY
+
+
+def refuse_other_teacher(teacher: DiffusionModel, run: Run) -> None:
+    """Refuse to continue a run, or its warm-up, with another teacher than it began with.
+
+    Raises:
+        UserError: names both.
+    """
+    folder, key = run.folder.checkpoints, "teacher_sha256"
+    pool = pool_path(folder, step_of(run.latest), 0) if run.latest else warmup_path(folder, 0)
+    before = pool_header(pool).get(key) if pool.is_file() else None
+    if before not in (None, now := teacher_hash(teacher)):
+        raise UserError(
+            f"teacher: {teacher.file or IN_MEMORY} is not the one that {run.folder.path} began with: its SHA-256 was "
+            f"{before} and is {now}; put the old file back, or start a new run (logging.name=NEW, in Python out)"
+        )
+
+
+def refuse_overwriting(teacher: DiffusionModel, folder: Path) -> None:
+    """Refuse a run folder that the teacher is in, where the student would replace it.
+
+    Raises:
+        UserError: names the teacher.
+    """
+    if teacher.path is not None and folder.resolve() in teacher.path.resolve().parents:
+        raise UserError(
+            f"logging.name: the teacher {teacher.path} is in the run folder {folder}, where the student would replace "
+            "it; name another folder (logging.name=NEW, in Python out)"
+        )
 
 
 def pool_facts(teacher: DiffusionModel) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ldm_dkdm.reporting import logger
 RunConfig = DistillRun | DiffusionRun | FirstStageRun
 FREE = ("trainer", "logging")  # sections that may change when a run is resumed
 FIXED = ("trainer.seed", "trainer.accumulate", "trainer.devices")  # keys in FREE that may not
+POINTERS = ("teacher.ckpt", "first_stage.ckpt")  # paths; that the teacher is the same, its hash says
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
@@ -115,7 +116,8 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
             )
         sections = [field.name for field in dataclasses.fields(config) if field.name not in FREE]
         for key in (*sections, *FIXED):
-            if changed := _first_change(_at(before, key), _at(now, key), key):
+            changed = _first_change(_at(before, key), _at(now, key), key)
+            if changed and changed not in POINTERS:
                 raise UserError(f"{changed}: cannot change when {folder.path} is resumed; start a new run for that")
 
 
@@ -146,6 +148,15 @@ def _made_with(stored: Path, schema: type[RunConfig]) -> str:
         return to_yaml(load_config(stored, schema=schema))
     except UserError:  # a config of another script
         return OmegaConf.to_yaml(read_yaml(stored))  # refuses a damaged or endless one
+
+
+def located(path: str, run: Path) -> str:
+    """A relative path in a run's config, looked for in the folders around the run, then where the process works."""
+    if not expanded(path).is_absolute():
+        for folder in (*run.absolute().parents, *run.resolve().parents):
+            if (folder / path).exists():
+                return str(folder / path)
+    return path
 
 
 def require_plain(path: Path) -> None:
