@@ -78,7 +78,10 @@ EDITS = {
     "no_such_device": ({"trainer.accelerator": "cuda"}, ("trainer.accelerator", "cuda")),
     "more_devices_than_there_are": ({"trainer.devices": 5000}, ("trainer.devices", "5000", "this machine has")),
     "pool_beyond_memory": ({"distill.rho": 1e18}, ("distill.rho", "of memory here")),
-    "pool_beyond_disk": ({"distill.rho": 1e9, "distill.pool_storage": "mmap"}, ("distill.rho", "free on the disk")),
+    "pool_beyond_disk": (
+        {"distill.rho": 1e9, "distill.pool_storage": "mmap"},
+        ("logging.dir", "distill.rho", "free on the disk"),
+    ),
     "steps_beyond_numbers": ({"trainer.max_steps": 10**26}, ("trainer.max_steps", "too large")),
     "seed_beyond_numbers": ({"trainer.seed": 2**64}, ("trainer.seed", "too large")),
     "student_target": ({"student.target": "os.system"}, ("student", "os.system", "ldm_dkdm.networks.UNet")),

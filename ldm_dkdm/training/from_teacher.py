@@ -28,11 +28,11 @@ from ldm_dkdm.training.pool_filling import (
     prepare_pool,
     refuse_other_teacher,
     refuse_overwriting,
-    require_room,
     supply_of,
     teacher_hash,
 )
 from ldm_dkdm.training.pool_log import PoolLog
+from ldm_dkdm.training.room import require_room
 from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.run_folder import RunFolder
 from ldm_dkdm.training.saving import RunCheckpoint, tidy
@@ -105,13 +105,13 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
     trained = student.changed(precision=run.precision, first_stage=teacher.first_stage).sharing_codec(teacher)
     refuse_overwriting(teacher, run.folder.path)
     parts, supply = assemble(teacher, trained, run.config), None
-    if not run.latest:
-        require_room(parts)
-        supply = supply_of(parts)
-        _check_teacher(parts, run)
     if end := run.end(student.network):
         return run.ended(student, end)
     refuse_other_teacher(teacher, run)
+    require_room(parts, run.folder)
+    if not run.latest:
+        supply = supply_of(parts)
+        _check_teacher(parts, run)
     student.network.train()
     log, seed = run.config.logging, run.trainer.seed
     saving = RunCheckpoint(run.folder.checkpoints, log, _export(parts, run))

@@ -18,6 +18,7 @@ from ldm_dkdm.networks.cost import gflops, parameters
 from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.reporting import duration, pace, size
 from ldm_dkdm.training.parts import Distillation
+from ldm_dkdm.training.room import disk_needed
 from ldm_dkdm.training.saving import KEPT
 from ldm_dkdm.training.timing import TIMED_ITERATIONS, time_iterations, timed_batch, timed_with
 
@@ -28,6 +29,7 @@ def costs(parts: Distillation) -> dict[str, str]:
     batch, iterations = config.distill.batch_size, _iterations(config)
     devices, mapped = config.trainer.devices, config.distill.pool_storage == "mmap"
     pool, each = devices * parts.pool_bytes, f" on each of {devices} devices" if devices > 1 else ""
+    disk = disk_needed(parts.student.parameters, config.trainer, config.logging, pool, mapped * pool)
     source = config.distill.pool_from or preparation(config.distill).mode
     student, teacher = parts.student.parameters, parts.teacher.parameters
     # student in float32: weights, gradients, two Adam moments, EMA; teacher and first stage: weights
@@ -44,7 +46,7 @@ def costs(parts: Distillation) -> dict[str, str]:
         "teacher calls, agreement": f"{_agreement_samples(parts):,} samples, once",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({precision})",
         "memory, host": size(0 if mapped else pool) + " for the pool",
-        "disk": f"{size((KEPT + 1) * (pool + 16 * student) + 4 * student + mapped * pool)} for the student, {KEPT} "
+        "disk": f"{size(disk)} for the student, {KEPT} "
         "checkpoints and the next one while it is written" + (", the mapped pool" if mapped else ""),
     }
 

@@ -1,7 +1,5 @@
 """Check the room for a run's pool, and fill it."""
 
-import os
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +16,7 @@ from ldm_dkdm.distillation.warmup import Warmup, preparation
 from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import NoisyBatch
-from ldm_dkdm.reporting import Progress, following, size
+from ldm_dkdm.reporting import Progress, following
 from ldm_dkdm.training.calls import IN_MEMORY
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.run import Run
@@ -26,20 +24,6 @@ from ldm_dkdm.training.run_folder import step_of
 from ldm_dkdm.training.saving import pool_path, warmup_path
 
 SECONDS_BETWEEN_WARMUP_SAVES = 600.0
-
-
-def require_room(parts: Distillation) -> None:
-    """Refuse pools that this machine cannot hold, before anything is written."""
-    config = parts.config
-    needed = config.trainer.devices * parts.pool_bytes
-    if config.distill.pool_storage == "mmap":
-        logs = Path(config.logging.dir).absolute()
-        place = next(folder for folder in (logs, *logs.parents) if folder.is_dir())
-        room, what = shutil.disk_usage(place).free, f"free on the disk of {config.logging.dir}"
-    else:
-        room, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "of memory here"
-    if needed > room:
-        raise UserError(f"rho: the pool takes {size(needed)}, but there are {size(room)} {what}; lower rho")
 
 
 def supply_of(parts: Distillation) -> NoisyBatch | None:
