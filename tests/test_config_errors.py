@@ -60,6 +60,7 @@ EDITS = {
     "batch_size_zero": ({"distill.batch_size": 0}, ("distill.batch_size", "at least 1")),
     "stride_zero": ({"distill.stride": 0}, ("distill.stride", "at least 1")),
     "stride_beyond_T": ({"distill.stride": 21}, ("distill.stride", "20")),
+    "warmup_images": ({"distill.warmup.images": 10**12}, ("distill.warmup.images", "at most", "slot of the pool")),
     "warmup_mode": ({"distill.warmup.mode": "dance"}, ("distill.warmup.mode", "dance", "ancestral")),
     "t_cap_without_samples": ({"distill.warmup": {"mode": "noise", "t_cap": 5.0}}, ("distill.warmup.t_cap",)),
     "t_cap_of_no_warmup": (

@@ -91,7 +91,13 @@ class WarmupConfig(Section):
         "teacher; `noise` starts every slot at T.",
     )
     steps: int = key(50, min=1, help="Sampling steps of each of the teacher's samples; the default is at most T.")
-    images: int = key(1000, min=1, help="Number of samples of the teacher that are noised.")
+    images: int = key(
+        1000,
+        min=1,
+        max=1e9,
+        help="Number of samples of the teacher that are noised.",
+        why="each fills one slot of the pool or more",
+    )
     batch_size: int = key(64, min=1, help="States in one teacher call of the warm-up.")
     t_cap: float | None = key(
         None, above=0, help="Draws fewer t near pure noise: density min(1, t_cap * abar_t); null is uniform."
