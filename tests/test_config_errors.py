@@ -81,7 +81,7 @@ EDITS = {
     "pool_beyond_memory": ({"distill.rho": 1e18}, ("distill.rho", "of memory here")),
     "pool_beyond_disk": (
         {"distill.rho": 1e9, "distill.pool_storage": "mmap"},
-        ("logging.dir", "distill.rho", "free on the disk"),
+        ("logging.dir", "lower rho", "free on the disk"),
     ),
     "steps_beyond_numbers": ({"trainer.max_steps": 10**26}, ("trainer.max_steps", "too large")),
     "seed_beyond_numbers": ({"trainer.seed": 2**64}, ("trainer.seed", "too large")),

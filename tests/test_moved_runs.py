@@ -81,7 +81,9 @@ def test_a_run_does_not_replace_its_teacher(
     (run / "config.yaml").unlink()
     before = contents(run)
     base = write_config(Path("logs/run"), Path(), "run")
-    assert_one_error_line(capsys, distil("--base", base), ("the teacher", "logs/run/student", "logging.name=NEW"))
+    assert_one_error_line(
+        capsys, distil("--base", base), ("teacher: logs/run/student is in the run folder", "logging.name=NEW")
+    )
     assert contents(run) == before
 
 

@@ -1,8 +1,10 @@
 """Write the model card: README.md in a model folder."""
 
+import hashlib
 import json
 from pathlib import Path
 
+from ldm_dkdm.checkpoints.weight_files import files_of
 from ldm_dkdm.config.load import RUN_KIND, card_kind
 from ldm_dkdm.config.schema import ModelCard
 from ldm_dkdm.errors import UserError
@@ -11,6 +13,16 @@ from ldm_dkdm.files import JSON_BYTES, read_text, write_text
 FIGURES = "evaluation.json"
 PER_T = "eps_mse_by_t"  # a long list; evaluation.json has it, cards do not
 NOT_MEASURED = "Not measured yet (scripts/evaluate.py)."
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, or of all the shards behind an index, one after the other; hexadecimal."""
+    digest = hashlib.sha256()
+    for part in files_of(path):
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def write_readme(folder: Path, card: ModelCard) -> None:

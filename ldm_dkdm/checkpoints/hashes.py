@@ -1,6 +1,5 @@
 """Check what is read against the hashes that its writer left: flipped bits, truncated and mixed files."""
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from ldm_dkdm.checkpoints.weight_files import files_of
+from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.errors import UserError, interruptible
 from ldm_dkdm.files import SHA256, content_sha256, write_text
 
@@ -28,16 +27,6 @@ def verifying(wanted: bool) -> Iterator[None]:
         yield
     finally:
         _verify.reset(before)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, or of all the shards behind an index, one after the other; hexadecimal."""
-    digest = hashlib.sha256()
-    for part in files_of(path):
-        with part.open("rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def check_content(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:

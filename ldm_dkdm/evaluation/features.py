@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ldm_dkdm.checkpoints import read_tensors
-from ldm_dkdm.checkpoints.hashes import sha256
+from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.evaluation.dinov2 import DinoV2
 from ldm_dkdm.evaluation.efficientnet import EfficientNetLite0, packaged_weights

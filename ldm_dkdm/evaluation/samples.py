@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm_dkdm import __version__
-from ldm_dkdm.checkpoints.hashes import sha256
+from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.model import DiffusionModel

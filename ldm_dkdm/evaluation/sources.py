@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm_dkdm.checkpoints.hashes import sha256
+from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.evaluation.npz import NpzFile
 from ldm_dkdm.evaluation.statistics import Statistics

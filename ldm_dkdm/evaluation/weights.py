@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm_dkdm.checkpoints.hashes import sha256
+from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.reporting import size
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ldm_dkdm.checkpoints.hashes import sha256, verifying
+from ldm_dkdm.checkpoints.card import sha256
+from ldm_dkdm.checkpoints.hashes import verifying
 from ldm_dkdm.checkpoints.pools import is_own_pool, pool_header, read_own_pool, read_reference_pool
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.refill import check_supply, refill
@@ -77,8 +78,8 @@ def refuse_overwriting(teacher: DiffusionModel, folder: Path) -> None:
     """
     if teacher.path is not None and folder.resolve() in teacher.path.resolve().parents:
         raise UserError(
-            f"logging.name: the teacher {teacher.path} is in the run folder {folder}, where the student would replace "
-            "it; name another folder (logging.name=NEW, in Python out)"
+            f"teacher: {teacher.path} is in the run folder {folder}, where the student would replace it; "
+            "name another folder (logging.name=NEW, in Python out)"
         )
 
 

@@ -30,7 +30,7 @@ def disk_needed(parameters: int, trainer: TrainerConfig, log: LoggingConfig, poo
     )
 
 
-def require_disk(folder: RunFolder, needed: int, lower: str = "logging.keep_every") -> None:
+def require_disk(folder: RunFolder, needed: int, lower: str = "the model's width") -> None:
     """Refuse a run that its disk cannot hold; what it has written already counts.
 
     Args:
@@ -46,8 +46,8 @@ def require_disk(folder: RunFolder, needed: int, lower: str = "logging.keep_ever
     free = shutil.disk_usage(place).free
     if needed > free + written:
         raise UserError(
-            f"logging.dir: the run takes {size(needed)} with its checkpoints, but {size(free)} are free on the disk of "
-            f"{place}; name a folder on another disk, or lower {lower}"
+            f"{folder.path}: the run takes {size(needed)} with its checkpoints, but {size(free)} are free on the disk "
+            f"of {place}; name a folder on another disk (logging.dir, in Python out), or lower {lower}"
         )
 
 
@@ -64,4 +64,4 @@ def require_room(parts: Distillation, folder: RunFolder) -> None:
     if not mapped and pool > memory:
         raise UserError(f"rho: the pool takes {size(pool)}, but there are {size(memory)} of memory here; lower rho")
     needed = disk_needed(parts.student.parameters, config.trainer, config.logging, pool, mapped * pool)
-    require_disk(folder, needed, "distill.rho")
+    require_disk(folder, needed, "rho")
