@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError, interruptible
-from ldm_dkdm.files import expanded, replacing, replacing_in, require_file
+from ldm_dkdm.files import expanded, replacing, require_file
 from ldm_dkdm.npz import read_npz
 from ldm_dkdm.reporting import logger
 
@@ -237,13 +237,6 @@ def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG atomically."""
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")
-
-
-def save_images(images: Tensor, folder: Path, first: int) -> None:
-    """Write images uint8 (N,H,W,C) as 000007.png, ... from the number `first` on; all appear at once."""
-    with replacing_in(folder, "png") as temporary:
-        for number, image in enumerate(images, first):
-            to_image(image).save(temporary / f"{number:06d}.png", format="PNG")
 
 
 def save_grid(images: Tensor, path: Path) -> None:

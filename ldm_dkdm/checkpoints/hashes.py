@@ -108,5 +108,5 @@ def _check_part(path: Path, archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> 
         with archive.open(part) as file:
             while file.read(BLOCK):
                 pass
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise UserError(f"{path}: {DAMAGED.format('CRC-32')} ({part.filename})") from error

@@ -191,7 +191,7 @@ def _sample(model: "DiffusionModel", config: SamplingConfig, out: Path, outputs:
     import torch
 
     from ldm_dkdm.files import write_tensors
-    from ldm_dkdm.images import grid, npz_writer, save_image, save_images
+    from ldm_dkdm.images import grid, npz_writer, save_image
     from ldm_dkdm.reporting import following
 
     latents, first, done, started = [], [], 0, time.monotonic()
@@ -200,7 +200,7 @@ def _sample(model: "DiffusionModel", config: SamplingConfig, out: Path, outputs:
         show = files.enter_context(following(True, f"sampling {name_of(model)}", "image", config.count))
         for batch in model.sample_batches(config):
             if outputs.png:
-                save_images(batch.images, out / "img", config.seed + done)
+                write_pngs(batch.images, out / "img", config.seed + done)
             if npz:
                 npz.add(batch.images, None if batch.labels is None else batch.labels.cpu())
             if done < GRID:
@@ -220,6 +220,16 @@ def _sample(model: "DiffusionModel", config: SamplingConfig, out: Path, outputs:
         print(f"{out}/img: also holds {others} images of earlier calls; -l names another folder")
     print(f"{label}: {out}")
     return label, sheet
+
+
+def write_pngs(images: "Tensor", folder: Path, first: int) -> None:
+    """Write images uint8 (N,H,W,C) as 000007.png, ... from the number `first` on; all appear at once."""
+    from ldm_dkdm.files import replacing_in
+    from ldm_dkdm.images import to_image
+
+    with replacing_in(folder, "png") as temporary:
+        for number, image in enumerate(images, first):
+            to_image(image).save(temporary / f"{number:06d}.png", format="PNG")
 
 
 def require_writable(folder: Path | None) -> None:
