@@ -21,6 +21,7 @@ from ldm_dkdm.reporting import logger
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from ldm_dkdm.checkpoints import Hints
     from ldm_dkdm.model import DiffusionModel
