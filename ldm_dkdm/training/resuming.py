@@ -12,8 +12,8 @@ from ldm_dkdm.checkpoints.pickles import asked_globals
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.files import sync
 from ldm_dkdm.reporting import logger
+from ldm_dkdm.reports.tables import read_cells
 from ldm_dkdm.training.run_folder import checkpoints, step_of
-from ldm_dkdm.training.tables import read_rows
 
 KEYS = ("state_dict", "optimizer_states", "loops", "callbacks", "global_step")  # what a resume needs
 SET_ASIDE = ".damaged"  # end of the name of a checkpoint that is not whole, once the run has gone on without it
@@ -119,6 +119,7 @@ def set_aside(folder: Path, latest: Path) -> None:
 
 def continues(run: Path, step: int) -> str:
     """What a resume says: the step, and how many later ones are lost with a process that did not end by itself."""
-    last = max((int(row["step"]) for row in read_rows(run / "metrics.csv")), default=step)
+    rows = read_cells(run / "metrics.csv", lambda problem: None)
+    last = max((int(float(row["step"])) for row in rows), default=step)
     lost = f"; the steps after it are trained again ({last - step} at least)" if last > step else ""
     return f"{run}: continues from the checkpoint of step {step}{lost}"
