@@ -18,10 +18,9 @@ from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.reporting import Progress, following
-from ldm_dkdm.training.calls import IN_MEMORY
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.run import Run
-from ldm_dkdm.training.run_folder import step_of
+from ldm_dkdm.training.run_folder import IN_MEMORY, step_of
 from ldm_dkdm.training.saving import pool_path, warmup_path
 
 SECONDS_BETWEEN_WARMUP_SAVES = 600.0

@@ -21,6 +21,7 @@ from ldm_dkdm.reporting import logger
 RunConfig = DistillRun | DiffusionRun | FirstStageRun
 FREE = ("trainer", "logging")  # sections that may change when a run is resumed
 FIXED = ("trainer.seed", "trainer.accumulate", "trainer.devices")  # keys in FREE that may not
+IN_MEMORY = "a model made in Python"  # begins the name of a teacher without a file, which ends with its hash
 POINTERS = ("teacher.ckpt", "first_stage.ckpt")  # paths; that the teacher is the same, its hash says
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
@@ -117,7 +118,7 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
         sections = [field.name for field in dataclasses.fields(config) if field.name not in FREE]
         for key in (*sections, *FIXED):
             changed = _first_change(_at(before, key), _at(now, key), key)
-            if changed and changed not in POINTERS:
+            if changed and not (changed in POINTERS and IN_MEMORY not in f"{_at(before, changed)} {_at(now, changed)}"):
                 raise UserError(f"{changed}: cannot change when {folder.path} is resumed; start a new run for that")
 
 
@@ -154,8 +155,8 @@ def located(path: str, run: Path) -> str:
     """A relative path in a run's config, looked for in the folders around the run, then where the process works."""
     if not expanded(path).is_absolute():
         for folder in (*run.absolute().parents, *run.resolve().parents):
-            if (folder / path).exists():
-                return str(folder / path)
+            if (found := folder / path).exists():
+                return path if Path(path).exists() and found.samefile(path) else str(found)
     return path
 
 
