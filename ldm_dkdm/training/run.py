@@ -143,7 +143,7 @@ class Run:
         """The model of a run that has nothing more to do, with the weights that it saved."""
         logger.info(f"{self.folder.path}: {end}")
         if is_first_rank():
-            with suppress(UserError), alone_in(self.folder):  # unless another process is just ending there
+            with suppress(UserError, OSError), alone_in(self.folder):  # not in use, not read-only
                 tidy(self.folder)
         return self._saved(model, self.step, end)
 

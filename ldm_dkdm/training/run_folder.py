@@ -88,7 +88,7 @@ def alone_in(folder: RunFolder) -> Iterator[None]:
         yield
         return
     make_folder(folder.path)
-    with (folder.path / ".lock").open("w") as file:
+    with (folder.path / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
