@@ -52,10 +52,10 @@ def test_two_ranks_distil_one_student_from_their_own_pools_and_resume_exactly(
         assert torch.equal(pools[0][rank]["x"], pools[1][rank]["x"])
 
 
-@pytest.mark.timeout(900)
 PARTS = ("ckpt", "ckpt.sha256", "pool-rank0.safetensors", "pool-rank1.safetensors")  # of a checkpoint
 
 
+@pytest.mark.timeout(900)
 def test_an_early_stop_ends_both_ranks_at_one_step(teacher_folder: Path, tmp_path: Path) -> None:
     stop = {"window": 2, "patience": 1, "min_delta": 1e9}
     trainer = {"devices": 2, "max_steps": 40, "early_stop": stop}
