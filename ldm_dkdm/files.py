@@ -1,6 +1,13 @@
 """Paths as users write them, and files that are written whole or not at all."""
 
+import errno
+import functools
+import glob
+import hashlib
 import os
+import platform
+import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +36,10 @@ def exists(text: str) -> bool:
 
 
 JSON_BYTES = 20_000_000  # longest accepted JSON file
+NAME = 150  # characters of a file's name in that of its temporary folder; a file system takes 255 bytes
+SHA256 = "sha256"  # in a safetensors file's metadata: `content_sha256`
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # errors of a disk, not of a name
+ABANDONED = 86_400.0  # seconds after which another machine's temporary files are no longer being written
 
 
 def read_text(path: Path, most: int) -> str:
@@ -88,24 +99,117 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; it replaces `path` when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Yield a temporary name on the disk of `path`; the file of that name replaces `path` when the block succeeds.
+
+    A link stays: what it points to is replaced.
+
+    Raises:
+        UserError: `path` is a folder, a pipe or a device.
+        OSError: no room, no permission.
+    """
+    place = path.resolve() if path.is_symlink() else path
+    require_file(place)
+    with replacing_in(place.parent, place.name) as folder:
+        yield folder / place.name
+
+
+@contextmanager
+def replacing_in(folder: Path, name: str) -> Iterator[Path]:
+    """Yield a temporary folder inside `folder`; what is in it moves to `folder` when the block succeeds.
+
+    Files are on the disk before they have their names, and the names are on the disk before this returns: after a power
+    cut a file is the old one or the new one. Temporary folders of writers that were killed are removed.
+
+    Args:
+        folder: made if it is missing.
+        name: of the file, or of the kind of files; the temporary folder's name begins with it.
+
+    Raises:
+        OSError: no room, no permission; it names `folder / name`.
+    """
+    make_folder(folder)
+    start = f".{name[:NAME]}."
+    for left in folder.glob(f"{glob.escape(start)}*.tmp"):
+        remove_abandoned(left)
+    temporary = folder / f"{start}{writer()}.tmp"
     try:
+        temporary.mkdir(exist_ok=True)
         yield temporary
-        temporary.chmod(0o644)  # some writers make files that only their owner may read
-        temporary.replace(path)
+        _move(temporary, folder)
+    except OSError as error:
+        if error.errno in DISK and str(error.filename or temporary).startswith(str(temporary)):
+            raise OSError(error.errno, error.strerror, str(folder / name)) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sweep(path: Path) -> None:
-    """Remove this file's temporary files of processes that no longer run."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        number = left.name.removesuffix(".tmp").rpartition(".")[2]
-        if number.isdecimal() and not _runs(int(number)):
-            left.unlink(missing_ok=True)
+def _move(temporary: Path, folder: Path) -> None:
+    """Move finished files, or folders whose files are synced, and wait until all is on the disk."""
+    found = sorted(temporary.iterdir())
+    for path in found:
+        if path.is_file():
+            path.chmod(0o644)  # some writers make files that only their owner may read
+        sync(path)
+    for path in found:
+        path.replace(folder / path.name)
+    sync(folder)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, durably."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk (fsync)."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:  # a file system that cannot sync folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(opened)
+
+
+@functools.cache
+def machine() -> str:
+    """Eight digits that tell the numbers of this machine's or container's processes from those of others."""
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    facts = [
+        platform.node(),
+        boot.read_text() if boot.is_file() else "",
+        str(space.readlink()) if space.exists() else "",
+    ]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:8]
+
+
+def writer() -> str:
+    """This process, as names of temporary files and folders give it."""
+    return f"{machine()}-{os.getpid()}"
+
+
+def remove_abandoned(left: Path) -> None:
+    """Remove a temporary file or folder whose writer no longer runs.
+
+    Whether a process of another machine or container runs is unknown here: its files go a day after their last change.
+    """
+    where, _, number = left.name.removesuffix(".tmp").rpartition(".")[2].partition("-")
+    own = where == machine() and number.isdecimal()
+    try:
+        if _runs(int(number)) if own else time.time() - _last_change(left) < ABANDONED:
+            return
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    except OSError:  # another process removed it, or may
+        return
+
+
+def _last_change(path: Path) -> float:
+    return max(file.lstat().st_mtime for file in (path, *path.glob("*")))
 
 
 def _runs(process: int) -> bool:
@@ -119,7 +223,7 @@ def _runs(process: int) -> bool:
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file atomically.
+    """Write a safetensors file atomically, with the SHA-256 of its content in its metadata.
 
     Raises:
         OSError: no room, no permission.
@@ -127,11 +231,47 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[st
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    facts = dict(metadata or {})
+    facts[SHA256] = content_sha256(tensors, facts)
     with replacing(path) as temporary:
         try:
-            save_file(dict(tensors), temporary, metadata)
+            save_file(dict(tensors), temporary, facts)
         except SafetensorError as error:
-            raise OSError(None, f"cannot be written ({error})", str(path)) from error
+            raise _disk_error(error, path) from error
+
+
+def content_sha256(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> str:
+    """SHA-256 of what a safetensors file holds: its other metadata, and every tensor's name, type, shape and bytes."""
+    import torch
+
+    digest = hashlib.sha256(repr(sorted((k, v) for k, v in metadata.items() if k != SHA256)).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_torch(path: Path, content: object) -> None:
+    """Write a file of `torch.save` atomically, on the disk where it goes.
+
+    Raises:
+        OSError: no room, no permission.
+    """
+    import torch
+
+    with replacing(path) as temporary:
+        try:
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:  # its writer hides what the disk said
+            raise _disk_error(error, path) from error
+
+
+def _disk_error(error: Exception, path: Path) -> OSError:
+    """What kept a library from writing a file."""
+    if isinstance(error.__context__, OSError):
+        return OSError(error.__context__.errno, error.__context__.strerror, str(path))
+    return OSError(None, f"cannot be written ({error})", str(path))
 
 
 def write_text(path: Path, text: str) -> None:

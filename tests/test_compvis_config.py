@@ -123,3 +123,13 @@ def test_inspect_shows_what_the_config_tells(checkpoint: Path, capsys: pytest.Ca
     assert run_script("inspect_checkpoint.py", checkpoint, "--config") == 0
     pasted = capsys.readouterr().out
     assert "image_size: 8" in pasted and "num_head_channels: 32" in pasted and "???" not in pasted
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("image_size", -3), ("num_heads", -7), ("num_heads", "x"), ("dropout", 5.0)]
+)
+def test_inspect_refuses_a_bad_value_by_its_name(key: str, value: object, checkpoint: Path, capsys) -> None:
+    write_config(checkpoint.with_suffix(".yaml"), {**UNET, key: value})
+    assert run_script("inspect_checkpoint.py", checkpoint) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "last" in line and f"{key}: " in line

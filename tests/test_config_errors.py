@@ -60,6 +60,7 @@ EDITS = {
     "batch_size_zero": ({"distill.batch_size": 0}, ("distill.batch_size", "at least 1")),
     "stride_zero": ({"distill.stride": 0}, ("distill.stride", "at least 1")),
     "stride_beyond_T": ({"distill.stride": 21}, ("distill.stride", "20")),
+    "warmup_images": ({"distill.warmup.images": 10**12}, ("distill.warmup.images", "at most", "slot of the pool")),
     "warmup_mode": ({"distill.warmup.mode": "dance"}, ("distill.warmup.mode", "dance", "ancestral")),
     "t_cap_without_samples": ({"distill.warmup": {"mode": "noise", "t_cap": 5.0}}, ("distill.warmup.t_cap",)),
     "t_cap_of_no_warmup": (
@@ -78,7 +79,10 @@ EDITS = {
     "no_such_device": ({"trainer.accelerator": "cuda"}, ("trainer.accelerator", "cuda")),
     "more_devices_than_there_are": ({"trainer.devices": 5000}, ("trainer.devices", "5000", "this machine has")),
     "pool_beyond_memory": ({"distill.rho": 1e18}, ("distill.rho", "of memory here")),
-    "pool_beyond_disk": ({"distill.rho": 1e9, "distill.pool_storage": "mmap"}, ("distill.rho", "free on the disk")),
+    "pool_beyond_disk": (
+        {"distill.rho": 1e9, "distill.pool_storage": "mmap"},
+        ("logging.dir", "lower rho", "free on the disk"),
+    ),
     "steps_beyond_numbers": ({"trainer.max_steps": 10**26}, ("trainer.max_steps", "too large")),
     "seed_beyond_numbers": ({"trainer.seed": 2**64}, ("trainer.seed", "too large")),
     "student_target": ({"student.target": "os.system"}, ("student", "os.system", "ldm_dkdm.networks.UNet")),

@@ -52,6 +52,9 @@ def test_two_ranks_distil_one_student_from_their_own_pools_and_resume_exactly(
         assert torch.equal(pools[0][rank]["x"], pools[1][rank]["x"])
 
 
+PARTS = ("ckpt", "ckpt.sha256", "pool-rank0.safetensors", "pool-rank1.safetensors")  # of a checkpoint
+
+
 @pytest.mark.timeout(900)
 def test_an_early_stop_ends_both_ranks_at_one_step(teacher_folder: Path, tmp_path: Path) -> None:
     stop = {"window": 2, "patience": 1, "min_delta": 1e9}
@@ -59,5 +62,5 @@ def test_an_early_stop_ends_both_ranks_at_one_step(teacher_folder: Path, tmp_pat
     config = distill_config(teacher_folder, tmp_path, trainer=trainer, logging={"name": "early"})
     done = distil_in_two_processes(write_yaml(tmp_path / "early.yaml", config))
     assert done.returncode == 0, done.stderr
-    saved = [f.name for f in sorted((tmp_path / "early" / "checkpoints").iterdir())][-3:]
-    assert saved == [f"step=00000004.{end}" for end in ("ckpt", "pool-rank0.safetensors", "pool-rank1.safetensors")]
+    saved = [f.name for f in sorted((tmp_path / "early" / "checkpoints").iterdir())][-4:]
+    assert saved == [f"step=00000004.{end}" for end in PARTS]

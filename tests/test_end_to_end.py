@@ -49,9 +49,12 @@ def test_the_written_config_is_the_config(run: Path, base: Path) -> None:
     assert to_yaml(load_config(run / "config.yaml")) == (run / "config.yaml").read_text()
 
 
+PARTS = ("ckpt", "ckpt.sha256", "pool-rank0.safetensors")  # of a checkpoint
+
+
 def test_the_last_two_checkpoints_stay_with_their_pools(run: Path) -> None:
     names = {f.name for f in (run / "checkpoints").iterdir() if not f.name.startswith("warmup")}
-    assert names == {f"step=0000000{n}.{part}" for n in (4, 6) for part in ("ckpt", "pool-rank0.safetensors")}
+    assert names == {f"step=0000000{n}.{part}" for n in (4, 6) for part in PARTS}
     assert (run / "samples" / "step=00000006.png").is_file()
 
 

@@ -13,7 +13,7 @@ from tests.cli import distil, write_yaml
 from tests.hostile_content import in_legacy, in_zip, shared_key
 from tests.parts import distill_config
 
-READ = "import pathlib, sys, ldm_dkdm.training.saving as s; s.read_checkpoint(pathlib.Path(sys.argv[1]))"
+READ = "import pathlib, sys, ldm_dkdm.training.resuming as s; s.read_checkpoint(pathlib.Path(sys.argv[1]))"
 
 
 @pytest.mark.parametrize("form", [in_zip, in_legacy])

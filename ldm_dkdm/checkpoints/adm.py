@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-import torch
-
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.shapes import detached
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.state_dicts import UNET, Weights
 from ldm_dkdm.checkpoints.unet_shapes import infer_unet
 from ldm_dkdm.checkpoints.writing import SavedModel, require_eps_unet
-from ldm_dkdm.files import replacing
+from ldm_dkdm.files import write_torch
 
 NAME = "guided-diffusion / DDPM-IP"
 
@@ -45,5 +43,4 @@ def write(model: SavedModel, path: Path) -> None:
         UserError: another architecture, or a network that predicts v.
     """
     require_eps_unet(model, "guided-diffusion")
-    with replacing(path) as temporary:
-        torch.save(detached(model.network.state_dict()), temporary)
+    write_torch(path, detached(model.network.state_dict()))

@@ -22,7 +22,7 @@ from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing, require_ep
 from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.diffusion.schedule import SCHEDULES, NoiseSchedule, betas_of
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import replacing, write_text
+from ldm_dkdm.files import write_text, write_torch
 
 NAME = "CompVis latent diffusion"
 UNET = "model.diffusion_model."
@@ -160,8 +160,7 @@ def write(model: SavedModel, path: Path) -> None:
     if codec.scale_factor != 1:
         state["scale_factor"] = torch.tensor(codec.scale_factor)
     content = {"epoch": 0, "global_step": int(steps), "pytorch-lightning_version": "1.4.2", "state_dict": state}
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    write_torch(path, content)
     write_text(path.with_suffix(".yaml"), json.dumps(config_of(model), indent=2) + "\n")  # JSON is YAML
 
 

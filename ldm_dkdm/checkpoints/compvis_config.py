@@ -21,6 +21,7 @@ DEFAULTS = {
     "linear_start": 1e-4,
     "linear_end": 2e-2,
 }  # the defaults of CompVis's DDPM class
+MOST_HEADS = 4096
 UNSHOWN = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order", "dropout", "use_checkpoint")
 
 
@@ -50,7 +51,9 @@ class CompVisConfig:
         """The UNet's parameters that no tensor shows, as the config gives them; -1 stands for not given."""
         found = {key: self.unet[key] for key in UNSHOWN if self.unet.get(key, -1) not in (-1, None)}
         if "num_head_channels" in found:  # CompVis's code does not look at num_heads then
-            found.pop("num_heads", None)
+            heads = convert(int, found.pop("num_heads", -1), f"{self.file}: num_heads")
+            if not -1 <= heads <= MOST_HEADS:
+                raise UserError(f"{self.file}: num_heads: {heads} is not between -1 and {MOST_HEADS}")
         return found
 
     @property

@@ -1,8 +1,6 @@
 """Read and write diffusers folders without the library: a pipeline, or one UNet2DModel."""
 
 import json
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from ldm_dkdm.checkpoints.source import Source, read_json
 from ldm_dkdm.checkpoints.weight_files import weights_in
 from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing, require_plain_timesteps
 from ldm_dkdm.errors import UserError, blaming
-from ldm_dkdm.files import write_tensors, write_text
+from ldm_dkdm.files import replacing_in, write_tensors, write_text
 from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.reporting import logger
 
@@ -184,10 +182,9 @@ def write(model: SavedModel, path: Path) -> None:
         codec = model.codec()
         parts["vqvae"] = component(codec.params, codec.autoencoder.state_dict(), codec.scale_factor)
     scheduler = scheduler_config(model)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing_in(path.parent, path.name) as home:
+        temporary = home / path.name
         for name, (config, tensors) in parts.items():
-            (temporary / name).mkdir(parents=True)
             _write_json(temporary / name / "config.json", config)
             write_tensors(temporary / name / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
         _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
@@ -198,9 +195,6 @@ def write(model: SavedModel, path: Path) -> None:
             temporary / "model_index.json", index | {name: ["diffusers", kind] for name, kind in classes.items()}
         )
         _write_json(temporary / NOTES, _notes(model))
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.contents import Contents, Demand
@@ -15,7 +14,7 @@ from ldm_dkdm.checkpoints.state_dicts import DIT as DIT_NAMES
 from ldm_dkdm.checkpoints.state_dicts import Weights
 from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import replacing
+from ldm_dkdm.files import write_torch
 from ldm_dkdm.networks import DiT
 
 NAME = "DiT"
@@ -81,5 +80,4 @@ def write(model: SavedModel, path: Path) -> None:
     """
     if not isinstance(model.network, DiT) or model.node.parameterization != "eps":
         raise UserError("format: dit holds a DiT that predicts eps; choose safetensors")
-    with replacing(path) as temporary:
-        torch.save(detached(model.network.state_dict()), temporary)
+    write_torch(path, detached(model.network.state_dict()))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.diffusers_first_stage import CLASSES, read_component
+from ldm_dkdm.checkpoints.hashes import verifying
 from ldm_dkdm.checkpoints.loading import build_loaded
 from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.releases import how_to_get
@@ -38,6 +39,7 @@ class FirstStageSource:
         target, params: the autoencoder; None: as stored or inferred.
         tensors: the autoencoder's, under its own names, if they were read with the model.
         stored: the scale as the same file stores it.
+        verify: compare its weights with the hash that they were written with.
         doubt: why the scale may be another one; empty where a file or a user states it.
     """
 
@@ -48,6 +50,7 @@ class FirstStageSource:
     tensors: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     stored: Tensor | None = field(default=None, repr=False, compare=False)
     doubt: str = field(default="", compare=False)
+    verify: bool = field(default=True, compare=False)
 
     @property
     def scale(self) -> float | None:
@@ -113,7 +116,8 @@ class FirstStageSource:
         Raises:
             UserError: no first stage, or tensors that do not fit it.
         """
-        stage = self.opened(latent_size)
+        with verifying(self.verify):
+            stage = self.opened(latent_size)
         with naming("first_stage"):
             FirstStageConfig(scale_factor=stage.scale_factor)  # refuses what no latents have
         where = f"{stage.path}: params" if self.target is None else "first_stage.params"

@@ -20,6 +20,7 @@ class Hints:
         null_label: the label for no class.
         diffusion: keys of the forward process.
         first_stage: replaces the model's first stage, or its scale.
+        verify: compare weights with the hashes that they were written with; None: yes.
         sections: the hints come from a config; messages use its dotted keys.
     """
 
@@ -30,6 +31,7 @@ class Hints:
     null_label: int | None = None
     diffusion: Mapping[str, Any] = field(default_factory=dict)
     first_stage: FirstStageConfig = field(default_factory=FirstStageConfig)
+    verify: bool | None = None
     sections: bool = False
 
     @classmethod
@@ -43,27 +45,34 @@ class Hints:
         stage = {ours: given.pop(name) for name, ours in STAGE_HINTS.items() if name in given}
         stage = {key: str(value) if key == "ckpt" else value for key, value in stage.items()}
         own = {name: given.pop(name) for name in OWN_HINTS if name in given}
+        verify = convert(bool | None, given.pop("verify", None), "verify")
         params = {**convert(Mapping[str, Any], given.pop("params", {}), "params"), **given}
         TeacherConfig("", **own)  # refuses bad values
         if diffusion:
             DiffusionConfig(**diffusion)  # refuses bad values
-        return cls(**own, params=params, diffusion=diffusion, first_stage=FirstStageConfig(**stage))
+        return cls(**own, params=params, diffusion=diffusion, first_stage=FirstStageConfig(**stage), verify=verify)
 
     @classmethod
     def of_sections(
-        cls, teacher: TeacherConfig, diffusion: DiffusionConfig | None, first_stage: FirstStageConfig
+        cls,
+        teacher: TeacherConfig,
+        diffusion: DiffusionConfig | None,
+        first_stage: FirstStageConfig,
+        verify: bool | None = None,
     ) -> "Hints":
         """Hints from the sections of a distillation's config."""
         own = {name: getattr(teacher, name) for name in OWN_HINTS}
         process = {} if diffusion is None else asdict(diffusion)
-        return cls(**own, params=teacher.params, diffusion=process, first_stage=first_stage, sections=True)
+        return cls(
+            **own, params=teacher.params, diffusion=process, first_stage=first_stage, verify=verify, sections=True
+        )
 
     @property
     def given(self) -> set[str]:
         """The flat names (`Hints.of`) of the hints that are given."""
         own = {name for name in OWN_HINTS if getattr(self, name) is not None}
         stage = {name for name, ours in STAGE_HINTS.items() if getattr(self.first_stage, ours) is not None}
-        return {*own, *stage, *self.params, *self.diffusion}
+        return {*own, *stage, *self.params, *self.diffusion, *(["verify"] if self.verify is not None else [])}
 
     @property
     def drop(self) -> str:

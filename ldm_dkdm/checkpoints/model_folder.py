@@ -17,7 +17,7 @@ from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing
 from ldm_dkdm.config.load import RUN_KIND, card_kind, read_card, to_yaml
 from ldm_dkdm.config.schema import FirstStageCard, FirstStagePointer, ModelCard
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import write_tensors, write_text
+from ldm_dkdm.files import replacing_in, write_tensors, write_text
 from ldm_dkdm.reporting import decoration
 
 NAME = "model folder"
@@ -47,7 +47,7 @@ def described(home: Path, format: str = NAME, file: Path | None = None, **weight
     pointer = card.first_stage
     stage = None
     if pointer is not None:
-        stage = FirstStageSource(home / pointer.path, pointer.scale_factor, pointer.target, pointer.params)
+        stage = FirstStageSource(_pointed_to(home, pointer), pointer.scale_factor, pointer.target, pointer.params)
     return Contents(
         path=home,
         file=file or home / card.weights,
@@ -66,15 +66,23 @@ def described(home: Path, format: str = NAME, file: Path | None = None, **weight
     )
 
 
+def _pointed_to(home: Path, pointer: FirstStagePointer) -> Path:
+    """The first stage beside a model folder, or where it was when the folder was written."""
+    near = home / pointer.path
+    there = None if pointer.absolute is None else Path(pointer.absolute)
+    return there if there is not None and there.exists() and not near.exists() else near
+
+
 def write(model: SavedModel, path: Path) -> None:
-    """Write a model into a new or empty folder; config.yaml comes last.
+    """Write a model into a new or empty folder, which is there whole or not at all.
 
     Raises:
         UserError: the folder holds files, or is a file.
     """
     if not path.is_dir() or any(path.iterdir()):
         refuse_existing(path)
-    write_model(path, card_of(model, path), model.network.state_dict())
+    with replacing_in(path.parent, path.name) as temporary:
+        write_model(temporary / path.name, card_of(model, path), model.network.state_dict())
 
 
 def card_of(model: SavedModel, folder: Path, weights: str = WEIGHTS, **info: Any) -> ModelCard:
@@ -97,9 +105,9 @@ def pointer_to(stage: FirstStageSource, model: SavedModel, folder: Path) -> Firs
     path = os.path.relpath(stage.path.resolve(), folder.resolve())
     scale = (not stage.doubt and stage.scale_factor) or model.codec().scale_factor
     if is_first_stage_folder(stage.path) or (stage.path / "model_index.json").is_file():
-        return FirstStagePointer(path, scale)
+        return FirstStagePointer(path, scale, absolute=str(stage.path.resolve()))
     opened = stage if stage.target else stage.opened(model.shape[1])
-    return FirstStagePointer(path, scale, opened.target, dict(opened.params))
+    return FirstStagePointer(path, scale, opened.target, dict(opened.params), str(stage.path.resolve()))
 
 
 def write_model(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ldm_dkdm.checkpoints.arrays import STAND_INS
+from ldm_dkdm.checkpoints.hashes import check_parts
 from ldm_dkdm.checkpoints.pickle_shape import PickleShape
 from ldm_dkdm.errors import UserError
 
@@ -148,6 +149,7 @@ def read_torch_file(path: Path) -> Any:
             f"{path}: refused, its pickle asks for {', '.join(refused[:8])}, which no weights need; nothing was run; "
             "if you trust it, save its weights alone: torch.save(model.state_dict(), FILE)"
         )
+    check_parts(path)
     stubs: list[Any] = [(_stub(name), modern_name(name)) for name in asked if _is_stubbed(name)]
     arrays: list[Any] = [(stand_in, name) for name, stand_in in STAND_INS.items()]
     try:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.arrays import PickledArray
+from ldm_dkdm.checkpoints.hashes import read_safetensors
 from ldm_dkdm.checkpoints.reading import as_tensor, file_kind, read_content
 from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.errors import MALFORMED, UserError, blaming
@@ -27,6 +28,23 @@ _NAME = re.compile(r"(step=\d+|warmup)\.pool-rank\d+\.safetensors")
 def is_own_pool(path: Path) -> bool:
     """Whether a path is a run folder, or a pool file in one."""
     return path.is_dir() or _NAME.fullmatch(path.name) is not None
+
+
+def pool_header(file: Path) -> dict[str, Any]:
+    """What a pool's file says of its states, without reading them.
+
+    Raises:
+        UserError: not a pool file of this package.
+    """
+    file_kind(file)  # refuses a header without end
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = json.loads((opened.metadata() or {})["pool"])
+    except (SafetensorError, OSError, *MALFORMED) as error:
+        raise UserError(f"{file}: not a readable pool file ({error})") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{file}: not a readable pool file")
+    return header
 
 
 def read_own_pool(path: Path, shape: tuple[int, int, int], facts: Mapping[str, Any]) -> NoisyBatch:
@@ -89,12 +107,13 @@ def _read_own(file: Path, shape: tuple[int, int, int], facts: Mapping[str, Any])
     if file_kind(file) != "safetensors":
         raise UserError(f"{file}: not a readable pool file")
     try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-            header = json.loads((opened.metadata() or {})["pool"])
+        tensors, metadata = read_safetensors(file)
+        header = json.loads(metadata["pool"])
         x, t, label = tensors["x"], tensors["t"].long(), tensors.get("label")
         filled = int(header["filled"])
         known = {name for name in facts if name in header}
+    except UserError:
+        raise
     except (SafetensorError, OSError, *MALFORMED) as error:
         raise UserError(f"{file}: not a readable pool file ({error})") from error
     for name, wanted in json.loads(json.dumps(facts)).items():

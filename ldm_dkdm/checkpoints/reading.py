@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.arrays import PickledArray
+from ldm_dkdm.checkpoints.hashes import read_safetensors
 from ldm_dkdm.checkpoints.pickles import TORCH_MAGIC, Inert, read_array_pickle, read_torch_file
 from ldm_dkdm.checkpoints.weight_files import files_of, holds_weights, is_index, weights_in
 from ldm_dkdm.errors import UserError, blaming, interruptible
@@ -94,7 +94,9 @@ def read_content(path: Path) -> Any:
     with interruptible():
         if kind == "safetensors":
             try:
-                return load_file(path)
+                return read_safetensors(path)[0]
+            except UserError:
+                raise
             except (SafetensorError, OSError, ValueError, RuntimeError) as error:
                 raise UserError(f"{path}: not a readable safetensors file (is it complete?): {error}") from error
         return read_torch_file(path) if kind == "torch" else read_array_pickle(path)

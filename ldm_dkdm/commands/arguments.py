@@ -32,7 +32,12 @@ from ldm_dkdm.files import exists, expanded
 from ldm_dkdm.training.run_folder import RunFolder, find_run, run_folder
 
 T = TypeVar("T", DistillRun, DiffusionRun, FirstStageRun)
-HINTS = {**hints_of(TeacherConfig), **hints_of(DiffusionConfig), "first_stage": str}  # types of the hints
+HINTS = {
+    **hints_of(TeacherConfig),
+    **hints_of(DiffusionConfig),
+    "first_stage": str,
+    "verify": bool,
+}  # types of the hints
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a training command to save and stop
 
 
@@ -47,7 +52,11 @@ class Parser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         """Parse a command line with `key=value` before or after options."""
         self.given = list(sys.argv[1:] if args is None else args)
-        return self.parse_intermixed_args(args, namespace)
+        options = self.parse_intermixed_args(args, namespace)
+        if getattr(options, "stage", None) is not None:
+            key = "first_stage" if hasattr(options, "hints") else "first_stage.ckpt"
+            getattr(options, "hints" if hasattr(options, "hints") else "overrides").append(f"{key}={options.stage}")
+        return options
 
     def error(self, message: str) -> NoReturn:
         """Raise a `UserError` in place of printing the usage; options of other codes are named with ours."""
@@ -142,7 +151,14 @@ def add_hints(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         help="what the checkpoint does not store: image_size=64 num_head_channels=32 schedule=cosine ...",
     )
+    add_first_stage_argument(parser)
     add_plugin_argument(parser)
+
+
+def add_first_stage_argument(parser: argparse.ArgumentParser) -> None:
+    """`--first_stage DIR`, as the hint `first_stage=DIR` or the key `first_stage.ckpt=DIR`."""
+    shown = "first stage, if not the one that the model points to"
+    parser.add_argument("--first_stage", dest="stage", metavar="DIR", help=shown)
 
 
 def add_plugin_argument(parser: argparse.ArgumentParser) -> None:

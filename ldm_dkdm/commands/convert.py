@@ -1,14 +1,16 @@
 """Write a model in another format: dkdm convert MODEL OUT --to FORMAT [key=value ...]"""
 
 import argparse
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, read_hints
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import expanded
+from ldm_dkdm.files import expanded, replacing_in
+
+if TYPE_CHECKING:
+    from ldm_dkdm.model import DiffusionModel
 
 TOLERANCE = 1e-4  # largest difference from diffusers' samples
 
@@ -41,19 +43,26 @@ def convert(source: str, out: Path, to: str, hints: dict[str, Any]) -> None:
 
     refuse_existing(out)
     model = load_model(source, **hints)
-    with flags(format="--to"):
-        model.save(out, to)
     if to != "diffusers":
+        with flags(format="--to"):
+            model.save(out, to)
         return
-    if model.num_classes is not None:
-        print("the model takes labels, which DDPMPipeline cannot pass: call its unet with class_labels")
+    with replacing_in(out.parent, out.name) as temporary:
+        with flags(format="--to"):
+            model.save(temporary / out.name, to)
+        _compare(temporary / out.name, model, out)
+
+
+def _compare(folder: Path, model: "DiffusionModel", out: Path) -> None:
+    """Compare a diffusers folder with that library, if it is installed, before it becomes `out`."""
     from ldm_dkdm.evaluation.diffusers_check import largest_difference
 
-    difference = largest_difference(out, model)
+    if model.num_classes is not None:
+        print("the model takes labels, which DDPMPipeline cannot pass: call its unet with class_labels")
+    difference = largest_difference(folder, model)
     if difference is None:
         print("diffusers is not installed: the folder is not compared with it")
         return
     print(f"the same noise through diffusers gives the same samples to {difference:.1e}")
     if not difference <= TOLERANCE:
-        shutil.rmtree(out)
         raise UserError(f"{out}: diffusers' samples differ by {difference:.1e}, more than {TOLERANCE}; nothing is kept")

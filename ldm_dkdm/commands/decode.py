@@ -66,8 +66,9 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
     import torch
 
     from ldm_dkdm.checkpoints.first_stages import FirstStageSource
+    from ldm_dkdm.commands.drawing import write_pngs
     from ldm_dkdm.device import default_device, resolve_precision
-    from ldm_dkdm.images import MODES, save_grid, save_image, save_npz, to_image
+    from ldm_dkdm.images import MODES, save_grid, save_npz
     from ldm_dkdm.reporting import following, logger
 
     latents, device = read_latents(path), default_device("auto")
@@ -88,8 +89,7 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
     images = torch.cat(parts)
     save_npz(images, out / "samples.npz")
     if codec.channels in MODES:
-        for i, image in enumerate(images):
-            save_image(to_image(image), out / "img" / f"{i:06d}.png")
+        write_pngs(images, out / "img", 0)
     else:
         logger.warning(f"{out}: images of {codec.channels} channels are in samples.npz only, a PNG is grey or RGB")
     save_grid(images, out / "grid.png")

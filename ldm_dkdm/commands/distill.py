@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ldm_dkdm.commands.arguments import (
     SIGNALS,
     TrainingCall,
+    add_first_stage_argument,
     add_plan_argument,
     add_training_arguments,
     dotted_keys,
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of all trainings, and `--plan`."""
     add_training_arguments(parser)
     add_plan_argument(parser)
+    add_first_stage_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -34,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
     call = read_training_call(options, DistillRun)  # reports mistakes before the slow imports
     load_plugins(options.plugin)
     with dotted_keys("distill", "trainer", "logging"):
-        _plan(call.config) if options.plan else _distil(call)
+        _plan(call) if options.plan else _distil(call)
 
 
 def _distil(call: TrainingCall[DistillRun]) -> None:
@@ -44,7 +46,7 @@ def _distil(call: TrainingCall[DistillRun]) -> None:
     from ldm_dkdm.training.from_teacher import distill
 
     config, out = call.config, call.folder.path
-    teacher = open_teacher(config)
+    teacher = open_teacher(config, out)
     student = make_student(config.student, teacher, config.trainer.seed)
     if resolve_precision(config.trainer.precision, default_device(config.trainer.accelerator)) == "bf16":
         teacher.network = stored_in_bf16(teacher.network)  # the only copy, in half the memory
@@ -54,17 +56,20 @@ def _distil(call: TrainingCall[DistillRun]) -> None:
         print(f"student: {result.model.path}")
 
 
-def open_teacher(config: DistillRun) -> "DiffusionModel":
-    """The teacher that a config names, with its guidance."""
+def open_teacher(config: DistillRun, run: Path | None = None) -> "DiffusionModel":
+    """The teacher that a config names, with its guidance; a relative path is looked for around the run folder first."""
     from ldm_dkdm.checkpoints import Hints
     from ldm_dkdm.model import open_model
+    from ldm_dkdm.training.run_folder import located
 
-    hints = Hints.of_sections(config.teacher, config.diffusion, config.first_stage)
+    hints = Hints.of_sections(config.teacher, config.diffusion, config.first_stage, config.trainer.verify)
     with dotted_keys("teacher", path="teacher.ckpt"):
-        return open_model(config.teacher.ckpt, hints).changed(guidance=config.teacher.guidance)
+        return open_model(located(config.teacher.ckpt, run) if run else config.teacher.ckpt, hints).changed(
+            guidance=config.teacher.guidance
+        )
 
 
-def _plan(config: DistillRun) -> None:
+def _plan(call: TrainingCall[DistillRun]) -> None:
     from ldm_dkdm.checkpoints.releases import how_to_get
     from ldm_dkdm.config.recipes import find_shipped
     from ldm_dkdm.device import default_device, resolve_precision
@@ -72,11 +77,12 @@ def _plan(config: DistillRun) -> None:
     from ldm_dkdm.training.parts import assemble
     from ldm_dkdm.training.plan import costs, time_needed
 
+    config = call.config
     path = find_shipped(config.teacher.ckpt)
     missing = not path.exists() and config.teacher.target is not None and config.diffusion is not None
     if missing:
         print(f"{path} is missing: planned with random weights; {how_to_get(path)}")
-    teacher = untrained_teacher(config, path) if missing else open_teacher(config)
+    teacher = untrained_teacher(config, path) if missing else open_teacher(config, call.folder.path)
     device = default_device(config.trainer.accelerator)
     teacher.precision = resolve_precision(config.trainer.precision, device)
     parts = assemble(teacher, make_student(config.student, teacher, config.trainer.seed), config)

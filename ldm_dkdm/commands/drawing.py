@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.evaluation.samples import sampled
-from ldm_dkdm.files import write_tensors
+from ldm_dkdm.files import replacing_in, write_tensors
 from ldm_dkdm.images import NpzWriter, grid, npz_writer, save_image, to_image
 from ldm_dkdm.model.ranks import Ranks
 from ldm_dkdm.model.sampling import sample_batches, starts_of
@@ -95,7 +95,7 @@ def draw(
     with following(ranks.first, f"sampling {name}", "batch", len(own), done) as show:
         for number, (start, batch) in enumerate(zip(left, sample_batches(model, config, left), strict=True), 1):
             if outputs.png:
-                _write_png(batch.images, out / "img", config.seed + start)
+                write_pngs(batch.images, out / "img", config.seed + start)
             parts.keep(start, batch.images, batch.states, batch.labels)
             drawn += len(batch.images)
             show(done + number)
@@ -130,6 +130,8 @@ def _join(parts: Parts, starts: Sequence[int], config: SamplingConfig, out: Path
     return sheet
 
 
-def _write_png(images: Tensor, folder: Path, first: int) -> None:
-    for i, image in enumerate(images, first):
-        save_image(to_image(image), folder / f"{i:06d}.png")
+def write_pngs(images: Tensor, folder: Path, first: int) -> None:
+    """Write images uint8 (N,H,W,C) as 000007.png, ... from the number `first` on; all appear at once."""
+    with replacing_in(folder, "png") as temporary:
+        for number, image in enumerate(images, first):
+            to_image(image).save(temporary / f"{number:06d}.png", format="PNG")

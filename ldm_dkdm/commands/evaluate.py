@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_dkdm.commands.arguments import add_plugin_argument, flags, load_plugins, read_hints
+from ldm_dkdm.commands.arguments import add_first_stage_argument, add_plugin_argument, flags, load_plugins, read_hints
 from ldm_dkdm.commands.hints import ScopedHints, split_paths
 from ldm_dkdm.commands.measuring import RESULTS, add_row, measure_sets, print_table, show
 from ldm_dkdm.config.checked import names_of
@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cache", type=expanded, metavar="DIR", help="folder of statistics; default: ~/.cache/ldm_dkdm/statistics")
     add("--save_statistics", type=expanded, metavar="NPZ", help="write the statistics of SAMPLES, to be a REFERENCE")
     add("--table", action="store_true", help="print the figures of evaluated runs as a Markdown table")
+    add_first_stage_argument(parser)
     add_plugin_argument(parser)
 
 
@@ -204,7 +205,7 @@ def find_teacher(student: Path, teacher: str | None, hints: ScopedHints) -> "Dif
     if teacher is None:
         if run is None:
             raise UserError(f"--teacher: {student} is not a distillation's run folder or in one; name the teacher")
-        return open_teacher(run)
+        return open_teacher(run, student)
     found = open_model(teacher, hints.of("teacher"), lenient=True)
     if run is None:
         return found

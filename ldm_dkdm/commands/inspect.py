@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import add_plugin_argument, load_plugins
-from ldm_dkdm.errors import blaming, legible
+from ldm_dkdm.errors import blaming, legible, naming
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,6 +149,7 @@ def _parameters(contents: "Contents") -> int:
     """Number of the network's parameters; unknown arguments get values that change no shape."""
     import torch
 
+    from ldm_dkdm.checkpoints import Hints
     from ldm_dkdm.config.registry import build
     from ldm_dkdm.networks import NETWORKS
     from ldm_dkdm.networks.cost import parameters
@@ -157,6 +158,9 @@ def _parameters(contents: "Contents") -> int:
     kind = NETWORKS.get(contents.target)
     if kind is None or not kind.__module__.startswith("ldm_dkdm."):  # a network of the user's own
         return sum(tensor.numel() for tensor in (weights or {}).values())
+    if not contents.missing({}):
+        with naming(str(contents.path)), torch.device("meta"):
+            return parameters(build(contents.network(Hints()), NETWORKS, "params"))  # refuses bad values
     params = {"num_heads": 1, **contents.params}
     if contents.target.endswith("UNet"):
         params = {**params, "image_size": 2 ** len(params["channel_mult"])}

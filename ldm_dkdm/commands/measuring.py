@@ -155,7 +155,7 @@ def _teacher(path: str, device: "torch.device", precision: str) -> "DiffusionMod
     run = run_of(expanded(path))
     if run is None:
         return None
-    teacher = open_teacher(run).to(device, precision)
+    teacher = open_teacher(run, expanded(path)).to(device, precision)
     logger.info(f"REFERENCE: {teacher.path}, the teacher of {path}")
     return teacher
 

@@ -59,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--latents", action="store_true", help="also write latents.safetensors")
     add("--no_png", action="store_true", help="no PNG per image, only the grid")
     add("--compare", type=expanded, metavar="PNG", help="write labelled grids of all models side by side")
-    add("--first_stage", metavar="DIR", help="first-stage folder, if not the one the model points to")
     add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32")
     add("--device", default="auto", help="cpu, cuda, ...")
     add_hints(parser)
@@ -82,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     for folder in (options.logdir, options.compare and options.compare.parent):
         require_writable(folder)
     load_plugins(options.plugin)
-    flagged = {"use_ema": False if options.raw else None, "first_stage": options.first_stage}
+    flagged = {"use_ema": False if options.raw else None}
     names = [str(i) for i in range(1, len(paths) + 1)]
     hints, device = ScopedHints(items, names, flagged), options.device
     models = []

@@ -4,6 +4,7 @@ import argparse
 
 from ldm_dkdm.commands.arguments import (
     SIGNALS,
+    add_first_stage_argument,
     add_plan_argument,
     add_training_arguments,
     dotted_keys,
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of all trainings, and `--plan`."""
     add_training_arguments(parser)
     add_plan_argument(parser)
+    add_first_stage_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:

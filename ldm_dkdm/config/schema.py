@@ -114,6 +114,7 @@ class FirstStagePointer(Section):
     scale_factor: float = key(help="Factor from encoded images to the network's latents.", **SCALES)
     target: str | None = one_of(FIRST_STAGES, None, help="Name of the first stage's class.")
     params: dict[str, Any] = key(factory=dict, help="Keyword arguments of that class.")
+    absolute: str | None = key(None, help="The path from the root, for a model folder that was moved alone.")
 
 
 @dataclass(frozen=True)

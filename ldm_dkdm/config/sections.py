@@ -92,7 +92,13 @@ class WarmupConfig(Section):
         "teacher; `noise` starts every slot at T.",
     )
     steps: int = key(50, min=1, help="Sampling steps of each of the teacher's samples; the default is at most T.")
-    images: int = key(1000, min=1, help="Number of samples of the teacher that are noised.")
+    images: int = key(
+        1000,
+        min=1,
+        max=1e9,
+        help="Number of samples of the teacher that are noised.",
+        why="each fills one slot of the pool or more",
+    )
     batch_size: int = key(64, min=1, help="States in one teacher call of the warm-up.")
     t_cap: float | None = key(
         None, above=0, help="Draws fewer t near pure noise: density min(1, t_cap * abar_t); null is uniform."
@@ -234,6 +240,10 @@ class TrainerConfig(Section):
     )
     timeout: float = key(
         30.0, min=0.1, max=10_000, help="Minutes that a process waits for the others before it ends the run."
+    )
+    verify: bool = key(
+        True,
+        help="Compare teacher, checkpoints and pools with the hashes they were written with; false saves the seconds.",
     )
     seed: int = key(0, min=0, help="Seed of every random choice.")
 

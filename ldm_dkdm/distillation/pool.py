@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.hashes import read_safetensors
 from ldm_dkdm.checkpoints.reading import file_kind
 from ldm_dkdm.device import to_device
 from ldm_dkdm.errors import MALFORMED, UserError, interruptible
@@ -134,21 +135,23 @@ class NoisyPool:
         own = self.tensors()
         try:
             file_kind(path)  # refuses a header without end
-            with interruptible(), safe_open(path, framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-                found.setdefault("updated", torch.full_like(found["t"], -1))
-                metadata = json.loads(file.metadata()["pool"])
-                step, filled, found_origin = metadata["step"], metadata["filled"], metadata["origin"]
+            with interruptible():
+                found, text = read_safetensors(path)
+            found.setdefault("updated", torch.full_like(found["t"], -1))
+            metadata = json.loads(text["pool"])
+            step, filled, found_origin = metadata["step"], metadata["filled"], metadata["origin"]
             layouts = [{k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} for tensors in (found, own)]
             outside = found["t"].min() < 0
+        except UserError:
+            raise
         except (SafetensorError, OSError, *MALFORMED) as error:
-            raise UserError(f"{path}: not a readable pool file ({error}); delete it to start a new pool") from error
+            raise UserError(f"{path}: not a readable pool file ({error})") from error
         if layouts[0] != layouts[1]:
             raise UserError(f"{path}: holds a pool {_shown(found)}, this configuration wants {_shown(own)}")
         if found_origin != origin:
-            raise UserError(f"{path}: was filled with other settings ({found_origin}); delete it to start a new pool")
+            raise UserError(f"{path}: was filled with other settings ({found_origin})")
         if outside:
-            raise UserError(f"{path}: its timesteps do not fit its states; delete it to start a new pool")
+            raise UserError(f"{path}: its timesteps do not fit its states")
         for name in own:
             getattr(self, name).copy_(found[name])
         self.filled = filled

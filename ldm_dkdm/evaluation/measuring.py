@@ -112,14 +112,21 @@ def measure(
     require_effect((draws(own, chosen), draws(other, chosen, True)), config, reference_seed, "agreement" in chosen)
     perceptual = _lpips(lpips, chosen)
     names = dict.fromkeys(features_of(METRICS[name], named) for name in chosen if METRICS[name].of)
-    opened = [name for name in names if name != PIXEL_COMPONENTS]
-    extractors = {name: open_extractor((name == named and weights) or name, where) for name in opened}
+    extractors = _open_extractors(names, named, weights, where)
     folder = statistics_cache() if cache is None else expanded(cache)
     if PIXEL_COMPONENTS in names and other is not None:
         extractors[PIXEL_COMPONENTS], other = pixel_components(other, folder, batch_size, progress)
     agreeing = {"chains": chains, "pairs": pairs, "steps": steps, "seed": seed, "lpips": lpips}
     work = _Work(extractors, named, batch_size, folder, progress, agreeing, perceptual, processes)
     return _measurement(own, other, chosen, extractors.values(), *work.figures(chosen, own, other))
+
+
+def _open_extractors(
+    names: Iterable[str], named: str, weights: Path | None, where: str | torch.device
+) -> dict[str, Extractor]:
+    """Extractors by name, but for the components of pixels, which follow from the reference."""
+    opened = [name for name in names if name != PIXEL_COMPONENTS]
+    return {name: open_extractor((name == named and weights) or name, where) for name in opened}
 
 
 def _at_least(least: int, **numbers: int | None) -> None:

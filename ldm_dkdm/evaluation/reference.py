@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ldm_dkdm.checkpoints.hashes import check_content
 from ldm_dkdm.checkpoints.reading import file_kind
 from ldm_dkdm.errors import MALFORMED, UserError
 from ldm_dkdm.evaluation import agreement
@@ -37,6 +38,7 @@ def read_reference(path: Path, facts: Mapping[str, Any]) -> Reference | None:
             if header["facts"] != json.loads(json.dumps(facts)):
                 return None
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            check_content(path, found, file.metadata())
         states = HeldOutStates(found["x"], found["t"], found["eps"], found.get("states_label"))
         steps = header.get("steps") or header["facts"]["steps"]  # as older versions wrote it
         return Reference(states, found["drift"], found["images"], found.get("label"), header["seed"], steps)

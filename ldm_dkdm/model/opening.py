@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ldm_dkdm.checkpoints import Contents, Hints, Source
 from ldm_dkdm.checkpoints.averaging import KIND, weights_kind
 from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource, named_first_stage
+from ldm_dkdm.checkpoints.hashes import verifying
 from ldm_dkdm.checkpoints.loading import build_loaded, load_strictly
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.errors import UserError
@@ -42,7 +44,8 @@ def load_model(
         hints: what tensor shapes do not show. Keywords of the network (`image_size`, `num_head_channels`, ...), of the
             forward process (`schedule`, `num_timesteps`, `beta_start`, `beta_end`, `betas`, `space`,
             `rescale_timesteps`), and `target`,
-            `parameterization`, `use_ema`, `null_label`, `first_stage` (a path), `scale_factor`.
+            `parameterization`, `use_ema`, `null_label`, `first_stage` (a path), `scale_factor`. `verify=False` saves
+            the time that comparing weights with their hashes takes.
 
     Raises:
         UserError: a missing, unreadable or refused file, a hint that is missing or contradicts the file.
@@ -58,7 +61,8 @@ def open_model(
     `lenient`: a model that describes itself ignores what it does not need, since a command with several models passes
     one set of hints to all of them; `hints` of the model are those that it used.
     """
-    contents = checkpoints.read(Source(path))
+    with verifying(hints.verify is not False):
+        contents = checkpoints.read(Source(path))
     if lenient:
         hints = contents.accepted(hints)
     where = "teacher.params" if hints.sections and not contents.described else "params"
@@ -115,7 +119,7 @@ def _model_of(
         shape=contents.shape,
         num_classes=contents.num_classes,
         null_label=contents.null_label if hints.null_label is None else hints.null_label,
-        first_stage=_stage(contents.first_stage, hints.first_stage, diffusion),
+        first_stage=_stage(contents.first_stage, hints.first_stage, diffusion, hints.verify is not False),
         node=node,
         info={**contents.info, **({KIND: kind} if kind else {})},
     )
@@ -128,13 +132,14 @@ def _model_of(
 
 
 def _stage(
-    stage: FirstStageSource | None, given: FirstStageConfig, diffusion: DiffusionConfig
+    stage: FirstStageSource | None, given: FirstStageConfig, diffusion: DiffusionConfig, verify: bool
 ) -> FirstStageSource | None:
     if not SPACES[diffusion.space].encoded:
         if given != FirstStageConfig():
             raise UserError("first_stage: pixel space has none; remove it, or set space=latent")
         return None
-    return named_first_stage(given) if stage is None else stage.changed(given)
+    found = named_first_stage(given) if stage is None else stage.changed(given)
+    return found and replace(found, verify=verify)
 
 
 def require_outputs(network: nn.Module, where: str) -> None:

@@ -23,6 +23,7 @@ from ldm_dkdm.images import endless_batches, load_images
 from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.ema import averaged
+from ldm_dkdm.training.room import disk_needed, require_disk
 from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.run_folder import RunFolder
 from ldm_dkdm.training.saving import RunCheckpoint
@@ -90,6 +91,8 @@ def _train_first_stage_in(run: Run) -> Result:
     if end := run.end():
         logger.info(f"{run.folder.path}: {end}")
         return Result(vq, run.folder.path, run.step, end)
+    trained = sum(parameter.numel() for parameter in module.parameters())
+    require_disk(run.folder, disk_needed(trained, config.trainer, config.logging))
 
     def stream_for(trainer: L.Trainer) -> _ImageStream:
         seed, steps = config.trainer.seed + trainer.global_rank, config.trainer.max_steps

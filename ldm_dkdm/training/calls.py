@@ -28,10 +28,10 @@ from ldm_dkdm.config.schema import (
 )
 from ldm_dkdm.errors import UserError, nearest
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.training.run_folder import IN_MEMORY
 
 WORDS = {"steps": "max_steps"}  # argument -> config key, where the names differ
 NAMED = {"max_steps": "steps", "dir": "out", "name": "out", "path": "data"}  # config key -> argument that gives it
-IN_MEMORY = "a model made in Python"
 
 
 def distillation_of(

@@ -34,6 +34,7 @@ from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.calls import refuse_beside, training_of
 from ldm_dkdm.training.export import export_on_save
 from ldm_dkdm.training.grids import SampleGrid
+from ldm_dkdm.training.room import disk_needed, require_disk
 from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.run_folder import RunFolder
 from ldm_dkdm.training.saving import RunCheckpoint
@@ -114,6 +115,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
         raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
     if end := run.end(model.network):
         return run.ended(model, end)
+    require_disk(run.folder, disk_needed(model.parameters, config.trainer, config.logging))
     states = _states(config, sets, model, run.progress)
     model.network.train()
     batches = run.trainer.max_steps * run.trainer.accumulate

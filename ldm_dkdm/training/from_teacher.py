@@ -25,11 +25,19 @@ from ldm_dkdm.training.export import export_on_save
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.measuring import Agreement
 from ldm_dkdm.training.parts import Distillation, assemble
-from ldm_dkdm.training.pool_filling import pool_facts, prepare_pool, require_room, supply_of, teacher_hash
+from ldm_dkdm.training.pool_filling import (
+    pool_facts,
+    prepare_pool,
+    refuse_other_teacher,
+    refuse_overwriting,
+    supply_of,
+    teacher_hash,
+)
 from ldm_dkdm.training.pool_log import PoolLog
+from ldm_dkdm.training.room import require_room
 from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.run_folder import RunFolder
-from ldm_dkdm.training.saving import RunCheckpoint
+from ldm_dkdm.training.saving import RunCheckpoint, tidy
 
 BEFORE = "before the training"
 
@@ -98,13 +106,15 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
     frozen = stored_in_bf16(teacher.network) if run.precision == "bf16" else teacher.network
     teacher = teacher.changed(precision=run.precision, network=frozen)
     trained = student.changed(precision=run.precision, first_stage=teacher.first_stage).sharing_codec(teacher)
+    refuse_overwriting(teacher, run.folder.path)
     parts, supply = assemble(teacher, trained, run.config), None
-    if not run.folder.latest():
-        require_room(parts)
-        supply = supply_of(parts)
-        _check_teacher(parts, run)
     if end := run.end(student.network):
         return run.ended(student, end)
+    refuse_other_teacher(teacher, run)
+    require_room(parts, run.folder)
+    if not run.latest:
+        supply = supply_of(parts)
+        _check_teacher(parts, run)
     student.network.train()
     log, seed = run.config.logging, run.trainer.seed
     saving = RunCheckpoint(run.folder.checkpoints, log, _export(parts, run))
@@ -126,8 +136,8 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
 
     with run.open(), compiled([teacher.network, trained.network], compiles(run.trainer.compile, run.device)):
         result = run.fit(parts.module(), stream_for, [pools, saving, grids], measuring)
-    for mapped in run.folder.path.glob("pool-rank*.bin"):  # the checkpoints hold the same
-        mapped.unlink(missing_ok=True)
+        if is_first_rank():
+            tidy(run.folder)
     return run.result(student, result)
 
 

@@ -16,6 +16,7 @@ from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import duration, pace, size
 from ldm_dkdm.training.from_images import require_fitting_labels, require_trainable
 from ldm_dkdm.training.plan import codec_parameters, early, network_cost, on_each, traffic, training_bytes
+from ldm_dkdm.training.room import disk_needed
 from ldm_dkdm.training.saving import KEPT
 from ldm_dkdm.training.timing import TIMED_ITERATIONS, Times, time_iterations, timed_batch, timed_with
 
@@ -89,7 +90,7 @@ def training_costs(parts: ImageTraining) -> dict[str, str]:
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({precision})",
         "memory, host": (size(_cached_bytes(parts)) if parts.sets else "not known") + f" for the images{each}",
         **traffic(model.parameters, trainer),
-        "disk": f"{size((KEPT + 1) * 16 * model.parameters + 4 * model.parameters)} for the model, {KEPT} "
+        "disk": f"{size(disk_needed(model.parameters, config.trainer, config.logging))} for the model, {KEPT} "
         "checkpoints and the next one while it is written",
     }
 

@@ -19,6 +19,7 @@ from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.reporting import duration, pace, size
 from ldm_dkdm.training.ends import ended_early
 from ldm_dkdm.training.parts import Distillation
+from ldm_dkdm.training.room import disk_needed
 from ldm_dkdm.training.saving import KEPT
 from ldm_dkdm.training.sharding import SHARDED
 from ldm_dkdm.training.timing import TIMED_ITERATIONS, time_iterations, timed_batch, timed_with
@@ -34,6 +35,7 @@ def costs(parts: Distillation) -> dict[str, str]:
     place = parts.pool_place(device)
     mapped = place == "mmap"
     pools, each = trainer.ranks * parts.pool_bytes, on_each(trainer)
+    disk = disk_needed(parts.student.parameters, trainer, config.logging, pools, mapped * pools)
     source = config.distill.pool_from or preparation(config.distill).mode
     student, teacher = parts.student.parameters, parts.teacher.parameters
     # weights of the teacher (bf16 halves it) and the first stage
@@ -53,7 +55,7 @@ def costs(parts: Distillation) -> dict[str, str]:
         "memory, host": size(trainer.per_node * parts.pool_bytes if place == "memory" else 0)
         + (" for the pool" if trainer.ranks == 1 else " for the pools, on each machine"),
         **traffic(student, trainer),
-        "disk": f"{size((KEPT + 1) * (pools + 16 * student) + 4 * student + mapped * pools)} for the student, {KEPT} "
+        "disk": f"{size(disk)} for the student, {KEPT} "
         "checkpoints and the next one while it is written" + (", the mapped pool" if mapped else ""),
     }
 

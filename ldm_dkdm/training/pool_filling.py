@@ -1,7 +1,5 @@
 """Check the room for a run's pool, and fill it."""
 
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +9,8 @@ from typing import Any
 import torch
 
 from ldm_dkdm.checkpoints.card import sha256
-from ldm_dkdm.checkpoints.pools import is_own_pool, pool_files, read_own_pool, read_reference_pool
+from ldm_dkdm.checkpoints.hashes import verifying
+from ldm_dkdm.checkpoints.pools import is_own_pool, pool_files, pool_header, read_own_pool, read_reference_pool
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.redeal import redeal, share
 from ldm_dkdm.distillation.refill import check_supply, refill
@@ -20,28 +19,13 @@ from ldm_dkdm.distillation.warmup import Warmup, warmup_of
 from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import NoisyBatch
-from ldm_dkdm.reporting import Progress, following, logger, size
-from ldm_dkdm.training.calls import IN_MEMORY
+from ldm_dkdm.reporting import Progress, following, logger
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.run import Run
-from ldm_dkdm.training.saving import warmup_path
+from ldm_dkdm.training.run_folder import IN_MEMORY, step_of
+from ldm_dkdm.training.saving import pool_path, warmup_path
 
 SECONDS_BETWEEN_WARMUP_SAVES = 600.0
-
-
-def require_room(parts: Distillation) -> None:
-    """Refuse pools that this machine cannot hold, before anything is written."""
-    config = parts.config
-    needed = config.trainer.per_node * parts.pool_bytes
-    if config.distill.pool_storage == "mmap":
-        needed = config.trainer.ranks * parts.pool_bytes
-        logs = Path(config.logging.dir).absolute()
-        place = next(folder for folder in (logs, *logs.parents) if folder.is_dir())
-        room, what = shutil.disk_usage(place).free, f"free on the disk of {config.logging.dir}"
-    else:
-        room, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "of memory here"
-    if needed > room:
-        raise UserError(f"rho: the pool takes {size(needed)}, but there are {size(room)} {what}; lower rho")
 
 
 def supply_of(parts: Distillation) -> NoisyBatch | None:
@@ -71,6 +55,35 @@ def teacher_hash(teacher: DiffusionModel) -> str:
     return sha256(teacher.file) if teacher.file else IN_MEMORY
 
 
+def refuse_other_teacher(teacher: DiffusionModel, run: Run) -> None:
+    """Refuse to continue a run, or its warm-up, with another teacher than it began with.
+
+    Raises:
+        UserError: names both.
+    """
+    folder, key = run.folder.checkpoints, "teacher_sha256"
+    pool = pool_path(folder, step_of(run.latest), 0) if run.latest else warmup_path(folder, 0)
+    before = pool_header(pool).get(key) if pool.is_file() else None
+    if before not in (None, now := teacher_hash(teacher)):
+        raise UserError(
+            f"teacher: {teacher.file or IN_MEMORY} is not the one that {run.folder.path} began with: its SHA-256 was "
+            f"{before} and is {now}; put the old file back, or start a new run (logging.name=NEW, in Python out)"
+        )
+
+
+def refuse_overwriting(teacher: DiffusionModel, folder: Path) -> None:
+    """Refuse a run folder that the teacher is in, where the student would replace it.
+
+    Raises:
+        UserError: names the teacher.
+    """
+    if teacher.path is not None and folder.resolve() in teacher.path.resolve().parents:
+        raise UserError(
+            f"teacher: {teacher.path} is in the run folder {folder}, where the student would replace it; "
+            "name another folder (logging.name=NEW, in Python out)"
+        )
+
+
 def pool_facts(teacher: DiffusionModel) -> dict[str, Any]:
     """What the states of a pool follow from, as its file stores it."""
     return {
@@ -90,11 +103,12 @@ def prepare_pool(
         UserError: the pool of a checkpoint is missing or damaged.
         Stopped: a signal; the warm-up so far is saved.
     """
-    latest, teacher, seed = run.folder.latest(), parts.teacher, run.trainer.seed
+    latest, teacher, seed = run.latest, parts.teacher, run.trainer.seed
     facts = {**pool_facts(teacher), "ranks": run.trainer.ranks}
     if latest:
         files = pool_files(run.folder.checkpoints, latest.stem)
-        pool = _saved_pool(files, parts, run, rank, device)
+        with verifying(False):  # `run.latest` has compared them with their hashes
+            pool = _saved_pool(files, parts, run, rank, device)
         pool.updated[pool.updated < 0] = run.first_batch  # a file of an older version
         pool.facts = facts
         return pool
@@ -132,7 +146,10 @@ def _warm_up(warmup: Warmup, partial: Path, origin: str, progress: bool | Progre
     """Run a warm-up, or continue an interrupted one; it is saved from time to time and at its end."""
     pool = warmup.pool
     if partial.is_file():
-        pool.load(partial, origin)
+        try:
+            pool.load(partial, origin)
+        except UserError as error:
+            raise UserError(f"{error}; delete it to start the warm-up again") from error
     last_save = time.monotonic()
     with following(progress, "warm-up", "slot", len(pool), pool.filled) as done:
         try:

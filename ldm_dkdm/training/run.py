@@ -3,9 +3,10 @@
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from ldm_dkdm.checkpoints.hashes import verifying
 from ldm_dkdm.checkpoints.loading import load_strictly, require_keys
 from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.shapes import under
 from ldm_dkdm.config.load import read_card
-from ldm_dkdm.config.schema import ModelCard, TrainerConfig
-from ldm_dkdm.device import default_device, resolve_precision, started
+from ldm_dkdm.config.schema import DistillRun, ModelCard, TrainerConfig
+from ldm_dkdm.device import default_device, is_first_rank, resolve_precision, started
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.ranks import losing
@@ -31,15 +33,11 @@ from ldm_dkdm.training.ends import EarlyStop, early_ends
 from ldm_dkdm.training.interrupt import GracefulStop
 from ldm_dkdm.training.loggers import open_loggers, require_loggers
 from ldm_dkdm.training.measuring import Agreement, refuse_agreement
+from ldm_dkdm.training.resuming import continues, newest_whole, read_checkpoint, set_aside
 from ldm_dkdm.training.run_folder import RunFolder, alone_in, check_run, open_run, require_plain, step_of
-from ldm_dkdm.training.saving import RunCheckpoint, read_checkpoint
+from ldm_dkdm.training.saving import RunCheckpoint, WrittenInPlace, tidy
 from ldm_dkdm.training.sharding import SHARDED
-from ldm_dkdm.training.strategies import (
-    environment,
-    require_strategy,
-    require_world,
-    strategy_of,
-)
+from ldm_dkdm.training.strategies import environment, require_strategy, require_world, strategy_of
 from ldm_dkdm.training.undisturbed import undisturbed
 from ldm_dkdm.training.windows import Windows
 
@@ -108,10 +106,11 @@ class Run:
             UserError: the folder is another run's, its newest checkpoint is damaged, or another network's.
         """
         check_run(self.config, self.folder, self.resumed)
-        latest = self.folder.latest()
+        latest = self.latest
         if latest is None:
             return None
-        step, saved = step_of(latest), read_checkpoint(latest)  # refuses a damaged file
+        with verifying(False):  # `latest` is whole
+            step, saved = step_of(latest), read_checkpoint(latest)
         if network is not None:
             require_keys(network, under(saved["state_dict"], "network."), latest)
         if step >= self.trainer.max_steps:
@@ -124,6 +123,17 @@ class Run:
                 return f"already ended at step {step} by {end.key}; a larger one continues it ({self._resume})"
         return None
 
+    @cached_property
+    def latest(self) -> Path | None:
+        """The checkpoint to continue from: the newest whole one.
+
+        Raises:
+            UserError: the folder is another run's, or has no whole one.
+        """
+        check_run(self.config, self.folder, self.resumed)
+        with verifying(self.trainer.verify):
+            return newest_whole(self.folder.checkpoints, isinstance(self.config, DistillRun))
+
     @property
     def _resume(self) -> str:
         return f"--resume {self.folder.path}, in Python resume=True"
@@ -131,12 +141,15 @@ class Run:
     @property
     def step(self) -> int:
         """The optimizer steps of the newest checkpoint; 0 without one."""
-        latest = self.folder.latest()
+        latest = self.latest
         return step_of(latest) if latest else 0
 
     def ended(self, model: DiffusionModel, end: str) -> Result:
         """The model of a run that has nothing more to do, with the weights that it saved."""
         logger.info(f"{self.folder.path}: {end}")
+        if is_first_rank():
+            with suppress(UserError, OSError), alone_in(self.folder):  # not in use, not read-only
+                tidy(self.folder)
         return self._saved(model, self.step, end)
 
     def result(self, model: DiffusionModel, fitted: Result) -> Result:
@@ -171,6 +184,8 @@ class Run:
             UserError: another process trains in the folder.
         """
         with undisturbed(), alone_in(self.folder), self.stop:
+            if is_first_rank():
+                tidy(self.folder)
             open_run(self.config, self.folder, self.resumed)
             yield self
 
@@ -201,7 +216,7 @@ class Run:
         Raises:
             Stopped: a signal ended the run before its end; all is saved.
         """
-        latest, ends = self.folder.latest(), early_ends(self.trainer)
+        latest, ends = self.latest, early_ends(self.trainer)
         if self.trainer.strategy in SHARDED:
             module = deepcopy(module)  # sharding is not undone
         windows = Windows(self.config.logging.log_every)
@@ -210,6 +225,9 @@ class Run:
             hearing = [windows, *ends, *callbacks]
             measuring.listeners = [found.measured for found in hearing if hasattr(found, "measured")]
         first = [measuring] if measuring is not None else []
+        if latest is not None and is_first_rank():
+            set_aside(self.folder.checkpoints, latest)
+            logger.info(continues(self.folder.path, self.step))
         trainer = self._lightning([self.stop, *first, windows, *ends, *callbacks])
         try:
             with losing(self.trainer.ranks, self.go_on):
@@ -233,7 +251,7 @@ class Run:
             devices=config.per_node,
             num_nodes=config.nodes,
             strategy=strategy_of(config),
-            plugins=[environment()],
+            plugins=[environment(), WrittenInPlace()],
             precision="bf16-mixed" if self.precision == "bf16" else "32-true",
             max_steps=config.max_steps,
             accumulate_grad_batches=config.accumulate,

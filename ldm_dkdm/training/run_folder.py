@@ -16,13 +16,15 @@ from ldm_dkdm.config.load import card_kind, fits, load_config, read_yaml, to_yam
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, LoggingConfig, ModelCard
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError, legible
-from ldm_dkdm.files import expanded, write_text
+from ldm_dkdm.files import expanded, make_folder, write_text
 from ldm_dkdm.reporting import logger
 
 RunConfig = DistillRun | DiffusionRun | FirstStageRun
 FREE = ("trainer", "logging")  # sections that may change when a run is resumed
 FIXED = ("trainer.seed", "trainer.accumulate")  # keys in FREE that may not
 NAMED = 3  # keys that a message names, of those that differ
+IN_MEMORY = "a model made in Python"  # begins the name of a teacher without a file, which ends with its hash
+POINTERS = ("teacher.ckpt", "first_stage.ckpt")  # paths; that the teacher is the same, its hash says
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
@@ -87,8 +89,8 @@ def alone_in(folder: RunFolder) -> Iterator[None]:
     if not is_first_rank():
         yield
         return
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with (folder.path / ".lock").open("w") as file:
+    make_folder(folder.path)
+    with (folder.path / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -118,7 +120,8 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
             )
         sections = [field.name for field in dataclasses.fields(config) if field.name not in FREE]
         for key in (*sections, *FIXED):
-            if changed := _first_change(_at(before, key), _at(now, key), key):
+            changed = _first_change(_at(before, key), _at(now, key), key)
+            if changed and not (changed in POINTERS and IN_MEMORY not in f"{_at(before, changed)} {_at(now, changed)}"):
                 raise UserError(f"{changed}: cannot change when {folder.path} is resumed; start a new run for that")
 
 
@@ -177,6 +180,15 @@ def _made_with(stored: Path, schema: type[RunConfig]) -> str:
         return _text(load_config(stored, schema=schema))
     except UserError:  # a config of another script
         return OmegaConf.to_yaml(read_yaml(stored))  # refuses a damaged or endless one
+
+
+def located(path: str, run: Path) -> str:
+    """A relative path in a run's config, looked for in the folders around the run, then where the process works."""
+    if not expanded(path).is_absolute():
+        for folder in (*run.absolute().parents, *run.resolve().parents):
+            if (found := folder / path).exists():
+                return path if Path(path).exists() and found.samefile(path) else str(found)
+    return path
 
 
 def require_plain(path: Path) -> None:

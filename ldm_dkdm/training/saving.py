@@ -1,26 +1,31 @@
 """Save checkpoints with their pools, and refuse diverged weights."""
 
 import math
+import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from ldm_dkdm.checkpoints.pickles import asked_globals
+from ldm_dkdm.checkpoints.hashes import hash_file, write_hash
 from ldm_dkdm.config.schema import LoggingConfig
-from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import make_folder, sync, write_torch
 from ldm_dkdm.training.ema import gather_average
 from ldm_dkdm.training.ends import AGREEMENT, EarlyStop, StepCallback, figures_of
-from ldm_dkdm.training.run_folder import checkpoints, step_of
+from ldm_dkdm.training.run_folder import RunFolder, checkpoints, step_of
 from ldm_dkdm.training.sharding import local
 
 if TYPE_CHECKING:
     from ldm_dkdm.distillation.pool import NoisyPool
 
 KEPT = 2
+TEMPORARY = re.compile(r"\..*\.(tmp|pending)|\.tmp\w{6}")  # the last are those of safetensors
 CHECKED_EVERY = 100  # steps between checks of the loss, which wait for the device
 
 
@@ -74,17 +79,20 @@ class RunCheckpoint(StepCallback):
         if step == self.last_saved:
             return
         refuse_divergence(trainer, trainer.lightning_module.parameters())
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         if self.pool is not None:
             self.pool.save(pool_path(self.folder, step, trainer.global_rank), step)
-        temporary = self.folder / f".step={step:08d}.ckpt.tmp"  # one name for all ranks: rank 0 writes it
-        trainer.save_checkpoint(temporary)
+        checkpoint = self.folder / f"step={step:08d}.ckpt"
+        pending = self.folder / f".{checkpoint.name}.pending"  # one name for all ranks: rank 0 writes it
+        trainer.save_checkpoint(pending)
         self.last_saved = step
         gather_average(trainer)
         if trainer.is_global_zero:
+            write_hash(checkpoint, pending)
             if step == self.best_step or not self._has_best:
                 self.on_saved(trainer)
-            temporary.replace(self.folder / f"step={step:08d}.ckpt")
+            pending.replace(checkpoint)
+            sync(self.folder)  # the new one is on the disk before an old one goes
             self._forget_old()
         trainer.strategy.barrier()
 
@@ -99,13 +107,40 @@ class RunCheckpoint(StepCallback):
         for checkpoint in checkpoints(self.folder)[:-KEPT]:
             step, every = step_of(checkpoint), self.config.keep_every
             if not (every and step % every == 0) and not (self.config.keep_best and step == self.best_step):
+                hash_file(checkpoint).unlink(missing_ok=True)
                 checkpoint.unlink()
         kept = {checkpoint.stem for checkpoint in checkpoints(self.folder)[-KEPT:]}
         for file in self.folder.glob("*.pool-rank*.safetensors"):
             if file.name.split(".")[0] not in kept:  # pool of a removed checkpoint, a failed one, or the warm-up
                 file.unlink()
-        for file in self.folder.glob(".*.tmp"):
-            file.unlink()
+        sweep(self.folder)
+
+
+class WrittenInPlace(TorchCheckpointIO):
+    """Writes a checkpoint on the disk where it goes, not through memory and /tmp."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write it atomically.
+
+        Raises:
+            OSError: no room, no permission.
+        """
+        write_torch(Path(path), checkpoint)
+
+
+def tidy(run: RunFolder) -> None:
+    """Remove what killed processes left in a run folder: half-written files, the mapped pools; it must be locked."""
+    for folder in (run.path, run.checkpoints, run.model, run.path / "samples"):
+        sweep(folder)
+    for mapped in run.path.glob("pool-rank*.bin"):  # the checkpoints hold the same
+        mapped.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in a folder that this process alone writes to; it must be locked."""
+    for left in folder.glob(".*"):
+        if TEMPORARY.fullmatch(left.name):
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
 
 
 def refuse_divergence(trainer: L.Trainer, weights: Iterable[Tensor] = ()) -> None:
@@ -118,24 +153,6 @@ def refuse_divergence(trainer: L.Trainer, weights: Iterable[Tensor] = ()) -> Non
     if trainer.strategy.reduce_boolean_decision(bad, all=False):  # all processes end together
         step = trainer.global_step
         raise UserError(f"learning_rate: the run diverged by step {step}; the checkpoints are unchanged")
-
-
-def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """The content of a checkpoint, mapped into memory; no code in it is run.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    fault = "is damaged; delete it to continue from the checkpoint before"
-    try:
-        asked_globals(checkpoint)  # refuses what torch.load would unpickle for ever
-    except UserError as error:
-        raise UserError(f"{checkpoint}: {fault} ({error})") from error
-    try:
-        with blaming(checkpoint, fault):
-            return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:  # too short to be mapped
-        raise UserError(f"{checkpoint}: {fault} ({error})") from error
 
 
 def pool_path(folder: Path, step: int, rank: int) -> Path:

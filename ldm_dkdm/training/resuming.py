@@ -1,0 +1,119 @@
+"""Find the checkpoint that a run continues from: the newest one that is whole."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_dkdm.checkpoints.hashes import check_file, read_safetensors
+from ldm_dkdm.checkpoints.pickles import asked_globals
+from ldm_dkdm.checkpoints.pools import pool_files
+from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.files import sync
+from ldm_dkdm.reporting import logger
+from ldm_dkdm.reports.tables import read_cells
+from ldm_dkdm.training.run_folder import checkpoints, step_of
+
+KEYS = ("state_dict", "optimizer_states", "loops", "callbacks", "global_step")  # what a resume needs
+SET_ASIDE = ".damaged"  # end of the name of a checkpoint that is not whole, once the run has gone on without it
+WEIGHTS = ("state_dict", "current_model_state", "optimizer_states")  # parts whose numbers must be finite
+
+
+def newest_whole(folder: Path, pools: bool) -> Path | None:
+    """The newest checkpoint that can be resumed; of damaged ones after it a warning says what is wrong.
+
+    Args:
+        folder: logs/<run>/checkpoints.
+        pools: whether pools belong to a checkpoint, one for each rank that saved it.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole.
+    """
+    found = checkpoints(folder)
+    for checkpoint in reversed(found):
+        try:
+            require_whole(checkpoint, pools)
+        except UserError as error:
+            reason = error
+        else:
+            if checkpoint != found[-1]:
+                logger.warning(f"{reason}; continuing from {checkpoint.name} in its place")
+            return checkpoint
+    if found:
+        raise UserError(f"{reason}; there is no whole checkpoint before it: delete {folder} to begin the run again")
+    return None
+
+
+def require_whole(checkpoint: Path, pools: bool = False) -> None:
+    """Refuse a checkpoint that cannot be resumed, or whose content or pools are not what was written.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    saved, step = read_checkpoint(checkpoint), step_of(checkpoint)
+    missing = [name for name in KEYS if name not in saved]
+    if missing or "fit_loop" not in saved["loops"]:
+        raise UserError(
+            f"{checkpoint}: cannot be resumed, it lacks {', '.join(missing) or 'the state of the training'}"
+        )
+    if saved["global_step"] != step:
+        raise UserError(f"{checkpoint}: is the checkpoint of step {saved['global_step']}, not of step {step}")
+    for name, tensor in _numbers({part: saved.get(part) for part in WEIGHTS}, ""):
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{checkpoint}: is damaged: {name} holds values that are not finite")
+    for pool in pool_files(checkpoint.parent, checkpoint.stem) if pools else ():
+        with blaming(pool):
+            try:
+                read_safetensors(pool)
+            except OSError as error:
+                raise UserError(f"{pool}: cannot be read ({error})") from error
+
+
+def _numbers(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of floating-point numbers in nested dictionaries and lists, with their dotted names."""
+    if isinstance(tree, Tensor):
+        if tree.is_floating_point():
+            yield name, tree
+        return
+    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    for key, value in items:
+        yield from _numbers(value, f"{name}.{key}" if name else str(key))
+
+
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """The content of a checkpoint, mapped into memory; no code in it is run.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    fault = "is damaged"
+    try:
+        asked_globals(checkpoint)  # refuses what torch.load would unpickle for ever
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {fault} ({error})") from error
+    try:
+        check_file(checkpoint)
+        with blaming(checkpoint, fault):
+            saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:  # too short to be mapped
+        raise UserError(f"{checkpoint}: {fault} ({error})") from error
+    if not isinstance(saved, dict):
+        raise UserError(f"{checkpoint}: {fault}: it holds a {type(saved).__name__}")
+    return saved
+
+
+def set_aside(folder: Path, latest: Path) -> None:
+    """Rename the checkpoints after the one that a run continues from, so that they no longer count."""
+    for damaged in [found for found in checkpoints(folder) if step_of(found) > step_of(latest)]:
+        damaged.replace(damaged.with_name(damaged.name + SET_ASIDE))
+    sync(folder)
+
+
+def continues(run: Path, step: int) -> str:
+    """What a resume says: the step, and how many later ones are lost with a process that did not end by itself."""
+    rows = read_cells(run / "metrics.csv", lambda problem: None)
+    last = max((int(float(row["step"])) for row in rows), default=step)
+    lost = f"; the steps after it are trained again ({last - step} at least)" if last > step else ""
+    return f"{run}: continues from the checkpoint of step {step}{lost}"

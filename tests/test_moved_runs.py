@@ -1,0 +1,100 @@
+"""Runs that were moved find their parts; a teacher that changed, or that a run would overwrite, is refused."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ldm_dkdm import load_model
+from ldm_dkdm.checkpoints.model_folder import card_of, write_model
+from ldm_dkdm.commands.evaluate import find_teacher
+from ldm_dkdm.commands.hints import ScopedHints
+from ldm_dkdm.training.run_folder import located
+from tests.cli import contents, distil, run_script, sample
+from tests.parts import first_stage_folder, model_folder
+from tests.test_config_errors import assert_one_error_line
+from tests.test_resume import write_config
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models/teacher, models/vq and logs/run, whose config has relative paths."""
+    home = tmp_path_factory.mktemp("project")
+    load_model(model_folder(home / "first", first_stage_folder(home / "models" / "vq"))).save(home / "models/teacher")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        base = write_config(Path("models/teacher"), Path(), "run", trainer={"max_steps": 2})
+        assert distil("--base", base) == 0
+    return home
+
+
+def project(built: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, to work in; returns the run."""
+    shutil.copytree(built, home, dirs_exist_ok=True)
+    for card in home.rglob("config.yaml"):
+        card.write_text(card.read_text().replace(str(built), str(home)))
+    monkeypatch.chdir(home)
+    return home / "logs" / "run"
+
+
+def test_a_moved_run_finds_its_teacher_and_its_first_stage(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = project(built, tmp_path / "home", monkeypatch)
+    alone = Path(shutil.copytree(run, tmp_path / "elsewhere" / "run"))
+    assert load_model(alone).codec().latent_size == 8  # by the path from the root
+    (tmp_path / "home").rename(tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "new" / "logs" / "run"
+    assert load_model(run).codec().latent_size == 8  # by the path relative to the model
+    (tmp_path / "link").symlink_to(run)
+    for found in (run, tmp_path / "link"):
+        assert load_model(found).codec().latent_size == 8
+        teacher = find_teacher(found, None, ScopedHints([], ("student", "teacher")))
+        assert teacher.path == tmp_path / "new" / "models" / "teacher"
+    assert distil("--resume", tmp_path / "link", "trainer.max_steps=3") == 0
+    assert located("models/teacher", run) == str(tmp_path / "new" / "models" / "teacher")
+    assert located("/models/teacher", run) == "/models/teacher" and located("no", run) == "no"
+
+
+def test_a_teacher_that_changed_since_the_run_began_is_refused(
+    built: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    run = project(built, tmp_path, monkeypatch)
+    weights = tmp_path / "models" / "teacher" / "model.safetensors"
+    before = hashlib.sha256(weights.read_bytes()).hexdigest()
+    other = load_model("models/teacher")
+    next(other.network.parameters()).data.add_(1)
+    write_model(weights.parent, card_of(other, weights.parent), other.network.state_dict())
+    now = hashlib.sha256(weights.read_bytes()).hexdigest()
+    kept = contents(run / "student")
+    code = distil("--resume", run, "trainer.max_steps=4")
+    assert_one_error_line(capsys, code, ("teacher: ", f"was {before}", f"is {now}", "put the old file back"))
+    assert contents(run / "student") == kept
+
+
+def test_a_run_does_not_replace_its_teacher(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    run = project(built, tmp_path, monkeypatch)
+    (run / "config.yaml").unlink()
+    before = contents(run)
+    base = write_config(Path("logs/run"), Path(), "run")
+    assert_one_error_line(
+        capsys, distil("--base", base), ("teacher: logs/run/student is in the run folder", "logging.name=NEW")
+    )
+    assert contents(run) == before
+
+
+def test_commands_take_a_first_stage(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = project(built, tmp_path, monkeypatch)
+    shutil.move(tmp_path / "models" / "vq", tmp_path / "vq")
+    stage = ["--first_stage", tmp_path / "vq"]
+    assert sample("-r", run, "-n", 1, "-c", 2, "-l", tmp_path / "out") == 2
+    assert sample("-r", run, "-n", 1, "-c", 2, "-l", tmp_path / "out", *stage) == 0
+    assert run_script("convert.py", run, tmp_path / "copy", "--to", "folder", *stage) == 0
+    assert load_model(tmp_path / "copy").codec().latent_size == 8
+    assert distil("--resume", run, *stage, "trainer.max_steps=3") == 0
+    figures = ["-n", 0, "--chains", 2]
+    assert run_script("evaluate.py", "-r", run, *figures, *stage) == 0
