@@ -85,12 +85,27 @@ def test_the_line_is_the_least_squares_one(monkeypatch: pytest.MonkeyPatch) -> N
     assert line([1.0, 2.0, 3.0], [3.0, 5.0, 7.0]) == pytest.approx({"slope": 2, "intercept": 1, "correlation": 1})
 
 
-def test_the_last_measured_agreement_is_ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_measured_agreement_is_ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from ranking import last_agreement, rank_correlation
+    from ranking import agreement_of, rank_correlation
 
     (tmp_path / "metrics.csv").write_text("step,loss,agreement\n1,2,0.5\n2,1,0.25\n3,1,\n")
-    assert last_agreement(tmp_path) == 0.25
+    checkpoints = tmp_path / "checkpoints"
+    assert agreement_of(tmp_path) == 0.25 and agreement_of(checkpoints / "step=00000001.ckpt") == 0.5
     assert rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 9.0, 4.0, 16.0]) == pytest.approx(0.8)
     with pytest.raises(UserError, match="holds no agreement"):
-        last_agreement(tmp_path / "nowhere")
+        agreement_of(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no agreement at step 3"):
+        agreement_of(checkpoints / "step=00000003.ckpt")
+
+
+def test_a_device_is_measured_by_variant(tmp_path: Path) -> None:
+    words = ("quickstart", "--batch_size", 2, "--rounds", 1, "--images", 2, "-c", 2, "-o", tmp_path / "gpu.json")
+    benchmark("gpu.py", *words)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["variant"] for row in found["rows"]][:2] == ["float32", "bf16"]
+    for row in found["rows"]:
+        peak = found["peak_flops"]["32" if row["variant"] == "float32" else "bf16"]
+        operations = row["MFU"] * peak * row["ms a step"] / 1e3
+        assert operations == pytest.approx(2 * (0.79e9 + 3 * 0.45e9), rel=0.03)  # GFLOPs of docs/performance.md
+    assert found["sampling"][0]["student, images/s"] > 0
