@@ -57,7 +57,8 @@ class StudentModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.config.grad_clip is not None:  # bf16 needs no loss scaling, so gradients are unscaled
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]  # without a walk
+            nn.utils.clip_grad_norm_(weights, self.config.grad_clip)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         config = self.config
