@@ -4,6 +4,7 @@ import errno
 import functools
 import glob
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -236,8 +237,21 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[st
     with replacing(path) as temporary:
         try:
             save_file(dict(tensors), temporary, facts)
+            _sort_metadata(temporary)
         except SafetensorError as error:
             raise _disk_error(error, path) from error
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put a safetensors file's metadata in the order of its keys: safetensors' is another one in every process."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:  # the tensors stay where they are
+            opened.seek(8)
+            opened.write(text)
 
 
 def content_sha256(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> str:

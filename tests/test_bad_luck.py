@@ -64,7 +64,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda folder: (folder / f"{NEWEST}.ckpt").write_bytes(b""), "ckpt: is damaged"),
     "no pool": (
         lambda folder: (folder / f"{NEWEST}.pool-rank0.safetensors").unlink(),
-        "ckpt: cannot be resumed, 1 of its 1 pools is missing",
+        "pool-rank0.safetensors: missing; the checkpoint beside it cannot be resumed without its pool",
     ),
     "not a number": (rewritten(with_nan), "holds values that are not finite"),
     "without loops": (rewritten(lambda saved: saved.pop("loops")), "cannot be resumed, it lacks loops"),

@@ -149,7 +149,7 @@ def test_a_plan_counts_parameters_and_operations_of_every_recipe(
     names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)  # no checkpoint is there
-    monkeypatch.setattr("ldm_dkdm.training.plan.time_needed", lambda parts: "not measured")
+    monkeypatch.setattr("ldm_dkdm.training.plan.time_needed", lambda parts: {"time": "not measured"})
     for module in ("model.diffusion_model", "config.registry"):
         monkeypatch.setattr(f"ldm_dkdm.{module}.build", lambda node, *_: on_meta(node))
     bases = [names[0], *(f"students/{name}" for name in names[1:])]

@@ -227,7 +227,7 @@ def test_paths_are_opened_as_what_they_are(teacher_folder: Path, first_stage: Pa
     assert open_images(first_stage, CONFIG, reconstructed=images).facts()["kind"] == "reconstructions"
     with pytest.raises(UserError, match="is a first stage; name the images"):
         open_images(first_stage, CONFIG)
-    with pytest.raises(UserError, match="nowhere: no such checkpoint file"):
+    with pytest.raises(UserError, match="nowhere: no such file or folder; the path of a set of images is a model"):
         open_images(tmp_path / "nowhere", CONFIG)
     with pytest.raises(UserError, match=r"images are uint8 \(N,H,W,C\), N > 0; got torch.float32"):
         open_images(torch.zeros(2, 3, 3, 3), CONFIG)
