@@ -1,6 +1,7 @@
 """Fixtures: model folders that are made once a session."""
 
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import torch
@@ -46,8 +47,9 @@ def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _results(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of `dkdm evaluate` stay out of the working folder."""
+    """Rows of `dkdm evaluate` stay out of the working folder, statistics out of the user's cache."""
     monkeypatch.setattr(evaluate, "RESULTS", tmp_path_factory.getbasetemp() / "results.csv")
+    monkeypatch.setenv("LDM_DKDM_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{uuid4().hex}"))
 
 
 @pytest.fixture(autouse=True)

@@ -73,9 +73,9 @@ def test_a_run_alone_has_a_row_of_results_with_the_facts_of_any_other(
     assert float(row["agreement"]) == figures["agreement"]
     assert float(row["frechet_student_to_teacher"]) == figures["frechet_student_to_teacher"]
     student = run / "student" / "student.safetensors"
-    facts = {"images": "65", "seeds": "65 ... 129", "sampler": "ddim", "steps": "2", "weights": "EMA"}
+    facts = {"images": "65", "seeds": "0 ... 64", "sampler": "ddim", "steps": "2", "weights": "EMA"}
     facts |= {"opened_from": str(student), "opened_from_sha256": sha256(student), "extractor features": "pixels"}
-    facts |= {"reference": str(teacher_folder), "reference seeds": "0 ... 64", "ldm_dkdm": dkdm.__version__}
+    facts |= {"reference": str(teacher_folder), "reference seeds": "65 ... 129", "ldm_dkdm": dkdm.__version__}
     assert {name: row[name] for name in facts} == facts
     by = f"ldm_dkdm {dkdm.__version__}: dkdm evaluate -n 65 -c 2 --chains 1 --pairs 1 --seed 0"
     assert row["agreement by"] == figures["measured_with"] == by
@@ -111,8 +111,10 @@ def test_every_long_part_shows_its_progress(teacher_folder: Path) -> None:
     )
     chains, pairs, states, random = list(seen)[:4]
     assert ("chains" in chains, "same noise" in pairs, "student" in states, "random" in random) == (True,) * 4
-    assert list(seen)[4:] == ["images of the teacher", "more images of the teacher", "images of the student"]
-    totals = [20, 3, 40, 40, 65, 65, 65]
+    again = f"features of {teacher.path} with the student's seeds"
+    drawn = [f"components of {teacher.path}", f"features of {teacher.path}", again, "features of student"]
+    assert list(seen)[4:] == drawn
+    totals = [20, 3, 40, 40, 65, 65, 65, 65]
     assert list(seen.values()) == [(total, total) for total in totals]
 
 

@@ -126,6 +126,8 @@ def _compare(options: argparse.Namespace) -> None:
         raise UserError("--chains, --pairs and --batch_size must be at least 1, --seed at least 0")
     if numbers["images"] != 0 and numbers["images"] < 65:
         raise UserError("--n_samples: at least 65, the distance uses 64 principal components; or 0")
+    if numbers["images"] == 0 and options.cache is not None:
+        raise UserError("--cache: has no effect with --n_samples 0: there are no images to have statistics of")
     _require_defaults(options)
     read_hints(options.hints)  # refuses what is not key=value
     hints = ScopedHints(options.hints, ("student", "teacher"))
@@ -147,7 +149,7 @@ def _compare(options: argparse.Namespace) -> None:
     teacher = find_teacher(expanded(options.resume), options.teacher, hints).to(device, options.precision)
     hints.require_used({"student": student} | ({"teacher": teacher} if options.teacher else {}))
     with flags(**FLAGS):
-        figures = evaluate(student, teacher, progress=True, lpips=options.lpips, **numbers)
+        figures = evaluate(student, teacher, progress=True, lpips=options.lpips, cache=options.cache, **numbers)
     if not joined().first:
         return
     figures |= _report(options, student, teacher, figures, numbers)
@@ -190,7 +192,7 @@ def _require_defaults(options: argparse.Namespace) -> None:
     """Refuse options that `-r` alone does not use."""
     defaults = {"eta": 0.0, "sampler": "ddim", "features": "inception", "labels": []}
     defaults["processes"] = 1
-    unused = ("sampler", "eta", "labels", "features", "reference_seed", "size", "cache", "save_statistics")
+    unused = ("sampler", "eta", "labels", "features", "reference_seed", "size", "save_statistics")
     for name in (*unused, "processes"):
         if getattr(options, name) != defaults.get(name):
             raise UserError(f"--{name}: has no effect with -r alone; add --metrics")

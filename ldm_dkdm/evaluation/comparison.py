@@ -1,12 +1,8 @@
 """Measure a student against its teacher, without data."""
 
 import math
-import time
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from ldm_dkdm import __version__
 from ldm_dkdm.checkpoints.contents import described, same_process
@@ -22,15 +18,15 @@ from ldm_dkdm.evaluation.agreement import (
     new_reference,
     teacher_calls,
 )
-from ldm_dkdm.evaluation.frechet import pixel_frechet_distance
+from ldm_dkdm.evaluation.distances import distances
 from ldm_dkdm.evaluation.held_out import eps_error_by_quarter
 from ldm_dkdm.evaluation.perceptual import find_lpips
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.facts import whole
-from ldm_dkdm.model.ranks import joined, sample_together
+from ldm_dkdm.model.ranks import joined
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.cost import gflops
-from ldm_dkdm.reporting import Progress, following, logger
+from ldm_dkdm.reporting import Progress, logger
 
 STEPS = 20  # DDIM steps of images, or all T where there are fewer
 MEASURED_WITH = "measured_with"
@@ -48,24 +44,27 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 128,
     lpips: str | Path | None = None,
+    cache: str | Path | None = None,
     progress: bool | Progress = False,
 ) -> dict[str, Any]:
     """Figures of a student against its teacher, by name.
 
     agreement, agreement_q1 ... q4, x0_drift, psnr, ssim, lpips: see `agreement.compare`, which also measures during a
     training. untrained_q1 ... q4: eps errors of the student's architecture with random weights. eps_mse_by_t: the
-    student's at 20 timesteps (all, where T is smaller). frechet_*: distance of images on 64 principal components of
-    pixels. Parameters, GFLOPs a call, images a second.
+    student's at 20 timesteps (all, where T is smaller). frechet_*: see `distances`. Parameters, GFLOPs a call, images a
+    second.
 
     Args:
         images: for the Frechet distance, 65 or more; 0 leaves it out.
         steps: DDIM steps of all images; default: 20, or all T where there are fewer.
         chains: held-out ancestral chains of the teacher, each of T calls.
         pairs: images that both models make from the same noise.
-        seed: of chains and images. With the seed and the sizes of a training, the figures are the training's.
+        seed: of chains and images, see `distances`. With the seed and the sizes of a training, the figures are the
+            training's.
         batch_size: images drawn at once.
         lpips: file with torchvision's VGG16 weights; default: the one in torch.hub's cache, without which LPIPS is left
             out, as a line of the log says.
+        cache: folder of the images' statistics; default: `statistics_cache()`.
 
     Raises:
         UserError: models that `require_comparable` refuses, or a number out of range.
@@ -75,21 +74,36 @@ def evaluate(
     sizes = Sizes(chains, pairs, steps_within(steps, teacher))
     _require(sizes, images, seed, batch_size)
     SAMPLERS["ddim"].timesteps(teacher.schedule, sizes.steps)  # refuses what does not fit
+    logger.info(work(sizes, images, total))
+    figures: dict[str, Any] = {MEASURED_WITH: measured_with(sizes, images, seed)}
+    figures |= joined().on_first(lambda: _agreement(student, teacher, sizes, seed, batch_size, lpips, progress))
+    if images:
+        config = SamplingConfig(images, batch_size, seed, sizes.steps)
+        figures |= distances(student, teacher, config, cache, progress)
+    return figures
+
+
+def _agreement(
+    student: DiffusionModel,
+    teacher: DiffusionModel,
+    sizes: Sizes,
+    seed: int,
+    batch_size: int,
+    lpips: str | Path | None,
+    progress: bool | Progress,
+) -> dict[str, Any]:
+    """The figures that need no set of images."""
     perceptual = find_lpips(lpips)
     if perceptual.missing:
         logger.info(perceptual.missing)
-    logger.info(work(sizes, images, total))
     reference = new_reference(teacher, seed, sizes, batch_size=batch_size, progress=progress)
     found = compare(student, reference, perceptual, batch_size=batch_size, progress=progress)
-    figures: dict[str, Any] = {MEASURED_WITH: measured_with(sizes, images, seed), **found.figures}
-    figures |= _untrained_errors(student, reference, batch_size, progress)
+    figures: dict[str, Any] = found.figures | _untrained_errors(student, reference, batch_size, progress)
     figures["eps_mse_by_t"] = {str(t): round(e, 6) for t, e in found.by_t.items()}
     for name, model in (("teacher", teacher), ("student", student)):
         figures[f"{name}_parameters"] = model.parameters
         cost = gflops(model.network, model.shape, model.num_classes is not None)
         figures[f"{name}_gflops"] = round(cost, 4)
-    if images:
-        figures |= _distances(student, teacher, SamplingConfig(images, batch_size, seed, sizes.steps), progress)
     return figures
 
 
@@ -151,37 +165,6 @@ def measured_with(sizes: Sizes, images: int, seed: int) -> str:
     """The package, its version, and the options that the figures depend on, as the command takes them."""
     options = f"-n {images} -c {sizes.steps} --chains {sizes.chains} --pairs {sizes.images} --seed {seed}"
     return f"ldm_dkdm {__version__}: dkdm evaluate {options}"
-
-
-def _distances(
-    student: DiffusionModel, teacher: DiffusionModel, config: SamplingConfig, progress: bool | Progress
-) -> dict[str, float]:
-    """Frechet distances of the student's images and of more of the teacher's to the teacher's, and speeds."""
-    count = config.count
-
-    def draw(model: DiffusionModel, first: int, what: str) -> tuple[Tensor, float]:
-        images: list[Tensor] = []
-        started = time.perf_counter()
-        with following(progress, what, "image", count) as show:
-            own = SamplingConfig(count, config.batch_size, first, config.steps)
-            if joined().ranks > 1:
-                images.append(sample_together(model, own))
-                show(count)
-            else:
-                for batch in model.sample_batches(own):
-                    images.append(batch.images)
-                    show(sum(map(len, images)))
-        return torch.cat(images), count / (time.perf_counter() - started)
-
-    reference, teacher_rate = draw(teacher, config.seed, "images of the teacher")
-    again, _ = draw(teacher, config.seed + count, "more images of the teacher")
-    students, student_rate = draw(student, config.seed + count, "images of the student")
-    return {
-        "frechet_teacher_to_teacher": round(pixel_frechet_distance(reference, again), 3),
-        "frechet_student_to_teacher": round(pixel_frechet_distance(reference, students), 3),
-        "teacher_images_per_second": round(teacher_rate, 2),
-        "student_images_per_second": round(student_rate, 2),
-    }
 
 
 def _untrained_errors(

@@ -1,6 +1,6 @@
 """Principal components of a reference's pixels as features, in memory that does not grow with its number of images."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ldm_dkdm.evaluation.partial import LAYOUT
 from ldm_dkdm.evaluation.samples import ModelImages
 from ldm_dkdm.evaluation.sources import FolderImages, ImageSource, key_of
 from ldm_dkdm.files import replacing
+from ldm_dkdm.model.ranks import joined
 from ldm_dkdm.npz import read_arrays
 from ldm_dkdm.reporting import Progress, following, logger
 
@@ -66,6 +67,7 @@ def pixel_components(
 
     The components are those of at most IMAGES images: of a model, whose samples are independent, the first, and these
     stay in memory so that they are not drawn twice; of others images at even distances. They are kept in the cache.
+    Of several ranks the first computes them.
 
     Raises:
         UserError: fewer images than the components need, or images that are all the same.
@@ -74,16 +76,31 @@ def pixel_components(
         raise UserError(f"{reference.name}: holds no images, whose pixels pixel-frechet needs")
     require_enough(reference.count)
     file = cache / f"{key_of(LAYOUT, reference.identity(), IMAGES, COMPONENTS)}.components.npz" if cache else None
-    basis = _cached(file) if file is not None and file.is_file() else None
-    if basis is None:
-        images = _some(reference, batch_size, progress)
-        basis = PixelBasis.of(images)
-        if file is not None:
-            with replacing(file) as temporary, temporary.open("wb") as opened:
-                np.savez(opened, mean=basis.mean.numpy(), components=basis.components.numpy())
-        reference = _kept(reference, images)
+    used: list[Tensor] = []
+    basis = joined().on_first(lambda: _basis(reference, file, batch_size, progress, used.append))
+    reference = _kept(reference, used[0]) if used else reference
     digest = key_of(*(array.numpy().tobytes().hex() for array in (basis.mean, basis.components)))
     return PixelComponents(NAME, "pixels", None, digest, "none", torch.device("cpu"), basis=basis), reference
+
+
+def _basis(
+    reference: ImageSource,
+    file: Path | None,
+    batch_size: int,
+    progress: bool | Progress,
+    keep: Callable[[Tensor], None],
+) -> PixelBasis:
+    """Components from their file of the cache, or from images, which `keep` gets."""
+    known = _cached(file) if file is not None and file.is_file() else None
+    if known is not None:
+        return known
+    images = _some(reference, batch_size, progress)
+    basis = PixelBasis.of(images)
+    if file is not None:
+        with replacing(file) as temporary, temporary.open("wb") as opened:
+            np.savez(opened, mean=basis.mean.numpy(), components=basis.components.numpy())
+    keep(images)
+    return basis
 
 
 def require_enough(*counts: int | None) -> None:
@@ -107,14 +124,14 @@ def _cached(file: Path) -> PixelBasis | None:
             return PixelBasis(mean, components)
     except UserError as error:
         logger.warning(f"{error}; it is removed, and the components are computed again")
-        file.unlink()
+        file.unlink(missing_ok=True)
         return None
 
 
 def _kept(reference: ImageSource, images: Tensor) -> ImageSource:
     if not isinstance(reference, ModelImages):
         return reference
-    return DrawnImages(reference.model, reference.config, reference.name, images)
+    return DrawnImages(reference.model, reference.config, reference.name, reference.clock, images)
 
 
 def _some(source: ImageSource, batch_size: int, progress: bool | Progress) -> Tensor:

@@ -55,12 +55,13 @@ def gather(
     """
     if source.count:
         source.identity()  # settles what is doubtful before any image is drawn
-    found = {
-        name: _at_hand(source, extractor, name in keep, cache, (fields or {}).get(name, ()))
-        for name, extractor in extractors.items()
-    }
     ranks = joined()
-    found = ranks.from_first(found)
+    found = ranks.on_first(
+        lambda: {
+            name: _at_hand(source, extractor, name in keep, cache, (fields or {}).get(name, ()))
+            for name, extractor in extractors.items()
+        }
+    )
     missing = {name: Collector(extractors[name], name in keep) for name, known in found.items() if known is None}
     if missing and ranks.ranks > 1:
         gather_over_ranks(source, missing, ranks, cache, batch_size, progress, save_seconds)
@@ -134,7 +135,7 @@ def _cached(file: Path, features: bool) -> Statistics | None:
             raise UserError(f"{file}: does not hold statistics")
     except UserError as error:
         logger.warning(f"{error}; it is removed, and its statistics are computed again")
-        file.unlink()
+        file.unlink(missing_ok=True)
         return None
     return known
 

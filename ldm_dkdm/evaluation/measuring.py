@@ -204,13 +204,13 @@ def against_teacher(
     """The provenance of figures of `evaluate`, as `measure` gives it.
 
     Args:
-        config: as `evaluate` samples the teacher; the student's seeds begin at seed + count.
+        config: as `evaluate` samples the student; the teacher's seeds begin at seed + count.
         drawn: whether there are images for the Frechet distance.
     """
     chosen = ["agreement", *(["pixel-frechet"] if drawn else [])]
     used = [open_extractor("pixels", "cpu")] if drawn else []
-    own = ModelImages(student, replace(config, seed=config.seed + config.count), str(student.path or "student"))
-    other = ModelImages(teacher, config, str(teacher.path or "teacher"))
+    own = ModelImages(student, config, str(student.path or "student"))
+    other = ModelImages(teacher, replace(config, seed=config.seed + config.count), str(teacher.path or "teacher"))
     return _measurement(own, other, chosen, used, dict(figures), {})
 
 

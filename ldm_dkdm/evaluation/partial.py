@@ -68,7 +68,7 @@ def _resumed(partial: Path, collectors: Mapping[str, Collector]) -> int:
             return _restored(partial, collectors)
     except UserError as error:
         logger.warning(f"{error}; it is removed, and all images are read again")
-        partial.unlink()
+        partial.unlink(missing_ok=True)
         for collector in collectors.values():
             collector.restore({})
         return 0

@@ -1,8 +1,9 @@
 """The samples of a model as a set of images: drawn when they are needed, none kept."""
 
 import hashlib
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,13 +19,38 @@ from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.sampling import require_sampling, settle, steps_of
 
 
+@dataclass
+class Clock:
+    """Images that were drawn, and the seconds that their sampling and decoding took."""
+
+    images: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Images a second; 0 where none were drawn."""
+        return self.images / self.seconds if self.images else 0.0
+
+    def timed(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The same batches, with the time that each takes."""
+        while True:
+            started = time.perf_counter()
+            images = next(batches, None)
+            if images is None:
+                return
+            self.seconds += time.perf_counter() - started
+            self.images += len(images)
+            yield images
+
+
 @dataclass(frozen=True)
 class ModelImages:
-    """Samples of a model; image i depends on seed + i only."""
+    """Samples of a model; image i depends on seed + i only. The clock, if there is one, times their drawing."""
 
     model: DiffusionModel
     config: SamplingConfig
     name: str
+    clock: Clock | None = field(default=None, compare=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -107,8 +133,8 @@ class ModelImages:
             batch_size=batch_size,
             labels=labels[turn:] + labels[:turn],
         )
-        for batch in self.model.sample_batches(config):
-            yield batch.images
+        images = (batch.images for batch in self.model.sample_batches(config))
+        return images if self.clock is None else self.clock.timed(images)
 
     def stored(self) -> None:
         """None: a model has no statistics."""

@@ -1,24 +1,21 @@
 """Processes that sample or measure together: which this is, and how they exchange what they have."""
 
 import atexit
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-import torch
 from torch import distributed
 
-from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.device import main_address, main_port, started
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.model.diffusion_model import DiffusionModel
-from ldm_dkdm.model.sampling import sample_batches, starts_of
 
 T = TypeVar("T")
-MINUTES = 30.0  # for which a process waits for the others
+MEETING = timedelta(minutes=30)  # for which a process waits until all have started
+WAIT = timedelta(days=30)  # for work of the others; a connection to a process that has ended fails at once
 
 
 @dataclass(frozen=True)
@@ -27,6 +24,7 @@ class Ranks:
 
     rank: int = 0
     ranks: int = 1
+    group: Any = field(default=None, compare=False)  # of torch.distributed; None: its default group
 
     @property
     def first(self) -> bool:
@@ -40,21 +38,40 @@ class Ranks:
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.ranks > 1:
-            distributed.barrier()
+            distributed.barrier(self.group)
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks."""
         found: list[Any] = [value] * self.ranks
         if self.ranks > 1:
-            distributed.all_gather_object(found, value)
+            distributed.all_gather_object(found, value, self.group)
         return found
 
     def from_first(self, value: T) -> T:
         """The first process's value."""
         found = [value]
         if self.ranks > 1:
-            distributed.broadcast_object_list(found, 0)
+            distributed.broadcast_object_list(found, 0, self.group)
         return found[0]
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What the first process computes, in every process.
+
+        Raises:
+            UserError: the first process's, in every process.
+        """
+        if self.ranks == 1:
+            return work()
+        found: tuple[T | None, UserError | None] = (None, None)
+        if self.first:
+            try:
+                found = work(), None
+            except UserError as error:
+                found = None, error
+        value, mistake = self.from_first(found)
+        if mistake is not None:
+            raise mistake
+        return cast(T, value)
 
 
 ALONE = Ranks()
@@ -67,12 +84,12 @@ def joined() -> Ranks:
 
 
 @contextmanager
-def together(go_on: str = "call it again to continue", minutes: float = MINUTES) -> Iterator[Ranks]:
+def together(go_on: str = "call it again to continue", wait: timedelta = WAIT) -> Iterator[Ranks]:
     """Join the processes that torchrun or srun has started, on the host: inside the block they share the work.
 
     Args:
         go_on: how to continue, for the message where a process is lost.
-        minutes: for which a process waits for the others.
+        wait: for which a process waits for the others' work.
 
     Raises:
         UserError: another process has ended or does not answer.
@@ -85,14 +102,12 @@ def together(go_on: str = "call it again to continue", minutes: float = MINUTES)
     address = None if world.by == "torchrun" else f"tcp://{main_address()}:{main_port()}"
     with losing(world.ranks, go_on):
         if not distributed.is_initialized():  # once a process: a second group would meet the first one's addresses
-            distributed.init_process_group(
-                "gloo", address, timedelta(minutes=minutes), world_size=world.ranks, rank=world.rank
-            )
+            distributed.init_process_group("gloo", address, MEETING, world_size=world.ranks, rank=world.rank)
             atexit.register(_leave)
-        token = _joined.set(Ranks(world.rank, world.ranks))
+        token = _joined.set(Ranks(world.rank, world.ranks, distributed.new_group(timeout=wait, backend="gloo")))
         try:
             yield joined()
-            distributed.barrier()
+            joined().wait()
         finally:
             _joined.reset(token)
 
@@ -122,11 +137,3 @@ def losing(ranks: int, go_on: str) -> Iterator[None]:
         first = str(error).strip().partition("\n")[0].partition(". ")[0]
         reason = first.partition(".cc:")[2].partition("] ")[2] or first
         raise UserError(f"another process of the run has ended or does not answer ({reason}); {go_on}") from error
-
-
-def sample_together(model: DiffusionModel, config: SamplingConfig) -> torch.Tensor:
-    """Images uint8 (N,H,W,C) in every process: those of one process, which draws the same batches."""
-    ranks, starts = joined(), starts_of(config)
-    own = [batch.images for batch in sample_batches(model, config, ranks.share(starts))]
-    parts = ranks.gather(own)
-    return torch.cat([parts[number % ranks.ranks][number // ranks.ranks] for number in range(len(starts))])
