@@ -170,6 +170,19 @@ def test_a_plan_counts_parameters_and_slots_and_writes_nothing(
     assert contents(tmp_path) == before
 
 
+def test_a_plan_times_the_teacher_as_the_run_stores_it_and_says_that_compiling_is_not_timed(
+    teacher_folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = []
+    monkeypatch.setattr("ldm_dkdm.training.plan.time_needed", lambda parts: timed.append(parts) or {"time": "1 s"})
+    base = write_yaml(tmp_path / "base.yaml", distill_config(teacher_folder, tmp_path))
+    for precision, compiles, dtype in (("bf16", "true", torch.bfloat16), ("32", "false", torch.float32)):
+        assert distil("--base", base, "--plan", f"trainer.precision={precision}", f"trainer.compile={compiles}") == 0
+        assert {w.dtype for w in timed[-1].teacher.network.parameters() if w.ndim == 4} == {dtype}
+        assert {w.dtype for w in timed[-1].student.network.parameters()} == {torch.float32}
+        assert ("compiling" in capsys.readouterr().out) is (compiles == "true")
+
+
 def test_a_plan_may_be_made_for_more_devices_than_there_are_here(teacher_folder: Path, tmp_path: Path, capsys) -> None:
     base = write_yaml(tmp_path / "quick.yaml", distill_config(teacher_folder, tmp_path / "logs"))
     assert distil("--base", base, "--plan", "trainer.devices=64") == 0

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ldm_dkdm.model import DiffusionModel
 
 
+UNCOMPILED = "not timed: the run compiles both networks, the times above are of networks that are not compiled"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of all trainings, and `--plan`."""
     add_training_arguments(parser)
@@ -72,8 +75,9 @@ def open_teacher(config: DistillRun, run: Path | None = None) -> "DiffusionModel
 def _plan(call: TrainingCall[DistillRun]) -> None:
     from ldm_dkdm.checkpoints.releases import how_to_get
     from ldm_dkdm.config.recipes import find_shipped
-    from ldm_dkdm.device import default_device, resolve_precision
+    from ldm_dkdm.device import compiles, default_device, resolve_precision
     from ldm_dkdm.distillation.make_student import make_student
+    from ldm_dkdm.networks.modes import stored_in_bf16
     from ldm_dkdm.training.parts import assemble
     from ldm_dkdm.training.plan import costs, time_needed
 
@@ -86,7 +90,11 @@ def _plan(call: TrainingCall[DistillRun]) -> None:
     device = default_device(config.trainer.accelerator)
     teacher.precision = resolve_precision(config.trainer.precision, device)
     parts = assemble(teacher, make_student(config.student, teacher, config.trainer.seed), config)
-    print_plan(costs(parts), lambda: time_needed(parts))
+    planned = costs(parts)
+    if teacher.precision == "bf16":
+        teacher.network = stored_in_bf16(teacher.network)  # as in the run, which is timed
+    uncompiled = {"compiling": UNCOMPILED} if compiles(config.trainer.compile, device) else {}
+    print_plan(planned, lambda: {**time_needed(parts), **uncompiled})
 
 
 def untrained_teacher(config: DistillRun, path: Path) -> "DiffusionModel":

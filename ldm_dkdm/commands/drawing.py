@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from ldm_dkdm.files import replacing_in, write_tensors
 from ldm_dkdm.images import NpzWriter, grid, npz_writer, save_image, to_image
 from ldm_dkdm.model.ranks import Ranks
 from ldm_dkdm.model.sampling import sample_batches, starts_of
-from ldm_dkdm.reporting import following, logger
+from ldm_dkdm.reporting import following, logger, size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ldm_dkdm.model import DiffusionModel
 
 GRID = 64  # most samples in a grid
+PARTS = ".parts-"  # begins the names of folders with the batches of a call
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,20 @@ def parts_of(model: "DiffusionModel", config: SamplingConfig, out: Path, outputs
     """Where a call keeps its batches."""
     facts = [sampled(model, config).identity(), config.batch_size, model.device.type, vars(outputs)]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    return Parts(out / f".parts-{key[:16]}", outputs)
+    return Parts(out / f"{PARTS}{key[:16]}", outputs)
+
+
+def abandoned(out: Path) -> str | None:
+    """A line about the batches of calls that were not finished in an output folder; None where there are none."""
+    folders = sorted(folder for folder in out.glob(f"{PARTS}*") if folder.is_dir())
+    if not folders:
+        return None
+    taken = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
+    names = ", ".join(folder.name for folder in folders)
+    return (
+        f"{out}: {names}: {size(taken)} of other calls, interrupted or still running; the same call goes on with its "
+        f"own; to remove what is no longer wanted: rm -r {shlex.quote(str(out))}/{PARTS}*"
+    )
 
 
 def draw(
@@ -87,13 +102,12 @@ def draw(
         Images a second of all ranks and the grid of the first samples; None on other ranks.
     """
     parts, starts, started = parts_of(model, config, out, outputs), starts_of(config), time.monotonic()
-    own = ranks.share(starts)
-    left = [start for start in own if not parts.file(start).is_file()]
-    if len(left) < len(own):
-        logger.info(f"{out}: goes on after {len(own) - len(left)} of {len(own)} batches that are drawn")
-    done, drawn = len(own) - len(left), 0
-    with following(ranks.first, f"sampling {name}", "batch", len(own), done) as show:
-        for number, (start, batch) in enumerate(zip(left, sample_batches(model, config, left), strict=True), 1):
+    left = ranks.from_first([start for start in starts if not parts.file(start).is_file()])
+    done, own, drawn = len(starts) - len(left), ranks.share(left), 0
+    if done:
+        logger.info(f"{out}: goes on after {done} of {len(starts)} batches that are drawn")
+    with following(ranks.first, f"sampling {name}", "batch", done + len(own), done) as show:
+        for number, (start, batch) in enumerate(zip(own, sample_batches(model, config, own), strict=True), 1):
             if outputs.png:
                 write_pngs(batch.images, out / "img", config.seed + start)
             parts.keep(start, batch.images, batch.states, batch.labels)

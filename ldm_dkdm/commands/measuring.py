@@ -187,7 +187,8 @@ def show(found: "Measurement") -> None:
 def _require_place(options: argparse.Namespace, reference: bool) -> None:
     """Refuse --save_statistics before the work where it could not be done after it."""
     from ldm_dkdm.evaluation.features import named_features
-    from ldm_dkdm.evaluation.measuring import chosen_metrics, features_of
+    from ldm_dkdm.evaluation.figures import features_of
+    from ldm_dkdm.evaluation.measuring import chosen_metrics
     from ldm_dkdm.evaluation.metrics import METRICS
     from ldm_dkdm.evaluation.statistics import require_place_for_statistics
 

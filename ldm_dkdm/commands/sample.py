@@ -190,7 +190,7 @@ def _sample(
     model: "DiffusionModel", config: SamplingConfig, out: Path, outputs: "Outputs", ranks: "Ranks"
 ) -> tuple[str, "Image"] | None:
     """Sample, decode and write; returns a label and the grid of the first samples, on the first rank."""
-    from ldm_dkdm.commands.drawing import draw
+    from ldm_dkdm.commands.drawing import abandoned, draw
 
     found = draw(model, name_of(model), config, out, outputs, ranks)
     if found is None:
@@ -199,6 +199,8 @@ def _sample(
     others = len(list((out / "img").glob("*.png"))) - config.count if outputs.png else 0
     if others > 0:
         print(f"{out}/img: also holds {others} images of earlier calls; -l names another folder")
+    if left := abandoned(out):
+        print(left)
     print(f"{label}: {out}")
     return label, found[1]
 

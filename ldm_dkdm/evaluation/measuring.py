@@ -12,22 +12,20 @@ from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.device import default_device
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.evaluation.comparability import doubts
-from ldm_dkdm.evaluation.comparison import MEASURED_WITH, evaluate
+from ldm_dkdm.evaluation.comparison import MEASURED_WITH
 from ldm_dkdm.evaluation.components import NAME as PIXEL_COMPONENTS
 from ldm_dkdm.evaluation.components import pixel_components
 from ldm_dkdm.evaluation.extractor import Extractor
 from ldm_dkdm.evaluation.features import named_features, open_extractor
-from ldm_dkdm.evaluation.gathering import gather, statistics_cache
-from ldm_dkdm.evaluation.metrics import DEFAULTS, METRICS, Metric, Pair
+from ldm_dkdm.evaluation.figures import Figures, features_of
+from ldm_dkdm.evaluation.gathering import statistics_cache
+from ldm_dkdm.evaluation.metrics import DEFAULTS, METRICS
 from ldm_dkdm.evaluation.opening import Images, open_images
 from ldm_dkdm.evaluation.perceptual import LPIPS_FACTS, Lpips, find_lpips
-from ldm_dkdm.evaluation.reconstruction import Reconstructions, reconstruction
 from ldm_dkdm.evaluation.samples import ModelImages
 from ldm_dkdm.evaluation.sources import ImageSource
 from ldm_dkdm.evaluation.statistics import Statistics
-from ldm_dkdm.evaluation.weights import INSTALL
 from ldm_dkdm.files import expanded
-from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.facts import whole
 from ldm_dkdm.reporting import Progress, logger
@@ -106,9 +104,7 @@ def measure(
     chosen = chosen_metrics(metrics, named, reference is not None)
     where = device or getattr(samples, "device", None) or default_device("auto")
     config = SamplingConfig(count, batch_size, seed, steps, eta, sampler, labels)
-    second = replace(config, seed=_second(seed, count, reference_seed))
-    other = None if reference is None else open_images(reference, second, size, where)
-    own = open_images(samples, config, size, where, other)
+    own, other = _opened(samples, reference, config, reference_seed, size, where)
     require_effect((draws(own, chosen), draws(other, chosen, True)), config, reference_seed, "agreement" in chosen)
     perceptual = _lpips(lpips, chosen)
     names = dict.fromkeys(features_of(METRICS[name], named) for name in chosen if METRICS[name].of)
@@ -117,8 +113,22 @@ def measure(
     if PIXEL_COMPONENTS in names and other is not None:
         extractors[PIXEL_COMPONENTS], other = pixel_components(other, folder, batch_size, progress)
     agreeing = {"chains": chains, "pairs": pairs, "steps": steps, "seed": seed, "lpips": lpips}
-    work = _Work(extractors, named, batch_size, folder, progress, agreeing, perceptual, processes)
-    return _measurement(own, other, chosen, extractors.values(), *work.figures(chosen, own, other))
+    work = Figures(extractors, named, batch_size, folder, progress, agreeing, perceptual, processes)
+    return _measurement(own, other, chosen, extractors.values(), *work.of(chosen, own, other))
+
+
+def _opened(
+    samples: Images,
+    reference: Images | None,
+    config: SamplingConfig,
+    reference_seed: int | None,
+    size: int | None,
+    where: str | torch.device,
+) -> tuple[ImageSource, ImageSource | None]:
+    """Both sets of images."""
+    second = replace(config, seed=_second(config.seed, config.count, reference_seed))
+    other = None if reference is None else open_images(reference, second, size, where)
+    return open_images(samples, config, size, where, other), other
 
 
 def _open_extractors(
@@ -220,11 +230,6 @@ def _second(seed: int, count: int, given: int | None) -> int:
     return seed + count if given is None else given
 
 
-def features_of(metric: Metric, named: str) -> str:
-    """The extractor of a metric: its own, or the named one."""
-    return metric.features or named
-
-
 def chosen_metrics(metrics: Sequence[str] | None, features: str, reference: bool) -> list[str]:
     """The metrics that are asked for, or those that suit the features.
 
@@ -242,63 +247,3 @@ def chosen_metrics(metrics: Sequence[str] | None, features: str, reference: bool
         if pick(METRICS, name, "metrics").reference and not reference:
             raise UserError(f"reference: {name} compares with a second set of images; name it")
     return list(dict.fromkeys(metrics))
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Gathers statistics and computes figures."""
-
-    extractors: Mapping[str, Extractor]
-    named: str
-    batch_size: int
-    cache: Path
-    progress: bool | Progress
-    agreeing: Mapping[str, Any]  # arguments of `evaluate`
-    lpips: Lpips | None
-    processes: int
-
-    def figures(
-        self, chosen: Sequence[str], own: ImageSource, other: ImageSource | None
-    ) -> tuple[dict[str, Any], dict[str, Statistics]]:
-        """Figures by name, and the samples' statistics by extractor."""
-        by_features = [name for name in chosen if METRICS[name].of]
-        found = self._gather(own, by_features)
-        theirs = {} if other is None else self._gather(other, [n for n in by_features if METRICS[n].reference])
-        figures: dict[str, Any] = {}
-        for name in chosen:
-            key, compare = features_of(METRICS[name], self.named), METRICS[name].of
-            try:
-                if compare is not None:
-                    figures |= compare(Pair(found[key], theirs.get(key), self.extractors[key]))
-                elif other is not None:
-                    figures |= self._without_features(name, own, other)
-            except ImportError as error:
-                raise UserError(f"metrics: {name} needs the package {error.name}; {INSTALL}") from error
-        return figures, found
-
-    def _gather(self, source: ImageSource, metrics: Sequence[str]) -> dict[str, Statistics]:
-        needs = {features_of(METRICS[name], self.named): False for name in metrics}
-        needs |= {features_of(METRICS[name], self.named): True for name in metrics if METRICS[name].keep}
-        extractors = {name: self.extractors[name] for name in needs}
-        keep = {name for name, kept in needs.items() if kept}
-        if not extractors:
-            return {}
-        fields = {
-            key: [f for n in metrics if features_of(METRICS[n], self.named) == key for f in METRICS[n].fields]
-            for key in needs
-        }
-        options = {"fields": fields, "cache": self.cache, "batch_size": self.batch_size, "progress": self.progress}
-        return gather(source, extractors, keep, processes=self.processes, **options)  # type: ignore[arg-type]  # a dict
-
-    def _without_features(self, name: str, own: ImageSource, other: ImageSource) -> dict[str, Any]:
-        """Figures of metrics that compare models, or a first stage with its input."""
-        if name == "agreement":
-            if not isinstance(own, ModelImages) or not isinstance(other, ModelImages):
-                raise UserError("metrics: agreement compares two models, not images")
-            options = {"batch_size": self.batch_size, "progress": self.progress, **self.agreeing}
-            return evaluate(own.model, other.model, images=0, **options)
-        codec = own.model.codec() if isinstance(own, ModelImages) else getattr(own, "codec", None)
-        if not isinstance(codec, LatentCodec):
-            raise UserError("metrics: reconstruction measures a first stage, or a model on latents, on images")
-        images = own.images if isinstance(own, Reconstructions) else other
-        return reconstruction(codec, images, self.batch_size, self.progress, self.lpips)

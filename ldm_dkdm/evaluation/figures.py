@@ -1,0 +1,93 @@
+"""Gather the statistics that metrics need, and compute their figures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.evaluation.comparison import evaluate
+from ldm_dkdm.evaluation.extractor import Extractor
+from ldm_dkdm.evaluation.gathering import gather
+from ldm_dkdm.evaluation.metrics import METRICS, Metric, Pair
+from ldm_dkdm.evaluation.perceptual import Lpips
+from ldm_dkdm.evaluation.reconstruction import Reconstructions, reconstruction
+from ldm_dkdm.evaluation.samples import ModelImages
+from ldm_dkdm.evaluation.sources import ImageSource
+from ldm_dkdm.evaluation.statistics import Statistics
+from ldm_dkdm.evaluation.weights import INSTALL
+from ldm_dkdm.first_stage.codec import LatentCodec
+from ldm_dkdm.model.ranks import joined
+from ldm_dkdm.reporting import Progress
+
+
+def features_of(metric: Metric, named: str) -> str:
+    """The extractor of a metric: its own, or the named one."""
+    return metric.features or named
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Gathers statistics and computes figures.
+
+    Attributes:
+        extractors: by name. named: the one of metrics that take any.
+        batch_size: images at once. cache: folder of statistics.
+        progress: a bar, or a function. agreeing: arguments of `evaluate`.
+        lpips: of a reconstruction. processes: that share the images.
+    """
+
+    extractors: Mapping[str, Extractor]
+    named: str
+    batch_size: int
+    cache: Path
+    progress: bool | Progress
+    agreeing: Mapping[str, Any]
+    lpips: Lpips | None
+    processes: int
+
+    def of(
+        self, chosen: Sequence[str], own: ImageSource, other: ImageSource | None
+    ) -> tuple[dict[str, Any], dict[str, Statistics]]:
+        """Figures by name, and the samples' statistics by extractor."""
+        by_features = [name for name in chosen if METRICS[name].of]
+        found = self._gather(own, by_features)
+        theirs = {} if other is None else self._gather(other, [n for n in by_features if METRICS[n].reference])
+        figures: dict[str, Any] = {}
+        for name in chosen:
+            key, compare = features_of(METRICS[name], self.named), METRICS[name].of
+            try:
+                if compare is not None:
+                    figures |= compare(Pair(found[key], theirs.get(key), self.extractors[key]))
+                elif other is not None:
+                    figures |= self._without_features(name, own, other)
+            except ImportError as error:
+                raise UserError(f"metrics: {name} needs the package {error.name}; {INSTALL}") from error
+        return figures, found
+
+    def _gather(self, source: ImageSource, metrics: Sequence[str]) -> dict[str, Statistics]:
+        needs = {features_of(METRICS[name], self.named): False for name in metrics}
+        needs |= {features_of(METRICS[name], self.named): True for name in metrics if METRICS[name].keep}
+        extractors = {name: self.extractors[name] for name in needs}
+        keep = {name for name, kept in needs.items() if kept}
+        if not extractors:
+            return {}
+        fields = {
+            key: [f for n in metrics if features_of(METRICS[n], self.named) == key for f in METRICS[n].fields]
+            for key in needs
+        }
+        options = {"fields": fields, "cache": self.cache, "batch_size": self.batch_size, "progress": self.progress}
+        return gather(source, extractors, keep, processes=self.processes, **options)  # type: ignore[arg-type]  # a dict
+
+    def _without_features(self, name: str, own: ImageSource, other: ImageSource) -> dict[str, Any]:
+        """Figures of metrics that compare models, or a first stage with its input."""
+        if name == "agreement":
+            if not isinstance(own, ModelImages) or not isinstance(other, ModelImages):
+                raise UserError("metrics: agreement compares two models, not images")
+            options = {"batch_size": self.batch_size, "progress": self.progress, **self.agreeing}
+            return evaluate(own.model, other.model, images=0, **options)
+        codec = own.model.codec() if isinstance(own, ModelImages) else getattr(own, "codec", None)
+        if not isinstance(codec, LatentCodec):
+            raise UserError("metrics: reconstruction measures a first stage, or a model on latents, on images")
+        images = own.images if isinstance(own, Reconstructions) else other
+        return joined().on_first(lambda: reconstruction(codec, images, self.batch_size, self.progress, self.lpips))
