@@ -174,6 +174,15 @@ def test_relative_links_lead_to_files(page: Path) -> None:  # mkdocs build --str
     assert [link for link in links if not link.startswith("http") and not (ROOT / link).is_file()] == []
 
 
+def test_the_rooms_of_the_architecture_are_those_of_the_package() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = text.partition("## Rooms")[2].partition("Imports run")[0].splitlines()[4:]
+    named = [name for row in rows if "|" in row for name in re.findall(r"`([\w/.]+)`", row.split("|")[1])]
+    package = ROOT / "ldm_dkdm"
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert sorted(named) == sorted(files | {f"{path.parent.name}/" for path in package.glob("*/__init__.py")})
+
+
 def test_the_readme_is_one_page() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 110
