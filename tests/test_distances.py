@@ -1,7 +1,8 @@
 """Distances of a student and its teacher without data: those of `measure`; streamed, cached, resumed."""
 
 import json
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, evaluate, measure
 from ldm_dkdm.evaluation import frechet, partial
+from ldm_dkdm.model.sampling import SampleBatch
 from ldm_dkdm.networks import UNet
 from tests.cli import run_script
 from tests.parts import UNET_PARAMS, randomised
@@ -76,6 +78,27 @@ def test_a_second_call_draws_nothing_and_has_no_speed(
     kept = measure(student, teacher, metrics=["pixel-frechet"], count=COUNT, steps=1, seed=7, cache=tmp_path)
     assert kept.figures["pixel Frechet"] == first["frechet_student_to_teacher"]
     assert not list(tmp_path.glob("*.partial.npz"))
+
+
+def test_images_are_not_kept(
+    models: tuple[DiffusionModel, DiffusionModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive, seen = [0], []
+    whole = DiffusionModel.sample_batches
+
+    def gone(count: int) -> None:
+        alive[0] -= count
+
+    def watched(*given: object, **named: object) -> Iterator[SampleBatch]:
+        for batch in whole(*given, **named):
+            alive[0] += len(batch.images)
+            weakref.finalize(batch.images, gone, len(batch.images))
+            seen.append(alive[0])
+            yield batch
+
+    monkeypatch.setattr(DiffusionModel, "sample_batches", watched)
+    evaluate(*models, cache=tmp_path, **SIZES)
+    assert len(seen) >= 3 * 5 and max(seen) <= 2 * 32
 
 
 def test_a_stopped_call_goes_on_with_its_sums(
