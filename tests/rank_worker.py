@@ -5,7 +5,7 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,9 +36,9 @@ def digest(network: torch.nn.Module) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def run(folder: Path, name: str, strategy: str = "auto", die: bool = False) -> None:
+def run(folder: Path, name: str, strategy: str = "auto", die: bool = False, extra: Sequence[str] = ()) -> None:
     """Distil as base.yaml says; every process writes the hash of its weights after each step."""
-    config = load_config(folder / "base.yaml", [f"logging.name={name}", f"trainer.strategy={strategy}"])
+    config = load_config(folder / "base.yaml", [f"logging.name={name}", f"trainer.strategy={strategy}", *extra])
     teacher = load_model(config.teacher.ckpt)
     student = make_student(config.student, teacher, config.trainer.seed)
     world, seen = started(), []
@@ -106,6 +106,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "evaluate": evaluate,
     "ddp": lambda folder: run(folder, "ddp"),
     "fsdp": lambda folder: run(folder, "fsdp", "fsdp"),
+    "best": lambda folder: run(folder, "best", "fsdp", extra=[f"trainer.early_stop.window={STEPS}"]),
     "split": lambda folder: train_on_fixed_batches(folder, "split"),
     "shards": lambda folder: train_on_fixed_batches(folder, "shards", "fsdp"),
     "killed": lambda folder: run(folder, "killed", die=True),
