@@ -38,6 +38,7 @@ class NoisyPool:
 
     Attributes:
         filled: slots 0 ... filled-1 are prepared.
+        mapped: whether the states are mapped to a file.
         settle: finishes writes that are under way; `save` calls it.
         updated: (slots,), the number of batches of the training after which each slot was last put back.
         facts: what the states follow from, for the file: teacher, T, schedule.
@@ -58,7 +59,7 @@ class NoisyPool:
         self.t = torch.zeros(slots, dtype=torch.int32)
         self.label = torch.zeros(slots, dtype=torch.int32, device=device) if labeled else None
         self.updated = torch.zeros(slots, dtype=torch.int32)
-        self.filled = 0
+        self.filled, self.mapped = 0, storage is not None
         self.facts: dict[str, Any] = {}
         self.settle: Callable[[], None] = lambda: None
 
