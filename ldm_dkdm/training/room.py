@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from contextlib import suppress
+from pathlib import Path
 
 from ldm_dkdm.config.schema import LoggingConfig, TrainerConfig
 from ldm_dkdm.device import default_device
@@ -43,13 +45,20 @@ def require_disk(folder: RunFolder, needed: int, lower: str = "the model's width
     """
     path = folder.path.absolute()
     place = next(above for above in (path, *path.parents) if above.is_dir())
-    written = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    written = sum(_size(Path(above) / name) for above, _, names in os.walk(path) for name in names)
     free = shutil.disk_usage(place).free
     if needed > free + written:
         raise UserError(
             f"{folder.path}: the run takes {size(needed)} with its checkpoints, but {size(free)} are free on the disk "
             f"of {place}; name a folder on another disk (logging.dir, in Python out), or lower {lower}"
         )
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; 0 if another process has removed it."""
+    with suppress(FileNotFoundError):
+        return file.stat().st_size
+    return 0
 
 
 def require_room(parts: Distillation, folder: RunFolder) -> None:
