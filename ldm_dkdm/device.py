@@ -163,6 +163,12 @@ def local_rank() -> int:
     return _number(os.environ, "LOCAL_RANK", "SLURM_LOCALID")
 
 
+def global_rank(per_node: int) -> int:
+    """The rank of this process among all of a run, with so many on each machine."""
+    world = started()
+    return world.rank if world else _number(os.environ, "NODE_RANK") * per_node + local_rank()
+
+
 def is_first_rank() -> bool:
     """Whether this is the first of a run's processes, on all machines; it alone writes and reports."""
     try:

@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_yaml(home / "base.yaml", distill_config(teacher, home, trainer=trainer, logging=logging))
     images = np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), dtype=np.uint8)
     np.savez(home / "reference.npz", arr_0=images)
-    for code, error in agents(home, "sample", "evaluate", "ddp", "fsdp", "best", "split", "shards"):
+    for code, error in agents(home, "sample", "evaluate", "ddp", "fsdp", "best", "split", "shards", "flipped"):
         assert code == 0, error
     return home
 
@@ -140,6 +140,16 @@ def test_a_rank_is_killed_and_the_restarted_run_makes_the_student_of_an_undistur
         assert code == 0, error
     resumed, whole = student(folder / "killed"), student(folder / "ddp")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_damaged_pool_of_one_rank_ends_all_in_one_line_and_the_next_start_goes_on_before_it(folder: Path) -> None:
+    lines = [(folder / f"flipped-0-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    assert lines[0] == lines[1] and len(lines[0]) == 1
+    assert "error: " in lines[0][0] and "step=00000006.pool-rank1.safetensors: is damaged" in lines[0][0]
+    assert "(rank 0 from step 6, rank 1 from step 3); start the run again: it continues from step 3" in lines[0][0]
+    names = [file.name for file in (folder / "flipped" / "checkpoints").glob("*.ckpt*")]
+    assert {"step=00000006.ckpt.damaged", "step=00000007.ckpt"} <= set(names)
+    assert "error" not in (folder / "flipped-1-0.txt").read_text()
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_and_keeps_every_slot(
@@ -242,12 +252,17 @@ def test_the_world_is_the_one_that_was_started(
         ({}, "trainer.strategy=dpp", "trainer.strategy: 'dpp' is not one of auto, ddp,"),
         ({}, "trainer.strategy=deepspeed_stage_2", "trainer.strategy: deepspeed_stage_2 writes checkpoints that it"),
         ({}, "trainer.strategy=ddp_spawn", "trainer.strategy: ddp_spawn copies this process"),
+        (
+            TORCHRUN,
+            ["trainer.strategy=fsdp", "trainer.compile=true"],
+            "trainer.compile: true cannot be kept with strategy",
+        ),
         (TORCHRUN, "trainer.strategy=single_device", "trainer.strategy: single_device is for one process, and there"),
     ],
 )
 def test_another_world_or_strategy_is_refused_before_anything_is_written(
     variables: Mapping[str, str],
-    override: str,
+    override: str | list[str],
     message: str,
     teacher_folder: Path,
     tmp_path: Path,
@@ -258,7 +273,7 @@ def test_another_world_or_strategy_is_refused_before_anything_is_written(
     for name, value in variables.items():
         environment.setenv(name, value)
     environment.setattr("ldm_dkdm.commands.main.PATIENCE", 0.0)
-    assert script("dkdm_ldm.py", "--base", base, override) == 2
+    assert script("dkdm_ldm.py", "--base", base, *([override] if isinstance(override, str) else override)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -123,19 +123,17 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
         raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
     if end := run.end(model.network):
         return run.ended(model, end)
-    stage = _first_stage_facts(codec)
-    _refuse_other_first_stage(stage, model, run)
+    stage = _first_stage_facts(codec, model, run)
     require_disk(run.folder, disk_needed(model.parameters, config.trainer, config.logging))
     states = _states(config, sets, model, run.progress)
     model.network.train()
-    batches = run.trainer.max_steps * run.trainer.accumulate
 
     def stream_for(trainer: L.Trainer) -> DataStream:
         return DataStream(
             states,
             model.schedule,
             config.data.batch_size,
-            batches,
+            run.trainer.max_steps * run.trainer.accumulate,
             run.trainer.seed,
             trainer.global_rank,
             trainer.strategy.root_device,
@@ -158,28 +156,25 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     return run.result(model, result)
 
 
-def _first_stage_facts(codec: Codec) -> dict[str, str]:
-    """SHA-256 of what makes the latents, for the model's card; in pixel space nothing does."""
-    if not isinstance(codec, LatentCodec):
-        return {}
-    return {STAGE: content_sha256(codec.autoencoder.state_dict(), {"scale_factor": str(codec.scale_factor)})}
-
-
-def _refuse_other_first_stage(facts: Mapping[str, str], model: DiffusionModel, run: Run) -> None:
-    """Refuse to continue a run on the latents of another first stage; runs of older versions do not say theirs.
+def _first_stage_facts(codec: Codec, model: DiffusionModel, run: Run) -> dict[str, str]:
+    """SHA-256 of what makes the latents, for the model's card; in pixel space nothing does.
 
     Raises:
-        UserError: names both.
+        UserError: the run began with another first stage; runs of older versions do not say theirs.
     """
+    if not isinstance(codec, LatentCodec):
+        return {}
+    now = content_sha256(codec.autoencoder.state_dict(), {"scale_factor": str(codec.scale_factor)})
     card = run.folder.model / "config.yaml"
     before = read_card(card, ModelCard).info.get(STAGE) if run.latest and card.is_file() else None
-    if before not in (None, facts.get(STAGE)):
+    if before not in (None, now):
         path = model.first_stage.path if model.first_stage else "none"
         raise UserError(
             f"first_stage: {path} is not the one that {run.folder.path} began with: the SHA-256 of its weights and "
-            f"scale was {before} and is {facts.get(STAGE)}; put the old one back, or start a new run "
-            "(logging.name=NEW, in Python out)"
+            f"scale was {before} and is {now}; put the old one back, or start a new run (logging.name=NEW, in Python "
+            "out)"
         )
+    return {STAGE: now}
 
 
 def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:

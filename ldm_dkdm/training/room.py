@@ -72,7 +72,10 @@ def require_room(parts: Distillation, folder: RunFolder) -> None:
     place = parts.pool_place(default_device(config.trainer.accelerator))
     mapped = place == "mmap"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if place == "memory" and here > memory:
-        raise UserError(f"rho: the pool takes {size(here)}, but there are {size(memory)} of memory here; lower rho")
+    if not mapped and here > memory:
+        saved = " while it is saved" if place == "device" else ""
+        raise UserError(
+            f"rho: the pool takes {size(here)}{saved}, but there are {size(memory)} of memory here; lower rho"
+        )
     needed = disk_needed(parts.student.parameters, config.trainer, config.logging, pool, mapped * pool)
     require_disk(folder, needed, "rho")
