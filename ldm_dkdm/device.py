@@ -93,6 +93,7 @@ LAUNCHERS = {
     "RANK and WORLD_SIZE": ("RANK", "WORLD_SIZE", "WORLD_SIZE", "RANK", "LOCAL_RANK", "RANK"),  # one on each machine
 }
 STEP = {"SLURM_NTASKS": "SLURM_STEP_NUM_TASKS", "SLURM_NNODES": "SLURM_STEP_NUM_NODES"}  # srun's own, where they differ
+STEP_MARKS = ("SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NUM_TASKS")  # a batch script has PROCID and NTASKS as well
 INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs whose shell starts commands without srun
 PORTS = 15000  # below the ports of SLURM jobs without MASTER_PORT
 UNSUPPORTED = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
@@ -136,8 +137,10 @@ def main_port() -> int:
 
 
 def _is_of_others(by: str, env: Mapping[str, str]) -> bool:
-    """Whether variables are a SLURM shell's, which starts commands without srun, or those of Lightning's processes."""
-    return env.get("SLURM_JOB_NAME") in INTERACTIVE if by == "srun" else by != "torchrun" and "NODE_RANK" in env
+    """Whether variables are those of a SLURM shell or batch script without srun, or of Lightning's processes."""
+    if by == "srun":
+        return env.get("SLURM_JOB_NAME") in INTERACTIVE or not any(name in env for name in STEP_MARKS)
+    return by != "torchrun" and "NODE_RANK" in env
 
 
 def _number(env: Mapping[str, str], *names: str) -> int:
@@ -160,6 +163,12 @@ def local_rank() -> int:
     return _number(os.environ, "LOCAL_RANK", "SLURM_LOCALID")
 
 
+def global_rank(per_node: int) -> int:
+    """The rank of this process among all of a run, with so many on each machine."""
+    world = started()
+    return world.rank if world else _number(os.environ, "NODE_RANK") * per_node + local_rank()
+
+
 def is_first_rank() -> bool:
     """Whether this is the first of a run's processes, on all machines; it alone writes and reports."""
     try:
@@ -174,17 +183,34 @@ def default_device(accelerator: str) -> "torch.device":
     """The device that Lightning will choose for this process.
 
     Raises:
-        UserError: PyTorch finds no such device here.
+        UserError: PyTorch finds no such device here, or fewer than processes.
     """
     import torch
 
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", local_rank())
+        return torch.device("cuda", _own_gpu(local_rank(), torch.cuda.device_count()))
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")
     if accelerator not in ("auto", "cpu"):
         raise UserError(f"accelerator: PyTorch finds no {accelerator} device here; set it to auto or cpu")
     return torch.device("cpu")
+
+
+def _own_gpu(own: int, count: int) -> int:
+    """The number of a process's GPU, of as many as it sees; a task of srun with --gpus-per-task=1 sees its own alone.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if own < count:
+        return own
+    world = started()
+    if count == 1 and world is not None and world.by == "srun":
+        return 0
+    raise UserError(
+        f"accelerator: process {own + 1} of this machine has no GPU, PyTorch finds {count}; start as many processes as "
+        "there are GPUs, or set it to cpu"
+    )
 
 
 def resolve_device(name: str) -> "torch.device":

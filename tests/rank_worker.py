@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,9 +38,9 @@ def digest(network: torch.nn.Module) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def run(folder: Path, name: str, strategy: str = "auto", die: bool = False) -> None:
+def run(folder: Path, name: str, strategy: str = "auto", die: bool = False, extra: Sequence[str] = ()) -> None:
     """Distil as base.yaml says; every process writes the hash of its weights after each step."""
-    config = load_config(folder / "base.yaml", [f"logging.name={name}", f"trainer.strategy={strategy}"])
+    config = load_config(folder / "base.yaml", [f"logging.name={name}", f"trainer.strategy={strategy}", *extra])
     teacher = load_model(config.teacher.ckpt)
     student = make_student(config.student, teacher, config.trainer.seed)
     world, seen = started(), []
@@ -101,13 +103,33 @@ def evaluate(folder: Path) -> None:
     command(*reference, *options, "--results", folder / "ranks.csv")
 
 
+def resume_with_a_damaged_pool(folder: Path) -> None:
+    """Go on with a run whose newest pool of rank 1 is damaged: refused at first, then from the checkpoint before."""
+    world, home = started(), folder / "flipped"
+    assert world is not None
+    if world.rank == 0:
+        shutil.copytree(folder / "ddp", folder / "copied")
+        pool = folder / "copied" / "checkpoints" / f"step={STEPS:08d}.pool-rank1.safetensors"
+        content = bytearray(pool.read_bytes())
+        content[len(content) // 2] ^= 1
+        pool.write_bytes(content)
+        (folder / "copied").rename(home)
+    while not home.exists():
+        time.sleep(0.1)
+    for number in range(2):
+        with (folder / f"flipped-{number}-{world.rank}.txt").open("w") as file, contextlib.redirect_stderr(file):
+            command("distill", "--resume", home, f"trainer.max_steps={STEPS + 1}", "logging.sample_every=1000")
+
+
 SCENARIOS: dict[str, Callable[[Path], None]] = {
     "sample": sample,
     "evaluate": evaluate,
     "ddp": lambda folder: run(folder, "ddp"),
     "fsdp": lambda folder: run(folder, "fsdp", "fsdp"),
+    "best": lambda folder: run(folder, "best", "fsdp", extra=[f"trainer.early_stop.window={STEPS}"]),
     "split": lambda folder: train_on_fixed_batches(folder, "split"),
     "shards": lambda folder: train_on_fixed_batches(folder, "shards", "fsdp"),
+    "flipped": resume_with_a_damaged_pool,
     "killed": lambda folder: run(folder, "killed", die=True),
     "resumed": lambda folder: run(folder, "killed"),
 }

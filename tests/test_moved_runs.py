@@ -74,6 +74,15 @@ def test_a_teacher_that_changed_since_the_run_began_is_refused(
     assert contents(run / "student") == kept
 
 
+def test_a_teacher_of_another_process_is_refused_although_its_weights_are_the_same(
+    built: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    run, card = project(built, tmp_path, monkeypatch), tmp_path / "models" / "teacher" / "config.yaml"
+    card.write_text(card.read_text().replace("beta_end: 0.0195", "beta_end: 0.03"))
+    code = distil("--resume", run, "trainer.max_steps=4")
+    assert_one_error_line(capsys, code, ("teacher: ", "its diffusion.beta_end was 0.0195 and is 0.03;"))
+
+
 def test_a_run_does_not_replace_its_teacher(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

@@ -11,6 +11,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from ldm_dkdm import NoisyPool, UserError
+from ldm_dkdm.checkpoints.hashes import verifying
 from ldm_dkdm.distillation.pool import pool_slots, slot_bytes
 from ldm_dkdm.records import NoisyBatch
 
@@ -102,6 +103,19 @@ def test_a_saved_pool_comes_back_whole(tmp_path: Path, label: Tensor | None) -> 
     assert loaded.filled == 4
     for ours, theirs in zip(_contents(loaded), _contents(saved), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_load_copies_nothing_from_the_device_of_the_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, loaded = filled_pool(6), NoisyPool(6, SHAPE)
+    saved.save(tmp_path / "pool", step=3)
+
+    def refuse(tensor: Tensor) -> Tensor:
+        raise AssertionError("copied to the host")
+
+    monkeypatch.setattr(Tensor, "cpu", refuse)
+    with verifying(False):  # hashing is done on the host
+        assert loaded.load(tmp_path / "pool") == 3
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(_contents(loaded), _contents(saved), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def agents(folder: Path, *scenarios: str, nodes: int = 2, each: int = 1) -> list
 def srun(folder: Path, *scenarios: str, tasks: int = 2) -> list[tuple[int, str]]:
     """Processes with the variables that srun gives to its tasks."""
     shared = {"SLURM_NTASKS": tasks, "SLURM_NNODES": 1, "SLURM_NODEID": 0, "SLURM_JOB_ID": 71, "SLURM_JOB_NAME": "x"}
-    shared |= {"SLURM_NODELIST": "localhost", "MASTER_PORT": free_port()}
+    shared |= {"SLURM_STEP_ID": 0, "SLURM_NODELIST": "localhost", "MASTER_PORT": free_port()}
     work = [WORKER, str(folder), *scenarios]
     return ended([start(work, **shared, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in range(tasks)])
 
@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_yaml(home / "base.yaml", distill_config(teacher, home, trainer=trainer, logging=logging))
     images = np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), dtype=np.uint8)
     np.savez(home / "reference.npz", arr_0=images)
-    for code, error in agents(home, "sample", "evaluate", "ddp", "fsdp", "split", "shards"):
+    for code, error in agents(home, "sample", "evaluate", "ddp", "fsdp", "best", "split", "shards", "flipped"):
         assert code == 0, error
     return home
 
@@ -123,17 +123,33 @@ def test_shards_train_the_student_of_ddp(folder: Path) -> None:
     assert (folder / "fsdp" / "samples" / "step=00000003.png").is_file()
 
 
+def test_the_best_window_of_shards_exports_the_weights_of_its_end(folder: Path) -> None:
+    best, last = student(folder / "best"), student(folder / "fsdp")  # the only window ends with the run
+    assert all(torch.equal(best[name], last[name]) for name in last)
+
+
 @pytest.mark.timeout(600)
 def test_a_rank_is_killed_and_the_restarted_run_makes_the_student_of_an_undisturbed_one(folder: Path) -> None:
     ((code, error),) = agents(folder, "killed", nodes=1, each=2)
     assert code != 0
     assert not (folder / "killed-0.txt").exists()
     names = sorted(file.name for file in (folder / "killed" / "checkpoints").iterdir() if file.name[0] != ".")
-    assert names == [f"step=00000003.{end}" for end in ("ckpt", "pool-rank0.safetensors", "pool-rank1.safetensors")]
+    ends = ("ckpt", "ckpt.sha256", "pool-rank0.safetensors", "pool-rank1.safetensors")
+    assert names == [f"step=00000003.{end}" for end in ends]
     for code, error in srun(folder, "resumed"):  # another launcher makes no difference
         assert code == 0, error
     resumed, whole = student(folder / "killed"), student(folder / "ddp")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_damaged_pool_of_one_rank_ends_all_in_one_line_and_the_next_start_goes_on_before_it(folder: Path) -> None:
+    lines = [(folder / f"flipped-0-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    assert lines[0] == lines[1] and len(lines[0]) == 1
+    assert "error: " in lines[0][0] and "step=00000006.pool-rank1.safetensors: is damaged" in lines[0][0]
+    assert "(rank 0 from step 6, rank 1 from step 3); start the run again: it continues from step 3" in lines[0][0]
+    names = [file.name for file in (folder / "flipped" / "checkpoints").glob("*.ckpt*")]
+    assert {"step=00000006.ckpt.damaged", "step=00000007.ckpt"} <= set(names)
+    assert "error" not in (folder / "flipped-1-0.txt").read_text()
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_and_keeps_every_slot(
@@ -149,6 +165,8 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_keeps_every_slot(
     assert len(kept) == 80 - 4  # one batch was drawn
     before = torch.cat([pool["x"] for pool in saved])
     assert torch.equal(after["x"][kept], before[kept])
+    assert script("dkdm_ldm.py", "--resume", tmp_path / "run", "trainer.max_steps=8") == 0  # on as many ranks again
+    assert len(load_file(tmp_path / "run" / "checkpoints" / "step=00000008.pool-rank0.safetensors")["x"]) == 80
 
 
 def test_sampling_over_ranks_is_sampling_in_one_process_and_goes_on_after_a_stop(
@@ -189,7 +207,8 @@ def test_an_evaluation_over_ranks_has_the_figures_of_one_process(folder: Path, t
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1", "RANK": "3"}
-SRUN = {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+BATCH = {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+SRUN = {**BATCH, "SLURM_STEP_ID": "0"}
 
 
 @pytest.fixture
@@ -208,6 +227,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ({"RANK": "1", "WORLD_SIZE": "2"}, ("RANK and WORLD_SIZE", 1, 2, 1, 0, 1)),  # Kubeflow, without torchrun
         ({**SRUN, "SLURM_JOB_NAME": "interactive"}, None),
         ({"SLURM_NTASKS": "4"}, None),  # salloc's shell
+        ({**BATCH, "SLURM_PROCID": "0"}, None),  # a batch script that does not call srun
         ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}, None),  # Lightning's own process
         ({"RANK": "0", "WORLD_SIZE": "2", "NODE_RANK": "0", "LOCAL_RANK": "1"}, None),
     ],
@@ -232,12 +252,17 @@ def test_the_world_is_the_one_that_was_started(
         ({}, "trainer.strategy=dpp", "trainer.strategy: 'dpp' is not one of auto, ddp,"),
         ({}, "trainer.strategy=deepspeed_stage_2", "trainer.strategy: deepspeed_stage_2 writes checkpoints that it"),
         ({}, "trainer.strategy=ddp_spawn", "trainer.strategy: ddp_spawn copies this process"),
+        (
+            TORCHRUN,
+            ["trainer.strategy=fsdp", "trainer.compile=true"],
+            "trainer.compile: true cannot be kept with strategy",
+        ),
         (TORCHRUN, "trainer.strategy=single_device", "trainer.strategy: single_device is for one process, and there"),
     ],
 )
 def test_another_world_or_strategy_is_refused_before_anything_is_written(
     variables: Mapping[str, str],
-    override: str,
+    override: str | list[str],
     message: str,
     teacher_folder: Path,
     tmp_path: Path,
@@ -248,7 +273,7 @@ def test_another_world_or_strategy_is_refused_before_anything_is_written(
     for name, value in variables.items():
         environment.setenv(name, value)
     environment.setattr("ldm_dkdm.commands.main.PATIENCE", 0.0)
-    assert script("dkdm_ldm.py", "--base", base, override) == 2
+    assert script("dkdm_ldm.py", "--base", base, *([override] if isinstance(override, str) else override)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

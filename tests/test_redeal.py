@@ -1,11 +1,14 @@
 """Pools and plans for several ranks, without any: shares, dealing, memory, traffic."""
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints.pools import pool_files
@@ -14,6 +17,7 @@ from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.redeal import redeal, share
 from ldm_dkdm.distillation.warmup import warmup_of
 from ldm_dkdm.records import NoisyBatch
+from ldm_dkdm.training.ema import StudentEMA
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config
 
@@ -65,6 +69,39 @@ def test_the_ranks_share_the_samples_of_a_warm_up() -> None:
     assert warmup_of(DistillConfig(4, rho=1.0), 8) == WarmupConfig()  # slots are shared by their pools
 
 
+def test_the_whole_average_of_shards_is_on_the_device_only_while_it_is_called() -> None:
+    places: list[str] = []
+
+    class Recorded(nn.Linear):
+        def to(self, device):
+            places.append(str(device))
+            return self
+
+    average = StudentEMA(0.9)
+    average.lend(torch.device("cuda:0"))  # other ranks have none
+    average.whole = Recorded(1, 1)
+    for _ in range(2):
+        average.lend(torch.device("cuda:0"))
+        for _ in range(3):
+            average.on_train_batch_start(None, None)
+    assert places == ["cuda:0", "cpu"] * 2
+
+
+@pytest.mark.parametrize("place", ["memory", "device", "mmap"])
+def test_a_pool_on_a_device_needs_the_host_memory_of_its_saves(
+    place: str, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    base = write_yaml(tmp_path / "base.yaml", distill_config(teacher_folder, tmp_path))
+    assert distil("--base", base, "--plan", f"distill.pool_storage={place}") == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert ("while it is saved" in lines["memory, host"]) == (place == "device")
+    assert lines["memory, host"].strip().startswith("0 B") == (place == "mmap")
+    monkeypatch.setattr("ldm_dkdm.training.room.os", SimpleNamespace(sysconf=lambda name: 10, walk=os.walk))
+    code = distil("--base", base, f"distill.pool_storage={place}", "trainer.max_steps=1")
+    assert code == (0 if place == "mmap" else 2)
+    assert ("while it is saved, but there are" in capsys.readouterr().err) == (place == "device")
+
+
 @pytest.mark.parametrize(
     ("strategy", "sent", "resident"),
     [("ddp", "5.5 MB", "19.8 MB"), ("fsdp", "16.6 MB", "5.9 MB")],
@@ -79,5 +116,6 @@ def test_a_plan_of_8_machines_gives_memory_traffic_and_time_of_a_device(
     # all-reduce: 2 * 63/64 of 4 * 702,499 bytes; shards: 3 * 63/64 in each of 2 batches
     assert lines["traffic"].strip().startswith(f"{sent} a step from each device: 0.0")
     assert lines["memory, device"].strip().startswith(f"{resident} on cpu")
+    assert ("2.8 MB for the whole average" in lines["memory, host"]) == (strategy == "fsdp")  # 4 * 702,499 bytes
     assert "on each of 64 devices on 8 machines" in lines["time"]
     assert not (tmp_path / "run").exists()

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,20 @@ def _read_own(file: Path, shape: tuple[int, int, int], facts: Mapping[str, Any])
     if not len(t) or x.shape != (len(t), *shape) or not 0 <= int(t.min()) <= int(t.max()) < facts["num_timesteps"]:
         raise UserError(f"{file}: states {tuple(x.shape)} or timesteps that do not fit the teacher's {shape}")
     return NoisyBatch(x, t, None if label is None else label.long())
+
+
+def other_facts(header: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, value in a pool's header, value in `facts`) of what differs; what the header does not say is passed over.
+
+    Of a forward process the keys that differ are named, as diffusion.KEY.
+    """
+    for name, now in json.loads(json.dumps(facts)).items():
+        before = _completed(header.get(name, now))
+        if isinstance(before, dict) and isinstance(now, dict):
+            named = {f"{name}.{key}": (value, now.get(key)) for key, value in before.items()}
+            yield from ((key, *pair) for key, pair in named.items() if pair[0] != pair[1])
+        elif before is not None and before != now:
+            yield name, before, now
 
 
 def _completed(fact: Any) -> Any:

@@ -63,9 +63,10 @@ def open_teacher(config: DistillRun, run: Path | None = None) -> "DiffusionModel
     """The teacher that a config names, with its guidance; a relative path is looked for around the run folder first."""
     from ldm_dkdm.checkpoints import Hints
     from ldm_dkdm.model import open_model
-    from ldm_dkdm.training.run_folder import located
+    from ldm_dkdm.training.run_folder import located, located_first_stage
 
-    hints = Hints.of_sections(config.teacher, config.diffusion, config.first_stage, config.trainer.verify)
+    stage = located_first_stage(config.first_stage, run)
+    hints = Hints.of_sections(config.teacher, config.diffusion, stage, config.trainer.verify)
     with dotted_keys("teacher", path="teacher.ckpt"):
         return open_model(located(config.teacher.ckpt, run) if run else config.teacher.ckpt, hints).changed(
             guidance=config.teacher.guidance

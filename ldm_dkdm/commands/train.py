@@ -1,6 +1,7 @@
 """Train a diffusion model on images (Alg. 2): dkdm train --base FILE_OR_RECIPE [key=value ...]"""
 
 import argparse
+from pathlib import Path
 
 from ldm_dkdm.commands.arguments import (
     SIGNALS,
@@ -29,29 +30,29 @@ def run(options: argparse.Namespace) -> None:
         return
     call = read_training_call(options, DiffusionRun)  # reports mistakes before the slow imports
     load_plugins(options.plugin)
+    config, out = call.config, call.folder.path
     if options.plan:
         with dotted_keys("data", "trainer", "logging"):
-            _plan(call.config)
+            _plan(config, out)
         return
 
     from ldm_dkdm.device import is_first_rank
     from ldm_dkdm.training.from_images import new_model, train
 
-    config, out = call.config, call.folder.path
     go_on = f"continue with: dkdm train --resume {out}"
     with dotted_keys("trainer", "logging"):
-        model = new_model(config)
+        model = new_model(config, out)
         result = train(model, config.data, out, config=config, resume=call.resumed, signals=SIGNALS, go_on=go_on)
     if is_first_rank():
         print(f"model: {result.model.path}")
 
 
-def _plan(config: DiffusionRun) -> None:
+def _plan(config: DiffusionRun, run: Path) -> None:
     from ldm_dkdm.device import default_device, resolve_precision
     from ldm_dkdm.training.from_images import new_model
     from ldm_dkdm.training.image_plan import plan_training, training_costs, training_time
 
-    model = new_model(config)
+    model = new_model(config, run)
     model.precision = resolve_precision(config.trainer.precision, default_device(config.trainer.accelerator))
     parts = plan_training(model, config)
     print_plan(training_costs(parts), lambda: training_time(parts))

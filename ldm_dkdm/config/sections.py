@@ -220,7 +220,9 @@ class TrainerConfig(Section):
         help="`auto` is bf16 autocast where the machine has fast bf16, else float32.",
     )
     compile: Literal["auto", "true", "false"] = key(
-        "auto", help="Compile the networks (torch.compile) before the first step; `auto` does so on a GPU with Triton."
+        "auto",
+        help="Compile the networks (torch.compile) before the first step, but not a student that `fsdp` shards; `auto` "
+        "does so on a GPU with Triton.",
     )
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = key("auto", help="Kind of device to train on.")
     devices: int | None = key(

@@ -38,6 +38,7 @@ class NoisyPool:
 
     Attributes:
         filled: slots 0 ... filled-1 are prepared.
+        mapped: whether the states are mapped to a file.
         settle: finishes writes that are under way; `save` calls it.
         updated: (slots,), the number of batches of the training after which each slot was last put back.
         facts: what the states follow from, for the file: teacher, T, schedule.
@@ -58,7 +59,7 @@ class NoisyPool:
         self.t = torch.zeros(slots, dtype=torch.int32)
         self.label = torch.zeros(slots, dtype=torch.int32, device=device) if labeled else None
         self.updated = torch.zeros(slots, dtype=torch.int32)
-        self.filled = 0
+        self.filled, self.mapped = 0, storage is not None
         self.facts: dict[str, Any] = {}
         self.settle: Callable[[], None] = lambda: None
 
@@ -119,8 +120,12 @@ class NoisyPool:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a slot has, by name, for all slots, on the host."""
-        tensors = {"x": self.x.cpu(), "t": self.t} | ({} if self.label is None else {"label": self.label.cpu()})
-        return tensors | {"updated": self.updated}
+        return {name: tensor.cpu() for name, tensor in self._slots().items()}
+
+    def _slots(self) -> dict[str, Tensor]:
+        """As `tensors`, where they are."""
+        label = {} if self.label is None else {"label": self.label}
+        return {"x": self.x, "t": self.t, **label, "updated": self.updated}
 
     def load(self, path: Path, origin: str = "") -> int:
         """Read what `save` wrote; returns its step. Where an older version wrote it, `updated` is -1.
@@ -132,7 +137,7 @@ class NoisyPool:
         Raises:
             UserError: not a pool file, or one of another size or origin.
         """
-        own = self.tensors()
+        own = self._slots()
         try:
             file_kind(path)  # refuses a header without end
             with interruptible():
@@ -152,8 +157,8 @@ class NoisyPool:
             raise UserError(f"{path}: was filled with other settings ({found_origin})")
         if outside:
             raise UserError(f"{path}: its timesteps do not fit its states")
-        for name in own:
-            getattr(self, name).copy_(found[name])
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
         self.filled = filled
         return step
 

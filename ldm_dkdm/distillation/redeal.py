@@ -3,15 +3,23 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ldm_dkdm.distillation.pool import NoisyPool
+from ldm_dkdm.errors import MALFORMED, UserError
 
 
 def slots_in(file: Path) -> int:
-    """Number of slots in a pool file."""
-    with safe_open(file, framework="pt") as opened:
-        return int(opened.get_slice("t").get_shape()[0])
+    """Number of slots in a pool file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return int(opened.get_slice("t").get_shape()[0])
+    except (SafetensorError, OSError, *MALFORMED) as error:
+        raise UserError(f"{file}: not a readable pool file ({error})") from error
 
 
 def share(files: Sequence[Path], rank: int, ranks: int) -> int:

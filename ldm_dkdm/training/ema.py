@@ -30,7 +30,8 @@ class StudentEMA(WeightAveraging):
         self._averages: list[Tensor] = []
         self._currents: list[Tensor] = []
         self.sharded = False
-        self.whole: nn.Module | None = None  # on rank 0, where the average is sharded
+        self.whole: nn.Module | None = None  # on rank 0, where the average is sharded; in host memory unless it is lent
+        self._lent = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Copy the initial weights: they are the first average."""
@@ -55,8 +56,7 @@ class StudentEMA(WeightAveraging):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(trainer.strategy, ShardedStrategy):
-            device = trainer.strategy.root_device
-            self.whole = deepcopy(self._average).to(device) if trainer.is_global_zero else None
+            self.whole = deepcopy(self._average).to("cpu") if trainer.is_global_zero else None
             trainer.strategy.shard(self._average)
             self.sharded = True
 
@@ -83,6 +83,18 @@ class StudentEMA(WeightAveraging):
             if self.whole is not None:
                 self.whole.load_state_dict(state)
 
+    def lend(self, device: torch.device) -> None:
+        """Bring a sharded average that was gathered to a device, until the next batch."""
+        if self.whole is not None:
+            self.whole.to(device)
+            self._lent = True
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        """Free the device of what `lend` brought there."""
+        if self.whole is not None and self._lent:
+            self.whole.to("cpu")
+            self._lent = False
+
     @property
     def _average(self) -> nn.Module:
         assert self._average_model is not None  # made when the training starts
@@ -94,12 +106,16 @@ class StudentEMA(WeightAveraging):
         return self._average if self.whole is None else self.whole
 
 
-def averaged(trainer: L.Trainer, kind: type[Module]) -> Module:
+def averaged(trainer: L.Trainer, kind: type[Module], called: bool = False) -> Module:
     """The averaged module, of a known class, that a running trainer's `StudentEMA` keeps.
 
-    A sharded one is on rank 0, once `gather_average` was called.
+    A sharded one is on rank 0, once `gather_average` was called: on the trainer's device until the next batch if it is
+    to be `called`, else in host memory.
     """
-    module = _average_of(trainer).module
+    average = _average_of(trainer)
+    if called:
+        average.lend(trainer.strategy.root_device)
+    module = average.module
     assert isinstance(module, kind)
     return module
 

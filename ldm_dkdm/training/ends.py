@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm_dkdm.config.schema import EarlyStopConfig, TrainerConfig
 from ldm_dkdm.reporting import logger
+from ldm_dkdm.training.ema import gather_average
 
 TIMED_STEPS = 5  # at a run's start, which show where its time limit ends it
 AGREEMENT = "agreement"  # the figure that is not logged by the module
@@ -166,8 +167,10 @@ class EarlyStop(EarlyEnd):
             self._end_window(trainer, figures[AGREEMENT])
 
     def _end_window(self, trainer: L.Trainer, mean: float) -> None:
-        if self._judge(mean) and trainer.is_global_zero:
-            self.on_best(trainer)
+        if self._judge(mean):  # in all processes alike
+            gather_average(trainer)
+            if trainer.is_global_zero:
+                self.on_best(trainer)
 
     @property
     def has_best(self) -> bool:

@@ -11,11 +11,13 @@ import torch
 from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.checkpoints.first_stages import named_first_stage
 from ldm_dkdm.config.checked import steps_within
+from ldm_dkdm.config.load import read_card
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import (
     DiffusionDataConfig,
     DiffusionRun,
     LossConfig,
+    ModelCard,
 )
 from ldm_dkdm.device import compiles, is_first_rank
 from ldm_dkdm.distillation.data_stream import DataStream
@@ -23,7 +25,7 @@ from ldm_dkdm.distillation.image_data import EncodedStates, ImageSet, States, en
 from ldm_dkdm.distillation.make_student import check_loss, load_initial, require_call
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import expanded
+from ldm_dkdm.files import content_sha256, expanded
 from ldm_dkdm.first_stage.codec import Codec, LatentCodec
 from ldm_dkdm.images import save_grid
 from ldm_dkdm.model import DiffusionModel
@@ -36,8 +38,10 @@ from ldm_dkdm.training.export import export_on_save
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.room import disk_needed, require_disk
 from ldm_dkdm.training.run import Result, Run
-from ldm_dkdm.training.run_folder import RunFolder
+from ldm_dkdm.training.run_folder import RunFolder, located_first_stage
 from ldm_dkdm.training.saving import RunCheckpoint
+
+STAGE = "first_stage_sha256"  # fact in a model's card
 
 
 def train(
@@ -81,8 +85,12 @@ def train(
     return _train_in(run, model)
 
 
-def new_model(config: DiffusionRun) -> DiffusionModel:
+def new_model(config: DiffusionRun, run: Path | None = None) -> DiffusionModel:
     """The model that a configuration describes, with its initial weights.
+
+    Args:
+        config: a relative path of its first stage is looked for around the run folder first.
+        run: the run folder, if there is one.
 
     Raises:
         UserError: an unknown target, a bad parameter, or initial weights that do not fit.
@@ -95,7 +103,7 @@ def new_model(config: DiffusionRun) -> DiffusionModel:
         schedule=schedule_of(config.diffusion),
         space=config.diffusion.space,
         parameterization=config.model.parameterization,
-        first_stage=named_first_stage(config.first_stage),
+        first_stage=named_first_stage(located_first_stage(config.first_stage, run)),
         node=config.model.plain,
     )
 
@@ -115,17 +123,17 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
         raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
     if end := run.end(model.network):
         return run.ended(model, end)
+    stage = _first_stage_facts(codec, model, run)
     require_disk(run.folder, disk_needed(model.parameters, config.trainer, config.logging))
     states = _states(config, sets, model, run.progress)
     model.network.train()
-    batches = run.trainer.max_steps * run.trainer.accumulate
 
     def stream_for(trainer: L.Trainer) -> DataStream:
         return DataStream(
             states,
             model.schedule,
             config.data.batch_size,
-            batches,
+            run.trainer.max_steps * run.trainer.accumulate,
             run.trainer.seed,
             trainer.global_rank,
             trainer.strategy.root_device,
@@ -134,7 +142,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
         )
 
     samples = run.folder.path / "samples"
-    info = {**model.info, **_named_classes(model, config.data, sets[0])}
+    info = {**model.info, **stage, **_named_classes(model, config.data, sets[0])}
     export = export_on_save(model.changed(info=info), run.folder, config.logging.export_dtype)
     saving = RunCheckpoint(run.folder.checkpoints, config.logging, export)
     with run.open(), compiled([trained.network], compiles(run.trainer.compile, run.device)):
@@ -146,6 +154,27 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
         grids = SampleGrid(samples, config.logging, run.trainer.seed)
         result = run.fit(StudentModule(trained, config.loss, run.trainer), stream_for, [saving, grids])
     return run.result(model, result)
+
+
+def _first_stage_facts(codec: Codec, model: DiffusionModel, run: Run) -> dict[str, str]:
+    """SHA-256 of what makes the latents, for the model's card; in pixel space nothing does.
+
+    Raises:
+        UserError: the run began with another first stage; runs of older versions do not say theirs.
+    """
+    if not isinstance(codec, LatentCodec):
+        return {}
+    now = content_sha256(codec.autoencoder.state_dict(), {"scale_factor": str(codec.scale_factor)})
+    card = run.folder.model / "config.yaml"
+    before = read_card(card, ModelCard).info.get(STAGE) if run.latest and card.is_file() else None
+    if before not in (None, now):
+        path = model.first_stage.path if model.first_stage else "none"
+        raise UserError(
+            f"first_stage: {path} is not the one that {run.folder.path} began with: the SHA-256 of its weights and "
+            f"scale was {before} and is {now}; put the old one back, or start a new run (logging.name=NEW, in Python "
+            "out)"
+        )
+    return {STAGE: now}
 
 
 def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:

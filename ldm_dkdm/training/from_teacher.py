@@ -128,7 +128,7 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
         teacher.to(device)
         saving.pool = pools.pool = pool = prepare_pool(supply, parts, run, device, rank)
         if rank == 0 and device.type != "cpu":
-            logger.info(f"pool: {size(parts.pool_bytes)} in {parts.pool_place(device)} ({pool.device})")
+            logger.info(f"pool: {size(len(pool) * parts.slot_bytes)} on {pool.device}{' (mmap)' * pool.mapped}")
         if rank == 0:
             measuring.prepare(pool_facts(teacher), run.trainer.max_steps, lambda: run.check_stop(BEFORE), run.progress)
         method = run.config.distill

@@ -38,7 +38,7 @@ class SampleGrid(StepCallback):
         gather_average(trainer)
         if not trainer.is_global_zero:
             return
-        self._write(averaged(trainer, StudentModule).model, f"step={step:08d}.png", "samples", trainer)
+        self._write(averaged(trainer, StudentModule, called=True).model, f"step={step:08d}.png", "samples", trainer)
         if self.teacher is not None:
             self._write(self.teacher, "teacher.png", "teacher", trainer)
             self.teacher = None

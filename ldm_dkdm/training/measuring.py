@@ -71,7 +71,7 @@ class Agreement(StepCallback):
         figures: dict[str, float] = {}
         if self.reference is not None:
             with decoration(AGREEMENT):
-                figures = agreement(averaged(trainer, StudentModule).model, self.reference, self.lpips)
+                figures = agreement(averaged(trainer, StudentModule, called=True).model, self.reference, self.lpips)
         figures = trainer.strategy.broadcast(figures)
         if AGREEMENT in figures:
             figures_of(module)[AGREEMENT] = figures[AGREEMENT]

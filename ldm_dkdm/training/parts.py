@@ -44,7 +44,12 @@ class Distillation:
     @property
     def pool_bytes(self) -> int:
         """Bytes of one rank's pool."""
-        return self.slots * slot_bytes(self.teacher.shape, self.pool_dtype, self.labeled)
+        return self.slots * self.slot_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot of the pool."""
+        return slot_bytes(self.teacher.shape, self.pool_dtype, self.labeled)
 
     @property
     def batches(self) -> int:
@@ -60,17 +65,20 @@ class Distillation:
 
         A share of other ranks' pools may have another number of slots.
         """
-        place = self.pool_place(device)
+        slots = slots or self.slots
+        place = self.pool_place(device, slots)
         storage = folder / f"pool-rank{rank}.bin" if place == "mmap" else None
         own = device if place == "device" else torch.device("cpu")
-        return NoisyPool(slots or self.slots, self.teacher.shape, self.pool_dtype, storage, self.labeled, own)
+        return NoisyPool(slots, self.teacher.shape, self.pool_dtype, storage, self.labeled, own)
 
-    def pool_place(self, device: torch.device) -> str:
-        """Where a rank's pool is kept: `device`, `memory` or `mmap`."""
+    def pool_place(self, device: torch.device, slots: int | None = None) -> str:
+        """Where a rank's pool, of another number of slots if given, is kept: `device`, `memory` or `mmap`."""
         chosen = self.config.distill.pool_storage
         if chosen != "auto":
             return chosen
-        fits = device.type == "cuda" and 2 * self.pool_bytes <= torch.cuda.mem_get_info(device)[0]
+        fits = (
+            device.type == "cuda" and 2 * (slots or self.slots) * self.slot_bytes <= torch.cuda.mem_get_info(device)[0]
+        )
         return "device" if fits else "memory"
 
 

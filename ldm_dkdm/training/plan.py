@@ -52,12 +52,23 @@ def costs(parts: Distillation) -> dict[str, str]:
         "teacher calls, training": f"{iterations * batch:,} samples ({iterations:,} iterations of {batch}){each}",
         "teacher calls, agreement": f"{_agreement_samples(parts):,} samples, once",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({precision})",
-        "memory, host": size(trainer.per_node * parts.pool_bytes if place == "memory" else 0)
-        + (" for the pool" if trainer.ranks == 1 else " for the pools, on each machine"),
+        "memory, host": _host_memory(parts, place),
         **traffic(student, trainer),
         "disk": f"{size(disk)} for the student, {KEPT} "
         "checkpoints and the next one while it is written" + (", the mapped pool" if mapped else ""),
     }
+
+
+def _host_memory(parts: Distillation, place: str) -> str:
+    """Host memory of a machine: pools, which pass through it when they are saved, and the whole average of shards."""
+    trainer = parts.config.trainer
+    pools = 0 if place == "mmap" else trainer.per_node * parts.pool_bytes
+    what = "for the pool" if trainer.ranks == 1 else "for the pools, on each machine"
+    if place == "device":
+        what += ", while it is saved" if trainer.ranks == 1 else ", while they are saved"
+    if trainer.strategy not in SHARDED:
+        return f"{size(pools)} {what}"
+    return f"{size(pools)} {what}; {size(4 * parts.student.parameters)} for the whole average, on the first machine"
 
 
 def on_each(trainer: TrainerConfig) -> str:

@@ -10,9 +10,16 @@ import torch
 
 from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.checkpoints.hashes import verifying
-from ldm_dkdm.checkpoints.pools import is_own_pool, pool_files, pool_header, read_own_pool, read_reference_pool
+from ldm_dkdm.checkpoints.pools import (
+    is_own_pool,
+    other_facts,
+    pool_files,
+    pool_header,
+    read_own_pool,
+    read_reference_pool,
+)
 from ldm_dkdm.distillation.pool import NoisyPool
-from ldm_dkdm.distillation.redeal import redeal, share
+from ldm_dkdm.distillation.redeal import redeal, share, slots_in
 from ldm_dkdm.distillation.refill import check_supply, refill
 from ldm_dkdm.distillation.stream import VARIANTS
 from ldm_dkdm.distillation.warmup import Warmup, warmup_of
@@ -26,6 +33,7 @@ from ldm_dkdm.training.run_folder import IN_MEMORY, step_of
 from ldm_dkdm.training.saving import pool_path, warmup_path
 
 SECONDS_BETWEEN_WARMUP_SAVES = 600.0
+WORDS = {"teacher_sha256": "SHA-256", "num_timesteps": "T"}  # facts of a pool -> how messages call them
 
 
 def supply_of(parts: Distillation) -> NoisyBatch | None:
@@ -61,13 +69,14 @@ def refuse_other_teacher(teacher: DiffusionModel, run: Run) -> None:
     Raises:
         UserError: names both.
     """
-    folder, key = run.folder.checkpoints, "teacher_sha256"
+    folder = run.folder.checkpoints
     pool = pool_path(folder, step_of(run.latest), 0) if run.latest else warmup_path(folder, 0)
-    before = pool_header(pool).get(key) if pool.is_file() else None
-    if before not in (None, now := teacher_hash(teacher)):
+    other = list(other_facts(pool_header(pool), pool_facts(teacher))) if pool.is_file() else []
+    if other:
+        changes = ", ".join(f"its {WORDS.get(name, name)} was {before} and is {now}" for name, before, now in other)
         raise UserError(
-            f"teacher: {teacher.file or IN_MEMORY} is not the one that {run.folder.path} began with: its SHA-256 was "
-            f"{before} and is {now}; put the old file back, or start a new run (logging.name=NEW, in Python out)"
+            f"teacher: {teacher.file or IN_MEMORY} is not the one that {run.folder.path} began with: {changes}; "
+            "put the old file back, or start a new run (logging.name=NEW, in Python out)"
         )
 
 
@@ -127,8 +136,8 @@ def prepare_pool(
 def _saved_pool(files: Sequence[Path], parts: Distillation, run: Run, rank: int, device: torch.device) -> NoisyPool:
     """A rank's pool from a checkpoint of as many ranks, or its share of the pools of another number."""
     ranks = run.trainer.ranks
-    if len(files) == ranks:
-        pool = parts.new_pool(run.folder.path, rank, device)
+    if len(files) == ranks:  # maybe dealt to as many before, with another number of slots
+        pool = parts.new_pool(run.folder.path, rank, device, slots_in(files[rank]))
         pool.load(files[rank])
         return pool
     least, most = share(files, ranks - 1, ranks), share(files, 0, ranks)

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
-from ldm_dkdm.checkpoints.hashes import check_file, read_safetensors
+from ldm_dkdm.checkpoints.hashes import check_file, read_safetensors, verifying
 from ldm_dkdm.checkpoints.pickles import asked_globals
 from ldm_dkdm.checkpoints.pools import pool_files
 from ldm_dkdm.errors import UserError, blaming
@@ -21,38 +22,86 @@ SET_ASIDE = ".damaged"  # end of the name of a checkpoint that is not whole, onc
 WEIGHTS = ("state_dict", "current_model_state", "optimizer_states")  # parts whose numbers must be finite
 
 
-def newest_whole(folder: Path, pools: bool) -> Path | None:
+class Choice(L.Callback):
     """The newest checkpoint that can be resumed; of damaged ones after it a warning says what is wrong.
+
+    Of several processes each reads its own pool, and the first one reads what no other does. When the training starts,
+    all must have chosen the same. Where one has found damage, the damaged checkpoint is set aside, so that the next
+    start continues from the one before it.
 
     Args:
         folder: logs/<run>/checkpoints.
         pools: whether pools belong to a checkpoint, one for each rank that saved it.
+        rank, ranks: this process, and the number of processes.
+
+    Attributes:
+        latest: the checkpoint; None without any.
+        damage: what is wrong with the newest one, if it was passed over.
 
     Raises:
         UserError: there are checkpoints, but none is whole.
     """
-    found = checkpoints(folder)
-    for checkpoint in reversed(found):
-        try:
-            require_whole(checkpoint, pools)
-        except UserError as error:
-            reason = error
-        else:
-            if checkpoint != found[-1]:
-                logger.warning(f"{reason}; continuing from {checkpoint.name} in its place")
-            return checkpoint
-    if found:
-        raise UserError(f"{reason}; there is no whole checkpoint before it: delete {folder} to begin the run again")
-    return None
+
+    def __init__(self, folder: Path, pools: bool, rank: int = 0, ranks: int = 1) -> None:
+        self.folder, self.damage = folder, ""
+        self.latest: Path | None = None
+        found = checkpoints(folder)
+        for checkpoint in reversed(found):
+            try:
+                require_whole(checkpoint, pools, rank, ranks)
+            except UserError as error:
+                self.damage = str(error)
+            else:
+                self.latest = checkpoint
+                break
+        if found and self.latest is None:
+            raise UserError(
+                f"{self.damage}; there is no whole checkpoint before it: delete {folder} to begin the run again"
+            )
+        if self.damage and self.latest:
+            logger.warning(f"{self.damage}; continuing from {self.latest.name} in its place")
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Compare the choices of all processes, before any reads its checkpoint.
+
+        Raises:
+            UserError: they differ.
+        """
+        own = (step_of(self.latest) if self.latest else 0, self.damage)
+        found: list[Any] = [own] * trainer.world_size
+        if trainer.world_size > 1:
+            distributed.all_gather_object(found, own)
+        steps, damage = [step for step, _ in found], next((text for _, text in found if text), None)
+        if len(set(steps)) == 1:
+            return
+        oldest = next((file for file in checkpoints(self.folder) if step_of(file) == min(steps)), None)
+        if damage and oldest and trainer.is_global_zero:
+            set_aside(self.folder, oldest)
+        shown = ", ".join(f"rank {rank} from step {step}" for rank, step in enumerate(steps))
+        raise UserError(
+            f"{damage or f'{self.folder}: the processes see different checkpoints'}; the processes would continue from "
+            f"different ones ({shown}); start the run again{f': it continues from step {min(steps)}' * bool(damage)}"
+        )
 
 
-def require_whole(checkpoint: Path, pools: bool = False) -> None:
+def newest_whole(folder: Path, pools: bool, rank: int = 0, ranks: int = 1) -> Path | None:
+    """What `Choice` chooses, whose arguments and errors it has."""
+    return Choice(folder, pools, rank, ranks).latest
+
+
+def require_whole(checkpoint: Path, pools: bool = False, rank: int = 0, ranks: int = 1) -> None:
     """Refuse a checkpoint that cannot be resumed, or whose content or pools are not what was written.
+
+    Args:
+        checkpoint: the file.
+        pools: whether pools belong to it.
+        rank, ranks: of several processes, the first one reads the checkpoint whole, and each reads its own pool.
 
     Raises:
         UserError: what is wrong with it.
     """
-    saved, step = read_checkpoint(checkpoint), step_of(checkpoint)
+    with verifying(rank == 0):
+        saved, step = read_checkpoint(checkpoint), step_of(checkpoint)
     missing = [name for name in KEYS if name not in saved]
     if missing or "fit_loop" not in saved["loops"]:
         raise UserError(
@@ -60,10 +109,11 @@ def require_whole(checkpoint: Path, pools: bool = False) -> None:
         )
     if saved["global_step"] != step:
         raise UserError(f"{checkpoint}: is the checkpoint of step {saved['global_step']}, not of step {step}")
-    for name, tensor in _numbers({part: saved.get(part) for part in WEIGHTS}, ""):
+    for name, tensor in _numbers({part: saved.get(part) for part in WEIGHTS} if rank == 0 else {}, ""):
         if not torch.isfinite(tensor).all():
             raise UserError(f"{checkpoint}: is damaged: {name} holds values that are not finite")
-    for pool in pool_files(checkpoint.parent, checkpoint.stem) if pools else ():
+    saved_pools = pool_files(checkpoint.parent, checkpoint.stem) if pools else []
+    for pool in saved_pools[rank : rank + 1] + (saved_pools[ranks:] if rank == 0 else []):
         with blaming(pool):
             try:
                 read_safetensors(pool)

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from contextlib import suppress
+from pathlib import Path
 
 from ldm_dkdm.config.schema import LoggingConfig, TrainerConfig
 from ldm_dkdm.device import default_device
@@ -43,13 +45,20 @@ def require_disk(folder: RunFolder, needed: int, lower: str = "the model's width
     """
     path = folder.path.absolute()
     place = next(above for above in (path, *path.parents) if above.is_dir())
-    written = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    written = sum(_size(Path(above) / name) for above, _, names in os.walk(path) for name in names)
     free = shutil.disk_usage(place).free
     if needed > free + written:
         raise UserError(
             f"{folder.path}: the run takes {size(needed)} with its checkpoints, but {size(free)} are free on the disk "
             f"of {place}; name a folder on another disk (logging.dir, in Python out), or lower {lower}"
         )
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; 0 if another process has removed it."""
+    with suppress(FileNotFoundError):
+        return file.stat().st_size
+    return 0
 
 
 def require_room(parts: Distillation, folder: RunFolder) -> None:
@@ -63,7 +72,10 @@ def require_room(parts: Distillation, folder: RunFolder) -> None:
     place = parts.pool_place(default_device(config.trainer.accelerator))
     mapped = place == "mmap"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if place == "memory" and here > memory:
-        raise UserError(f"rho: the pool takes {size(here)}, but there are {size(memory)} of memory here; lower rho")
+    if not mapped and here > memory:
+        saved = " while it is saved" if place == "device" else ""
+        raise UserError(
+            f"rho: the pool takes {size(here)}{saved}, but there are {size(memory)} of memory here; lower rho"
+        )
     needed = disk_needed(parts.student.parameters, config.trainer, config.logging, pool, mapped * pool)
     require_disk(folder, needed, "rho")

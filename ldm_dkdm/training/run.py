@@ -1,6 +1,5 @@
 """One run of any kind: distillation, training on images, training of a first stage."""
 
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -22,7 +20,7 @@ from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.shapes import under
 from ldm_dkdm.config.load import read_card
 from ldm_dkdm.config.schema import DistillRun, ModelCard, TrainerConfig
-from ldm_dkdm.device import default_device, is_first_rank, resolve_precision, started
+from ldm_dkdm.device import global_rank, is_first_rank, resolve_precision
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.ranks import losing
@@ -33,11 +31,11 @@ from ldm_dkdm.training.ends import EarlyStop, early_ends
 from ldm_dkdm.training.interrupt import GracefulStop
 from ldm_dkdm.training.loggers import open_loggers, require_loggers
 from ldm_dkdm.training.measuring import Agreement, refuse_agreement
-from ldm_dkdm.training.resuming import continues, newest_whole, read_checkpoint, set_aside
+from ldm_dkdm.training.resuming import Choice, continues, read_checkpoint, set_aside
 from ldm_dkdm.training.run_folder import RunFolder, alone_in, check_run, open_run, require_plain, step_of
 from ldm_dkdm.training.saving import RunCheckpoint, WrittenInPlace, tidy
 from ldm_dkdm.training.sharding import SHARDED
-from ldm_dkdm.training.strategies import environment, require_strategy, require_world, strategy_of
+from ldm_dkdm.training.strategies import environment, require_strategy, require_world, strategy_of, training_device
 from ldm_dkdm.training.undisturbed import undisturbed
 from ldm_dkdm.training.windows import Windows
 
@@ -89,7 +87,7 @@ class Run:
         refuse_agreement(config)
         self.config, self.folder, self.resumed, self.progress = config, folder, resumed, progress
         self.trainer: TrainerConfig = config.trainer
-        require_strategy(self.trainer.strategy, self.trainer.ranks)
+        require_strategy(self.trainer.strategy, self.trainer.ranks, self.trainer.compile)
         require_world(self.trainer)
         self.device = training_device(self.trainer)
         self.precision = resolve_precision(self.trainer.precision, self.device)
@@ -123,16 +121,22 @@ class Run:
                 return f"already ended at step {step} by {end.key}; a larger one continues it ({self._resume})"
         return None
 
-    @cached_property
+    @property
     def latest(self) -> Path | None:
-        """The checkpoint to continue from: the newest whole one.
+        """The checkpoint to continue from: the newest whole one; errors as `choice`."""
+        return self.choice.latest
+
+    @cached_property
+    def choice(self) -> Choice:
+        """This process's choice of the checkpoint to continue from.
 
         Raises:
             UserError: the folder is another run's, or has no whole one.
         """
         check_run(self.config, self.folder, self.resumed)
         with verifying(self.trainer.verify):
-            return newest_whole(self.folder.checkpoints, isinstance(self.config, DistillRun))
+            rank, ranks = global_rank(self.trainer.per_node), self.trainer.ranks
+            return Choice(self.folder.checkpoints, isinstance(self.config, DistillRun), rank, ranks)
 
     @property
     def _resume(self) -> str:
@@ -228,7 +232,7 @@ class Run:
         if latest is not None and is_first_rank():
             set_aside(self.folder.checkpoints, latest)
             logger.info(continues(self.folder.path, self.step))
-        trainer = self._lightning([self.stop, *first, windows, *ends, *callbacks])
+        trainer = self._lightning([self.choice, self.stop, *first, windows, *ends, *callbacks])
         try:
             with losing(self.trainer.ranks, self.go_on):
                 trainer.fit(module, datamodule=StreamModule(stream_for), ckpt_path=latest, weights_only=True)
@@ -280,17 +284,3 @@ def _keep_best(ends: Sequence[L.Callback], callbacks: Sequence[L.Callback]) -> N
         for saving in (callback for callback in callbacks if isinstance(callback, RunCheckpoint)):
             if not saving.config.keep_best:
                 saving.early_stop, stop.on_best = stop, saving.on_saved
-
-
-def training_device(config: TrainerConfig) -> torch.device:
-    """The device of this process in a training.
-
-    Raises:
-        UserError: no such device here, or fewer than `devices`.
-    """
-    device = default_device(config.accelerator)
-    count = {"cuda": torch.cuda.device_count(), "cpu": os.cpu_count() or 1}.get(device.type, 1)
-    if config.per_node > count and not (device.type == "cpu" and started()):  # processes may share cores
-        bound = "; with srun, --gpus-per-task hides the others" if started() else ""
-        raise UserError(f"devices: {config.per_node}, but this machine has {count} ({device.type}){bound}")
-    return device

@@ -13,7 +13,15 @@ from omegaconf import OmegaConf
 
 from ldm_dkdm.config.batches import SECTIONS
 from ldm_dkdm.config.load import card_kind, fits, load_config, read_yaml, to_yaml
-from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, LoggingConfig, ModelCard
+from ldm_dkdm.config.schema import (
+    DiffusionRun,
+    DistillRun,
+    FirstStageCard,
+    FirstStageConfig,
+    FirstStageRun,
+    LoggingConfig,
+    ModelCard,
+)
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError, legible
 from ldm_dkdm.files import expanded, make_folder, write_text
@@ -22,6 +30,8 @@ from ldm_dkdm.reporting import logger
 RunConfig = DistillRun | DiffusionRun | FirstStageRun
 FREE = ("trainer", "logging")  # sections that may change when a run is resumed
 FIXED = ("trainer.seed", "trainer.accumulate")  # keys in FREE that may not
+UNSEEN = ("distill.pool_storage",)  # keys that change no batch: any command may change them
+ONE = ("trainer.devices", "trainer.num_nodes")  # keys whose default was 1; null is as many without a launcher
 NAMED = 3  # keys that a message names, of those that differ
 IN_MEMORY = "a model made in Python"  # begins the name of a teacher without a file, which ends with its hash
 POINTERS = ("teacher.ckpt", "first_stage.ckpt")  # paths; that the teacher is the same, its hash says
@@ -104,13 +114,14 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
     """Refuse to continue in the folder of another run; nothing is written.
 
     Args:
-        config: must be the one that the folder was made with; if `resumed`, FREE may differ except for FIXED.
+        config: must be the one that the folder was made with, but for UNSEEN; if `resumed`, FREE may differ except for
+            FIXED.
         folder: logs/<run>.
         resumed: the user asked to resume the run.
     """
     stored = folder.path / "config.yaml"
-    now = _plain(_text(config))
-    before = _plain(_made_with(stored, type(config))) if stored.is_file() else now
+    now = _seen(_text(config))
+    before = _seen(_made_with(stored, type(config))) if stored.is_file() else now
     if before != now:
         if not resumed:
             raise UserError(
@@ -120,9 +131,9 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
             )
         sections = [field.name for field in dataclasses.fields(config) if field.name not in FREE]
         for key in (*sections, *FIXED):
-            changed = _first_change(_at(before, key), _at(now, key), key)
-            if changed and not (changed in POINTERS and IN_MEMORY not in f"{_at(before, changed)} {_at(now, changed)}"):
-                raise UserError(f"{changed}: cannot change when {folder.path} is resumed; start a new run for that")
+            for changed, old, new in _changes(_at(before, key), _at(now, key), key):
+                if changed not in POINTERS or IN_MEMORY in f"{old} {new}":
+                    raise UserError(f"{changed}: cannot change when {folder.path} is resumed; start a new run for that")
 
 
 def _text(config: RunConfig) -> str:
@@ -136,9 +147,13 @@ def _text(config: RunConfig) -> str:
     return to_yaml(config)
 
 
-def _plain(text: str) -> Any:
-    """A config as plain values, so that the order of keys does not matter."""
-    return OmegaConf.to_container(OmegaConf.create(text))
+def _seen(text: str) -> Any:
+    """What tells a config from another run's, as plain values, so that the order of keys does not matter."""
+    tree = OmegaConf.create(text)
+    for key in (*UNSEEN, *ONE):
+        if OmegaConf.select(tree, key) is not None and (key in UNSEEN or OmegaConf.select(tree, key) == 1):
+            OmegaConf.update(tree, key, None)
+    return OmegaConf.to_container(tree)
 
 
 def _at(tree: Any, key: str) -> Any:
@@ -169,11 +184,6 @@ def _short(value: Any) -> str:
     return "null" if value is None else legible(str(value), 40)
 
 
-def _first_change(before: Any, now: Any, key: str) -> str | None:
-    """The dotted key of the first value that differs."""
-    return next((change[0] for change in _changes(before, now, key)), None)
-
-
 def _made_with(stored: Path, schema: type[RunConfig]) -> str:
     """The config in a run folder; keys that did not exist when it was made have their defaults."""
     try:
@@ -189,6 +199,11 @@ def located(path: str, run: Path) -> str:
             if (found := folder / path).exists():
                 return path if Path(path).exists() and found.samefile(path) else str(found)
     return path
+
+
+def located_first_stage(config: FirstStageConfig, run: Path | None) -> FirstStageConfig:
+    """The section of a first stage with its path `located`."""
+    return dataclasses.replace(config, ckpt=located(config.ckpt, run)) if run and config.ckpt else config
 
 
 def require_plain(path: Path) -> None:

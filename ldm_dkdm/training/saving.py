@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from ldm_dkdm.checkpoints.hashes import hash_file, write_hash
 from ldm_dkdm.config.schema import LoggingConfig
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import make_folder, sync, write_torch
+from ldm_dkdm.files import make_folder, remove_abandoned, sync, write_torch
 from ldm_dkdm.training.ema import gather_average
 from ldm_dkdm.training.ends import AGREEMENT, EarlyStop, StepCallback, figures_of
 from ldm_dkdm.training.run_folder import RunFolder, checkpoints, step_of
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
     from ldm_dkdm.distillation.pool import NoisyPool
 
 KEPT = 2
-TEMPORARY = re.compile(r"\..*\.(tmp|pending)|\.tmp\w{6}")  # the last are those of safetensors
+PENDING = ".pending"  # end of the name of a checkpoint without its model
+TEMPORARY = re.compile(r"\..*\.tmp|\.tmp\w{6}")  # the last are those of safetensors
 CHECKED_EVERY = 100  # steps between checks of the loss, which wait for the device
 
 
@@ -83,7 +83,7 @@ class RunCheckpoint(StepCallback):
         if self.pool is not None:
             self.pool.save(pool_path(self.folder, step, trainer.global_rank), step)
         checkpoint = self.folder / f"step={step:08d}.ckpt"
-        pending = self.folder / f".{checkpoint.name}.pending"  # one name for all ranks: rank 0 writes it
+        pending = self.folder / f".{checkpoint.name}{PENDING}"  # one name for all ranks: rank 0 writes it
         trainer.save_checkpoint(pending)
         self.last_saved = step
         gather_average(trainer)
@@ -137,10 +137,12 @@ def tidy(run: RunFolder) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in a folder that this process alone writes to; it must be locked."""
+    """Remove what killed writers left in a run's folder, which must be locked; other processes may write there too."""
     for left in folder.glob(".*"):
-        if TEMPORARY.fullmatch(left.name):
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink(missing_ok=True)
+        if left.name.endswith(PENDING):  # the process that has the lock alone writes it, and not now
+            left.unlink(missing_ok=True)
+        elif TEMPORARY.fullmatch(left.name):
+            remove_abandoned(left)
 
 
 def refuse_divergence(trainer: L.Trainer, weights: Iterable[Tensor] = ()) -> None:

@@ -4,12 +4,13 @@ import os
 from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 
 from ldm_dkdm.config.schema import TrainerConfig
-from ldm_dkdm.device import World, main_address, main_port, started
+from ldm_dkdm.device import World, default_device, main_address, main_port, started
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.training.sharding import SHARDED, ShardedStrategy
 
@@ -106,8 +107,8 @@ def require_world(config: TrainerConfig) -> None:
         )
 
 
-def require_strategy(name: str, ranks: int) -> None:
-    """Refuse a strategy that Lightning does not name, or that a run cannot use.
+def require_strategy(name: str, ranks: int, compile: str = AUTO) -> None:
+    """Refuse a strategy that Lightning does not name, or that a run cannot use or compile.
 
     Raises:
         UserError: why.
@@ -118,6 +119,8 @@ def require_strategy(name: str, ranks: int) -> None:
             raise UserError(f"strategy: {name} {why}")
     if name == "single_device" and ranks > 1:
         raise UserError(f"strategy: single_device is for one process, and there are {ranks}; use ddp")
+    if name in SHARDED and compile == "true":
+        raise UserError(f"compile: true cannot be kept with strategy: {name}, which shards the student; use auto")
 
 
 def strategy_of(config: TrainerConfig) -> Strategy | str:
@@ -129,3 +132,17 @@ def strategy_of(config: TrainerConfig) -> Strategy | str:
         return AUTO
     given: dict[str, Any] = StrategyRegistry["ddp" if config.strategy == AUTO else config.strategy]["init_params"]
     return DDPStrategy(timeout=timeout, **given)
+
+
+def training_device(config: TrainerConfig) -> torch.device:
+    """The device of this process in a training.
+
+    Raises:
+        UserError: no such device here, or fewer than `devices`.
+    """
+    device = default_device(config.accelerator)
+    count = {"cuda": torch.cuda.device_count(), "cpu": os.cpu_count() or 1}.get(device.type, 1)
+    if config.per_node > count and not (device.type == "cpu" and started()):  # processes may share cores
+        bound = "; with srun, --gpus-per-task hides the others" if started() else ""
+        raise UserError(f"devices: {config.per_node}, but this machine has {count} ({device.type}){bound}")
+    return device

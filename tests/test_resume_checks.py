@@ -1,0 +1,123 @@
+"""What a resume compares: keys, defaults of older versions, the first stage; the devices of a process; the disk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ldm_dkdm import UserError, load_config
+from ldm_dkdm.device import default_device
+from ldm_dkdm.training.room import require_disk
+from ldm_dkdm.training.run_folder import RunFolder, check_run, open_run
+from tests.cli import run_script, write_yaml
+from tests.parts import UNET_PARAMS, distill_config, first_stage_folder
+from tests.test_config_errors import assert_one_error_line
+from tests.training_images import LOGGING, TRAINER, training_images
+
+
+@pytest.fixture
+def base(teacher_folder: Path, tmp_path: Path) -> Path:
+    return write_yaml(tmp_path / "base.yaml", distill_config(teacher_folder, tmp_path))
+
+
+def changed(folder: RunFolder, **values: tuple[str, object]) -> None:
+    """Write a run's config.yaml again with other values: section=(key, value)."""
+    stored = folder.path / "config.yaml"
+    tree = yaml.safe_load(stored.read_text())
+    for section, (key, value) in values.items():
+        tree[section][key] = value
+    write_yaml(stored, tree)
+
+
+@pytest.mark.parametrize("change", ["teacher.guidance=3.0", "teacher.parameterization=v", "teacher.use_ema=false"])
+def test_a_moved_teacher_hides_no_other_change(change: str, base: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    open_run(load_config(base), folder)
+    check_run(load_config(base, ["teacher.ckpt=elsewhere"]), folder, resumed=True)
+    with pytest.raises(UserError, match=f"{change.partition('=')[0]}: cannot change"):
+        check_run(load_config(base, ["teacher.ckpt=elsewhere", change]), folder, resumed=True)
+
+
+def test_the_same_command_goes_on_in_a_run_that_has_the_defaults_of_an_older_version(
+    base: Path, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    open_run(load_config(base), folder)
+    changed(folder, distill=("pool_storage", "memory"), trainer=("devices", 1))
+    changed(folder, trainer=("num_nodes", 1))
+    open_run(load_config(base), folder)  # accepts it
+    changed(folder, trainer=("devices", 2))
+    with pytest.raises(UserError, match=r"another configuration \(trainer\.devices: 2 there, null here"):
+        open_run(load_config(base), folder)
+
+
+def test_a_moved_training_finds_its_first_stage_and_refuses_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old").mkdir()
+    first_stage_folder(tmp_path / "old" / "vq")
+    config = {
+        "model": {"target": "ldm_dkdm.networks.UNet", "params": UNET_PARAMS},
+        "diffusion": {"num_timesteps": 20, "space": "latent"},
+        "data": {"path": str(training_images(tmp_path)), "image_size": 32, "batch_size": 4},
+        "first_stage": {"ckpt": "vq", "scale_factor": 0.5},
+        "trainer": {**TRAINER, "max_steps": 1},
+        "logging": {**LOGGING, "dir": "logs", "name": "run", "sample_every": 100},
+    }
+    monkeypatch.chdir(tmp_path / "old")
+    assert run_script("train_ldm.py", "--base", write_yaml(tmp_path / "base.yaml", config)) == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").rename(tmp_path / "new")
+    run = tmp_path / "new" / "logs" / "run"
+    assert run_script("train_ldm.py", "--resume", run, "trainer.max_steps=2") == 0
+    first_stage_folder(tmp_path / "new" / "vq", weight=2.0)
+    code = run_script("train_ldm.py", "--resume", run, "trainer.max_steps=3")
+    assert_one_error_line(capsys, code, ("first_stage: ", "is not the one that", "put the old one back"))
+    (run / "model" / "config.yaml").write_text(
+        "".join(
+            line
+            for line in (run / "model" / "config.yaml").read_text().splitlines(keepends=True)
+            if "first_stage_sha256" not in line
+        )
+    )
+    assert run_script("train_ldm.py", "--resume", run, "trainer.max_steps=3") == 0  # as an older version left it
+
+
+@pytest.mark.parametrize(
+    ("count", "launcher", "found"),
+    [(4, "srun", 2), (1, "srun", 0), (2, "srun", None), (4, "torchrun", 2), (1, "torchrun", None)],
+)
+def test_a_process_takes_its_own_gpu_or_the_only_one_that_srun_shows_it(
+    count: int, launcher: str, found: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worlds = {
+        "srun": {"SLURM_STEP_ID": 0, "SLURM_NTASKS": 4, "SLURM_NNODES": 1, "SLURM_PROCID": 2, "SLURM_LOCALID": 2},
+        "torchrun": {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": 4, "RANK": 2, "LOCAL_RANK": 2},
+    }
+    for name, value in worlds[launcher].items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    if found is None:
+        with pytest.raises(UserError, match=rf"process 3 of this machine has no GPU, PyTorch finds {count};"):
+            default_device("auto")
+    else:
+        assert default_device("auto") == torch.device("cuda", found)
+
+
+def test_the_size_of_a_run_is_known_although_another_rank_removes_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept").write_bytes(b"x" * 10)
+    (tmp_path / "gone").write_bytes(b"x")
+    stat = Path.stat
+    monkeypatch.setattr(Path, "is_file", lambda file: True)
+
+    def removed(file: Path, **options: bool) -> object:
+        if file.name == "gone":
+            raise FileNotFoundError
+        return stat(file, **options)
+
+    monkeypatch.setattr(Path, "stat", removed)
+    require_disk(RunFolder(tmp_path), 1)
