@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from ldm_dkdm.checkpoints.weight_files import files_of
 from ldm_dkdm.config.load import RUN_KIND, card_kind
 from ldm_dkdm.config.schema import ModelCard
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import MALFORMED, UserError
 from ldm_dkdm.files import JSON_BYTES, read_text, write_text
 
-FIGURES = "evaluation.json"
+FIGURES, RECORDS = "evaluation.json", "evaluations"  # of a model, in its folder
+FILE_SHA256 = "student_file_sha256"  # of the weights that were measured
 PER_T = "eps_mse_by_t"  # a long list; evaluation.json has it, cards do not
 NOT_MEASURED = "Not measured yet; `dkdm evaluate -r RUN` does it."
 
@@ -26,10 +28,13 @@ def sha256(path: Path) -> str:
 
 
 def write_readme(folder: Path, card: ModelCard) -> None:
-    """Write or renew the card of a model folder, with the figures in its evaluation.json."""
+    """Write or renew the card of a model folder, with the figures in its evaluation.json.
+
+    Figures of other weights than the folder's move to evaluations/of-HASH, where no card, table or report shows them.
+    """
     info, params = dict(card.info), card.network.params
-    figures = folder / FIGURES
-    measured = json.loads(read_text(figures, JSON_BYTES)) if figures.is_file() else {}
+    _retire_figures(folder, folder / card.weights)
+    measured = _measured(folder / FIGURES)
     kind = card.network.target.rpartition(".")[2]
     lines = [
         "---",
@@ -54,6 +59,28 @@ def write_readme(folder: Path, card: ModelCard) -> None:
         "",
     ]
     write_text(folder / "README.md", "\n".join(lines))
+
+
+def _measured(figures: Path) -> dict[str, object]:
+    """The figures in a file; none without one, or in a damaged one, which is named where it is shown."""
+    with suppress(UserError, *MALFORMED):
+        if figures.is_file():
+            return dict(json.loads(read_text(figures, JSON_BYTES)))
+    return {}
+
+
+def _retire_figures(folder: Path, weights: Path) -> None:
+    """Move the figures that were measured of another file of weights, by the hash that they name."""
+    files = [file for file in (folder / FIGURES, *sorted((folder / RECORDS).glob("*.json"))) if file.is_file()]
+    own = sha256(weights) if files and weights.is_file() else None
+    for file in files:
+        with suppress(UserError, *MALFORMED):  # a damaged file is named where it is shown
+            tree = json.loads(read_text(file, JSON_BYTES))
+            measured = tree.get(FILE_SHA256) or (tree.get("samples") or {}).get("opened_from_sha256")
+            if own is not None and measured and measured != own:
+                place = folder / RECORDS / f"of-{measured[:8]}"
+                place.mkdir(parents=True, exist_ok=True)
+                file.replace(place / file.name)
 
 
 def _shown(value: object) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm_dkdm import __version__
 from ldm_dkdm.checkpoints.averaging import KIND, UNSAID
-from ldm_dkdm.checkpoints.card import sha256
+from ldm_dkdm.checkpoints.card import FILE_SHA256, sha256
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.model import DiffusionModel
@@ -152,7 +152,9 @@ def sampled(model: DiffusionModel, config: SamplingConfig, name: str | None = No
 
 def compared(student: DiffusionModel, teacher: DiffusionModel, images: int) -> dict[str, Any]:
     """Provenance of the figures of `evaluate`: both models' weights in memory, precision, the images' sampler."""
+    file = student.file
     return {
+        FILE_SHA256: sha256(file) if file is not None and file.exists() else None,
         **{f"{name}_sha256": weights_of(model.network) for name, model in (("student", student), ("teacher", teacher))},
         "sampler": "ddim" if images else None,
         "precision": student.precision,

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor, distributed
 
-from ldm_dkdm.checkpoints.hashes import check_file, read_safetensors, verifying
+from ldm_dkdm.checkpoints.hashes import check_file, hash_file, read_safetensors, verifying
 from ldm_dkdm.checkpoints.pickles import asked_globals
 from ldm_dkdm.checkpoints.pools import pool_files
 from ldm_dkdm.errors import UserError, blaming
@@ -158,6 +158,7 @@ def set_aside(folder: Path, latest: Path) -> None:
     """Rename the checkpoints after the one that a run continues from, so that they no longer count."""
     for damaged in [found for found in checkpoints(folder) if step_of(found) > step_of(latest)]:
         damaged.replace(damaged.with_name(damaged.name + SET_ASIDE))
+        hash_file(damaged).unlink(missing_ok=True)  # else `sha256sum -c` misses the checkpoint
     sync(folder)
 
 
