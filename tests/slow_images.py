@@ -42,7 +42,7 @@ class SlowImages(TensorImages):
 
 def gathered(folder: Path, processes: int, pause: float = 0.0, batch_size: int = BATCH) -> dict[str, Statistics]:
     """Statistics of the images, with partial sums saved after every batch."""
-    components, _ = pixel_components(TensorImages(images()), None, 64)
+    components, _ = pixel_components(TensorImages(images()), folder / "cache", 64)  # the same bits after a kill
     extractors = {"pixels": open_extractor("pixels"), "components": components}
     source = SlowImages(images(), "slow", folder / "log", pause)
     options = {"cache": folder / "cache", "batch_size": batch_size, "save_seconds": 0.0, "processes": processes}
