@@ -76,7 +76,7 @@ def kill_when_saved(command: list[object], folder: Path, processes: int) -> dict
     running = subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, start_new_session=True)
     try:
         end = time.monotonic() + 120
-        while len(files := list(folder.rglob("[!.]*.partial.npz"))) < processes:
+        while len(files := list((folder / "cache").glob("[!.]*.partial.npz"))) < processes:
             assert running.poll() is None and time.monotonic() < end
             time.sleep(0.05)
     finally:
