@@ -2,8 +2,8 @@
 
 For every recipe: seconds of a distillation step by variant, which take turns in one run, with the share of a matrix
 product's speed that the step reaches (model FLOP utilisation; the product is measured in the same run); the same with
-the pool on the device and in host memory; images a second of teacher and student. Within 9 minutes for the three
-default recipes on one card; on a CPU, take `--batch_size 4 --rounds 2`.
+the pool on the device and in host memory; images a second of teacher and student. It has run on a CPU only,
+where small numbers are needed: `--batch_size 4 --rounds 2 --images 4`.
 """
 
 import argparse

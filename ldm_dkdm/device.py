@@ -13,7 +13,7 @@ from ldm_dkdm.errors import UserError, pick
 if TYPE_CHECKING:
     import torch
 
-WITHOUT_PINNED = ("cpu", "mps")  # devices that copy nothing beside their work
+WITHOUT_PINNED = ("cpu", "mps")  # devices whose copies need no pinned memory
 PRECISIONS = {
     "auto": "bf16 where the device multiplies it faster, else float32",
     "bf16": "bf16 autocast; weights stay float32",
@@ -173,7 +173,7 @@ def is_first_rank() -> bool:
     """Whether this is the first of a run's processes, on all machines; it alone writes and reports."""
     try:
         world = started()
-        own = local_rank() or _number(os.environ, "NODE_RANK")  # of Lightning's own processes
+        own = local_rank() or _number(os.environ, "NODE_RANK")  # as Lightning sets them
     except UserError:  # a command with ranks refuses it
         return not any(os.environ.get(name, "0") != "0" for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "RANK"))
     return (world.rank if world else own) == 0

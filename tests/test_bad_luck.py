@@ -10,7 +10,7 @@ import torch
 
 from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints.hashes import hash_file
-from ldm_dkdm.training.resuming import newest_whole
+from ldm_dkdm.training.resuming import Choice
 from tests.cli import distil
 from tests.test_resume import result, write_config
 
@@ -79,7 +79,7 @@ def test_of_a_damaged_newest_checkpoint_is_said_what_is_wrong_and_the_one_before
 ) -> None:
     damage, words = DAMAGE[kind]
     damage(run / "checkpoints")
-    assert newest_whole(run / "checkpoints", pools=True) == run / "checkpoints" / "step=00000004.ckpt"
+    assert Choice(run / "checkpoints", pools=True).latest == run / "checkpoints" / "step=00000004.ckpt"
     (line,) = caplog.messages
     assert words in line and NEWEST in line and line.endswith("; continuing from step=00000004.ckpt in its place")
 
@@ -100,7 +100,7 @@ def test_without_a_whole_checkpoint_the_message_says_what_to_delete(run: Path) -
     for checkpoint in (run / "checkpoints").glob("*.ckpt"):
         flip_in_the_middle(checkpoint)
     with pytest.raises(UserError, match=r"no whole checkpoint before it: delete \S+checkpoints to begin the run again"):
-        newest_whole(run / "checkpoints", pools=True)
+        Choice(run / "checkpoints", pools=True)
 
 
 def test_the_hashes_of_checkpoints_are_those_of_sha256sum(run: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from ldm_dkdm import load_model
 from ldm_dkdm.config.load import load_config
 from ldm_dkdm.config.schema import DistillRun
-from ldm_dkdm.training.resuming import newest_whole
+from ldm_dkdm.training.resuming import Choice
 from ldm_dkdm.training.run_folder import checkpoints, step_of
 from tests.cli import ROOT, distil
 from tests.loop_disk import copied, missing, mounted, new_image
@@ -79,7 +79,7 @@ def test_after_a_power_cut_a_run_has_lost_one_save_at_most(cut_runs: list[Cut]) 
     for cut in cut_runs:
         with mounted(cut.image, cut.image.with_name("after")) as disk:
             run = disk / "logs" / "run"
-            newest = newest_whole(run / "checkpoints", pools=True)
+            newest = Choice(run / "checkpoints", pools=True).latest
             assert newest is not None and step_of(newest) >= cut.step - 1
             load_config(run / "config.yaml", schema=DistillRun)
             assert load_model(run).info["step"] >= cut.step - 1

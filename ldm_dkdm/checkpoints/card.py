@@ -11,8 +11,8 @@ from ldm_dkdm.config.schema import ModelCard
 from ldm_dkdm.errors import MALFORMED, UserError
 from ldm_dkdm.files import JSON_BYTES, read_text, write_text
 
-FIGURES, RECORDS = "evaluation.json", "evaluations"  # of a model, in its folder
-FILE_SHA256 = "student_file_sha256"  # of the weights that were measured
+FIGURES, RECORDS = "evaluation.json", "evaluations"  # file and folder inside a model folder
+FILE_SHA256 = "student_file_sha256"  # key: hash of the measured weights
 PER_T = "eps_mse_by_t"  # a long list; evaluation.json has it, cards do not
 NOT_MEASURED = "Not measured yet; `dkdm evaluate -r RUN` does it."
 

@@ -23,7 +23,7 @@ RAW = "current_model_state"  # Lightning's key of the weights without averaging;
 WRAPPER = re.compile(
     r"(?<![^.])(_orig_mod|_forward_module|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\."
 )
-COUNTERS = ("decay", "initted", "n_averaged", "num_updates", "optimization_step", "step")  # in EMA helpers
+COUNTERS = ("decay", "initted", "n_averaged", "num_updates", "optimization_step", "step")  # what EMA helpers count
 USUAL = ("state_dict", "model", "net", "network", "unet", "denoiser")  # the first name found is taken
 NO_NETWORK = re.compile(
     r"opts?(_.*)?$|.*optimi[sz]er|.*sched|hyper_parameters|.*scaler"

@@ -89,7 +89,7 @@ def abandoned(out: Path) -> str | None:
     names = ", ".join(folder.name for folder in folders)
     return (
         f"{out}: {names}: {size(taken)} of other calls, interrupted or still running; the same call goes on with its "
-        f"own; to remove what is no longer wanted: rm -r {shlex.quote(str(out))}/{PARTS}*"
+        f"own; to remove them: rm -r {shlex.quote(str(out))}/{PARTS}*"
     )
 
 

@@ -50,7 +50,7 @@ class Sizes:
         return f"{self.chains} chains of the teacher, {images}"
 
 
-TRAINING = Sizes(chains=4, images=16, steps=20)  # of measurements during a training
+TRAINING = Sizes(chains=4, images=16, steps=20)  # what a training measures
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ldm_dkdm.model.ranks import joined
 from ldm_dkdm.npz import read_arrays
 from ldm_dkdm.reporting import Progress, following, logger
 
-NAME = "pixel components"  # of these features
+NAME = "pixel components"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class PixelComponents(Extractor):
 
     @property
     def opener(self) -> Extractor:
-        """Itself: there is no file of weights."""
+        """The extractor itself, since no file of weights has to be opened."""
         return self
 
 

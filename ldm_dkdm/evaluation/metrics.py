@@ -109,8 +109,8 @@ def precision_recall(pair: Pair) -> dict[str, float]:
 def kernel_distance(pair: Pair) -> dict[str, float]:
     """KID: mean and deviation over 100 subsets of 1,000 images, by torch-fidelity's kernel, in float64.
 
-    Of smaller sets the subsets have the size of the smaller one. Two sets of that size are taken whole, and then there
-    is no deviation.
+    Of smaller sets the subsets have the size of the smaller one. Two sets of that size are taken whole, without a
+    deviation.
     """
     from torch_fidelity.metric_kid import kernel_mmd
 

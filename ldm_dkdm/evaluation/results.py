@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_dkdm.checkpoints.card import FIGURES
+from ldm_dkdm.checkpoints.card import FIGURES, RECORDS
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.config.load import RUN_KIND, card_kind
 from ldm_dkdm.errors import UserError, blaming
@@ -16,7 +16,6 @@ from ldm_dkdm.evaluation.sources import key_of
 from ldm_dkdm.files import JSON_BYTES, locked, read_text, write_text
 
 Record = Mapping[str, Any]  # as `Measurement.record` makes it
-FOLDER = "evaluations"  # folder with a run's records, beside its model
 SAMPLING = (
     "images",
     "seeds",
@@ -112,7 +111,7 @@ def record_in_run(model: Path | None, record: Record) -> Path | None:
         return None
     key = key_of(record["samples"], record["reference"])[:8]
     name = Path(str((record["reference"] or {}).get("source") or "alone")).stem
-    path = model / FOLDER / f"{name}-{key}.json"
+    path = model / RECORDS / f"{name}-{key}.json"
     with locked(path):
         write_record(path, _joined(_read(path), record) if path.is_file() else record)
     return path
@@ -172,7 +171,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     home = home if home.is_dir() else home.parent
     own = _agreement(home / FIGURES)
     title = f"{home.parent.name}/{home.name}"
-    rows = [{**own, **_row(_read(file)), "model": title} for file in sorted((home / FOLDER).glob("*.json"))]
+    rows = [{**own, **_row(_read(file)), "model": title} for file in sorted((home / RECORDS).glob("*.json"))]
     if not rows and not own:
         raise UserError(f"{path}: has not been evaluated; dkdm evaluate {path} [REFERENCE] does it")
     return rows or [{"model": title, **own}]

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm_dkdm.checkpoints.card import FIGURES, RECORDS
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.files import JSON_BYTES, read_text
 from ldm_dkdm.reports.tables import Series
 
-FIGURES, RECORDS = "evaluation.json", "evaluations"
 MIN_CURVE = 4  # values of a mapping from numbers to numbers that is a curve
 MARK = " · "  # between the keys of nested mappings
 

@@ -84,11 +84,6 @@ class Choice(L.Callback):
         )
 
 
-def newest_whole(folder: Path, pools: bool, rank: int = 0, ranks: int = 1) -> Path | None:
-    """What `Choice` chooses, whose arguments and errors it has."""
-    return Choice(folder, pools, rank, ranks).latest
-
-
 def require_whole(checkpoint: Path, pools: bool = False, rank: int = 0, ranks: int = 1) -> None:
     """Refuse a checkpoint that cannot be resumed, or whose content or pools are not what was written.
 
