@@ -37,16 +37,19 @@ class Lines:
         """Whether a minute has passed since the last line."""
         return time.monotonic() - self._last >= SECONDS_BETWEEN_LINES
 
-    def show(self, done: int, figures: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Write a line if one is due, with `figures` at its end."""
-        if not self.due:
+    def show(self, done: int, figures: Mapping[str, float] = MappingProxyType({}), last: bool = False) -> None:
+        """Write a line if one is due or it is the last, with `figures` at its end."""
+        if not self.due and not last:
             return
         self._last = time.monotonic()
         rate = max(1e-9, done - self.initial) / max(1e-9, self._last - self._start)
         pace = f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}"
-        eta = tqdm.format_interval(max(0, self.total - done) / rate) if done > self.initial else "?"
+        if last:
+            left = f"took {tqdm.format_interval(self._last - self._start)}"
+        else:
+            left = f"ETA {tqdm.format_interval(max(0, self.total - done) / rate) if done > self.initial else '?'}"
         shown = "".join(f", {name} {value:.4g}" for name, value in figures.items())
-        sys.stderr.write(f"{self.what} {done}/{self.total}, {pace}, ETA {eta}{shown}\n")
+        sys.stderr.write(f"{self.what} {done}/{self.total}, {pace}, {left}{shown}\n")
         sys.stderr.flush()
 
 
@@ -78,6 +81,11 @@ def decoration(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         logger.warning(f"{what}: left out ({type(error).__name__}: {error})")
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, such as 1 chain or 1,000 images."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def size(count: float) -> str:

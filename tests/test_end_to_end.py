@@ -183,6 +183,13 @@ def test_a_plan_times_the_teacher_as_the_run_stores_it_and_says_that_compiling_i
         assert ("compiling" in capsys.readouterr().out) is (compiles == "true")
 
 
+def test_a_plan_of_a_run_that_goes_on_is_of_what_is_left(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distil("--resume", run, "--plan", "trainer.max_steps=16") == 0
+    printed = capsys.readouterr().out
+    assert "steps 6 to 16; all below is of what is left" in printed
+    assert "40 samples (10 iterations of 4)" in printed and printed.count(" 0 samples") == 2
+
+
 def test_a_plan_may_be_made_for_more_devices_than_there_are_here(teacher_folder: Path, tmp_path: Path, capsys) -> None:
     base = write_yaml(tmp_path / "quick.yaml", distill_config(teacher_folder, tmp_path / "logs"))
     assert distil("--base", base, "--plan", "trainer.devices=64") == 0

@@ -27,6 +27,12 @@ def test_an_ascii_terminal_shows_what_it_can(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("words", [("-m", "ldm_dkdm", "report"), ("scripts/report.py",)])
+def test_other_ways_to_a_command(words: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, *words, "nowhere"], capture_output=True, cwd=ROOT, check=False)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: nowhere: ")
+
+
 def test_ctrl_c_in_an_import_is_no_traceback() -> None:
     press = (
         "import signal, sys\n"

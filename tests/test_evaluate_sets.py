@@ -120,13 +120,31 @@ def test_a_runs_reference_is_its_teacher_and_its_figures_stay_with_it(
     assert evaluate("-r", run, "-n", 0, "--chains", 1) == 0
     capsys.readouterr()
     assert evaluate(run, "--table") == 0
-    head, line, *rows, blank, prime = capsys.readouterr().out.splitlines()
+    head, line, *rows, _, same, blank, prime = capsys.readouterr().out.splitlines()
     assert not blank and prime.startswith("A prime (FID') marks a figure against samples of a model, the teacher")
     columns = [cell.strip() for cell in head.strip("|").split("|")]
-    assert columns[:6] == ["model", "parameters", "GFLOPs", "images", "sampler", "reference"]
+    assert columns[:4] == ["model", "parameters", "GFLOPs", "reference"]
     assert set(line) <= set("|- ")
     assert {"FD-toy'", "FD-toy", "KID-toy'", "eps error by quarter of t"} <= set(columns) and len(rows) == 2
-    assert all("run/student" in row and "ddim 2" in row for row in rows)
+    assert all("run/student" in row for row in rows)
+    assert same == "images 12, sampler ddim 2, agreement by -n 0 -c 20 --chains 1 --pairs 16 --seed 0"
+
+
+def test_a_table_of_runs_names_those_without_figures(
+    run: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("-r", run, "-n", 0, "--chains", 1) == 0
+    capsys.readouterr()
+    assert evaluate(run, teacher_folder, "--table") == 0
+    assert f"{teacher_folder}: has not been evaluated; dkdm evaluate -r {teacher_folder}, or" in capsys.readouterr().out
+    assert evaluate(teacher_folder, "--table") == 2
+    assert evaluate(run, "nowhere", "--table") == 2
+    assert "nowhere: no such run, model or JSON file of an evaluation" in capsys.readouterr().err
+
+
+def test_agreement_refuses_a_number_of_samples(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(run, "--metrics", "agreement", "-n", 100) == 2
+    assert "--n_samples: has no effect; no model is sampled for it" in capsys.readouterr().err
 
 
 def test_agreement_equals_the_measurement_without_data(run: Path) -> None:
@@ -192,6 +210,7 @@ def test_nothing_is_written_into_models_that_are_not_runs(teacher_folder: Path) 
             "--save_statistics: pixel components have no statistics",
         ),
         (["a.npz", "b.npz", "--features", "pixels", "--metrics", "fd"], "pixel-frechet is the distance on pixels"),
+        (["a.npz", "b.npz", "--features", "pixels", "--metrics", "kid"], "kid needs the features of a network"),
         (["--table"], "--table: name the runs"),
         (["a.json", "--table"], "a.json"),
     ],

@@ -1,6 +1,7 @@
 """Distil a diffusion model without data: dkdm distill --base FILE_OR_RECIPE [key=value ...]"""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,6 +92,7 @@ def _plan(call: TrainingCall[DistillRun]) -> None:
     device = default_device(config.trainer.accelerator)
     teacher.precision = resolve_precision(config.trainer.precision, device)
     parts = assemble(teacher, make_student(config.student, teacher, config.trainer.seed), config)
+    parts = replace(parts, done=call.folder.done() if call.resumed else 0)
     planned = costs(parts)
     if teacher.precision == "bf16":
         teacher.network = stored_in_bf16(teacher.network)  # as in the run, which is timed

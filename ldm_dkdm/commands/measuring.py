@@ -1,7 +1,7 @@
 """What `dkdm evaluate SAMPLES [REFERENCE]` does: opens both sets, measures, prints and writes."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SCOPES = ("samples", "reference")
 RESULTS = Path("logs/results.csv")
-COUNT = 10_000
+DIGITS = 12  # of a hash, on the terminal
 FLAGS = {
     "count": "--n_samples",
     "steps": "--custom_steps",
@@ -67,7 +67,7 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
             reference,
             metrics=options.metrics,
             features=options.features,
-            count=COUNT if options.n_samples is None else options.n_samples,
+            count=options.n_samples,
             steps=options.custom_steps,
             sampler=options.sampler,
             eta=options.eta,
@@ -93,7 +93,7 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
     if options.out is not None:
         write_record(options.out, record)
     if place := options.out or kept:
-        print(f"{place}: figures and provenance")
+        print(f"{place}: the figures and what they were measured on")
     if options.save_statistics:
         _save_statistics(found, options.save_statistics)
 
@@ -165,23 +165,30 @@ def add_row(results: Path, found: "Measurement") -> None:
     from ldm_dkdm.evaluation.results import append_row, row_of
 
     added = append_row(results, row_of(found.record()))
-    what = "a row with these figures and their provenance" if added else "holds this row already, from an earlier call"
+    what = "a row with these figures" if added else "holds this row already, from an earlier call"
     print(f"{results}: {what}")
 
 
 def show(found: "Measurement") -> None:
-    """Print the figures as a table, their provenance, and warnings on stderr."""
+    """Print the figures as a table, what they were measured on as another, and warnings on stderr."""
     from ldm_dkdm.evaluation.results import markdown
 
     values = [{"figure": name, "value": value} for name, value in found.figures.items() if not isinstance(value, dict)]
-    print(markdown(["figure", "value"], values))
-    for scope, facts in (("samples", found.samples), ("reference", found.reference or {})):
-        if facts:
-            print(f"{scope}: " + ", ".join(f"{key} {value}" for key, value in facts.items() if value not in (None, 0)))
+    print(markdown(["figure", "value"], values), end="\n\n")
+    sets = {"samples": _brief(found.samples), "reference": _brief(found.reference or {})}
+    names = dict.fromkeys(name for facts in sets.values() for name in facts)
+    columns = ["measured on", *(scope for scope, facts in sets.items() if facts)]
+    print(markdown(columns, [{"measured on": n} | {scope: sets[scope].get(n) for scope in sets} for n in names]))
     for facts in found.features:
-        print("features: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
+        print("features: " + ", ".join(f"{key} {value}" for key, value in _brief(facts).items()))
     for warning in found.warnings:
         logger.warning(f"not comparable with published figures: {warning}")
+
+
+def _brief(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts for the terminal: hashes by their first digits, and once; the files have them whole."""
+    kept = {name: value for name, value in facts.items() if value not in (None, 0) and name != "opened_from_sha256"}
+    return {name: value[:DIGITS] if name.endswith("sha256") else value for name, value in kept.items()}
 
 
 def _require_place(options: argparse.Namespace, reference: bool) -> None:

@@ -23,7 +23,7 @@ from ldm_dkdm.evaluation.likeness import likeness
 from ldm_dkdm.evaluation.perceptual import Lpips
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import Prediction
-from ldm_dkdm.reporting import Progress, following
+from ldm_dkdm.reporting import Progress, counted, following
 from ldm_dkdm.rng import seed_of, torch_generator
 
 KEPT_STATES = 20  # timesteps of a chain at which the eps error is measured
@@ -46,8 +46,8 @@ class Sizes:
     steps: int
 
     def __str__(self) -> str:
-        images = f"{self.images} images from the same noise by DDIM in {self.steps} steps"
-        return f"{self.chains} chains of the teacher, {images}"
+        images = f"{counted(self.images, 'image')} from the same noise by DDIM in {counted(self.steps, 'step')}"
+        return f"{counted(self.chains, 'chain')} of the teacher, {images}"
 
 
 TRAINING = Sizes(chains=4, images=16, steps=20)  # what a training measures

@@ -30,7 +30,8 @@ def _few(name: str, facts: Mapping[str, Any], metrics: set[str]) -> list[str]:
     biased, images = sorted(BIASED & metrics), facts.get("images in statistics") or facts.get("images")
     if not biased or images is None or images >= FEW:
         return []
-    return [f"{name}: {images} images are fewer than {FEW:,}; {', '.join(biased)} depend on their number, kid does not"]
+    verb = "depends" if len(biased) == 1 else "depend"
+    return [f"{name}: {images} images are fewer than {FEW:,}; {', '.join(biased)} {verb} on their number, kid does not"]
 
 
 def _differences(samples: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from ldm_dkdm.model.facts import whole
 from ldm_dkdm.model.ranks import joined
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.cost import gflops
-from ldm_dkdm.reporting import Progress, logger
+from ldm_dkdm.reporting import Progress, counted, logger
 
 STEPS = 20  # DDIM steps of images, or all T where there are fewer
 MEASURED_WITH = "measured_with"
@@ -154,10 +154,10 @@ def work(sizes: Sizes, images: int, num_timesteps: int) -> str:
     teacher = teacher_calls(num_timesteps, sizes) + 2 * sampled
     states = sizes.chains * min(KEPT_STATES, num_timesteps)
     student = 2 * states + sizes.images * sizes.steps + sampled
-    drawn = f"{3 * images + 2 * sizes.images:,} images by DDIM in {sizes.steps} steps"
+    drawn = f"{3 * images + 2 * sizes.images:,} images by DDIM in {counted(sizes.steps, 'step')}"
     return (
-        f"to do: {sizes.chains} chains of the teacher through {num_timesteps:,} steps, {drawn}; calls of one sample: "
-        f"teacher {teacher:,}, student about {student:,}"
+        f"to do: {counted(sizes.chains, 'chain')} of the teacher through {num_timesteps:,} steps, {drawn}; "
+        f"calls of one sample: teacher {teacher:,}, student about {student:,}"
     )
 
 

@@ -22,6 +22,7 @@ from ldm_dkdm.evaluation.gathering import statistics_cache
 from ldm_dkdm.evaluation.metrics import DEFAULTS, METRICS
 from ldm_dkdm.evaluation.opening import Images, open_images
 from ldm_dkdm.evaluation.perceptual import LPIPS_FACTS, Lpips, find_lpips
+from ldm_dkdm.evaluation.results import AGREEMENT_BY
 from ldm_dkdm.evaluation.samples import ModelImages
 from ldm_dkdm.evaluation.sources import ImageSource
 from ldm_dkdm.evaluation.statistics import Statistics
@@ -29,6 +30,8 @@ from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.facts import whole
 from ldm_dkdm.reporting import Progress, logger
+
+COUNT = 10_000  # samples of a model
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def measure(
     *,
     metrics: Sequence[str] | None = None,
     features: str | Path = "inception",
-    count: int = 10_000,
+    count: int | None = None,
     steps: int | None = None,
     sampler: str = "ddim",
     eta: float = 0.0,
@@ -86,7 +89,7 @@ def measure(
         reference: another such set; not needed by `is`.
         metrics: names in METRICS; default: those that suit the features and the sets.
         features: a name in FEATURES, or a file with weights of one, for metrics that take any.
-        count: samples of each model. steps, sampler, eta, labels: as in `DiffusionModel.sample`.
+        count: samples of each model, by default COUNT. steps, sampler, eta, labels: as in `DiffusionModel.sample`.
         seed: sample i of `samples` depends on seed + i only; of a model as `reference` on `reference_seed` + i, by
             default seed + count. The chains and images of `agreement` depend on seed.
         batch_size: images at once. size: side to which folders' images are cropped and resized.
@@ -103,9 +106,9 @@ def measure(
     named, weights = named_features(features)
     chosen = chosen_metrics(metrics, named, reference is not None)
     where = device or getattr(samples, "device", None) or default_device("auto")
-    config = SamplingConfig(count, batch_size, seed, steps, eta, sampler, labels)
+    config = SamplingConfig(COUNT if count is None else count, batch_size, seed, steps, eta, sampler, labels)
     own, other = _opened(samples, reference, config, reference_seed, size, where)
-    require_effect((draws(own, chosen), draws(other, chosen, True)), config, reference_seed, "agreement" in chosen)
+    require_effect((draws(own, chosen), draws(other, chosen, True)), config, reference_seed, count, chosen)
     perceptual = _lpips(lpips, chosen)
     names = dict.fromkeys(features_of(METRICS[name], named) for name in chosen if METRICS[name].of)
     extractors = _open_extractors(names, named, weights, where)
@@ -155,7 +158,7 @@ def _measurement(
 ) -> Measurement:
     facts, theirs = _facts(own, chosen), None if other is None else _facts(other, chosen, True)
     if MEASURED_WITH in figures:
-        facts["agreement by"] = figures.pop(MEASURED_WITH)
+        facts[AGREEMENT_BY] = figures.pop(MEASURED_WITH)
     used = [extractor.facts() for extractor in extractors]
     used += [LPIPS_FACTS] if any(name.lower() == "lpips" for name in figures) else []
     return Measurement(figures, facts, theirs, used, doubts(facts, theirs, chosen), statistics)
@@ -175,19 +178,25 @@ def draws(source: ImageSource | None, chosen: Sequence[str], second: bool = Fals
 
 
 def require_effect(
-    sources: Sequence[bool], config: SamplingConfig, reference_seed: int | None, agreement: bool = False
+    sources: Sequence[bool],
+    config: SamplingConfig,
+    reference_seed: int | None,
+    count: int | None = None,
+    chosen: Sequence[str] = (),
 ) -> None:
     """Refuse the sampling of models where none is sampled.
 
     Args:
         sources: whether the samples and the reference are sampled.
-        agreement: whether it is measured, on images of its own.
+        count: the number of samples if it was given.
+        chosen: the metrics; agreement has images of its own.
 
     Raises:
         UserError: an option without effect.
     """
     given = {
-        "steps": config.steps is not None and not agreement,
+        "steps": config.steps is not None and "agreement" not in chosen,
+        "count": count is not None,
         "sampler": config.sampler != "ddim",
         "eta": bool(config.eta),
         "labels": bool(config.labels),
@@ -242,8 +251,8 @@ def chosen_metrics(metrics: Sequence[str] | None, features: str, reference: bool
         if not metrics:
             raise UserError(f"reference: {', '.join(usual)} compare with a second set of images; name it")
     for name in metrics:
-        if (features, name) == ("pixels", "fd"):
-            raise UserError("metrics: fd needs the features of a network; pixel-frechet is the distance on pixels")
+        if features == "pixels" and name in ("fd", "kid"):
+            raise UserError(f"metrics: {name} needs the features of a network; pixel-frechet is the distance on pixels")
         if pick(METRICS, name, "metrics").reference and not reference:
             raise UserError(f"reference: {name} compares with a second set of images; name it")
     return list(dict.fromkeys(metrics))

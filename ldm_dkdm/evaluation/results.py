@@ -11,11 +11,13 @@ from typing import Any
 from ldm_dkdm.checkpoints.card import FIGURES, RECORDS
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.config.load import RUN_KIND, card_kind
+from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.evaluation.sources import key_of
 from ldm_dkdm.files import JSON_BYTES, locked, read_text, write_text
 
 Record = Mapping[str, Any]  # as `Measurement.record` makes it
+AGREEMENT_BY = "agreement by"  # the options of its measurement
 SAMPLING = (
     "images",
     "seeds",
@@ -31,11 +33,13 @@ SAMPLING = (
     "sha256",
     "size",
     "rounding",
-    "agreement by",
+    AGREEMENT_BY,
 )
 OF_REFERENCE = ("images", "seeds", "weights", "sha256", "size")
 ORDER = ("FID", "sFID", "FD", "IS", "precision", "recall", "KID", "PSNR", "SSIM", "LPIPS")
-BEFORE = ("model", "parameters", "GFLOPs", "images", "sampler", "reference")
+DETAILS = ("agreement_q", "untrained_", "teacher_", "student_")  # in the record, too many for a table
+SETTINGS = ("images", "sampler", "reference", AGREEMENT_BY)
+BEFORE = ("model", "parameters", "GFLOPs", *SETTINGS)
 DISTANCES = ("FID", "sFID", "FD", "KID", "precision", "recall")  # figures that depend on the reference
 PRIME = "A prime (FID') marks a figure against samples of a model, the teacher, in place of data (Tab. 11)."
 AGREEMENT = "eps error by quarter of t"
@@ -147,16 +151,32 @@ def _read(path: Path) -> dict[str, Any]:
 def table(paths: Iterable[str | Path]) -> str:
     """Figures of evaluated runs, and of JSON records, as Markdown: a row per run and pair of sets (Tab. 2, 3, 11).
 
-    A prime marks distances to a model's samples, as the paper's FID' and sFID'.
+    A prime marks distances to a model's samples, as the paper's FID' and sFID'. How several rows were sampled stands
+    below them where it is the same for all, and runs without figures are named there.
 
     Raises:
-        UserError: a run without figures, or a file that is not a record.
+        UserError: a path that is not there, a file that is not a record, or no figures at all.
     """
-    rows = [row for path in paths for row in _rows(Path(path))]
+    found = {path: _rows(Path(path)) for path in paths}
+    rows = [row for own in found.values() for row in own]
+    if not rows:
+        raise UserError(_unmeasured(found))
     names = dict.fromkeys(name for row in rows for name in row)
+    same = [name for name in SETTINGS if len(rows) > 1 and len({row.get(name, "") for row in rows}) == 1]
     figures = sorted((name for name in names if name not in BEFORE), key=_rank)
-    found = markdown([*(name for name in BEFORE if name in names), *figures], rows)
-    return f"{found}\n\n{PRIME}" if any(name.endswith("'") for name in names) else found
+    columns = [*(name for name in BEFORE if name in names and name not in same), *figures]
+    below = [", ".join(f"{name} {rows[0][name]}" for name in same if name in names)]
+    below += [PRIME] if any(name.endswith("'") for name in names) else []
+    below += [_unmeasured({path: own for path, own in found.items() if not own})]
+    return "\n\n".join([markdown(columns, rows), *filter(None, below)])
+
+
+def _unmeasured(paths: Iterable[str | Path]) -> str:
+    names = list(map(str, paths))
+    if not names:
+        return ""
+    what = "has not been evaluated" if len(names) == 1 else "have not been evaluated"
+    return f"{', '.join(names)}: {what}; dkdm evaluate -r {names[0]}, or dkdm evaluate {names[0]} REFERENCE, does it"
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -167,14 +187,14 @@ def _rank(name: str) -> tuple[int, str]:
 def _rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".json":
         return [_row(_read(path))]
+    if not find_shipped(path).exists():
+        raise UserError(f"{path}: no such run, model or JSON file of an evaluation; correct the path")
     home = Source(path).path
     home = home if home.is_dir() else home.parent
     own = _agreement(home / FIGURES)
     title = f"{home.parent.name}/{home.name}"
     rows = [{**own, **_row(_read(file)), "model": title} for file in sorted((home / RECORDS).glob("*.json"))]
-    if not rows and not own:
-        raise UserError(f"{path}: has not been evaluated; dkdm evaluate {path} [REFERENCE] does it")
-    return rows or [{"model": title, **own}]
+    return rows or ([{"model": title, **own}] if own else [])
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -183,7 +203,9 @@ def _row(record: Record) -> dict[str, Any]:
     sampler = " ".join(str(samples[name]) for name in ("sampler", "steps") if samples.get(name))
     row = {"model": samples["source"], "parameters": _millions(samples.get("parameters")), "images": samples["images"]}
     row |= {"sampler": sampler, "reference": reference.get("source")}
-    kept = {n: v for n, v in record["figures"].items() if _is_number(v) and not n.endswith(" std")}
+    row |= _quarters(record["figures"]) | {AGREEMENT_BY: _options(samples.get(AGREEMENT_BY))}
+    kept = {n: v for n, v in record["figures"].items() if _is_number(v) and not n.startswith(DETAILS)}
+    kept = {name: value for name, value in kept.items() if not name.endswith(" std")}
     row |= {f"{name}{prime if name.startswith(DISTANCES) else ''}": value for name, value in kept.items()}
     return {name: value for name, value in row.items() if value not in (None, "")}
 
@@ -194,10 +216,21 @@ def _agreement(path: Path) -> dict[str, Any]:
         return {}
     with blaming(path, "is not a file of figures"):
         figures = json.loads(read_text(path, JSON_BYTES))
-        named = [figures[f"agreement_q{n}"] for n in range(1, 5) if f"agreement_q{n}" in figures]
-        errors = " ".join(f"{error:.3g}" for error in named or figures["eps_mse_by_t_quarter"])  # of older versions
         own = {"parameters": _millions(figures["student_parameters"]), "GFLOPs": figures["student_gflops"]}
-        return {**own, AGREEMENT: errors}
+        by = _options(figures.get("measured_with"))
+        return {**own, **_quarters(figures), **({AGREEMENT_BY: by} if by else {})}
+
+
+def _quarters(figures: Mapping[str, Any]) -> dict[str, str]:
+    """The eps errors by quarter of t in one cell; nothing where they were not measured."""
+    named = [figures[f"agreement_q{n}"] for n in range(1, 5) if f"agreement_q{n}" in figures]
+    errors = named or figures.get("eps_mse_by_t_quarter", [])  # of older versions
+    return {AGREEMENT: " ".join(f"{error:.3g}" for error in errors)} if errors else {}
+
+
+def _options(measured_with: str | None) -> str | None:
+    """The options in `comparison.measured_with`."""
+    return measured_with and measured_with.partition("dkdm evaluate ")[2]
 
 
 def _millions(count: int | None) -> str | None:

@@ -125,3 +125,9 @@ class ProgressLines(StepCallback):
             self.lines.total = expected_steps(trainer, module)
             figures = {name: float(value) for name, value in figures_of(module).items()}
             self.lines.show(trainer.global_step, figures)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """The last line: where the training ended."""
+        if trainer.is_global_zero and trainer.global_step > self.lines.initial:
+            figures = {name: float(value) for name, value in figures_of(module).items()}
+            self.lines.show(trainer.global_step, figures, last=True)

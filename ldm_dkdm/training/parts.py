@@ -24,12 +24,14 @@ class Distillation:
         teacher, student: on the same states.
         config: the whole configuration.
         slots: size of one rank's pool.
+        done: steps that an earlier part of the run has made, for the plan of what is left.
     """
 
     teacher: DiffusionModel
     student: DiffusionModel
     config: DistillRun
     slots: int
+    done: int = 0
 
     @property
     def labeled(self) -> bool:

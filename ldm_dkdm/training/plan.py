@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from ldm_dkdm.config.registry import build
-from ldm_dkdm.config.schema import DistillRun, TrainerConfig
+from ldm_dkdm.config.schema import TrainerConfig
 from ldm_dkdm.device import default_device
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import DistillStream
@@ -30,7 +30,7 @@ GIGABITS = (10, 100, 400)  # usual networks between machines
 def costs(parts: Distillation) -> dict[str, str]:
     """The lines of a plan that need no timing, in order: quantity -> amount."""
     config = parts.config
-    batch, iterations = config.distill.batch_size, _iterations(config)
+    batch, iterations = config.distill.batch_size, _iterations(parts)
     trainer, device = config.trainer, default_device(config.trainer.accelerator)
     place = parts.pool_place(device)
     mapped = place == "mmap"
@@ -43,7 +43,9 @@ def costs(parts: Distillation) -> dict[str, str]:
     resident = training_bytes(student, trainer) + own * teacher + 4 * codec_parameters(parts.teacher)
     precision = {"bf16": "bf16 autocast", "32": "float32"}[parts.teacher.precision]
     resident += parts.pool_bytes if place == "device" else 0
+    left = f"steps {parts.done:,} to {trainer.max_steps:,}; all below is of what is left"
     return {
+        **({"resumed": left} if parts.done else {}),
         "teacher": network_cost(parts.teacher),
         "student": network_cost(parts.student),
         "pool": f"{parts.slots:,} slots ({config.distill.variant}){each}, {size(pools)} of "
@@ -105,15 +107,20 @@ def network_cost(model: DiffusionModel) -> str:
     return f"{model.parameters / 1e6:.6f} M parameters, {operations:.2f} GFLOPs a sample"
 
 
-def _iterations(config: DistillRun) -> int:
-    """Iterations of the whole run, with those that the student does not see."""
-    return round(config.trainer.max_steps * config.trainer.accumulate / (1 - config.distill.discard))
+def _iterations(parts: Distillation) -> int:
+    """Iterations that are left, with those that the student does not see."""
+    return round(_batches(parts) / (1 - parts.config.distill.discard))
+
+
+def _batches(parts: Distillation) -> int:
+    """Batches that the student is still to see."""
+    return parts.batches - parts.done * parts.config.trainer.accumulate
 
 
 def _warmup_samples(parts: Distillation) -> int:
     """Teacher evaluations of one sample before the training."""
     method = parts.config.distill
-    if method.pool_from:
+    if method.pool_from or parts.done:
         return 0
     return warmup_calls(warmup_of(method, parts.config.trainer.ranks), parts.slots, parts.teacher.schedule)
 
@@ -121,7 +128,8 @@ def _warmup_samples(parts: Distillation) -> int:
 def _agreement_samples(parts: Distillation) -> int:
     """Teacher evaluations of one sample for measurements during the training."""
     steps, every = parts.config.trainer.max_steps, parts.config.logging.measure_every
-    return teacher_calls(parts.teacher.schedule.num_timesteps) if 0 < every <= steps else 0
+    measured = 0 < every <= steps and not parts.done
+    return teacher_calls(parts.teacher.schedule.num_timesteps) if measured else 0
 
 
 def codec_parameters(model: DiffusionModel) -> int:
@@ -138,15 +146,15 @@ def codec_parameters(model: DiffusionModel) -> int:
 def time_needed(parts: Distillation) -> dict[str, str]:
     """The lines of a plan about time, from a few timed iterations."""
     config, warm = parts.config, _warmup_samples(parts)
-    batch, batches = config.distill.batch_size, parts.batches
+    batch, batches = config.distill.batch_size, _batches(parts)
     timed = timed_batch(batch, time_iteration(parts, 1, 1)[0] / batch)  # the trial also warms the machine up
     seconds, teacher_seconds = time_iteration(parts, timed, TIMED_ITERATIONS)
-    training = batches * seconds + (_iterations(config) - batches) * batch * teacher_seconds
+    training = batches * seconds + (_iterations(parts) - batches) * batch * teacher_seconds
     limit = 60 * (config.trainer.max_minutes or math.inf)
     eta = min(training, limit) + (warm + _agreement_samples(parts)) * teacher_seconds
     warming = f"{duration(warm * teacher_seconds)} of warm-up {timed_with(timed)}"
     needed = f"about {duration(eta)}{on_each(config.trainer)}: {pace(seconds)} an iteration, {warming}"
-    return {"time": needed, **early(config.trainer, training)}
+    return {"time": needed, **({} if parts.done else early(config.trainer, training))}
 
 
 def early(config: TrainerConfig, seconds: float) -> dict[str, str]:

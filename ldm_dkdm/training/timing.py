@@ -12,6 +12,7 @@ from ldm_dkdm.device import autocast
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import DistillBatch
+from ldm_dkdm.reporting import counted
 
 TIMED_ITERATIONS = 3
 MAX_TIMED_BATCH = 8  # batches are timed at this size or less; times are scaled
@@ -64,7 +65,7 @@ def timed_batch(batch: int, trial_seconds: float) -> int:
 
 def timed_with(batch: int) -> str:
     """How an estimate was made, for its line."""
-    return f"(from {TIMED_ITERATIONS} timed iterations of {batch} sample{'s' if batch > 1 else ''})"
+    return f"(from {TIMED_ITERATIONS} timed iterations of {counted(batch, 'sample')})"
 
 
 def _now(device: torch.device) -> float:
