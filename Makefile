@@ -3,7 +3,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo demo-pixel docs test setup quickstart-teacher
+.PHONY: demo demo-pixel docs study test setup quickstart-teacher
 
 # Distil the shipped teacher and sample both models from the same noise; a second call reuses existing results.
 demo: setup
@@ -18,6 +18,11 @@ demo-pixel: setup data/digits.npz
 
 data/digits.npz: | setup
 	$(RUN) scripts/prepare_digits.py $@
+
+# The study: makes the runs that are missing (hours; what was interrupted goes on), then docs/evidence.md.
+study: setup
+	$(RUN) benchmarks/study/run.py
+	$(RUN) benchmarks/study/page.py
 
 # All that CI runs.
 test: setup

@@ -6,7 +6,7 @@ against the teacher's samples. RUN may be any model; `--teacher` then names the 
 
 from pathlib import Path
 
-from common import finish, interleaved, measuring_parser, plot, teacher_of
+from common import finish, guarded, interleaved, measuring_parser, plot, teacher_of
 
 import ldm_dkdm as dkdm
 from ldm_dkdm.device import default_device
@@ -57,4 +57,4 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main, "--batch_size")

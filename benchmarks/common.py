@@ -20,6 +20,7 @@ from ldm_dkdm import DiffusionModel, __version__  # noqa: E402
 from ldm_dkdm.commands.distill import open_teacher, untrained_teacher  # noqa: E402
 from ldm_dkdm.commands.evaluate import find_teacher  # noqa: E402
 from ldm_dkdm.commands.hints import ScopedHints  # noqa: E402
+from ldm_dkdm.commands.main import guarded  # noqa: E402, F401 - for all benchmarks
 from ldm_dkdm.config.load import load_config  # noqa: E402
 from ldm_dkdm.config.recipes import find_shipped  # noqa: E402
 from ldm_dkdm.config.registry import build  # noqa: E402
@@ -141,7 +142,8 @@ def plot(path: Path, draw: Callable[[Any], None], x: str, y: str, title: str) ->
     draw(axes)
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Pair, finish, interleaved, machine, open_pair, synchronise, table
+from common import Pair, finish, guarded, interleaved, machine, open_pair, synchronise, table
 from training_speed import BATCHES, Training
 
 from ldm_dkdm import DiffusionModel
@@ -150,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main, "--batch_size")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import Pair, finish, open_pair, plot
+from common import Pair, finish, guarded, open_pair, plot
 from training_speed import BATCHES, Training, encoded, on_data
 
 from ldm_dkdm.distillation.data_stream import DataStream
@@ -99,4 +99,4 @@ def draw(rows: list[dict[str, object]], path: Path, recipe: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main, "--batch_size")

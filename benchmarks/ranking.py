@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common import finish, measuring_parser, plot, teacher_of
+from common import finish, guarded, measuring_parser, plot, teacher_of
 from scipy.stats import spearmanr
 
 import ldm_dkdm as dkdm
@@ -95,4 +95,4 @@ def draw(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main, "--batch_size")

@@ -7,7 +7,7 @@ through the pairs.
 from pathlib import Path
 
 import numpy as np
-from common import finish, measuring_parser, plot, teacher_of
+from common import finish, guarded, measuring_parser, plot, teacher_of
 
 import ldm_dkdm as dkdm
 from ldm_dkdm.device import default_device
@@ -57,4 +57,4 @@ def draw(rows: list[dict[str, object]], fit: dict[str, float], name: str, path: 
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main, "--batch_size")

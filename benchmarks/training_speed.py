@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import Pair, finish, interleaved, open_pair, plot
+from common import Pair, finish, guarded, interleaved, open_pair, plot
 
 from ldm_dkdm.config.schema import TrainerConfig
 from ldm_dkdm.device import autocast
@@ -98,8 +98,8 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, help="JSON file; a plot is written beside it")
     options = parser.parse_args()
     rows = []
-    for recipe in options.recipes:
-        pair = open_pair(recipe, precision=options.precision)
+    pairs = {recipe: open_pair(recipe, precision=options.precision) for recipe in options.recipes}
+    for recipe, pair in pairs.items():
         size = options.batch_size or pair.config.distill.batch_size
         found = {name: training.iteration for name, training in trainings(pair, size).items()}
         seconds = interleaved(found, options.rounds, pair.device)
@@ -127,4 +127,4 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main, "--batch_size")

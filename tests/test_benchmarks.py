@@ -78,6 +78,10 @@ def test_students_are_measured_beside_their_teachers(runs: list[Path], tmp_path:
     assert "slope" not in found and (tmp_path / "teachers.png").is_file()
 
 
+def test_the_tables_of_the_documentation_are_those_of_the_figures() -> None:
+    benchmark("pages.py", "--check")
+
+
 def test_the_line_is_the_least_squares_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from teachers import line

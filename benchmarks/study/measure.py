@@ -1,0 +1,51 @@
+"""Measure a run of the study: python benchmarks/study/measure.py RUN TEACHER [DATA]"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from plan import read_plan
+
+import ldm_dkdm as dkdm
+from ldm_dkdm.commands.evaluate import find_teacher, run_of
+from ldm_dkdm.commands.hints import ScopedHints
+from ldm_dkdm.config.schema import DistillRun
+from ldm_dkdm.distillation.pool import pool_slots
+from ldm_dkdm.distillation.stream import VARIANTS
+from ldm_dkdm.distillation.warmup import preparation, warmup_calls
+
+PRIMED = ("FD", "KID", "pixel")  # distances to the teacher's samples
+
+
+def main() -> None:
+    """Write RUN/study.json: figures against the teacher, against the data, and the teacher's calls."""
+    run, teacher_path, data = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    options = read_plan()["measured"]
+    config = run_of(run)
+    hints = ScopedHints([], ("student", "teacher"))
+    student, teacher = dkdm.load_model(run), find_teacher(run, None if config else teacher_path, hints)
+    found = dkdm.measure(student, teacher, progress=True, **options).figures
+    figures: dict[str, Any] = {f"{name}'" if name.startswith(PRIMED) else name: found[name] for name in found}
+    figures.pop("eps_mse_by_t", None)
+    if data:
+        numbers = {name: options[name] for name in ("features", "count", "steps")}
+        figures |= dkdm.measure(student, data, metrics=["fd"], progress=True, **numbers).figures
+    calls = calls_of(config, teacher) if config else {}
+    written = {"figures": figures, "parameters": student.parameters, "calls": calls, "ldm_dkdm": dkdm.__version__}
+    (run / "study.json").write_text(json.dumps(written, indent=2) + "\n")
+
+
+def calls_of(config: DistillRun, teacher: dkdm.DiffusionModel) -> dict[str, int]:
+    """Teacher evaluations of one sample, of the training and of the preparation of its pool."""
+    method, steps = config.distill, config.trainer.max_steps * config.trainer.accumulate
+    slots = method.batch_size
+    if VARIANTS[method.variant].expands:
+        assert method.rho is not None  # a run has been made
+        slots = pool_slots(method.rho, teacher.schedule.num_timesteps, slots)
+    training = round(steps / (1 - method.discard)) * method.batch_size
+    return {"training": training, "warm-up": warmup_calls(preparation(method), slots, teacher.schedule)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Write docs/evidence.md and its plots from results.json: python benchmarks/study/page.py"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plan import ROOT, read_plan
+from results import read_results, spread
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from common import plot
+
+PAGE = ROOT / "docs" / "evidence.md"
+PLOTS = ROOT / "docs" / "evidence"
+DECIDES = "FD-efficientnet-lite0'"
+COLUMNS = {
+    DECIDES: "FD-efficientnet'",
+    "FD-efficientnet-lite0": "FD to the data",
+    "KID-efficientnet-lite0'": "KID'",
+    "pixel Frechet'": "pixel Frechet'",
+    "agreement": "agreement",
+    "agreement_q1": "q1",
+    "agreement_q2": "q2",
+    "agreement_q3": "q3",
+    "agreement_q4": "q4",
+}
+HEAD = """# Evidence
+
+This page is written by `python benchmarks/study/page.py` from `benchmarks/study/results.json`. The plan, with what was
+decided before the first run, is `benchmarks/study/plan.yaml`. `make study` makes the runs that are missing.
+
+All tables compare runs of equal student steps. Each cell is the mean over seeds ± their standard deviation. The ratio
+is of FD-efficientnet' to the first row's; it is **bold** where the means differ by more than both deviations together.
+A prime marks a distance to the teacher's own samples; q1 to q4 are the quarters of t from 0 to T. Calls of the teacher
+are in thousands of samples: training + preparation of the pool, which arms share where they can.
+"""
+
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def main() -> None:
+    """Write the page and the plots."""
+    plan = read_plan()
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in read_results():
+        rows.setdefault(row["arm"], []).append(row)
+    parts = [HEAD, overview(plan, rows)]
+    for name, comparison in plan["comparisons"].items():
+        if any(figures(rows.get(arm, ()), DECIDES) for arm in comparison["arms"]):
+            parts.append(section(name, comparison, rows))
+    PAGE.write_text("\n".join(parts))
+    print(PAGE)
+
+
+def overview(plan: Mapping[str, Any], rows: Rows) -> str:
+    """How many runs there are, and which failed."""
+    runs = [row for own in rows.values() for row in own]
+    failed = [f"`{row['arm']}-{row['seed']}`: {row['failed']}" for row in runs if "failed" in row]
+    planned, hours = len(plan["arms"]) * len(plan["seeds"]), sum(row.get("seconds", 0) for row in runs) / 3600
+    done = f"{len(runs) - len(failed)} of {planned} planned runs are made, {hours:.1f} hours on one thread each."
+    measured = plan["measured"]
+    sizes = f"Figures are of {measured['count']:,} samples each by DDIM in {measured['steps']} steps."
+    return "\n".join([f"{done} {sizes}", *(f"- failed: {line}" for line in failed), ""])
+
+
+def section(name: str, comparison: Mapping[str, Any], rows: Rows) -> str:
+    """Title, claim, table and plots of a comparison."""
+    arms = [arm for arm in comparison["arms"] if figures(rows.get(arm, ()), DECIDES)]
+    shown = [column for column in COLUMNS if any(figures(rows[arm], column) for arm in arms)]
+    lines = ["| arm | seeds | M | calls | " + " | ".join(COLUMNS[column] for column in shown) + " | ratio |"]
+    lines.append("|---" * (len(shown) + 5) + "|")
+    lines += [table_row(arm, arms[0], rows, shown) for arm in arms]
+    found = [f"## {comparison['title']}", ""]
+    found += [f"Claim: {comparison['claim']}.", ""] if "claim" in comparison else []
+    found += [*lines, ""]
+    missing = [arm for arm in comparison["arms"] if arm not in arms]
+    found += ["Not run yet: " + ", ".join(f"`{arm}`" for arm in missing) + ".", ""] if missing else []
+    draw_bars(arms, rows, PLOTS / f"{name}.png", comparison["title"])
+    found += [f"![{comparison['title']}](evidence/{name}.png)", ""]
+    if comparison.get("curves"):
+        draw_curves(arms, rows, PLOTS / f"{name}-curves.png", comparison["title"])
+        found += [f"![{comparison['title']}, agreement during the training](evidence/{name}-curves.png)", ""]
+    return "\n".join(found)
+
+
+def table_row(arm: str, first: str, rows: Rows, shown: Sequence[str]) -> str:
+    """One arm."""
+    own, known = rows[arm], [row for row in rows[arm] if "figures" in row]
+    calls = known[0]["calls"]
+    cells = [f"`{arm}`", str(len(known)), f"{known[0]['parameters'] / 1e6:.2f}"]
+    cells.append(" + ".join(f"{count / 1000:,.0f}" for count in calls.values()))
+    cells += [cell(figures(own, column)) for column in shown]
+    return "| " + " | ".join([*cells, ratio(figures(own, DECIDES), figures(rows[first], DECIDES))]) + " |"
+
+
+def figures(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """A figure of all seeds."""
+    return [row["figures"][name] for row in rows if name in row.get("figures", {})]
+
+
+def cell(values: Sequence[float]) -> str:
+    """Mean and deviation."""
+    if not values:
+        return ""
+    mean, deviation = spread(values)
+    return f"{mean:.3g}" if math.isnan(deviation) else f"{mean:.3g} ± {deviation:.1g}"
+
+
+def ratio(own: Sequence[float], first: Sequence[float]) -> str:
+    """Ratio of means, marked where the difference is beyond both deviations."""
+    (mean, deviation), (other, others) = spread(own), spread(first)
+    beyond = abs(mean - other) > deviation + others  # never with one seed: the deviation is not a number
+    return f"**{mean / other:.2f}**" if beyond else f"{mean / other:.2f}"
+
+
+def draw_bars(arms: Sequence[str], rows: Rows, path: Path, title: str) -> None:
+    """The deciding figure of each arm: bars of means, a point for each seed."""
+
+    def bars(axes: Any) -> None:
+        for place, arm in enumerate(arms):
+            values = figures(rows[arm], DECIDES)
+            axes.bar(place, spread(values)[0], 0.6, color="#9db8d8")
+            axes.plot([place] * len(values), values, "o", color="#20406a", markersize=4)
+        axes.set_xticks(range(len(arms)), [arm.partition("/")[2] for arm in arms], rotation=30, ha="right")
+
+    path.parent.mkdir(exist_ok=True)
+    plot(path, bars, "", COLUMNS[DECIDES], title)
+
+
+def draw_curves(arms: Sequence[str], rows: Rows, path: Path, title: str) -> None:
+    """The agreement during the training: mean over seeds, and a band from the lowest to the highest."""
+
+    def curves(axes: Any) -> None:
+        for arm in arms:
+            found = [dict(row["curves"]["agreement"]) for row in rows[arm] if row.get("curves", {}).get("agreement")]
+            steps = sorted(set.intersection(*map(set, found))) if found else []
+            if steps:
+                values = [[curve[step] for curve in found] for step in steps]
+                (line,) = axes.plot(steps, [sum(v) / len(v) for v in values], label=arm.partition("/")[2])
+                band = [min(v) for v in values], [max(v) for v in values]
+                axes.fill_between(steps, *band, alpha=0.15, color=line.get_color())
+        axes.set_yscale("log")
+        axes.legend(fontsize="small")
+
+    plot(path, curves, "training step", "agreement", f"{title}: agreement")
+
+
+if __name__ == "__main__":
+    main()

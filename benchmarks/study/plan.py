@@ -1,0 +1,148 @@
+"""The study's plan: what is prepared, which runs are made, and which tables they make."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+STUDY = Path("logs/study")  # in the folder where the study is started
+POOL_RUN = {"trainer.max_steps": 1, "trainer.max_minutes": None, "logging.evaluate_every": 0}  # others use its pool
+
+
+LEAVE = "leave"  # the value of a key of the pair that an arm does not have
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command, and what it makes.
+
+    Attributes:
+        name: names its log and its mark in `STUDY`.
+        command: words after the interpreter's name.
+        makes: a file or folder; where there is none, the mark alone says that it is done.
+        after: names of tasks before it.
+        run: the run folder, which is resumed where it is there already.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    makes: Path | None = None
+    after: tuple[str, ...] = ()
+    run: Path | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What the runs of one arm have in common."""
+
+    name: str
+    pair: Mapping[str, Any]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trains(self) -> bool:
+        """Whether its runs train on images."""
+        return bool(self.pair.get("train"))
+
+    def run(self, seed: int) -> Path:
+        """Run folder of a seed."""
+        return STUDY / f"{self.name}-{seed}"
+
+
+def read_plan(path: Path = HERE / "plan.yaml") -> dict[str, Any]:
+    """The plan, with the folder of the runs in its paths."""
+    return yaml.safe_load(path.read_text().replace("{study}", str(STUDY)))
+
+
+def arms_of(plan: Mapping[str, Any]) -> dict[str, Arm]:
+    """The arms by name."""
+    found = {}
+    for name, changes in plan["arms"].items():
+        pair = plan["pairs"][name.partition("/")[0]]
+        found[name] = Arm(
+            name, pair, {key: value for key, value in {**pair["set"], **changes}.items() if value != "leave"}
+        )
+    return found
+
+
+def tasks_of(plan: Mapping[str, Any], comparisons: list[str]) -> list[Task]:
+    """Every task of some comparisons: one comparison after the other, seed by seed, each task after what it needs."""
+    arms, prepared = arms_of(plan), {task.name: task for task in _preparations(plan)}
+    needed: dict[str, Task] = {}
+    for comparison, seed in itertools.product(comparisons, plan["seeds"]):
+        for name in plan["comparisons"][comparison]["arms"]:
+            for task in _runs(arms[name], seed, plan):
+                for before in [*_before(task, prepared), task]:
+                    needed.setdefault(before.name, before)
+    return list(needed.values())
+
+
+def _before(task: Task, known: Mapping[str, Task]) -> Iterator[Task]:
+    for name in task.after:
+        if name in known:
+            yield from _before(known[name], known)
+            yield known[name]
+
+
+def _preparations(plan: Mapping[str, Any]) -> Iterator[Task]:
+    for name, entry in plan["prepared"].items():
+        makes, after = Path(entry["makes"]), tuple(entry.get("after", ()))
+        if "script" in entry:
+            script, *words = entry["script"].split()
+            yield Task(name, (str(ROOT / script), *words), makes, after)
+        elif "call" in entry:
+            yield Task(name, ("-m", "ldm_dkdm", *entry["call"].split()), makes, after)
+        else:
+            folder = makes.parent
+            words = ("train", "--base", *entry["train"].split(), *_place(folder))
+            yield Task(name, ("-m", "ldm_dkdm", *words), makes, after, folder)
+
+
+def _runs(arm: Arm, seed: int, plan: Mapping[str, Any]) -> Iterator[Task]:
+    """A run, the pool that it shares before it, and its measurement after it."""
+    run, needs = arm.run(seed), list(arm.pair.get("needs", ()))
+    needs += [name for name, entry in plan["prepared"].items() if entry["makes"] in map(str, arm.overrides.values())]
+    overrides = {**arm.overrides, "trainer.seed": seed}
+    if not arm.trains and overrides.get("distill.variant", "dynamic") == "dynamic":
+        pool = _pool_run(arm, seed)
+        yield _training(arm, pool, {**_pool_keys(arm), **POOL_RUN, "trainer.seed": seed}, needs)
+        overrides["distill.pool_from"], needs = str(pool), [*needs, _name(pool)]
+    yield _training(arm, run, overrides, needs)
+    command = (str(HERE / "measure.py"), str(run), arm.pair["teacher"], str(arm.pair.get("data", "")))
+    yield Task(f"{_name(run)}.measured", command, run / "study.json", (_name(run),))
+
+
+def _training(arm: Arm, run: Path, overrides: Mapping[str, Any], needs: list[str]) -> Task:
+    words = [f"{key}={json.dumps(value)}" for key, value in overrides.items() if key != "base"]
+    quiet = ["logging.save_every=500", "logging.sample_every=1000000", "logging.loggers=[csv]"]
+    if not arm.trains and "logging.evaluate_every" not in overrides:
+        quiet.append("logging.evaluate_every=100")
+    bases = [arm.pair["base"], *([arm.overrides["base"]] if "base" in arm.overrides else [])]
+    command = ("-m", "ldm_dkdm", "train" if arm.trains else "distill", "--base", *bases, *words, *quiet)
+    return Task(_name(run), (*command, *_place(run)), None, tuple(needs), run)
+
+
+def _pool_run(arm: Arm, seed: int) -> Path:
+    """The run whose pool an arm's run uses: that of all arms of the pair that agree in what fills a pool."""
+    digest = hashlib.sha256(json.dumps(_pool_keys(arm), sort_keys=True).encode()).hexdigest()[:8]
+    return STUDY / arm.name.partition("/")[0] / f"pool-{digest}-{seed}"
+
+
+def _pool_keys(arm: Arm) -> dict[str, Any]:
+    keys = tuple(arm.pair["pool"])
+    return {key: value for key, value in arm.overrides.items() if key.startswith(keys)}
+
+
+def _place(run: Path) -> tuple[str, str]:
+    return f"logging.dir={run.parent}", f"logging.name={run.name}"
+
+
+def _name(run: Path) -> str:
+    return str(run.relative_to(STUDY))

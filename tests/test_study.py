@@ -1,0 +1,111 @@
+"""The study: a plan that can be carried out, runs that go on, figures that become a page."""
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from ldm_dkdm.config.load import load_config
+from ldm_dkdm.config.schema import DiffusionRun, DistillRun
+from tests.cli import ROOT
+
+STUDY = ROOT / "benchmarks" / "study"
+
+
+def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(STUDY)
+    for known in ("plan", "results", "run", "page"):
+        monkeypatch.delitem(sys.modules, known, raising=False)
+    return importlib.import_module(name)
+
+
+def test_every_planned_run_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = module("plan", monkeypatch)
+    known = plan.read_plan()
+    assert {arm for entry in known["comparisons"].values() for arm in entry["arms"]} == set(known["arms"])
+    monkeypatch.chdir(ROOT)
+    tasks = plan.tasks_of(known, list(known["comparisons"]))
+    seen: set[str] = set()
+    for task in tasks:
+        assert set(task.after) <= seen, task.name
+        seen.add(task.name)
+        if task.run is not None:
+            words = list(task.command[3:])
+            base = [word for word in words[1:] if "=" not in word]
+            overrides = [word for word in words[1:] if "=" in word]
+            config = load_config(base, overrides, schema=DistillRun if task.command[2] == "distill" else DiffusionRun)
+            assert Path(config.logging.dir) / str(config.logging.name) == task.run
+
+
+def test_runs_that_differ_in_their_student_share_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = module("plan", monkeypatch)
+    tasks = {task.name: task for task in plan.tasks_of(plan.read_plan(), ["levers-digits"])}
+    names = ("dkdm", "v", "cap")
+    pools = {name: next(word for word in tasks[f"digits/{name}-0"].command if "pool_from" in word) for name in names}
+    assert pools["dkdm"] == pools["v"] != pools["cap"]
+    assert sum("pool-" in name for name in tasks) == 2 * 3
+
+
+def task_of(plan: ModuleType, code: str, run: Path | None = None) -> Any:
+    return plan.Task("a", ("-c", code, "--base", "x"), None, (), run)
+
+
+def test_a_run_goes_on_and_what_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = module("run", monkeypatch)
+    plan = sys.modules["plan"]
+    failing = task_of(plan, "import sys; print('error: no'); sys.exit(2)")
+    after = plan.Task("b", ("-c", "pass"), None, ("a",))
+    assert run.carry_out([failing, after], 2, float("inf")) == ["a"]
+    assert not run.is_done(after) and run.log_of("a").read_text() == "error: no\n"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    fine = task_of(plan, "import sys; open('words', 'w').write(' '.join(sys.argv[1:]))", folder)
+    assert run.carry_out([fine, after], 2, float("inf")) == []
+    assert Path("words").read_text() == f"--resume {folder}" and run.is_done(after)
+    assert run.carry_out([plan.Task("c", ("-c", "pass"))], 1, 0.0) == []  # the time is over: left for the next call
+    assert not run.mark_of(plan.Task("c", ())).exists()
+
+
+def row(arm: str, seed: int, distance: float) -> Mapping[str, Any]:
+    curves = {"agreement": [[100, 0.1 * distance], [200, 0.05 * distance]]}
+    figures = {"FD-efficientnet-lite0'": distance, "agreement": 0.05}
+    own = {"arm": arm, "seed": seed, "overrides": {}, "figures": figures, "parameters": 1_500_000}
+    return {**own, "calls": {"training": 64_000, "warm-up": 1000}, "seconds": 60, "curves": curves}
+
+
+def test_the_page_marks_what_is_beyond_the_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = module("page", monkeypatch)
+    results = tmp_path / "results.json"
+    rows = [row("digits/iterative", seed, 40.0 + seed) for seed in range(3)]
+    rows += [row("digits/shuffled", seed, 39.5 + seed) for seed in range(3)]
+    rows += [row("digits/dkdm", seed, 20.0 + seed) for seed in range(2)]
+    rows += [{"arm": "digits/dkdm", "seed": 2, "overrides": {}, "failed": "error: no memory"}]
+    results.write_text(json.dumps(rows))
+    monkeypatch.setattr(page, "read_results", lambda: sys.modules["results"].read_results(results))
+    monkeypatch.setattr(page, "PAGE", tmp_path / "evidence.md")
+    monkeypatch.setattr(page, "PLOTS", tmp_path / "evidence")
+    page.main()
+    text = (tmp_path / "evidence.md").read_text()
+    assert "- failed: `digits/dkdm-2`: error: no memory" in text and "8 of " in text
+    section = text.partition("## Three ways to make batches (Fig. 4a)")[2].partition("## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    assert lines[0].startswith("| `digits/iterative` | 3 | 1.50 | 64 + 1 | 41 ± 1 |")
+    assert [line.split("|")[-2].strip() for line in lines] == ["1.00", "0.99", "**0.50**"]
+    assert (tmp_path / "evidence" / "fig4a.png").is_file() and (tmp_path / "evidence" / "fig4a-curves.png").is_file()
+    assert "Not run yet: `digits/rho0.01`" in text
+
+
+def test_the_committed_page_is_that_of_the_committed_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = module("page", monkeypatch)
+    monkeypatch.setattr(page, "PAGE", tmp_path / "evidence.md")
+    monkeypatch.setattr(page, "PLOTS", tmp_path / "evidence")
+    monkeypatch.setattr(page, "plot", lambda *words: None)
+    page.main()
+    assert (tmp_path / "evidence.md").read_text() == (ROOT / "docs" / "evidence.md").read_text()
