@@ -1,16 +1,18 @@
 """What a resume compares: keys, defaults of older versions, the first stage; the devices of a process; the disk."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from ldm_dkdm import UserError, load_config
 from ldm_dkdm.device import default_device
 from ldm_dkdm.training.room import require_disk
 from ldm_dkdm.training.run_folder import RunFolder, check_run, open_run
-from tests.cli import run_script, write_yaml
+from tests.cli import distil, run_script, write_yaml
 from tests.parts import UNET_PARAMS, distill_config, first_stage_folder
 from tests.test_config_errors import assert_one_error_line
 from tests.training_images import LOGGING, TRAINER, training_images
@@ -71,6 +73,7 @@ def test_a_moved_training_finds_its_first_stage_and_refuses_another(
     (tmp_path / "old").rename(tmp_path / "new")
     run = tmp_path / "new" / "logs" / "run"
     assert run_script("train_ldm.py", "--resume", run, "trainer.max_steps=2") == 0
+    capsys.readouterr()
     first_stage_folder(tmp_path / "new" / "vq", weight=2.0)
     code = run_script("train_ldm.py", "--resume", run, "trainer.max_steps=3")
     assert_one_error_line(capsys, code, ("first_stage: ", "is not the one that", "put the old one back"))
@@ -121,3 +124,23 @@ def test_the_size_of_a_run_is_known_although_another_rank_removes_a_file(
 
     monkeypatch.setattr(Path, "stat", removed)
     require_disk(RunFolder(tmp_path), 1)
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged"])
+def test_a_finished_run_exports_its_model_again(harm: str, base: Path, tmp_path: Path, capsys) -> None:
+    assert distil("--base", base, "trainer.max_steps=2") == 0
+    run = tmp_path / "run"
+    weights = run / "student" / "student.safetensors"
+    before = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # the file is mapped
+    if harm == "missing":
+        shutil.rmtree(run / "student")
+    else:
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
+    capsys.readouterr()
+    assert distil("--resume", run) == 0
+    assert "student is written again, with the EMA weights of" in capsys.readouterr().err
+    after = load_file(weights)
+    assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert distil("--resume", run) == 0 and not capsys.readouterr().err

@@ -15,7 +15,8 @@ from ldm_dkdm.errors import UserError, interruptible
 from ldm_dkdm.files import SHA256, content_sha256, write_text
 
 BLOCK = 1 << 20  # bytes read at once
-DAMAGED = "is damaged: its content does not have the {} that it was written with; copy, download or write it again"
+ADVICE = "; copy, download or write it again"
+DAMAGED = "is damaged: its content does not have the {} that it was written with" + ADVICE
 _verify = ContextVar("verify", default=True)
 
 

@@ -1,10 +1,11 @@
 """Write a run's model folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from ldm_dkdm.checkpoints.averaging import KIND
 from ldm_dkdm.checkpoints.model_folder import card_of, require_tensors, write_model
@@ -13,9 +14,11 @@ from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.training.ema import averaged
 from ldm_dkdm.training.run_folder import RunFolder
 
+Export = Callable[[Mapping[str, Tensor], int, int], None]  # (weights, step, max_steps)
 
-def export_on_save(model: DiffusionModel, folder: RunFolder, dtype: str) -> Callable[[L.Trainer], None]:
-    """A function that writes the EMA weights of a trainer and the model card into the run's model folder.
+
+def exporting(model: DiffusionModel, folder: RunFolder, dtype: str) -> Export:
+    """A function that writes EMA weights and the model card into the run's model folder.
 
     Raises:
         UserError: the network's state_dict holds what no weights file can.
@@ -23,10 +26,18 @@ def export_on_save(model: DiffusionModel, folder: RunFolder, dtype: str) -> Call
     require_tensors(model.network.state_dict(), folder.model_name)
     card = card_of(model, folder.model, f"{folder.model.name}.safetensors")
 
-    def export(trainer: L.Trainer) -> None:
-        steps = {"step": trainer.global_step, "max_steps": trainer.max_steps}
-        info = {**card.info, **steps, KIND: "EMA"}
-        network = averaged(trainer, StudentModule).network
-        write_model(folder.model, replace(card, info=info), network.state_dict(), getattr(torch, dtype))
+    def export(weights: Mapping[str, Tensor], step: int, max_steps: int) -> None:
+        info = {**card.info, "step": step, "max_steps": max_steps, KIND: "EMA"}
+        write_model(folder.model, replace(card, info=info), weights, getattr(torch, dtype))
 
     return export
+
+
+def on_save(export: Export) -> Callable[[L.Trainer], None]:
+    """A function that exports the EMA weights of a trainer."""
+
+    def save(trainer: L.Trainer) -> None:
+        network = averaged(trainer, StudentModule).network
+        export(network.state_dict(), trainer.global_step, trainer.max_steps)
+
+    return save

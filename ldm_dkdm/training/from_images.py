@@ -34,7 +34,7 @@ from ldm_dkdm.networks.modes import compiled
 from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.calls import refuse_beside, training_of
-from ldm_dkdm.training.export import export_on_save
+from ldm_dkdm.training.export import exporting, on_save
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.room import disk_needed, require_disk
 from ldm_dkdm.training.run import Result, Run
@@ -121,9 +121,11 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     found = tuple(codec.encode(sets[0].take(torch.zeros(1, dtype=torch.long))).shape[1:])
     if found != model.shape:
         raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
-    if end := run.end(model.network):
-        return run.ended(model, end)
     stage = _first_stage_facts(codec, model, run)
+    info = {**model.info, **stage, **_named_classes(model, config.data, sets[0])}
+    export = exporting(model.changed(info=info), run.folder, config.logging.export_dtype)
+    if end := run.end(model.network):
+        return run.ended(model, end, export)
     require_disk(run.folder, disk_needed(model.parameters, config.trainer, config.logging))
     states = _states(config, sets, model, run.progress)
     model.network.train()
@@ -142,9 +144,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
         )
 
     samples = run.folder.path / "samples"
-    info = {**model.info, **stage, **_named_classes(model, config.data, sets[0])}
-    export = export_on_save(model.changed(info=info), run.folder, config.logging.export_dtype)
-    saving = RunCheckpoint(run.folder.checkpoints, config.logging, export)
+    saving = RunCheckpoint(run.folder.checkpoints, config.logging, on_save(export))
     with run.open(), compiled([trained.network], compiles(run.trainer.compile, run.device)):
         if is_first_rank():
             count = min(config.logging.sample_count, len(sets[0]))

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks.modes import compiled, stored_in_bf16
 from ldm_dkdm.reporting import Progress, logger, size
 from ldm_dkdm.training.calls import distillation_of, refuse_beside
-from ldm_dkdm.training.export import export_on_save
+from ldm_dkdm.training.export import Export, exporting, on_save
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.measuring import Agreement
 from ldm_dkdm.training.parts import Distillation, assemble
@@ -109,7 +109,7 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
     refuse_overwriting(teacher, run.folder.path)
     parts, supply = assemble(teacher, trained, run.config), None
     if end := run.end(student.network):
-        return run.ended(student, end)
+        return run.ended(student, end, _export(parts, run))
     refuse_other_teacher(teacher, run)
     require_room(parts, run.folder)
     if not run.latest:
@@ -117,7 +117,7 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
         _check_teacher(parts, run)
     student.network.train()
     log, seed = run.config.logging, run.trainer.seed
-    saving = RunCheckpoint(run.folder.checkpoints, log, _export(parts, run))
+    saving = RunCheckpoint(run.folder.checkpoints, log, on_save(_export(parts, run)))
     grids = SampleGrid(run.folder.path / "samples", log, seed, teacher)
     every = log.measure_every or log.save_every
     pools = PoolLog(run.folder.path / "pool.csv", every, teacher.schedule.num_timesteps, run.step)
@@ -156,9 +156,9 @@ def _check_teacher(parts: Distillation, run: Run) -> None:
     )
 
 
-def _export(parts: Distillation, run: Run) -> Callable[[L.Trainer], None]:
+def _export(parts: Distillation, run: Run) -> Export:
     student = parts.student.changed(info={**parts.student.info, **teacher_facts(parts)})
-    return export_on_save(student, run.folder, run.config.logging.export_dtype)
+    return exporting(student, run.folder, run.config.logging.export_dtype)
 
 
 def teacher_facts(parts: Distillation) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor, distributed
 
-from ldm_dkdm.checkpoints.hashes import check_file, hash_file, read_safetensors, verifying
+from ldm_dkdm.checkpoints.hashes import ADVICE, check_file, hash_file, read_safetensors, verifying
 from ldm_dkdm.checkpoints.pickles import asked_globals
 from ldm_dkdm.checkpoints.pools import pool_files
 from ldm_dkdm.errors import UserError, blaming
@@ -50,7 +50,7 @@ class Choice(L.Callback):
             try:
                 require_whole(checkpoint, pools, rank, ranks)
             except UserError as error:
-                self.damage = str(error)
+                self.damage = str(error).replace(ADVICE, "")  # a run has the checkpoint before it
             else:
                 self.latest = checkpoint
                 break
