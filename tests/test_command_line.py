@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import ldm_dkdm as dkdm
 from ldm_dkdm.commands import demo, distill
+from ldm_dkdm.commands.arguments import how_to_go_on
 from ldm_dkdm.commands.main import COMMANDS
 from ldm_dkdm.errors import Stopped
 from ldm_dkdm.networks import NETWORKS
@@ -232,3 +233,12 @@ def test_a_begun_demo_goes_on(begun: bool, tmp_path: Path, monkeypatch: pytest.M
     assert calls[0].resume == (str(demo.RUN) if begun else None)
     words = [*calls[0].base, *calls[0].overrides]
     assert words[-1] == "trainer.max_minutes=1" and ("quickstart" in words) != begun
+
+
+def test_a_stopped_run_goes_on_with_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert how_to_go_on("distill", Path("logs/a")) == "continue with: dkdm distill --resume logs/a"
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
+        monkeypatch.setenv(name, "0")
+    assert how_to_go_on("train", Path("b")) == "continue with: dkdm train --resume b, with torchrun as now"

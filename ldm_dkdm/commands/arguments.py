@@ -27,6 +27,7 @@ from ldm_dkdm.config.schema import (
     TeacherConfig,
     TrainerConfig,
 )
+from ldm_dkdm.device import started
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import exists, expanded
 from ldm_dkdm.training.run_folder import RunFolder, find_run, run_folder
@@ -243,6 +244,13 @@ SECTIONS = {
     "data": {f.name for f in fields(DiffusionDataConfig)},
 }
 DISTILLATION = {f.name for f in fields(DistillRun)}
+
+
+def how_to_go_on(command: str, run: Path) -> str:
+    """How a stopped training continues, for its message."""
+    world = started()
+    launcher = f", with {world.by} as now" if world is not None and world.ranks > 1 else ""
+    return f"continue with: dkdm {command} --resume {run}{launcher}"
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from ldm_dkdm.commands.arguments import (
     add_plan_argument,
     add_training_arguments,
     dotted_keys,
+    how_to_go_on,
     load_plugins,
     print_keys,
     print_plan,
@@ -54,7 +55,7 @@ def _distil(call: TrainingCall[DistillRun]) -> None:
     student = make_student(config.student, teacher, config.trainer.seed)
     if resolve_precision(config.trainer.precision, default_device(config.trainer.accelerator)) == "bf16":
         teacher.network = stored_in_bf16(teacher.network)  # the only copy, in half the memory
-    go_on = f"continue with: dkdm distill --resume {out}"
+    go_on = how_to_go_on("distill", out)
     result = distill(teacher, student, out, config=config, resume=call.resumed, signals=SIGNALS, go_on=go_on)
     if is_first_rank():
         print(f"student: {result.model.path}")

@@ -9,6 +9,7 @@ from ldm_dkdm.commands.arguments import (
     add_plan_argument,
     add_training_arguments,
     dotted_keys,
+    how_to_go_on,
     load_plugins,
     print_keys,
     print_plan,
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     from ldm_dkdm.device import is_first_rank
     from ldm_dkdm.training.from_images import new_model, train
 
-    go_on = f"continue with: dkdm train --resume {out}"
+    go_on = how_to_go_on("train", out)
     with dotted_keys("trainer", "logging"):
         model = new_model(config, out)
         result = train(model, config.data, out, config=config, resume=call.resumed, signals=SIGNALS, go_on=go_on)

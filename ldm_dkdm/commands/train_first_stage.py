@@ -2,7 +2,14 @@
 
 import argparse
 
-from ldm_dkdm.commands.arguments import SIGNALS, add_training_arguments, dotted_keys, print_keys, read_training_call
+from ldm_dkdm.commands.arguments import (
+    SIGNALS,
+    add_training_arguments,
+    dotted_keys,
+    how_to_go_on,
+    print_keys,
+    read_training_call,
+)
 from ldm_dkdm.config.schema import FirstStageRun
 
 add_arguments = add_training_arguments
@@ -16,7 +23,7 @@ def run(options: argparse.Namespace) -> None:
 
     from ldm_dkdm.training.autoencoder import train_first_stage
 
-    go_on = f"continue with: dkdm train-first-stage --resume {call.folder.path}"
+    go_on = how_to_go_on("train-first-stage", call.folder.path)
     with dotted_keys("trainer", "logging"):
         train_first_stage(call.config, call.folder.path, resume=call.resumed, signals=SIGNALS, go_on=go_on)
     print(f"first stage: {call.folder.model}")
