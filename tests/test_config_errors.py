@@ -1,6 +1,7 @@
 """Bad configurations of a distillation: one line that names the mistake, exit code 2, nothing written."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,8 @@ def edited(config: dict, edits: dict[str, object]) -> dict:
 
 
 def assert_one_error_line(capsys: pytest.CaptureFixture, code: int, words: tuple[str, ...]) -> None:
-    lines = capsys.readouterr().err.splitlines()
-    assert code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not re.match(r"step \d+/\d+, ", line)]
+    assert code == 2  # a training before it has said where it ended
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     assert all(word in lines[0] for word in words), lines[0]
 
