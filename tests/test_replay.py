@@ -1,6 +1,7 @@
 """Predictions that are shown several times: how often, in which company, and the same after a resume."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_all_kept_predictions_are_shown_once_between_two_calls(uses: int) -> Non
         fresh = set(before) - shares[-1] if shares else set(before)
         assert len(fresh) == BATCH
         shares.append(set(before))
-    gone = [len(one - other) for one, other in zip(shares, shares[1:])]
+    gone = [len(one - other) for one, other in pairwise(shares)]
     assert gone == [0] * (uses - 1) + [BATCH] * (len(gone) - uses + 1)
 
 

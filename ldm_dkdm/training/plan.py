@@ -36,8 +36,8 @@ def costs(parts: Distillation) -> dict[str, str]:
     place = parts.pool_place(device)
     mapped = place == "mmap"
     pools, each = trainer.ranks * parts.pool_bytes, on_each(trainer)
-    saved = pools + trainer.ranks * parts.replay_bytes
-    disk = disk_needed(parts.student.parameters, trainer, config.logging, saved, mapped * pools)
+    files = pools + trainer.ranks * parts.replay_bytes
+    disk = disk_needed(parts.student.parameters, trainer, config.logging, files, mapped * pools)
     source = config.distill.pool_from or preparation(config.distill).mode
     student, teacher = parts.student.parameters, parts.teacher.parameters
     # weights of the teacher (bf16 halves it) and the first stage
