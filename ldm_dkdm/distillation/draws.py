@@ -31,15 +31,16 @@ def draw_stratified(pool: NoisyPool, batch_size: int, rng: np.random.Generator) 
 
 
 def _slots_at(t: np.ndarray, wanted: np.ndarray, spare: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Distinct random slots whose t (B,) are the wanted ones, which are sorted; only slots at these t are sorted."""
+    """Distinct random slots whose t (B,) are the wanted ones, in ascending order; only slots at these t are sorted."""
     asked = np.zeros(t.max() + 1, dtype=bool)
     asked[wanted] = True
     candidate = asked[t]
     candidate[spare] = False
     slots = rng.permutation(np.flatnonzero(candidate))
-    slots = slots[np.argsort(t[slots], kind="stable")]
-    own_t = t[slots]
-    return slots[np.searchsorted(own_t, wanted) + np.arange(len(wanted)) - np.searchsorted(wanted, wanted)]
+    small = t[slots].astype(np.min_scalar_type(t.max()))  # NumPy sorts 16-bit integers by radix
+    order = small.argsort(kind="stable")
+    first, repeated = np.searchsorted(small[order], wanted), np.searchsorted(wanted, wanted)
+    return slots[order[first + np.arange(len(wanted)) - repeated]]
 
 
 DRAWS: dict[str, Draw] = {"uniform": NoisyPool.draw, "stratified": draw_stratified}
