@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool, UserError
 from ldm_dkdm.config.schema import DistillConfig
 from ldm_dkdm.distillation.redeal import redeal, share
-from ldm_dkdm.distillation.replay import ReplayStream, calls_for, stream_kind
+from ldm_dkdm.distillation.replay import ReplayStream, calls_for, kept_bytes, stream_kind
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.records import DistillBatch, NoisyBatch
 from tests.analytic import GaussianNetwork
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config
-from tests.streams import new_pool, new_teacher
 
 SCHEDULE = NoiseSchedule(num_timesteps=20)
 SHAPE = (2, 3, 3)
@@ -30,6 +29,13 @@ class LearnedVariance(GaussianNetwork):
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         return torch.cat([super().forward(x, t), x.sin()], 1)
+
+
+class Labelled(GaussianNetwork):
+    """With the label added to its prediction."""
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return super().forward(x, t) + label.view(-1, 1, 1, 1)
 
 
 def new_stream(uses: int, first_step: int = 0, network: nn.Module | None = None, **options: object) -> DistillStream:
@@ -104,11 +110,17 @@ def test_a_target_stays_with_its_state(uses: int) -> None:
 
 
 def test_a_label_stays_with_its_state() -> None:
-    teacher, config = new_teacher(4), DistillConfig(5, replay=3)
-    stream = ReplayStream(teacher, new_pool(labeled=True), config, 20)
+    pool, schedule = NoisyPool(SLOTS, SHAPE, labeled=True), SCHEDULE
+    states = torch.randn(SLOTS, *SHAPE, generator=torch.Generator().manual_seed(1))
+    pool.fill(NoisyBatch(states, torch.arange(SLOTS) % 20, torch.arange(SLOTS) % 4))
+    teacher = DiffusionModel(Labelled(schedule, 0.3, 0.5), schedule=schedule, shape=SHAPE, num_classes=4)
+    stream = ReplayStream(teacher, pool, DistillConfig(BATCH, replay=3), 20)
     for batch in [stream.next_batch() for _ in range(8)]:
-        again = teacher.predict(batch.x, batch.t, batch.label)
-        torch.testing.assert_close(again.eps, batch.target.eps, rtol=1e-4, atol=1e-5)
+        found = batch.target.eps - GaussianNetwork(schedule, 0.3, 0.5)(batch.x, batch.t)
+        assert torch.equal(found.mean((1, 2, 3)).round().long(), batch.label)
+        assert len(batch.label.unique()) > 1
+    kept = sum(tensor.nbytes for tensor in stream.kept.values())
+    assert kept == kept_bytes(stream.config, SHAPE, learned=False)
 
 
 @pytest.mark.parametrize(

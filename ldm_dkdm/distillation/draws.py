@@ -15,28 +15,27 @@ def draw_stratified(pool: NoisyPool, batch_size: int, rng: np.random.Generator) 
     """Indices (B,) of distinct slots, one from each of B equal strata of the slots sorted by t, equal t at random.
 
     Every slot has the probability B/N of a uniform draw, so the loss keeps its expectation; a batch covers t evenly
-    (VDM, App. I.1, for the t of a pool). Where B does not divide N, a random remainder of the slots sits out.
+    (VDM, App. I.1, for the t of a pool). Where B does not divide N, the strata are those of all slots but N mod B random
+    ones.
 
     Raises:
         UserError: more slots than the pool has.
     """
-    pool.require(batch_size)
+    pool.require_slots(batch_size)
     t = pool.t.numpy()
     spare = rng.choice(len(t), len(t) % batch_size, replace=False)
     counts = np.bincount(t) - np.bincount(t[spare], minlength=t.max() + 1)
     size = len(t) // batch_size
     ranks = np.arange(batch_size) * size + rng.integers(size, size=batch_size)  # places in the order by t
     drawn_t = np.searchsorted(counts.cumsum(), ranks, side="right")
-    return torch.from_numpy(_slots_at(t, drawn_t, spare, rng))
+    return torch.from_numpy(_slots_at(t, drawn_t, rng))
 
 
-def _slots_at(t: np.ndarray, wanted: np.ndarray, spare: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _slots_at(t: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Distinct random slots whose t (B,) are the wanted ones, in ascending order; only slots at these t are sorted."""
     asked = np.zeros(t.max() + 1, dtype=bool)
     asked[wanted] = True
-    candidate = asked[t]
-    candidate[spare] = False
-    slots = rng.permutation(np.flatnonzero(candidate))
+    slots = rng.permutation(np.flatnonzero(asked[t]))
     small = t[slots].astype(np.min_scalar_type(t.max()))  # NumPy sorts 16-bit integers by radix
     order = small.argsort(kind="stable")
     first, repeated = np.searchsorted(small[order], wanted), np.searchsorted(wanted, wanted)

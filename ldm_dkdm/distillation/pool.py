@@ -85,10 +85,10 @@ class NoisyPool:
 
     def draw(self, batch_size: int, rng: np.random.Generator) -> Tensor:
         """Indices (batch_size,) of distinct slots, uniformly at random."""
-        self.require(batch_size)
+        self.require_slots(batch_size)
         return torch.from_numpy(rng.choice(len(self), batch_size, replace=False))
 
-    def require(self, batch_size: int) -> None:
+    def require_slots(self, batch_size: int) -> None:
         """Refuse a batch of more slots than there are.
 
         Raises:
