@@ -15,8 +15,7 @@ def draw_stratified(pool: NoisyPool, batch_size: int, rng: np.random.Generator) 
     """Indices (B,) of distinct slots, one from each of B equal strata of the slots sorted by t, equal t at random.
 
     Every slot has the probability B/N of a uniform draw, so the loss keeps its expectation; a batch covers t evenly
-    (VDM, App. I.1, for the t of a pool). Where B does not divide N, the strata are those of all slots but N mod B random
-    ones.
+    (VDM, App. I.1, for the t of a pool). Where B does not divide N, N mod B random slots do not count for the strata.
 
     Raises:
         UserError: more slots than the pool has.
