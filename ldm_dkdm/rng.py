@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-PURPOSES = ("draw", "step_noise", "label", "warmup", "data", "network", "deal", "refill", "evaluation")
+PURPOSES = ("draw", "step_noise", "label", "warmup", "data", "network", "deal", "refill", "evaluation", "replay")
 
 
 def key(seed: int, rank: int, step: int, purpose: str) -> np.random.SeedSequence:

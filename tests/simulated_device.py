@@ -17,6 +17,12 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 KIND = "simulated"
 DEVICE = f"{KIND}:0"
+CASES: dict[str, dict[str, object]] = {  # place of the pool -> keys of the method
+    "device": {},
+    "memory": {},
+    "device, replay": {"replay": 3},
+    "memory, replay": {"replay": 3},
+}
 aten = torch.ops.aten
 WAITS = {  # what the host cannot know before the device has computed it
     aten._local_scalar_dense.default,
@@ -130,15 +136,15 @@ def main() -> None:
     stream.torch_generator = lambda *key: torch_generator(*key[:4])  # numbers of the host, so that both are equal
     found = {}
     with torch.no_grad():
-        wanted = batches(new_teacher(), new_pool(), "cpu")
-        for place in ("device", "memory"):
+        for place, keys in CASES.items():
+            wanted = batches(new_teacher(), new_pool(), "cpu", **keys)
             with Simulation() as simulation:
                 teacher = new_teacher()
                 for module in teacher.network.modules():
                     for kind in (module._parameters, module._buffers):
                         kind.update({name: OnDevice(t.data) for name, t in kind.items() if t is not None})
-                pool = new_pool(DEVICE if place == "device" else "cpu")
-                own = batches(teacher, pool, DEVICE, simulation.waits.clear)
+                pool = new_pool(DEVICE if place.startswith("device") else "cpu")
+                own = batches(teacher, pool, DEVICE, simulation.waits.clear, **keys)
             furthest = max((_bare(a).float() - b.float()).abs().max().item() for a, b in zip(own, wanted, strict=True))
             found[place] = {"waits": simulation.waits, "furthest": furthest, "compared": len(own)}
     print(json.dumps(found))

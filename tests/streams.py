@@ -8,7 +8,7 @@ from torch import Tensor
 from ldm_dkdm.config.schema import DistillConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distillation.pool import NoisyPool
-from ldm_dkdm.distillation.stream import DistillStream
+from ldm_dkdm.distillation.replay import stream_kind
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import UNet
 from ldm_dkdm.records import NoisyBatch
@@ -43,7 +43,8 @@ def batches(
     **keys: object,
 ) -> list[Tensor]:
     """x, t and eps of twenty batches, and what the pool then holds; the first of them may fill caches."""
-    stream = DistillStream(teacher, pool, DistillConfig(BATCH, rho=0.3, **keys), 20, 3, 0, device)  # type: ignore[arg-type]
+    config = DistillConfig(BATCH, rho=0.3, **keys)  # type: ignore[arg-type]
+    stream = stream_kind(config)(teacher, pool, config, 20, 3, 0, device)
     found: list[Tensor] = []
     for step in range(20):
         batch = stream.next_batch()

@@ -32,6 +32,7 @@ from ldm_dkdm.errors import UserError
 from tests.cli import ROOT
 
 TABLES = [
+    "ldm_dkdm.distillation.draws:DRAWS",
     "ldm_dkdm.distillation.stream:VARIANTS",
     "ldm_dkdm.distillation.warmup:WARMUPS",
     "ldm_dkdm.diffusion.samplers:SAMPLERS",

@@ -5,8 +5,10 @@ import torch
 
 from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool
 from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
+from ldm_dkdm.distillation.replay import stream_kind
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.distillation.warmup import Warmup
+from ldm_dkdm.records import NoisyBatch
 from tests.analytic import GaussianNetwork
 
 T, STD, SLOTS = 200, 0.5, 4000
@@ -63,6 +65,21 @@ def test_walking_keeps_the_variance_and_the_law_of_t(stride: int, cap: float | N
     wanted = SCHEDULE.density(cap).view(10, -1).sum(1) / SCHEDULE.density(cap).sum() * 10
     assert variance == pytest.approx([1.0] * 10, abs=0.04)
     assert share == pytest.approx(wanted.tolist(), abs=0.2)  # 4 standard errors
+
+
+@pytest.mark.parametrize("stride", [1, 5])
+def test_stratified_draws_and_a_replay_keep_the_law_of_the_pool_and_show_it(stride: int) -> None:
+    warmup = WarmupConfig(mode="dpm-solver++", steps=20, images=SLOTS, batch_size=1000)
+    method = DistillConfig(500, rho=SLOTS / 500 / T, draws="stratified", replay=4, stride=stride, warmup=warmup)
+    stream = stream_kind(method)(teacher(), filled(warmup), method, 10**6)
+    batches = [stream.next_batch() for _ in range(4 * 40 * SLOTS // 500)]  # every slot is drawn 40 times
+    seen = NoisyPool(40 * 500, (3, 8, 8), torch.float32)
+    for batch in batches[-40:]:
+        seen.fill(NoisyBatch(batch.x, batch.t))
+    for states in (stream.pool, seen):
+        variance, share = tenths(states)
+        assert variance == pytest.approx([1.0] * 10, abs=0.04)
+        assert share == pytest.approx([1.0] * 10, abs=0.2)
 
 
 def test_a_long_stride_begins_at_the_last_timestep_no_more_often_than_elsewhere() -> None:

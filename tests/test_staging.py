@@ -27,13 +27,22 @@ def test_the_host_waits_for_no_simulated_device() -> None:
     )
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert set(found) == {"device", "memory"}
+    assert set(found) == {"device", "memory", "device, replay", "memory, replay"}
     for place, result in found.items():
         assert result["waits"] == [], place
         assert result["furthest"] < 1e-3 and result["compared"] == 63, place  # a rounding of the float16 pool
 
 
-@pytest.mark.parametrize("keys", [{}, {"discard": 0.4}, {"discard": 0.4, "discard_mode": "same_slots"}, {"stride": 2}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"discard": 0.4},
+        {"discard": 0.4, "discard_mode": "same_slots"},
+        {"stride": 2},
+        {"replay": 3, "draws": "stratified"},
+    ],
+)
 @pytest.mark.parametrize("classes", [None, 4])
 def test_slots_that_travel_make_the_same_batches(
     monkeypatch: pytest.MonkeyPatch, keys: dict[str, object], classes: int | None

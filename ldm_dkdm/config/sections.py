@@ -141,6 +141,20 @@ class DistillConfig(Section):
     discard_mode: Literal["redraw", "same_slots"] = key(
         "redraw", help="After a discarded batch, draw other slots, or advance the same ones (the public code)."
     )
+    draws: str = one_of(
+        "ldm_dkdm.distillation.draws:DRAWS",
+        "uniform",
+        help="How `dynamic` draws a batch: `stratified` cuts the pool, sorted by t, into `batch_size` equal parts and "
+        "draws a slot from each; `uniform` is the paper's.",
+    )
+    replay: int = key(
+        1,
+        min=1,
+        max=1000,
+        help="Batches in which `dynamic` shows each prediction, mixed with others; the teacher is called once for as "
+        "many, and 1 is the paper's.",
+        why="the predictions of as many calls are kept on the device",
+    )
     input_perturbation: float = key(0.0, min=0, help="Noise added to the student's input: gamma of DDPM-IP.")
     stride: int = key(
         1, min=1, help="Timesteps that a drawn slot advances, more where `t_cap` wants fewer slots; 1 is the paper's."

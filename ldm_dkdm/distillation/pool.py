@@ -21,6 +21,8 @@ from ldm_dkdm.records import NoisyBatch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+BESIDE = "beside."  # begin of a name in a pool's file that is not of the slots
+
 
 class NoisyPool:
     """Slots (x_t, t, label) in host memory, in a memory-mapped file, or on a device.
@@ -42,6 +44,7 @@ class NoisyPool:
         settle: finishes writes that are under way; `save` calls it.
         updated: (slots,), the number of batches of the training after which each slot was last put back.
         facts: what the states follow from, for the file: teacher, T, schedule.
+        beside: tensors that the file has too, such as the predictions of a replay.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class NoisyPool:
         self.updated = torch.zeros(slots, dtype=torch.int32)
         self.filled, self.mapped = 0, storage is not None
         self.facts: dict[str, Any] = {}
+        self.beside: dict[str, Tensor] = {}
         self.settle: Callable[[], None] = lambda: None
 
     @property
@@ -81,9 +85,17 @@ class NoisyPool:
 
     def draw(self, batch_size: int, rng: np.random.Generator) -> Tensor:
         """Indices (batch_size,) of distinct slots, uniformly at random."""
+        self.require_slots(batch_size)
+        return torch.from_numpy(rng.choice(len(self), batch_size, replace=False))
+
+    def require_slots(self, batch_size: int) -> None:
+        """Refuse a batch of more slots than there are.
+
+        Raises:
+            UserError: names both.
+        """
         if batch_size > len(self):
             raise UserError(f"batch_size: {batch_size} is larger than the pool of {len(self)} slots")
-        return torch.from_numpy(rng.choice(len(self), batch_size, replace=False))
 
     def take(self, indices: Tensor) -> NoisyBatch:
         """A copy of slots: states (B,C,H,W), float32, timesteps (B,) and labels (B,), int64.
@@ -116,7 +128,8 @@ class NoisyPool:
         """Write the slots to a safetensors file, atomically; `origin` names what filled them."""
         self.settle()
         metadata = json.dumps({"step": step, "filled": self.filled, "origin": origin, **self.facts})
-        write_tensors(path, self.tensors(), {"pool": metadata})
+        beside = {BESIDE + name: tensor.cpu() for name, tensor in self.beside.items()}
+        write_tensors(path, {**self.tensors(), **beside}, {"pool": metadata})
 
     def tensors(self) -> dict[str, Tensor]:
         """What a slot has, by name, for all slots, on the host."""
@@ -143,6 +156,7 @@ class NoisyPool:
             with interruptible():
                 found, text = read_safetensors(path)
             found.setdefault("updated", torch.full_like(found["t"], -1))
+            beside = {name: found.pop(name) for name in list(found) if name.startswith(BESIDE)}
             metadata = json.loads(text["pool"])
             step, filled, found_origin = metadata["step"], metadata["filled"], metadata["origin"]
             layouts = [{k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} for tensors in (found, own)]
@@ -159,6 +173,7 @@ class NoisyPool:
             raise UserError(f"{path}: its timesteps do not fit its states")
         for name, tensor in own.items():
             tensor.copy_(found[name])
+        self.beside = {name.removeprefix(BESIDE): tensor for name, tensor in beside.items()}
         self.filled = filled
         return step
 

@@ -1,6 +1,6 @@
 """The stream of training batches: one teacher call each, never two (DKDM, Alg. 1 and Sec. 3.3)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from ldm_dkdm.config.schema import DistillConfig
 from ldm_dkdm.device import to_device
 from ldm_dkdm.diffusion.process import q_sample
 from ldm_dkdm.distillation.batches import BatchStream
+from ldm_dkdm.distillation.draws import DRAWS, Draw
 from ldm_dkdm.distillation.pace import pace_of
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.staging import slots_on
@@ -24,16 +25,11 @@ def draw_all(pool: NoisyPool, batch_size: int, rng: np.random.Generator) -> Tens
     return torch.arange(len(pool))
 
 
-def draw_some(pool: NoisyPool, batch_size: int, rng: np.random.Generator) -> Tensor:
-    """Distinct slots of a larger pool, uniformly at random (dynamic iterative distillation)."""
-    return pool.draw(batch_size, rng)
-
-
 @dataclass(frozen=True)
 class Variant:
     """One of the paper's three ways to make batches (Sec. 3.3)."""
 
-    draw: Callable[[NoisyPool, int, np.random.Generator], Tensor]
+    draw: Draw | None  # None: as `draws` says
     expands: bool = False  # the pool has round(rho * T) batches instead of one
     from_noise: bool = False  # all slots begin at T
 
@@ -41,7 +37,7 @@ class Variant:
 VARIANTS = {
     "iterative": Variant(draw_all, from_noise=True),
     "shuffled": Variant(draw_all),
-    "dynamic": Variant(draw_some, expands=True),
+    "dynamic": Variant(None, expands=True),
 }
 
 
@@ -69,7 +65,7 @@ class DistillStream(BatchStream):
     Args:
         teacher: the teacher, on `device`.
         pool: a filled pool.
-        config: batch size, variant and stride; `discard`, the probability that an advanced batch is not handed
+        config: batch size, variant, draws and stride; `discard`, the probability that an advanced batch is not handed
             over (Sec. 11), after which `discard_mode` draws others or walks the same slots on; `input_perturbation`,
             gamma: the student sees x_t + gamma sqrt(1 - abar_t) noise (Ning et al. 2023), with the prediction at x_t
             as target; L'_vlb takes both means at what the student sees.
@@ -93,7 +89,7 @@ class DistillStream(BatchStream):
         self.teacher, self.pool, self.config = teacher, pool, config
         self.max_steps, self.step = max_steps, first_step
         self.seed, self.rank, self.device = seed, rank, device
-        self.draw = VARIANTS[config.variant].draw
+        self.draw = VARIANTS[config.variant].draw or DRAWS[config.draws]
         self.pace = pace_of(config, teacher.schedule)
         self.together = VARIANTS[config.variant].from_noise  # all slots stay at one t
         self.slots = slots_on(pool, torch.device(device))
@@ -128,7 +124,11 @@ class DistillStream(BatchStream):
                 yield Plan(indices, places, kept)
                 if not kept and redraws:
                     indices = self.draw(self.pool, size, rng)
-            step += 1
+            step = self._after(step)
+
+    def _after(self, step: int) -> int:
+        """The step whose advance comes after that of `step`."""
+        return step + 1
 
     def _advance(self, plan: Plan, generator: torch.Generator) -> DistillBatch:
         """Predict and step the slots, put them back: ONE teacher call."""

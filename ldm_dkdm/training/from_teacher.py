@@ -14,6 +14,7 @@ from ldm_dkdm.config.schema import (
     WarmupConfig,
 )
 from ldm_dkdm.device import compiles, is_first_rank
+from ldm_dkdm.distillation.replay import stream_kind
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
@@ -132,7 +133,7 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
         if rank == 0:
             measuring.prepare(pool_facts(teacher), run.trainer.max_steps, lambda: run.check_stop(BEFORE), run.progress)
         method = run.config.distill
-        return DistillStream(teacher, pool, method, parts.batches, seed, rank, device, run.first_batch)
+        return stream_kind(method)(teacher, pool, method, parts.batches, seed, rank, device, run.first_batch)
 
     with run.open(), compiled([teacher.network, trained.network], compiles(run.trainer.compile, run.device)):
         result = run.fit(parts.module(), stream_for, [pools, saving, grids], measuring)

@@ -10,6 +10,7 @@ from ldm_dkdm.config.schema import DistillConfig, DistillRun
 from ldm_dkdm.distillation.make_student import check_loss, require_call, require_fit
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.distillation.pool import NoisyPool, pool_slots, slot_bytes
+from ldm_dkdm.distillation.replay import kept_bytes
 from ldm_dkdm.distillation.stream import VARIANTS
 from ldm_dkdm.distillation.warmup import WARMUPS, preparation
 from ldm_dkdm.errors import UserError
@@ -52,6 +53,12 @@ class Distillation:
     def slot_bytes(self) -> int:
         """Bytes of one slot of the pool."""
         return slot_bytes(self.teacher.shape, self.pool_dtype, self.labeled)
+
+    @property
+    def replay_bytes(self) -> int:
+        """Bytes of the predictions that one rank keeps for a replay."""
+        learned = getattr(self.teacher.network, "out_channels", 0) == 2 * self.teacher.shape[0]
+        return kept_bytes(self.config.distill, self.teacher.shape, learned)
 
     @property
     def batches(self) -> int:
@@ -97,6 +104,7 @@ def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRu
         modes = " or ".join(name for name, known in WARMUPS.items() if known.from_samples)
         own = f"mode: {mode}" if mode == method.warmup.mode else f"variant: {method.variant}, which has no warm-up"
         raise UserError(f"warmup.t_cap: has an effect with mode: {modes} only, and this run has {own}; set it to null")
+    _require_draws(method)
     require_fit(student, teacher)
     require_call(student)
     check_loss(method.loss, teacher.schedule)
@@ -109,6 +117,18 @@ def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRu
         except UserError as error:
             raise UserError(f"warmup.{error}") from error
     return Distillation(teacher, student, config, _slots(method, steps))
+
+
+def _require_draws(config: DistillConfig) -> None:
+    """Refuse keys of batches that are drawn, where they stay together as the paper compares them."""
+    if VARIANTS[config.variant].draw is None:
+        return
+    drawing = " or ".join(name for name, variant in VARIANTS.items() if variant.draw is None)
+    for key, off in (("draws", "uniform"), ("replay", 1)):
+        if getattr(config, key) != off:
+            raise UserError(
+                f"{key}: has an effect with variant: {drawing} only, and this run has {config.variant}; set it to {off}"
+            )
 
 
 def _slots(config: DistillConfig, num_timesteps: int) -> int:

@@ -9,6 +9,7 @@ from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import TrainerConfig
 from ldm_dkdm.device import default_device
 from ldm_dkdm.distillation.pool import NoisyPool
+from ldm_dkdm.distillation.replay import calls_for
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.distillation.warmup import preparation, warmup_calls, warmup_of
 from ldm_dkdm.evaluation.agreement import teacher_calls
@@ -35,14 +36,15 @@ def costs(parts: Distillation) -> dict[str, str]:
     place = parts.pool_place(device)
     mapped = place == "mmap"
     pools, each = trainer.ranks * parts.pool_bytes, on_each(trainer)
-    disk = disk_needed(parts.student.parameters, trainer, config.logging, pools, mapped * pools)
+    files = pools + trainer.ranks * parts.replay_bytes
+    disk = disk_needed(parts.student.parameters, trainer, config.logging, files, mapped * pools)
     source = config.distill.pool_from or preparation(config.distill).mode
     student, teacher = parts.student.parameters, parts.teacher.parameters
     # weights of the teacher (bf16 halves it) and the first stage
     own = 2 if parts.teacher.precision == "bf16" else 4
     resident = training_bytes(student, trainer) + own * teacher + 4 * codec_parameters(parts.teacher)
     precision = {"bf16": "bf16 autocast", "32": "float32"}[parts.teacher.precision]
-    resident += parts.pool_bytes if place == "device" else 0
+    resident += parts.replay_bytes + (parts.pool_bytes if place == "device" else 0)
     left = f"steps {parts.done:,} to {trainer.max_steps:,}; all below is of what is left"
     return {
         **({"resumed": left} if parts.done else {}),
@@ -108,8 +110,10 @@ def network_cost(model: DiffusionModel) -> str:
 
 
 def _iterations(parts: Distillation) -> int:
-    """Iterations that are left, with those that the student does not see."""
-    return round(_batches(parts) / (1 - parts.config.distill.discard))
+    """Teacher calls that are left, with those that the student does not see."""
+    method, done = parts.config.distill, parts.done * parts.config.trainer.accumulate
+    calls = calls_for(parts.batches, method.replay) - calls_for(done, method.replay)
+    return round(calls / (1 - method.discard))
 
 
 def _batches(parts: Distillation) -> int:

@@ -77,5 +77,6 @@ def require_room(parts: Distillation, folder: RunFolder) -> None:
         raise UserError(
             f"rho: the pool takes {size(here)}{saved}, but there are {size(memory)} of memory here; lower rho"
         )
-    needed = disk_needed(parts.student.parameters, config.trainer, config.logging, pool, mapped * pool)
+    files = pool + config.trainer.ranks * parts.replay_bytes
+    needed = disk_needed(parts.student.parameters, config.trainer, config.logging, files, mapped * pool)
     require_disk(folder, needed, "rho")
