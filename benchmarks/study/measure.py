@@ -12,6 +12,7 @@ from ldm_dkdm.commands.evaluate import find_teacher, run_of
 from ldm_dkdm.commands.hints import ScopedHints
 from ldm_dkdm.config.schema import DistillRun
 from ldm_dkdm.distillation.pool import pool_slots
+from ldm_dkdm.distillation.replay import calls_for
 from ldm_dkdm.distillation.stream import VARIANTS
 from ldm_dkdm.distillation.warmup import preparation, warmup_calls
 
@@ -43,7 +44,7 @@ def calls_of(config: DistillRun, teacher: dkdm.DiffusionModel) -> dict[str, int]
     if VARIANTS[method.variant].expands:
         assert method.rho is not None  # a run has been made
         slots = pool_slots(method.rho, teacher.schedule.num_timesteps, slots)
-    training = round(steps / (1 - method.discard)) * method.batch_size
+    training = round(calls_for(steps, method.replay) / (1 - method.discard)) * method.batch_size
     return {"training": training, "warm-up": warmup_calls(preparation(method), slots, teacher.schedule)}
 
 
