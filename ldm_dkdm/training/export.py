@@ -2,17 +2,22 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.averaging import KIND
+from ldm_dkdm.checkpoints.hashes import verifying
 from ldm_dkdm.checkpoints.model_folder import card_of, require_tensors, write_model
+from ldm_dkdm.checkpoints.shapes import under
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.reporting import logger
 from ldm_dkdm.training.ema import averaged
-from ldm_dkdm.training.run_folder import RunFolder
+from ldm_dkdm.training.resuming import read_checkpoint
+from ldm_dkdm.training.run_folder import RunFolder, alone_in, step_of
 
 Export = Callable[[Mapping[str, Tensor], int, int], None]  # (weights, step, max_steps)
 
@@ -31,6 +36,13 @@ def exporting(model: DiffusionModel, folder: RunFolder, dtype: str) -> Export:
         write_model(folder.model, replace(card, info=info), weights, getattr(torch, dtype))
 
     return export
+
+
+def export_again(export: Export, folder: RunFolder, checkpoint: Path, max_steps: int, reason: str) -> None:
+    """Export the EMA weights of a checkpoint that is known to be whole."""
+    with alone_in(folder), verifying(False):
+        export(under(read_checkpoint(checkpoint)["state_dict"], "network."), step_of(checkpoint), max_steps)
+    logger.warning(f"{reason}; {folder.model} is written again, with the EMA weights of {checkpoint}")
 
 
 def on_save(export: Export) -> Callable[[L.Trainer], None]:

@@ -28,7 +28,7 @@ from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.training.bars import ProgressBar, StreamModule, progress_callback
 from ldm_dkdm.training.ema import StudentEMA
 from ldm_dkdm.training.ends import EarlyStop, early_ends
-from ldm_dkdm.training.export import Export
+from ldm_dkdm.training.export import Export, export_again
 from ldm_dkdm.training.interrupt import GracefulStop
 from ldm_dkdm.training.loggers import open_loggers, require_loggers
 from ldm_dkdm.training.measuring import Agreement, refuse_agreement
@@ -161,17 +161,10 @@ class Run:
         try:
             return self._saved(model, self.step, end)
         except UserError as error:
-            if not is_first_rank():
+            if self.latest is None or not is_first_rank():
                 raise
-            self._export_again(export, error)
+            export_again(export, self.folder, self.latest, self.trainer.max_steps, str(error))
         return self._saved(model, self.step, end)
-
-    def _export_again(self, export: Export, error: UserError) -> None:
-        latest = self.latest
-        assert latest is not None  # the run has ended
-        with alone_in(self.folder), verifying(False):  # `latest` is whole
-            export(under(read_checkpoint(latest)["state_dict"], "network."), self.step, self.trainer.max_steps)
-        logger.warning(f"{error}; {self.folder.model} is written again, with the EMA weights of {latest}")
 
     def result(self, model: DiffusionModel, fitted: Result) -> Result:
         """What `fit` made of a model: its EMA weights, or the best ones that the run has saved."""
