@@ -242,3 +242,14 @@ def test_a_stopped_run_goes_on_with_its_launcher(monkeypatch: pytest.MonkeyPatch
     for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
         monkeypatch.setenv(name, "0")
     assert how_to_go_on("train", Path("b")) == "continue with: dkdm train --resume b, with torchrun as now"
+
+
+def test_sampling_compiles_what_it_is_asked_to(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: asked.append(type(module).__name__))
+    words = ("-r", teacher_folder, "-n", 1, "-c", 2, "--no_png")
+    for choice, found in (("auto", []), ("false", []), ("true", ["UNet", "Decoder"])):
+        assert sample(*words, "--compile", choice, "-l", tmp_path / choice, "--device", "cpu") == 0
+        assert asked == found

@@ -61,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compare", type=expanded, metavar="PNG", help="write labelled grids of all models side by side")
     add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32")
     add("--device", default="auto", help="cpu, cuda, ...")
+    compiling = "compile networks and decoders (torch.compile); auto: on a GPU with Triton; images change by rounding"
+    add("--compile", choices=["auto", "true", "false"], default="false", help=compiling)
     add_hints(parser)
 
 
@@ -98,11 +100,18 @@ def run(options: argparse.Namespace) -> None:
 def _sample_all(models: "Sequence[DiffusionModel]", config: SamplingConfig, options: argparse.Namespace) -> None:
     """Sample from each model, over the ranks that are started, and write the comparison."""
     from ldm_dkdm.commands.drawing import Outputs
+    from ldm_dkdm.device import compiles
+    from ldm_dkdm.first_stage.codec import decoders
     from ldm_dkdm.images import save_image, side_by_side
     from ldm_dkdm.model.ranks import together
+    from ldm_dkdm.networks.modes import compiled
 
     outputs = Outputs(png=not options.no_png, npz=options.npz, latents=options.latents)
-    with together("the same call goes on with the batches that are drawn") as ranks:
+    modules = [module for model in models for module in (model.network, *decoders(model.codec()))]
+    with (
+        together("the same call goes on with the batches that are drawn") as ranks,
+        compiled(modules, compiles(options.compile, models[0].device)),
+    ):
         folders = [_folder(model, options.logdir, len(models)) for model in models]
         made = [_sample(model, config, out, outputs, ranks) for model, out in zip(models, folders, strict=True)]
         panels = [panel for panel in made if panel is not None]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_dkdm.device import autocast
 from ldm_dkdm.first_stage.autoencoder import Autoencoder
@@ -118,3 +118,8 @@ class LatentCodec:
     def _decode(self, latents: Tensor) -> Tensor:
         with autocast(self.precision, latents.device):
             return to_uint8(self.autoencoder.decode(latents / self.scale_factor))
+
+
+def decoders(codec: Codec) -> list[nn.Module]:
+    """The network that decodes, which may be compiled; none in pixel space."""
+    return [codec.autoencoder.decoder] if isinstance(codec, LatentCodec) else []
