@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.reporting import counted
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ def require_states(count: int, slots: int, num_timesteps: int, ranks: int = 1) -
     wanted = -(-slots // num_timesteps)
     if -(-count // ranks) < wanted:
         raise UserError(
-            f"images: {count} chains of {num_timesteps} states each cannot fill {ranks * slots:,} slots; the smallest "
-            f"number is {ranks * (wanted - 1) + 1:,}"
+            f"images: {counted(count, 'chain')} of {num_timesteps} states cannot fill {ranks * slots:,} slots; the "
+            f"smallest number is {ranks * (wanted - 1) + 1:,}"
         )
 
 

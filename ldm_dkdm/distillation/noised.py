@@ -39,7 +39,8 @@ def noised_samples(warmup: "Warmup", generator: torch.Generator) -> Iterator[int
     steps = steps_within(config, "steps", schedule.num_timesteps)
     walk, timesteps = SAMPLERS[config.mode].walk, spaced_timesteps(config, schedule)
     spaced = {} if timesteps is None else {"timesteps": timesteps}
-    for x_0 in walk(schedule, denoise, noise, lambda: noise, steps, label, **spaced):
+    for state in walk(schedule, denoise, noise, lambda: noise, steps, label, **spaced):
+        x_0 = state  # the last one is the sample
         yield len(copies)
     owner = torch.arange(len(copies), device=warmup.device).repeat_interleave(copies)
     quantiles = torch.rand(len(owner), generator=generator, device=generator.device)

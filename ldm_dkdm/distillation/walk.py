@@ -37,7 +37,7 @@ class Walk:
 
 
 def read_walk(path: Path, origin: str, device: torch.device | str) -> Walk | None:
-    """What `Walk.save` wrote; None if the file has another origin, or is of another kind of device, whose noise differs.
+    """What `Walk.save` wrote; None if it has another origin, or is of another kind of device, whose noise differs.
 
     Raises:
         UserError: not such a file, or damaged.
