@@ -69,7 +69,7 @@ def test_the_states_of_a_chain_have_its_variance_and_covariance(harvested: Noisy
     wanted = exact / exact.diag().sqrt().outer(exact.diag().sqrt())
     wanted = torch.stack([wanted[row][:, row] for row in t]).mean(0)
     found = torch.einsum("cid,cjd->ij", x, x) / (CHAINS * x.shape[2])
-    assert wanted.diagonal(1).min() > 0.3 and wanted[0, -1] < 0.01  # neighbours say much, ends say nothing
+    assert wanted.diagonal(1).min() > 0.3 and wanted[0, -1] < 0.02  # neighbours say much, ends say nothing
     assert (found - wanted).abs().max() < 0.02  # 5 standard errors
     others = torch.einsum("cid,cjd->ij", x, x.roll(1, 0)) / (CHAINS * x.shape[2])
     assert others.abs().max() < 0.02
@@ -89,11 +89,11 @@ def test_the_expected_calls_are_the_mean_over_all_offsets(steps: int, each: int)
     assert Chains(np.full(steps, each), np.arange(steps), steps).calls(1, steps * each) == total
 
 
-@pytest.mark.parametrize("images", [300, 800, 1000, 1200])
+@pytest.mark.parametrize("images", [150, 400, 500, 600])
 def test_the_cost_is_what_the_plan_says(images: int) -> None:
-    config, schedule = WarmupConfig("harvest", images=images, batch_size=8), NoiseSchedule(num_timesteps=100)
-    _, network = warmed(config, 1000, schedule)
-    assert network.samples == pytest.approx(warmup_calls(config, 1000, schedule), rel=0.05)
+    config, schedule = WarmupConfig("harvest", images=images, batch_size=16), NoiseSchedule(num_timesteps=50)
+    _, network = warmed(config, 500, schedule)
+    assert network.samples == pytest.approx(warmup_calls(config, 500, schedule), rel=0.06)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 64])

@@ -88,8 +88,8 @@ class WarmupConfig(Section):
     mode: str = one_of(
         "ldm_dkdm.distillation.warmup:WARMUPS",
         "ancestral",
-        help="`ancestral` walks every slot from noise to its t; `harvest` walks fewer chains, which leave states at several "
-        "t each; `ddim` and `dpm-solver++` add noise to samples of the teacher; `noise` starts every slot at T.",
+        help="`ancestral` walks every slot from noise to its t; `harvest` walks fewer chains, each of which fills "
+        "several slots; `ddim` and `dpm-solver++` add noise to samples of the teacher; `noise` starts every slot at T.",
     )
     steps: int = key(50, min=1, help="Sampling steps of each of the teacher's samples; the default is at most T.")
     images: int = key(

@@ -52,6 +52,8 @@ def read_walk(path: Path, origin: str, device: torch.device | str) -> Walk | Non
         if facts["origin"] != origin or facts["device"] != kind:
             return None
         torch.Generator(device).set_state(walk.noise)
+        if walk.x.ndim != 4:
+            raise ValueError(f"states {tuple(walk.x.shape)}")
     except UserError:
         raise
     except (SafetensorError, OSError, *MALFORMED) as error:
