@@ -4,13 +4,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool, UserError
 from ldm_dkdm.config.schema import WarmupConfig
+from ldm_dkdm.distillation.walk import Walk
 from ldm_dkdm.distillation.warmup import Warmup
 from ldm_dkdm.training import pool_filling
 from tests.analytic import GaussianNetwork
@@ -112,6 +115,25 @@ def test_a_warm_up_killed_between_its_two_files_goes_on_exactly(mode: str, copie
     for _, folder in found[1:]:  # of the same batch of chains, and of later ones
         shutil.copy(first, folder / WALK)
         assert same_pools(run(a_warmup(mode), folder), whole)
+
+
+@every_mode
+def test_a_kill_after_any_write_loses_no_state(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, writes, ticks = run(a_warmup(mode), tmp_path / "whole"), [0], count(0, 250)
+    with monkeypatch.context() as patch:
+        patch.setattr(pool_filling, "time", SimpleNamespace(monotonic=lambda: next(ticks)))  # a save every third call
+        for owner in (NoisyPool, Walk):
+
+            def copying(self: object, path: Path, *facts: object, save=owner.save) -> None:
+                save(self, path, *facts)
+                writes[0] += 1
+                shutil.copytree(path.parent, tmp_path / f"copy{writes[0]}")
+
+            patch.setattr(owner, "save", copying)
+        run(a_warmup(mode), tmp_path / "run")
+    copies = list(tmp_path.glob("copy*"))
+    assert len(copies) > 20
+    assert all(same_pools(run(a_warmup(mode), folder), whole) for folder in copies)
 
 
 @every_mode
