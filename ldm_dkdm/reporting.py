@@ -22,7 +22,7 @@ def on_terminal() -> bool:
 
 
 class Lines:
-    """Progress as a line a minute on stderr, for log files: `warm-up 1200/4000, 3.4 slot/s, ETA 13:43`.
+    """Progress as a line a minute on stderr, for log files: `warm-up 1200/4000, 3.4 call/s, ETA 13:43`.
 
     Args:
         what: name of the work. unit: what is counted. total: number of units. initial: number done before.

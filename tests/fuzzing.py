@@ -28,6 +28,7 @@ from ldm_dkdm.checkpoints.source import read_json
 from ldm_dkdm.commands.decode import read_latents
 from ldm_dkdm.config.load import load_config, read_overrides
 from ldm_dkdm.config.schema import ModelCard
+from ldm_dkdm.distillation.walk import read_walk
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.images import FORMATS, read_image
 from ldm_dkdm.npz import read_npz
@@ -211,6 +212,7 @@ READERS |= {
         "warmup.pool-rank0.safetensors",
         lambda path: read_own_pool(path, SHAPE, {"num_timesteps": 20}),
     ),
+    "walk": (headers(), "warmup.walk-rank0.safetensors", lambda path: read_walk(path, "", "cpu")),
     "npz": (archives(), "x.npz", read_npz),
     "image": (mutated(image_contents()), "x.png", lambda path: read_image(path, 8)),
     "latents": (st.one_of(mutated(latents()), archives()), "x.npz", read_latents),

@@ -47,7 +47,7 @@ def pool_of(teacher: DiffusionModel, config: WarmupConfig, slots: int = 60) -> N
     return pool
 
 
-@pytest.mark.parametrize("mode", ["ancestral", "ddim", "noise"])
+@pytest.mark.parametrize("mode", ["ancestral", "harvest", "ddim", "noise"])
 def test_every_slot_gets_a_label_that_means_a_class(mode: str) -> None:
     teacher = teacher_of(Labelled(), null_label=3)
     pool = pool_of(teacher, WarmupConfig(mode, steps=5, images=30, batch_size=16))
@@ -63,7 +63,7 @@ class OneCanvas(nn.Module):
         return x0_to_eps(STEEP, x, t, label.view(-1, 1, 1, 1) * torch.ones_like(x))
 
 
-@pytest.mark.parametrize("mode", ["ancestral", "ddim", "dpm-solver++"])
+@pytest.mark.parametrize("mode", ["ancestral", "harvest", "ddim", "dpm-solver++"])
 def test_a_slot_s_state_is_of_its_label(mode: str) -> None:
     pool = NoisyPool(90, (1, 64, 64), torch.float32, labeled=True)
     teacher = teacher_of(OneCanvas(), STEEP, shape=(1, 64, 64))

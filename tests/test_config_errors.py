@@ -64,6 +64,14 @@ EDITS = {
     "warmup_images": ({"distill.warmup.images": 10**12}, ("distill.warmup.images", "at most", "slot of the pool")),
     "warmup_mode": ({"distill.warmup.mode": "dance"}, ("distill.warmup.mode", "dance", "ancestral")),
     "t_cap_without_samples": ({"distill.warmup": {"mode": "noise", "t_cap": 5.0}}, ("distill.warmup.t_cap",)),
+    "t_cap_of_chains": (
+        {"distill.warmup": {"mode": "harvest", "t_cap": 5.0}},
+        ("distill.warmup.t_cap", "mode: ddim or dpm-solver++", "this run has mode: harvest"),
+    ),
+    "too_few_chains": (
+        {"distill.warmup": {"mode": "harvest", "images": 1}},
+        ("distill.warmup.images", "1 chain of 20 states", "the smallest number is 2"),
+    ),
     "t_cap_of_no_warmup": (
         {
             "distill.variant": "iterative",

@@ -43,7 +43,7 @@ def test_defaults_are_at_most_T_and_larger_numbers_are_refused() -> None:
         steps_within(LoggingConfig(sample_steps=13), "sample_steps", 12)
 
 
-@pytest.mark.parametrize("mode", ["ancestral", "ddim", "dpm-solver++", "noise"])
+@pytest.mark.parametrize("mode", ["ancestral", "harvest", "ddim", "dpm-solver++", "noise"])
 def test_a_distillation_with_few_steps_runs_with_the_defaults(mode: str, tmp_path: Path) -> None:
     teacher = model(12)
     numbers = {"steps": 2, "batch_size": 2, "rho": 0.5, "sample_every": 2, "sample_count": 2, "precision": "32"}

@@ -116,7 +116,9 @@ def test_dropout_resumes_exactly(teacher_folder: Path, tmp_path: Path, signal_in
     assert result(tmp_path / "logs" / "stopped") == whole
 
 
-@pytest.mark.parametrize(("mode", "number"), [("ddim", signal.SIGINT), ("ancestral", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("mode", "number"), [("ddim", signal.SIGINT), ("ancestral", signal.SIGTERM), ("harvest", signal.SIGINT)]
+)
 def test_a_warm_up_that_was_stopped_resumes_exactly(
     mode: str, number: int, teacher_folder: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
@@ -127,13 +129,13 @@ def test_a_warm_up_that_was_stopped_resumes_exactly(
     run = tmp_path / "logs" / "stopped"
     whole_warmup = Warmup.run
 
-    def stopped_after_a_batch(self: Warmup) -> Iterator[int]:
-        for filled in whole_warmup(self):
+    def stopped_after_a_call(self: Warmup) -> Iterator[int]:
+        for calls in whole_warmup(self):
             os.kill(os.getpid(), number)
-            yield filled
+            yield calls
 
     with monkeypatch.context() as patch:
-        patch.setattr(Warmup, "run", stopped_after_a_batch)
+        patch.setattr(Warmup, "run", stopped_after_a_call)
         assert distil("--base", base) == 130
     assert f"in the warm-up; continue with: dkdm distill --resume {run}" in capsys.readouterr().err
     assert not list(run.glob("checkpoints/*.ckpt"))

@@ -14,7 +14,7 @@ from ldm_dkdm.diffusion.process import PARAMETERIZATIONS, Parameterization, x0_t
 from ldm_dkdm.diffusion.samplers import SAMPLERS, Denoise, Noise, Sampler
 from ldm_dkdm.diffusion.schedule import SCHEDULES
 from ldm_dkdm.distillation.stream import VARIANTS, Variant
-from ldm_dkdm.distillation.warmup import WARMUPS, Mode, warmup_calls
+from ldm_dkdm.distillation.warmup import WARMUPS, Mode, Warmup, warmup_calls
 from ldm_dkdm.networks import NETWORKS, UNet
 from ldm_dkdm.records import NoisyBatch
 from tests.cli import distil, sample, write_yaml
@@ -129,8 +129,9 @@ def test_a_schedule_is_the_teachers_and_the_students(tmp_path: Path, monkeypatch
 
 
 def test_a_warm_up_mode_fills_the_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def black(warmup: object, generator: torch.Generator) -> NoisyBatch:
-        return NoisyBatch(torch.full((8, 3, 8, 8), -1.0), torch.full((8,), 3))
+    def black(warmup: Warmup, generator: torch.Generator) -> Iterator[int]:
+        warmup.pool.fill(NoisyBatch(torch.full((8, 3, 8, 8), -1.0), torch.full((8,), 3)))
+        yield 0
 
     monkeypatch.setitem(WARMUPS, "toy", Mode(black, lambda config, slots, schedule: 7))
     teacher = pixel_model()

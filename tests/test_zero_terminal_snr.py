@@ -98,7 +98,7 @@ def test_every_sampler_draws_the_data(kind: str, name: str, steps: int) -> None:
     assert x_0.std().item() == pytest.approx(STD, rel=0.04)
 
 
-@pytest.mark.parametrize("mode", ["ancestral", "ddim", "dpm-solver++", "noise"])
+@pytest.mark.parametrize("mode", ["ancestral", "harvest", "ddim", "dpm-solver++", "noise"])
 def test_every_warm_up_fills_a_pool_of_the_right_spread(mode: str) -> None:
     short = NoiseSchedule(num_timesteps=40, beta_start=0.01, beta_end=0.4, rescale_betas_zero_snr=True)
     teacher = DiffusionModel(OfGaussian("v", short), schedule=short, parameterization="v", shape=(1, 8, 8))

@@ -88,15 +88,15 @@ class WarmupConfig(Section):
     mode: str = one_of(
         "ldm_dkdm.distillation.warmup:WARMUPS",
         "ancestral",
-        help="`ancestral` walks every slot from noise to its t; `ddim` and `dpm-solver++` add noise to samples of the "
-        "teacher; `noise` starts every slot at T.",
+        help="`ancestral` walks every slot from noise to its t; `harvest` walks fewer chains, each of which fills "
+        "several slots; `ddim` and `dpm-solver++` add noise to samples of the teacher; `noise` starts every slot at T.",
     )
     steps: int = key(50, min=1, help="Sampling steps of each of the teacher's samples; the default is at most T.")
     images: int = key(
         1000,
         min=1,
         max=1e9,
-        help="Number of samples of the teacher that are noised.",
+        help="Number of samples of the teacher that are noised, or of chains with `harvest`.",
         why="each fills one slot of the pool or more",
     )
     batch_size: int = key(64, min=1, help="States in one teacher call of the warm-up.")

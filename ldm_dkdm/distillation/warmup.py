@@ -2,27 +2,26 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
-from ldm_dkdm.diffusion.process import q_sample
-from ldm_dkdm.diffusion.samplers import SAMPLERS, last
+from ldm_dkdm.device import to_device
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.diffusion.timesteps import log_snr_timesteps
+from ldm_dkdm.distillation.chains import ChainBatch, Chains, expected_calls
+from ldm_dkdm.distillation.noised import noised_samples, sampling_calls
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import VARIANTS
+from ldm_dkdm.distillation.walk import Walk
 from ldm_dkdm.errors import pick
 from ldm_dkdm.model import DiffusionModel
-from ldm_dkdm.records import NoisyBatch, Prediction
+from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.rng import numpy_generator, torch_generator
 
-NOISED = 1024  # states noised at once: few samples can fill many slots
 
-
-@dataclass(frozen=True)
+@dataclass
 class Warmup:
     """Fills a pool batch by batch.
 
@@ -32,7 +31,8 @@ class Warmup:
         config: the mode and its settings.
         seed, rank: they decide every random choice.
         device: where the teacher computes.
-        check: called before every teacher call; what it raises ends the warm-up at the last whole batch.
+        check: called before every teacher call; what it raises ends the warm-up there.
+        under_way: where the batch of chains is that was walked last; given to another warm-up, that one goes on there.
     """
 
     pool: NoisyPool
@@ -42,68 +42,91 @@ class Warmup:
     rank: int = 0
     device: torch.device | str = "cpu"
     check: Callable[[], None] = lambda: None
+    under_way: Walk | None = None
+
+    @cached_property
+    def mode(self) -> "Mode":
+        """The entry of WARMUPS."""
+        return pick(WARMUPS, self.config.mode, "mode")
 
     def run(self) -> Iterator[int]:
-        """Fill the slots that are still empty; yields the number of filled slots after every batch.
+        """Fill the slots that are still empty; yields after every teacher call how many samples have been through it.
 
-        A batch follows from (seed, rank, first slot), so an interrupted warm-up continues exactly.
+        A batch follows from (seed, rank, first slot), so an interrupted warm-up continues exactly: at the step of
+        `under_way` if that is of the batch, else at the beginning of the batch.
         """
-        mode = pick(WARMUPS, self.config.mode, "mode")
+        done = self.done
         while self.pool.filled < len(self.pool):
             generator = torch_generator(self.seed, self.rank, self.pool.filled, "warmup", self.device)
-            self.pool.fill(mode.fill(self, generator))
-            yield self.pool.filled
+            for samples in self.mode.fill(self, generator):
+                done += samples
+                yield done
 
-    def ancestral(self, generator: torch.Generator) -> NoisyBatch:
-        """Walk fresh noise from T down to each slot's own t, one reverse step a call; finished slots wait."""
-        steps, first = self.teacher.schedule.num_timesteps, self.pool.filled
-        # The slots' random t are sorted: the slots of a batch stop at nearly the same t, so few calls are
-        # spent on slots that have arrived. Draws are uniform over the slots, so their order does not matter.
-        targets = numpy_generator(self.seed, self.rank, 0, "warmup").integers(0, steps, len(self.pool))
-        target = torch.from_numpy(targets).sort().values[first : first + self.config.batch_size].to(self.device)
-        x, label = self._randn(len(target), generator), self.teacher.draw_labels(len(target), generator)
-        for step in range(steps - 1, int(target.min()), -1):
-            self.check()
-            t = torch.full_like(target, step)
-            moved = self.teacher.step(NoisyBatch(x, t, label), self._randn(len(x), generator))[1]
-            x = torch.where((t > target).view(-1, 1, 1, 1), moved, x)
-        return NoisyBatch(x, target, label)
+    @property
+    def calls(self) -> int:
+        """Single-sample teacher evaluations of the whole warm-up; of chains exactly, also of those that have ended."""
+        slots = len(self.pool)
+        if self.mode.chains is not None:
+            return self.chains.calls(self.config.batch_size, slots)
+        return self.mode.calls(self.config, slots, self.teacher.schedule)
 
-    def samples(self, generator: torch.Generator) -> NoisyBatch:
-        """Noise each sample of the teacher to several random t: sample i fills the slots of its share.
+    @property
+    def done(self) -> int:
+        """Those that have been made for the slots that are filled, and for the chains under way."""
+        if self.mode.chains is None:
+            return self.calls * self.pool.filled // len(self.pool)
+        walk, last = self.under_way, self.teacher.schedule.num_timesteps - 1
+        walked = len(walk.x) * (last - walk.t) if walk is not None and walk.first == self.pool.filled else 0
+        return self.chains.calls(self.config.batch_size, self.pool.filled) + walked
 
-        The mode names a sampler that needs no noise of its own.
+    @cached_property
+    def chains(self) -> Chains:
+        """The chains of a mode that walks them."""
+        assert self.mode.chains is not None
+        slots, offsets = len(self.pool), numpy_generator(self.seed, self.rank, 0, "warmup")
+        return Chains.drawn(self.mode.chains(self.config, slots), slots, self.teacher.schedule.num_timesteps, offsets)
+
+    def walked(self, generator: torch.Generator) -> Iterator[int]:
+        """Walk a batch of chains down from T-1, one reverse step a call; each leaves its states in the pool on its way.
+
+        Chains that have ended walk on until all have.
         """
-        images, schedule = min(self.config.images, len(self.pool)), self.teacher.schedule
-        starts = torch.arange(images + 1) * len(self.pool) // images
-        first = int(torch.searchsorted(starts, self.pool.filled))
-        copies = starts.diff()[first : first + self.config.batch_size].to(self.device)
-        noise, label = self._randn(len(copies), generator), self.teacher.draw_labels(len(copies), generator)
-
-        def denoise(x: Tensor, t: Tensor, label: Tensor | None) -> Prediction:
+        first, t = self.pool.filled, self.teacher.schedule.num_timesteps - 1
+        batch = self.chains.batch(first, self.config.batch_size)
+        x, label = self.randn(batch.count, generator), self.teacher.draw_labels(batch.count, generator)
+        walk = self.under_way
+        if walk is not None and walk.first == first and walk.x.shape == x.shape and batch.lowest <= walk.t <= t:
+            x, t = walk.x.to(x), walk.t
+            generator.set_state(walk.noise)
+        self._leave(batch, x, t, label)
+        while t > batch.lowest:
             self.check()
-            return self.teacher.predict(x, t, label)
+            now = torch.full((batch.count,), t, device=self.device)
+            x = self.teacher.step(NoisyBatch(x, now, label), self.randn(batch.count, generator))[1]
+            t -= 1
+            self._leave(batch, x, t, label)
+            self.under_way = Walk(first, t, x, generator.get_state())  # after the states: it may be saved at any time
+            yield batch.count
+        self.pool.filled += len(batch.slots)
+        self.under_way = None
 
-        steps = steps_within(self.config, "steps", schedule.num_timesteps)
-        walk, timesteps = SAMPLERS[self.config.mode].walk, spaced_timesteps(self.config, schedule)
-        spaced = {} if timesteps is None else {"timesteps": timesteps}
-        chain = walk(schedule, denoise, noise, lambda: noise, steps, label, **spaced)
-        x_0, owner = last(chain), torch.arange(len(copies), device=self.device).repeat_interleave(copies)
-        quantiles = torch.rand(len(owner), generator=generator, device=generator.device)
-        t = schedule.timesteps_at(quantiles, self.config.t_cap)
-        x = torch.empty((len(owner), *x_0.shape[1:]), dtype=self.pool.x.dtype)
-        for part in torch.arange(len(owner), device=self.device).split(NOISED):
-            noise = self._randn(len(part), generator)
-            x[part.cpu()] = q_sample(schedule, x_0[owner[part]], t[part], noise).to("cpu", x.dtype)
-        return NoisyBatch(x, t, None if label is None else label[owner])
+    def _leave(self, batch: ChainBatch, x: Tensor, t: int, label: Tensor | None) -> None:
+        """Put the states (B,C,H,W) of those slots into the pool whose t it is."""
+        met = (batch.t == t).nonzero().squeeze(1)
+        if len(met):
+            own = to_device(batch.owner[met], x.device)
+            states = NoisyBatch(x[own], batch.t[met], None if label is None else label[own])
+            self.pool.put_back(batch.slots[met], states)
 
-    def noise(self, generator: torch.Generator) -> NoisyBatch:
+    def noise(self, generator: torch.Generator) -> Iterator[int]:
         """Fresh noise at T: nothing to prepare."""
         count = min(self.config.batch_size, len(self.pool) - self.pool.filled)
         t = torch.full((count,), self.teacher.schedule.num_timesteps - 1, device=self.device)
-        return NoisyBatch(self._randn(count, generator), t, self.teacher.draw_labels(count, generator))
+        self.pool.fill(NoisyBatch(self.randn(count, generator), t, self.teacher.draw_labels(count, generator)))
+        yield 0
 
-    def _randn(self, count: int, generator: torch.Generator) -> Tensor:
+    def randn(self, count: int, generator: torch.Generator) -> Tensor:
+        """Gaussian noise (count,C,H,W), where the teacher computes."""
         return torch.randn((count, *self.pool.x.shape[1:]), generator=generator, device=generator.device)
 
 
@@ -112,33 +135,35 @@ class Mode:
     """A way to fill the pool.
 
     Attributes:
-        fill: (warm-up, generator) -> the next states.
+        fill: (warm-up, generator) fills the next slots of the warm-up's pool; it yields after every teacher call how
+            many samples have been through it.
         calls: (config, slots, schedule) -> expected number of single-sample teacher evaluations.
-        from_samples: it noises samples of the teacher, so that `steps`, `images` and `t_cap` have an effect.
+        chains: (config, slots) -> number of exact chains; None: it walks none.
+        counts_images: `images` has an effect; the ranks share them.
+        from_samples: it noises samples of the teacher, so that `steps` and `t_cap` have an effect too.
     """
 
-    fill: Callable[[Warmup, torch.Generator], NoisyBatch]
+    fill: Callable[[Warmup, torch.Generator], Iterator[int]]
     calls: Callable[[WarmupConfig, int, NoiseSchedule], int]
+    chains: Callable[[WarmupConfig, int], int] | None = None
+    counts_images: bool = False
     from_samples: bool = False
 
 
-def spaced_timesteps(config: WarmupConfig, schedule: NoiseSchedule) -> list[int] | None:
-    """The timesteps of the samples, even in log-SNR; None: the sampler chooses its own."""
-    steps = steps_within(config, "steps", schedule.num_timesteps)
-    return log_snr_timesteps(schedule, steps) if SAMPLERS[config.mode].takes_timesteps else None
+def _exact(chains: Callable[[WarmupConfig, int], int], counts_images: bool = False) -> Mode:
+    """A mode that walks so many chains."""
 
+    def calls(config: WarmupConfig, slots: int, schedule: NoiseSchedule) -> int:
+        return expected_calls(chains(config, slots), slots, schedule.num_timesteps)
 
-def _sampling_calls(config: WarmupConfig, slots: int, schedule: NoiseSchedule) -> int:
-    steps = steps_within(config, "steps", schedule.num_timesteps)
-    return min(config.images, slots) * len(
-        spaced_timesteps(config, schedule) or SAMPLERS[config.mode].timesteps(schedule, steps)
-    )
+    return Mode(Warmup.walked, calls, chains, counts_images)
 
 
 WARMUPS = {
-    "ancestral": Mode(Warmup.ancestral, lambda config, slots, schedule: slots * (schedule.num_timesteps - 1) // 2),
-    "ddim": Mode(Warmup.samples, _sampling_calls, from_samples=True),
-    "dpm-solver++": Mode(Warmup.samples, _sampling_calls, from_samples=True),
+    "ancestral": _exact(lambda config, slots: slots),
+    "harvest": _exact(lambda config, slots: min(config.images, slots), counts_images=True),
+    "ddim": Mode(noised_samples, sampling_calls, counts_images=True, from_samples=True),
+    "dpm-solver++": Mode(noised_samples, sampling_calls, counts_images=True, from_samples=True),
     "noise": Mode(Warmup.noise, lambda config, slots, schedule: 0),
 }
 
@@ -149,11 +174,11 @@ def preparation(config: DistillConfig) -> WarmupConfig:
 
 
 def warmup_of(config: DistillConfig, ranks: int) -> WarmupConfig:
-    """The warm-up of one rank: its share of the teacher's samples, which all ranks draw together."""
+    """The warm-up of one rank: its share of the teacher's samples or chains, which all ranks make together."""
     mode = preparation(config)
-    return replace(mode, images=-(-mode.images // ranks)) if WARMUPS[mode.mode].from_samples else mode
+    return replace(mode, images=-(-mode.images // ranks)) if WARMUPS[mode.mode].counts_images else mode
 
 
 def warmup_calls(config: WarmupConfig, slots: int, schedule: NoiseSchedule) -> int:
-    """Teacher evaluations (of one sample) that a warm-up needs; for `ancestral` the expected number."""
+    """Teacher evaluations (of one sample) that a warm-up needs; of exact chains the expected number."""
     return WARMUPS[config.mode].calls(config, slots, schedule)

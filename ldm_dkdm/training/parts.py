@@ -7,6 +7,7 @@ import torch
 
 from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import DistillConfig, DistillRun
+from ldm_dkdm.distillation.chains import require_states
 from ldm_dkdm.distillation.make_student import check_loss, require_call, require_fit
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.distillation.pool import NoisyPool, pool_slots, slot_bytes
@@ -111,12 +112,15 @@ def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRu
     if method.stride > steps:
         raise UserError(f"stride: {method.stride} is more than the {steps} diffusion steps")
     steps_within(config.logging, "sample_steps", steps)
-    if sampling:
-        try:
+    slots = _slots(method, steps)
+    try:
+        if sampling:
             steps_within(method.warmup, "steps", steps)
-        except UserError as error:
-            raise UserError(f"warmup.{error}") from error
-    return Distillation(teacher, student, config, _slots(method, steps))
+        elif WARMUPS[mode].counts_images and method.pool_from is None:
+            require_states(method.warmup.images, slots, steps, config.trainer.ranks)
+    except UserError as error:
+        raise UserError(f"warmup.{error}") from error
+    return Distillation(teacher, student, config, slots)
 
 
 def _require_draws(config: DistillConfig) -> None:

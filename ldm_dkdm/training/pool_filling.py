@@ -22,6 +22,7 @@ from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.redeal import redeal, share, slots_in
 from ldm_dkdm.distillation.refill import check_supply, refill
 from ldm_dkdm.distillation.stream import VARIANTS
+from ldm_dkdm.distillation.walk import read_walk
 from ldm_dkdm.distillation.warmup import Warmup, warmup_of
 from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.model import DiffusionModel
@@ -30,7 +31,7 @@ from ldm_dkdm.reporting import Progress, following, logger
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.run import Run
 from ldm_dkdm.training.run_folder import IN_MEMORY, step_of
-from ldm_dkdm.training.saving import pool_path, warmup_path
+from ldm_dkdm.training.saving import pool_path, walk_path, warmup_path
 
 SECONDS_BETWEEN_WARMUP_SAVES = 600.0
 WORDS = {"teacher_sha256": "SHA-256", "num_timesteps": "T"}  # facts of a pool -> how messages call them
@@ -129,7 +130,7 @@ def prepare_pool(
         mode = warmup_of(run.config.distill, run.trainer.ranks)
         origin = f"{run.config.teacher.ckpt}, seed {seed}, {mode}"
         warmup = Warmup(pool, teacher, mode, seed, rank, device, lambda: run.check_stop("in the warm-up"))
-        _warm_up(warmup, warmup_path(run.folder.checkpoints, rank), origin, run.progress if rank == 0 else False)
+        warm_up(warmup, run.folder.checkpoints, origin, run.progress if rank == 0 else False)
     return pool
 
 
@@ -151,21 +152,54 @@ def _saved_pool(files: Sequence[Path], parts: Distillation, run: Run, rank: int,
     return pool
 
 
-def _warm_up(warmup: Warmup, partial: Path, origin: str, progress: bool | Progress) -> None:
-    """Run a warm-up, or continue an interrupted one; it is saved from time to time and at its end."""
-    pool = warmup.pool
-    if partial.is_file():
+def warm_up(warmup: Warmup, folder: Path, origin: str, progress: bool | Progress = False) -> None:
+    """Run a warm-up, or continue an interrupted one; it is saved from time to time and at its end.
+
+    Args:
+        warmup: with an empty pool.
+        folder: checkpoints/ of the run.
+        origin: names what fills the pool; an interrupted warm-up of another origin is refused.
+        progress: as `reporting.following`; it counts samples in teacher calls.
+
+    Raises:
+        UserError: what an interrupted warm-up left is damaged, or of another origin.
+    """
+    _go_on(warmup, folder, origin)
+    last_save, calls = time.monotonic(), warmup.calls
+    with following(progress if calls else False, "warm-up", "call", calls, warmup.done) as done:
         try:
-            pool.load(partial, origin)
-        except UserError as error:
-            raise UserError(f"{error}; delete it to start the warm-up again") from error
-    last_save = time.monotonic()
-    with following(progress, "warm-up", "slot", len(pool), pool.filled) as done:
-        try:
-            for filled in warmup.run():
-                done(filled)
+            for made in warmup.run():
+                done(made)
                 if time.monotonic() - last_save > SECONDS_BETWEEN_WARMUP_SAVES:
-                    pool.save(partial, 0, origin)
+                    _save(warmup, folder, origin)
                     last_save = time.monotonic()
         finally:
-            pool.save(partial, 0, origin)
+            _save(warmup, folder, origin)
+        done(calls)
+
+
+def _go_on(warmup: Warmup, folder: Path, origin: str) -> None:
+    """Load what an interrupted warm-up left; without a pool, what is left of its chains says nothing and is removed."""
+    partial, walk = warmup_path(folder, warmup.rank), walk_path(folder, warmup.rank)
+    if not partial.is_file():
+        walk.unlink(missing_ok=True)
+        return
+    try:
+        warmup.pool.load(partial, origin)
+    except UserError as error:
+        raise UserError(f"{error}; delete it to start the warm-up again") from error
+    if walk.is_file():
+        try:
+            warmup.under_way = read_walk(walk, origin, warmup.device)
+        except UserError as error:
+            raise UserError(f"{error}; delete it to start its batch of chains again") from error
+
+
+def _save(warmup: Warmup, folder: Path, origin: str) -> None:
+    """Save the pool, and after it where the chains are: from an earlier place they leave the same states once more."""
+    walk = walk_path(folder, warmup.rank)
+    warmup.pool.save(warmup_path(folder, warmup.rank), 0, origin)
+    if warmup.under_way is None:
+        walk.unlink(missing_ok=True)
+    else:
+        warmup.under_way.save(walk, origin)

@@ -113,6 +113,8 @@ class RunCheckpoint(StepCallback):
         for file in self.folder.glob("*.pool-rank*.safetensors"):
             if file.name.split(".")[0] not in kept:  # pool of a removed checkpoint, a failed one, or the warm-up
                 file.unlink()
+        for file in self.folder.glob("warmup.walk-rank*.safetensors"):  # of a process that was killed at its end
+            file.unlink()
         sweep(self.folder)
 
 
@@ -165,3 +167,8 @@ def pool_path(folder: Path, step: int, rank: int) -> Path:
 def warmup_path(folder: Path, rank: int) -> Path:
     """The pool of a warm-up, whole or interrupted."""
     return folder / f"warmup.pool-rank{rank}.safetensors"
+
+
+def walk_path(folder: Path, rank: int) -> Path:
+    """Where the batch of chains of an interrupted warm-up is, beside its pool."""
+    return folder / f"warmup.walk-rank{rank}.safetensors"
