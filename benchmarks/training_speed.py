@@ -104,7 +104,7 @@ def main() -> None:
         found = {name: training.iteration for name, training in trainings(pair, size).items()}
         seconds = interleaved(found, options.rounds, pair.device)
         row = {"recipe": recipe, "batch": size, "precision": pair.teacher.precision}
-        row |= {name: 100 * seconds.get(name, seconds["on data, encoding"]) for name in COLUMNS}
+        row |= {name: 100 * seconds[name] if name in seconds else "" for name in COLUMNS}
         rows.append({**row, "without / on data": seconds["without data"] / seconds["on data, encoding"]})
     finish(options.out, pair.device, rows, what="seconds per 100 iterations (Tab. 9)", rounds=options.rounds)
     if options.out:
@@ -119,7 +119,7 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
 
     def bars(axes: object) -> None:
         for place, name in enumerate(COLUMNS):
-            heights = [row[name] / row[COLUMNS[0]] for row in rows]
+            heights = [(row[name] or 0) / row[COLUMNS[0]] for row in rows]
             axes.bar([i + 0.25 * (place - 1) for i in range(len(rows))], heights, 0.24, label=name)
         axes.set_xticks(range(len(rows)), [row["recipe"] for row in rows])
 

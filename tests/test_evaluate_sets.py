@@ -136,7 +136,9 @@ def test_a_table_of_runs_names_those_without_figures(
     assert evaluate("-r", run, "-n", 0, "--chains", 1) == 0
     capsys.readouterr()
     assert evaluate(run, teacher_folder, "--table") == 0
-    assert f"{teacher_folder}: has not been evaluated; dkdm evaluate -r {teacher_folder}, or" in capsys.readouterr().out
+    assert (
+        f"{teacher_folder}: has not been evaluated; dkdm evaluate {teacher_folder} REFERENCE" in capsys.readouterr().out
+    )
     assert evaluate(teacher_folder, "--table") == 2
     assert evaluate(run, "nowhere", "--table") == 2
     assert "nowhere: no such run, model or JSON file of an evaluation" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import pytest
 
 from ldm_dkdm.config.load import load_config
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun
+from ldm_dkdm.evaluation.features import open_extractor
 from tests.cli import ROOT
 
 STUDY = ROOT / "benchmarks" / "study"
@@ -27,7 +28,7 @@ def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_every_planned_run_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = module("plan", monkeypatch)
     known = plan.read_plan()
-    assert {arm for entry in known["comparisons"].values() for arm in entry["arms"]} == set(known["arms"])
+    assert {arm for entry in known["comparisons"].values() for arm in plan.arms_in(entry)} == set(known["arms"])
     monkeypatch.chdir(ROOT)
     tasks = plan.tasks_of(known, list(known["comparisons"]))
     seen: set[str] = set()
@@ -69,13 +70,37 @@ def test_a_run_goes_on_and_what_failed_is_tried_again(tmp_path: Path, monkeypatc
     fine = task_of(plan, "import sys; open('words', 'w').write(' '.join(sys.argv[1:]))", folder)
     assert run.carry_out([fine, after], 2, float("inf")) == []
     assert Path("words").read_text() == f"--resume {folder}" and run.is_done(after)
-    assert run.carry_out([plan.Task("c", ("-c", "pass"))], 1, 0.0) == []  # the time is over: left for the next call
-    assert not run.mark_of(plan.Task("c", ())).exists()
+    assert not run.is_done(task_of(plan, "another plan"))
+    with pytest.raises(SystemExit, match="was begun with another plan"):
+        run.refuse_other_plan(task_of(plan, "another plan", folder))
+    late = plan.Task("c", ("-c", "pass"))
+    assert run.carry_out([late], 1, 0.0) == [] and not run.is_done(late)  # the time is over: left for the next call
+
+
+def test_failures_and_measured_runs_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, results = module("run", monkeypatch), sys.modules["results"]
+    plan = sys.modules["plan"]
+    assert run.carry_out([plan.Task("digits/dkdm-1.measured", ("-c", "raise ValueError(3)"))], 1, float("inf"))
+    measured = plan.STUDY / "digits" / "dkdm-0"
+    measured.mkdir(parents=True)
+    (measured / "study.json").write_text(json.dumps({"figures": {}, "parameters": 1, "calls": {}}))
+    (measured / "metrics.csv").write_text("step,seconds,agreement\n1,2.6,0.5\n")
+    found = results.read_results(results.write_results(plan.read_plan(), tmp_path / "results.json"))
+    assert found["failed"] == {"digits/dkdm-1.measured": "exit code 1: ValueError: 3"}
+    (row,) = found["runs"]
+    assert (row["arm"], row["seed"], row["seconds"], row["curves"]) == ("digits/dkdm", 0, 3, {"agreement": [[1, 0.5]]})
+
+
+def named(features: str, prefix: str) -> str:
+    """A figure's name as `measure` gives it."""
+    return open_extractor(features, "cpu").titled(prefix)
 
 
 def row(arm: str, seed: int, distance: float) -> Mapping[str, Any]:
     curves = {"agreement": [[100, 0.1 * distance], [200, 0.05 * distance]]}
-    figures = {"FD-efficientnet-lite0'": distance, "agreement": 0.05}
+    name = named("efficientnet-lite0", "FD")
+    figures = {f"{name}'": distance, name: 2 * distance, "agreement": 0.05}
     own = {"arm": arm, "seed": seed, "overrides": {}, "figures": figures, "parameters": 1_500_000}
     return {**own, "calls": {"training": 64_000, "warm-up": 1000}, "seconds": 60, "curves": curves}
 
@@ -86,8 +111,7 @@ def test_the_page_marks_what_is_beyond_the_spread(tmp_path: Path, monkeypatch: p
     rows = [row("digits/iterative", seed, 40.0 + seed) for seed in range(3)]
     rows += [row("digits/shuffled", seed, 39.5 + seed) for seed in range(3)]
     rows += [row("digits/dkdm", seed, 20.0 + seed) for seed in range(2)]
-    rows += [{"arm": "digits/dkdm", "seed": 2, "overrides": {}, "failed": "error: no memory"}]
-    results.write_text(json.dumps(rows))
+    results.write_text(json.dumps({"runs": rows, "failed": {"digits/dkdm-2": "error: no memory"}}))
     monkeypatch.setattr(page, "read_results", lambda: sys.modules["results"].read_results(results))
     monkeypatch.setattr(page, "PAGE", tmp_path / "evidence.md")
     monkeypatch.setattr(page, "PLOTS", tmp_path / "evidence")
@@ -96,7 +120,7 @@ def test_the_page_marks_what_is_beyond_the_spread(tmp_path: Path, monkeypatch: p
     assert "- failed: `digits/dkdm-2`: error: no memory" in text and "8 of " in text
     section = text.partition("## Three ways to make batches (Fig. 4a)")[2].partition("## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("| `")]
-    assert lines[0].startswith("| `digits/iterative` | 3 | 1.50 | 64 + 1 | 41 ± 1 |")
+    assert lines[0].startswith("| `digits/iterative` | 3 | 1.50 | 64 + 1 | 1.0 | 41 ± 1 |")
     assert [line.split("|")[-2].strip() for line in lines] == ["1.00", "0.99", "**0.50**"]
     assert (tmp_path / "evidence" / "fig4a.png").is_file() and (tmp_path / "evidence" / "fig4a-curves.png").is_file()
     assert "Not run yet: `digits/rho0.01`" in text

@@ -10,7 +10,8 @@ from plan import read_plan
 import ldm_dkdm as dkdm
 from ldm_dkdm.commands.evaluate import find_teacher, run_of
 from ldm_dkdm.commands.hints import ScopedHints
-from ldm_dkdm.config.schema import DistillRun
+from ldm_dkdm.config.load import load_config
+from ldm_dkdm.config.schema import DiffusionRun, DistillRun
 from ldm_dkdm.distillation.pool import pool_slots
 from ldm_dkdm.distillation.replay import calls_for
 from ldm_dkdm.distillation.stream import VARIANTS
@@ -32,9 +33,16 @@ def main() -> None:
     if data:
         numbers = {name: options[name] for name in ("features", "count", "steps")}
         figures |= dkdm.measure(student, data, metrics=["fd"], progress=True, **numbers).figures
-    calls = calls_of(config, teacher) if config else {}
+    calls = calls_of(config, teacher) if config else calls_for_samples(run)
     written = {"figures": figures, "parameters": student.parameters, "calls": calls, "ldm_dkdm": dkdm.__version__}
     (run / "study.json").write_text(json.dumps(written, indent=2) + "\n")
+
+
+def calls_for_samples(run: Path) -> dict[str, int]:
+    """Teacher evaluations of one sample that made the synthetic images of a training; empty without any."""
+    synthetic = load_config(run / "config.yaml", schema=DiffusionRun).data.synthetic
+    made = {entry["makes"]: entry.get("calls", 0) for entry in read_plan()["prepared"].values()}
+    return {"training": 0, "samples": made[synthetic]} if synthetic else {}
 
 
 def calls_of(config: DistillRun, teacher: dkdm.DiffusionModel) -> dict[str, int]:

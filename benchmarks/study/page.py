@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import ROOT, read_plan
+from plan import ROOT, arms_in, read_plan
 from results import read_results, spread
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -14,11 +14,11 @@ from common import plot
 
 PAGE = ROOT / "docs" / "evidence.md"
 PLOTS = ROOT / "docs" / "evidence"
-DECIDES = "FD-efficientnet-lite0'"
+DECIDES = "FD-efficientnet'"
 COLUMNS = {
-    DECIDES: "FD-efficientnet'",
-    "FD-efficientnet-lite0": "FD to the data",
-    "KID-efficientnet-lite0'": "KID'",
+    DECIDES: DECIDES,
+    "FD-efficientnet": "FD to the data",
+    "KID-efficientnet'": "KID'",
     "pixel Frechet'": "pixel Frechet'",
     "agreement": "agreement",
     "agreement_q1": "q1",
@@ -32,9 +32,10 @@ This page is written by `python benchmarks/study/page.py` from `benchmarks/study
 decided before the first run, is `benchmarks/study/plan.yaml`. `make study` makes the runs that are missing.
 
 All tables compare runs of equal student steps. Each cell is the mean over seeds ± their standard deviation. The ratio
-is of FD-efficientnet' to the first row's; it is **bold** where the means differ by more than both deviations together.
-A prime marks a distance to the teacher's own samples; q1 to q4 are the quarters of t from 0 to T. Calls of the teacher
-are in thousands of samples: training + preparation of the pool, which arms share where they can.
+is of the deciding figure to that of the first arm of the group; it is **bold** where the means differ by more than both
+deviations together. A prime marks a distance to the samples of the arm's own teacher; q1 to q4 are the quarters of t
+from 0 to T. Calls of the teacher are in thousands of samples: the training, and what prepares it (a pool, or images),
+which arms share where they can. Minutes are of the training on one thread, beside other runs: no measure of speed.
 """
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -42,42 +43,49 @@ Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 
 def main() -> None:
     """Write the page and the plots."""
-    plan = read_plan()
+    plan, results = read_plan(), read_results()
     rows: dict[str, list[dict[str, Any]]] = {}
-    for row in read_results():
+    for row in results["runs"]:
         rows.setdefault(row["arm"], []).append(row)
-    parts = [HEAD, overview(plan, rows)]
+    parts = [HEAD, overview(plan, results)]
     for name, comparison in plan["comparisons"].items():
-        if any(figures(rows.get(arm, ()), DECIDES) for arm in comparison["arms"]):
+        if any(rows.get(arm) for arm in arms_in(comparison)):
             parts.append(section(name, comparison, rows))
     PAGE.write_text("\n".join(parts))
     print(PAGE)
 
 
-def overview(plan: Mapping[str, Any], rows: Rows) -> str:
+def overview(plan: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """How many runs there are, and which failed."""
-    runs = [row for own in rows.values() for row in own]
-    failed = [f"`{row['arm']}-{row['seed']}`: {row['failed']}" for row in runs if "failed" in row]
-    planned, hours = len(plan["arms"]) * len(plan["seeds"]), sum(row.get("seconds", 0) for row in runs) / 3600
-    done = f"{len(runs) - len(failed)} of {planned} planned runs are made, {hours:.1f} hours on one thread each."
+    runs, planned = results["runs"], len(plan["arms"]) * len(plan["seeds"])
+    hours = sum(row["seconds"] for row in runs) / 3600
+    made = f"{len(runs)} of {planned} planned runs are made, {hours:.1f} hours on one thread each."
     measured = plan["measured"]
     sizes = f"Figures are of {measured['count']:,} samples each by DDIM in {measured['steps']} steps."
-    return "\n".join([f"{done} {sizes}", *(f"- failed: {line}" for line in failed), ""])
+    failed = [f"- failed: `{name}`: {reason}" for name, reason in results["failed"].items()]
+    return "\n".join([f"{made} {sizes}", *failed, ""])
 
 
 def section(name: str, comparison: Mapping[str, Any], rows: Rows) -> str:
-    """Title, claim, table and plots of a comparison."""
-    arms = [arm for arm in comparison["arms"] if figures(rows.get(arm, ()), DECIDES)]
+    """Title, claim, table and plots of a comparison.
+
+    Raises:
+        KeyError: runs were measured without the figure that decides.
+    """
+    decides = comparison.get("decides", DECIDES)
+    arms = [arm for arm in arms_in(comparison) if rows.get(arm)]
     shown = [column for column in COLUMNS if any(figures(rows[arm], column) for arm in arms)]
-    lines = ["| arm | seeds | M | calls | " + " | ".join(COLUMNS[column] for column in shown) + " | ratio |"]
-    lines.append("|---" * (len(shown) + 5) + "|")
-    lines += [table_row(arm, arms[0], rows, shown) for arm in arms]
+    lines = ["| arm | seeds | M | calls | minutes | " + " | ".join(COLUMNS[column] for column in shown) + " | ratio |"]
+    lines.append("|---" * (len(shown) + 6) + "|")
+    for group in comparison["groups"]:
+        made = [arm for arm in group if arm in arms]
+        lines += [table_row(arm, group[0], rows, shown, decides) for arm in made]
     found = [f"## {comparison['title']}", ""]
     found += [f"Claim: {comparison['claim']}.", ""] if "claim" in comparison else []
     found += [*lines, ""]
-    missing = [arm for arm in comparison["arms"] if arm not in arms]
+    missing = [arm for arm in arms_in(comparison) if arm not in arms]
     found += ["Not run yet: " + ", ".join(f"`{arm}`" for arm in missing) + ".", ""] if missing else []
-    draw_bars(arms, rows, PLOTS / f"{name}.png", comparison["title"])
+    draw_bars(arms, rows, PLOTS / f"{name}.png", comparison["title"], decides)
     found += [f"![{comparison['title']}](evidence/{name}.png)", ""]
     if comparison.get("curves"):
         draw_curves(arms, rows, PLOTS / f"{name}-curves.png", comparison["title"])
@@ -85,14 +93,15 @@ def section(name: str, comparison: Mapping[str, Any], rows: Rows) -> str:
     return "\n".join(found)
 
 
-def table_row(arm: str, first: str, rows: Rows, shown: Sequence[str]) -> str:
+def table_row(arm: str, first: str, rows: Rows, shown: Sequence[str], decides: str) -> str:
     """One arm."""
-    own, known = rows[arm], [row for row in rows[arm] if "figures" in row]
-    calls = known[0]["calls"]
-    cells = [f"`{arm}`", str(len(known)), f"{known[0]['parameters'] / 1e6:.2f}"]
-    cells.append(" + ".join(f"{count / 1000:,.0f}" for count in calls.values()))
+    own = rows[arm]
+    calls = " + ".join(f"{count / 1000:,.0f}" for count in own[0]["calls"].values())
+    minutes = sum(row["seconds"] for row in own) / len(own) / 60
+    cells = [f"`{arm}`", str(len(own)), f"{own[0]['parameters'] / 1e6:.2f}", calls, f"{minutes:.1f}"]
     cells += [cell(figures(own, column)) for column in shown]
-    return "| " + " | ".join([*cells, ratio(figures(own, DECIDES), figures(rows[first], DECIDES))]) + " |"
+    values = [row["figures"][decides] for row in own]
+    return "| " + " | ".join([*cells, ratio(values, figures(rows.get(first, ()), decides))]) + " |"
 
 
 def figures(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
@@ -110,23 +119,25 @@ def cell(values: Sequence[float]) -> str:
 
 def ratio(own: Sequence[float], first: Sequence[float]) -> str:
     """Ratio of means, marked where the difference is beyond both deviations."""
+    if not first:
+        return ""
     (mean, deviation), (other, others) = spread(own), spread(first)
     beyond = abs(mean - other) > deviation + others  # never with one seed: the deviation is not a number
     return f"**{mean / other:.2f}**" if beyond else f"{mean / other:.2f}"
 
 
-def draw_bars(arms: Sequence[str], rows: Rows, path: Path, title: str) -> None:
+def draw_bars(arms: Sequence[str], rows: Rows, path: Path, title: str, decides: str) -> None:
     """The deciding figure of each arm: bars of means, a point for each seed."""
 
     def bars(axes: Any) -> None:
         for place, arm in enumerate(arms):
-            values = figures(rows[arm], DECIDES)
+            values = figures(rows[arm], decides)
             axes.bar(place, spread(values)[0], 0.6, color="#9db8d8")
             axes.plot([place] * len(values), values, "o", color="#20406a", markersize=4)
         axes.set_xticks(range(len(arms)), [arm.partition("/")[2] for arm in arms], rotation=30, ha="right")
 
     path.parent.mkdir(exist_ok=True)
-    plot(path, bars, "", COLUMNS[DECIDES], title)
+    plot(path, bars, "", COLUMNS[decides], title)
 
 
 def draw_curves(arms: Sequence[str], rows: Rows, path: Path, title: str) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,11 @@ class Task:
     after: tuple[str, ...] = ()
     run: Path | None = None
 
+    @property
+    def text(self) -> str:
+        """The command as text, which says whether a task of this name has been another one."""
+        return shlex.join(self.command).replace(str(ROOT), ".")
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -66,10 +72,14 @@ def arms_of(plan: Mapping[str, Any]) -> dict[str, Arm]:
     found = {}
     for name, changes in plan["arms"].items():
         pair = plan["pairs"][name.partition("/")[0]]
-        found[name] = Arm(
-            name, pair, {key: value for key, value in {**pair["set"], **changes}.items() if value != "leave"}
-        )
+        merged = {**pair["set"], **changes}
+        found[name] = Arm(name, pair, {key: value for key, value in merged.items() if value != LEAVE})
     return found
+
+
+def arms_in(comparison: Mapping[str, Any]) -> list[str]:
+    """The arms of a comparison, group by group."""
+    return [arm for group in comparison["groups"] for arm in group]
 
 
 def tasks_of(plan: Mapping[str, Any], comparisons: list[str]) -> list[Task]:
@@ -77,7 +87,7 @@ def tasks_of(plan: Mapping[str, Any], comparisons: list[str]) -> list[Task]:
     arms, prepared = arms_of(plan), {task.name: task for task in _preparations(plan)}
     needed: dict[str, Task] = {}
     for comparison, seed in itertools.product(comparisons, plan["seeds"]):
-        for name in plan["comparisons"][comparison]["arms"]:
+        for name in arms_in(plan["comparisons"][comparison]):
             for task in _runs(arms[name], seed, plan):
                 for before in [*_before(task, prepared), task]:
                     needed.setdefault(before.name, before)

@@ -11,42 +11,40 @@ from plan import HERE, STUDY, Arm, arms_of
 from ldm_dkdm.reports.tables import read_series
 
 RESULTS = HERE / "results.json"
+MEASURED = "study.json"  # in the folder of a run
+FAILURES = STUDY / "failed"
 CURVE = ("agreement", "agreement_q1", "agreement_q2", "agreement_q3", "agreement_q4")
 
 
 def write_results(plan: Mapping[str, Any], path: Path = RESULTS) -> Path:
-    """Collect the figures of every run that is there; what another machine has measured stays."""
-    known = {(row["arm"], row["seed"]): row for row in read_results(path)}
+    """Collect the figures of every run that is there, and what failed; what another machine has measured stays."""
+    order = list(plan["arms"])
+    known = {(row["arm"], row["seed"]): row for row in read_results(path)["runs"] if row["arm"] in order}
     for arm in arms_of(plan).values():
         for seed in plan["seeds"]:
-            row = row_of(arm, seed)
-            if row is not None:
-                known[arm.name, seed] = row
-    order = list(plan["arms"])
-    kept = [row for row in known.values() if row["arm"] in order]
-    rows = sorted(kept, key=lambda row: (order.index(row["arm"]), row["seed"]))
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+            if (arm.run(seed) / MEASURED).is_file():
+                known[arm.name, seed] = row_of(arm, seed)
+    rows = sorted(known.values(), key=lambda row: (order.index(row["arm"]), row["seed"]))
+    files = sorted(file for file in FAILURES.rglob("*") if file.is_file())
+    failed = {str(file.relative_to(FAILURES)): file.read_text() for file in files}
+    path.write_text(json.dumps({"runs": rows, "failed": failed}, indent=1) + "\n")
     return path
 
 
-def read_results(path: Path = RESULTS) -> list[dict[str, Any]]:
-    """The rows of a file of results: arm, seed, overrides, figures, calls, seconds, curves."""
-    return json.loads(path.read_text()) if path.is_file() else []
+def read_results(path: Path = RESULTS) -> dict[str, Any]:
+    """`runs`: arm, seed, overrides, figures, calls, seconds, curves of each; `failed`: reasons by task."""
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return {"runs": [], "failed": {}, **found}
 
 
-def row_of(arm: Arm, seed: int) -> dict[str, Any] | None:
-    """One run; None where it has not ended and not failed."""
+def row_of(arm: Arm, seed: int) -> dict[str, Any]:
+    """One run that has been measured."""
     run = arm.run(seed)
+    series = read_series([run / "metrics.csv"])
+    curves = {name: list(zip(series[name].steps, series[name].values)) for name in CURVE if name in series}
     own = {"arm": arm.name, "seed": seed, "overrides": dict(arm.overrides)}
-    measured = run / "study.json"
-    if measured.is_file():
-        series = read_series([run / "metrics.csv"])
-        seconds = series["seconds"].values[-1]
-        curves = {name: list(zip(series[name].steps, series[name].values)) for name in CURVE if name in series}
-        return {**own, **json.loads(measured.read_text()), "seconds": round(seconds), "curves": curves}
-    log = STUDY / "log" / f"{arm.name}-{seed}.txt"
-    lines = log.read_text().strip().splitlines() if log.is_file() else []
-    return {**own, "failed": lines[-1]} if lines and lines[-1].startswith("error: ") else None
+    measured = json.loads((run / MEASURED).read_text())
+    return {**own, **measured, "seconds": round(series["seconds"].values[-1]), "curves": curves}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -13,9 +13,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from plan import STUDY, Task, read_plan, tasks_of
-from results import write_results
+from results import FAILURES, write_results
 
-MARKS = STUDY / "done"
+MARKS = STUDY / "done"  # commands that have ended well
+BEGUN = STUDY / "begun"
 LOGS = STUDY / "log"
 
 
@@ -30,6 +31,8 @@ def main() -> None:
     if unknown := set(options.comparisons) - set(plan["comparisons"]):
         parser.error(f"no comparison of that name: {', '.join(sorted(unknown))}")
     tasks = tasks_of(plan, options.comparisons or list(plan["comparisons"]))
+    for task in tasks:
+        refuse_other_plan(task)
     failed = carry_out(tasks, options.workers, time.monotonic() + 60 * options.minutes)
     print(write_results(plan))
     for name in failed:
@@ -68,7 +71,18 @@ def blocked(task: Task, left: dict[str, Task], running: dict[Future[bool], Task]
 
 def is_done(task: Task) -> bool:
     """Whether a task has been carried out."""
-    return mark_of(task).is_file() and (task.makes is None or task.makes.exists())
+    return text_in(MARKS / task.name) == task.text and (task.makes is None or task.makes.exists())
+
+
+def refuse_other_plan(task: Task) -> None:
+    """End where a run was begun with another command: it would go on with that."""
+    if task.run is not None and task.run.exists() and text_in(BEGUN / task.name) not in ("", task.text):
+        sys.exit(f"{task.run}: was begun with another plan; delete it to make it again")
+
+
+def text_in(file: Path) -> str:
+    """The content of a small file; empty where there is none."""
+    return file.read_text() if file.is_file() else ""
 
 
 def carry_out_one(task: Task) -> bool:
@@ -76,20 +90,20 @@ def carry_out_one(task: Task) -> bool:
     command = list(task.command)
     if task.run is not None and (task.run / "config.yaml").is_file():
         command = [*command[: command.index("--base")], "--resume", str(task.run)]
-    log, mark = log_of(task.name), mark_of(task)
-    for file in (log, mark):
+    log, mark, begun, failure = log_of(task.name), MARKS / task.name, BEGUN / task.name, FAILURES / task.name
+    for file in (log, mark, begun, failure):
         file.parent.mkdir(parents=True, exist_ok=True)
+    begun.write_text(task.text)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
         done = subprocess.run([sys.executable, *command], stdout=file, stderr=file, env=environment, check=False)
     if done.returncode == 0:
-        mark.touch()
+        mark.write_text(task.text)
+        failure.unlink(missing_ok=True)
+    else:
+        last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+        failure.write_text(f"exit code {done.returncode}: {last}")
     return done.returncode == 0
-
-
-def mark_of(task: Task) -> Path:
-    """The file that says that a task is done."""
-    return MARKS / task.name
 
 
 def log_of(name: str) -> Path:

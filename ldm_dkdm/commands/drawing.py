@@ -75,7 +75,8 @@ class Parts:
 
 def parts_of(model: "DiffusionModel", config: SamplingConfig, out: Path, outputs: Outputs) -> Parts:
     """Where a call keeps its batches."""
-    facts = [sampled(model, config).identity(), config.batch_size, model.device.type, vars(outputs)]
+    compiled = model.network._compiled_call_impl is not None  # it changes images by rounding
+    facts = [sampled(model, config).identity(), config.batch_size, model.device.type, vars(outputs), compiled]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     return Parts(out / f"{PARTS}{key[:16]}", outputs)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SCOPES = ("samples", "reference")
 RESULTS = Path("logs/results.csv")
-DIGITS = 12  # of a hash, on the terminal
+DIGITS = 12  # digits of a hash that the terminal shows
 FLAGS = {
     "count": "--n_samples",
     "steps": "--custom_steps",

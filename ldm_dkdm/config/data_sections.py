@@ -28,7 +28,8 @@ class DiffusionDataConfig(Section):
     synthetic: str | None = key(None, path=True, help="Samples of a teacher: an .npz of `--npz`.")
     mix: Literal["append", "replace"] = key(
         "append",
-        help="Add real images to the samples, or replace a `fraction` of the samples (the public code).",
+        help="Where there are both: add real images to the samples, or replace a `fraction` of the samples (the public "
+        "code).",
     )
     image_size: int = key(min=1, max=8192, help="Side of the images in pixels, after cropping and scaling.")
     batch_size: int = key(min=1, help="Images in a training batch, per device.")

@@ -131,8 +131,8 @@ def _npz_labels(path: Path, count: int) -> Tensor | None:
 def open_sets(config: DiffusionDataConfig, seed: int, channels: int = 3) -> dict[str, ImageSet]:
     """The real images (`path`) and the synthetic ones (`synthetic`) that a configuration uses, of `channels`.
 
-    With `mix: replace`, `fraction` of the synthetic images, at least one, give way to as many real ones (data-limited
-    training of the public code); else `fraction` of the real images are added.
+    Where there are both: with `mix: replace`, `fraction` of the synthetic images, at least one, give way to as many
+    real ones (data-limited training of the public code); else `fraction` of the real images are added.
 
     Raises:
         UserError: no images, or a share of images that are not there.
@@ -144,9 +144,7 @@ def open_sets(config: DiffusionDataConfig, seed: int, channels: int = 3) -> dict
     size = config.image_size
     real = open_images(config.path, size, channels) if config.path else None
     synthetic = open_images(config.synthetic, size, channels) if config.synthetic else None
-    if config.mix == "replace":
-        if real is None or synthetic is None:
-            raise UserError("data.mix: replace needs data.path and data.synthetic")
+    if config.mix == "replace" and real is not None and synthetic is not None:
         count = max(1, round(config.fraction * len(synthetic)))
         if count > len(real):
             raise UserError(f"data.path: holds {len(real)} images, {count} are to replace samples; lower data.fraction")

@@ -21,7 +21,7 @@ from ldm_dkdm.records import NoisyBatch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-BESIDE = "beside."  # begin of a name in a pool's file that is not of the slots
+BESIDE = "beside."  # prefix of names in a pool's file that do not belong to the slots
 
 
 class NoisyPool:

@@ -176,7 +176,7 @@ def _unmeasured(paths: Iterable[str | Path]) -> str:
     if not names:
         return ""
     what = "has not been evaluated" if len(names) == 1 else "have not been evaluated"
-    return f"{', '.join(names)}: {what}; dkdm evaluate -r {names[0]}, or dkdm evaluate {names[0]} REFERENCE, does it"
+    return f"{', '.join(names)}: {what}; dkdm evaluate {names[0]} REFERENCE does it, -r {names[0]} for a student"
 
 
 def _rank(name: str) -> tuple[int, str]:

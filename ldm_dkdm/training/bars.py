@@ -130,4 +130,5 @@ class ProgressLines(StepCallback):
         """The last line: where the training ended."""
         if trainer.is_global_zero and trainer.global_step > self.lines.initial:
             figures = {name: float(value) for name, value in figures_of(module).items()}
+            self.lines.total = trainer.global_step
             self.lines.show(trainer.global_step, figures, last=True)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.averaging import KIND
-from ldm_dkdm.checkpoints.hashes import verifying
+from ldm_dkdm.checkpoints.hashes import ADVICE, verifying
 from ldm_dkdm.checkpoints.model_folder import card_of, require_tensors, write_model
 from ldm_dkdm.checkpoints.shapes import under
 from ldm_dkdm.distillation.module import StudentModule
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import logger
 from ldm_dkdm.training.ema import averaged
@@ -38,11 +39,18 @@ def exporting(model: DiffusionModel, folder: RunFolder, dtype: str) -> Export:
     return export
 
 
+def is_lost(folder: RunFolder, error: UserError) -> bool:
+    """Whether a model cannot be read because a file is missing or not what was written, as a message says."""
+    files = (folder.model / "config.yaml", folder.model / f"{folder.model.name}.safetensors")
+    return not all(file.is_file() for file in files) or ADVICE in str(error)
+
+
 def export_again(export: Export, folder: RunFolder, checkpoint: Path, max_steps: int, reason: str) -> None:
     """Export the EMA weights of a checkpoint that is known to be whole."""
     with alone_in(folder), verifying(False):
         export(under(read_checkpoint(checkpoint)["state_dict"], "network."), step_of(checkpoint), max_steps)
-    logger.warning(f"{reason}; {folder.model} is written again, with the EMA weights of {checkpoint}")
+    lost = reason.replace(ADVICE, "")
+    logger.warning(f"{lost}; {folder.model} is written again, with the EMA weights of {checkpoint}")
 
 
 def on_save(export: Export) -> Callable[[L.Trainer], None]:

@@ -86,9 +86,8 @@ class Distillation:
         chosen = self.config.distill.pool_storage
         if chosen != "auto":
             return chosen
-        fits = (
-            device.type == "cuda" and 2 * (slots or self.slots) * self.slot_bytes <= torch.cuda.mem_get_info(device)[0]
-        )
+        needed = 2 * ((slots or self.slots) * self.slot_bytes + self.replay_bytes)
+        fits = device.type == "cuda" and needed <= torch.cuda.mem_get_info(device)[0]
         return "device" if fits else "memory"
 
 

@@ -12,6 +12,7 @@ from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.replay import calls_for
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.distillation.warmup import preparation, warmup_calls, warmup_of
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.agreement import teacher_calls
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.model import DiffusionModel
@@ -45,7 +46,9 @@ def costs(parts: Distillation) -> dict[str, str]:
     resident = training_bytes(student, trainer) + own * teacher + 4 * codec_parameters(parts.teacher)
     precision = {"bf16": "bf16 autocast", "32": "float32"}[parts.teacher.precision]
     resident += parts.replay_bytes + (parts.pool_bytes if place == "device" else 0)
-    left = f"steps {parts.done:,} to {trainer.max_steps:,}; all below is of what is left"
+    if 0 < trainer.max_steps <= parts.done:
+        raise UserError(f"max_steps: the run is at step {parts.done:,} already; a larger one continues it")
+    left = f"steps {parts.done:,} to {trainer.max_steps:,}: the calls and the time below are those that are left"
     return {
         **({"resumed": left} if parts.done else {}),
         "teacher": network_cost(parts.teacher),
@@ -158,7 +161,14 @@ def time_needed(parts: Distillation) -> dict[str, str]:
     eta = min(training, limit) + (warm + _agreement_samples(parts)) * teacher_seconds
     warming = f"{duration(warm * teacher_seconds)} of warm-up {timed_with(timed)}"
     needed = f"about {duration(eta)}{on_each(config.trainer)}: {pace(seconds)} an iteration, {warming}"
-    return {"time": needed, **({} if parts.done else early(config.trainer, training))}
+    return {"time": needed, **(_also_spent(config.trainer) if parts.done else early(config.trainer, training))}
+
+
+def _also_spent(config: TrainerConfig) -> dict[str, str]:
+    """A line of a resumed run's plan: its time limit counts the minutes before."""
+    if config.max_minutes is None:
+        return {}
+    return {"early end": f"trainer.max_minutes ({config.max_minutes:g}) also counts the minutes before the resume"}
 
 
 def early(config: TrainerConfig, seconds: float) -> dict[str, str]:

@@ -69,6 +69,7 @@ def require_room(parts: Distillation, folder: RunFolder) -> None:
     """
     config = parts.config
     pool, here = config.trainer.ranks * parts.pool_bytes, config.trainer.per_node * parts.pool_bytes
+    kept = 2 * config.trainer.per_node * parts.replay_bytes  # old and new ones, while they are joined
     place = parts.pool_place(default_device(config.trainer.accelerator))
     mapped = place == "mmap"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -76,6 +77,10 @@ def require_room(parts: Distillation, folder: RunFolder) -> None:
         saved = " while it is saved" if place == "device" else ""
         raise UserError(
             f"rho: the pool takes {size(here)}{saved}, but there are {size(memory)} of memory here; lower rho"
+        )
+    if kept > memory:
+        raise UserError(
+            f"replay: the predictions take {size(kept)}, but there are {size(memory)} of memory here; lower replay"
         )
     files = pool + config.trainer.ranks * parts.replay_bytes
     needed = disk_needed(parts.student.parameters, config.trainer, config.logging, files, mapped * pool)

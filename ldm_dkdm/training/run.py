@@ -28,7 +28,7 @@ from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.training.bars import ProgressBar, StreamModule, progress_callback
 from ldm_dkdm.training.ema import StudentEMA
 from ldm_dkdm.training.ends import EarlyStop, early_ends
-from ldm_dkdm.training.export import Export, export_again
+from ldm_dkdm.training.export import Export, export_again, is_lost
 from ldm_dkdm.training.interrupt import GracefulStop
 from ldm_dkdm.training.loggers import open_loggers, require_loggers
 from ldm_dkdm.training.measuring import Agreement, refuse_agreement
@@ -140,6 +140,10 @@ class Run:
             return Choice(self.folder.checkpoints, isinstance(self.config, DistillRun), rank, ranks)
 
     @property
+    def _chooses(self) -> bool:  # the best of several models
+        return self.trainer.early_stop is not None or self.config.logging.keep_best
+
+    @property
     def _resume(self) -> str:
         return f"--resume {self.folder.path}, in Python resume=True"
 
@@ -150,10 +154,7 @@ class Run:
         return step_of(latest) if latest else 0
 
     def ended(self, model: DiffusionModel, end: str, export: Export) -> Result:
-        """The model of a run that has nothing more to do, with the weights that it saved.
-
-        Where they are missing or damaged, those of the newest checkpoint are exported again.
-        """
+        """The model of a run that has ended; a process that is alone exports lost weights again, but not best ones."""
         logger.info(f"{self.folder.path}: {end}")
         if is_first_rank():
             with suppress(UserError, OSError), alone_in(self.folder):  # not in use, not read-only
@@ -161,14 +162,14 @@ class Run:
         try:
             return self._saved(model, self.step, end)
         except UserError as error:
-            if self.latest is None or not is_first_rank():
+            if self.latest is None or self.trainer.ranks > 1 or self._chooses or not is_lost(self.folder, error):
                 raise
             export_again(export, self.folder, self.latest, self.trainer.max_steps, str(error))
         return self._saved(model, self.step, end)
 
     def result(self, model: DiffusionModel, fitted: Result) -> Result:
         """What `fit` made of a model: its EMA weights, or the best ones that the run has saved."""
-        if self.trainer.early_stop is not None or self.config.logging.keep_best or self.trainer.strategy in SHARDED:
+        if self._chooses or self.trainer.strategy in SHARDED:
             return self._saved(model, fitted.step, fitted.end)
         model.network.eval()
         self._describe(model)
