@@ -144,3 +144,32 @@ def test_a_finished_run_exports_its_model_again(harm: str, base: Path, tmp_path:
     after = load_file(weights)
     assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
     assert distil("--resume", run) == 0 and not capsys.readouterr().err
+
+
+def test_a_finished_run_keeps_its_best_model_and_what_a_user_wrote(base: Path, tmp_path: Path, capsys) -> None:
+    words = ("trainer.max_steps=4", "logging.save_every=2", "logging.evaluate_every=2", "logging.keep_best=true")
+    assert distil("--base", base, *words) == 0
+    run = tmp_path / "run"
+    card = run / "student" / "config.yaml"
+    written = card.read_text() + "typo: 1\n"
+    card.write_text(written)
+    capsys.readouterr()
+    assert distil("--resume", run) == 2 and card.read_text() == written
+    shutil.rmtree(run / "student")
+    assert distil("--resume", run) == 2 and not (run / "student").exists()  # the last weights are not the best ones
+
+
+def test_predictions_kept_for_a_replay_need_memory(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ldm_dkdm.training.room.os.sysconf", lambda name: 3200)  # a machine of 10 MB
+    code = distil("--base", base, "distill.replay=1000")
+    assert_one_error_line(capsys, code, ("distill.replay: the predictions take", "lower replay"))
+
+
+def test_a_run_that_has_ended_has_no_plan(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distil("--base", base, "trainer.max_steps=2") == 0
+    capsys.readouterr()
+    assert_one_error_line(
+        capsys, distil("--resume", tmp_path / "run", "--plan"), ("trainer.max_steps: the run is at step 2",)
+    )

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.checkpoints.model_folder import write_folder
+from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageRun, TrainerConfig
 from ldm_dkdm.errors import UserError
@@ -90,6 +92,8 @@ def _train_first_stage_in(run: Run) -> Result:
         held_out = load_images(config.data.held_out, config.data.image_size, vq.in_channels)
     if end := run.end():
         logger.info(f"{run.folder.path}: {end}")
+        weights = run.folder.model / WEIGHTS
+        load_strictly(vq.eval(), read_named_weights(run.folder.model, WEIGHTS), weights)
         return Result(vq, run.folder.path, run.step, end)
     trained = sum(parameter.numel() for parameter in module.parameters())
     require_disk(run.folder, disk_needed(trained, config.trainer, config.logging))
@@ -115,6 +119,7 @@ def _require_channels(vq: VQModel, config: FirstStageRun) -> None:
         raise UserError(f"loss.perceptual: LPIPS takes grey or RGB images, not {channels} channels; set it to 0")
 
 
+WEIGHTS = "model.safetensors"  # in the folder of a first stage
 OWN_CHOICES = (
     "lr_schedule",
     "lr_warmup",
@@ -162,7 +167,7 @@ def _export_on_save(
                 info["held_out_psnr_db"] = round(held_out_psnr(vq, held_out), 2)
                 logger.info(f"step {trainer.global_step}: held-out PSNR {info['held_out_psnr_db']} dB")
         scale = latent_scale(vq, images[:: max(1, len(images) // 512)])
-        card = FirstStageCard("model.safetensors", target, config.first_stage.params, round(scale, 6), info)
+        card = FirstStageCard(WEIGHTS, target, config.first_stage.params, round(scale, 6), info)
         write_folder(folder.model, card, vq.state_dict(), getattr(torch, config.logging.export_dtype))
 
     return export
