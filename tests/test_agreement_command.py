@@ -82,7 +82,7 @@ def test_a_run_alone_has_a_row_of_results_with_the_facts_of_any_other(
     few = "samples: 65 images are fewer than 10,000; pixel-frechet"
     assert few in printed.err and few in row["warnings"] and few in figures["warnings"][0]
     assert figures["student_weights"] == "EMA" and figures["student_opened_from"] == str(student)
-    assert "to do: 1 chains of the teacher through 20 steps, 197 images by DDIM in 2 steps" in printed.out
+    assert "to do: 1 chain of the teacher through 20 steps, 197 images by DDIM in 2 steps" in printed.out
     calls = f"teacher {20 + 2 * (1 + 2 * 65):,}, student about {2 * 20 + 2 * (1 + 65):,}"
     assert calls in printed.out and printed.out.index("to do:") < printed.out.index("frechet_student_to_teacher")
 

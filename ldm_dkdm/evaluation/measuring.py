@@ -251,8 +251,8 @@ def chosen_metrics(metrics: Sequence[str] | None, features: str, reference: bool
         if not metrics:
             raise UserError(f"reference: {', '.join(usual)} compare with a second set of images; name it")
     for name in metrics:
-        if features == "pixels" and name in ("fd", "kid"):
-            raise UserError(f"metrics: {name} needs the features of a network; pixel-frechet is the distance on pixels")
+        if (features, name) == ("pixels", "fd"):
+            raise UserError("metrics: fd needs the features of a network; pixel-frechet is the distance on pixels")
         if pick(METRICS, name, "metrics").reference and not reference:
             raise UserError(f"reference: {name} compares with a second set of images; name it")
     return list(dict.fromkeys(metrics))
