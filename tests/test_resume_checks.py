@@ -1,5 +1,6 @@
 """What a resume compares: keys, defaults of older versions, the first stage; the devices of a process; the disk."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -144,3 +145,32 @@ def test_a_finished_run_exports_its_model_again(harm: str, base: Path, tmp_path:
     after = load_file(weights)
     assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
     assert distil("--resume", run) == 0 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", ["missing", "old"])
+def test_a_run_that_was_killed_before_its_report_gets_it_from_the_same_call(
+    harm: str, base: Path, tmp_path: Path
+) -> None:
+    assert distil("--base", base, "trainer.max_steps=2") == 0
+    page = tmp_path / "run" / "report.html"
+    whole = page.read_bytes()
+    if harm == "missing":
+        page.unlink()
+    else:
+        page.write_text("of an earlier stop")
+        os.utime(page, (1, 1))
+    assert distil("--base", base, "trainer.max_steps=2") == 0
+    assert page.read_bytes() == whole
+    page.write_text("mine")
+    assert distil("--base", base, "trainer.max_steps=2") == 0 and page.read_text() == "mine"
+
+
+def test_a_run_that_was_killed_between_its_save_and_its_grid_draws_it_when_it_goes_on(
+    base: Path, tmp_path: Path
+) -> None:
+    assert distil("--base", base, "trainer.max_steps=3") == 0
+    grid = tmp_path / "run" / "samples" / "step=00000003.png"
+    whole = grid.read_bytes()
+    grid.unlink()
+    assert distil("--resume", tmp_path / "run", "trainer.max_steps=4") == 0
+    assert grid.read_bytes() == whole
