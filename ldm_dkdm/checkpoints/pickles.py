@@ -19,7 +19,8 @@ from ldm_dkdm.checkpoints.pickle_shape import PickleShape
 from ldm_dkdm.errors import UserError, unreadable
 
 TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch.save's legacy files
-INCOMPLETE = "not a readable checkpoint (is the download complete?)"
+QUESTION = " (is the download complete?)"
+INCOMPLETE = f"not a readable checkpoint{QUESTION}"
 LEGACY_PICKLES = 5  # magic number, protocol, system, content, keys of the storages
 
 # What trainings store beside their weights: names of the standard library and of torch that become stand-ins.

@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from torch import Tensor, distributed
 
 from ldm_dkdm.checkpoints.hashes import ADVICE, check_file, hash_file, read_safetensors, verifying
-from ldm_dkdm.checkpoints.pickles import asked_globals
+from ldm_dkdm.checkpoints.pickles import QUESTION, asked_globals
 from ldm_dkdm.checkpoints.pools import pool_files
+from ldm_dkdm.checkpoints.reading import AGAIN
 from ldm_dkdm.errors import OutOfMemory, UserError, blaming, unreadable
 from ldm_dkdm.files import sync
 from ldm_dkdm.reporting import logger
@@ -142,7 +143,8 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     except OutOfMemory:
         raise
     except UserError as error:
-        raise UserError(f"{checkpoint}: {fault} ({error})") from error
+        reason = str(error).removeprefix(f"{checkpoint}: ").replace(QUESTION, "").removesuffix(AGAIN)
+        raise UserError(f"{checkpoint}: {fault}: {reason}") from error
     try:
         check_file(checkpoint)
         with blaming(checkpoint, fault):
