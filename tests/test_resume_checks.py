@@ -153,14 +153,14 @@ def test_a_run_that_was_killed_before_its_report_gets_it_from_the_same_call(
 ) -> None:
     assert distil("--base", base, "trainer.max_steps=2") == 0
     page = tmp_path / "run" / "report.html"
-    whole = page.read_bytes()
+    end = page.read_text().partition('id="data">')[2]  # without the time of day above it
     if harm == "missing":
         page.unlink()
     else:
         page.write_text("of an earlier stop")
         os.utime(page, (1, 1))
     assert distil("--base", base, "trainer.max_steps=2") == 0
-    assert page.read_bytes() == whole
+    assert end and page.read_text().partition('id="data">')[2] == end
     page.write_text("mine")
     assert distil("--base", base, "trainer.max_steps=2") == 0 and page.read_text() == "mine"
 
