@@ -150,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    guarded(main, "--batch_size")
+    guarded(main, "lower --batch_size")

@@ -95,4 +95,4 @@ def draw(rows: list[dict[str, Any]], distance: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main, "--batch_size")
+    guarded(main, "lower --batch_size")

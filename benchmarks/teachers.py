@@ -57,4 +57,4 @@ def draw(rows: list[dict[str, object]], fit: dict[str, float], name: str, path: 
 
 
 if __name__ == "__main__":
-    guarded(main, "--batch_size")
+    guarded(main, "lower --batch_size")

@@ -127,4 +127,4 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    guarded(main, "--batch_size")
+    guarded(main, "lower --batch_size")

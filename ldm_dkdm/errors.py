@@ -1,6 +1,7 @@
 """`UserError`, `Stopped`, and helpers for their messages."""
 
 import difflib
+import errno
 import re
 import signal
 import threading
@@ -128,11 +129,42 @@ NO_MEMORY = re.compile(
 )
 
 
+IMPOSSIBLE = re.compile("buffer size|overflow")  # numbers that no memory holds: those of a file are damage
+ASKED = re.compile(r"tried to allocate [\d.]+ ?\w+")
+
+
+class OutOfMemory(UserError, MemoryError):
+    """There is not the memory to read a file, which may be whole."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether NumPy or PyTorch could not get the memory that it asked for, on the host or on a device."""
+    """Whether a library could not get the memory that it asked for, on the host or on a device."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    kind = type(error).__name__
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and NO_MEMORY.search(str(error).lower()) is not None
+        (isinstance(error, RuntimeError) or kind == "SafetensorError")
+        and NO_MEMORY.search(str(error).lower()) is not None
     )
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether a reader could not get the memory for a file that may be whole."""
+    return is_out_of_memory(error) and IMPOSSIBLE.search(str(error).lower()) is None
+
+
+def memory_asked(error: BaseException) -> str:
+    """How much memory there was not, as a library's error says it."""
+    if found := ASKED.search(str(error).lower()):
+        return found[0]
+    return legible((str(error).strip().splitlines() or ["no more is free"])[0].partition(". ")[0], 200)
+
+
+def unreadable(path: str | Path, fault: str, error: BaseException) -> UserError:
+    """What a reader raises where it fails; that there is not enough memory is no fault of the file."""
+    if lacks_memory(error):
+        return OutOfMemory(f"{path}: out of memory while it is read ({memory_asked(error)})")
+    return UserError(f"{path}: {fault}")
 
 
 @contextmanager
@@ -144,7 +176,7 @@ def blaming(source: str | Path, fault: str = "is damaged, or not a file of its k
     except UserError:
         raise
     except MALFORMED as error:
-        if is_out_of_memory(error):
+        if lacks_memory(error):
             raise
         raise UserError(f"{source}: {fault} ({type(error).__name__}: {error})") from error
 

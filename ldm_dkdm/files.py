@@ -90,7 +90,9 @@ def locked(path: Path) -> Iterator[None]:
     Where the system or the file system has no such locks, the block runs without one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("a") as file:
+    lock = path.with_name(f".{path.name}.lock")
+    require_file(lock)
+    with lock.open("a") as file:
         with suppress(ImportError, OSError):
             import fcntl
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from ldm_dkdm.errors import UserError, interruptible
+from ldm_dkdm.errors import UserError, interruptible, unreadable
 from ldm_dkdm.files import expanded, replacing, require_file
 from ldm_dkdm.npz import read_npz
 from ldm_dkdm.reporting import logger
@@ -111,7 +111,7 @@ def read_image(path: Path, size: int, channels: int = 3) -> Tensor:
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: has too many pixels to be read safely; scale it down first ({error})") from error
     except Exception as error:  # readers of damaged files raise errors of many classes
-        raise UserError(f"{path}: not a readable image: {error or type(error).__name__}") from error
+        raise unreadable(path, f"not a readable image: {error or type(error).__name__}", error) from error
     return torch.from_numpy(pixels).view(size, size, channels)
 
 

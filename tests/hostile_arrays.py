@@ -13,9 +13,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tests.fuzzing import saved
-from tests.hostile_content import ESCAPE, Case, Place
+from tests.fuzzing import in_zip, saved
+from tests.hostile_content import ESCAPE, Case, Place, inspect
 from tests.parts import DDCONFIG, UNET_PARAMS, VQ_PARAMS, randomised
+from tests.run_folders import finished
 
 
 def npz(member: bytes, method: int = zipfile.ZIP_STORED, flag: int = 0) -> bytes:
@@ -173,4 +174,33 @@ CASES |= {
     "beside: prediction": (beside(parameterization=[]), "x.yaml: parameterization: expected text"),
     "stage to train": (training_stage(ch=0), "first_stage.params.ddconfig.ch: expected"),
     "stage to train, nan": (training_stage(dropout=float("nan")), "first_stage.params.ddconfig.dropout: expected"),
+}
+
+
+def results_pipe(place: Place) -> list[str]:
+    pipe = Path(place.new("results.csv", b""))
+    pipe.unlink()
+    os.mkfifo(pipe)
+    model = str(place.model)
+    return ["evaluate", "-r", model, "--teacher", model, "-n", "0", "--chains", "2", "--results", str(pipe)]
+
+
+def locked_by_a_pipe(place: Place) -> list[str]:
+    (place.path / "logs" / "piped").mkdir(parents=True)
+    os.mkfifo(place.path / "logs" / "piped" / ".lock")
+    return ["distill", "--base", place.base(logging={"name": "piped"})]
+
+
+def long_table(place: Place) -> list[str]:
+    run = finished(place.path / "long")
+    (run / "metrics.csv").write_text("step,loss\n" + "1,2\n" * 2_000_000)
+    return ["report", str(run)]
+
+
+CASES |= {
+    "pipe of results": (results_pipe, "results.csv: is not a file, but a pipe or a device"),
+    "pipe as lock": (locked_by_a_pipe, ".lock: is not a file, but a pipe or a device"),
+    "long table": (long_table, "metrics.csv: has more than 500000 rows"),
+    "PERSID": (inspect("x.pt", lambda: in_zip(b"Pcos.system\n.")), "refused"),
+    "INST": (inspect("x.pt", lambda: in_zip(b"(S'touch x'\nios\nsystem\n.")), "refused, its pickle asks for os.system"),
 }

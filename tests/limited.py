@@ -34,18 +34,18 @@ class Outcome:
         return self.code >= 0 and self.seconds < SECONDS and self.megabytes < MEGABYTES
 
 
-def limited(work: Callable[[], object], printed: Path) -> Outcome:
-    """Fork, do the work there; it must be called in a process without threads."""
+def limited(work: Callable[[], object], printed: Path, room: int = 2 * MEGABYTES) -> Outcome:
+    """Fork, do the work there with so many MB more than now; it must be called in a process without threads."""
     process = os.fork()
     if process == 0:
-        _child(work, printed)
+        _child(work, printed, room)
     status, usage = _wait(process)
     seconds = usage.ru_utime + usage.ru_stime
     text = printed.read_text(errors="replace")
     return Outcome(os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss / 1024, text)
 
 
-def _child(work: Callable[[], object], printed: Path) -> None:
+def _child(work: Callable[[], object], printed: Path, room: int) -> None:
     code = 1
     try:
         with printed.open("wb", buffering=0) as file:
@@ -54,8 +54,8 @@ def _child(work: Callable[[], object], printed: Path) -> None:
         sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115 (until the process ends)
         sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        room = pages * resource.getpagesize() + 2 * MEGABYTES * 10**6
-        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+        most = pages * resource.getpagesize() + room * 10**6
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS, 2 * SECONDS + 1))
         work()
         code = 0
@@ -91,13 +91,19 @@ def outcomes(module: str, folder: Path, tasks: Sequence[Sequence[str]] = ()) -> 
 
 
 def commands(folder: Path, lines: Sequence[Sequence[str]]) -> None:
-    """Run command lines of `dkdm`, each in a process of its own, and print their outcomes."""
-    from ldm_dkdm.commands import decode, distill, inspect, sample, train  # noqa: F401 (once, before the forks)
+    """Run command lines of `dkdm`, each in a process of its own, and print their outcomes.
+
+    A line that begins with a number has so many MB of memory more than the imports take.
+    """
+    from ldm_dkdm.commands import convert, decode, distill, evaluate, inspect, report, sample, train  # noqa: F401
     from ldm_dkdm.commands.main import main
     from ldm_dkdm.training import autoencoder, from_images, from_teacher  # noqa: F401
 
     os.chdir(folder)
-    found = [limited(lambda line=line: main(line[0], line[1:]), folder / "printed") for line in lines]
+    found = []
+    for line in lines:
+        room, words = (int(line[0]), line[1:]) if line[0].isdigit() else (2 * MEGABYTES, line)
+        found.append(limited(lambda words=words: main(words[0], words[1:]), folder / "printed", room))
     print(json.dumps([asdict(outcome) for outcome in found]))
 
 

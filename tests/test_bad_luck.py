@@ -1,6 +1,7 @@
 """Runs whose newest checkpoint is damaged, renamed or incomplete go on from the one before, by themselves."""
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,12 +55,21 @@ def with_nan(saved: dict) -> None:
     saved["state_dict"][name].view(-1)[0] = float("nan")
 
 
+def cut_off(size: int) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / f"{NEWEST}.pool-rank0.safetensors", size)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped": (lambda folder: flip_in_the_middle(folder / f"{NEWEST}.ckpt"), "ckpt: is damaged: its content"),
     "flipped pool": (
         lambda folder: flip_in_the_middle(folder / f"{NEWEST}.pool-rank0.safetensors"),
         "safetensors: is damaged: its content",
     ),
+    "pool cut off": (
+        cut_off(100),
+        "safetensors: not a readable pool file (not a readable safetensors file, its header",
+    ),
+    "pool cut off later": (cut_off(2000), "safetensors: not a readable pool file ("),
     "cut off": (lambda folder: (folder / f"{NEWEST}.ckpt").write_bytes(b"PK"), "ckpt: is damaged"),
     "empty": (lambda folder: (folder / f"{NEWEST}.ckpt").write_bytes(b""), "ckpt: is damaged"),
     "no pool": (
@@ -81,6 +91,7 @@ def test_of_a_damaged_newest_checkpoint_is_said_what_is_wrong_and_the_one_before
     damage(run / "checkpoints")
     assert Choice(run / "checkpoints", pools=True).latest == run / "checkpoints" / "step=00000004.ckpt"
     (line,) = caplog.messages
+    assert "delete" not in line and "download" not in line
     assert words in line and NEWEST in line and line.endswith("; continuing from step=00000004.ckpt in its place")
 
 

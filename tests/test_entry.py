@@ -71,7 +71,7 @@ def test_out_of_memory_is_one_line_that_names_the_batch_size(work, capsys: pytes
 
     for call in (work, blamed):
         with pytest.raises(SystemExit) as end:
-            guarded(call, "--batch_size")
+            guarded(call, "lower --batch_size")
         lines = capsys.readouterr().err.splitlines()
         assert end.value.code == 2 and len(lines) == 1
         assert lines[0].startswith("error: out of memory (") and lines[0].endswith("; lower --batch_size")

@@ -157,3 +157,14 @@ def test_bad_latents_are_named_in_one_line_and_nothing_is_written(
     code = run_script("decode_latents.py", path, "--first_stage", first_stage, "-o", out)
     assert_one_error_line(capsys, code, (name, *words))
     assert not out.exists()
+
+
+def test_a_place_for_images_that_is_a_file_is_refused_before_latents_are_read(
+    first_stage: Path, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    latents = [tmp_path / "missing.npz", "--first_stage", first_stage]
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/dev/null")):
+        code = run_script("decode_latents.py", *latents, "-o", place)
+        assert_one_error_line(capsys, code, ("--out: ", "is a file; name a folder"))
+    assert (tmp_path / "file").read_text() == "kept"

@@ -96,11 +96,14 @@ def test_a_run_does_not_replace_its_teacher(
     assert contents(run) == before
 
 
-def test_commands_take_a_first_stage(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_take_a_first_stage(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     run = project(built, tmp_path, monkeypatch)
     shutil.move(tmp_path / "models" / "vq", tmp_path / "vq")
     stage = ["--first_stage", tmp_path / "vq"]
     assert sample("-r", run, "-n", 1, "-c", 2, "-l", tmp_path / "out") == 2
+    assert run_script("convert.py", run, tmp_path / "copy", "--to", "folder") == 2
+    assert run_script("evaluate.py", "-r", run, "-n", 0, "--chains", 2) == 2
+    assert [line[:22] for line in capsys.readouterr().err.splitlines()] == ["error: --first_stage: "] * 3
     assert sample("-r", run, "-n", 1, "-c", 2, "-l", tmp_path / "out", *stage) == 0
     assert run_script("convert.py", run, tmp_path / "copy", "--to", "folder", *stage) == 0
     assert load_model(tmp_path / "copy").codec().latent_size == 8

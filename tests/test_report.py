@@ -15,6 +15,7 @@ from PIL import Image
 from ldm_dkdm import UserError, distill, write_report
 from ldm_dkdm.commands.main import main
 from ldm_dkdm.config.load import to_yaml
+from ldm_dkdm.reports import tables
 from ldm_dkdm.reports.charts import points_of, pool_map, sections_of, time_left
 from ldm_dkdm.reports.images import MAX_SIDE, page_image
 from ldm_dkdm.reports.run_files import MAX_GRIDS, read_run
@@ -250,3 +251,14 @@ def test_a_run_ends_with_its_page_and_a_page_that_fails_does_not_end_it(
         result = distill(teacher, teacher.narrowed("10M"), tmp_path / "other", **NUMBERS)
     assert result.step == 2
     assert "other/report.html: left out (OSError: no room)" in caplog.text
+
+
+@pytest.mark.parametrize(("limit", "most", "words"), [("MAX_ROWS", 5, "more than 5 rows"), ("MAX_BYTES", 9, "MB, too")])
+def test_a_table_without_end_is_refused_before_it_fills_the_memory(
+    limit: str, most: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_table(tmp_path / "metrics.csv", rows_to(60))
+    assert len(read_series([file])["loss"].steps) == 6
+    monkeypatch.setattr(tables, limit, most)
+    with pytest.raises(UserError, match=words):
+        read_series([file])

@@ -1,5 +1,6 @@
 """What a resume compares: keys, defaults of older versions, the first stage; the devices of a process; the disk."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -173,3 +174,32 @@ def test_a_run_that_has_ended_has_no_plan(base: Path, tmp_path: Path, capsys: py
     assert_one_error_line(
         capsys, distil("--resume", tmp_path / "run", "--plan"), ("trainer.max_steps: the run is at step 2",)
     )
+
+
+@pytest.mark.parametrize("harm", ["missing", "old"])
+def test_a_run_that_was_killed_before_its_report_gets_it_from_the_same_call(
+    harm: str, base: Path, tmp_path: Path
+) -> None:
+    assert distil("--base", base, "trainer.max_steps=2") == 0
+    page = tmp_path / "run" / "report.html"
+    end = page.read_text().partition('id="data">')[2]  # without the time of day above it
+    if harm == "missing":
+        page.unlink()
+    else:
+        page.write_text("of an earlier stop")
+        os.utime(page, (1, 1))
+    assert distil("--base", base, "trainer.max_steps=2") == 0
+    assert end and page.read_text().partition('id="data">')[2] == end
+    page.write_text("mine")
+    assert distil("--base", base, "trainer.max_steps=2") == 0 and page.read_text() == "mine"
+
+
+def test_a_run_that_was_killed_between_its_save_and_its_grid_draws_it_when_it_goes_on(
+    base: Path, tmp_path: Path
+) -> None:
+    assert distil("--base", base, "trainer.max_steps=3") == 0
+    grid = tmp_path / "run" / "samples" / "step=00000003.png"
+    whole = grid.read_bytes()
+    grid.unlink()
+    assert distil("--resume", tmp_path / "run", "trainer.max_steps=4") == 0
+    assert grid.read_bytes() == whole

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.card import sha256
-from ldm_dkdm.errors import UserError, interruptible
+from ldm_dkdm.errors import UserError, interruptible, unreadable
 from ldm_dkdm.files import SHA256, content_sha256, write_text
 
 BLOCK = 1 << 20  # bytes read at once
@@ -110,4 +110,4 @@ def _check_part(path: Path, archive: zipfile.ZipFile, part: zipfile.ZipInfo) -> 
             while file.read(BLOCK):
                 pass
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise UserError(f"{path}: {DAMAGED.format('CRC-32')} ({part.filename})") from error
+        raise unreadable(path, f"{DAMAGED.format('CRC-32')} ({part.filename})", error) from error

@@ -16,9 +16,11 @@ import torch
 from ldm_dkdm.checkpoints.arrays import STAND_INS
 from ldm_dkdm.checkpoints.hashes import check_parts
 from ldm_dkdm.checkpoints.pickle_shape import PickleShape
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, unreadable
 
 TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch.save's legacy files
+QUESTION = " (is the download complete?)"
+INCOMPLETE = f"not a readable checkpoint{QUESTION}"
 LEGACY_PICKLES = 5  # magic number, protocol, system, content, keys of the storages
 
 # What trainings store beside their weights: names of the standard library and of torch that become stand-ins.
@@ -93,7 +95,7 @@ def asked_globals(path: Path) -> set[str]:
                 for _ in range(LEGACY_PICKLES if legacy else 1):
                     shape.read(file)
     except Exception as error:  # damage can raise anything; nothing of the file has run
-        raise UserError(f"{path}: not a readable checkpoint (is the download complete?): {error}") from error
+        raise unreadable(path, f"{INCOMPLETE}: {error}", error) from error
     return shape.names
 
 
@@ -160,7 +162,7 @@ def read_torch_file(path: Path) -> Any:
         raise UserError(f"{path}: refused, {_cause(error)}") from error
     except Exception as error:  # a damaged pickle can raise anything; nothing of it has run
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a readable checkpoint (is the download complete?): {first}") from error
+        raise unreadable(path, f"{INCOMPLETE}: {first}", error) from error
 
 
 def _cause(error: pickle.UnpicklingError) -> str:
@@ -228,4 +230,4 @@ def read_array_pickle(path: Path) -> Any:
             return _ArrayUnpickler(file).load()
     except Exception as error:  # damage can raise anything
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: refused, not a readable pickle of arrays: {first}") from error
+        raise unreadable(path, f"refused, not a readable pickle of arrays: {first}", error) from error

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.arrays import PickledArray
 from ldm_dkdm.checkpoints.hashes import read_safetensors
-from ldm_dkdm.checkpoints.reading import as_tensor, file_kind, read_content
+from ldm_dkdm.checkpoints.reading import AGAIN, as_tensor, file_kind, read_content
 from ldm_dkdm.config.schema import DiffusionConfig
-from ldm_dkdm.errors import MALFORMED, UserError, blaming
+from ldm_dkdm.errors import MALFORMED, UserError, blaming, unreadable
 from ldm_dkdm.records import NoisyBatch
 
 STEPS, STATES = "total_t", "total_x_t_1"
+WARMUP = "warmup"  # begins the names of the pools before the first checkpoint
 IN_CHECKPOINT = "dynamic_batch"  # key of the cache in the reference's latent checkpoints
 
 
@@ -41,7 +42,7 @@ def pool_header(file: Path) -> dict[str, Any]:
         with safe_open(file, framework="pt") as opened:
             header = json.loads((opened.metadata() or {})["pool"])
     except (SafetensorError, OSError, *MALFORMED) as error:
-        raise UserError(f"{file}: not a readable pool file ({error})") from error
+        raise unreadable(file, f"not a readable pool file ({error})", error) from error
     if not isinstance(header, dict):
         raise UserError(f"{file}: not a readable pool file")
     return header
@@ -65,7 +66,7 @@ def _newest(run: Path) -> list[Path]:
     """The pools of a run's newest checkpoint, or of its warm-up before the first checkpoint."""
     folder = run / "checkpoints"
     steps = sorted({file.stem for file in folder.glob("step=*.ckpt")})
-    for stem in [*reversed(steps), "warmup"]:
+    for stem in [*reversed(steps), WARMUP]:
         if (folder / f"{stem}.pool-rank0.safetensors").is_file():
             return pool_files(folder, stem)
     raise UserError(f"{run}: is not the run folder of a distillation with a pool (checkpoints/step=N.pool-rank0...)")
@@ -100,7 +101,9 @@ def _ranks(file: Path, default: int) -> int:
             header = json.loads((opened.metadata() or {})["pool"])
         return int(header.get("ranks", default))
     except (SafetensorError, OSError, *MALFORMED) as error:
-        raise UserError(f"{file}: not a readable pool file ({error}); delete it to start a new pool") from error
+        reason = str(error).removeprefix(f"{file}: ").removesuffix(AGAIN)
+        renew = "; delete it to start a new pool" if file.name.startswith(WARMUP) else ""
+        raise unreadable(file, f"not a readable pool file ({reason}){renew}", error) from error
 
 
 def _read_own(file: Path, shape: tuple[int, int, int], facts: Mapping[str, Any]) -> NoisyBatch:
@@ -115,7 +118,7 @@ def _read_own(file: Path, shape: tuple[int, int, int], facts: Mapping[str, Any])
     except UserError:
         raise
     except (SafetensorError, OSError, *MALFORMED) as error:
-        raise UserError(f"{file}: not a readable pool file ({error})") from error
+        raise unreadable(file, f"not a readable pool file ({error})", error) from error
     for name, wanted in json.loads(json.dumps(facts)).items():
         if name not in known:
             raise UserError(f"{file}: does not say its {name}; only pools saved by this version can be reused")

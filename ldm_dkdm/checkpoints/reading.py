@@ -14,9 +14,10 @@ from ldm_dkdm.checkpoints.arrays import PickledArray
 from ldm_dkdm.checkpoints.hashes import read_safetensors
 from ldm_dkdm.checkpoints.pickles import TORCH_MAGIC, Inert, read_array_pickle, read_torch_file
 from ldm_dkdm.checkpoints.weight_files import files_of, holds_weights, is_index, weights_in
-from ldm_dkdm.errors import UserError, blaming, interruptible
+from ldm_dkdm.errors import UserError, blaming, interruptible, unreadable
 from ldm_dkdm.files import expanded, require_file
 
+AGAIN = "; download it again"
 HEADER = 10_000_000  # bytes of a safetensors header; one of 10,000 tensors has 1 MB
 PARTS = ("state_dict", "ema", "model")  # keys in Lightning's and CompVis's files; in DiT's, EMA first
 SIGNATURES = {
@@ -98,7 +99,8 @@ def read_content(path: Path) -> Any:
             except UserError:
                 raise
             except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-                raise UserError(f"{path}: not a readable safetensors file (is it complete?): {error}") from error
+                fault = f"not a readable safetensors file (is it complete?): {error}"
+                raise unreadable(path, fault, error) from error
         return read_torch_file(path) if kind == "torch" else read_array_pickle(path)
 
 
@@ -113,7 +115,7 @@ def file_kind(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
-        raise UserError(f"{path}: is empty; download it again")
+        raise UserError(f"{path}: is empty{AGAIN}")
     for signature, meaning in SIGNATURES.items():
         if head.startswith(signature):
             raise UserError(f"{path}: {meaning}")
@@ -132,7 +134,7 @@ def file_kind(path: Path) -> str:
 
 def _kind_of_zip(path: Path) -> str:
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not a readable checkpoint, it is truncated; download it again")
+        raise UserError(f"{path}: not a readable checkpoint, it is truncated{AGAIN}")
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
@@ -156,7 +158,7 @@ def _is_safetensors(head: bytes, size: int, path: Path) -> bool:
     if length > HEADER:
         raise UserError(f"{path}: its header of {length / 1e6:.0f} MB names more than any network has")
     if 8 + length > size:
-        raise UserError(f"{path}: not a readable safetensors file, its header is truncated; download it again")
+        raise UserError(f"{path}: not a readable safetensors file, its header is truncated{AGAIN}")
     return True
 
 

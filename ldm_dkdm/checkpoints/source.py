@@ -15,7 +15,7 @@ from ldm_dkdm.checkpoints.releases import how_to_get
 from ldm_dkdm.checkpoints.state_dicts import Weights, find_weights, is_averaged, parts_of, unwrapped
 from ldm_dkdm.config.load import card_kind, read_yaml
 from ldm_dkdm.config.recipes import find_shipped
-from ldm_dkdm.errors import UserError, interruptible
+from ldm_dkdm.errors import UserError, interruptible, unreadable
 from ldm_dkdm.files import JSON_BYTES, read_text, require_file
 
 OWN_KEYS = {"weights", "network", "diffusion"}  # keys in the config of a model folder
@@ -96,7 +96,8 @@ class Source:
             with interruptible(), safe_open(self.path, framework="pt") as file:
                 return file.metadata() or {}
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{self.path}: not a readable safetensors file (is it complete?): {error}") from error
+            fault = f"not a readable safetensors file (is it complete?): {error}"
+            raise unreadable(self.path, fault, error) from error
 
     def holds(self, name: str) -> bool:
         """Whether a folder holds a file of this name."""

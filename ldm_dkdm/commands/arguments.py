@@ -277,3 +277,10 @@ def flags(**names: str) -> Iterator[None]:
     except UserError as error:
         name, colon, rest = str(error).partition(":")
         raise UserError(f"{names[name]}{colon}{rest}" if name in names else str(error)) from error
+
+
+def require_writable(folder: Path | None, flag: str) -> None:
+    """Refuse an output folder that is a file or below one, before the work whose result it should hold."""
+    for place in [folder, *folder.parents] if folder else []:
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{flag}: {place} is a file; name a folder")

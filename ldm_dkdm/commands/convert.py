@@ -12,6 +12,7 @@ from ldm_dkdm.files import expanded, replacing_in
 if TYPE_CHECKING:
     from ldm_dkdm.model import DiffusionModel
 
+FLAGS = {"format": "--to", "first_stage": "--first_stage"}
 TOLERANCE = 1e-4  # largest difference from diffusers' samples
 
 
@@ -42,13 +43,14 @@ def convert(source: str, out: Path, to: str, hints: dict[str, Any]) -> None:
     from ldm_dkdm.model import load_model
 
     refuse_existing(out)
-    model = load_model(source, **hints)
+    with flags(**FLAGS):
+        model = load_model(source, **hints)
     if to != "diffusers":
-        with flags(format="--to"):
+        with flags(**FLAGS):
             model.save(out, to)
         return
     with replacing_in(out.parent, out.name) as temporary:
-        with flags(format="--to"):
+        with flags(**FLAGS):
             model.save(temporary / out.name, to)
         _compare(temporary / out.name, model, out)
 

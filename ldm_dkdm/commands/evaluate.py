@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ldm_dkdm.model import DiffusionModel
 
 FLAGS = {
+    "first_stage": "--first_stage",
     "images": "--n_samples",
     "steps": "--custom_steps",
     "chains": "--chains",
@@ -144,7 +145,8 @@ def _compare(options: argparse.Namespace) -> None:
     from ldm_dkdm.model.ranks import joined
 
     read_rows(options.results)  # refuses another file before anything is measured
-    device = resolve_device(options.device)
+    with flags(device="--device"):
+        device = resolve_device(options.device)
     student = open_model(options.resume, hints.of("student"), lenient=True).to(device, options.precision)
     teacher = find_teacher(expanded(options.resume), options.teacher, hints).to(device, options.precision)
     hints.require_used({"student": student} | ({"teacher": teacher} if options.teacher else {}))

@@ -12,7 +12,7 @@ from typing import Protocol, cast
 from ldm_dkdm import __version__
 from ldm_dkdm.commands.arguments import Parser
 from ldm_dkdm.device import is_first_rank
-from ldm_dkdm.errors import Stopped, UserError, interruptible, is_out_of_memory, legible, nearest
+from ldm_dkdm.errors import Stopped, UserError, interruptible, is_out_of_memory, legible, memory_asked, nearest
 
 COMMANDS = {
     "distill": "turn a diffusion model into a smaller one without data (Alg. 1)",
@@ -27,13 +27,15 @@ COMMANDS = {
     "demo": "distil the shipped teacher on a CPU, and compare both",
 }
 SMALLER = {
-    "distill": "distill.batch_size, distill.warmup.batch_size, or distill.rho for a smaller pool",
-    "train": "data.batch_size, or set data.cache=false",
-    "train-first-stage": "data.batch_size",
-    "sample": "--batch_size",
-    "evaluate": "--batch_size",
-    "decode": "--batch_size",
-}  # what to lower where memory runs out
+    "distill": "lower distill.batch_size, distill.warmup.batch_size, or distill.rho for a smaller pool",
+    "train": "lower data.batch_size, or set data.cache=false",
+    "train-first-stage": "lower data.batch_size",
+    "sample": "lower --batch_size",
+    "evaluate": "lower --batch_size",
+    "decode": "lower --batch_size",
+}  # what to do where memory runs out
+SMALLER["demo"] = SMALLER["distill"]
+NO_BATCH = "this command has no batch size; end other programs, or take a machine with more memory"
 
 PATIENCE = 2.0  # seconds in which a launcher ends the other ranks on a machine after the first one's error
 
@@ -58,15 +60,15 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
         arguments: default: those of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    guarded(lambda: _dispatch(command, given), SMALLER.get(command or " ".join(given[:1]), "the batch size"))
+    guarded(lambda: _dispatch(command, given), SMALLER.get(command or " ".join(given[:1]), NO_BATCH))
 
 
-def guarded(work: Callable[[], None], smaller: str = "the batch size") -> None:
+def guarded(work: Callable[[], None], smaller: str = "lower the batch size") -> None:
     """Do the work of a command and exit with its code; a user's error is one line on stderr.
 
     Args:
         work: the command.
-        smaller: what a user should lower where memory runs out.
+        smaller: what a user should do where memory runs out.
     """
     sys.exit(_exit_code(work, smaller))
 
@@ -80,15 +82,6 @@ def _exit_code(work: Callable[[], None], smaller: str) -> int:
             time.sleep(PATIENCE)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except OSError as error:  # disk full, no permission
-        print(f"error: {legible(str(error.filename or 'input/output'))}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = (str(error).strip().splitlines() or ["no more is free"])[0].partition(". ")[0]
-        print(f"error: out of memory ({legible(reason, 200)}); lower {smaller}", file=sys.stderr)
-        return 2
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 130
@@ -97,7 +90,19 @@ def _exit_code(work: Callable[[], None], smaller: str) -> int:
         return 130
     except SystemExit as end:  # argparse's --help
         return int(end.code or 0)
+    except Exception as error:
+        print(f"error: {_told(error, smaller)}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _told(error: Exception, smaller: str) -> str:
+    """What an error of the machine says to a user: no memory, a full disk, no permission; others are raised."""
+    if is_out_of_memory(error):
+        return f"out of memory ({memory_asked(error)}); {smaller}"
+    if isinstance(error, OSError):
+        return f"{legible(str(error.filename or 'input/output'))}: {error.strerror or error}"
+    raise error
 
 
 def _dispatch(command: str | None, arguments: list[str]) -> None:

@@ -39,6 +39,7 @@ FLAGS = {
     "chains": "--chains",
     "pairs": "--pairs",
     "lpips": "--lpips",
+    "first_stage": "--first_stage",
 }
 
 

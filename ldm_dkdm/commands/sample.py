@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins
+from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, require_writable
 from ldm_dkdm.commands.hints import ScopedHints, split_paths
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.config.schema import SamplingConfig
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     if options.compare and options.compare.suffix.lower() != ".png":
         raise UserError(f"--compare: {options.compare} must be a .png")
     for folder in (options.logdir, options.compare and options.compare.parent):
-        require_writable(folder)
+        require_writable(folder, "-l")
     load_plugins(options.plugin)
     flagged = {"use_ema": False if options.raw else None}
     names = [str(i) for i in range(1, len(paths) + 1)]
@@ -212,10 +212,3 @@ def _sample(
         print(left)
     print(f"{label}: {out}")
     return label, found[1]
-
-
-def require_writable(folder: Path | None) -> None:
-    """Refuse an output folder that is a file or below one."""
-    for place in [folder, *folder.parents] if folder else []:
-        if place.exists() and not place.is_dir():
-            raise UserError(f"-l: {place} is a file; name a folder")

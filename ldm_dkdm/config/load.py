@@ -257,9 +257,10 @@ def read_card(path: Path, schema: type[Card]) -> Card:
     """Read and validate the config.yaml of a model folder."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; a model folder holds config.yaml and its weights")
-    if _refers(OmegaConf.to_container(read_yaml(path), resolve=False)):
+    tree = read_yaml(path)
+    if _refers(OmegaConf.to_container(tree, resolve=False)):
         raise UserError(f"{path}: a model folder's config holds plain values, no ${{...}}")
-    found = card_kind(path)
+    found = _kind(tree)
     if found and found != schema.KIND:
         raise UserError(f"{path.parent}: is {found}, not {schema.KIND}")
     try:
@@ -279,7 +280,10 @@ def _refers(node: Any) -> bool:
 
 def card_kind(path: Path) -> str | None:
     """The kind of folder that a config.yaml describes; None if its keys do not show it."""
-    tree = read_yaml(path)
+    return _kind(read_yaml(path))
+
+
+def _kind(tree: DictConfig) -> str | None:
     if "network" in tree:
         return ModelCard.KIND
     if "trainer" in tree:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm_dkdm.config.checked import convert, require_limits
-from ldm_dkdm.errors import MALFORMED, UserError, nearest
+from ldm_dkdm.errors import MALFORMED, UserError, is_out_of_memory, memory_asked, nearest
 from ldm_dkdm.reporting import size
 
 Targets = Mapping[str, Callable[..., nn.Module]]
@@ -62,7 +62,8 @@ def build(node: Any, targets: Targets, where: str = "params") -> nn.Module:
     except UserError as error:  # it names the parameter
         raise UserError(f"{where}.{error}") from error
     except (*MALFORMED, MemoryError) as error:
-        raise UserError(f"{where}: {factory.__name__} cannot be built from these values: {error}") from error
+        reason = f"out of memory ({memory_asked(error)})" if is_out_of_memory(error) else error
+        raise UserError(f"{where}: {factory.__name__} cannot be built from these values: {reason}") from error
 
 
 def _require_room(factory: Callable[..., nn.Module], params: Mapping[str, Any]) -> None:

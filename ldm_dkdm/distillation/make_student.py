@@ -12,7 +12,7 @@ from ldm_dkdm.checkpoints.hints import Hints
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.config.schema import LossConfig, NetworkConfig, NewNetworkConfig, StudentConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, is_out_of_memory
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import DiT
 from ldm_dkdm.networks.scaling import slice_teacher
@@ -101,6 +101,8 @@ def require_call(student: DiffusionModel) -> None:
     try:
         output = student.network.eval()(x, t, label)
     except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"student: its network cannot be called as network(x {tuple(x.shape)}, t (1,), label): {error}"
         ) from error

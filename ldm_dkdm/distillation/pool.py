@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm_dkdm.checkpoints.hashes import read_safetensors
 from ldm_dkdm.checkpoints.reading import file_kind
 from ldm_dkdm.device import to_device
-from ldm_dkdm.errors import MALFORMED, UserError, interruptible
+from ldm_dkdm.errors import MALFORMED, UserError, interruptible, unreadable
 from ldm_dkdm.files import write_tensors
 from ldm_dkdm.records import NoisyBatch
 
@@ -164,7 +164,7 @@ class NoisyPool:
         except UserError:
             raise
         except (SafetensorError, OSError, *MALFORMED) as error:
-            raise UserError(f"{path}: not a readable pool file ({error})") from error
+            raise unreadable(path, f"not a readable pool file ({error})", error) from error
         if layouts[0] != layouts[1]:
             raise UserError(f"{path}: holds a pool {_shown(found)}, this configuration wants {_shown(own)}")
         if found_origin != origin:

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ldm_dkdm.distillation.pool import NoisyPool
-from ldm_dkdm.errors import MALFORMED, UserError
+from ldm_dkdm.errors import MALFORMED, unreadable
 
 
 def slots_in(file: Path) -> int:
@@ -19,7 +19,7 @@ def slots_in(file: Path) -> int:
         with safe_open(file, framework="pt") as opened:
             return int(opened.get_slice("t").get_shape()[0])
     except (SafetensorError, OSError, *MALFORMED) as error:
-        raise UserError(f"{file}: not a readable pool file ({error})") from error
+        raise unreadable(file, f"not a readable pool file ({error})", error) from error
 
 
 def share(files: Sequence[Path], rank: int, ranks: int) -> int:

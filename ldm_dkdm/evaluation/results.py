@@ -14,7 +14,7 @@ from ldm_dkdm.config.load import RUN_KIND, card_kind
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.evaluation.sources import key_of
-from ldm_dkdm.files import JSON_BYTES, locked, read_text, write_text
+from ldm_dkdm.files import JSON_BYTES, locked, read_text, require_file, write_text
 
 Record = Mapping[str, Any]  # as `Measurement.record` makes it
 AGREEMENT_BY = "agreement by"  # the options of its measurement
@@ -63,6 +63,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     Raises:
         UserError: a file that is not one.
     """
+    require_file(path)
     if not path.exists():
         return []
     try:

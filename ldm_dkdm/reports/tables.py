@@ -9,6 +9,7 @@ from pathlib import Path
 from ldm_dkdm.errors import UserError
 
 Row = dict[str, float]
+MAX_BYTES, MAX_ROWS = 100_000_000, 500_000  # of a table; a row takes 1 kB of memory until it is drawn
 MAX_POINTS = 2000  # largest number of points in a curve
 UNSHOWN = {"step", "epoch"}  # columns that are not figures
 
@@ -54,6 +55,7 @@ def joined(rows: Iterable[Row]) -> list[Row]:
 
 def read_rows(file: Path) -> Iterator[Row]:
     """The numbers in each row of a CSV file, without empty and non-finite cells; errors as `read_series`."""
+    _require_modest(file)
     for cells in read_cells(file, _refuse):
         row = {name: _number(cell, f"{file}: step {cells['step']}, {name}") for name, cell in cells.items() if cell}
         yield {name: value for name, value in row.items() if math.isfinite(value)}
@@ -89,6 +91,16 @@ def read_cells(file: Path, damaged: Callable[[str], object]) -> list[dict[str, s
         else:
             rows.append(row)
     return rows
+
+
+def _require_modest(file: Path) -> None:
+    if not file.is_file():
+        return
+    if file.stat().st_size > MAX_BYTES:
+        raise UserError(f"{file}: is longer than {MAX_BYTES / 1e6:g} MB, too long for a table to draw")
+    with file.open("rb") as opened:
+        if sum(1 for _ in opened) > MAX_ROWS:
+            raise UserError(f"{file}: has more than {MAX_ROWS} rows, too many for a table to draw")
 
 
 def _refuse(problem: str) -> None:

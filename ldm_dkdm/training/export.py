@@ -1,4 +1,4 @@
-"""Write a run's model folder."""
+"""Write what a run leaves for its user: its model folder, and the page about it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,7 +15,7 @@ from ldm_dkdm.checkpoints.shapes import under
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.model import DiffusionModel
-from ldm_dkdm.reporting import logger
+from ldm_dkdm.reporting import decoration, logger
 from ldm_dkdm.training.ema import averaged
 from ldm_dkdm.training.resuming import read_checkpoint
 from ldm_dkdm.training.run_folder import RunFolder, alone_in, step_of
@@ -61,3 +61,18 @@ def on_save(export: Export) -> Callable[[L.Trainer], None]:
         export(network.state_dict(), trainer.global_step, trainer.max_steps)
 
     return save
+
+
+def is_reported(folder: Path) -> bool:
+    """Whether the page about a run is there, and is not older than its table."""
+    page, table = folder / "report.html", folder / "metrics.csv"
+    return page.is_file() and (not table.is_file() or page.stat().st_mtime >= table.stat().st_mtime)
+
+
+def report_on(folder: Path) -> None:
+    """Write the page about a run into its folder; a failure is logged."""
+    page = folder / "report.html"
+    with decoration(str(page)):
+        from ldm_dkdm.reports.page import write_report
+
+        logger.info(f"report: {write_report([folder], page)}")

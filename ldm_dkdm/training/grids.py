@@ -31,6 +31,16 @@ class SampleGrid(StepCallback):
         self.folder, self.every = folder, log.sample_every
         self.settings, self.seed, self.teacher = log, seed, teacher
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Write the grid of the checkpoint that the training continues from, if a kill came between the two."""
+        super().on_train_start(trainer, module)
+        step = trainer.global_step
+        if step and step % self.every == 0 and trainer.strategy.broadcast(not self._file(step).exists()):
+            self.on_step(trainer, module)
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"step={step:08d}.png"
+
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
         if step % self.every:
@@ -38,14 +48,13 @@ class SampleGrid(StepCallback):
         gather_average(trainer)
         if not trainer.is_global_zero:
             return
-        self._write(averaged(trainer, StudentModule, called=True).model, f"step={step:08d}.png", "samples", trainer)
+        self._write(averaged(trainer, StudentModule, called=True).model, self._file(step), "samples", trainer)
         if self.teacher is not None:
-            self._write(self.teacher, "teacher.png", "teacher", trainer)
+            self._write(self.teacher, self.folder / "teacher.png", "teacher", trainer)
             self.teacher = None
 
-    def _write(self, model: DiffusionModel, file: str, name: str, trainer: L.Trainer) -> None:
+    def _write(self, model: DiffusionModel, path: Path, name: str, trainer: L.Trainer) -> None:
         """Sample a grid, write it to a file, and give it to the loggers under a name."""
-        path = self.folder / file
         with decoration(str(path)):
             steps = steps_within(self.settings, "sample_steps", model.schedule.num_timesteps)
             config = SamplingConfig(self.settings.sample_count, seed=self.seed, steps=steps)

@@ -6,12 +6,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, distributed
 
 from ldm_dkdm.checkpoints.hashes import ADVICE, check_file, hash_file, read_safetensors, verifying
-from ldm_dkdm.checkpoints.pickles import asked_globals
+from ldm_dkdm.checkpoints.pickles import QUESTION, asked_globals
 from ldm_dkdm.checkpoints.pools import pool_files
-from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.checkpoints.reading import AGAIN
+from ldm_dkdm.errors import OutOfMemory, UserError, blaming, unreadable
 from ldm_dkdm.files import sync
 from ldm_dkdm.reporting import logger
 from ldm_dkdm.reports.tables import read_cells
@@ -49,6 +51,8 @@ class Choice(L.Callback):
         for checkpoint in reversed(found):
             try:
                 require_whole(checkpoint, pools, rank, ranks)
+            except OutOfMemory:  # says nothing of the checkpoint
+                raise
             except UserError as error:
                 self.damage = str(error).replace(ADVICE, "")  # a run has the checkpoint before it
             else:
@@ -112,8 +116,8 @@ def require_whole(checkpoint: Path, pools: bool = False, rank: int = 0, ranks: i
         with blaming(pool):
             try:
                 read_safetensors(pool)
-            except OSError as error:
-                raise UserError(f"{pool}: cannot be read ({error})") from error
+            except (OSError, SafetensorError) as error:
+                raise unreadable(pool, f"cannot be read ({error})", error) from error
 
 
 def _numbers(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -136,14 +140,17 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     fault = "is damaged"
     try:
         asked_globals(checkpoint)  # refuses what torch.load would unpickle for ever
+    except OutOfMemory:
+        raise
     except UserError as error:
-        raise UserError(f"{checkpoint}: {fault} ({error})") from error
+        reason = str(error).removeprefix(f"{checkpoint}: ").replace(QUESTION, "").removesuffix(AGAIN)
+        raise UserError(f"{checkpoint}: {fault}: {reason}") from error
     try:
         check_file(checkpoint)
         with blaming(checkpoint, fault):
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:  # too short to be mapped
-        raise UserError(f"{checkpoint}: {fault} ({error})") from error
+        raise unreadable(checkpoint, f"{fault} ({error})", error) from error
     if not isinstance(saved, dict):
         raise UserError(f"{checkpoint}: {fault}: it holds a {type(saved).__name__}")
     return saved

@@ -24,11 +24,11 @@ from ldm_dkdm.device import global_rank, is_first_rank, resolve_precision
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.ranks import losing
-from ldm_dkdm.reporting import Progress, decoration, logger
+from ldm_dkdm.reporting import Progress, logger
 from ldm_dkdm.training.bars import ProgressBar, StreamModule, progress_callback
 from ldm_dkdm.training.ema import StudentEMA
 from ldm_dkdm.training.ends import EarlyStop, early_ends
-from ldm_dkdm.training.export import Export, export_again, is_lost
+from ldm_dkdm.training.export import Export, export_again, is_lost, is_reported, report_on
 from ldm_dkdm.training.interrupt import GracefulStop
 from ldm_dkdm.training.loggers import open_loggers, require_loggers
 from ldm_dkdm.training.measuring import Agreement, refuse_agreement
@@ -159,6 +159,8 @@ class Run:
         if is_first_rank():
             with suppress(UserError, OSError), alone_in(self.folder):  # not in use, not read-only
                 tidy(self.folder)
+                if not is_reported(self.folder.path):  # killed after its last save
+                    report_on(self.folder.path)
         try:
             return self._saved(model, self.step, end)
         except UserError as error:
@@ -252,7 +254,7 @@ class Run:
         except SystemExit as end:  # Lightning's answer to the second Ctrl-C
             raise KeyboardInterrupt from end
         if trainer.is_global_zero:
-            _report_on(self.folder.path)
+            report_on(self.folder.path)
         reached = [end.key for end in ends if end.reached]
         if trainer.global_step < self.trainer.max_steps and (self.stop.requested or not reached):
             raise Stopped(f"stopped and saved at step {trainer.global_step}; {self.go_on}")
@@ -278,15 +280,6 @@ class Run:
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-
-
-def _report_on(folder: Path) -> None:
-    """Write the page about a run into its folder; a failure is logged."""
-    page = folder / "report.html"
-    with decoration(str(page)):
-        from ldm_dkdm.reports.page import write_report
-
-        logger.info(f"report: {write_report([folder], page)}")
 
 
 def _keep_best(ends: Sequence[L.Callback], callbacks: Sequence[L.Callback]) -> None:

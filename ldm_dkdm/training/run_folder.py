@@ -24,7 +24,7 @@ from ldm_dkdm.config.schema import (
 )
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError, legible
-from ldm_dkdm.files import expanded, make_folder, write_text
+from ldm_dkdm.files import expanded, make_folder, require_file, write_text
 from ldm_dkdm.reporting import logger
 
 RunConfig = DistillRun | DiffusionRun | FirstStageRun
@@ -105,7 +105,9 @@ def alone_in(folder: RunFolder) -> Iterator[None]:
         yield
         return
     make_folder(folder.path)
-    with (folder.path / ".lock").open("a") as file:
+    lock = folder.path / ".lock"
+    require_file(lock)
+    with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
