@@ -35,7 +35,7 @@ def test_every_planned_run_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -
     for task in tasks:
         assert set(task.after) <= seen, task.name
         seen.add(task.name)
-        if task.run is not None:
+        if task.run is not None and task.name.endswith("-0"):  # other seeds differ in that alone
             words = list(task.command[3:])
             base = [word for word in words[1:] if "=" not in word]
             overrides = [word for word in words[1:] if "=" in word]
