@@ -186,7 +186,7 @@ def test_a_plan_times_the_teacher_as_the_run_stores_it_and_says_that_compiling_i
 def test_a_plan_of_a_run_that_goes_on_is_of_what_is_left(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert distil("--resume", run, "--plan", "trainer.max_steps=16") == 0
     printed = capsys.readouterr().out
-    assert "steps 6 to 16; all below is of what is left" in printed
+    assert "steps 6 to 16: the calls and the time below are those that are left" in printed
     assert "40 samples (10 iterations of 4)" in printed and printed.count(" 0 samples") == 2
 
 

@@ -205,9 +205,9 @@ def test_a_run_with_both_goes_on_exactly_and_its_plan_counts_the_calls(
     capsys.readouterr()
     monkeypatch.setattr("ldm_dkdm.training.plan.time_needed", lambda parts: {"time": "1 s"})
     assert distil("--base", base, "--plan", "trainer.max_steps=8", "logging.name=new") == 0
-    assert "20 samples (5 iterations of 4)" in capsys.readouterr().out  # 1 + 2 + 2 + 2 batches, and one more call
+    assert "20 samples (5 calls of 4)" in capsys.readouterr().out  # 1 + 2 + 2 + 2 batches, and one more call
     assert distil("--resume", tmp_path / "parts", "--plan", "trainer.max_steps=20") == 0
-    assert "24 samples (6 iterations of 4)" in capsys.readouterr().out
+    assert "24 samples (6 calls of 4)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("variant", ["iterative", "shuffled"])

@@ -85,6 +85,10 @@ def _plan(call: TrainingCall[DistillRun]) -> None:
     from ldm_dkdm.training.plan import costs, time_needed
 
     config = call.config
+    done = call.folder.done() if call.resumed else 0
+    if done >= config.trainer.max_steps:
+        print(f"{call.folder.path}: at step {done:,} already; a larger trainer.max_steps continues it")
+        return
     path = find_shipped(config.teacher.ckpt)
     missing = not path.exists() and config.teacher.target is not None and config.diffusion is not None
     if missing:
@@ -93,7 +97,7 @@ def _plan(call: TrainingCall[DistillRun]) -> None:
     device = default_device(config.trainer.accelerator)
     teacher.precision = resolve_precision(config.trainer.precision, device)
     parts = assemble(teacher, make_student(config.student, teacher, config.trainer.seed), config)
-    parts = replace(parts, done=call.folder.done() if call.resumed else 0)
+    parts = replace(parts, done=done)
     planned = costs(parts)
     if teacher.precision == "bf16":
         teacher.network = stored_in_bf16(teacher.network)  # as in the run, which is timed

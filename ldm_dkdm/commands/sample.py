@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32")
     add("--device", default="auto", help="cpu, cuda, ...")
     compiling = "compile networks and decoders (torch.compile); auto: on a GPU with Triton; images change by rounding"
-    add("--compile", choices=["auto", "true", "false"], default="false", help=compiling)
+    add("--compile", nargs="?", const="true", choices=["auto", "true", "false"], default="false", help=compiling)
     add_hints(parser)
 
 

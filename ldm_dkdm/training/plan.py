@@ -12,7 +12,6 @@ from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.replay import calls_for
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.distillation.warmup import preparation, warmup_calls, warmup_of
-from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.agreement import teacher_calls
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.model import DiffusionModel
@@ -46,8 +45,7 @@ def costs(parts: Distillation) -> dict[str, str]:
     resident = training_bytes(student, trainer) + own * teacher + 4 * codec_parameters(parts.teacher)
     precision = {"bf16": "bf16 autocast", "32": "float32"}[parts.teacher.precision]
     resident += parts.replay_bytes + (parts.pool_bytes if place == "device" else 0)
-    if 0 < trainer.max_steps <= parts.done:
-        raise UserError(f"max_steps: the run is at step {parts.done:,} already; a larger one continues it")
+    unit = "iterations" if config.distill.replay == 1 else "calls"
     left = f"steps {parts.done:,} to {trainer.max_steps:,}: the calls and the time below are those that are left"
     return {
         **({"resumed": left} if parts.done else {}),
@@ -56,7 +54,7 @@ def costs(parts: Distillation) -> dict[str, str]:
         "pool": f"{parts.slots:,} slots ({config.distill.variant}){each}, {size(pools)} of "
         + {"mmap": "host disk, memory-mapped", "device": f"{device.type} memory"}.get(place, "host memory"),
         "teacher calls, warm-up": f"{_warmup_samples(parts):,} samples ({source}){each}",
-        "teacher calls, training": f"{iterations * batch:,} samples ({iterations:,} iterations of {batch}){each}",
+        "teacher calls, training": f"{iterations * batch:,} samples ({iterations:,} {unit} of {batch}){each}",
         "teacher calls, agreement": f"{_agreement_samples(parts):,} samples, once",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({precision})",
         "memory, host": _host_memory(parts, place),
