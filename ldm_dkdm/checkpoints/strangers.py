@@ -11,7 +11,7 @@ def what_else(source: Source) -> str:
         if has_config(source.path) and is_foreign(source.path):
             return "its config.yaml belongs to other code; name the checkpoint file itself" + _files_of(source)
         if has_config(source.path) or (source.path / "checkpoints").is_dir():
-            return f"the run has not saved a model yet; continue it with --resume {source.path}"
+            return f"the run holds no model; --resume {source.path} goes on, or exports a finished one again"
         if source.holds("model.safetensors") or source.holds("student.safetensors"):
             return "config.yaml is missing; a model folder holds it and the weights"
         return "is neither a model folder (config.yaml), nor a diffusers folder (model_index.json or config.json)"
