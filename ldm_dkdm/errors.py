@@ -161,7 +161,7 @@ def memory_asked(error: BaseException) -> str:
 
 
 def unreadable(path: str | Path, fault: str, error: BaseException) -> UserError:
-    """What a reader raises where it fails; that there is not enough memory is no fault of the file."""
+    """The error of a reader that failed: the file's fault, or `OutOfMemory`, which does not blame the file."""
     if lacks_memory(error):
         return OutOfMemory(f"{path}: out of memory while it is read ({memory_asked(error)})")
     return UserError(f"{path}: {fault}")

@@ -38,7 +38,7 @@ def exists(text: str) -> bool:
 
 JSON_BYTES = 20_000_000  # longest accepted JSON file
 NAME = 150  # characters of a file's name in that of its temporary folder; a file system takes 255 bytes
-SHA256 = "sha256"  # in a safetensors file's metadata: `content_sha256`
+SHA256 = "sha256"  # key of `content_sha256` in the metadata of a safetensors file
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # errors of a disk, not of a name
 ABANDONED = 86_400.0  # seconds after which another machine's temporary files are no longer being written
 

@@ -159,7 +159,7 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
             raise ValueError(f"its numbers (mode {image.mode}) have no known range; write it with 8 or 16 bits")
         return image
     levels = np.asarray(image).astype(np.float32)
-    levels *= 255 / (2**bits - 1)  # in place, here and below: an image may have tens of millions of pixels
+    levels *= 255 / (2**bits - 1)  # every step works in place: an image may have tens of millions of pixels
     if inverted:
         np.subtract(255, levels, out=levels)
     grey = Image.fromarray(levels.round(out=levels).clip(0, 255, out=levels).astype(np.uint8))

@@ -133,7 +133,7 @@ class DistillStream(BatchStream):
     def _advance(self, plan: Plan, generator: torch.Generator) -> DistillBatch:
         """Predict and step the slots, put them back: ONE teacher call."""
         t = self.pool.t[plan.indices].long()
-        t_next, fresh_t = self._moves(t, plan.places)  # in float64, on the host
+        t_next, fresh_t = self._moves(t, plan.places)  # float64 arithmetic of the host
         self.pool.move(plan.indices, torch.where(t_next < 0, fresh_t, t_next), self.step + 1)
         t, t_next, fresh_t = to_device(torch.stack([t, t_next, fresh_t]), self.device)
         x, label = self.slots.take(plan.indices)

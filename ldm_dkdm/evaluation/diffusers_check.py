@@ -28,7 +28,7 @@ def largest_difference(folder: Path, model: DiffusionModel) -> float | None:
     classes, model = model.classes, model.changed(guidance=1.0, precision="32")
     label = None if classes is None else torch.tensor([classes[0], classes[-1]])
     steps = min(STEPS, model.schedule.num_timesteps)
-    # in other spacings the library's DDIM steps past its own next timestep
+    # the library's DDIM agrees with its own timesteps for this spacing only
     model = model.changed(diffusion=replace(model.diffusion, timestep_spacing="leading"))
     ours = last(ddim(model.schedule, model.predict, noise, lambda: noise, steps, label))
     network = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()

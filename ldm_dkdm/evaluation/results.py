@@ -37,7 +37,7 @@ SAMPLING = (
 )
 OF_REFERENCE = ("images", "seeds", "weights", "sha256", "size")
 ORDER = ("FID", "sFID", "FD", "IS", "precision", "recall", "KID", "PSNR", "SSIM", "LPIPS")
-DETAILS = ("agreement_q", "untrained_", "teacher_", "student_")  # in the record, too many for a table
+DETAILS = ("agreement_q", "untrained_", "teacher_", "student_")  # prefixes of figures that tables leave out
 SETTINGS = ("images", "sampler", "reference", AGREEMENT_BY)
 BEFORE = ("model", "parameters", "GFLOPs", *SETTINGS)
 DISTANCES = ("FID", "sFID", "FD", "KID", "precision", "recall")  # figures that depend on the reference
@@ -58,7 +58,7 @@ def row_of(record: Record) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file of results; none where there is no file.
+    """The rows of a CSV file of results; an empty list if there is no file.
 
     Raises:
         UserError: a file that is not one.
@@ -225,7 +225,7 @@ def _agreement(path: Path) -> dict[str, Any]:
 def _quarters(figures: Mapping[str, Any]) -> dict[str, str]:
     """The eps errors by quarter of t in one cell; nothing where they were not measured."""
     named = [figures[f"agreement_q{n}"] for n in range(1, 5) if f"agreement_q{n}" in figures]
-    errors = named or figures.get("eps_mse_by_t_quarter", [])  # of older versions
+    errors = named or figures.get("eps_mse_by_t_quarter", [])  # the key of older versions
     return {AGREEMENT: " ".join(f"{error:.3g}" for error in errors)} if errors else {}
 
 

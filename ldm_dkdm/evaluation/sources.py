@@ -148,7 +148,7 @@ def _is_lossy(content: bytes) -> bool:
     """Whether a file is JPEG, or WebP with a lossy image, whatever its name is."""
     if content[:4] != b"RIFF" or content[8:12] != b"WEBP":
         return content[:3] == JPEG
-    place = 12  # of a chunk: its name, the length of its content, the content
+    place = 12  # start of a chunk, which is its name, its content's length, its content
     while place + 8 <= len(content) and content[place : place + 4] not in (b"VP8 ", b"VP8L"):
         place += 8 + (int.from_bytes(content[place + 4 : place + 8], "little") + 1) // 2 * 2
     return content[place : place + 4] == b"VP8 "

@@ -39,7 +39,7 @@ class FirstStageModule(L.LightningModule):
         self.vq, self.loss, self.codebook = vq, config.loss, config.codebook
         self.learning_rate, self.max_steps = config.trainer.learning_rate, config.trainer.max_steps
         self.seed = config.trainer.seed
-        self.figures: dict[str, Tensor] = {}  # of the last batch
+        self.figures: dict[str, Tensor] = {}  # the last batch's losses
         self.recent_latents: list[Tensor] = []
         self.register_buffer("code_uses", torch.zeros(vq.quantize.n_e, dtype=torch.long))
         self.discriminator = Discriminator(vq.in_channels) if self.loss.adversarial else None

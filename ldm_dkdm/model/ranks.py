@@ -24,7 +24,7 @@ class Ranks:
 
     rank: int = 0
     ranks: int = 1
-    group: Any = field(default=None, compare=False)  # of torch.distributed; None: its default group
+    group: Any = field(default=None, compare=False)  # process group; None is torch.distributed's default
 
     @property
     def first(self) -> bool:
