@@ -89,8 +89,8 @@ class WarmupConfig(Section):
         "ldm_dkdm.distillation.warmup:WARMUPS",
         "ancestral",
         help="`ancestral` walks every slot from noise to its t; `harvest` walks fewer chains, each of which fills "
-        "several slots; `ddim` and `dpm-solver++` add noise to samples of the teacher (`ddim` with 50 steps leaves 6% too "
-        "little variance at the lowest t); `noise` starts every slot at T.",
+        "several slots; `ddim` and `dpm-solver++` add noise to samples of the teacher (`ddim` with 50 steps leaves 6% "
+        "too little variance at the lowest t); `noise` starts every slot at T.",
     )
     steps: int = key(50, min=1, help="Sampling steps of each of the teacher's samples; the default is at most T.")
     images: int = key(
