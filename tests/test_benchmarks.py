@@ -113,3 +113,15 @@ def test_a_device_is_measured_by_variant(tmp_path: Path) -> None:
         operations = row["MFU"] * peak * row["ms a step"] / 1e3
         assert operations == pytest.approx(2 * (0.79e9 + 3 * 0.45e9), rel=0.03)  # GFLOPs of docs/performance.md
     assert found["sampling"][0]["student, images/s"] > 0
+
+
+def test_the_levers_of_a_step_are_compared_with_the_shipped_one(tmp_path: Path) -> None:
+    words = ("quickstart", "--levers", "twice the batch", "one thread", "--rounds", 1, "-o", tmp_path / "levers.json")
+    benchmark("cpu_levers.py", *words)
+    rows = json.loads((tmp_path / "levers.json").read_text())["rows"]
+    assert [row["lever"] for row in rows] == ["as shipped", "twice the batch", "one thread"]
+    assert [row["batch"] for row in rows] == [16, 32, 16]
+    for row in rows:
+        assert row["samples/s"] == pytest.approx(1e3 * row["batch"] / row["ms a step"])
+        assert row["ratio"] == pytest.approx(row["samples/s"] / rows[0]["samples/s"])
+        assert row["of peak"].endswith("%")

@@ -1,0 +1,122 @@
+"""What makes a distillation step faster on a CPU, and what does not: python benchmarks/cpu_levers.py quickstart
+
+Each lever changes one thing of the step as it is shipped; all take turns in one run. The table has samples a second,
+their ratio to the shipped step, the share of a matrix product's speed in bf16 (measured in the same run), and the
+seconds that compiling took, which a run has to win back.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import finish, guarded, interleaved, open_pair
+from gpu import peak_flops, step_flops, stream_of
+from training_speed import Training
+
+from ldm_dkdm.networks import layers
+from ldm_dkdm.networks.modes import stored_in_bf16
+
+
+@dataclass(frozen=True)
+class Lever:
+    """One change to the shipped step: bf16, the teacher's weights stored in bf16, as many threads as torch takes."""
+
+    precision: str = "bf16"
+    stored: bool = True
+    batches: int = 1  # times the recipe's batch size
+    compiled: bool = False
+    channels_last: bool = False
+    flash: bool = False  # torch's fused attention where the shipped step multiplies matrices
+    threads: int | None = None
+
+
+LEVERS = {
+    "as shipped": Lever(),
+    "float32": Lever(precision="32", stored=False),
+    "teacher not stored in bf16": Lever(stored=False),
+    "twice the batch": Lever(batches=2),
+    "four times the batch": Lever(batches=4),
+    "compiled": Lever(compiled=True),
+    "channels_last": Lever(channels_last=True),
+    "fused attention": Lever(flash=True),
+    "one thread": Lever(threads=1),
+}
+
+
+class Variant:
+    """A training with a lever."""
+
+    def __init__(self, recipe: str, lever: Lever) -> None:
+        self.lever = lever
+        pair = open_pair(recipe, precision=lever.precision)
+        self.size = lever.batches * pair.config.distill.batch_size
+        self.flops = step_flops(pair, self.size)
+        if lever.stored:
+            pair.teacher.network = stored_in_bf16(pair.teacher.network)
+        self.training = Training(pair, stream_of(pair, self.size, pair.device))
+        networks = (pair.teacher.network, self.training.module.network)
+        self.compiling = 0.0
+        for network in networks:
+            if lever.channels_last:
+                network.to(memory_format=torch.channels_last)
+            if lever.compiled:
+                network.compile(dynamic=False)
+        if lever.compiled:
+            started = time.perf_counter()
+            self.step()
+            self.compiling = time.perf_counter() - started
+
+    def step(self) -> None:
+        """One iteration."""
+        with arithmetic(self.lever):
+            self.training.iteration()
+
+
+@contextmanager
+def arithmetic(lever: Lever) -> Iterator[None]:
+    """Threads and attention as a lever asks for."""
+    threads, tokens = torch.get_num_threads(), layers.SMALL_CPU_ATTENTION
+    torch.set_num_threads(lever.threads or threads)
+    layers.SMALL_CPU_ATTENTION = 0 if lever.flash else tokens
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        layers.SMALL_CPU_ATTENTION = tokens
+
+
+def rows_of(variants: dict[str, Variant], seconds: dict[str, float], peak: float) -> list[dict[str, Any]]:
+    """A row for each lever."""
+    shipped = variants["as shipped"].size / seconds["as shipped"]
+    rows = []
+    for name, variant in variants.items():
+        rate = variant.size / seconds[name]
+        row = {"lever": name, "batch": variant.size, "ms a step": 1e3 * seconds[name], "samples/s": rate}
+        share = f"{variant.flops / seconds[name] / peak:.0%}"
+        rows.append({**row, "ratio": rate / shipped, "of peak": share, "s to compile": variant.compiling or ""})
+    return rows
+
+
+def main() -> None:
+    """Time the levers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", nargs="?", default="quickstart")
+    parser.add_argument("--levers", nargs="+", choices=LEVERS, default=list(LEVERS), metavar="LEVER")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("-o", "--out", type=Path, help="JSON file")
+    options = parser.parse_args()
+    variants = {name: Variant(options.recipe, LEVERS[name]) for name in dict.fromkeys(["as shipped", *options.levers])}
+    works: dict[str, Callable[[], object]] = {name: variant.step for name, variant in variants.items()}
+    device = variants["as shipped"].training.pair.device
+    seconds, peak = interleaved(works, options.rounds, device), peak_flops(device, torch.bfloat16)
+    facts = {"what": "levers of a step on a CPU", "recipe": options.recipe, "rounds": options.rounds}
+    finish(options.out, device, rows_of(variants, seconds, peak), **facts, peak=f"{peak / 1e12:.2g} TFLOP/s in bf16")
+
+
+if __name__ == "__main__":
+    guarded(main, "name fewer --levers")
