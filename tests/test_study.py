@@ -73,6 +73,8 @@ def test_a_run_goes_on_and_what_failed_is_tried_again(tmp_path: Path, monkeypatc
     assert not run.is_done(task_of(plan, "another plan"))
     with pytest.raises(SystemExit, match="was begun with another plan"):
         run.refuse_other_plan(task_of(plan, "another plan", folder))
+    inside = plan.Task("b/c", ("-c", "pass"))
+    assert run.carry_out([inside], 1, float("inf")) == [] and run.is_done(inside) and run.is_done(after)
     late = plan.Task("c", ("-c", "pass"))
     assert run.carry_out([late], 1, 0.0) == [] and not run.is_done(late)  # the time is over: left for the next call
 

@@ -26,7 +26,7 @@ def write_results(plan: Mapping[str, Any], path: Path = RESULTS) -> Path:
                 known[arm.name, seed] = row_of(arm, seed)
     rows = sorted(known.values(), key=lambda row: (order.index(row["arm"]), row["seed"]))
     files = sorted(file for file in FAILURES.rglob("*") if file.is_file())
-    failed = {str(file.relative_to(FAILURES)): file.read_text() for file in files}
+    failed = {str(file.relative_to(FAILURES)).removesuffix(".txt"): file.read_text() for file in files}
     path.write_text(json.dumps({"runs": rows, "failed": failed}, indent=1) + "\n")
     return path
 

@@ -71,12 +71,12 @@ def blocked(task: Task, left: dict[str, Task], running: dict[Future[bool], Task]
 
 def is_done(task: Task) -> bool:
     """Whether a task has been carried out."""
-    return text_in(MARKS / task.name) == task.text and (task.makes is None or task.makes.exists())
+    return text_in(note(MARKS, task.name)) == task.text and (task.makes is None or task.makes.exists())
 
 
 def refuse_other_plan(task: Task) -> None:
     """End where a run was begun with another command: it would go on with that."""
-    if task.run is not None and task.run.exists() and text_in(BEGUN / task.name) not in ("", task.text):
+    if task.run is not None and task.run.exists() and text_in(note(BEGUN, task.name)) not in ("", task.text):
         sys.exit(f"{task.run}: was begun with another plan; delete it to make it again")
 
 
@@ -90,7 +90,7 @@ def carry_out_one(task: Task) -> bool:
     command = list(task.command)
     if task.run is not None and (task.run / "config.yaml").is_file():
         command = [*command[: command.index("--base")], "--resume", str(task.run)]
-    log, mark, begun, failure = log_of(task.name), MARKS / task.name, BEGUN / task.name, FAILURES / task.name
+    log, mark, begun, failure = (note(folder, task.name) for folder in (LOGS, MARKS, BEGUN, FAILURES))
     for file in (log, mark, begun, failure):
         file.parent.mkdir(parents=True, exist_ok=True)
     begun.write_text(task.text)
@@ -108,7 +108,12 @@ def carry_out_one(task: Task) -> bool:
 
 def log_of(name: str) -> Path:
     """What a task printed."""
-    return LOGS / f"{name}.txt"
+    return note(LOGS, name)
+
+
+def note(folder: Path, name: str) -> Path:
+    """A small file about a task; `digits` and `digits/dkdm-0` are both names."""
+    return folder / f"{name}.txt"
 
 
 if __name__ == "__main__":
