@@ -19,6 +19,12 @@ PRECISIONS = {
     "bf16": "bf16 autocast; weights stay float32",
     "32": "float32",
 }
+COMPILING = {
+    "auto": "on a GPU that Triton knows",
+    "true": "on every device",
+    "graphs": "as true, and a teacher's calls of a whole batch replay a CUDA graph; on an NVIDIA GPU",
+    "false": "nowhere",
+}
 
 
 def resolve_precision(choice: str, device: "torch.device | str") -> str:
@@ -48,10 +54,23 @@ def autocast(precision: str, device: "torch.device | str") -> "torch.autocast":
 
 
 def compiles(choice: str, device: "torch.device") -> bool:
-    """Whether `trainer.compile` compiles: `auto` does so on a GPU that Triton knows; on a CPU it gains little."""
+    """Whether a choice of COMPILING compiles on a device; on a CPU it gains little."""
     from torch.utils._triton import has_triton
 
-    return choice == "true" or (choice == "auto" and device.type == "cuda" and has_triton())
+    return choice in ("true", "graphs") or (choice == "auto" and device.type == "cuda" and has_triton())
+
+
+def require_graphs(choice: str, device: "torch.device") -> None:
+    """Refuse CUDA graphs where there are none; on AMD's GPUs torch's may compute something else without an error.
+
+    Raises:
+        UserError: the device.
+    """
+    import torch
+
+    kind = "an AMD GPU" if device.type == "cuda" and torch.version.hip else device.type
+    if choice == "graphs" and kind != "cuda":
+        raise UserError(f"compile: graphs are those of CUDA, on an NVIDIA GPU, and this run trains on {kind}; use auto")
 
 
 def to_device(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor":

@@ -234,10 +234,11 @@ class TrainerConfig(Section):
         "auto",
         help="`auto` is bf16 autocast where the machine has fast bf16, else float32.",
     )
-    compile: Literal["auto", "true", "false"] = key(
+    compile: str = one_of(
+        "ldm_dkdm.device:COMPILING",
         "auto",
         help="Compile the networks (torch.compile) before the first step, but not a student that `fsdp` shards; `auto` "
-        "does so on a GPU with Triton.",
+        "does so on a GPU with Triton, `graphs` on an NVIDIA GPU, where the teacher's calls then replay a CUDA graph.",
     )
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = key("auto", help="Kind of device to train on.")
     devices: int | None = key(

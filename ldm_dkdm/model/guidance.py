@@ -32,6 +32,11 @@ def output_of(model: "DiffusionModel", x: Tensor, t: Tensor, label: Tensor | Non
     return torch.cat([guided, with_label[:, channels:]], 1)
 
 
+def rows_of(model: "DiffusionModel", states: int) -> int:
+    """Rows of the network's batch in one call of `output_of` on so many states."""
+    return states if model.guidance == 1 else 2 * states
+
+
 def require_guidance(model: "DiffusionModel") -> None:
     """Refuse guidance of a model that cannot be guided.
 

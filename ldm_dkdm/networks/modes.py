@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -35,6 +35,34 @@ def compiled(networks: Sequence[nn.Module], compiles: bool) -> Iterator[None]:
     finally:
         for network in chosen:
             network._compiled_call_impl = None
+
+
+@contextmanager
+def replayed(network: nn.Module, rows: int, graphs: bool = True) -> Iterator[None]:
+    """Let a compiled network's calls without gradients on `rows` states replay one CUDA graph; afterwards as before.
+
+    A replay needs the shapes that were recorded, so other calls stay as they are. It writes to the same memory as the
+    one before, so its output (rows,C,H,W) is handed over as a copy. Calls with gradients replay nothing: the gradients
+    would be in that memory too, where a second backward pass overwrites what the first has accumulated.
+    """
+    before = network._compiled_call_impl
+    if graphs:
+        network._compiled_call_impl = _replaying(network, before or network._call_impl, rows)
+    try:
+        yield
+    finally:
+        network._compiled_call_impl = before
+
+
+def _replaying(network: nn.Module, otherwise: Callable[..., Tensor], rows: int) -> Callable[..., Tensor]:
+    recorded = torch.compile(network._call_impl, dynamic=False, mode="reduce-overhead")
+
+    def call(x: Tensor, *rest: Tensor | None) -> Tensor:
+        if len(x) != rows or torch.is_grad_enabled():
+            return otherwise(x, *rest)
+        return recorded(x, *rest).clone()
+
+    return call
 
 
 def stored_in_bf16(network: nn.Module) -> nn.Module:

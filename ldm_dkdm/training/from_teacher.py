@@ -19,7 +19,8 @@ from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
-from ldm_dkdm.networks.modes import compiled, stored_in_bf16
+from ldm_dkdm.model.guidance import rows_of
+from ldm_dkdm.networks.modes import compiled, replayed, stored_in_bf16
 from ldm_dkdm.reporting import Progress, logger, size
 from ldm_dkdm.training.calls import distillation_of, refuse_beside
 from ldm_dkdm.training.export import Export, exporting, on_save
@@ -135,7 +136,12 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
         method = run.config.distill
         return stream_kind(method)(teacher, pool, method, parts.batches, seed, rank, device, run.first_batch)
 
-    with run.open(), compiled([teacher.network, trained.network], compiles(run.trainer.compile, run.device)):
+    compiling, rows = run.trainer.compile, rows_of(teacher, run.config.distill.batch_size)
+    with (
+        run.open(),
+        compiled([teacher.network, trained.network], compiles(compiling, run.device)),
+        replayed(teacher.network, rows, compiling == "graphs"),
+    ):
         result = run.fit(parts.module(), stream_for, [pools, saving, grids], measuring)
         if is_first_rank():
             tidy(run.folder)

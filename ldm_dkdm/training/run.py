@@ -20,7 +20,7 @@ from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.shapes import under
 from ldm_dkdm.config.load import read_card
 from ldm_dkdm.config.schema import DistillRun, ModelCard, TrainerConfig
-from ldm_dkdm.device import global_rank, is_first_rank, resolve_precision
+from ldm_dkdm.device import global_rank, is_first_rank, require_graphs, resolve_precision
 from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.ranks import losing
@@ -91,6 +91,7 @@ class Run:
         require_strategy(self.trainer.strategy, self.trainer.ranks, self.trainer.compile)
         require_world(self.trainer)
         self.device = training_device(self.trainer)
+        require_graphs(self.trainer.compile, self.device)
         self.precision = resolve_precision(self.trainer.precision, self.device)
         self.go_on = go_on or "call it again with the same arguments to continue"
         self.stop = GracefulStop(signals)

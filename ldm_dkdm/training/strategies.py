@@ -119,8 +119,8 @@ def require_strategy(name: str, ranks: int, compile: str = AUTO) -> None:
             raise UserError(f"strategy: {name} {why}")
     if name == "single_device" and ranks > 1:
         raise UserError(f"strategy: single_device is for one process, and there are {ranks}; use ddp")
-    if name in SHARDED and compile == "true":
-        raise UserError(f"compile: true cannot be kept with strategy: {name}, which shards the student; use auto")
+    if name in SHARDED and compile in ("true", "graphs"):
+        raise UserError(f"compile: {compile} cannot be kept with strategy: {name}, which shards the student; use auto")
 
 
 def strategy_of(config: TrainerConfig) -> Strategy | str:
