@@ -126,9 +126,14 @@ def finish(out: Path | None, device: torch.device, rows: Sequence[Mapping[str, A
     """Print the rows and write them as JSON with the machine and the facts that they depend on."""
     print(table(rows))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({**facts, "machine": machine(device), "rows": list(rows)}, indent=2) + "\n")
+        write(out, device, **facts, rows=list(rows))
         print(out)
+
+
+def write(out: Path, device: torch.device, **figures: Any) -> None:
+    """Write figures as JSON with the machine that they are from."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**figures, "machine": machine(device)}, indent=2) + "\n")
 
 
 def plot(path: Path, draw: Callable[[Any], None], x: str, y: str, title: str) -> None:

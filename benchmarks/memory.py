@@ -29,10 +29,9 @@ def measure(recipe: str, batch_size: int | None, rho: float | None, storage: Pat
     pair = open_pair(recipe)
     size = batch_size or pair.config.distill.batch_size
     stream = DataStream(encoded(pair), **on_data(pair, size)) if rho is None else distillation(pair, size, rho, storage)
-    training, average = Training(pair, stream), pair.new_student()  # the second as the EMA
+    training = Training(pair, stream)
     for _ in range(STEPS):
         training.iteration()
-    del average
     on_gpu = pair.device.type == "cuda"
     pool = 0 if rho is None else stream.pool.x.numel() * stream.pool.x.element_size()
     return {

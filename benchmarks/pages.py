@@ -1,18 +1,23 @@
 """Put the figures of benchmarks/figures/*.json into docs/performance.md: python benchmarks/pages.py
 
 A table stands between `<!-- figures: NAME -->` and `<!-- end -->`, where NAME.json is what a benchmark wrote with `-o`.
+The file of a card may be missing; the page then says so.
 """
 
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from common import table
+from gpu import TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "benchmarks" / "figures"
 PAGE = ROOT / "docs" / "performance.md"
+MISSING = {"gpu": "No figure of a GPU is here yet: none of this has run on a card."}
 BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -22,13 +27,31 @@ def filled(text: str) -> str:
 
 
 def figures(name: str) -> str:
-    """The table of a file, and the machine it is from."""
-    found = json.loads((FIGURES / f"{name}.json").read_text())
+    """The tables of a file, and the machine it is from."""
+    path = FIGURES / f"{name}.json"
+    if name in MISSING and not path.exists():
+        return MISSING[name]
+    found = json.loads(path.read_text())
     machine = found["machine"]
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     peak = f", {found['peak']}" if "peak" in found else ""
     about = f"{machine['device']}, {threads}, torch {machine['torch']}, ldm_dkdm {machine['ldm_dkdm']}{peak}."
-    return f"{table(found['rows'])}\n\n{about}"
+    shown = {key: title for key, title in TABLES.items() if found.get(key)}
+    tables = [
+        f"{title}:\n\n{table(found[key])}" if len(shown) > 1 else table(found[key]) for key, title in shown.items()
+    ]
+    return "\n\n".join([*tables, about, *notes(found)])
+
+
+def notes(found: Mapping[str, Any]) -> list[str]:
+    """What a card's figures depend on and lack."""
+    if "peak_flops" not in found:
+        return []
+    speeds = ", ".join(f"{1e-12 * speed:.3g} TFLOP/s in {kind}" for kind, speed in found["peak_flops"].items())
+    failed = [f"{recipe}, {name}: {why}" for recipe, all_of in found["failed"].items() for name, why in all_of.items()]
+    lines = [f"Matrix products of the same run: {speeds}; compiled: {'yes' if found['compiled'] else 'no'}."]
+    lines += [f"Failed: {'; '.join(failed)}."] if failed else []
+    return lines + ([f"Left out, the time was up: {', '.join(found['left_out'])}."] if found["left_out"] else [])
 
 
 def main() -> None:

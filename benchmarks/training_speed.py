@@ -26,7 +26,7 @@ BATCHES = 1 << 30  # no stream ends here
 
 
 class Training:
-    """A student, its optimizer and a stream of batches."""
+    """A student, its optimizer, its average and a stream of batches."""
 
     def __init__(self, pair: Pair, stream: BatchStream) -> None:
         trainer = TrainerConfig(max_steps=1, learning_rate=1e-6)
@@ -34,15 +34,18 @@ class Training:
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         self.stream, self.pair = stream, pair
         self.module.network.train()
+        self.weights = [weight.detach() for weight in self.module.network.parameters()]
+        self.averages = [weight.clone() for weight in self.weights]
 
     def iteration(self) -> None:
-        """One batch, one update."""
+        """One batch, one update, one of the average."""
         batch = self.stream.next_batch()
         with autocast(self.pair.teacher.precision, self.pair.device):
             loss = self.module.training_step(batch, 0)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        torch._foreach_lerp_(self.averages, self.weights, 1 - self.pair.config.trainer.ema_decay)
 
 
 def trainings(pair: Pair, batch_size: int) -> dict[str, Training]:

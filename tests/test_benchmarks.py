@@ -103,17 +103,6 @@ def test_the_measured_agreement_is_ranked(tmp_path: Path, monkeypatch: pytest.Mo
         agreement_of(checkpoints / "step=00000003.ckpt")
 
 
-def test_a_device_is_measured_by_variant(tmp_path: Path) -> None:
-    words = ("quickstart", "--batch_size", 2, "--rounds", 1, "--images", 2, "-c", 2, "-o", tmp_path / "gpu.json")
-    benchmark("gpu.py", *words)
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert [row["variant"] for row in found["rows"]][:2] == ["float32", "bf16"]
-    for row in found["rows"]:
-        peak = found["peak_flops"]["32" if row["variant"] == "float32" else "bf16"]
-        operations = row["MFU"] * peak * row["ms a step"] / 1e3
-        assert operations == pytest.approx(2 * (0.79e9 + 3 * 0.45e9), rel=0.03)  # GFLOPs of docs/performance.md
-    assert found["sampling"][0]["student, images/s"] > 0
-
 
 def test_the_levers_of_a_step_are_compared_with_the_shipped_one(tmp_path: Path) -> None:
     words = ("quickstart", "--levers", "twice the batch", "one thread", "--rounds", 1, "-o", tmp_path / "levers.json")

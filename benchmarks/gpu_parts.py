@@ -1,0 +1,106 @@
+"""What benchmarks/gpu.py measures besides steps: memory, sampling, and what storing weights in bf16 changes."""
+
+import time
+from typing import Any
+
+import torch
+from common import Pair
+from gpu_steps import Training, at, stream_of, synchronise
+from training_speed import encoded, on_data
+
+from ldm_dkdm import DiffusionModel
+from ldm_dkdm.config.recipes import find_shipped
+from ldm_dkdm.config.schema import SamplingConfig
+from ldm_dkdm.device import resolve_precision
+from ldm_dkdm.diffusion.process import q_sample
+from ldm_dkdm.distillation.data_stream import DataStream
+from ldm_dkdm.distillation.pool import pool_slots
+
+Tables = dict[str, list[dict[str, Any]]]  # name -> rows
+STEPS = 3  # before memory is read
+BINS = 10  # of t
+SAMPLED = 64  # images of a batch
+
+
+def memory(recipe: str, pair: Pair, batch_size: int, rhos: list[float]) -> Tables:
+    """Peak of the device's memory against rho (Fig. 7), with the pool on the device and in host memory, and on data."""
+    shipped = at(pair, "bf16", True)
+    stream = DataStream(encoded(shipped), **on_data(shipped, batch_size))
+    rows = [
+        {
+            "recipe": recipe,
+            "rho": "on data",
+            "pool GB": 0.0,
+            "on the device": _peak(shipped, stream),
+            "in host memory": "",
+        }
+    ]
+    for rho in rhos:
+        slots = pool_slots(rho, pair.teacher.schedule.num_timesteps, batch_size)
+        row: dict[str, Any] = {"recipe": recipe, "rho": rho}
+        for name, place in (("on the device", pair.device), ("in host memory", torch.device("cpu"))):
+            stream = stream_of(shipped, batch_size, place, slots)
+            row |= {"pool GB": stream.pool.x.nbytes / 1e9, name: _peak(shipped, stream)}
+        rows.append(row)
+    return {"memory": rows}
+
+
+def _peak(pair: Pair, stream: Any) -> float:
+    """GB that the device has held at most in a few steps; 0 on a CPU."""
+    if pair.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    training = Training(pair, stream)
+    for _ in range(STEPS):
+        training.iteration()
+    return torch.cuda.max_memory_allocated() / 1e9 if pair.device.type == "cuda" else 0.0
+
+
+def sampling(recipe: str, pair: Pair, count: int, steps: int) -> Tables:
+    """Images a second of a recipe's teacher and student, with decoding (Fig. 6 has 256 images)."""
+    shared = at(pair, resolve_precision("auto", pair.device))
+    models = {"teacher": shared.teacher, "student": shared.student}
+    for model in models.values():
+        model._codec = pair.codec
+    speeds = {f"{who}, images/s": images_per_second(model, count, steps) for who, model in models.items()}
+    return {"sampling": [{"recipe": recipe, "images": count, "steps": steps, **speeds}]}
+
+
+def images_per_second(model: DiffusionModel, count: int, steps: int) -> float:
+    """Speed of DDIM with decoding, after a batch of two steps that is not counted."""
+    size = min(count, SAMPLED)
+    for number, all_steps in ((size, 2), (count, steps)):
+        synchronise(model.device)
+        started = time.perf_counter()
+        for _ in model.sample_batches(SamplingConfig(number, size, 0, all_steps)):
+            pass  # its images are on the host
+        seconds = time.perf_counter() - started
+    return count / seconds
+
+
+def bf16_error(recipe: str, pair: Pair, count: int) -> Tables:
+    """Error of the teacher's eps in bf16 against float32 in every tenth of t, relative to its root mean square.
+
+    At samples of the teacher, noised to random t of the tenth. Random weights say nothing: there are no rows without a
+    checkpoint.
+    """
+    if not find_shipped(pair.config.teacher.ckpt).exists():
+        return {}
+    teacher, schedule = pair.teacher, pair.teacher.schedule
+    ways = {"bf16 autocast": at(pair, "bf16").teacher, "weights stored in bf16": at(pair, "bf16", True).teacher}
+    x_0 = torch.cat([batch.states for batch in teacher.sample_batches(SamplingConfig(count, count, 0, 10))])
+    numbers = torch.Generator(pair.device).manual_seed(0)
+    rows, T = [], schedule.num_timesteps
+    for part in range(BINS):
+        low, high = part * T // BINS, max((part + 1) * T // BINS, part * T // BINS + 1)
+        t = torch.randint(low, high, (count,), generator=numbers, device=pair.device)
+        x_t = q_sample(schedule, x_0, t, torch.randn(x_0.shape, generator=numbers, device=pair.device))
+        label = teacher.draw_labels(count, numbers)
+        exact = teacher.predict(x_t, t, label).eps
+        errors = {name: _relative(way.predict(x_t, t, label).eps, exact) for name, way in ways.items()}
+        rows.append({"recipe": recipe, "t": f"{low} to {high - 1}", **errors})
+    return {"bf16": rows}
+
+
+def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found - exact).square().mean().sqrt() / exact.square().mean().sqrt())

@@ -1,0 +1,187 @@
+"""Ways to make one optimisation step of a recipe, timed in turn: benchmarks/gpu.py."""
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Pair, interleaved, synchronise
+from public_code import public_step, why_not
+from training_speed import BATCHES, COLUMNS, Training, cached, encoded, on_data
+
+from ldm_dkdm.distillation.batches import BatchStream
+from ldm_dkdm.distillation.data_stream import DataStream
+from ldm_dkdm.distillation.pool import NoisyPool
+from ldm_dkdm.distillation.stream import DistillStream
+from ldm_dkdm.model.guidance import rows_of as rows_of_call
+from ldm_dkdm.networks.cost import gflops
+from ldm_dkdm.networks.modes import replayed, stored_in_bf16
+
+SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices that are multiplied
+PUBLIC, SHIPPED = "public code", "as shipped"
+HOST, GRAPHS, BOTH = (f"{SHIPPED}, {what}" for what in ("pool in host memory", "graphs", "graphs of both networks"))
+ENCODING, ENCODED, WITHOUT = COLUMNS
+SECONDS = 100  # Tab. 9 counts as many iterations
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to make a step: the function, and the number format of its products."""
+
+    step: Callable[[], object]
+    precision: str
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Floating point operations a second of a large matrix product; float32 as TF32, as a GPU's convolutions are."""
+    side = SIDE.get(device.type, 2048)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    try:
+        for _ in range(3):
+            a @ b
+        synchronise(device)
+        started, count = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            for _ in range(5):
+                a @ b
+            synchronise(device)
+            count += 5
+        return count * 2 * side**3 / (time.perf_counter() - started)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def stream_of(pair: Pair, batch_size: int, place: torch.device, slots: int | None = None) -> DistillStream:
+    """A distillation's stream with its pool on a device; the pool's size does not change the time of a step."""
+    teacher, slots = pair.teacher, slots or 8 * batch_size
+    dtype = getattr(torch, pair.config.distill.pool_dtype)
+    labels = teacher.draw_labels(slots, torch.Generator(pair.device).manual_seed(0))
+    pool = NoisyPool(slots, teacher.shape, dtype, labeled=labels is not None, device=place)
+    pool.move(torch.arange(slots), torch.randint(teacher.schedule.num_timesteps, (slots,)))
+    first = torch.arange(min(slots, 8 * batch_size))
+    pool.overwrite(first, torch.randn(len(first), *teacher.shape), None if labels is None else labels[: len(first)])
+    pool.filled = slots
+    config = replace(pair.config.distill, batch_size=batch_size)
+    return DistillStream(teacher, pool, config, BATCHES, device=pair.device)
+
+
+def step_flops(pair: Pair, batch_size: int) -> float:
+    """Operations of one step: the teacher forward, the student forward and backward (twice the forward)."""
+    labelled = pair.teacher.num_classes is not None
+    teacher, student = (gflops(model.network, model.shape, labelled) for model in (pair.teacher, pair.student))
+    return 1e9 * batch_size * (teacher + 3 * student)
+
+
+def at(pair: Pair, precision: str, stored: bool = False) -> Pair:
+    """A pair whose teacher predicts in a precision, with weights stored as bf16 or not; the student is shared."""
+    network = stored_in_bf16(pair.teacher.network) if stored else pair.teacher.network
+    teacher = pair.teacher.changed(precision=precision, network=network)
+    return replace(pair, teacher=teacher, student=pair.student.changed(precision=precision))
+
+
+def variants(pair: Pair, batch_size: int, compiling: bool, clone: Path | None, stack: ExitStack) -> dict[str, Variant]:
+    """The ways of a recipe by name, until a stack is closed; most that are compiled share their networks."""
+    own, host = pair.device, torch.device("cpu")
+    plain = {"float32": at(pair, "32"), "bf16": at(pair, "bf16"), "bf16, teacher stored": at(pair, "bf16", True)}
+    found = {name: _variant(Training(it, stream_of(it, batch_size, own))) for name, it in plain.items()}
+    shipped = at(pair, "bf16", True)
+    training = Training(shipped, stream_of(shipped, batch_size, own))
+    for network in (shipped.teacher.network, training.module.network) if compiling else ():
+        network.compile(dynamic=False)
+    found[SHIPPED] = _variant(training)
+    found[HOST] = _variant(_with(training, stream_of(shipped, batch_size, host)))
+    found[ENCODING] = _variant(_with(training, DataStream(encoded(shipped), **on_data(shipped, batch_size))))
+    if pair.teacher.space.encoded:
+        found[ENCODED] = _variant(_with(training, DataStream(cached(shipped), **on_data(shipped, batch_size))))
+    if own.type == "cuda" and compiling:
+        found |= _graphs(pair, training, batch_size, stack)
+    if clone is not None and (reason := why_not(pair)):
+        print(f"{PUBLIC}: left out, {reason}")
+    elif clone is not None:
+        half = own.type == "cuda" and not pair.teacher.space.encoded
+        found[PUBLIC] = Variant(public_step(clone, pair, batch_size), "float16" if half else "32")
+    return found
+
+
+def _variant(training: Training) -> Variant:
+    return Variant(training.iteration, training.pair.teacher.precision)
+
+
+def _with(training: Training, stream: BatchStream) -> Training:
+    """The same student on other batches."""
+    own = copy.copy(training)
+    own.stream = stream
+    return own
+
+
+def _graphs(pair: Pair, training: Training, batch_size: int, stack: ExitStack) -> dict[str, Variant]:
+    """CUDA graphs of the teacher's calls, as `trainer.compile: graphs`, and of the student's as well."""
+    graphed = at(pair, "bf16", True)
+    stack.enter_context(replayed(graphed.teacher.network, rows_of_call(graphed.teacher, batch_size)))
+    stream = stream_of(graphed, batch_size, pair.device)
+    both = Training(graphed, stream)
+    both.module.network.compile(dynamic=False, mode="reduce-overhead")
+    return {GRAPHS: _variant(_with(training, stream)), BOTH: _variant(both)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of each variant's step and of its first one, which compiles; why others could not be measured."""
+
+    seconds: dict[str, float]
+    first: dict[str, float]
+    failed: dict[str, str]
+
+
+def measure(made: Mapping[str, Variant], rounds: int, device: torch.device) -> Measured:
+    """Time all variants in turn; one that torch cannot run is left out.
+
+    Raises:
+        RuntimeError: torch can run none of them.
+    """
+    first, failed = {}, {}
+    for name, variant in made.items():
+        synchronise(device)
+        started = time.perf_counter()
+        try:
+            variant.step()
+            synchronise(device)
+        except RuntimeError as error:  # no memory, or what a compiler cannot do
+            if not first and name == list(made)[-1]:
+                raise
+            failed[name] = str(error).strip().splitlines()[0]
+            print(f"{name}: failed: {failed[name]}", flush=True)
+        else:
+            first[name] = time.perf_counter() - started
+    return Measured(interleaved({name: made[name].step for name in first}, rounds, device), first, failed)
+
+
+def rows_of(
+    recipe: str, pair: Pair, batch_size: int, found: Measured, made: Mapping[str, Variant], peaks: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """A row for every variant that distils; `public / this` is how many times as fast as the public code it is."""
+    rows = []
+    for name, seconds in found.seconds.items():
+        if name in COLUMNS:
+            continue
+        precision = made[name].precision
+        share = step_flops(pair, batch_size) / seconds / peaks["32" if precision == "32" else "bf16"]
+        row: dict[str, Any] = {"recipe": recipe, "batch": batch_size, "variant": name, "precision": precision}
+        row |= {"ms a step": 1e3 * seconds, "MFU": share, "first step s": found.first[name]}
+        public = found.seconds.get(PUBLIC)
+        rows.append({**row, "public / this": "" if public is None else public / seconds})
+    return rows
+
+
+def tab9(recipe: str, batch_size: int, found: Measured) -> dict[str, Any]:
+    """The row of Tab. 9: seconds of 100 iterations on data and without, of the student as shipped."""
+    seconds = {**found.seconds, WITHOUT: found.seconds.get(SHIPPED)}
+    row = {name: SECONDS * seconds[name] if seconds.get(name) else "" for name in COLUMNS}
+    both = seconds.get(ENCODING) and seconds[WITHOUT]
+    return {"recipe": recipe, "batch": batch_size, **row, "without / on data": both / seconds[ENCODING] if both else ""}

@@ -1,0 +1,149 @@
+"""benchmarks/gpu.py: its variants, the public code's step beside them, what it leaves out, and its table."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm_dkdm import DiffusionModel, UserError
+from ldm_dkdm.config.load import load_config
+from tests import fake_public
+from tests.fake_public import fake_clone
+from tests.streams import new_teacher
+from tests.test_benchmarks import ROOT, benchmark
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def pair_of(space: str, num_classes: int | None = None) -> Any:
+    """A pair of small UNets."""
+    from common import Pair
+
+    network = new_teacher(num_classes).network
+    teacher = DiffusionModel(network, schedule=new_teacher().schedule, space=space).frozen()
+    student = teacher.student(teacher.node)
+    return Pair(load_config("cifar10"), teacher, student, None, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_a_device_is_measured_by_variant_beside_the_public_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("quickstart", "--batch_size", 2, "--rounds", 1, "--images", 2, "-c", 2, "--rho", 0.1)
+    clone = fake_clone(tmp_path / "clone")
+    printed = benchmark("gpu.py", *words, "--baseline", clone, "-o", tmp_path / "gpu.json")
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    rows = {row["variant"]: row for row in found["rows"]}
+    assert list(rows)[:2] == ["float32", "bf16"] and list(rows)[-1] == "public code"
+    for row in found["rows"]:
+        peak = found["peak_flops"][row["precision"]]
+        operations = row["MFU"] * peak * row["ms a step"] / 1e3
+        assert operations == pytest.approx(2 * (0.79e9 + 3 * 0.45e9), rel=0.03)  # GFLOPs of docs/performance.md
+        ratio = rows["public code"]["ms a step"] / row["ms a step"]
+        assert row["public / this"] == pytest.approx(ratio) and f"{ratio:.3g}" in printed
+    (data,) = found["tab9"]
+    assert data["without data"] == pytest.approx(rows["as shipped"]["ms a step"] / 10)
+    assert data["without / on data"] == pytest.approx(data["without data"] / data["on data, encoding"])
+    assert [row["rho"] for row in found["memory"]] == ["on data", 0.1]
+    assert found["memory"][1]["pool GB"] == pytest.approx(0.1 * 1000 * 2 * 3 * 16 * 16 * 2 / 1e9)
+    assert found["sampling"][0]["student, images/s"] > 0
+    assert [row["t"] for row in found["bf16"]][::9] == ["0 to 99", "900 to 999"]
+    for row in found["bf16"]:  # stored weights are those that autocast casts
+        assert row["weights stored in bf16"] == row["bf16 autocast"] and 0 < row["bf16 autocast"] < 0.05
+    assert "the pool is drawn\n" * 2 in printed  # in each step, not while it was made
+    import pages
+
+    monkeypatch.setattr(pages, "FIGURES", tmp_path)
+    page = pages.filled("a\n<!-- figures: gpu -->\n<!-- end -->\nb")
+    assert "| public code" in page and "(Tab. 9):" in page and "Left out" not in page and "compiled: no" in page
+    (tmp_path / "gpu.json").unlink()
+    assert "No figure of a GPU" in pages.filled(page)
+
+
+def test_the_public_step_trains_on_latents_in_its_order(tmp_path: Path) -> None:
+    from public_code import public_step
+
+    pair, before = pair_of("latent"), (list(sys.path), set(sys.modules))
+    step = public_step(fake_clone(tmp_path), pair, 3)
+    made = fake_public.MADE[-1]
+    first = [weight.clone() for weight in made.model.parameters()]
+    assert all(map(torch.equal, first, made.model_ema.first))
+    made.calls.clear()
+    step()
+    step()
+    assert made.calls == ["teacher", "student", "average"] * 2
+    theirs, ours = made.teacher_model.diffusion_model.state_dict(), pair.teacher.network.state_dict()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    assert sys.path == before[0]
+    left = {name.partition(".")[0] for name in set(sys.modules) - before[1]}
+    assert not left & {"ldm", "guided_diffusion", "mpi4py", "blobfile"}
+    with pytest.raises(ImportError):
+        import mpi4py  # noqa: F401
+
+
+def test_the_public_step_trains_on_pixels(tmp_path: Path) -> None:
+    from public_code import public_step
+
+    step = public_step(fake_clone(tmp_path), pair_of("pixel"), 3)
+    step()
+    step()
+    made = fake_public.MADE[-1]
+    assert made.steps == 2 and made.keys["teacher_batch_size"] == 3
+
+
+def test_another_network_or_a_changed_clone_is_one_error(tmp_path: Path) -> None:
+    from public_code import public_step, why_not
+
+    clone = fake_clone(tmp_path)
+    pair = pair_of("pixel")
+    pair.teacher.network.register_parameter("more", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(UserError, match=r"(?s)--baseline: its network is not ours: .*more"):
+        public_step(clone, pair, 3)
+    (clone / "guided-diffusion/guided_diffusion/script_util.py").write_text("")
+    with pytest.raises(UserError, match=r"--baseline: .*guided-diffusion cannot be used: .*create_gaussian_diffusion"):
+        public_step(clone, pair_of("pixel"), 3)
+    assert why_not(pair_of("pixel")) is None and "class-conditional" in str(why_not(pair_of("pixel", 4)))
+
+
+def test_a_folder_that_is_not_a_clone_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu
+
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--baseline", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        gpu.guarded(gpu.main)
+    captured = capsys.readouterr()
+    assert end.value.code == 2 and captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"error: --baseline: {tmp_path} is not a clone of https://github.com/qianlong0502/DKDM")
+
+
+def test_a_variant_that_fails_is_named_and_the_others_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    from gpu_steps import Variant, measure
+
+    def fails() -> None:
+        raise RuntimeError("no kernel\nfor this card")
+
+    cpu = torch.device("cpu")
+    found = measure({"good": Variant(lambda: None, "32"), "bad": Variant(fails, "32")}, 1, cpu)
+    assert list(found.seconds) == ["good"] == list(found.first) and found.failed == {"bad": "no kernel"}
+    assert "bad: failed: no kernel" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="no kernel"):
+        measure({"bad": Variant(fails, "32"), "worse": Variant(fails, "32")}, 1, cpu)
+
+
+def test_a_part_that_would_begin_too_late_is_left_out(tmp_path: Path) -> None:
+    from gpu import Report
+
+    report = Report(tmp_path / "gpu.json", 10, torch.device("cpu"), compiled=False)
+    report.part("one", lambda: {"rows": [{"a": 1}]})
+    report.end = 0.0
+    report.part("two", lambda: pytest.fail("begun"))
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["rows"] == [{"a": 1}] and found["left_out"] == ["two"]
