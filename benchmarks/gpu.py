@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from common import Pair, guarded, machine, open_pair, table, write
 from gpu_parts import Tables, bf16_error, memory, sampling
-from gpu_steps import measure, peak_flops, rows_of, tab9, variants
+from gpu_steps import first_line, measure, peak_flops, rows_of, tab9, variants
 from public_code import require_clone
 
 from ldm_dkdm.device import compiles, default_device
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.reporting import duration
 
 STATES = 32  # for the error in bf16, at most
@@ -33,23 +34,35 @@ class Report:
 
     def __init__(self, out: Path | None, minutes: float, device: torch.device, **facts: Any) -> None:
         self.out, self.device, self.end = out, device, time.monotonic() + 60 * minutes
-        self.facts: dict[str, Any] = {"what": "a device", **facts, "failed": {}, "left_out": []}
+        self.facts: dict[str, Any] = {"what": "a device", **facts, "left_out": {}}
         self.tables: Tables = {name: [] for name in TABLES}
+
+    @property
+    def late(self) -> bool:
+        """Whether nothing more should begin."""
+        return time.monotonic() > self.end
 
     def part(self, name: str, work: Callable[[], Tables]) -> None:
         """Add the rows of a part to the tables, if there is time for it, and write the figures."""
         started = time.monotonic()
-        if started > self.end:
-            print(f"{name}: left out, the time is up", flush=True)
-            self.facts["left_out"].append(name)
+        if self.late:
+            self.left_out(name, "the time is up")
         else:
-            for key, rows in work().items():
-                self.tables[key] += rows
+            try:
+                for key, rows in work().items():
+                    self.tables[key] += rows
+            except RuntimeError as error:  # no memory, or what a device cannot do
+                self.left_out(name, first_line(error))
             print(f"{name}: {duration(time.monotonic() - started)}", flush=True)
         if self.facts["compiled"]:
             torch.compiler.reset()  # frees its graphs, and counts recompilations anew
         if self.out is not None:
             write(self.out, self.device, **self.facts, **self.tables)
+
+    def left_out(self, name: str, why: str) -> None:
+        """Note what has no figures."""
+        print(f"{name}: left out, {why}", flush=True)
+        self.facts["left_out"][name] = why
 
     def show(self) -> None:
         """Print the tables that have rows."""
@@ -71,9 +84,9 @@ def steps(recipe: str, pair: Pair, size: int, options: argparse.Namespace, repor
     """The rows of a recipe's steps and of Tab. 9."""
     with contextlib.ExitStack() as stack:
         made = variants(pair, size, report.facts["compiled"], options.baseline, stack)
-        found = measure(made, options.rounds, pair.device)
-    if found.failed:
-        report.facts["failed"][recipe] = found.failed
+        found = measure(made, options.rounds, pair.device, lambda: report.late)
+    for name, why in found.left_out.items():
+        report.left_out(f"{recipe}, {name}", why)
     rows = rows_of(recipe, pair, size, found, made, report.facts["peak_flops"])
     return {"rows": rows, "tab9": [tab9(recipe, size, found)]}
 
@@ -100,6 +113,8 @@ def main() -> None:
         for name, work in parts.items():
             report.part(f"{recipe}, {name}", work)
     report.show()
+    if not report.tables["rows"]:
+        raise UserError("no step could be made; the lines above say why")
 
 
 def parsed() -> argparse.Namespace:
@@ -113,7 +128,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("-c", "--steps", type=int, default=20, help="DDIM steps of the sampling")
     parser.add_argument("--compile", default="auto", choices=["auto", "true", "false"])
     parser.add_argument("--baseline", type=Path, metavar="CLONE", help="a clone of the public code, to time its step")
-    parser.add_argument("--minutes", type=float, default=7.5, help="begin no part after so many")
+    parser.add_argument("--minutes", type=float, default=7.0, help="begin no part after so many")
     parser.add_argument("-o", "--out", type=Path, help="JSON file")
     return parser.parse_args()
 

@@ -22,7 +22,7 @@ from ldm_dkdm.networks.cost import gflops
 from ldm_dkdm.networks.modes import replayed, stored_in_bf16
 
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices that are multiplied
-PUBLIC, SHIPPED = "public code", "as shipped"
+PUBLIC, SHIPPED, LAST = "public code", "as shipped", "bf16, teacher stored, channels_last"
 HOST, GRAPHS, BOTH = (f"{SHIPPED}, {what}" for what in ("pool in host memory", "graphs", "graphs of both networks"))
 ENCODING, ENCODED, WITHOUT = COLUMNS
 SECONDS = 100  # Tab. 9 counts as many iterations
@@ -99,13 +99,13 @@ def variants(pair: Pair, batch_size: int, compiling: bool, clone: Path | None, s
     found[ENCODING] = _variant(_with(training, DataStream(encoded(shipped), **on_data(shipped, batch_size))))
     if pair.teacher.space.encoded:
         found[ENCODED] = _variant(_with(training, DataStream(cached(shipped), **on_data(shipped, batch_size))))
-    if own.type == "cuda" and compiling:
-        found |= _graphs(pair, training, batch_size, stack)
     if clone is not None and (reason := why_not(pair)):
         print(f"{PUBLIC}: left out, {reason}")
     elif clone is not None:
         half = own.type == "cuda" and not pair.teacher.space.encoded
         found[PUBLIC] = Variant(public_step(clone, pair, batch_size), "float16" if half else "32")
+    if own.type == "cuda" and compiling:
+        found |= on_a_gpu(pair, training, batch_size, stack)
     return found
 
 
@@ -120,46 +120,57 @@ def _with(training: Training, stream: BatchStream) -> Training:
     return own
 
 
-def _graphs(pair: Pair, training: Training, batch_size: int, stack: ExitStack) -> dict[str, Variant]:
-    """CUDA graphs of the teacher's calls, as `trainer.compile: graphs`, and of the student's as well."""
+def on_a_gpu(pair: Pair, training: Training, batch_size: int, stack: ExitStack) -> dict[str, Variant]:
+    """What is tried on a GPU alone: both networks in channels_last, and CUDA graphs of one network or both.
+
+    Args:
+        training: as shipped, compiled; `graphs` has its student, and the teacher of `trainer.compile: graphs`.
+    """
+    last = at(pair, "bf16", True)
+    other = Training(last, stream_of(last, batch_size, pair.device))
+    for network in (last.teacher.network, other.module.network):
+        network.to(memory_format=torch.channels_last)
+    other.follow()
     graphed = at(pair, "bf16", True)
     stack.enter_context(replayed(graphed.teacher.network, rows_of_call(graphed.teacher, batch_size)))
-    stream = stream_of(graphed, batch_size, pair.device)
-    both = Training(graphed, stream)
+    both = Training(graphed, stream_of(graphed, batch_size, pair.device))
     both.module.network.compile(dynamic=False, mode="reduce-overhead")
-    return {GRAPHS: _variant(_with(training, stream)), BOTH: _variant(both)}
+    return {LAST: _variant(other), GRAPHS: _variant(_with(training, both.stream)), BOTH: _variant(both)}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of each variant's step and of its first one, which compiles; why others could not be measured."""
+    """Seconds of each variant's step and of its first one, which compiles; why others have none."""
 
     seconds: dict[str, float]
     first: dict[str, float]
-    failed: dict[str, str]
+    left_out: dict[str, str]
 
 
-def measure(made: Mapping[str, Variant], rounds: int, device: torch.device) -> Measured:
-    """Time all variants in turn; one that torch cannot run is left out.
-
-    Raises:
-        RuntimeError: torch can run none of them.
-    """
-    first, failed = {}, {}
+def measure(
+    made: Mapping[str, Variant], rounds: int, device: torch.device, late: Callable[[], bool] = lambda: False
+) -> Measured:
+    """Time the variants in turn, without those that torch cannot run, or that would begin when it is `late`."""
+    first, left_out = {}, {}
     for name, variant in made.items():
+        if late():
+            left_out[name] = "the time is up"
+            continue
         synchronise(device)
         started = time.perf_counter()
         try:
             variant.step()
             synchronise(device)
         except RuntimeError as error:  # no memory, or what a compiler cannot do
-            if not first and name == list(made)[-1]:
-                raise
-            failed[name] = str(error).strip().splitlines()[0]
-            print(f"{name}: failed: {failed[name]}", flush=True)
+            left_out[name] = first_line(error)
         else:
             first[name] = time.perf_counter() - started
-    return Measured(interleaved({name: made[name].step for name in first}, rounds, device), first, failed)
+    return Measured(interleaved({name: made[name].step for name in first}, rounds, device), first, left_out)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, shortly."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def rows_of(

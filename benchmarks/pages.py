@@ -48,10 +48,9 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     if "peak_flops" not in found:
         return []
     speeds = ", ".join(f"{1e-12 * speed:.3g} TFLOP/s in {kind}" for kind, speed in found["peak_flops"].items())
-    failed = [f"{recipe}, {name}: {why}" for recipe, all_of in found["failed"].items() for name, why in all_of.items()]
-    lines = [f"Matrix products of the same run: {speeds}; compiled: {'yes' if found['compiled'] else 'no'}."]
-    lines += [f"Failed: {'; '.join(failed)}."] if failed else []
-    return lines + ([f"Left out, the time was up: {', '.join(found['left_out'])}."] if found["left_out"] else [])
+    compiled = "compiled" if found["compiled"] else "nothing is compiled"
+    without = [f"Without figures: {name} ({why})." for name, why in found["left_out"].items()]
+    return [f"Matrix products of the same run: {speeds}; {compiled}.", *without]
 
 
 def main() -> None:

@@ -34,6 +34,10 @@ class Training:
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         self.stream, self.pair = stream, pair
         self.module.network.train()
+        self.follow()
+
+    def follow(self) -> None:
+        """Begin the average anew, at the weights as they are now."""
         self.weights = [weight.detach() for weight in self.module.network.parameters()]
         self.averages = [weight.clone() for weight in self.weights]
 

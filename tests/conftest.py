@@ -1,10 +1,13 @@
 """Fixtures: model folders that are made once a session."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
 import torch
+from torch import Tensor
 
 from ldm_dkdm.commands import evaluate
 from ldm_dkdm.evaluation import agreement
@@ -55,3 +58,24 @@ def _results(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every replay, once `torch.compile` makes calls that overwrite what they returned before."""
+    rows: list[int] = []
+
+    def overwriting(call: Callable[..., Tensor], *, dynamic: bool, mode: str) -> Callable[..., Tensor]:
+        assert mode == "reduce-overhead" and not dynamic
+        memory: dict[str, Tensor] = {}
+
+        def replay(*args: Any) -> Tensor:
+            assert not torch.is_grad_enabled()
+            output = call(*args)
+            rows.append(len(output))
+            return memory.setdefault("output", output.clone()).copy_(output)
+
+        return replay
+
+    monkeypatch.setattr(torch, "compile", overwriting)
+    return rows

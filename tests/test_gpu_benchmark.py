@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,12 @@ def test_a_device_is_measured_by_variant_beside_the_public_code(
 
     monkeypatch.setattr(pages, "FIGURES", tmp_path)
     page = pages.filled("a\n<!-- figures: gpu -->\n<!-- end -->\nb")
-    assert "| public code" in page and "(Tab. 9):" in page and "Left out" not in page and "compiled: no" in page
+    assert (
+        "| public code" in page
+        and "(Tab. 9):" in page
+        and "Without figures" not in page
+        and "nothing is compiled" in page
+    )
     (tmp_path / "gpu.json").unlink()
     assert "No figure of a GPU" in pages.filled(page)
 
@@ -110,6 +116,27 @@ def test_another_network_or_a_changed_clone_is_one_error(tmp_path: Path) -> None
     assert why_not(pair_of("pixel")) is None and "class-conditional" in str(why_not(pair_of("pixel", 4)))
 
 
+def test_what_is_tried_on_a_gpu_makes_steps_of_the_same_networks(
+    replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_steps import BOTH, GRAPHS, LAST, Training, on_a_gpu, stream_of
+
+    modes: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *, dynamic, mode: modes.append(mode))
+    pair = pair_of("pixel")
+    training = Training(pair, stream_of(pair, 3, pair.device))
+    with ExitStack() as stack:
+        found = on_a_gpu(pair, training, 3, stack)
+        assert list(found) == [LAST, GRAPHS, BOTH] and modes == ["reduce-overhead"]
+        for number, variant in enumerate(found.values()):
+            before = training.weights[-1].clone()
+            variant.step()
+            assert len(replays) == number  # the teacher's calls of the two with graphs
+            assert torch.equal(before, training.weights[-1]) is (number != 1)  # graphs train the shipped student
+    assert replays == [3, 3]
+    assert pair.teacher.network._compiled_call_impl is None
+
+
 def test_a_folder_that_is_not_a_clone_is_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,26 +151,30 @@ def test_a_folder_that_is_not_a_clone_is_refused_in_one_line(
     assert line.startswith(f"error: --baseline: {tmp_path} is not a clone of https://github.com/qianlong0502/DKDM")
 
 
-def test_a_variant_that_fails_is_named_and_the_others_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_variant_that_fails_or_comes_too_late_is_named_and_the_others_are_timed() -> None:
     from gpu_steps import Variant, measure
 
     def fails() -> None:
         raise RuntimeError("no kernel\nfor this card")
 
-    cpu = torch.device("cpu")
-    found = measure({"good": Variant(lambda: None, "32"), "bad": Variant(fails, "32")}, 1, cpu)
-    assert list(found.seconds) == ["good"] == list(found.first) and found.failed == {"bad": "no kernel"}
-    assert "bad: failed: no kernel" in capsys.readouterr().out
-    with pytest.raises(RuntimeError, match="no kernel"):
-        measure({"bad": Variant(fails, "32"), "worse": Variant(fails, "32")}, 1, cpu)
+    made = {name: Variant(step, "32") for name, step in (("good", lambda: None), ("bad", fails), ("late", pytest.fail))}
+    times = iter([False, False, True])
+    found = measure(made, 1, torch.device("cpu"), lambda: next(times))
+    assert list(found.seconds) == ["good"] == list(found.first)
+    assert found.left_out == {"bad": "no kernel", "late": "the time is up"}
 
 
-def test_a_part_that_would_begin_too_late_is_left_out(tmp_path: Path) -> None:
+def test_a_part_that_fails_or_comes_too_late_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from gpu import Report
+
+    def fails() -> dict[str, list[dict[str, Any]]]:
+        raise torch.OutOfMemoryError("too large")
 
     report = Report(tmp_path / "gpu.json", 10, torch.device("cpu"), compiled=False)
     report.part("one", lambda: {"rows": [{"a": 1}]})
+    report.part("two", fails)
     report.end = 0.0
-    report.part("two", lambda: pytest.fail("begun"))
+    report.part("three", lambda: pytest.fail("begun"))
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert found["rows"] == [{"a": 1}] and found["left_out"] == ["two"]
+    assert found["rows"] == [{"a": 1}] and found["left_out"] == {"two": "too large", "three": "the time is up"}
+    assert "two: left out, too large" in capsys.readouterr().out

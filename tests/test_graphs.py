@@ -1,12 +1,9 @@
 """`trainer.compile: graphs` on a host: a graph is simulated by a call whose outputs are always in the same memory."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ldm_dkdm import load_model
 from ldm_dkdm.device import require_graphs
@@ -19,27 +16,6 @@ from tests import digits
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config
 from tests.streams import BATCH, batches, new_pool, new_teacher
-
-
-@pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every replay, once `torch.compile` makes calls that overwrite what they returned before."""
-    rows: list[int] = []
-
-    def overwriting(call: Callable[..., Tensor], *, dynamic: bool, mode: str) -> Callable[..., Tensor]:
-        assert mode == "reduce-overhead" and not dynamic
-        memory: dict[str, Tensor] = {}
-
-        def replay(*args: Any) -> Tensor:
-            assert not torch.is_grad_enabled()
-            output = call(*args)
-            rows.append(len(output))
-            return memory.setdefault("output", output.clone()).copy_(output)
-
-        return replay
-
-    monkeypatch.setattr(torch, "compile", overwriting)
-    return rows
 
 
 @pytest.mark.parametrize("keys", [{}, {"discard": 0.4}, {"replay": 3, "draws": "stratified"}])
