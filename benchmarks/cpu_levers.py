@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from common import finish, guarded, interleaved, open_pair
-from gpu import peak_flops, step_flops, stream_of
+from gpu_steps import peak_flops, step_flops, stream_of
 from training_speed import Training
 
 from ldm_dkdm.networks import layers
@@ -64,6 +64,7 @@ class Variant:
         for network in networks:
             if lever.channels_last:
                 network.to(memory_format=torch.channels_last)
+                self.training.follow()
             if lever.compiled:
                 network.compile(dynamic=False)
         if lever.compiled:

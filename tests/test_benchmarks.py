@@ -103,7 +103,6 @@ def test_the_measured_agreement_is_ranked(tmp_path: Path, monkeypatch: pytest.Mo
         agreement_of(checkpoints / "step=00000003.ckpt")
 
 
-
 def test_the_levers_of_a_step_are_compared_with_the_shipped_one(tmp_path: Path) -> None:
     words = ("quickstart", "--levers", "twice the batch", "one thread", "--rounds", 1, "-o", tmp_path / "levers.json")
     benchmark("cpu_levers.py", *words)
