@@ -88,8 +88,10 @@ def test_failures_and_measured_runs_are_collected(tmp_path: Path, monkeypatch: p
     measured.mkdir(parents=True)
     (measured / "study.json").write_text(json.dumps({"figures": {}, "parameters": 1, "calls": {}}))
     (measured / "metrics.csv").write_text("step,seconds,agreement\n1,2.6,0.5\n")
+    (measured.parent / "teacher.json").write_text(json.dumps({"figures": {"FD": 9.5}}))
     found = results.read_results(results.write_results(plan.read_plan(), tmp_path / "results.json"))
     assert found["failed"] == {"digits/dkdm-1.measured": "exit code 1: ValueError: 3"}
+    assert found["teachers"] == {"digits": {"FD": 9.5}}
     (row,) = found["runs"]
     assert (row["arm"], row["seed"], row["seconds"], row["curves"]) == ("digits/dkdm", 0, 3, {"agreement": [[1, 0.5]]})
 
@@ -113,12 +115,16 @@ def test_the_page_marks_what_is_beyond_the_spread(tmp_path: Path, monkeypatch: p
     rows = [row("digits/iterative", seed, 40.0 + seed) for seed in range(3)]
     rows += [row("digits/shuffled", seed, 39.5 + seed) for seed in range(3)]
     rows += [row("digits/dkdm", seed, 20.0 + seed) for seed in range(2)]
-    results.write_text(json.dumps({"runs": rows, "failed": {"digits/dkdm-2": "error: no memory"}}))
+    teachers = {"digits": {named("efficientnet-lite0", "FD") + "'": 15.25}}
+    results.write_text(
+        json.dumps({"teachers": teachers, "runs": rows, "failed": {"digits/dkdm-2": "error: no memory"}})
+    )
     monkeypatch.setattr(page, "read_results", lambda: sys.modules["results"].read_results(results))
     monkeypatch.setattr(page, "PAGE", tmp_path / "evidence.md")
     monkeypatch.setattr(page, "PLOTS", tmp_path / "evidence")
     page.main()
     text = (tmp_path / "evidence.md").read_text()
+    assert "| teacher of `digits` to itself | | | | | 15.2 |" in text
     assert "- failed: `digits/dkdm-2`: error: no memory" in text and "8 of " in text
     section = text.partition("## Three ways to make batches (Fig. 4a)")[2].partition("## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("| `")]

@@ -1,7 +1,11 @@
-"""Measure a run of the study: python benchmarks/study/measure.py RUN TEACHER [DATA]"""
+"""Measure a run of the study, or a teacher beside itself: python benchmarks/study/measure.py RUN TEACHER [DATA]
+
+`floor TEACHER OUT` in place of the run writes the teacher's figures with other seeds to OUT.
+"""
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +25,35 @@ PRIMED = ("FD", "KID", "pixel")  # distances to the teacher's samples
 
 
 def main() -> None:
+    """Write what the arguments ask for."""
+    if sys.argv[1] == "floor":
+        measure_floor(sys.argv[2], Path(sys.argv[3]))
+    else:
+        measure_run(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+
+
+def measure_floor(teacher_path: str, out: Path) -> None:
+    """Write the distances of a teacher's samples to samples of its own with other seeds."""
+    options = dict(read_plan()["measured"])
+    options["metrics"] = [name for name in options["metrics"] if name != "agreement"]
+    found = dkdm.measure(dkdm.load_model(teacher_path), dkdm.load_model(teacher_path), progress=True, **options).figures
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"figures": primed(found)}, indent=2) + "\n")
+
+
+def primed(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures with a prime at the distances to a teacher."""
+    return {f"{name}'" if name.startswith(PRIMED) else name: value for name, value in found.items()}
+
+
+def measure_run(run: Path, teacher_path: str, data: str) -> None:
     """Write RUN/study.json: figures against the teacher, against the data, and the teacher's calls."""
-    run, teacher_path, data = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     options = read_plan()["measured"]
     config = run_of(run)
     hints = ScopedHints([], ("student", "teacher"))
     student, teacher = dkdm.load_model(run), find_teacher(run, None if config else teacher_path, hints)
     found = dkdm.measure(student, teacher, progress=True, **options).figures
-    figures: dict[str, Any] = {f"{name}'" if name.startswith(PRIMED) else name: found[name] for name in found}
+    figures = primed(found)
     figures.pop("eps_mse_by_t", None)
     if data:
         numbers = {name: options[name] for name in ("features", "count", "steps")}

@@ -35,7 +35,8 @@ All tables compare runs of equal student steps. Each cell is the mean over seeds
 is of the deciding figure to that of the first arm of the group; it is **bold** where the means differ by more than both
 deviations together. A prime marks a distance to the samples of the arm's own teacher; q1 to q4 are the quarters of t
 from 0 to T. Calls of the teacher are in thousands of samples: the training, and what prepares it (a pool, or images),
-which arms share where they can. Minutes are of the training on one thread, beside other runs: no measure of speed.
+which arms share where they can. A teacher to itself is its samples with other seeds: the distance that is left of a
+perfect student with so few samples. Minutes are of the training on one thread, beside other runs: no measure of speed.
 """
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -50,7 +51,7 @@ def main() -> None:
     parts = [HEAD, overview(plan, results)]
     for name, comparison in plan["comparisons"].items():
         if any(rows.get(arm) for arm in arms_in(comparison)):
-            parts.append(section(name, comparison, rows))
+            parts.append(section(name, comparison, rows, results["teachers"]))
     PAGE.write_text("\n".join(parts))
     print(PAGE)
 
@@ -66,8 +67,8 @@ def overview(plan: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     return "\n".join([f"{made} {sizes}", *failed, ""])
 
 
-def section(name: str, comparison: Mapping[str, Any], rows: Rows) -> str:
-    """Title, claim, table and plots of a comparison.
+def section(name: str, comparison: Mapping[str, Any], rows: Rows, floors: Mapping[str, Mapping[str, float]]) -> str:
+    """Title, claim, table and plots of a comparison; above each pair's first arm its teacher beside itself.
 
     Raises:
         KeyError: runs were measured without the figure that decides.
@@ -77,8 +78,14 @@ def section(name: str, comparison: Mapping[str, Any], rows: Rows) -> str:
     shown = [column for column in COLUMNS if any(figures(rows[arm], column) for arm in arms)]
     lines = ["| arm | seeds | M | calls | minutes | " + " | ".join(COLUMNS[column] for column in shown) + " | ratio |"]
     lines.append("|---" * (len(shown) + 6) + "|")
+    seen: set[str] = set()
     for group in comparison["groups"]:
         made = [arm for arm in group if arm in arms]
+        pair = group[0].partition("/")[0]
+        if made and pair in floors and pair not in seen:
+            seen.add(pair)
+            cells = [cell([floors[pair][column]]) if column in floors[pair] else "" for column in shown]
+            lines.append(f"| teacher of `{pair}` to itself | | | | | {' | '.join(cells)} | |")
         lines += [table_row(arm, group[0], rows, shown, decides) for arm in made]
     found = [f"## {comparison['title']}", ""]
     found += [f"Claim: {comparison['claim']}.", ""] if "claim" in comparison else []

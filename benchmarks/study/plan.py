@@ -57,6 +57,11 @@ class Arm:
         """Whether its runs train on images."""
         return bool(self.pair.get("train"))
 
+    @property
+    def floor(self) -> Path:
+        """The figures of the pair's teacher beside itself, with other seeds: no student can be nearer to it."""
+        return STUDY / self.name.partition("/")[0] / "teacher.json"
+
     def run(self, seed: int) -> Path:
         """Run folder of a seed."""
         return STUDY / f"{self.name}-{seed}"
@@ -127,6 +132,8 @@ def _runs(arm: Arm, seed: int, plan: Mapping[str, Any]) -> Iterator[Task]:
     yield _training(arm, run, overrides, needs)
     command = (str(HERE / "measure.py"), str(run), arm.pair["teacher"], str(arm.pair.get("data", "")))
     yield Task(f"{_name(run)}.measured", command, run / "study.json", (_name(run),))
+    command = (str(HERE / "measure.py"), "floor", arm.pair["teacher"], str(arm.floor))
+    yield Task(_name(arm.floor), command, arm.floor, tuple(arm.pair.get("needs", ())))
 
 
 def _training(arm: Arm, run: Path, overrides: Mapping[str, Any], needs: list[str]) -> Task:

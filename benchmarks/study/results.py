@@ -18,23 +18,28 @@ CURVE = ("agreement", "agreement_q1", "agreement_q2", "agreement_q3", "agreement
 
 def write_results(plan: Mapping[str, Any], path: Path = RESULTS) -> Path:
     """Collect the figures of every run that is there, and what failed; what another machine has measured stays."""
-    order = list(plan["arms"])
-    known = {(row["arm"], row["seed"]): row for row in read_results(path)["runs"] if row["arm"] in order}
+    order, found = list(plan["arms"]), read_results(path)
+    known = {(row["arm"], row["seed"]): row for row in found["runs"] if row["arm"] in order}
+    floors = {pair: figures for pair, figures in found["teachers"].items() if pair in plan["pairs"]}
     for arm in arms_of(plan).values():
+        if arm.floor.is_file():
+            floors[arm.floor.parent.name] = json.loads(arm.floor.read_text())["figures"]
         for seed in plan["seeds"]:
             if (arm.run(seed) / MEASURED).is_file():
                 known[arm.name, seed] = row_of(arm, seed)
     rows = sorted(known.values(), key=lambda row: (order.index(row["arm"]), row["seed"]))
     files = sorted(file for file in FAILURES.rglob("*") if file.is_file())
     failed = {str(file.relative_to(FAILURES)).removesuffix(".txt"): file.read_text() for file in files}
-    path.write_text(json.dumps({"runs": rows, "failed": failed}, indent=1) + "\n")
+    path.write_text(json.dumps({"teachers": floors, "runs": rows, "failed": failed}, indent=1) + "\n")
     return path
 
 
 def read_results(path: Path = RESULTS) -> dict[str, Any]:
-    """`runs`: arm, seed, overrides, figures, calls, seconds, curves of each; `failed`: reasons by task."""
+    """`teachers`: figures of each pair's teacher beside itself; `runs`: arm, seed, overrides, figures, calls, seconds,
+    curves of each; `failed`: reasons by task.
+    """
     found = json.loads(path.read_text()) if path.is_file() else {}
-    return {"runs": [], "failed": {}, **found}
+    return {"teachers": {}, "runs": [], "failed": {}, **found}
 
 
 def row_of(arm: Arm, seed: int) -> dict[str, Any]:
