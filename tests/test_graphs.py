@@ -1,5 +1,6 @@
 """`trainer.compile: graphs` on a host: a graph is simulated by a call whose outputs are always in the same memory."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,23 @@ def test_other_sizes_and_gradients_are_not_replayed(replays: list[int], monkeypa
     assert network._compiled_call_impl is None
     with replayed(network, 3, graphs=False):
         assert network._compiled_call_impl is None
+
+
+def test_more_shapes_are_compiled_than_torch_allows_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        seen.append(len(inputs[-1]))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    network, limit = torch.nn.Linear(3, 3), torch._dynamo.config.recompile_limit
+    with compiled([network], compiles=True), torch.no_grad():
+        for rows in range(1, 13):
+            network(torch.randn(rows, 3))
+    assert seen == list(range(1, 13)) and limit < 12
+    assert torch._dynamo.config.recompile_limit == limit
+    torch._dynamo.reset()
 
 
 def test_guidance_doubles_the_rows_of_a_call() -> None:

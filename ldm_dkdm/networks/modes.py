@@ -3,12 +3,13 @@
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers whose weights autocast casts in every call
+SHAPES = 64  # that may be compiled: two networks, each with and without gradients, for every size of a batch
 
 
 @contextmanager
@@ -26,12 +27,17 @@ def in_eval_mode(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def compiled(networks: Sequence[nn.Module], compiles: bool) -> Iterator[None]:
-    """Let calls of networks run compiled; the names of their weights stay. Afterwards they are as before."""
+    """Let calls of networks run compiled; the names of their weights stay. Afterwards they are as before.
+
+    All networks share torch's limit on the shapes that are compiled, 8, after which calls run uncompiled. Teacher
+    check, warm-up, measurements and grids have batches of their own sizes, so it is raised meanwhile.
+    """
     chosen = [network for network in networks if compiles]
     try:
-        for network in chosen:
-            network.compile(dynamic=False)
-        yield
+        with torch._dynamo.config.patch(recompile_limit=SHAPES) if chosen else nullcontext():
+            for network in chosen:
+                network.compile(dynamic=False)
+            yield
     finally:
         for network in chosen:
             network._compiled_call_impl = None
