@@ -11,7 +11,7 @@ from ldm_dkdm.checkpoints.card import FILE_SHA256, NOT_MEASURED, sha256, write_r
 from ldm_dkdm.config.load import read_card
 from ldm_dkdm.config.schema import ModelCard
 from ldm_dkdm.evaluation.results import table
-from ldm_dkdm.reports.figures import read_figures
+from ldm_dkdm.reports.model_figures import read_figures
 
 
 def test_figures_of_other_weights_are_kept_elsewhere(teacher_folder: Path, tmp_path: Path) -> None:

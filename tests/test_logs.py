@@ -18,7 +18,7 @@ from ldm_dkdm.config.schema import DistillConfig
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.records import NoisyBatch
-from ldm_dkdm.training import ends, measuring, windows
+from ldm_dkdm.training import agreement_callback, ends, windows
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.pool_log import pool_figures
 from ldm_dkdm.training.tables import Table
@@ -70,7 +70,7 @@ def test_which_row_counts_a_measurement_and_which_a_grid(
         return work
 
     monkeypatch.setattr(SampleGrid, "_write", taking(50.0))  # twice at step 4: the student's and the teacher's
-    monkeypatch.setattr(measuring, "agreement", taking(7.0, {"agreement": 0.5}))
+    monkeypatch.setattr(agreement_callback, "agreement", taking(7.0, {"agreement": 0.5}))
     log = {"log_every": 4, "evaluate_every": 4, "sample_every": 4}
     assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 10}, logging=log) == 0
     rows = [(row["step"], float(row["seconds"])) for row in table(tmp_path / "run" / "metrics.csv")]

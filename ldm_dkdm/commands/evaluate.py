@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import add_first_stage_argument, add_plugin_argument, flags, load_plugins, read_hints
+from ldm_dkdm.commands.evaluate_sets import RESULTS, add_row, measure_sets, print_table, show
 from ldm_dkdm.commands.hints import ScopedHints, split_paths
-from ldm_dkdm.commands.measuring import RESULTS, add_row, measure_sets, print_table, show
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.device import started
 from ldm_dkdm.errors import UserError
@@ -175,7 +175,7 @@ def _report(
     """Print the figures of a student against its teacher and add a row of results; returns their provenance."""
     from ldm_dkdm.config.schema import SamplingConfig
     from ldm_dkdm.evaluation.comparison import steps_within
-    from ldm_dkdm.evaluation.measuring import against_teacher
+    from ldm_dkdm.evaluation.measurement import against_teacher
     from ldm_dkdm.evaluation.samples import compared
 
     steps = steps_within(numbers["steps"], teacher)

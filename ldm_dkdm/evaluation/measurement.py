@@ -17,8 +17,8 @@ from ldm_dkdm.evaluation.components import NAME as PIXEL_COMPONENTS
 from ldm_dkdm.evaluation.components import pixel_components
 from ldm_dkdm.evaluation.extractor import Extractor
 from ldm_dkdm.evaluation.features import named_features, open_extractor
-from ldm_dkdm.evaluation.figures import Figures, features_of
 from ldm_dkdm.evaluation.gathering import statistics_cache
+from ldm_dkdm.evaluation.metric_figures import MetricFigures, features_of
 from ldm_dkdm.evaluation.metrics import DEFAULTS, METRICS
 from ldm_dkdm.evaluation.opening import Images, open_images
 from ldm_dkdm.evaluation.perceptual import LPIPS_FACTS, Lpips, find_lpips
@@ -116,7 +116,7 @@ def measure(
     if PIXEL_COMPONENTS in names and other is not None:
         extractors[PIXEL_COMPONENTS], other = pixel_components(other, folder, batch_size, progress)
     agreeing = {"chains": chains, "pairs": pairs, "steps": steps, "seed": seed, "lpips": lpips}
-    work = Figures(extractors, named, batch_size, folder, progress, agreeing, perceptual, processes)
+    work = MetricFigures(extractors, named, batch_size, folder, progress, agreeing, perceptual, processes)
     return _measurement(own, other, chosen, extractors.values(), *work.of(chosen, own, other))
 
 

@@ -27,7 +27,7 @@ def features_of(metric: Metric, named: str) -> str:
 
 
 @dataclass(frozen=True)
-class Figures:
+class MetricFigures:
     """Gathers statistics and computes figures.
 
     Attributes:

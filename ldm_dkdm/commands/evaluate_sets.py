@@ -14,7 +14,7 @@ from ldm_dkdm.reporting import logger
 if TYPE_CHECKING:
     import torch
 
-    from ldm_dkdm.evaluation.measuring import Measurement
+    from ldm_dkdm.evaluation.measurement import Measurement
     from ldm_dkdm.model import DiffusionModel
 
 SCOPES = ("samples", "reference")
@@ -49,7 +49,7 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
     load_plugins(options.plugin)
 
     from ldm_dkdm.device import resolve_device
-    from ldm_dkdm.evaluation.measuring import measure
+    from ldm_dkdm.evaluation.measurement import measure
     from ldm_dkdm.evaluation.results import read_rows, record_in_run, write_record
     from ldm_dkdm.model.ranks import joined
 
@@ -104,7 +104,7 @@ def _opened(
 ) -> tuple[Any, Any]:
     """SAMPLES and REFERENCE: models that are opened, and paths of all else."""
     from ldm_dkdm.evaluation.features import named_features
-    from ldm_dkdm.evaluation.measuring import chosen_metrics
+    from ldm_dkdm.evaluation.measurement import chosen_metrics
     from ldm_dkdm.evaluation.metrics import METRICS
     from ldm_dkdm.evaluation.opening import is_model, require_set
 
@@ -195,8 +195,8 @@ def _brief(facts: Mapping[str, Any]) -> dict[str, Any]:
 def _require_place(options: argparse.Namespace, reference: bool) -> None:
     """Refuse --save_statistics before the work where it could not be done after it."""
     from ldm_dkdm.evaluation.features import named_features
-    from ldm_dkdm.evaluation.figures import features_of
-    from ldm_dkdm.evaluation.measuring import chosen_metrics
+    from ldm_dkdm.evaluation.measurement import chosen_metrics
+    from ldm_dkdm.evaluation.metric_figures import features_of
     from ldm_dkdm.evaluation.metrics import METRICS
     from ldm_dkdm.evaluation.statistics import require_place_for_statistics
 

@@ -17,7 +17,7 @@ MARK = " · "  # between the keys of nested mappings
 
 
 @dataclass
-class Figures:
+class ModelFigures:
     """What was measured of a model.
 
     Attributes:
@@ -44,13 +44,13 @@ class Figures:
             self.provenance[name.replace("_", " ")] = shown(value)
 
 
-def read_figures(model: Path | None) -> Figures:
+def read_figures(model: Path | None) -> ModelFigures:
     """The figures in a model folder; none without one.
 
     Raises:
         UserError: a damaged file.
     """
-    found, used = Figures(), set[str]()
+    found, used = ModelFigures(), set[str]()
     for file in [] if model is None else [model / FIGURES, *sorted((model / RECORDS).glob("*.json"))]:
         if not file.is_file():
             continue
