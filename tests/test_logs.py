@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from ldm_dkdm.config.schema import DistillConfig
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.records import NoisyBatch
-from ldm_dkdm.training import agreement_callback, ends, windows
+from ldm_dkdm.training import agreement_callback, ends, resuming, windows
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.pool_log import pool_figures
 from ldm_dkdm.training.tables import Table
@@ -167,6 +168,23 @@ def test_damaged_rows_do_not_keep_a_run_from_its_resume(
     Table(tmp_path / "a.csv", ("step", "loss"), resumed_at=5).add({"step": 6, "loss": 1.0})
     assert (tmp_path / "a.csv").read_text() == f"step,loss\n{left}6,1\n"
     assert warning in caplog.text and bool(warning) == bool(caplog.records)
+
+
+def test_a_resume_reads_a_huge_table_line_by_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, rows = tmp_path / "metrics.csv", "".join(f"{step},0.5\n" for step in range(1, 40_001))
+    file.write_text(f"step,loss\n{rows}{'7' * 5_000_000}\n" + "damaged\n" * 3_000)
+    tracemalloc.start()
+    try:
+        line = resuming.continues(tmp_path, 30_000)
+        Table(file, ("step", "loss"), resumed_at=30_000).add({"step": 30_001, "loss": 1.0})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "continues from the checkpoint of step 30000; the steps after it are trained again (10000 at least)" in line
+    assert file.read_text() == "step,loss\n" + "".join(rows.splitlines(True)[:30_000]) + "30001,1\n"
+    assert peak < 1_000_000  # the file has 6 MB
+    warned = [record.message for record in caplog.records]
+    assert "line 40002 is longer than 100,000 bytes; it is left out" in warned[0] and len(warned) == 11
 
 
 def test_the_pools_rows_follow_every_slot(teacher_folder: Path) -> None:
