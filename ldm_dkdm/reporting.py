@@ -1,10 +1,11 @@
-"""The logger, progress bars or lines, and byte counts and durations for messages."""
+"""The logger, progress bars or lines, and numbers, durations and paths for messages."""
 
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import MappingProxyType
 
 from tqdm import tqdm
@@ -111,6 +112,14 @@ def decoration(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         logger.warning(f"{what}: left out ({type(error).__name__}: {error})")
+
+
+def in_home(path: str | Path) -> str:
+    """A path for messages, with ~ for the home folder."""
+    try:
+        return f"~/{Path(path).relative_to(Path.home())}"
+    except (ValueError, RuntimeError):  # elsewhere, or this user has no home folder
+        return str(path)
 
 
 def counted(number: int, noun: str) -> str:

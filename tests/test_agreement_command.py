@@ -79,7 +79,8 @@ def test_a_run_alone_has_a_row_of_results_with_the_facts_of_any_other(
     assert {name: row[name] for name in facts} == facts
     by = f"ldm_dkdm {dkdm.__version__}: dkdm evaluate -n 65 -c 2 --chains 1 --pairs 1 --seed 0"
     assert row["agreement by"] == figures["measured_with"] == by
-    few = "samples: 65 images are fewer than 10,000; pixel-frechet"
+    few = "samples and reference: 65 images each are fewer than 10,000; pixel-frechet"
+    assert printed.err.count("are fewer than") == 1
     assert few in printed.err and few in row["warnings"] and few in figures["warnings"][0]
     assert figures["student_weights"] == "EMA" and figures["student_opened_from"] == str(student)
     assert "to do: 1 chain of the teacher through 20 steps, 197 images by DDIM in 2 steps" in printed.out
@@ -175,13 +176,19 @@ def test_lpips_is_measured_where_its_weights_are(
 
 
 def test_a_line_says_where_the_weights_of_lpips_belong(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate("-r", run, "-n", 0, *SMALL) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "LPIPS" in line]
-    place = tmp_path / "torch" / "hub" / "checkpoints" / "vgg16-397923af.pth"
-    assert len(lines) == 1 and f"is not at {place}; put it there" in lines[0]
-    assert "553.4 MB, SHA-256 397923af8e79cdbb6a71" in lines[0] and not rows()[0].get("lpips")
+    file = f"vgg16-397923af.pth (553.4 MB, SHA-256 {perceptual.VGG16.sha256})"
+    place = tmp_path / "torch" / "hub" / "checkpoints"
+    assert lines == [f"no LPIPS: put {file} in {place}, or give its path"] and not rows()[0].get("lpips")
+    both = ("--metrics", "agreement", "reconstruction", "-n", 2, *SMALL)
+    assert evaluate(run, *both) == 0
+    assert capsys.readouterr().out.count("no LPIPS: ") == 1
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert evaluate("-r", run, "-n", 0, *SMALL) == 0
+    assert " in ~/torch/hub/checkpoints, or" in capsys.readouterr().out
     assert evaluate("-r", run, "-n", 0, *SMALL, "--lpips", "nowhere") == 2
     assert "--lpips: nowhere: no such file; it should hold vgg16-397923af.pth" in capsys.readouterr().err
     image = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)

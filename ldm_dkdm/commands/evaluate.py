@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import add_first_stage_argument, add_plugin_argument, flags, load_plugins, read_hints
-from ldm_dkdm.commands.evaluate_sets import RESULTS, add_row, measure_sets, print_table, show
+from ldm_dkdm.commands.evaluate_output import add_row, print_table, show
+from ldm_dkdm.commands.evaluate_sets import RESULTS, measure_sets
 from ldm_dkdm.commands.hints import ScopedHints, split_paths
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.device import started
