@@ -95,6 +95,8 @@ def test_warnings_of_two_sets_are_one() -> None:
     few, lossy = doubts(jpeg, jpeg, ["fid", "sfid"])
     assert few.startswith("samples and reference: 9 images each are fewer than 10,000; fid, sfid depend on")
     assert lossy.startswith("samples and reference: 9 files each are JPEG or lossy WebP")
+    (alone,) = doubts({"images": 9}, {"images": 8}, ["is", "kid"])
+    assert alone.startswith("samples: 9 images are fewer than 10,000; is depends on")
     few, lossy = doubts({"images": 20_000}, jpeg, ["fid"])
     assert few.startswith("reference: 9 images are fewer") and lossy.startswith("reference: 9 files are JPEG")
 

@@ -7,6 +7,7 @@ from ldm_dkdm.first_stage.codec import TRUNCATED
 
 FEW = 10_000  # samples below which Frechet distances and Inception scores depend strongly on the number
 BIASED = {"fid", "sfid", "is", "fd", "fd-dinov2", "precision-recall", "pixel-frechet"}  # metrics that do
+ALONE = {"is"}  # those that measure the samples alone
 
 
 def doubts(samples: Mapping[str, Any], reference: Mapping[str, Any] | None, metrics: Iterable[str]) -> list[str]:
@@ -23,7 +24,8 @@ def doubts(samples: Mapping[str, Any], reference: Mapping[str, Any] | None, metr
 
 def _few(sets: Mapping[str, Mapping[str, Any]], metrics: set[str]) -> list[str]:
     biased = sorted(BIASED & metrics)
-    counts = {name: facts.get("images in statistics") or facts.get("images") for name, facts in sets.items()}
+    compared = sets if metrics & (BIASED - ALONE) else {"samples": sets["samples"]}
+    counts = {name: facts.get("images in statistics") or facts.get("images") for name, facts in compared.items()}
     few = {name: count for name, count in counts.items() if biased and count is not None and count < FEW}
     verb = "depends" if len(biased) == 1 else "depend"
     why = f"are fewer than {FEW:,}; {', '.join(biased)} {verb} on their number, kid does not"

@@ -32,10 +32,11 @@ SAMPLING = (
     "opened_from_sha256",
     "sha256",
     "size",
+    "resized",
     "rounding",
     AGREEMENT_BY,
 )
-OF_REFERENCE = ("images", "seeds", "weights", "sha256", "size")
+OF_REFERENCE = ("images", "seeds", "weights", "sha256", "size", "resized", "rounding")
 ORDER = ("FID", "sFID", "FD", "IS", "precision", "recall", "KID", "PSNR", "SSIM", "LPIPS")
 SPEED = "_images_per_second"  # ends the names of figures that differ from call to call
 DETAILS = ("agreement_q", "untrained_", "teacher_", "student_")  # prefixes of figures that tables leave out
