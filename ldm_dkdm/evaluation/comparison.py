@@ -74,6 +74,8 @@ def evaluate(
     sizes = Sizes(chains, pairs, steps_within(steps, teacher))
     _require(sizes, images, seed, batch_size)
     SAMPLERS["ddim"].timesteps(teacher.schedule, sizes.steps)  # refuses what does not fit
+    for model in (student, teacher):
+        model.codec()  # refuses a missing first stage before the chains are walked
     logger.info(work(sizes, images, total))
     figures: dict[str, Any] = {MEASURED_WITH: measured_with(sizes, images, seed)}
     figures |= joined().on_first(lambda: _agreement(student, teacher, sizes, seed, batch_size, lpips, progress))

@@ -56,8 +56,7 @@ def find_weights(file: WeightsFile) -> Path:
     if not path.is_file():
         raise UserError(
             f"features: {file.name} is missing ({size(file.size)}, SHA-256 {file.sha256}); get it from {file.origin}, "
-            f"put it in {in_home(path.parent)}, or give its path (nothing is downloaded); without it, "
-            "efficientnet-lite0 works"
+            f"put it at {in_home(path)}, or give its path (nothing is downloaded); without it, efficientnet-lite0 works"
         )
     if (found := sha256(path)) != file.sha256:
         raise UserError(f"features: {path} is damaged or another file: its SHA-256 is {found}, not {file.sha256}")
