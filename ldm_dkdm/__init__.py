@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ldm_dkdm.distillation.pool import NoisyPool
     from ldm_dkdm.errors import Stopped, UserError
     from ldm_dkdm.evaluation.comparison import evaluate
-    from ldm_dkdm.evaluation.measuring import measure
+    from ldm_dkdm.evaluation.measurement import measure
     from ldm_dkdm.model import DiffusionModel, load_model
     from ldm_dkdm.reports.page import write_report
     from ldm_dkdm.training.autoencoder import train_first_stage
@@ -33,7 +33,7 @@ _HOMES = {
     "evaluate": "ldm_dkdm.evaluation.comparison",
     "load_config": "ldm_dkdm.config.load",
     "load_model": "ldm_dkdm.model",
-    "measure": "ldm_dkdm.evaluation.measuring",
+    "measure": "ldm_dkdm.evaluation.measurement",
     "train": "ldm_dkdm.training.from_images",
     "train_first_stage": "ldm_dkdm.training.autoencoder",
     "write_report": "ldm_dkdm.reports.page",

@@ -1,10 +1,11 @@
-"""The logger, progress bars or lines, and byte counts and durations for messages."""
+"""The logger, progress bars or lines, and numbers, durations and paths for messages."""
 
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import MappingProxyType
 
 from tqdm import tqdm
@@ -22,7 +23,9 @@ def on_terminal() -> bool:
 
 
 class Lines:
-    """Progress as a line a minute on stderr, for log files: `warm-up 1200/4000, 3.4 call/s, ETA 13:43`.
+    """Progress as lines on stderr, for log files: one at the start, one a minute, one at the end.
+
+    `warm-up: 10,240 calls of the teacher`, then `warm-up 1200/10240, 3.4 call/s, ETA 13:43`, then `..., took 50:11`.
 
     Args:
         what: name of the work. unit: what is counted. total: number of units. initial: number done before.
@@ -30,6 +33,7 @@ class Lines:
 
     def __init__(self, what: str, unit: str, total: int, initial: int = 0) -> None:
         self.what, self.unit, self.total, self.initial = what, unit, total, initial
+        self.done = initial
         self._start = self._last = time.monotonic()
 
     @property
@@ -37,38 +41,65 @@ class Lines:
         """Whether a minute has passed since the last line."""
         return time.monotonic() - self._last >= SECONDS_BETWEEN_LINES
 
-    def show(self, done: int, figures: Mapping[str, float] = MappingProxyType({}), last: bool = False) -> None:
-        """Write a line if one is due or it is the last, with `figures` at its end."""
-        if not self.due and not last:
-            return
-        self._last = time.monotonic()
-        rate = max(1e-9, done - self.initial) / max(1e-9, self._last - self._start)
+    def begin(self, work: str) -> None:
+        """Write the line at the start: `work`, which says what begins and how much, and what of it is done."""
+        _write(work + (f", {self.initial:,} of them done before" if self.initial else ""))
+
+    def show(self, done: int, figures: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Take the number done, and write a line if one is due, with `figures` at its end."""
+        self.done = done
+        if self.due:
+            left = f"ETA {tqdm.format_interval(max(0, self.total - done) / self._rate)}" if self._moved else "ETA ?"
+            self._line(left, figures)
+
+    def end(self, figures: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Write the last line, with the time that all took."""
+        self._line(f"took {tqdm.format_interval(time.monotonic() - self._start)}", figures)
+
+    @property
+    def _moved(self) -> bool:
+        return self.done > self.initial
+
+    @property
+    def _rate(self) -> float:
+        """Units a second."""
+        return max(1e-9, self.done - self.initial) / max(1e-9, time.monotonic() - self._start)
+
+    def _line(self, time_of_it: str, figures: Mapping[str, float]) -> None:
+        rate = self._rate
         pace = f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}"
-        if last:
-            left = f"took {tqdm.format_interval(self._last - self._start)}"
-        else:
-            left = f"ETA {tqdm.format_interval(max(0, self.total - done) / rate) if done > self.initial else '?'}"
         shown = "".join(f", {name} {value:.4g}" for name, value in figures.items())
-        sys.stderr.write(f"{self.what} {done}/{self.total}, {pace}, {left}{shown}\n")
-        sys.stderr.flush()
+        _write(f"{self.what} {self.done}/{self.total}, {pace}, {time_of_it}{shown}")
+        self._last = time.monotonic()
+
+
+def _write(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 @contextmanager
 def following(
-    progress: bool | Progress, what: str, unit: str, total: int, initial: int = 0
+    progress: bool | Progress, what: str, unit: str, total: int, initial: int = 0, of: str = ""
 ) -> Iterator[Callable[[int], object]]:
     """Yield a function to call with the number done of `total`.
 
     Args:
-        progress: True shows a bar with an ETA, or a line a minute where stderr is not a terminal; False nothing; a
+        progress: True shows a bar with an ETA, or lines where stderr is not a terminal (`Lines`); False nothing; a
             function is called with (what, done, total).
         what: name of the work. unit: what is counted. initial: number done before.
+        of: what the units belong to, for the line at the start.
     """
     if callable(progress):
         yield lambda done: progress(what, done, total)
         return
     if progress and not on_terminal():
-        yield Lines(what, unit, total, initial).show
+        lines = Lines(what, unit, total, initial)
+        if total > initial:
+            lines.begin(f"{what}: {counted(total, unit)}{of and f' of {of}'}")
+        yield lines.show
+        if total > initial:
+            lines.end()
         return
     with tqdm(total=total, initial=initial, desc=what, unit=unit, disable=not progress) as bar:
         yield lambda done: bar.update(done - bar.n)
@@ -83,9 +114,17 @@ def decoration(what: str) -> Iterator[None]:
         logger.warning(f"{what}: left out ({type(error).__name__}: {error})")
 
 
+def in_home(path: str | Path) -> str:
+    """A path for messages, with ~ for the home folder."""
+    try:
+        return f"~/{Path(path).relative_to(Path.home())}"
+    except (ValueError, RuntimeError):  # elsewhere, or this user has no home folder
+        return str(path)
+
+
 def counted(number: int, noun: str) -> str:
-    """A number of things, such as 1 chain or 1,000 images."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """A number of things, such as 1 chain, 1,000 images or 2 batches."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"
 
 
 def size(count: float) -> str:

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import torch
+from torch_fidelity import metric_kid
 
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, evaluate, measure
-from ldm_dkdm.evaluation import comparison, components, frechet
+from ldm_dkdm.evaluation import comparison, components, frechet, metrics
 from ldm_dkdm.files import write_text
 from ldm_dkdm.model.ranks import joined, together
 from ldm_dkdm.networks import UNet
@@ -30,26 +31,37 @@ def pixel(shift: float) -> DiffusionModel:
 def measured(folder: Path) -> dict[str, object]:
     """Figures of a student against its teacher, and what was computed for them here."""
     frechet.IMAGES, calls, shown = 70, [], set()
-    for module, name in ((comparison, "new_reference"), (components, "_some")):
+    places = [
+        (comparison, "new_reference"),
+        (components, "_some"),
+        (metrics, "frechet_distance"),
+        (metric_kid, "kernel_mmd"),
+    ]
+    for module, name in places:
         whole = getattr(module, name)
         setattr(module, name, lambda *given, of=whole, name=name, **named: (calls.append(name), of(*given, **named))[1])
     student, teacher = pixel(0), pixel(1)
     figures = evaluate(student, teacher, cache=folder / "cache", progress=lambda w, d, t: shown.add(w), **SIZES)
     metric = measure(student, teacher, metrics=["agreement"], chains=1, pairs=1, steps=1).figures
-    return {"figures": figures, "calls": calls, "shown": sorted(shown), "agreement": metric["agreement"]}
+    asked = {"features": "pixels", "count": 8, "steps": 1, "cache": folder / "cache"}
+    kid = measure(student, teacher, metrics=["kid"], **asked).figures
+    agreement = {"agreement": metric["agreement"], "kid": kid["KID-pixels"]}
+    return {"figures": figures, "calls": calls, "shown": sorted(shown), **agreement}
 
 
 def refused() -> dict[str, str]:
-    """A mistake that the first process alone finds."""
+    """A mistake that the first process alone finds, and then another error of that process."""
+    found = {}
+    for what, kind in (("refused", UserError), ("failed", KeyError)):
 
-    def work() -> None:
-        raise UserError(f"found by process {joined().rank}")
+        def work(kind: type[Exception] = kind) -> None:
+            raise kind(f"found by process {joined().rank}")
 
-    try:
-        joined().on_first(work)
-    except UserError as error:
-        return {"refused": str(error)}
-    return {}
+        try:
+            joined().on_first(work)
+        except (UserError, KeyError) as error:
+            found[what] = f"{type(error).__name__}: {error}"
+    return found
 
 
 def main(folder: Path) -> None:

@@ -14,7 +14,7 @@ import ldm_dkdm as dkdm
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model
 from ldm_dkdm.evaluation.agreement import Sizes, agreement, new_reference, teacher_calls
 from ldm_dkdm.evaluation.reference import read_reference, save_reference
-from ldm_dkdm.training import measuring
+from ldm_dkdm.training import agreement_callback
 from tests.cli import contents, distil, table, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
 from tests.training_images import LOGGING, TRAINER, training_images
@@ -113,7 +113,7 @@ def test_measuring_changes_nothing_in_the_training_and_a_resume_asks_the_teacher
         steps = 2 if name == "halves" else 6
         log = {"evaluate_every": every, "log_every": 1}
         assert run(teacher_folder, tmp_path, name, student=student, trainer={"max_steps": steps}, logging=log) == 0
-    monkeypatch.setattr(measuring, "new_reference", lambda *args, **options: pytest.fail("called again"))
+    monkeypatch.setattr(agreement_callback, "new_reference", lambda *args, **options: pytest.fail("called again"))
     assert distil("--resume", tmp_path / "halves", "trainer.max_steps=6") == 0
     off, on, halves = (contents(tmp_path / name) for name in ("off", "on", "halves"))
     assert off["student/student.safetensors"] == on["student/student.safetensors"]
@@ -133,7 +133,7 @@ def test_measuring_changes_nothing_in_the_training_and_a_resume_asks_the_teacher
 def given(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Agreements that the measurements find, in order."""
     figures: list[float] = []
-    monkeypatch.setattr(measuring, "agreement", lambda *args: {"agreement": figures.pop(0)})
+    monkeypatch.setattr(agreement_callback, "agreement", lambda *args: {"agreement": figures.pop(0)})
     yield figures
     assert figures == []
 
@@ -184,7 +184,7 @@ def test_a_run_stops_when_the_agreement_no_longer_improves(teacher_folder: Path,
 def test_a_measurement_that_fails_does_not_end_the_run(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measuring, "agreement", lambda *args: 1 / 0)
+    monkeypatch.setattr(agreement_callback, "agreement", lambda *args: 1 / 0)
     assert run(teacher_folder, tmp_path, "run", logging={"evaluate_every": 3}) == 0
     assert "agreement: left out (ZeroDivisionError" in capsys.readouterr().err
     assert load_model(tmp_path / "run").info["step"] == 6

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ldm_dkdm.evaluation import perceptual
 from ldm_dkdm.evaluation.agreement import FIGURES
 from ldm_dkdm.evaluation.likeness import likeness
 from ldm_dkdm.evaluation.results import append_row
+from ldm_dkdm.reports.model_figures import read_figures
 from tests.cli import distil, run_script, table, write_yaml
 from tests.parts import distill_config
 
@@ -79,7 +81,8 @@ def test_a_run_alone_has_a_row_of_results_with_the_facts_of_any_other(
     assert {name: row[name] for name in facts} == facts
     by = f"ldm_dkdm {dkdm.__version__}: dkdm evaluate -n 65 -c 2 --chains 1 --pairs 1 --seed 0"
     assert row["agreement by"] == figures["measured_with"] == by
-    few = "samples: 65 images are fewer than 10,000; pixel-frechet"
+    few = "samples and reference: 65 images each are fewer than 10,000; pixel-frechet"
+    assert printed.err.count("are fewer than") == 1
     assert few in printed.err and few in row["warnings"] and few in figures["warnings"][0]
     assert figures["student_weights"] == "EMA" and figures["student_opened_from"] == str(student)
     assert "to do: 1 chain of the teacher through 20 steps, 197 images by DDIM in 2 steps" in printed.out
@@ -95,9 +98,61 @@ def test_the_same_row_is_not_added_twice(run: Path, capsys: pytest.CaptureFixtur
     assert len(rows()) == 2
 
 
-def test_rows_that_differ_in_their_date_alone_are_one(tmp_path: Path) -> None:
-    row = {"date": "1", "samples": "a", "FID": 0.1, "labels": None}
+def test_figures_of_other_settings_are_kept_and_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student = run / "student"
+    few = ("--chains", 1, "--pairs", 1, "-c", 1)
+    assert evaluate("-r", run, "-n", 65, *few) == 0
+    first = json.loads((student / "evaluation.json").read_text())
+    assert first["student_images_per_second"] > 0
+    capsys.readouterr()
+    assert evaluate("-r", run, "-n", 65, *few) == 0  # reuses the statistics: no speeds
+    assert "before" not in capsys.readouterr().out and len(rows()) == 1
+    assert json.loads((student / "evaluation.json").read_text()) == first
+    earlier = student / "evaluations" / "earlier"
+    before = set(earlier.glob("*")) if earlier.exists() else set()
+    assert evaluate("-r", run, "-n", 0, *few) == 0
+    (kept,) = set(earlier.glob("*")) - before
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "before" in line]
+    assert line == f"{kept}: the figures that were there before ({first['measured_with']})"
+    assert json.loads(kept.read_text()) == first
+    now = json.loads((student / "evaluation.json").read_text())
+    assert "frechet_student_to_teacher" not in now and now["agreement"] == first["agreement"]
+    assert read_figures(student).values["agreement"] == f"{now['agreement']:.6g}"  # a report shows the new ones
+    assert evaluate("-r", run, "-n", 0, *few, "--seed", 9, "-o", student / "evaluation.json") == 0
+    assert "before" not in capsys.readouterr().out  # a file of one's own choice
+
+
+def printed_table(capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:
+    """The rows of a Markdown table on stdout, as column -> cell."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    head, _, *cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return [dict(zip(head, own, strict=True)) for own in cells]
+
+
+def test_a_table_shows_what_r_alone_has_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("-r", run, "-n", 65, "--chains", 1, "--pairs", 1, "-c", 1) == 0
+    figures = json.loads((run / "student" / "evaluation.json").read_text())
+    capsys.readouterr()
+    assert evaluate(run, "--table") == 0
+    (row,) = printed_table(capsys)
+    for name in ("agreement", "x0_drift", "psnr", "ssim", "frechet_student_to_teacher", "frechet_teacher_to_teacher"):
+        assert row[name] == f"{figures[name]:.5g}", name
+    assert row["agreement by"] == "-n 65 -c 1 --chains 1 --pairs 1 --seed 0"
+    assert not {"student_gflops", "agreement_q1", "untrained_q1", "student_images_per_second"} & row.keys()
+    assert evaluate(run, "--metrics", "agreement", "--chains", 2, "--pairs", 1, "-c", 1) == 0  # a record of its own
+    capsys.readouterr()
+    assert evaluate(run, "--table") == 0
+    record, alone = printed_table(capsys)
+    assert alone == {**dict.fromkeys(alone, ""), **row}
+    assert "--chains 2" in record["agreement by"] and record["agreement"] != row["agreement"]
+    assert record["parameters"] == row["parameters"] and not record["frechet_student_to_teacher"]
+    shutil.rmtree(run / "student" / "evaluations")
+
+
+def test_rows_that_differ_in_their_date_or_speeds_alone_are_one(tmp_path: Path) -> None:
+    row = {"date": "1", "samples": "a", "FID": 0.1, "labels": None, "teacher_images_per_second": 3.5}
     assert append_row(tmp_path / "r.csv", row) and not append_row(tmp_path / "r.csv", {**row, "date": "2"})
+    assert not append_row(tmp_path / "r.csv", {**row, "teacher_images_per_second": 3.6})
     assert append_row(tmp_path / "r.csv", {**row, "KID": 0.0}) and append_row(tmp_path / "r.csv", {**row, "FID": 0.2})
     assert not append_row(tmp_path / "r.csv", {**row, "date": "3"})  # in a file with more columns by now
 
@@ -175,13 +230,19 @@ def test_lpips_is_measured_where_its_weights_are(
 
 
 def test_a_line_says_where_the_weights_of_lpips_belong(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate("-r", run, "-n", 0, *SMALL) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "LPIPS" in line]
-    place = tmp_path / "torch" / "hub" / "checkpoints" / "vgg16-397923af.pth"
-    assert len(lines) == 1 and f"is not at {place}; put it there" in lines[0]
-    assert "553.4 MB, SHA-256 397923af8e79cdbb6a71" in lines[0] and not rows()[0].get("lpips")
+    file = f"vgg16-397923af.pth (553.4 MB, SHA-256 {perceptual.VGG16.sha256})"
+    place = tmp_path / "torch" / "hub" / "checkpoints"
+    assert lines == [f"no LPIPS: put {file} in {place}, or give its path"] and not rows()[0].get("lpips")
+    both = ("--metrics", "agreement", "reconstruction", "-n", 2, *SMALL)
+    assert evaluate(run, *both) == 0
+    assert capsys.readouterr().out.count("no LPIPS: ") == 1
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert evaluate("-r", run, "-n", 0, *SMALL) == 0
+    assert " in ~/torch/hub/checkpoints, or" in capsys.readouterr().out
     assert evaluate("-r", run, "-n", 0, *SMALL, "--lpips", "nowhere") == 2
     assert "--lpips: nowhere: no such file; it should hold vgg16-397923af.pth" in capsys.readouterr().err
     image = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)

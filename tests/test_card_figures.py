@@ -11,7 +11,7 @@ from ldm_dkdm.checkpoints.card import FILE_SHA256, NOT_MEASURED, sha256, write_r
 from ldm_dkdm.config.load import read_card
 from ldm_dkdm.config.schema import ModelCard
 from ldm_dkdm.evaluation.results import table
-from ldm_dkdm.reports.figures import read_figures
+from ldm_dkdm.reports.model_figures import read_figures
 
 
 def test_figures_of_other_weights_are_kept_elsewhere(teacher_folder: Path, tmp_path: Path) -> None:
@@ -26,6 +26,8 @@ def test_figures_of_other_weights_are_kept_elsewhere(teacher_folder: Path, tmp_p
         figures.write_text(json.dumps({"agreement": 0.25, FILE_SHA256: measured}))
         record = {"samples": {"opened_from_sha256": measured}, "figures": {"KID": 0.5}}
         (folder / "evaluations" / "teacher-1.json").write_text(json.dumps(record))
+        (folder / "evaluations" / "earlier").mkdir(exist_ok=True)
+        (folder / "evaluations" / "earlier" / "evaluation-1.json").write_text(json.dumps({FILE_SHA256: measured}))
 
     write(own)
     write_readme(folder, card)
@@ -36,7 +38,7 @@ def test_figures_of_other_weights_are_kept_elsewhere(teacher_folder: Path, tmp_p
     with pytest.raises(UserError, match="has not been evaluated"):
         table([folder])
     kept = folder / "evaluations" / "of-01234567"
-    assert sorted(file.name for file in kept.iterdir()) == ["evaluation.json", "teacher-1.json"]
+    assert sorted(file.name for file in kept.iterdir()) == ["evaluation-1.json", "evaluation.json", "teacher-1.json"]
     figures.write_text("{")  # damaged: left where it is
     write_readme(folder, card)
     assert NOT_MEASURED in (folder / "README.md").read_text() and figures.read_text() == "{"

@@ -1,6 +1,8 @@
 """A distillation from teacher to images, through the scripts."""
 
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 
 from ldm_dkdm import load_model
 from ldm_dkdm.config.load import load_config, to_yaml
+from ldm_dkdm.training import ends, plan
 from tests.cli import contents, distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
 
@@ -188,6 +191,30 @@ def test_a_plan_of_a_run_that_goes_on_is_of_what_is_left(run: Path, capsys: pyte
     printed = capsys.readouterr().out
     assert "steps 6 to 16: the calls and the time below are those that are left" in printed
     assert "40 samples (10 iterations of 4)" in printed and printed.count(" 0 samples") == 2
+
+
+def test_a_plan_of_a_run_that_goes_on_takes_the_used_minutes_off_its_time_limit(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count(step=10.0)
+    monkeypatch.setattr(ends, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    trainer = {"max_steps": 4, "max_minutes": 60}
+    base = write_yaml(tmp_path / "base.yaml", distill_config(teacher_folder, tmp_path, trainer=trainer))
+    assert distil("--base", base) == 0
+    monkeypatch.setattr(plan, "time_iteration", lambda parts, batch, iterations: (10.0, 0.0))
+    capsys.readouterr()
+
+    def planned(*limits: str) -> str:
+        assert distil("--resume", tmp_path / "run", "--plan", *limits) == 0
+        return capsys.readouterr().out
+
+    early = planned("trainer.max_steps=104", "trainer.max_minutes=5")  # 40 s of 300 are used, a step takes 10 s
+    assert "about 4 min: 10 s an iteration" in early
+    assert "trainer.max_minutes (5) ends the training at about step 30 of 104, 40 s of it are used" in early
+    late = planned("trainer.max_steps=104", "trainer.max_minutes=20")
+    assert "about 17 min" in late and "max_minutes" not in late
+    over = planned("trainer.max_steps=104", "trainer.max_minutes=0.5")
+    assert over == f"{tmp_path / 'run'}: at step 4 already; a larger trainer.max_minutes continues it\n"
 
 
 def test_a_plan_may_be_made_for_more_devices_than_there_are_here(teacher_folder: Path, tmp_path: Path, capsys) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm_dkdm.evaluation.results import append_row, read_rows
 from ldm_dkdm.evaluation.statistics import Statistics
-from tests.evaluate_sets import A, evaluation_home, toy  # noqa: F401 (a fixture)
+from tests.evaluate_sets import A, evaluation_home, results, toy  # noqa: F401 (a fixture)
 
 
 def test_saved_statistics_remember_that_files_were_jpeg_and_resized(capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,6 +20,9 @@ def test_saved_statistics_remember_that_files_were_jpeg_and_resized(capsys: pyte
     asked = ("--metrics", "fd", "--save_statistics", "jpeg.npz", "--size", 32)
     assert toy("jpeg", "b.npz", *asked) == 0
     assert toy("a.npz", "jpeg.npz", "--metrics", "fd") == 0
+    first, second = results()
+    resized = "centred square to 32, Lanczos"
+    assert (first["resized"], first["reference resized"]) == (resized, "") and second["reference resized"] == resized
     errors = capsys.readouterr().err
     for part in (
         "samples: 10 files are JPEG",

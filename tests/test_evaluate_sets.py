@@ -82,7 +82,7 @@ def test_doubts_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     assert toy("jpeg", "b.npz", "-o", "out.json") == 0
     errors = capsys.readouterr().err
     for part in (
-        "samples: 10 images are fewer than 10,000; fd, precision-recall depend on their number, kid does not",
+        "samples and reference: 10 and 80 images are fewer than 10,000; fd, precision-recall depend on",
         "samples: 10 files are JPEG or lossy WebP",
         "the samples are 16x16, the reference 32x32",
     ):

@@ -10,7 +10,7 @@ import torch
 from ldm_dkdm import DiffusionModel, UserError, load_model
 from ldm_dkdm.commands.inspect import describe
 from ldm_dkdm.evaluation import teacher_check
-from ldm_dkdm.evaluation.teacher_check import Figures, Row
+from ldm_dkdm.evaluation.teacher_check import CheckFigures, Row
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.first_stage.scale import scale_figures
 from ldm_dkdm.model.sampling import settle_scale
@@ -88,7 +88,7 @@ def test_a_doubtful_scale_is_named_asked_for_and_decided(
     caplog.set_level(logging.INFO)
     path = saved(tmp_path, form, change)
     states = load_model(TEACHER).codec().encode(decoded)
-    figures = Figures(
+    figures = CheckFigures(
         1.0, (Row(9, 0.01, 0.5, 1.0), Row(1, 0.01, 0.1, 1.0)), 0.1, torch.zeros(2), torch.zeros(2), states
     )
     monkeypatch.setattr(teacher_check, "measure", lambda *args: figures)

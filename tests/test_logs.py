@@ -1,9 +1,10 @@
-"""What a run logs: metrics.csv, pool.csv, TensorBoard, Weights & Biases, and lines where there is no terminal."""
+"""What a run logs: metrics.csv, pool.csv, TensorBoard, Weights & Biases."""
 
 import itertools
 import os
 import signal
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,16 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm_dkdm import load_model, reporting
+from ldm_dkdm import load_model
 from ldm_dkdm.config.schema import DistillConfig
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.records import NoisyBatch
-from ldm_dkdm.training import ends, measuring, windows
+from ldm_dkdm.training import agreement_callback, ends, resuming, windows
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.pool_log import pool_figures
 from ldm_dkdm.training.tables import Table
-from tests.cli import distil, sample, table, write_yaml
+from tests.cli import distil, table, write_yaml
 from tests.parts import distill_config
 from tests.process import changes, process_state
 
@@ -70,7 +71,7 @@ def test_which_row_counts_a_measurement_and_which_a_grid(
         return work
 
     monkeypatch.setattr(SampleGrid, "_write", taking(50.0))  # twice at step 4: the student's and the teacher's
-    monkeypatch.setattr(measuring, "agreement", taking(7.0, {"agreement": 0.5}))
+    monkeypatch.setattr(agreement_callback, "agreement", taking(7.0, {"agreement": 0.5}))
     log = {"log_every": 4, "evaluate_every": 4, "sample_every": 4}
     assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 10}, logging=log) == 0
     rows = [(row["step"], float(row["seconds"])) for row in table(tmp_path / "run" / "metrics.csv")]
@@ -169,6 +170,23 @@ def test_damaged_rows_do_not_keep_a_run_from_its_resume(
     assert warning in caplog.text and bool(warning) == bool(caplog.records)
 
 
+def test_a_resume_reads_a_huge_table_line_by_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, rows = tmp_path / "metrics.csv", "".join(f"{step},0.5\n" for step in range(1, 40_001))
+    file.write_text(f"step,loss\n{rows}{'7' * 5_000_000}\n" + "damaged\n" * 3_000)
+    tracemalloc.start()
+    try:
+        line = resuming.continues(tmp_path, 30_000)
+        Table(file, ("step", "loss"), resumed_at=30_000).add({"step": 30_001, "loss": 1.0})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "continues from the checkpoint of step 30000; the steps after it are trained again (10000 at least)" in line
+    assert file.read_text() == "step,loss\n" + "".join(rows.splitlines(True)[:30_000]) + "30001,1\n"
+    assert peak < 1_000_000  # the file has 6 MB
+    warned = [record.message for record in caplog.records]
+    assert "line 40002 is longer than 100,000 bytes; it is left out" in warned[0] and len(warned) == 11
+
+
 def test_the_pools_rows_follow_every_slot(teacher_folder: Path) -> None:
     teacher = load_model(teacher_folder)
     pool, last, config = (
@@ -256,31 +274,3 @@ def test_a_logger_that_is_not_installed_is_one_line(
         "error: logging.loggers: wandb is not installed; pip install wandb, or leave wandb out\n"
     )
     assert not (tmp_path / "run").exists()
-
-
-def test_long_work_writes_lines_where_stderr_is_no_terminal(
-    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(teacher_folder, tmp_path, "quiet") == 0
-    (ended,) = capsys.readouterr().err.splitlines()  # less than a minute: where it ended
-    assert ended.startswith("step 6/6, ") and ", took 00:0" in ended and ", loss " in ended
-    monkeypatch.setattr(reporting, "SECONDS_BETWEEN_LINES", 0.0)
-    assert run(teacher_folder, tmp_path, "lines", logging={"evaluate_every": 3}) == 0
-    assert sample("-r", tmp_path / "lines", "-n", 2, "-c", 2, "-l", tmp_path / "out") == 0
-    lines = capsys.readouterr().err.splitlines()
-    *steps, ended = (line for line in lines if line.startswith("step"))
-    assert [line.split(",")[0] for line in steps] == [f"step {i}/6" for i in range(1, 7)]
-    assert all("ETA" in line and "loss" in line and "it" in line for line in steps) and "took" in ended
-    for start in ("warm-up 40/40, ", "held-out chains 20/20, ", "sampling"):
-        assert any(line.startswith(start) for line in lines)
-    assert not any("\r" in line for line in lines)
-
-
-def test_a_terminal_gets_bars_on_stderr(
-    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 20}, logging={"evaluate_every": 5}) == 0
-    shown = capsys.readouterr()
-    assert "training: 100%" in shown.err and "agreement=" in shown.err and "warm-up: 100%" in shown.err
-    assert "training" not in shown.out and shown.out.endswith(f"student: {tmp_path / 'run' / 'student'}\n")

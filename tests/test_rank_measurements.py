@@ -28,10 +28,14 @@ def test_the_first_rank_computes_once_what_all_ranks_need(tmp_path: Path, monkey
     codes = ended([start([WORKER, str(tmp_path)], **world, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)])
     assert [code for code, _ in codes] == [0, -9], codes
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first["calls"] == ["new_reference", "_some", "new_reference"] and second["calls"] == []
+    distances = ["frechet_distance", "frechet_distance"]
+    assert first["calls"] == ["new_reference", "_some", *distances, "new_reference", "kernel_mmd"]
+    assert second["calls"] == [] and first["kid"] == second["kid"]
     assert second["shown"] == [] and "held-out chains" in first["shown"]
     assert first["figures"] == second["figures"] and first["agreement"] == second["agreement"]
-    assert first["refused"] == second["refused"] == "found by process 0"
+    assert first["refused"] == second["refused"] == "UserError: found by process 0"
+    assert first["failed"] == "KeyError: 'found by process 0'"
+    assert second["failed"] == "UserError: the first process failed: KeyError('found by process 0')"
     monkeypatch.setattr(frechet, "IMAGES", 70)
     alone = evaluate(pixel(0), pixel(1), cache=tmp_path / "alone", **SIZES)
     assert alone.keys() == first["figures"].keys()

@@ -210,6 +210,17 @@ def test_records_of_one_reference_are_told_apart(tmp_path: Path) -> None:
     assert read_run(run).figures.values["emoji-zz · FID"] == "3"
 
 
+def test_hashes_and_settings_are_provenance_and_no_figures(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    texts = {"measured_with": "dkdm evaluate -n 65", "student_sha256": "ab12", "warnings": ["few", "JPEG"]}
+    write_json(run / "student" / "evaluation.json", {"agreement": 0.25, **texts})
+    found = read_run(run).figures
+    own = {name: value for name, value in found.values.items() if not name.startswith("emoji")}
+    assert own == {"agreement": "0.25"}
+    shown = {"measured with": "dkdm evaluate -n 65", "student sha256": "ab12", "warnings": "few, JPEG"}
+    assert shown.items() <= found.provenance.items()
+
+
 def test_a_figure_that_is_not_a_number_is_no_point(tmp_path: Path) -> None:
     run = finished(tmp_path / "run")
     write_json(run / "student" / "evaluation.json", {"FID": math.nan, "by_t": {"0": 1, "1": math.nan, "2": 3, "3": 4}})

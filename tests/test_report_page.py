@@ -145,7 +145,7 @@ def test_texts_of_files_run_nothing(browser: Browser, tmp_path: Path) -> None:
     assert browser.run("return typeof hacked") == "undefined"
     assert browser.run("return document.querySelectorAll('script, img[src=x]').length") == 4
     assert CLOSING in browser.texts("#config pre")[0] and HOSTILE in browser.texts("#card li")
-    assert [HOSTILE.replace("_", " "), CLOSING] == browser.texts("#figures tbody tr:first-child > *")[:2]
+    assert [HOSTILE.replace("_", " "), CLOSING] == browser.texts("#figures details tbody tr:first-child > *")[:2]
     assert HOSTILE in browser.texts("figcaption")
     assert browser.texts("#overview thead th")[0] == run.name
     assert browser.texts('.chart[data-chart="loss"] .legendtext')[0] == run.name

@@ -15,7 +15,7 @@ from ldm_dkdm.commands.arguments import read_hints
 from ldm_dkdm.evaluation.interpretations import other_interpretations, reinterpreted
 from ldm_dkdm.evaluation.teacher_check import (
     COMPARED,
-    Figures,
+    CheckFigures,
     Row,
     best_of,
     fault,
@@ -166,8 +166,8 @@ def test_an_interpretation_that_alone_predicts_posterior_means_is_preferred_what
     generator = torch.Generator().manual_seed(0)
     rows, errors = (Row(500, 0.1, 0.1, 0.95),) * 2, torch.full((32,), -3.0)
 
-    def figures(bias: float) -> Figures:
-        return Figures(1.0, rows, 0.1, errors, bias + 0.01 * torch.randn(32, generator=generator))
+    def figures(bias: float) -> CheckFigures:
+        return CheckFigures(1.0, rows, 0.1, errors, bias + 0.01 * torch.randn(32, generator=generator))
 
     biased, right, worse = figures(0.05), figures(0.0), figures(0.08)
     assert preferred(biased, right)
@@ -179,9 +179,9 @@ def test_of_several_better_interpretations_the_one_without_bias_is_named_then_th
     generator = torch.Generator().manual_seed(0)
     rows = (Row(500, 0.1, 0.1, 0.95),) * 2
 
-    def figures(bias: float, error: float) -> Figures:
+    def figures(bias: float, error: float) -> CheckFigures:
         noise = 0.01 * torch.randn(32, generator=generator)
-        return Figures(1.0, rows, 0.1, torch.full((32,), error).log(), bias + noise - noise.mean())
+        return CheckFigures(1.0, rows, 0.1, torch.full((32,), error).log(), bias + noise - noise.mean())
 
     own, biased = figures(0.1, 0.187), figures(0.05, 0.14)
     first, second = figures(0.0, 0.154), figures(0.0, 0.152)

@@ -12,6 +12,7 @@ from ldm_dkdm.errors import MALFORMED, UserError
 from ldm_dkdm.files import JSON_BYTES, read_text, write_text
 
 FIGURES, RECORDS = "evaluation.json", "evaluations"  # file and folder inside a model folder
+EARLIER = f"{RECORDS}/earlier"  # folder with figures that FIGURES held before, of other settings
 FILE_SHA256 = "student_file_sha256"  # key: hash of the measured weights
 PER_T = "eps_mse_by_t"  # a long list; evaluation.json has it, cards do not
 NOT_MEASURED = "Not measured yet; `dkdm evaluate -r RUN` does it."
@@ -71,7 +72,8 @@ def _measured(figures: Path) -> dict[str, object]:
 
 def _retire_figures(folder: Path, weights: Path) -> None:
     """Move the figures that were measured of another file of weights, by the hash that they name."""
-    files = [file for file in (folder / FIGURES, *sorted((folder / RECORDS).glob("*.json"))) if file.is_file()]
+    found = [folder / FIGURES, *sorted((folder / RECORDS).glob("*.json"))]
+    files = [file for file in [*found, *sorted((folder / EARLIER).glob("*.json"))] if file.is_file()]
     own = sha256(weights) if files and weights.is_file() else None
     for file in files:
         with suppress(UserError, *MALFORMED):  # a damaged file is named where it is shown

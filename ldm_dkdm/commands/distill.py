@@ -83,11 +83,12 @@ def _plan(call: TrainingCall[DistillRun]) -> None:
     from ldm_dkdm.networks.modes import stored_in_bf16
     from ldm_dkdm.training.parts import assemble
     from ldm_dkdm.training.plan import costs, time_needed
+    from ldm_dkdm.training.resuming import Begun
 
     config = call.config
-    done = call.folder.done() if call.resumed else 0
-    if done >= config.trainer.max_steps:
-        print(f"{call.folder.path}: at step {done:,} already; a larger trainer.max_steps continues it")
+    begun = Begun.of(call.folder.checkpoints, config.trainer) if call.resumed else Begun()
+    if end := begun.end(config.trainer.max_steps):
+        print(f"{call.folder.path}: at step {begun.step:,} already; a larger {end} continues it")
         return
     path = find_shipped(config.teacher.ckpt)
     missing = not path.exists() and config.teacher.target is not None and config.diffusion is not None
@@ -97,7 +98,7 @@ def _plan(call: TrainingCall[DistillRun]) -> None:
     device = default_device(config.trainer.accelerator)
     teacher.precision = resolve_precision(config.trainer.precision, device)
     parts = assemble(teacher, make_student(config.student, teacher, config.trainer.seed), config)
-    parts = replace(parts, done=done)
+    parts = replace(parts, done=begun.step, spent=begun.spent)
     planned = costs(parts)
     if teacher.precision == "bf16":
         teacher.network = stored_in_bf16(teacher.network)  # as in the run, which is timed

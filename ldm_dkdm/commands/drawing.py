@@ -21,7 +21,7 @@ from ldm_dkdm.files import replacing_in, write_tensors
 from ldm_dkdm.images import NpzWriter, grid, npz_writer, save_image, to_image
 from ldm_dkdm.model.ranks import Ranks
 from ldm_dkdm.model.sampling import sample_batches, starts_of
-from ldm_dkdm.reporting import following, logger, size
+from ldm_dkdm.reporting import counted, following, logger, size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,7 +107,8 @@ def draw(
     done, own, drawn = len(starts) - len(left), ranks.share(left), 0
     if done:
         logger.info(f"{out}: goes on after {done} of {len(starts)} batches that are drawn")
-    with following(ranks.first, f"sampling {name}", "batch", done + len(own), done) as show:
+    each = f"up to {counted(config.batch_size, 'image')}"
+    with following(ranks.first, f"sampling {name}", "batch", done + len(own), done, each) as show:
         for number, (start, batch) in enumerate(zip(own, sample_batches(model, config, own), strict=True), 1):
             if outputs.png:
                 write_pngs(batch.images, out / "img", config.seed + start)

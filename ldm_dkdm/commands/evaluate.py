@@ -8,15 +8,15 @@ Of several evaluated runs: dkdm evaluate RUN RUN ... --table
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import add_first_stage_argument, add_plugin_argument, flags, load_plugins, read_hints
+from ldm_dkdm.commands.evaluate_output import add_row, print_table, show
+from ldm_dkdm.commands.evaluate_sets import RESULTS, measure_sets
 from ldm_dkdm.commands.hints import ScopedHints, split_paths
-from ldm_dkdm.commands.measuring import RESULTS, add_row, measure_sets, print_table, show
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.device import started
 from ldm_dkdm.errors import UserError
@@ -140,7 +140,7 @@ def _compare(options: argparse.Namespace) -> None:
     from ldm_dkdm.device import resolve_device
     from ldm_dkdm.evaluation.comparison import evaluate
     from ldm_dkdm.evaluation.results import read_rows
-    from ldm_dkdm.files import write_text
+    from ldm_dkdm.evaluation.student_figures import write_figures
     from ldm_dkdm.model import open_model
     from ldm_dkdm.model.ranks import joined
 
@@ -159,8 +159,10 @@ def _compare(options: argparse.Namespace) -> None:
     home = student.path if student.path.is_dir() else student.path.parent
     own = student.file.is_relative_to(home)  # otherwise it is a checkpoint of the run around the model folder
     out = options.out or (home / FIGURES if own else student.file.with_suffix(f".{FIGURES}"))
-    write_text(out, json.dumps(figures, indent=2) + "\n")
+    earlier = write_figures(out, figures, keep=options.out is None)
     print(f"{out}: these figures and the eps error at every t")
+    if earlier:
+        print(earlier)
     if own and options.out is None and "teacher_sha256" in student.info:
         write_readme(home, read_card(home / "config.yaml", ModelCard))
 
@@ -175,7 +177,7 @@ def _report(
     """Print the figures of a student against its teacher and add a row of results; returns their provenance."""
     from ldm_dkdm.config.schema import SamplingConfig
     from ldm_dkdm.evaluation.comparison import steps_within
-    from ldm_dkdm.evaluation.measuring import against_teacher
+    from ldm_dkdm.evaluation.measurement import against_teacher
     from ldm_dkdm.evaluation.samples import compared
 
     steps = steps_within(numbers["steps"], teacher)

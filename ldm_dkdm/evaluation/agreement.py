@@ -107,7 +107,7 @@ def new_reference(
     """
     own, sizes = seed_of(seed, 0, 0, "evaluation"), sizes or TRAINING
     total = teacher.schedule.num_timesteps
-    with following(progress, "held-out chains", "step", total) as show:
+    with following(progress, "held-out chains", "step", total, of=counted(sizes.chains, "chain")) as show:
 
         def done(calls: int) -> None:
             show(calls)
@@ -115,7 +115,7 @@ def new_reference(
 
         states = held_out_chains(teacher, sizes.chains, own, teacher.device, max(1, total // KEPT_STATES), done)
     label = teacher.draw_labels(sizes.images, torch_generator(seed, 0, 1, "evaluation"))
-    drift, images = _walked(teacher, own, label, sizes.images, sizes.steps, batch_size, progress)
+    drift, images = _walked(teacher, own, label, sizes.images, sizes.steps, batch_size, progress, "the teacher")
     labels = None if states.label is None else states.label.cpu()
     states = HeldOutStates(states.x.cpu(), states.t.cpu(), states.eps.cpu(), labels)
     return Reference(states, drift, images, label, own, sizes.steps)
@@ -146,7 +146,7 @@ def compare(
     states, total = reference.states, student.schedule.num_timesteps
     errors = errors_of(student, states, batch_size, progress)
     count, label = len(reference.images), reference.label
-    drift, images = _walked(student, reference.seed, label, count, reference.steps, batch_size, progress)
+    drift, images = _walked(student, reference.seed, label, count, reference.steps, batch_size, progress, "the student")
     figures = {"agreement": errors.mean().item()}
     figures |= {f"agreement_q{n}": error for n, error in enumerate(eps_error_by_quarter(errors, states, total), 1)}
     figures["x0_drift"] = (drift - reference.drift).square().mean().item()
@@ -182,10 +182,11 @@ def _walked(
     steps: int,
     batch_size: int,
     progress: bool | Progress,
+    whose: str,
 ) -> tuple[Tensor, Tensor]:
     """DDIM chains of a model from the noise of a seed: x_0 at every step (K,B,C,H,W), images uint8 (B,H,W,C)."""
     drifts, images = [], []
-    with following(progress, "images from the same noise", "image", count) as show:
+    with following(progress, "images from the same noise", "image", count, of=whose) as show:
         for start in range(0, count, batch_size):
             numbers = range(start, min(start + batch_size, count))
             own = None if label is None else label[start : numbers.stop].to(model.device)

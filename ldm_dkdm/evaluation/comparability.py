@@ -7,18 +7,14 @@ from ldm_dkdm.first_stage.codec import TRUNCATED
 
 FEW = 10_000  # samples below which Frechet distances and Inception scores depend strongly on the number
 BIASED = {"fid", "sfid", "is", "fd", "fd-dinov2", "precision-recall", "pixel-frechet"}  # metrics that do
+ALONE = {"is"}  # those that measure the samples alone
 
 
 def doubts(samples: Mapping[str, Any], reference: Mapping[str, Any] | None, metrics: Iterable[str]) -> list[str]:
     """Sentences about two sets of images, from their facts; empty where nothing stands against a comparison."""
     sets = {"samples": samples} | ({} if reference is None else {"reference": reference})
     metrics = set(metrics)
-    found = [sentence for name, facts in sets.items() for sentence in _few(name, facts, metrics)]
-    found += [
-        f"{name}: {facts['lossy']} files are JPEG or lossy WebP, whose compression moves every feature; use PNG or .npz"
-        for name, facts in sets.items()
-        if facts.get("lossy")
-    ]
+    found = [*_few(sets, metrics), *_lossy(sets)]
     rounding = samples.get("rounding")
     if rounding and rounding != TRUNCATED and metrics - {"agreement"}:
         other = "unknown" if reference is None else reference.get("rounding") or "unknown"
@@ -26,12 +22,27 @@ def doubts(samples: Mapping[str, Any], reference: Mapping[str, Any] | None, metr
     return found if reference is None else [*found, *_differences(samples, reference)]
 
 
-def _few(name: str, facts: Mapping[str, Any], metrics: set[str]) -> list[str]:
-    biased, images = sorted(BIASED & metrics), facts.get("images in statistics") or facts.get("images")
-    if not biased or images is None or images >= FEW:
-        return []
+def _few(sets: Mapping[str, Mapping[str, Any]], metrics: set[str]) -> list[str]:
+    biased = sorted(BIASED & metrics)
+    compared = sets if metrics & (BIASED - ALONE) else {"samples": sets["samples"]}
+    counts = {name: facts.get("images in statistics") or facts.get("images") for name, facts in compared.items()}
+    few = {name: count for name, count in counts.items() if biased and count is not None and count < FEW}
     verb = "depends" if len(biased) == 1 else "depend"
-    return [f"{name}: {images} images are fewer than {FEW:,}; {', '.join(biased)} {verb} on their number, kid does not"]
+    why = f"are fewer than {FEW:,}; {', '.join(biased)} {verb} on their number, kid does not"
+    return [f"{' and '.join(few)}: {_numbers(few, 'images')} {why}"] if few else []
+
+
+def _lossy(sets: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lossy = {name: facts["lossy"] for name, facts in sets.items() if facts.get("lossy")}
+    why = "are JPEG or lossy WebP, whose compression moves every feature; use PNG or .npz"
+    return [f"{' and '.join(lossy)}: {_numbers(lossy, 'files')} {why}"] if lossy else []
+
+
+def _numbers(counts: Mapping[str, int], noun: str) -> str:
+    """The numbers of one or both sets: 70 images, 70 images each, or 70 and 80 images."""
+    numbers = [str(count) for count in counts.values()]
+    same = len(set(numbers)) < len(numbers)
+    return f"{numbers[0]} {noun} each" if same else f"{' and '.join(numbers)} {noun}"
 
 
 def _differences(samples: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from ldm_dkdm.evaluation.agreement import (
 )
 from ldm_dkdm.evaluation.distances import distances
 from ldm_dkdm.evaluation.held_out import eps_error_by_quarter
-from ldm_dkdm.evaluation.perceptual import find_lpips
+from ldm_dkdm.evaluation.perceptual import Lpips, announced, find_lpips
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.facts import whole
 from ldm_dkdm.model.ranks import joined
@@ -43,7 +43,7 @@ def evaluate(
     pairs: int = 16,
     seed: int = 0,
     batch_size: int = 128,
-    lpips: str | Path | None = None,
+    lpips: str | Path | Lpips | None = None,
     cache: str | Path | None = None,
     progress: bool | Progress = False,
 ) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def evaluate(
         seed: of chains and images, see `distances`. With the seed and the sizes of a training, the figures are the
             training's.
         batch_size: images drawn at once.
-        lpips: file with torchvision's VGG16 weights; default: the one in torch.hub's cache, without which LPIPS is left
-            out, as a line of the log says.
+        lpips: file with torchvision's VGG16 weights, or `Lpips` that is found; default: the file in torch.hub's cache,
+            without which LPIPS is left out, as a line of the log says.
         cache: folder of the images' statistics; default: `statistics_cache()`.
 
     Raises:
@@ -74,6 +74,8 @@ def evaluate(
     sizes = Sizes(chains, pairs, steps_within(steps, teacher))
     _require(sizes, images, seed, batch_size)
     SAMPLERS["ddim"].timesteps(teacher.schedule, sizes.steps)  # refuses what does not fit
+    for model in (student, teacher):
+        model.codec()  # refuses a missing first stage before the chains are walked
     logger.info(work(sizes, images, total))
     figures: dict[str, Any] = {MEASURED_WITH: measured_with(sizes, images, seed)}
     figures |= joined().on_first(lambda: _agreement(student, teacher, sizes, seed, batch_size, lpips, progress))
@@ -89,13 +91,11 @@ def _agreement(
     sizes: Sizes,
     seed: int,
     batch_size: int,
-    lpips: str | Path | None,
+    lpips: str | Path | Lpips | None,
     progress: bool | Progress,
 ) -> dict[str, Any]:
     """The figures that need no set of images."""
-    perceptual = find_lpips(lpips)
-    if perceptual.missing:
-        logger.info(perceptual.missing)
+    perceptual = lpips if isinstance(lpips, Lpips) else announced(find_lpips(lpips))
     reference = new_reference(teacher, seed, sizes, batch_size=batch_size, progress=progress)
     found = compare(student, reference, perceptual, batch_size=batch_size, progress=progress)
     figures: dict[str, Any] = found.figures | _untrained_errors(student, reference, batch_size, progress)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm_dkdm.config.schema import SamplingConfig
-from ldm_dkdm.evaluation.components import NAME, pixel_components
+from ldm_dkdm.evaluation.components import NAME, PixelComponents, pixel_components
 from ldm_dkdm.evaluation.gathering import gather, statistics_cache
 from ldm_dkdm.evaluation.metrics import Pair, pixel_frechet
 from ldm_dkdm.evaluation.samples import Clock, ModelImages
@@ -52,8 +52,12 @@ def distances(
     own = ModelImages(student, config, names[0], clocks[0])
     again = ModelImages(teacher, config, f"{names[1]} with the student's seeds", clocks[1])
     sets = {"frechet_teacher_to_teacher": again, "frechet_student_to_teacher": own}
-    found = {name: pixel_frechet(Pair(moments(source), wanted, components)) for name, source in sets.items()}
+    found = {name: _distance(moments(source), wanted, components) for name, source in sets.items()}
     rates = {"teacher": clocks[1].rate, "student": clocks[0].rate}
     drawn = {f"{name}_images_per_second": sum(joined().gather(rate)) for name, rate in rates.items()}
-    figures = {name: figure["pixel Frechet"] for name, figure in found.items()}
-    return figures | {name: round(rate, 2) for name, rate in drawn.items() if rate}
+    return found | {name: round(rate, 2) for name, rate in drawn.items() if rate}
+
+
+def _distance(samples: Statistics, reference: Statistics, components: PixelComponents) -> float:
+    """The figure of `pixel_frechet`; of several ranks the first computes it."""
+    return joined().on_first(lambda: pixel_frechet(Pair(samples, reference, components))["pixel Frechet"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from ldm_dkdm import __version__
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.collector import Collector
-from ldm_dkdm.evaluation.extractor import Extractor
+from ldm_dkdm.evaluation.extractor import SHORT, Extractor
 from ldm_dkdm.evaluation.features import FEATURES
 from ldm_dkdm.evaluation.partial import LAYOUT, SAVE_SECONDS, partial_file, stream
 from ldm_dkdm.evaluation.processes import gather_in_processes
@@ -16,7 +16,7 @@ from ldm_dkdm.evaluation.ranks import gather_over_ranks
 from ldm_dkdm.evaluation.sources import ImageSource, key_of
 from ldm_dkdm.evaluation.statistics import INCEPTION, Statistics
 from ldm_dkdm.model.ranks import joined
-from ldm_dkdm.reporting import Progress, logger
+from ldm_dkdm.reporting import Progress, in_home, logger
 
 
 def statistics_cache() -> Path:
@@ -119,7 +119,8 @@ def _at_hand(
         return None
     if keep and known.features is None:
         return None
-    logger.info(f"{source.name}: statistics of {known.count} images on {extractor.name} are reused: {file}")
+    place = f"{in_home(cache)}/{file.stem[:SHORT]}*.npz"
+    logger.info(f"{source.name}: statistics of {known.count} images on {extractor.name} are reused: {place}")
     return known
 
 

@@ -12,7 +12,7 @@ from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.weights import INSTALL, VGG16, cache_folder
 from ldm_dkdm.files import expanded
-from ldm_dkdm.reporting import size
+from ldm_dkdm.reporting import in_home, logger
 
 LPIPS_FACTS: dict[str, str | None] = {"features": "vgg16 of LPIPS", "weights_sha256": VGG16.sha256, "resize": "none"}
 
@@ -66,16 +66,19 @@ def find_lpips(file: str | Path | None = None) -> Lpips:
     """
     path = cache_folder() / VGG16.name if file is None else expanded(file)
     if file is not None and not path.is_file():
-        raise UserError(f"lpips: {path}: no such file; it should hold {_wanted()}")
+        raise UserError(f"lpips: {path}: no such file; it should hold {VGG16}, from {VGG16.origin}")
     if not path.is_file():
-        return Lpips(missing=f"LPIPS is left out: {_wanted()} is not at {path}; put it there, or give its path")
+        return Lpips(missing=f"no LPIPS: put {VGG16} in {in_home(path.parent)}, or give its path")
     if (found := sha256(path)) != VGG16.sha256:
         raise UserError(f"lpips: {path} is damaged or another file: its SHA-256 is {found}, not {VGG16.sha256}")
     try:
         return Lpips(lpips_loss(str(path)))
     except ImportError as error:
-        return Lpips(missing=f"LPIPS is left out: it needs the package {error.name}; {INSTALL}")
+        return Lpips(missing=f"no LPIPS: it needs the package {error.name}; {INSTALL}")
 
 
-def _wanted() -> str:
-    return f"{VGG16.name} ({size(VGG16.size)}, SHA-256 {VGG16.sha256}, from {VGG16.origin})"
+def announced(lpips: Lpips) -> Lpips:
+    """The same, after a line of the log that says what is missing, if anything is."""
+    if lpips.missing:
+        logger.info(lpips.missing)
+    return lpips

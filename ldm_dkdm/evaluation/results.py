@@ -32,14 +32,17 @@ SAMPLING = (
     "opened_from_sha256",
     "sha256",
     "size",
+    "resized",
     "rounding",
     AGREEMENT_BY,
 )
-OF_REFERENCE = ("images", "seeds", "weights", "sha256", "size")
+OF_REFERENCE = ("images", "seeds", "weights", "sha256", "size", "resized", "rounding")
 ORDER = ("FID", "sFID", "FD", "IS", "precision", "recall", "KID", "PSNR", "SSIM", "LPIPS")
+SPEED = "_images_per_second"  # ends the names of figures that differ from call to call
 DETAILS = ("agreement_q", "untrained_", "teacher_", "student_")  # prefixes of figures that tables leave out
 SETTINGS = ("images", "sampler", "reference", AGREEMENT_BY)
-BEFORE = ("model", "parameters", "GFLOPs", *SETTINGS)
+NETWORK = ("parameters", "GFLOPs")
+BEFORE = ("model", *NETWORK, *SETTINGS)
 DISTANCES = ("FID", "sFID", "FD", "KID", "precision", "recall")  # figures that depend on the reference
 PRIME = "A prime (FID') marks a figure against samples of a model, the teacher, in place of data (Tab. 11)."
 AGREEMENT = "eps error by quarter of t"
@@ -80,8 +83,8 @@ def append_row(path: Path, row: Mapping[str, Any]) -> bool:
     """Add a row to a CSV file, atomically, one process at a time; new figures make new columns.
 
     Returns:
-        False where an earlier row says the same but for its date, as after a call that reused statistics of the cache;
-        then nothing is written.
+        False where an earlier row says the same but for its date and speeds, as after a call that reused statistics of
+        the cache; then nothing is written.
 
     Raises:
         UserError: as `read_rows`.
@@ -101,7 +104,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> bool:
 
 
 def _same(old: Mapping[str, str], row: Mapping[str, Any]) -> bool:
-    names = {*old, *row} - {"date"}
+    names = {name for name in {*old, *row} - {"date"} if not name.endswith(SPEED)}
     return all((old.get(name) or "") == ("" if row.get(name) is None else str(row[name])) for name in names)
 
 
@@ -192,10 +195,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: no such run, model or JSON file of an evaluation; correct the path")
     home = Source(path).path
     home = home if home.is_dir() else home.parent
-    own = _agreement(home / FIGURES)
-    title = f"{home.parent.name}/{home.name}"
-    rows = [{**own, **_row(_read(file)), "model": title} for file in sorted((home / RECORDS).glob("*.json"))]
-    return rows or ([{"model": title, **own}] if own else [])
+    own, title = _without_data(home / FIGURES), {"model": f"{home.parent.name}/{home.name}"}
+    network = {name: value for name, value in own.items() if name in NETWORK}
+    rows = [_row(_read(file)) for file in sorted((home / RECORDS).glob("*.json"))]
+    measured = [bool({AGREEMENT, AGREEMENT_BY} & row.keys()) for row in rows]  # records with an agreement of their own
+    whole = [{**(network if known else own), **row, **title} for row, known in zip(rows, measured, strict=True)]
+    return whole + ([{**own, **title}] if own and all(measured) else [])
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -205,21 +210,26 @@ def _row(record: Record) -> dict[str, Any]:
     row = {"model": samples["source"], "parameters": _millions(samples.get("parameters")), "images": samples["images"]}
     row |= {"sampler": sampler, "reference": reference.get("source")}
     row |= _quarters(record["figures"]) | {AGREEMENT_BY: _options(samples.get(AGREEMENT_BY))}
-    kept = {n: v for n, v in record["figures"].items() if _is_number(v) and not n.startswith(DETAILS)}
-    kept = {name: value for name, value in kept.items() if not name.endswith(" std")}
+    kept = _main(record["figures"])
     row |= {f"{name}{prime if name.startswith(DISTANCES) else ''}": value for name, value in kept.items()}
     return {name: value for name, value in row.items() if value not in (None, "")}
 
 
-def _agreement(path: Path) -> dict[str, Any]:
-    """Parameters, GFLOPs and eps errors out of a run's evaluation.json, if there is one."""
+def _main(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that tables show; the quarters have a cell of their own."""
+    numbers = {name: value for name, value in figures.items() if _is_number(value) and not name.endswith(" std")}
+    return {name: value for name, value in numbers.items() if not name.startswith(DETAILS)}
+
+
+def _without_data(path: Path) -> dict[str, Any]:
+    """Parameters, GFLOPs and figures out of a run's evaluation.json, which `-r` writes, if there is one."""
     if not path.is_file():
         return {}
     with blaming(path, "is not a file of figures"):
         figures = json.loads(read_text(path, JSON_BYTES))
         own = {"parameters": _millions(figures["student_parameters"]), "GFLOPs": figures["student_gflops"]}
         by = _options(figures.get("measured_with"))
-        return {**own, **_quarters(figures), **({AGREEMENT_BY: by} if by else {})}
+        return {**own, **_quarters(figures), **_main(figures), **({AGREEMENT_BY: by} if by else {})}
 
 
 def _quarters(figures: Mapping[str, Any]) -> dict[str, str]:

@@ -53,7 +53,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Figures:
+class CheckFigures:
     """Figures of a teacher's predictions on its own samples.
 
     Args:
@@ -99,7 +99,7 @@ class Figures:
 
 
 @torch.no_grad()
-def measure(teacher: DiffusionModel, images: int = IMAGES) -> Figures:
+def measure(teacher: DiffusionModel, images: int = IMAGES) -> CheckFigures:
     """Sample, noise, predict: 20 calls of `images` states, always from the same noise, on the model's device."""
     device = teacher.device
     generator = torch_generator(0, 0, 0, "warmup", device)
@@ -119,7 +119,7 @@ def measure(teacher: DiffusionModel, images: int = IMAGES) -> Figures:
         if quantile == QUANTILES[-2]:
             linear = error / _linear_error(schedule.alpha_bar(t[:1], x_0).item(), x_0)
     cosine = F.cosine_similarity(at_T.flatten(1), noise.flatten(1)).mean().item()
-    return Figures(cosine, tuple(rows), linear, *_of_images(teacher, x_0, label, generator), x_0)
+    return CheckFigures(cosine, tuple(rows), linear, *_of_images(teacher, x_0, label, generator), x_0)
 
 
 def _of_images(
@@ -145,7 +145,7 @@ def _linear_error(abar: float, x_0: Tensor) -> float:
     return signal / (signal + 1 - abar)
 
 
-def fault(figures: Figures) -> str | None:
+def fault(figures: CheckFigures) -> str | None:
     """What is wrong with a teacher by its own figures; None if nothing is."""
     if not figures.finite:
         return "its predictions are not finite; the weights are damaged or overflow in this precision"
@@ -172,7 +172,7 @@ def fault(figures: Figures) -> str | None:
     return None
 
 
-def preferred(own: Figures, other: Figures) -> bool:
+def preferred(own: CheckFigures, other: CheckFigures) -> bool:
     """Whether an alternative fits the weights so much better that the configuration must be wrong.
 
     Both start from the same noise, so that images are compared one by one.
@@ -184,7 +184,7 @@ def preferred(own: Figures, other: Figures) -> bool:
     return (sure and other.error < BETTER * own.error) or less_biased(own, other)
 
 
-def less_biased(own: Figures, other: Figures) -> bool:
+def less_biased(own: CheckFigures, other: CheckFigures) -> bool:
     """Whether only the alternative predicts posterior means.
 
     A wrong configuration can draw simpler samples and so have the smaller error on them, but it is not calibrated:
@@ -193,7 +193,7 @@ def less_biased(own: Figures, other: Figures) -> bool:
     return own.bias_sigmas > BIASED and other.bias_sigmas < UNBIASED and abs(other.bias) < 0.5 * abs(own.bias)
 
 
-def check_teacher(model: DiffusionModel) -> Figures:
+def check_teacher(model: DiffusionModel) -> CheckFigures:
     """Refuse a model that does not denoise its own samples, or whose weights fit an alternative much better.
 
     Guidance is switched off: guided predictions are not posterior means. A model that describes itself (a model folder,
@@ -230,7 +230,7 @@ def _refuse_scale(model: DiffusionModel, samples: Tensor) -> None:
     logger.info(f"scale_factor: {figures.own:g} fits the teacher's samples ({figures})")
 
 
-def _refuse_better(model: DiffusionModel, own: Figures) -> None:
+def _refuse_better(model: DiffusionModel, own: CheckFigures) -> None:
     measured = ((words, measure(other, COMPARED)) for words, other in other_interpretations(model))
     words, best = best_of(own, {words: figures for words, figures in measured if preferred(own, figures)})
     if best is own:
@@ -243,7 +243,7 @@ def _refuse_better(model: DiffusionModel, own: Figures) -> None:
     )
 
 
-def best_of(own: Figures, better: Mapping[str, Figures]) -> tuple[str, Figures]:
+def best_of(own: CheckFigures, better: Mapping[str, CheckFigures]) -> tuple[str, CheckFigures]:
     """The best of the preferred alternatives: above all one whose bias vanishes, then the smallest error."""
     order = sorted(better.items(), key=lambda item: (item[1].bias_sigmas >= UNBIASED, item[1].error))
     return order[0] if order else ("", own)

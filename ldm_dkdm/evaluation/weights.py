@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.reporting import size
+from ldm_dkdm.reporting import in_home, size
 
 INSTALL = "pip install 'ldm-dkdm[evaluation]'"
 
@@ -25,6 +25,10 @@ class WeightsFile:
     sha256: str
     size: int
     origin: str
+
+    def __str__(self) -> str:
+        """Name, size and hash."""
+        return f"{self.name} ({size(self.size)}, SHA-256 {self.sha256})"
 
 
 VGG16 = WeightsFile(  # the backbone of LPIPS
@@ -52,7 +56,7 @@ def find_weights(file: WeightsFile) -> Path:
     if not path.is_file():
         raise UserError(
             f"features: {file.name} is missing ({size(file.size)}, SHA-256 {file.sha256}); get it from {file.origin}, "
-            f"put it at {path}, or give its path (nothing is downloaded); without it, efficientnet-lite0 works"
+            f"put it at {in_home(path)}, or give its path (nothing is downloaded); without it, efficientnet-lite0 works"
         )
     if (found := sha256(path)) != file.sha256:
         raise UserError(f"features: {path} is damaged or another file: its SHA-256 is {found}, not {file.sha256}")

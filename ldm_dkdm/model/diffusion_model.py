@@ -245,7 +245,7 @@ class DiffusionModel:
         """Refuse a model that does not denoise its own samples, or whose weights fit an alternative better.
 
         Returns:
-            `evaluation.teacher_check.Figures`, which pass.
+            `evaluation.teacher_check.CheckFigures`, which pass.
 
         Raises:
             UserError: the figure that failed, its value, what is expected, and the likely cause.

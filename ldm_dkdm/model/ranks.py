@@ -58,20 +58,23 @@ class Ranks:
         """What the first process computes, in every process.
 
         Raises:
-            UserError: the first process's, in every process.
+            UserError: the first process's, in every process; in the others for any other error of the first one.
         """
         if self.ranks == 1:
             return work()
-        found: tuple[T | None, UserError | None] = (None, None)
-        if self.first:
-            try:
-                found = work(), None
-            except UserError as error:
-                found = None, error
-        value, mistake = self.from_first(found)
-        if mistake is not None:
-            raise mistake
-        return cast(T, value)
+        if not self.first:
+            value, mistake = self.from_first(cast(tuple[T | None, UserError | None], (None, None)))
+            if mistake is not None:
+                raise mistake
+            return cast(T, value)
+        try:
+            value = work()
+        except Exception as error:  # the others wait for it
+            told = error if isinstance(error, UserError) else UserError(f"the first process failed: {error!r}")
+            self.from_first((None, told))
+            raise
+        self.from_first((value, None))
+        return value
 
 
 ALONE = Ranks()

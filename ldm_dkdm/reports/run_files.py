@@ -12,8 +12,8 @@ from ldm_dkdm.config.load import RUN_KIND, card_kind, read_yaml
 from ldm_dkdm.config.schema import FirstStageCard, ModelCard
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.reporting import decoration
-from ldm_dkdm.reports.figures import Figures, flat, read_figures
 from ldm_dkdm.reports.images import PageImage, page_image
+from ldm_dkdm.reports.model_figures import ModelFigures, flat, read_figures
 from ldm_dkdm.reports.tables import Series, read_series, spread
 
 MAX_GRIDS = 24  # grids of a run in the page
@@ -49,7 +49,7 @@ class RunFiles:
     config: str
     keys: Mapping[str, Any]
     series: Mapping[str, Series]
-    figures: Figures
+    figures: ModelFigures
     card: str
     grids: Sequence[Grid]
     grid_count: int

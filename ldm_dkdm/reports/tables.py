@@ -10,6 +10,7 @@ from ldm_dkdm.errors import UserError
 
 Row = dict[str, float]
 MAX_BYTES, MAX_ROWS = 100_000_000, 500_000  # of a table; a row takes 1 kB of memory until it is drawn
+MAX_LINE = 100_000  # bytes of a line
 MAX_POINTS = 2000  # largest number of points in a curve
 UNSHOWN = {"step", "epoch"}  # columns that are not figures
 
@@ -61,8 +62,8 @@ def read_rows(file: Path) -> Iterator[Row]:
         yield {name: value for name, value in row.items() if math.isfinite(value)}
 
 
-def read_cells(file: Path, damaged: Callable[[str], object]) -> list[dict[str, str]]:
-    """The rows of a table that a training writes, as column -> text; none if there is no file.
+def read_cells(file: Path, damaged: Callable[[str], object]) -> Iterator[dict[str, str]]:
+    """The rows of a table that a training writes, as column -> text, one at a time; none if there is no file.
 
     A last line without an end is left out: a crash has cut it off, or it is being written.
 
@@ -70,27 +71,45 @@ def read_cells(file: Path, damaged: Callable[[str], object]) -> list[dict[str, s
         damaged: called with what is wrong where a file or a row is not of a table with the column `step`; if it does
             not raise, these are left out.
     """
-    try:
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
-    except (UnicodeDecodeError, csv.Error) as error:
-        damaged(f"{file}: not a table of numbers ({error})")
-        return []
-    if not lines:
-        return []
-    header, rows = lines[0], []
-    if "step" not in header:
-        damaged(f"{file}: has no column step")
-        return []
-    for number, cells in enumerate(lines[1:], 2):
-        row = dict(zip(header, cells))
-        if len(cells) != len(header):
-            damaged(f"{file}: line {number} has {len(cells)} cells, the header {len(header)}")
-        elif not _is_finite(row["step"]):
-            damaged(f"{file}: line {number} has no step")
+    header: list[str] = []
+    for number, cells in enumerate(_lines(file), 1):
+        problem = _problem(number, cells, header)
+        if problem or isinstance(cells, str):
+            damaged(f"{file}: {problem}")
+            if not header:
+                return
+        elif header:
+            yield dict(zip(header, cells))
         else:
-            rows.append(row)
-    return rows
+            header = cells
+
+
+def _lines(file: Path) -> Iterator[list[str] | str]:
+    """The cells of every whole line, or what is wrong with it; no more than MAX_LINE bytes are in memory."""
+    if not file.is_file():
+        return
+    with file.open("rb") as opened:
+        while line := opened.readline(MAX_LINE):
+            problem = ""
+            while line and not line.endswith(b"\n"):
+                problem, line = f"is longer than {MAX_LINE:,} bytes", opened.readline(MAX_LINE)
+            if not line:
+                return
+            try:
+                yield problem or next(csv.reader([line.decode()]), [])
+            except (UnicodeDecodeError, csv.Error) as error:
+                yield f"is not text ({error})"
+
+
+def _problem(number: int, cells: list[str] | str, header: Sequence[str]) -> str:
+    """What is wrong with a line; an empty text if nothing is."""
+    if isinstance(cells, str):
+        return f"line {number} {cells}" if header else f"not a table of numbers (line {number} {cells})"
+    if not header:
+        return "" if "step" in cells else "has no column step"
+    if len(cells) != len(header):
+        return f"line {number} has {len(cells)} cells, the header {len(header)}"
+    return "" if _is_finite(dict(zip(header, cells))["step"]) else f"line {number} has no step"
 
 
 def _require_modest(file: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldm_dkdm.reporting import duration
 from ldm_dkdm.reports.charts import time_left
-from ldm_dkdm.reports.figures import shown
+from ldm_dkdm.reports.model_figures import shown
 from ldm_dkdm.reports.run_files import RunFiles
 
 Rows = list[tuple[str, list[str]]]  # (label, a text per run)

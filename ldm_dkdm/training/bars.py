@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from ldm_dkdm.reporting import Lines, Progress, on_terminal
+from ldm_dkdm.reporting import Lines, Progress, counted, on_terminal
 from ldm_dkdm.training.ends import StepCallback, figures_of
 
 
 def progress_callback(progress: bool | Progress) -> L.Callback | None:
-    """What shows a training: a bar, a line a minute where stderr is not a terminal, calls of a function, or nothing."""
+    """What shows a training: a bar, lines where stderr is not a terminal, calls of a function, or nothing."""
     if callable(progress):
         return ProgressCalls(progress)
     if not progress:
@@ -112,23 +112,28 @@ class ProgressCalls(StepCallback):
 
 
 class ProgressLines(StepCallback):
-    """Writes step, speed, ETA and losses on stderr once a minute."""
+    """Writes the number of steps on stderr, step, speed, ETA and losses once a minute, and the time at the end."""
 
     lines: Lines  # made when the training starts
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
         self.lines = Lines("step", "it", trainer.max_steps, trainer.global_step)
+        if trainer.is_global_zero:
+            self.lines.begin(f"training: {counted(trainer.max_steps, 'step')}")
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.is_global_zero and self.lines.due:
+        if trainer.is_global_zero:
             self.lines.total = expected_steps(trainer, module)
-            figures = {name: float(value) for name, value in figures_of(module).items()}
-            self.lines.show(trainer.global_step, figures)
+            self.lines.show(trainer.global_step, _numbers(module) if self.lines.due else {})
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """The last line: where the training ended."""
         if trainer.is_global_zero and trainer.global_step > self.lines.initial:
-            figures = {name: float(value) for name, value in figures_of(module).items()}
             self.lines.total = trainer.global_step
-            self.lines.show(trainer.global_step, figures, last=True)
+            self.lines.end(_numbers(module))
+
+
+def _numbers(module: L.LightningModule) -> dict[str, float]:
+    """The figures of a module on the host; waits for the device."""
+    return {name: float(value) for name, value in figures_of(module).items()}

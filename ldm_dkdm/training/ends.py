@@ -61,6 +61,15 @@ def early_ends(config: TrainerConfig) -> list[EarlyEnd]:
     return ends + ([EarlyStop(config.early_stop)] if config.early_stop else [])
 
 
+def ends_of(config: TrainerConfig, states: Mapping[str, Any]) -> list[EarlyEnd]:
+    """The early ends that a config sets, as far as a checkpoint's callbacks say that they have come."""
+    ends = early_ends(config)
+    for end in ends:
+        if end.state_key in states:
+            end.load_state_dict(states[end.state_key])
+    return ends
+
+
 def ended_early(minutes: float, reached: int, max_steps: int) -> str:
     """What max_minutes does to a run that is too slow for its steps."""
     return f"trainer.max_minutes ({minutes:g}) ends the training at about step {reached:,} of {max_steps:,}"

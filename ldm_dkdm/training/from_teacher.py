@@ -22,10 +22,10 @@ from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.guidance import rows_of
 from ldm_dkdm.networks.modes import compiled, replayed, stored_in_bf16
 from ldm_dkdm.reporting import Progress, logger, size
+from ldm_dkdm.training.agreement_callback import Agreement
 from ldm_dkdm.training.calls import distillation_of, refuse_beside
 from ldm_dkdm.training.export import Export, exporting, on_save
 from ldm_dkdm.training.grids import SampleGrid
-from ldm_dkdm.training.measuring import Agreement
 from ldm_dkdm.training.parts import Distillation, assemble
 from ldm_dkdm.training.pool_filling import (
     pool_facts,

@@ -27,6 +27,7 @@ class Distillation:
         config: the whole configuration.
         slots: size of one rank's pool.
         done: steps that an earlier part of the run has made, for the plan of what is left.
+        spent: seconds of training in them that `trainer.max_minutes` counts.
     """
 
     teacher: DiffusionModel
@@ -34,6 +35,7 @@ class Distillation:
     config: DistillRun
     slots: int
     done: int = 0
+    spent: float = 0.0
 
     @property
     def labeled(self) -> bool:

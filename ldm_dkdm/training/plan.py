@@ -155,26 +155,24 @@ def time_needed(parts: Distillation) -> dict[str, str]:
     timed = timed_batch(batch, time_iteration(parts, 1, 1)[0] / batch)  # the trial also warms the machine up
     seconds, teacher_seconds = time_iteration(parts, timed, TIMED_ITERATIONS)
     training = batches * seconds + (_iterations(parts) - batches) * batch * teacher_seconds
-    limit = 60 * (config.trainer.max_minutes or math.inf)
+    limit = 60 * (config.trainer.max_minutes or math.inf) - parts.spent
     eta = min(training, limit) + (warm + _agreement_samples(parts)) * teacher_seconds
     warming = f"{duration(warm * teacher_seconds)} of warm-up {timed_with(timed)}"
     needed = f"about {duration(eta)}{on_each(config.trainer)}: {pace(seconds)} an iteration, {warming}"
-    return {"time": needed, **(_also_spent(config.trainer) if parts.done else early(config.trainer, training))}
+    return {"time": needed, **early(config.trainer, training, parts.done, parts.spent)}
 
 
-def _also_spent(config: TrainerConfig) -> dict[str, str]:
-    """A line of a resumed run's plan: its time limit counts the minutes before."""
-    if config.max_minutes is None:
+def early(config: TrainerConfig, seconds: float, done: int = 0, spent: float = 0.0) -> dict[str, str]:
+    """A line of a plan about max_minutes, if it shortens a training that would take these seconds.
+
+    Args:
+        done, spent: steps of an earlier part of the run, and the seconds of the limit that they took.
+    """
+    if config.max_minutes is None or 60 * config.max_minutes - spent >= seconds:
         return {}
-    return {"early end": f"trainer.max_minutes ({config.max_minutes:g}) also counts the minutes before the resume"}
-
-
-def early(config: TrainerConfig, seconds: float) -> dict[str, str]:
-    """A line of a plan about max_minutes, if it shortens a training that would take these seconds."""
-    if config.max_minutes is None or 60 * config.max_minutes >= seconds:
-        return {}
-    reached = int(config.max_steps * 60 * config.max_minutes / seconds)
-    return {"early end": ended_early(config.max_minutes, reached, config.max_steps)}
+    reached = done + int((config.max_steps - done) * (60 * config.max_minutes - spent) / seconds)
+    used = f", {duration(spent)} of it are used" if spent else ""
+    return {"early end": ended_early(config.max_minutes, reached, config.max_steps) + used}
 
 
 def time_iteration(parts: Distillation, batch: int, iterations: int) -> tuple[float, float]:

@@ -166,7 +166,7 @@ def warm_up(warmup: Warmup, folder: Path, origin: str, progress: bool | Progress
     """
     _go_on(warmup, folder, origin)
     last_save, calls = time.monotonic(), warmup.calls
-    with following(progress if calls else False, "warm-up", "call", calls, warmup.done) as done:
+    with following(progress if calls else False, "warm-up", "call", calls, warmup.done, "the teacher") as done:
         try:
             for made in warmup.run():
                 done(made)

@@ -1,8 +1,9 @@
 """Find the checkpoint that a run continues from: the newest one that is whole."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
@@ -13,10 +14,12 @@ from ldm_dkdm.checkpoints.hashes import ADVICE, check_file, hash_file, read_safe
 from ldm_dkdm.checkpoints.pickles import QUESTION, asked_globals
 from ldm_dkdm.checkpoints.pools import pool_files
 from ldm_dkdm.checkpoints.reading import AGAIN
+from ldm_dkdm.config.schema import TrainerConfig
 from ldm_dkdm.errors import OutOfMemory, UserError, blaming, unreadable
 from ldm_dkdm.files import sync
 from ldm_dkdm.reporting import logger
 from ldm_dkdm.reports.tables import read_cells
+from ldm_dkdm.training.ends import EarlyEnd, TimeLimit, ends_of
 from ldm_dkdm.training.run_folder import checkpoints, step_of
 
 KEYS = ("state_dict", "optimizer_states", "loops", "callbacks", "global_step")  # what a resume needs
@@ -154,6 +157,37 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(saved, dict):
         raise UserError(f"{checkpoint}: {fault}: it holds a {type(saved).__name__}")
     return saved
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What is done of a run that goes on: the step of its checkpoint, and its early ends as they are there."""
+
+    step: int = 0
+    ends: Sequence[EarlyEnd] = ()
+
+    @classmethod
+    def of(cls, folder: Path, config: TrainerConfig) -> Self:
+        """What is done of the run with these checkpoints.
+
+        Raises:
+            UserError: there are checkpoints, but none is whole.
+        """
+        latest = Choice(folder, pools=True).latest
+        if latest is None:
+            return cls()
+        with verifying(False):  # `Choice` has compared it with its hash
+            return cls(step_of(latest), ends_of(config, read_checkpoint(latest).get("callbacks", {})))
+
+    def end(self, max_steps: int) -> str | None:
+        """The config key of the limit that the run has reached."""
+        limits = ["trainer.max_steps"] if self.step >= max_steps else []
+        return next(iter([*limits, *(end.key for end in self.ends if end.reached)]), None)
+
+    @property
+    def spent(self) -> float:
+        """Seconds of its time limit that are used."""
+        return sum(end.spent for end in self.ends if isinstance(end, TimeLimit))
 
 
 def set_aside(folder: Path, latest: Path) -> None:

@@ -25,13 +25,13 @@ from ldm_dkdm.errors import Stopped, UserError
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.ranks import losing
 from ldm_dkdm.reporting import Progress, logger
+from ldm_dkdm.training.agreement_callback import Agreement, refuse_agreement
 from ldm_dkdm.training.bars import ProgressBar, StreamModule, progress_callback
 from ldm_dkdm.training.ema import StudentEMA
-from ldm_dkdm.training.ends import EarlyStop, early_ends
+from ldm_dkdm.training.ends import EarlyStop, early_ends, ends_of
 from ldm_dkdm.training.export import Export, export_again, is_lost, is_reported, report_on
 from ldm_dkdm.training.interrupt import GracefulStop
 from ldm_dkdm.training.loggers import open_loggers, require_loggers
-from ldm_dkdm.training.measuring import Agreement, refuse_agreement
 from ldm_dkdm.training.resuming import Choice, continues, read_checkpoint, set_aside
 from ldm_dkdm.training.run_folder import RunFolder, alone_in, check_run, open_run, require_plain, step_of
 from ldm_dkdm.training.saving import RunCheckpoint, WrittenInPlace, tidy
@@ -115,10 +115,7 @@ class Run:
             require_keys(network, under(saved["state_dict"], "network."), latest)
         if step >= self.trainer.max_steps:
             return f"already at step {step}; a larger trainer.max_steps continues it ({self._resume})"
-        states = saved.get("callbacks", {})
-        for end in early_ends(self.trainer):
-            if end.state_key in states:
-                end.load_state_dict(states[end.state_key])
+        for end in ends_of(self.trainer, saved.get("callbacks", {})):
             if end.reached:
                 return f"already ended at step {step} by {end.key}; a larger one continues it ({self._resume})"
         return None

@@ -68,11 +68,6 @@ class RunFolder:
         found = checkpoints(self.checkpoints)
         return found[-1] if found else None
 
-    def done(self) -> int:
-        """Steps of the newest whole checkpoint; 0 without one."""
-        latest = self.latest()
-        return 0 if latest is None else step_of(latest)
-
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""

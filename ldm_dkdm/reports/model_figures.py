@@ -17,7 +17,7 @@ MARK = " · "  # between the keys of nested mappings
 
 
 @dataclass
-class Figures:
+class ModelFigures:
     """What was measured of a model.
 
     Attributes:
@@ -30,7 +30,7 @@ class Figures:
     curves: dict[str, Series] = field(default_factory=dict)
 
     def add(self, tree: Any, prefix: str = "") -> None:
-        """Take the leaves of a tree; of a record, `figures` are values and all else is provenance."""
+        """Take the leaves of a tree; of a record, `figures` are values and all else is provenance, else texts are."""
         is_record = isinstance(tree, Mapping) and isinstance(tree.get("figures"), Mapping)
         values = tree["figures"] if is_record else tree
         others = {key: value for key, value in tree.items() if key != "figures"} if is_record else {}
@@ -39,18 +39,19 @@ class Figures:
                 points = {int(key): number for key, number in value.items() if math.isfinite(number)}
                 self.curves[name] = Series(list(points), list(points.values()))
             else:
-                self.values[name.replace("_", " ")] = shown(value)
+                place = self.values if is_record or not _has_text(value) else self.provenance
+                place[name.replace("_", " ")] = shown(value)
         for name, value in flat(others, MARK, prefix) if others else []:
             self.provenance[name.replace("_", " ")] = shown(value)
 
 
-def read_figures(model: Path | None) -> Figures:
+def read_figures(model: Path | None) -> ModelFigures:
     """The figures in a model folder; none without one.
 
     Raises:
         UserError: a damaged file.
     """
-    found, used = Figures(), set[str]()
+    found, used = ModelFigures(), set[str]()
     for file in [] if model is None else [model / FIGURES, *sorted((model / RECORDS).glob("*.json"))]:
         if not file.is_file():
             continue
@@ -73,6 +74,10 @@ def flat(tree: Any, mark: str, name: str = "") -> list[tuple[str, Any]]:
     else:
         return [(name, tree)]
     return [leaf for key, value in parts for leaf in flat(value, mark, mark.join(filter(None, (name, str(key)))))]
+
+
+def _has_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and any(isinstance(item, str) for item in value))
 
 
 def _is_curve(tree: Mapping[Any, Any]) -> bool:

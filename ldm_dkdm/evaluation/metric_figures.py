@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def features_of(metric: Metric, named: str) -> str:
 
 
 @dataclass(frozen=True)
-class Figures:
+class MetricFigures:
     """Gathers statistics and computes figures.
 
     Attributes:
@@ -55,15 +56,22 @@ class Figures:
         theirs = {} if other is None else self._gather(other, [n for n in by_features if METRICS[n].reference])
         figures: dict[str, Any] = {}
         for name in chosen:
-            key, compare = features_of(METRICS[name], self.named), METRICS[name].of
             try:
-                if compare is not None:
-                    figures |= compare(Pair(found[key], theirs.get(key), self.extractors[key]))
+                if METRICS[name].of is not None:
+                    figures |= joined().on_first(partial(self._compared, METRICS[name], found, theirs))
                 elif other is not None:
                     figures |= self._without_features(name, own, other)
             except ImportError as error:
                 raise UserError(f"metrics: {name} needs the package {error.name}; {INSTALL}") from error
         return figures, found
+
+    def _compared(
+        self, metric: Metric, found: Mapping[str, Statistics], theirs: Mapping[str, Statistics]
+    ) -> Mapping[str, float]:
+        """Figures of a metric that compares features."""
+        assert metric.of is not None  # asked for such a metric
+        key = features_of(metric, self.named)
+        return metric.of(Pair(found[key], theirs.get(key), self.extractors[key]))
 
     def _gather(self, source: ImageSource, metrics: Sequence[str]) -> dict[str, Statistics]:
         needs = {features_of(METRICS[name], self.named): False for name in metrics}

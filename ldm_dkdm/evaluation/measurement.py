@@ -17,11 +17,11 @@ from ldm_dkdm.evaluation.components import NAME as PIXEL_COMPONENTS
 from ldm_dkdm.evaluation.components import pixel_components
 from ldm_dkdm.evaluation.extractor import Extractor
 from ldm_dkdm.evaluation.features import named_features, open_extractor
-from ldm_dkdm.evaluation.figures import Figures, features_of
 from ldm_dkdm.evaluation.gathering import statistics_cache
+from ldm_dkdm.evaluation.metric_figures import MetricFigures, features_of
 from ldm_dkdm.evaluation.metrics import DEFAULTS, METRICS
 from ldm_dkdm.evaluation.opening import Images, open_images
-from ldm_dkdm.evaluation.perceptual import LPIPS_FACTS, Lpips, find_lpips
+from ldm_dkdm.evaluation.perceptual import LPIPS_FACTS, Lpips, announced, find_lpips
 from ldm_dkdm.evaluation.results import AGREEMENT_BY
 from ldm_dkdm.evaluation.samples import ModelImages
 from ldm_dkdm.evaluation.sources import ImageSource
@@ -29,7 +29,7 @@ from ldm_dkdm.evaluation.statistics import Statistics
 from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.facts import whole
-from ldm_dkdm.reporting import Progress, logger
+from ldm_dkdm.reporting import Progress
 
 COUNT = 10_000  # samples of a model
 
@@ -115,8 +115,8 @@ def measure(
     folder = statistics_cache() if cache is None else expanded(cache)
     if PIXEL_COMPONENTS in names and other is not None:
         extractors[PIXEL_COMPONENTS], other = pixel_components(other, folder, batch_size, progress)
-    agreeing = {"chains": chains, "pairs": pairs, "steps": steps, "seed": seed, "lpips": lpips}
-    work = Figures(extractors, named, batch_size, folder, progress, agreeing, perceptual, processes)
+    agreeing = {"chains": chains, "pairs": pairs, "steps": steps, "seed": seed, "lpips": perceptual}
+    work = MetricFigures(extractors, named, batch_size, folder, progress, agreeing, perceptual, processes)
     return _measurement(own, other, chosen, extractors.values(), *work.of(chosen, own, other))
 
 
@@ -172,9 +172,9 @@ def _facts(source: ImageSource, chosen: Sequence[str], second: bool = False) -> 
 
 
 def draws(source: ImageSource | None, chosen: Sequence[str], second: bool = False) -> bool:
-    """Whether metrics sample a set: it is a model, and one of them compares features."""
+    """Whether metrics sample a set: it is a model, and one of them compares features, or reconstructs the reference."""
     used = any(METRICS[name].of and (METRICS[name].reference or not second) for name in chosen)
-    return used and isinstance(source, ModelImages)
+    return (used or (second and "reconstruction" in chosen)) and isinstance(source, ModelImages)
 
 
 def require_effect(
@@ -208,13 +208,12 @@ def require_effect(
 
 
 def _lpips(file: str | Path | None, chosen: Sequence[str]) -> Lpips | None:
-    """LPIPS for a reconstruction; `evaluate` finds its own. A file that no metric reads is refused."""
-    if file is not None and not {"agreement", "reconstruction"} & set(chosen):
+    """LPIPS for the metrics that measure it. A file that none of them reads is refused."""
+    if {"agreement", "reconstruction"} & set(chosen):
+        return announced(find_lpips(file))
+    if file is not None:
         raise UserError("lpips: has no effect; agreement and reconstruction measure LPIPS")
-    found = find_lpips(file) if "reconstruction" in chosen else None
-    if found is not None and found.missing:
-        logger.info(found.missing)
-    return found
+    return None
 
 
 def against_teacher(

@@ -1,11 +1,12 @@
-"""What `dkdm evaluate SAMPLES [REFERENCE]` does: opens both sets, measures, prints and writes."""
+"""What `dkdm evaluate SAMPLES [REFERENCE]` does: opens both sets, measures, has the result printed and written."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import flags, load_plugins
+from ldm_dkdm.commands.evaluate_output import add_row, show
 from ldm_dkdm.commands.hints import ScopedHints
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded, require_place
@@ -14,12 +15,11 @@ from ldm_dkdm.reporting import logger
 if TYPE_CHECKING:
     import torch
 
-    from ldm_dkdm.evaluation.measuring import Measurement
+    from ldm_dkdm.evaluation.measurement import Measurement
     from ldm_dkdm.model import DiffusionModel
 
 SCOPES = ("samples", "reference")
 RESULTS = Path("logs/results.csv")
-DIGITS = 12  # digits of a hash that the terminal shows
 FLAGS = {
     "count": "--n_samples",
     "steps": "--custom_steps",
@@ -49,7 +49,7 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
     load_plugins(options.plugin)
 
     from ldm_dkdm.device import resolve_device
-    from ldm_dkdm.evaluation.measuring import measure
+    from ldm_dkdm.evaluation.measurement import measure
     from ldm_dkdm.evaluation.results import read_rows, record_in_run, write_record
     from ldm_dkdm.model.ranks import joined
 
@@ -104,7 +104,7 @@ def _opened(
 ) -> tuple[Any, Any]:
     """SAMPLES and REFERENCE: models that are opened, and paths of all else."""
     from ldm_dkdm.evaluation.features import named_features
-    from ldm_dkdm.evaluation.measuring import chosen_metrics
+    from ldm_dkdm.evaluation.measurement import chosen_metrics
     from ldm_dkdm.evaluation.metrics import METRICS
     from ldm_dkdm.evaluation.opening import is_model, require_set
 
@@ -161,42 +161,11 @@ def _teacher(path: str, device: "torch.device", precision: str) -> "DiffusionMod
     return teacher
 
 
-def add_row(results: Path, found: "Measurement") -> None:
-    """Add a row to the CSV file of results, and say so."""
-    from ldm_dkdm.evaluation.results import append_row, row_of
-
-    added = append_row(results, row_of(found.record()))
-    what = "a row with these figures" if added else "holds this row already, from an earlier call"
-    print(f"{results}: {what}")
-
-
-def show(found: "Measurement") -> None:
-    """Print the figures as a table, what they were measured on as another, and warnings on stderr."""
-    from ldm_dkdm.evaluation.results import markdown
-
-    values = [{"figure": name, "value": value} for name, value in found.figures.items() if not isinstance(value, dict)]
-    print(markdown(["figure", "value"], values), end="\n\n")
-    sets = {"samples": _brief(found.samples), "reference": _brief(found.reference or {})}
-    names = dict.fromkeys(name for facts in sets.values() for name in facts)
-    columns = ["measured on", *(scope for scope, facts in sets.items() if facts)]
-    print(markdown(columns, [{"measured on": n} | {scope: sets[scope].get(n) for scope in sets} for n in names]))
-    for facts in found.features:
-        print("features: " + ", ".join(f"{key} {value}" for key, value in _brief(facts).items()))
-    for warning in found.warnings:
-        logger.warning(f"not comparable with published figures: {warning}")
-
-
-def _brief(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts for the terminal: hashes by their first digits, and once; the files have them whole."""
-    kept = {name: value for name, value in facts.items() if value not in (None, 0) and name != "opened_from_sha256"}
-    return {name: value[:DIGITS] if name.endswith("sha256") else value for name, value in kept.items()}
-
-
 def _require_place(options: argparse.Namespace, reference: bool) -> None:
     """Refuse --save_statistics before the work where it could not be done after it."""
     from ldm_dkdm.evaluation.features import named_features
-    from ldm_dkdm.evaluation.figures import features_of
-    from ldm_dkdm.evaluation.measuring import chosen_metrics
+    from ldm_dkdm.evaluation.measurement import chosen_metrics
+    from ldm_dkdm.evaluation.metric_figures import features_of
     from ldm_dkdm.evaluation.metrics import METRICS
     from ldm_dkdm.evaluation.statistics import require_place_for_statistics
 
@@ -211,12 +180,3 @@ def _require_place(options: argparse.Namespace, reference: bool) -> None:
 def _save_statistics(found: "Measurement", path: Path) -> None:
     next(iter(found.statistics.values())).write(path)
     print(f"{path}: statistics of SAMPLES, to be a REFERENCE")
-
-
-def print_table(paths: Sequence[str]) -> None:
-    """Print figures of evaluated runs as Markdown."""
-    from ldm_dkdm.evaluation.results import table
-
-    if not paths:
-        raise UserError("--table: name the runs, or JSON files of evaluations")
-    print(table(map(expanded, paths)))
