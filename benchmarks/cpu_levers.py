@@ -18,6 +18,8 @@ from common import finish, guarded, interleaved, open_pair
 from gpu_steps import peak_flops, step_flops, stream_of
 from training_speed import Training
 
+from ldm_dkdm.device import default_device
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks import layers
 from ldm_dkdm.networks.modes import stored_in_bf16
 
@@ -111,6 +113,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("-o", "--out", type=Path, help="JSON file")
     options = parser.parse_args()
+    if default_device("auto").type != "cpu":
+        raise UserError("cpu_levers: this machine has a GPU, which it would time; hide it (CUDA_VISIBLE_DEVICES=)")
     variants = {name: Variant(options.recipe, LEVERS[name]) for name in dict.fromkeys(["as shipped", *options.levers])}
     works: dict[str, Callable[[], object]] = {name: variant.step for name, variant in variants.items()}
     device = variants["as shipped"].training.pair.device

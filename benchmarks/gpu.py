@@ -51,7 +51,7 @@ class Report:
             try:
                 for key, rows in work().items():
                     self.tables[key] += rows
-            except RuntimeError as error:  # no memory, or what a device cannot do
+            except Exception as error:  # no memory, what a device cannot do, another clone: the other parts go on
                 self.left_out(name, first_line(error))
             print(f"{name}: {duration(time.monotonic() - started)}", flush=True)
         if self.facts["compiled"]:

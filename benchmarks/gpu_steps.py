@@ -103,10 +103,24 @@ def variants(pair: Pair, batch_size: int, compiling: bool, clone: Path | None, s
         print(f"{PUBLIC}: left out, {reason}")
     elif clone is not None:
         half = own.type == "cuda" and not pair.teacher.space.encoded
-        found[PUBLIC] = Variant(public_step(clone, pair, batch_size), "float16" if half else "32")
+        step = _or_fail(lambda: public_step(clone, pair, batch_size))
+        found[PUBLIC] = Variant(step, "float16" if half else "32")
     if own.type == "cuda" and compiling:
         found |= on_a_gpu(pair, training, batch_size, stack)
     return found
+
+
+def _or_fail(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """A step, or one that fails as making it has failed: it is left out where the variants are measured."""
+    try:
+        return make()
+    except Exception as error:
+        failure = error
+
+    def fail() -> None:
+        raise failure
+
+    return fail
 
 
 def _variant(training: Training) -> Variant:
@@ -161,7 +175,7 @@ def measure(
         try:
             variant.step()
             synchronise(device)
-        except RuntimeError as error:  # no memory, or what a compiler cannot do
+        except Exception as error:  # no memory, what a compiler cannot do, another clone
             left_out[name] = first_line(error)
         else:
             first[name] = time.perf_counter() - started
@@ -169,7 +183,7 @@ def measure(
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, shortly."""
+    """First line of an error's message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -31,7 +31,8 @@ HEAD = """# Evidence
 This page is written by `python benchmarks/study/page.py` from `benchmarks/study/results.json`. The plan, with what was
 decided before the first run, is `benchmarks/study/plan.yaml`. `make study` makes the runs that are missing.
 
-All tables compare runs of equal student steps. Each cell is the mean over seeds ± their standard deviation. The ratio
+All tables compare runs of equal student steps, but `batch128`, which makes half the steps with as many samples. Each
+cell is the mean over seeds ± their standard deviation. The ratio
 is of the deciding figure to that of the first arm of the group; it is **bold** where the means differ by more than both
 deviations together. A prime marks a distance to the samples of the arm's own teacher; q1 to q4 are the quarters of t
 from 0 to T. Calls of the teacher are in thousands of samples: the training, and what prepares it (a pool, or images),
@@ -82,7 +83,8 @@ def section(name: str, comparison: Mapping[str, Any], rows: Rows, floors: Mappin
     for group in comparison["groups"]:
         made = [arm for arm in group if arm in arms]
         pair = group[0].partition("/")[0]
-        if made and pair in floors and pair not in seen:
+        teachers = {rows[arm][0]["overrides"].get("teacher.ckpt") for arm in made}
+        if len(teachers) == 1 and pair in floors and pair not in seen:
             seen.add(pair)
             cells = [cell([floors[pair][column]]) if column in floors[pair] else "" for column in shown]
             lines.append(f"| teacher of `{pair}` to itself | | | | | {' | '.join(cells)} | |")
