@@ -96,7 +96,8 @@ def bf16_error(recipe: str, pair: Pair, count: int) -> Tables:
         t = torch.randint(low, high, (count,), generator=numbers, device=pair.device)
         x_t = q_sample(schedule, x_0, t, torch.randn(x_0.shape, generator=numbers, device=pair.device))
         label = teacher.draw_labels(count, numbers)
-        exact = teacher.predict(x_t, t, label).eps
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            exact = teacher.predict(x_t, t, label).eps
         errors = {name: _relative(way.predict(x_t, t, label).eps, exact) for name, way in ways.items()}
         rows.append({"recipe": recipe, "t": f"{low} to {high - 1}", **errors})
     return {"bf16": rows}

@@ -96,7 +96,7 @@ def following(
     if progress and not on_terminal():
         lines = Lines(what, unit, total, initial)
         if total > initial:
-            lines.begin(f"{what}: {counted(total, unit)}{of and f' of {of}'}")
+            lines.begin(f"{what}: {counted(total, unit)}{f' of {of}' if of else ''}")
         yield lines.show
         if total > initial:
             lines.end()

@@ -153,6 +153,7 @@ def test_rows_that_differ_in_their_date_or_speeds_alone_are_one(tmp_path: Path) 
     row = {"date": "1", "samples": "a", "FID": 0.1, "labels": None, "teacher_images_per_second": 3.5}
     assert append_row(tmp_path / "r.csv", row) and not append_row(tmp_path / "r.csv", {**row, "date": "2"})
     assert not append_row(tmp_path / "r.csv", {**row, "teacher_images_per_second": 3.6})
+    assert append_row(tmp_path / "r.csv", {**row, "student_images_per_second": 2.0})  # a speed that no row has
     assert append_row(tmp_path / "r.csv", {**row, "KID": 0.0}) and append_row(tmp_path / "r.csv", {**row, "FID": 0.2})
     assert not append_row(tmp_path / "r.csv", {**row, "date": "3"})  # in a file with more columns by now
 

@@ -98,6 +98,8 @@ def test_warnings_of_two_sets_are_one() -> None:
     (alone,) = doubts({"images": 9}, {"images": 8}, ["is", "kid"])
     assert alone.startswith("samples: 9 images are fewer than 10,000; is depends on")
     few, lossy = doubts({"images": 20_000}, jpeg, ["fid"])
+    (few_references,) = doubts({"images": 20_000}, {"images": 9}, ["fid", "is"])
+    assert few_references.endswith("; fid depends on their number, kid does not")
     assert few.startswith("reference: 9 images are fewer") and lossy.startswith("reference: 9 files are JPEG")
 
 

@@ -23,12 +23,13 @@ def doubts(samples: Mapping[str, Any], reference: Mapping[str, Any] | None, metr
 
 
 def _few(sets: Mapping[str, Mapping[str, Any]], metrics: set[str]) -> list[str]:
-    biased = sorted(BIASED & metrics)
+    biased = BIASED & metrics
     compared = sets if metrics & (BIASED - ALONE) else {"samples": sets["samples"]}
     counts = {name: facts.get("images in statistics") or facts.get("images") for name, facts in compared.items()}
     few = {name: count for name, count in counts.items() if biased and count is not None and count < FEW}
-    verb = "depends" if len(biased) == 1 else "depend"
-    why = f"are fewer than {FEW:,}; {', '.join(biased)} {verb} on their number, kid does not"
+    named = sorted(biased if "samples" in few else biased - ALONE)
+    verb = "depends" if len(named) == 1 else "depend"
+    why = f"are fewer than {FEW:,}; {', '.join(named)} {verb} on their number, kid does not"
     return [f"{' and '.join(few)}: {_numbers(few, 'images')} {why}"] if few else []
 
 

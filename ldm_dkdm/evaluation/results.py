@@ -104,6 +104,9 @@ def append_row(path: Path, row: Mapping[str, Any]) -> bool:
 
 
 def _same(old: Mapping[str, str], row: Mapping[str, Any]) -> bool:
+    """Whether a row says nothing new: other dates and speeds do not count, but speeds where there were none."""
+    if any(row[name] is not None and not old.get(name) for name in row if name.endswith(SPEED)):
+        return False
     names = {name for name in {*old, *row} - {"date"} if not name.endswith(SPEED)}
     return all((old.get(name) or "") == ("" if row.get(name) is None else str(row[name])) for name in names)
 

@@ -70,8 +70,8 @@ class Ranks:
         try:
             value = work()
         except Exception as error:  # the others wait for it
-            told = error if isinstance(error, UserError) else UserError(f"the first process failed: {error!r}")
-            self.from_first((None, told))
+            shared = error if isinstance(error, UserError) else UserError(f"the first process failed: {error!r}")
+            self.from_first((None, shared))
             raise
         self.from_first((value, None))
         return value

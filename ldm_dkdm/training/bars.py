@@ -119,7 +119,7 @@ class ProgressLines(StepCallback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
         self.lines = Lines("step", "it", trainer.max_steps, trainer.global_step)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and trainer.global_step < trainer.max_steps and not trainer.should_stop:
             self.lines.begin(f"training: {counted(trainer.max_steps, 'step')}")
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:

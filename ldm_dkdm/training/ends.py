@@ -62,7 +62,7 @@ def early_ends(config: TrainerConfig) -> list[EarlyEnd]:
 
 
 def ends_of(config: TrainerConfig, states: Mapping[str, Any]) -> list[EarlyEnd]:
-    """The early ends that a config sets, as far as a checkpoint's callbacks say that they have come."""
+    """The early ends that a config sets, with the states of a checkpoint's callbacks."""
     ends = early_ends(config)
     for end in ends:
         if end.state_key in states:

@@ -161,7 +161,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Begun:
-    """What is done of a run that goes on: the step of its checkpoint, and its early ends as they are there."""
+    """What is done of a run that goes on: the step of its checkpoint, and its early ends with their states."""
 
     step: int = 0
     ends: Sequence[EarlyEnd] = ()
