@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from common import Pair, interleaved, synchronise
-from public_code import public_step, why_not
+from public_code import public_step
 from training_speed import BATCHES, COLUMNS, Training, cached, encoded, on_data
 
 from ldm_dkdm.distillation.batches import BatchStream
@@ -99,9 +99,7 @@ def variants(pair: Pair, batch_size: int, compiling: bool, clone: Path | None, s
     found[ENCODING] = _variant(_with(training, DataStream(encoded(shipped), **on_data(shipped, batch_size))))
     if pair.teacher.space.encoded:
         found[ENCODED] = _variant(_with(training, DataStream(cached(shipped), **on_data(shipped, batch_size))))
-    if clone is not None and (reason := why_not(pair)):
-        print(f"{PUBLIC}: left out, {reason}")
-    elif clone is not None:
+    if clone is not None:
         half = own.type == "cuda" and not pair.teacher.space.encoded
         step = _or_fail(lambda: public_step(clone, pair, batch_size))
         found[PUBLIC] = Variant(step, "float16" if half else "32")

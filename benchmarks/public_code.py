@@ -96,7 +96,7 @@ def _stand_in(name: str, names: tuple[str, ...]) -> ModuleType:
 def why_not(pair: Pair) -> str | None:
     """What the public code cannot do for a pair; None if it has its step."""
     if not all(isinstance(model.network, UNet) for model in (pair.teacher, pair.student)):
-        return "its networks are not UNets"
+        return "the pair has networks that are not UNets"
     if any(set(OWN) & set(model.network.arguments) for model in (pair.teacher, pair.student)):
         return "its UNet has no such layers"
     if pair.teacher.num_classes is not None:
@@ -108,8 +108,11 @@ def public_step(clone: Path, pair: Pair, batch_size: int) -> Callable[[], object
     """A function that makes one step of the public code on a pair's networks.
 
     Raises:
-        UserError: the clone cannot be imported, or its networks have other weights.
+        UserError: the public code has no step for such a pair, the clone cannot be imported, or its networks have other
+            weights.
     """
+    if reason := why_not(pair):
+        raise UserError(f"the public code: {reason}")
     kind, make = (LATENT, _latent) if pair.teacher.space.encoded else (PIXEL, _pixel)
     with importing(clone / kind), contextlib.redirect_stdout(io.StringIO()):
         try:

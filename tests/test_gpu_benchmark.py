@@ -113,6 +113,8 @@ def test_another_network_or_a_changed_clone_is_one_error(tmp_path: Path) -> None
     (clone / "guided-diffusion/guided_diffusion/script_util.py").write_text("")
     with pytest.raises(UserError, match=r"--baseline: .*guided-diffusion cannot be used: .*create_gaussian_diffusion"):
         public_step(clone, pair_of("pixel"), 3)
+    with pytest.raises(UserError, match="no class-conditional distillation"):
+        public_step(fake_clone(tmp_path), pair_of("pixel", 4), 2)
     assert why_not(pair_of("pixel")) is None and "class-conditional" in str(why_not(pair_of("pixel", 4)))
 
 

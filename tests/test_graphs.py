@@ -57,6 +57,7 @@ def test_more_shapes_are_compiled_than_torch_allows_by_itself(monkeypatch: pytes
         seen.append(len(inputs[-1]))
         return graph.forward
 
+    torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     network, limit = torch.nn.Linear(3, 3), torch._dynamo.config.recompile_limit
     with compiled([network], compiles=True), torch.no_grad():
@@ -64,7 +65,6 @@ def test_more_shapes_are_compiled_than_torch_allows_by_itself(monkeypatch: pytes
             network(torch.randn(rows, 3))
     assert seen == list(range(1, 13)) and limit < 12
     assert torch._dynamo.config.recompile_limit == limit
-    torch._dynamo.reset()
 
 
 def test_guidance_doubles_the_rows_of_a_call() -> None:

@@ -125,6 +125,11 @@ def test_the_page_marks_what_is_beyond_the_spread(tmp_path: Path, monkeypatch: p
     page.main()
     text = (tmp_path / "evidence.md").read_text()
     assert "| teacher of `digits` to itself | | | | | 15.2 |" in text
+    others = [{**found, "overrides": {"teacher.ckpt": found["arm"]}} for found in rows]  # each arm has its own teacher
+    results.write_text(json.dumps({"teachers": teachers, "runs": others}))
+    page.main()
+    assert "to itself |" in text.partition("(Fig. 4a)")[2].partition("\n## ")[0]
+    assert "to itself |" not in (tmp_path / "evidence.md").read_text().partition("(Fig. 4a)")[2].partition("\n## ")[0]
     assert "- failed: `digits/dkdm-2`: error: no memory" in text and "8 of " in text
     section = text.partition("## Three ways to make batches (Fig. 4a)")[2].partition("## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("| `")]

@@ -23,7 +23,7 @@ def frechet_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, 
     difference = np.asarray(mean_a, np.float64) - np.asarray(mean_b, np.float64)
     overlap = np.linalg.svd(_root(cov_a) @ _root(cov_b), compute_uv=False).sum()
     distance = difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap
-    return 0.0 if distance < 0 else float(distance)  # of equal sets it is a rounding error of either sign
+    return 0.0 if distance < 0 else float(distance)  # equal sets leave a rounding error of either sign
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

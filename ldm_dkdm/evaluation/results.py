@@ -61,7 +61,7 @@ def row_of(record: Record) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file of results; an empty list if there is no file.
+    """The rows of a CSV file of results; an empty list without a file.
 
     Raises:
         UserError: a file that is not one.

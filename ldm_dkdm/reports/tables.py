@@ -9,7 +9,7 @@ from pathlib import Path
 from ldm_dkdm.errors import UserError
 
 Row = dict[str, float]
-MAX_BYTES, MAX_ROWS = 100_000_000, 500_000  # of a table; a row takes 1 kB of memory until it is drawn
+MAX_BYTES, MAX_ROWS = 100_000_000, 500_000  # limits of a table; a row takes 1 kB of memory until it is drawn
 MAX_LINE = 100_000  # bytes of a line
 MAX_POINTS = 2000  # largest number of points in a curve
 UNSHOWN = {"step", "epoch"}  # columns that are not figures
@@ -63,7 +63,7 @@ def read_rows(file: Path) -> Iterator[Row]:
 
 
 def read_cells(file: Path, damaged: Callable[[str], object]) -> Iterator[dict[str, str]]:
-    """The rows of a table that a training writes, as column -> text, one at a time; none if there is no file.
+    """The rows of a table that a training writes, as column -> text, one at a time; none without a file.
 
     A last line without an end is left out: a crash has cut it off, or it is being written.
 

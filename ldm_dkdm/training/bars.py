@@ -80,7 +80,7 @@ class ProgressBar(TQDMProgressBar):
 
     def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_exception(trainer, *args)
-        with contextlib.suppress(TypeError):  # there is no bar before the training starts
+        with contextlib.suppress(TypeError):  # no bar before the training starts
             self.train_progress_bar.close()  # the next output begins on a line of its own
 
     def get_metrics(

@@ -113,7 +113,7 @@ class RunCheckpoint(StepCallback):
         for file in self.folder.glob("*.pool-rank*.safetensors"):
             if file.name.split(".")[0] not in kept:  # pool of a removed checkpoint, a failed one, or the warm-up
                 file.unlink()
-        for file in self.folder.glob("warmup.walk-rank*.safetensors"):  # of a process that was killed at its end
+        for file in self.folder.glob("warmup.walk-rank*.safetensors"):  # left by a process that was killed at its end
             file.unlink()
         sweep(self.folder)
 
