@@ -22,6 +22,7 @@ data/digits.npz: | setup
 # The study: makes the runs that are missing (hours; what was interrupted goes on), then docs/evidence.md.
 study: setup
 	-$(RUN) benchmarks/study/run.py
+	$(RUN) benchmarks/study/grids.py
 	$(RUN) benchmarks/study/page.py
 
 # All that CI runs.

@@ -1,6 +1,6 @@
 """Measure a run of the study, or a teacher beside itself: python benchmarks/study/measure.py RUN TEACHER [DATA]
 
-`floor TEACHER OUT` in place of the run writes the teacher's figures with other seeds to OUT.
+`floor TEACHER OUT [DATA]` in place of the run writes the teacher's figures with other seeds to OUT.
 """
 
 import json
@@ -27,18 +27,28 @@ PRIMED = ("FD", "KID", "pixel")  # distances to the teacher's samples
 def main() -> None:
     """Write what the arguments ask for."""
     if sys.argv[1] == "floor":
-        measure_floor(sys.argv[2], Path(sys.argv[3]))
+        measure_floor(sys.argv[2], Path(sys.argv[3]), sys.argv[4])
     else:
         measure_run(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
 
 
-def measure_floor(teacher_path: str, out: Path) -> None:
-    """Write the distances of a teacher's samples to samples of its own with other seeds."""
+def measure_floor(teacher_path: str, out: Path, data: str) -> None:
+    """Write the distances of a teacher's samples to samples of its own with other seeds, and to the data."""
     options = dict(read_plan()["measured"])
     options["metrics"] = [name for name in options["metrics"] if name != "agreement"]
-    found = dkdm.measure(dkdm.load_model(teacher_path), dkdm.load_model(teacher_path), progress=True, **options).figures
+    teacher = dkdm.load_model(teacher_path)
+    found = dkdm.measure(dkdm.load_model(teacher_path), teacher, progress=True, **options).figures
+    figures = primed(found) | distance_to(data, teacher)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"figures": primed(found)}, indent=2) + "\n")
+    out.write_text(json.dumps({"figures": figures}, indent=2) + "\n")
+
+
+def distance_to(data: str, model: dkdm.DiffusionModel) -> dict[str, Any]:
+    """A model's Frechet distance to the data; empty without any."""
+    if not data:
+        return {}
+    numbers = {name: value for name, value in read_plan()["measured"].items() if name != "metrics"}
+    return dict(dkdm.measure(model, data, metrics=["fd"], progress=True, **numbers).figures)
 
 
 def primed(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,9 +65,7 @@ def measure_run(run: Path, teacher_path: str, data: str) -> None:
     found = dkdm.measure(student, teacher, progress=True, **options).figures
     figures = primed(found)
     figures.pop("eps_mse_by_t", None)
-    if data:
-        numbers = {name: options[name] for name in ("features", "count", "steps")}
-        figures |= dkdm.measure(student, data, metrics=["fd"], progress=True, **numbers).figures
+    figures |= distance_to(data, student)
     calls = calls_of(config, teacher) if config else calls_for_samples(run)
     written = {"figures": figures, "parameters": student.parameters, "calls": calls, "ldm_dkdm": dkdm.__version__}
     (run / "study.json").write_text(json.dumps(written, indent=2) + "\n")

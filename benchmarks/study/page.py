@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import ROOT, arms_in, read_plan
-from results import read_results, spread
+from plan import ROOT, arms_in, arms_of, read_plan
+from relations import draw_fit, fitted, ranks, teacher_points
+from results import DECIDES, read_results, spread
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from common import plot
 
 PAGE = ROOT / "docs" / "evidence.md"
 PLOTS = ROOT / "docs" / "evidence"
-DECIDES = "FD-efficientnet'"
 COLUMNS = {
     DECIDES: DECIDES,
     "FD-efficientnet": "FD to the data",
@@ -53,7 +53,10 @@ def main() -> None:
     for name, comparison in plan["comparisons"].items():
         if any(rows.get(arm) for arm in arms_in(comparison)):
             parts.append(section(name, comparison, rows, results["teachers"]))
-    PAGE.write_text("\n".join(parts))
+            if comparison.get("fit"):
+                parts.append(fit_section(name, comparison, rows, results["teachers"]))
+    parts += [ranks(rows, arms_of(plan)), grids(plan, rows)]
+    PAGE.write_text("\n".join(part for part in parts if part))
     print(PAGE)
 
 
@@ -100,6 +103,26 @@ def section(name: str, comparison: Mapping[str, Any], rows: Rows, floors: Mappin
         draw_curves(arms, rows, PLOTS / f"{name}-curves.png", comparison["title"])
         found += [f"![{comparison['title']}, agreement during the training](evidence/{name}-curves.png)", ""]
     return "\n".join(found)
+
+
+def fit_section(name: str, comparison: Mapping[str, Any], rows: Rows, floors: Mapping[str, Mapping[str, float]]) -> str:
+    """Students against their teachers, in words and as a plot; empty before there are two teachers."""
+    points = teacher_points(comparison, rows, arms_of(read_plan()), floors)
+    if not fitted(points):
+        return ""
+    title = "students and teachers, distances to the data"
+    plot(PLOTS / f"{name}-fit.png", lambda axes: draw_fit(axes, points), "teacher", "student", title)
+    return f"{fitted(points)}\n![{title}](evidence/{name}-fit.png)\n"
+
+
+def grids(plan: Mapping[str, Any], rows: Rows) -> str:
+    """The pictures of grids.py whose runs are made; empty without any."""
+    found = []
+    for pair, arms in plan["grids"].items():
+        if all(any(row["seed"] == 0 for row in rows.get(arm, ())) for arm in arms):
+            found += [f"![teacher and students of {pair}](evidence/grid-{pair}.png)", ""]
+    head = "Images of seed 0's students from the same noise, DDIM in 50 steps (Fig. 11 to 15): not chosen."
+    return "\n".join(["## Samples", "", head, "", *found]) if found else ""
 
 
 def table_row(arm: str, first: str, rows: Rows, shown: Sequence[str], decides: str) -> str:

@@ -18,6 +18,7 @@ POOL_RUN = {"trainer.max_steps": 1, "trainer.max_minutes": None, "logging.evalua
 
 
 LEAVE = "leave"  # the value of a key of the pair that an arm does not have
+NOT_OVERRIDES = ("base", "tried")  # keys of an arm that name a further config, and a lever of tried.py
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,19 @@ class Arm:
         return bool(self.pair.get("train"))
 
     @property
+    def teacher(self) -> str:
+        """What its students are compared with."""
+        return self.overrides.get("teacher.ckpt", self.pair["teacher"])
+
+    @property
+    def teacher_name(self) -> str:
+        """The pair's name; the arm's own where it has a teacher of its own."""
+        return self.name.partition("/")[0] if self.teacher == self.pair["teacher"] else self.name
+
+    @property
     def floor(self) -> Path:
-        """The figures of the pair's teacher beside itself, with other seeds: no student can be nearer to it."""
-        return STUDY / self.name.partition("/")[0] / "teacher.json"
+        """The figures of the teacher beside itself, with other seeds: no student can be nearer to it."""
+        return STUDY / self.teacher_name / "teacher.json"
 
     def run(self, seed: int) -> Path:
         """Run folder of a seed."""
@@ -130,19 +141,21 @@ def _runs(arm: Arm, seed: int, plan: Mapping[str, Any]) -> Iterator[Task]:
         yield _training(arm, pool, {**_pool_keys(arm), **POOL_RUN, "trainer.seed": seed}, needs)
         overrides["distill.pool_from"], needs = str(pool), [*needs, _name(pool)]
     yield _training(arm, run, overrides, needs)
-    command = (str(HERE / "measure.py"), str(run), arm.pair["teacher"], str(arm.pair.get("data", "")))
+    data = str(arm.pair.get("data", ""))
+    command = (str(HERE / "measure.py"), str(run), arm.pair["teacher"], data)
     yield Task(f"{_name(run)}.measured", command, run / "study.json", (_name(run),))
-    command = (str(HERE / "measure.py"), "floor", arm.pair["teacher"], str(arm.floor))
+    command = (str(HERE / "measure.py"), "floor", arm.teacher, str(arm.floor), data)
     yield Task(_name(arm.floor), command, arm.floor, tuple(arm.pair.get("needs", ())))
 
 
 def _training(arm: Arm, run: Path, overrides: Mapping[str, Any], needs: list[str]) -> Task:
-    words = [f"{key}={json.dumps(value)}" for key, value in overrides.items() if key != "base"]
+    words = [f"{key}={json.dumps(value)}" for key, value in overrides.items() if key not in NOT_OVERRIDES]
     quiet = ["logging.save_every=500", "logging.sample_every=1000000", "logging.loggers=[csv]"]
     if not arm.trains and "logging.evaluate_every" not in overrides:
         quiet.append("logging.evaluate_every=100")
     bases = [arm.pair["base"], *([arm.overrides["base"]] if "base" in arm.overrides else [])]
-    command = ("-m", "ldm_dkdm", "train" if arm.trains else "distill", "--base", *bases, *words, *quiet)
+    program = (str(HERE / "tried.py"), arm.overrides["tried"]) if "tried" in overrides else ("-m", "ldm_dkdm")
+    command = (*program, "train" if arm.trains else "distill", "--base", *bases, *words, *quiet)
     return Task(_name(run), (*command, *_place(run)), None, tuple(needs), run)
 
 

@@ -12,6 +12,7 @@ from ldm_dkdm.reports.tables import read_series
 
 RESULTS = HERE / "results.json"
 MEASURED = "study.json"  # in the folder of a run
+DECIDES = "FD-efficientnet'"  # which figure a claim is about, unless a comparison says otherwise
 FAILURES = STUDY / "failed"
 CURVE = ("agreement", "agreement_q1", "agreement_q2", "agreement_q3", "agreement_q4")
 
@@ -20,10 +21,12 @@ def write_results(plan: Mapping[str, Any], path: Path = RESULTS) -> Path:
     """Collect the figures of every run that is there, and what failed; what another machine has measured stays."""
     order, found = list(plan["arms"]), read_results(path)
     known = {(row["arm"], row["seed"]): row for row in found["runs"] if row["arm"] in order}
-    floors = {pair: figures for pair, figures in found["teachers"].items() if pair in plan["pairs"]}
-    for arm in arms_of(plan).values():
+    arms = arms_of(plan)
+    names = {arm.teacher_name for arm in arms.values()}
+    floors = {name: figures for name, figures in found["teachers"].items() if name in names}
+    for arm in arms.values():
         if arm.floor.is_file():
-            floors[arm.floor.parent.name] = json.loads(arm.floor.read_text())["figures"]
+            floors[arm.teacher_name] = json.loads(arm.floor.read_text())["figures"]
         for seed in plan["seeds"]:
             if (arm.run(seed) / MEASURED).is_file():
                 known[arm.name, seed] = row_of(arm, seed)
@@ -35,7 +38,7 @@ def write_results(plan: Mapping[str, Any], path: Path = RESULTS) -> Path:
 
 
 def read_results(path: Path = RESULTS) -> dict[str, Any]:
-    """`teachers`: figures of each pair's teacher beside itself; `runs`: arm, seed, overrides, figures, calls, seconds,
+    """`teachers`: figures of each teacher beside itself; `runs`: arm, seed, overrides, figures, calls, seconds,
     curves of each; `failed`: reasons by task.
     """
     found = json.loads(path.read_text()) if path.is_file() else {}
