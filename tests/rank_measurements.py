@@ -11,7 +11,7 @@ import torch
 from torch_fidelity import metric_kid
 
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, evaluate, measure
-from ldm_dkdm.evaluation import comparison, components, frechet, metrics
+from ldm_dkdm.evaluation import components, frechet, metrics, reference
 from ldm_dkdm.files import write_text
 from ldm_dkdm.model.ranks import joined, together
 from ldm_dkdm.networks import UNet
@@ -32,7 +32,7 @@ def measured(folder: Path) -> dict[str, object]:
     """Figures of a student against its teacher, and what was computed for them here."""
     frechet.IMAGES, calls, shown = 70, [], set()
     places = [
-        (comparison, "new_reference"),
+        (reference, "new_reference"),
         (components, "_some"),
         (metrics, "frechet_distance"),
         (metric_kid, "kernel_mmd"),

@@ -11,7 +11,8 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
-from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model
+from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, evaluate, load_model
+from ldm_dkdm.evaluation import reference
 from ldm_dkdm.evaluation.agreement import Sizes, agreement, new_reference, teacher_calls
 from ldm_dkdm.evaluation.reference import read_reference, save_reference
 from ldm_dkdm.training import agreement_callback
@@ -95,6 +96,29 @@ def test_a_reference_is_read_for_the_same_facts_only(teacher_folder: Path, tmp_p
     assert read_reference(file, {"teacher_sha256": "b"}) is None
     file.write_bytes(file.read_bytes()[:100])
     assert read_reference(file, {"teacher_sha256": "a"}) is None
+
+
+def test_the_next_student_of_a_teacher_takes_no_chains(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher, walks = load_model(teacher_folder), []
+    walk = reference.new_reference
+    monkeypatch.setattr(reference, "new_reference", lambda *given, **named: (walks.append(1), walk(*given, **named))[1])
+    options = {"images": 0, "chains": 2, "pairs": 2, "steps": 5}
+    students = [teacher.student(teacher.node, seed=seed) for seed in (5, 6)]
+    fresh = [evaluate(student, teacher, cache=tmp_path / str(i), **options) for i, student in enumerate(students)]
+    assert len(walks) == 2
+    caplog.set_level("INFO", logger="ldm_dkdm")
+    assert evaluate(students[1], teacher, cache=tmp_path / "0", **options) == fresh[1]
+    assert len(walks) == 2 and "chains and images of the teacher are reused: " in caplog.text
+    for other in ({"seed": 1}, {"chains": 3}, {"pairs": 3}, {"steps": 4}):
+        evaluate(students[1], teacher, cache=tmp_path / "0", **options | other)
+    evaluate(students[1], students[0], cache=tmp_path / "0", **options)  # another teacher
+    assert len(walks) == 7
+    for file in (tmp_path / "0").iterdir():
+        file.write_bytes(file.read_bytes()[:-4])
+    assert evaluate(students[1], teacher, cache=tmp_path / "0", **options) == fresh[1]
+    assert len(walks) == 8
 
 
 def run(teacher: Path, folder: Path, name: str, *changes: str, **sections: dict[str, object]) -> int:

@@ -127,8 +127,6 @@ def _compare(options: argparse.Namespace) -> None:
         raise UserError("--chains, --pairs and --batch_size must be at least 1, --seed at least 0")
     if numbers["images"] != 0 and numbers["images"] < 65:
         raise UserError("--n_samples: at least 65, the distance uses 64 principal components; or 0")
-    if numbers["images"] == 0 and options.cache is not None:
-        raise UserError("--cache: has no effect with --n_samples 0: there are no images to have statistics of")
     _require_defaults(options)
     read_hints(options.hints)  # refuses what is not key=value
     hints = ScopedHints(options.hints, ("student", "teacher"))

@@ -15,12 +15,14 @@ from ldm_dkdm.evaluation.agreement import (
     Sizes,
     compare,
     errors_of,
-    new_reference,
     teacher_calls,
 )
 from ldm_dkdm.evaluation.distances import distances
+from ldm_dkdm.evaluation.gathering import statistics_cache
 from ldm_dkdm.evaluation.held_out import eps_error_by_quarter
 from ldm_dkdm.evaluation.perceptual import Lpips, announced, find_lpips
+from ldm_dkdm.evaluation.reference import cached_reference
+from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.facts import whole
 from ldm_dkdm.model.ranks import joined
@@ -64,7 +66,7 @@ def evaluate(
         batch_size: images drawn at once.
         lpips: file with torchvision's VGG16 weights, or `Lpips` that is found; default: the file in torch.hub's cache,
             without which LPIPS is left out, as a line of the log says.
-        cache: folder of the images' statistics; default: `statistics_cache()`.
+        cache: folder of the images' statistics, and of the teacher's chains and pairs; default: `statistics_cache()`.
 
     Raises:
         UserError: models that `require_comparable` refuses, or a number out of range.
@@ -78,10 +80,11 @@ def evaluate(
         model.codec()  # refuses a missing first stage before the chains are walked
     logger.info(work(sizes, images, total))
     figures: dict[str, Any] = {MEASURED_WITH: measured_with(sizes, images, seed)}
-    figures |= joined().on_first(lambda: _agreement(student, teacher, sizes, seed, batch_size, lpips, progress))
+    folder = statistics_cache() if cache is None else expanded(cache)
+    figures |= joined().on_first(lambda: _agreement(student, teacher, sizes, seed, batch_size, lpips, folder, progress))
     if images:
         config = SamplingConfig(images, batch_size, seed, sizes.steps)
-        figures |= distances(student, teacher, config, cache, progress)
+        figures |= distances(student, teacher, config, folder, progress)
     return figures
 
 
@@ -92,11 +95,12 @@ def _agreement(
     seed: int,
     batch_size: int,
     lpips: str | Path | Lpips | None,
+    cache: Path,
     progress: bool | Progress,
 ) -> dict[str, Any]:
     """The figures that need no set of images."""
     perceptual = lpips if isinstance(lpips, Lpips) else announced(find_lpips(lpips))
-    reference = new_reference(teacher, seed, sizes, batch_size=batch_size, progress=progress)
+    reference = cached_reference(teacher, seed, sizes, cache, batch_size, progress)
     found = compare(student, reference, perceptual, batch_size=batch_size, progress=progress)
     figures: dict[str, Any] = found.figures | _untrained_errors(student, reference, batch_size, progress)
     figures["eps_mse_by_t"] = {str(t): round(e, 6) for t, e in found.by_t.items()}

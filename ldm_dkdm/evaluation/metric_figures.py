@@ -92,7 +92,7 @@ class MetricFigures:
         if name == "agreement":
             if not isinstance(own, ModelImages) or not isinstance(other, ModelImages):
                 raise UserError("metrics: agreement compares two models, not images")
-            options = {"batch_size": self.batch_size, "progress": self.progress, **self.agreeing}
+            options = {"batch_size": self.batch_size, "cache": self.cache, "progress": self.progress, **self.agreeing}
             return evaluate(own.model, other.model, images=0, **options)
         codec = own.model.codec() if isinstance(own, ModelImages) else getattr(own, "codec", None)
         if not isinstance(codec, LatentCodec):

@@ -1,4 +1,4 @@
-"""Keep the teacher's part of the agreement in a file, for resumes."""
+"""Keep the teacher's part of the agreement in a file, for resumes and for the next student."""
 
 import json
 from collections.abc import Mapping
@@ -10,11 +10,17 @@ from safetensors import SafetensorError, safe_open
 
 from ldm_dkdm.checkpoints.hashes import check_content
 from ldm_dkdm.checkpoints.reading import file_kind
+from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.errors import MALFORMED, UserError
 from ldm_dkdm.evaluation import agreement
-from ldm_dkdm.evaluation.agreement import Reference
+from ldm_dkdm.evaluation.agreement import Reference, Sizes, new_reference
+from ldm_dkdm.evaluation.extractor import SHORT
 from ldm_dkdm.evaluation.held_out import HeldOutStates
+from ldm_dkdm.evaluation.samples import sampled
+from ldm_dkdm.evaluation.sources import key_of
 from ldm_dkdm.files import write_tensors
+from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.reporting import Progress, in_home, logger
 
 
 def save_reference(reference: Reference, path: Path, facts: Mapping[str, Any]) -> None:
@@ -44,6 +50,24 @@ def read_reference(path: Path, facts: Mapping[str, Any]) -> Reference | None:
         return Reference(states, found["drift"], found["images"], found.get("label"), header["seed"], steps)
     except (SafetensorError, OSError, *MALFORMED, UserError):  # it is computed again
         return None
+
+
+def cached_reference(
+    teacher: DiffusionModel, seed: int, sizes: Sizes, cache: Path, batch_size: int, progress: bool | Progress
+) -> Reference:
+    """The reference of `new_reference`; in `cache`, a folder, from the second call with this teacher on."""
+    identity = sampled(teacher, SamplingConfig(sizes.images, batch_size, seed, sizes.steps)).identity()
+    facts = {**identity, **asdict(sizes), "seed": seed, "kept_states": agreement.KEPT_STATES}
+    key = key_of("agreement", facts)
+    file = cache / f"{key}.safetensors"
+    known = read_reference(file, facts)
+    if known is not None:
+        logger.info(f"chains and images of the teacher are reused: {in_home(cache)}/{key[:SHORT]}*.safetensors")
+        return known
+    found = new_reference(teacher, seed, sizes, batch_size=batch_size, progress=progress)
+    cache.mkdir(parents=True, exist_ok=True)
+    save_reference(found, file, facts)
+    return found
 
 
 def reference_facts() -> dict[str, int]:
