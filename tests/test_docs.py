@@ -195,7 +195,7 @@ def _script(page: Path, language: str) -> str:
 
 @pytest.mark.parametrize("language", ["bash", "python"])
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_marked_blocks_run(page: Path, language: str, tmp_path: Path) -> None:
+def test_marked_blocks_run(page: Path, language: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     script = _script(page, language)
     if not script:
         return
@@ -206,7 +206,7 @@ def test_marked_blocks_run(page: Path, language: str, tmp_path: Path) -> None:
     ended = subprocess.run(
         [*program, script],
         cwd=tmp_path,
-        env={**os.environ, "PATH": path, "LDM_DKDM_CACHE": str(tmp_path / "cache")},
+        env={**os.environ, "PATH": path, "LDM_DKDM_CACHE": str(tmp_path_factory.getbasetemp() / "cache-of-pages")},
         capture_output=True,
         text=True,
         check=False,
