@@ -35,6 +35,8 @@ class Lever:
     channels_last: bool = False
     flash: bool = False  # torch's fused attention where the shipped step multiplies matrices
     threads: int | None = None
+    replay: int = 1  # batches that each of the teacher's predictions serves
+    stratified: bool = False
 
 
 LEVERS = {
@@ -47,6 +49,9 @@ LEVERS = {
     "channels_last": Lever(channels_last=True),
     "fused attention": Lever(flash=True),
     "one thread": Lever(threads=1),
+    "replay: 2": Lever(replay=2),
+    "replay: 4": Lever(replay=4),
+    "draws: stratified": Lever(stratified=True),
 }
 
 
@@ -57,10 +62,12 @@ class Variant:
         self.lever = lever
         pair = open_pair(recipe, precision=lever.precision)
         self.size = lever.batches * pair.config.distill.batch_size
-        self.flops = step_flops(pair, self.size)
+        self.flops = step_flops(pair, self.size, lever.replay)
         if lever.stored:
             pair.teacher.network = stored_in_bf16(pair.teacher.network)
-        self.training = Training(pair, stream_of(pair, self.size, pair.device))
+        draws = "stratified" if lever.stratified else pair.config.distill.draws
+        stream = stream_of(pair, self.size, pair.device, replay=lever.replay, draws=draws)
+        self.training = Training(pair, stream)
         networks = (pair.teacher.network, self.training.module.network)
         self.compiling = 0.0
         for network in networks:
@@ -75,9 +82,10 @@ class Variant:
             self.compiling = time.perf_counter() - started
 
     def step(self) -> None:
-        """One iteration."""
+        """One iteration, or as many as one call of the teacher serves."""
         with arithmetic(self.lever):
-            self.training.iteration()
+            for _ in range(self.lever.replay):
+                self.training.iteration()
 
 
 @contextmanager
@@ -98,9 +106,10 @@ def rows_of(variants: dict[str, Variant], seconds: dict[str, float], peak: float
     shipped = variants["as shipped"].size / seconds["as shipped"]
     rows = []
     for name, variant in variants.items():
-        rate = variant.size / seconds[name]
-        row = {"lever": name, "batch": variant.size, "ms a step": 1e3 * seconds[name], "samples/s": rate}
-        share = f"{variant.flops / seconds[name] / peak:.0%}"
+        step = seconds[name] / variant.lever.replay
+        rate = variant.size / step
+        row = {"lever": name, "batch": variant.size, "ms a step": 1e3 * step, "samples/s": rate}
+        share = f"{variant.flops / step / peak:.0%}"
         rows.append({**row, "ratio": rate / shipped, "of peak": share, "s to compile": variant.compiling or ""})
     return rows
 

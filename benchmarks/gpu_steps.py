@@ -16,6 +16,7 @@ from training_speed import BATCHES, COLUMNS, Training, cached, encoded, on_data
 from ldm_dkdm.distillation.batches import BatchStream
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.distillation.pool import NoisyPool
+from ldm_dkdm.distillation.replay import stream_kind
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.model.guidance import rows_of as rows_of_call
 from ldm_dkdm.networks.cost import gflops
@@ -57,8 +58,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -
         torch.set_float32_matmul_precision(before)
 
 
-def stream_of(pair: Pair, batch_size: int, place: torch.device, slots: int | None = None) -> DistillStream:
-    """A distillation's stream with its pool on a device; the pool's size does not change the time of a step."""
+def stream_of(
+    pair: Pair, batch_size: int, place: torch.device, slots: int | None = None, **method: Any
+) -> DistillStream:
+    """A distillation's stream with its pool on a device; the pool's size does not change the time of a step.
+
+    `method`: keys of `distill` with other values than the recipe's.
+    """
     teacher, slots = pair.teacher, slots or 8 * batch_size
     dtype = getattr(torch, pair.config.distill.pool_dtype)
     labels = teacher.draw_labels(slots, torch.Generator(pair.device).manual_seed(0))
@@ -67,15 +73,15 @@ def stream_of(pair: Pair, batch_size: int, place: torch.device, slots: int | Non
     first = torch.arange(min(slots, 8 * batch_size))
     pool.overwrite(first, torch.randn(len(first), *teacher.shape), None if labels is None else labels[: len(first)])
     pool.filled = slots
-    config = replace(pair.config.distill, batch_size=batch_size)
-    return DistillStream(teacher, pool, config, BATCHES, device=pair.device)
+    config = replace(pair.config.distill, batch_size=batch_size, **method)
+    return stream_kind(config)(teacher, pool, config, BATCHES, device=pair.device)
 
 
-def step_flops(pair: Pair, batch_size: int) -> float:
-    """Operations of one step: the teacher forward, the student forward and backward (twice the forward)."""
+def step_flops(pair: Pair, batch_size: int, replay: int = 1) -> float:
+    """Operations of one step: the teacher forward, once for `replay` steps, the student's and its backward (twice)."""
     labelled = pair.teacher.num_classes is not None
     teacher, student = (gflops(model.network, model.shape, labelled) for model in (pair.teacher, pair.student))
-    return 1e9 * batch_size * (teacher + 3 * student)
+    return 1e9 * batch_size * (teacher / replay + 3 * student)
 
 
 def at(pair: Pair, precision: str, stored: bool = False) -> Pair:
