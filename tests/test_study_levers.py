@@ -1,6 +1,7 @@
 """The study's levers that the product does not have, and its relations between figures."""
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -119,3 +120,20 @@ def test_students_are_fitted_to_their_teachers_and_figures_ranked(study: None) -
     text = relations.ranks(rows, arms)
     assert "students of `digits-teacher` (5 runs)" in text and "emoji64" not in text
     assert "| agreement | -1.00 |" in text
+
+
+def test_the_agreement_is_compared_at_equal_time(study: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    relations = importlib.import_module("relations")
+    monkeypatch.setattr(relations, "ROOT", tmp_path)
+    rates = [{"lever": "plain", "ratio": 1.0}, {"lever": "fast", "ratio": 2.0}]
+    (tmp_path / "speeds.json").write_text(json.dumps({"rows": rates}))
+    curve = [[100, 1.0], [200, 0.01]]
+    rows = {arm: [{"curves": {"agreement": curve}}] for arm in ("a/plain", "a/fast")}
+    comparison = {
+        "groups": [["a/plain", "a/fast", "a/missing"]],
+        "speeds": {"file": "speeds.json", "levers": {"a/plain": "plain", "a/fast": "fast"}},
+    }
+    text = relations.equal_time(comparison, rows)
+    assert "| `a/plain` | 1.00 | 100 | 1 |" in text and "| `a/fast` | 2.00 | 200 | 0.01 |" in text
+    assert relations.curve_at(curve, 150) == pytest.approx(0.1) and relations.curve_at(curve, 50) == 1.0
+    assert relations.equal_time({"groups": []}, rows) == ""

@@ -1,13 +1,12 @@
 """Write docs/evidence.md and its plots from results.json: python benchmarks/study/page.py"""
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from plan import ROOT, arms_in, arms_of, read_plan
-from relations import draw_fit, fitted, ranks, teacher_points
+from relations import cell, draw_fit, equal_time, fitted, ranks, teacher_points
 from results import DECIDES, read_results, spread
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -94,7 +93,8 @@ def section(name: str, comparison: Mapping[str, Any], rows: Rows, floors: Mappin
         lines += [table_row(arm, group[0], rows, shown, decides) for arm in made]
     found = [f"## {comparison['title']}", ""]
     found += [f"Claim: {comparison['claim']}.", ""] if "claim" in comparison else []
-    found += [*lines, ""]
+    timed = equal_time(comparison, rows)
+    found += [*lines, "", *([timed] if timed else [])]
     missing = [arm for arm in arms_in(comparison) if arm not in arms]
     found += ["Not run yet: " + ", ".join(f"`{arm}`" for arm in missing) + ".", ""] if missing else []
     draw_bars(arms, rows, PLOTS / f"{name}.png", comparison["title"], decides)
@@ -139,14 +139,6 @@ def table_row(arm: str, first: str, rows: Rows, shown: Sequence[str], decides: s
 def figures(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     """A figure of all seeds."""
     return [row["figures"][name] for row in rows if name in row.get("figures", {})]
-
-
-def cell(values: Sequence[float]) -> str:
-    """Mean and deviation."""
-    if not values:
-        return ""
-    mean, deviation = spread(values)
-    return f"{mean:.3g}" if math.isnan(deviation) else f"{mean:.3g} ± {deviation:.1g}"
 
 
 def ratio(own: Sequence[float], first: Sequence[float]) -> str:

@@ -1,12 +1,14 @@
 """How figures of many runs go together: rank correlations, and students against their teachers."""
 
+import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import Arm, arms_in
-from results import DECIDES
+from plan import ROOT, Arm, arms_in
+from results import DECIDES, spread
 
 CHEAP = (
     "agreement",
@@ -96,3 +98,39 @@ def draw_fit(axes: Any, points: Sequence[tuple[float, float]]) -> None:
     axes.plot(x, y, "o", color="#20406a", label="students")
     axes.plot(ends, [slope * end + intercept for end in ends], color="#9db8d8", label="least squares")
     axes.plot(ends, ends, ":", color="grey", label="as good as its teacher")
+
+
+def equal_time(comparison: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> str:
+    """The agreement of each arm after as many steps as take equal time, by steps timed in turn on a quiet machine."""
+    speeds = comparison.get("speeds")
+    file = ROOT / speeds["file"] if speeds else None
+    if file is None or not file.is_file():
+        return ""
+    rates = {row["lever"]: row["ratio"] for row in json.loads(file.read_text())["rows"]}
+    made = [arm for arm in arms_in(comparison) if rows.get(arm)]
+    fastest = max(rates[speeds["levers"][arm]] for arm in made)
+    lines = ["| arm | samples/s | steps | agreement |", "|---|---|---|---|"]
+    for arm in made:
+        rate = rates[speeds["levers"][arm]]
+        steps = min(row["curves"]["agreement"][-1][0] for row in rows[arm]) * rate / fastest
+        found = [curve_at(row["curves"]["agreement"], steps) for row in rows[arm]]
+        lines.append(f"| `{arm}` | {rate:.2f} | {steps:.0f} | {cell(found)} |")
+    return "\n".join(["The agreement during the training, at equal time:", "", *lines, ""])
+
+
+def curve_at(curve: Sequence[Sequence[float]], step: float) -> float:
+    """A curve's value between two of its steps, straight in the logarithm."""
+    after = next(i for i, (known, _) in enumerate(curve) if known >= step)
+    if after == 0:
+        return curve[0][1]
+    (first, low), (second, high) = curve[after - 1], curve[after]
+    share = (step - first) / (second - first)
+    return math.exp((1 - share) * math.log(low) + share * math.log(high))
+
+
+def cell(values: Sequence[float]) -> str:
+    """Mean and deviation of the seeds' figures; empty without any."""
+    if not values:
+        return ""
+    mean, deviation = spread(values)
+    return f"{mean:.3g}" if math.isnan(deviation) else f"{mean:.3g} ± {deviation:.1g}"
