@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import ROOT, arms_in, arms_of, read_plan
+import yaml
+from plan import HERE, ROOT, arms_in, arms_of, read_plan
 from relations import cell, draw_fit, equal_time, fitted, ranks, teacher_points
 from results import DECIDES, read_results, spread
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from common import plot
 
 PAGE = ROOT / "docs" / "evidence.md"
+FINDINGS = HERE / "findings.yaml"  # what the runs of a comparison have shown, in words
 PLOTS = ROOT / "docs" / "evidence"
 COLUMNS = {
     DECIDES: DECIDES,
@@ -93,6 +95,7 @@ def section(name: str, comparison: Mapping[str, Any], rows: Rows, floors: Mappin
         lines += [table_row(arm, group[0], rows, shown, decides) for arm in made]
     found = [f"## {comparison['title']}", ""]
     found += [f"Claim: {comparison['claim']}.", ""] if "claim" in comparison else []
+    found += [f"Found: {' '.join(findings()[name].split())}", ""] if name in findings() else []
     timed = equal_time(comparison, rows)
     found += [*lines, "", *([timed] if timed else [])]
     missing = [arm for arm in arms_in(comparison) if arm not in arms]
@@ -103,6 +106,11 @@ def section(name: str, comparison: Mapping[str, Any], rows: Rows, floors: Mappin
         draw_curves(arms, rows, PLOTS / f"{name}-curves.png", comparison["title"])
         found += [f"![{comparison['title']}, agreement during the training](evidence/{name}-curves.png)", ""]
     return "\n".join(found)
+
+
+def findings() -> dict[str, str]:
+    """What was found, by comparison; written when its runs are there."""
+    return yaml.safe_load(FINDINGS.read_text()) or {}
 
 
 def fit_section(name: str, comparison: Mapping[str, Any], rows: Rows, floors: Mapping[str, Mapping[str, float]]) -> str:
