@@ -7,10 +7,12 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 
 from ldm_dkdm import load_config, load_model
 from ldm_dkdm.commands.main import main
@@ -52,29 +54,51 @@ def run(folder: Path, name: str, strategy: str = "auto", die: bool = False, extr
             if die and rank == 1 and done == KILLED_AT:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    distill(teacher, student, folder / name, config=config, progress=watch)
+    with counted_reductions() as calls:
+        distill(teacher, student, folder / name, config=config, progress=watch)
     write_text(folder / f"{name}-{rank}.txt", "\n".join(seen))
+    write_text(folder / f"{name}-{rank}.reductions", " ".join(calls))
+
+
+@contextlib.contextmanager
+def counted_reductions() -> Iterator[list[str]]:
+    """The reductions on devices that callbacks ask Lightning's strategy for; each waits for the device."""
+    calls: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for kind, name in ((ParallelStrategy, "reduce_boolean_decision"), (DDPStrategy, "reduce")):
+            whole = getattr(kind, name)
+
+            def counted(*given, whole=whole, name=name, **named):
+                calls.append(name)
+                return whole(*given, **named)
+
+            stack.enter_context(patch.object(kind, name, counted))
+        yield calls
 
 
 class FixedBatches(BatchStream):
-    """The same global batches for any number of ranks, each of which takes its slice."""
+    """The same global batches for any number of ranks, each of which takes its slice, in as many parts as are asked."""
 
     def __init__(self, parts, rank: int, ranks: int) -> None:
-        self.teacher, self.rank, self.ranks, self.step, self.max_steps = parts.teacher, rank, ranks, 0, STEPS
+        self.teacher, self.parts, self.step = parts.teacher, parts.config.trainer.accumulate, 0
+        self.rank, self.ranks, self.max_steps = rank, ranks, STEPS * self.parts
 
     def next_batch(self) -> DistillBatch:
-        generator = torch.Generator().manual_seed(self.step)
+        step, part = divmod(self.step, self.parts)
+        generator = torch.Generator().manual_seed(step)
         x_0, eps = torch.randn(2, GLOBAL_BATCH, *self.teacher.shape, generator=generator)
         t = torch.randint(self.teacher.schedule.num_timesteps, (GLOBAL_BATCH,), generator=generator)
-        own = slice(self.rank * GLOBAL_BATCH // self.ranks, (self.rank + 1) * GLOBAL_BATCH // self.ranks)
+        place, places = self.rank * self.parts + part, self.ranks * self.parts
+        own = slice(place * GLOBAL_BATCH // places, (place + 1) * GLOBAL_BATCH // places)
         self.step += 1
         x = q_sample(self.teacher.schedule, x_0, t, eps)
         return DistillBatch(x[own], t[own], Prediction(eps[own], x_0[own]), None)
 
 
-def train_on_fixed_batches(folder: Path, name: str, strategy: str = "auto") -> None:
+def train_on_fixed_batches(folder: Path, name: str, strategy: str = "auto", accumulate: int = 1) -> None:
     """Train a student on `FixedBatches` and leave the checkpoint."""
-    tree = vars(load_config(folder / "base.yaml", [f"logging.name={name}", f"trainer.strategy={strategy}"]))
+    trainer = [f"trainer.strategy={strategy}", f"trainer.accumulate={accumulate}"]
+    tree = vars(load_config(folder / "base.yaml", [f"logging.name={name}", *trainer]))
     config = parse(DistillRun, {key: value for key, value in tree.items() if value is not None})
     teacher = load_model(config.teacher.ckpt)
     parts = assemble(teacher, make_student(config.student, teacher, 0), config)
@@ -129,9 +153,11 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "best": lambda folder: run(folder, "best", "fsdp", extra=[f"trainer.early_stop.window={STEPS}"]),
     "split": lambda folder: train_on_fixed_batches(folder, "split"),
     "shards": lambda folder: train_on_fixed_batches(folder, "shards", "fsdp"),
+    "split-parts": lambda folder: train_on_fixed_batches(folder, "split-parts", accumulate=2),
+    "shards-parts": lambda folder: train_on_fixed_batches(folder, "shards-parts", "fsdp", 2),
     "flipped": resume_with_a_damaged_pool,
-    "killed": lambda folder: run(folder, "killed", die=True),
-    "resumed": lambda folder: run(folder, "killed"),
+    "killed": lambda folder: run(folder, "killed", die=True, extra=["logging.log_every=2"]),
+    "resumed": lambda folder: run(folder, "killed", extra=["logging.log_every=2"]),
 }
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from ldm_dkdm.config.schema import EarlyStopConfig, TrainerConfig
 from ldm_dkdm.reporting import logger
 from ldm_dkdm.training.ema import gather_average
+from ldm_dkdm.training.hosts import mean_of_hosts
 
 TIMED_STEPS = 5  # at a run's start, which show where its time limit ends it
 AGREEMENT = "agreement"  # the figure that is not logged by the module
@@ -37,6 +37,9 @@ class StepCallback(L.Callback):
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """What the callback does; `trainer.global_step` steps are done."""
+
+    def before_save(self, trainer: L.Trainer) -> None:
+        """What all ranks do before a checkpoint, which has the first rank's state alone."""
 
 
 class EarlyEnd(StepCallback):
@@ -100,9 +103,7 @@ class TimeLimit(EarlyEnd):
         super().on_train_start(trainer, module)
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.spent = time.monotonic() - self._since
-        if trainer.world_size > 1:  # the same in all processes
-            self.spent = trainer.strategy.reduce(torch.tensor(self.spent, device=module.device)).item()
+        (self.spent,) = mean_of_hosts(trainer, [time.monotonic() - self._since])  # the same in all processes
         self._share_time(module)
         if len(self._timed) < TIMED_STEPS:
             self._time(trainer.global_step, trainer.max_steps)
@@ -164,11 +165,16 @@ class EarlyStop(EarlyEnd):
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.steps += 1
         if self.steps == self.config.window and self.config.monitor != AGREEMENT:
-            self._end_window(trainer, trainer.strategy.reduce(torch.as_tensor(self.total) / self.batches).item())
+            self._end_window(trainer, *mean_of_hosts(trainer, [float(self.total) / self.batches]))
         if self.reached:
             step, monitor = trainer.global_step, self.config.monitor
             logger.info(f"early stop at step {step}: {monitor} stays above {self.best:.6g}")
             trainer.should_stop = True
+
+    def before_save(self, trainer: L.Trainer) -> None:
+        """Take the mean of all ranks' sums: then the window's mean is the same after a resume."""
+        if trainer.world_size > 1:
+            (self.total,) = mean_of_hosts(trainer, [float(self.total)])
 
     def measured(self, trainer: L.Trainer, figures: Mapping[str, float]) -> None:
         """Judge a measurement, if the agreement is monitored; it must come before this callback's `on_step`."""

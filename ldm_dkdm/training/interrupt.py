@@ -10,6 +10,7 @@ import lightning as L
 
 from ldm_dkdm.reporting import logger
 from ldm_dkdm.training.ends import StepCallback
+from ldm_dkdm.training.hosts import any_host
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -47,5 +48,5 @@ class GracefulStop(StepCallback):
             signal.signal(number, self._on_signal)
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.strategy.reduce_boolean_decision(self.requested, all=False):
+        if any_host(trainer, self.requested):
             trainer.should_stop = True

@@ -84,6 +84,9 @@ class RunCheckpoint(StepCallback):
             self.pool.save(pool_path(self.folder, step, trainer.global_rank), step)
         checkpoint = self.folder / f"step={step:08d}.ckpt"
         pending = self.folder / f".{checkpoint.name}{PENDING}"  # one name for all ranks: rank 0 writes it
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it
+            if isinstance(callback, StepCallback):
+                callback.before_save(trainer)
         trainer.save_checkpoint(pending)
         self.last_saved = step
         gather_average(trainer)

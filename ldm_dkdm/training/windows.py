@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm_dkdm.evaluation.agreement import FIGURES
 from ldm_dkdm.training.ends import StepCallback, figures_of
+from ldm_dkdm.training.hosts import mean_of_hosts
 
 
 class Windows(StepCallback):
@@ -60,11 +61,17 @@ class Windows(StepCallback):
                 logger.log_metrics({**row, **self.figures}, step)
         self.figures = {}
 
+    def before_save(self, trainer: L.Trainer) -> None:
+        """Take the means of all ranks' sums: then the window's row is the same after a resume."""
+        if trainer.world_size > 1:
+            sums = mean_of_hosts(trainer, [float(total) for total in self.totals.values()])
+            self.totals = dict(zip(self.totals, sums, strict=True))
+
     def _means(self, trainer: L.Trainer) -> dict[str, float]:
         """The figures of a window, which ends here."""
-        means = torch.stack([torch.as_tensor(total) / self.counts[name] for name, total in self.totals.items()])
+        means = mean_of_hosts(trainer, [float(total) / self.counts[name] for name, total in self.totals.items()])
         row = {"steps_per_second": self.steps / max(1e-9, self.seconds - self.started)}
-        row |= dict(zip(self.totals, trainer.strategy.reduce(means).tolist(), strict=True))
+        row |= dict(zip(self.totals, means, strict=True))
         row["learning_rate"] = self.learning_rate
         self.totals, self.counts, self.steps, self.started = {}, {}, 0, self.seconds
         return row

@@ -1,0 +1,34 @@
+"""What the hosts of all ranks decide together after a step: no device is waited for."""
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import lightning as L
+import torch
+from torch import distributed
+
+_groups: WeakKeyDictionary[L.Trainer, Any] = WeakKeyDictionary()
+
+
+def any_host(trainer: L.Trainer, flag: bool) -> bool:
+    """Whether a flag is set on any rank; all ranks must ask."""
+    return any(value > 0 for value in mean_of_hosts(trainer, [float(flag)]))
+
+
+def mean_of_hosts(trainer: L.Trainer, values: Sequence[float]) -> list[float]:
+    """Means of numbers over all ranks, the same on each; all ranks must ask, for equally many."""
+    if trainer.world_size == 1 or not values:
+        return list(values)
+    numbers = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(numbers, group=_group(trainer))
+    return (numbers / trainer.world_size).tolist()
+
+
+def _group(trainer: L.Trainer) -> Any:
+    """The hosts' connections: torch.distributed's own where it is on the host, else others, made once."""
+    if distributed.get_backend() == "gloo":
+        return None
+    if trainer not in _groups:
+        _groups[trainer] = distributed.new_group(backend="gloo")
+    return _groups[trainer]
