@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -27,6 +28,7 @@ from ldm_dkdm.model.ranks import losing
 from ldm_dkdm.reporting import Progress, logger
 from ldm_dkdm.training.agreement_callback import Agreement, refuse_agreement
 from ldm_dkdm.training.bars import ProgressBar, StreamModule, progress_callback
+from ldm_dkdm.training.busy import warn_if_busy
 from ldm_dkdm.training.ema import StudentEMA
 from ldm_dkdm.training.ends import EarlyStop, early_ends, ends_of
 from ldm_dkdm.training.export import Export, export_again, is_lost, is_reported, report_on
@@ -201,6 +203,8 @@ class Run:
         with undisturbed(), alone_in(self.folder), self.stop:
             if is_first_rank():
                 tidy(self.folder)
+                if self.device.type == "cpu":
+                    warn_if_busy(torch.get_num_threads())
             open_run(self.config, self.folder, self.resumed)
             yield self
 
