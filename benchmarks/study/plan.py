@@ -98,12 +98,12 @@ def arms_in(comparison: Mapping[str, Any]) -> list[str]:
     return [arm for group in comparison["groups"] for arm in group]
 
 
-def tasks_of(plan: Mapping[str, Any], comparisons: list[str]) -> list[Task]:
-    """Every task of some comparisons: one comparison after the other, seed by seed, each task after what it needs."""
+def tasks_of(plan: Mapping[str, Any], wanted: list[str]) -> list[Task]:
+    """Every task of some comparisons or arms: one after the other, seed by seed, each task after what it needs."""
     arms, prepared = arms_of(plan), {task.name: task for task in _preparations(plan)}
     needed: dict[str, Task] = {}
-    for comparison, seed in itertools.product(comparisons, plan["seeds"]):
-        for name in arms_in(plan["comparisons"][comparison]):
+    for own, seed in itertools.product(wanted, plan["seeds"]):
+        for name in [own] if own in arms else arms_in(plan["comparisons"][own]):
             for task in _runs(arms[name], seed, plan):
                 for before in [*_before(task, prepared), task]:
                     needed.setdefault(before.name, before)

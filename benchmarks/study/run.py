@@ -1,4 +1,4 @@
-"""Make the runs of the study that are missing: python benchmarks/study/run.py [COMPARISON ...] [--workers 2]
+"""Make the runs of the study that are missing: python benchmarks/study/run.py [COMPARISON | ARM ...] [--workers 2]
 
 Each run is a folder in logs/study with its config, metrics and figures. What was interrupted goes on; what failed is
 tried again and is reported until it succeeds. results.json beside this file gets the figures of all runs.
@@ -24,13 +24,13 @@ def main() -> None:
     """Run everything that is missing; several at a time, each with one thread."""
     plan = read_plan()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("comparisons", nargs="*", metavar="COMPARISON", help=", ".join(plan["comparisons"]))
+    parser.add_argument("wanted", nargs="*", metavar="COMPARISON", help=f"or an arm; {', '.join(plan['comparisons'])}")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no task after so many minutes")
     options = parser.parse_args()
-    if unknown := set(options.comparisons) - set(plan["comparisons"]):
-        parser.error(f"no comparison of that name: {', '.join(sorted(unknown))}")
-    tasks = tasks_of(plan, options.comparisons or list(plan["comparisons"]))
+    if unknown := set(options.wanted) - {*plan["comparisons"], *plan["arms"]}:
+        parser.error(f"no comparison or arm of that name: {', '.join(sorted(unknown))}")
+    tasks = tasks_of(plan, options.wanted or list(plan["comparisons"]))
     for task in tasks:
         refuse_other_plan(task)
     failed = carry_out(tasks, options.workers, time.monotonic() + 60 * options.minutes)
