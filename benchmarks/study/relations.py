@@ -16,6 +16,9 @@ CHEAP = (
     "agreement_q2",
     "agreement_q3",
     "agreement_q4",
+    "x0_drift",
+    "psnr",
+    "ssim",
     "pixel Frechet'",
     "KID-efficientnet'",
 )
