@@ -32,6 +32,7 @@ from ldm_dkdm.distillation.walk import read_walk
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.images import FORMATS, read_image
 from ldm_dkdm.npz import read_npz
+from ldm_dkdm.training.warmup_shares import warmups_of
 from tests.limited import limited
 
 EXAMPLES = 60
@@ -212,6 +213,7 @@ READERS |= {
         "warmup.pool-rank0.safetensors",
         lambda path: read_own_pool(path, SHAPE, {"num_timesteps": 20}),
     ),
+    "warm-up": (headers(), "warmup.pool-rank1.safetensors", lambda path: warmups_of(path.parent, 4, 2)),
     "walk": (headers(), "warmup.walk-rank0.safetensors", lambda path: read_walk(path, "", "cpu")),
     "npz": (archives(), "x.npz", read_npz),
     "image": (mutated(image_contents()), "x.png", lambda path: read_image(path, 8)),

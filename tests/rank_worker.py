@@ -145,6 +145,11 @@ def resume_with_a_damaged_pool(folder: Path) -> None:
             command("distill", "--resume", home, f"trainer.max_steps={STEPS + 1}", "logging.sample_every=1000")
 
 
+def resume_a_warm_up(folder: Path) -> None:
+    """Go on with the warm-up of three ranks."""
+    command("distill", "--resume", folder / "three" / "run")
+
+
 SCENARIOS: dict[str, Callable[[Path], None]] = {
     "sample": sample,
     "evaluate": evaluate,
@@ -156,6 +161,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "split-parts": lambda folder: train_on_fixed_batches(folder, "split-parts", accumulate=2),
     "shards-parts": lambda folder: train_on_fixed_batches(folder, "shards-parts", "fsdp", 2),
     "flipped": resume_with_a_damaged_pool,
+    "three": resume_a_warm_up,
     "killed": lambda folder: run(folder, "killed", die=True, extra=["logging.log_every=2"]),
     "resumed": lambda folder: run(folder, "killed", extra=["logging.log_every=2"]),
 }

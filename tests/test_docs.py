@@ -24,7 +24,9 @@ from textwrap import dedent
 import pytest
 import yaml
 
+from ldm_dkdm.commands.arguments import split_base
 from ldm_dkdm.commands.main import parser_of
+from ldm_dkdm.commands.world import world_overrides
 from ldm_dkdm.config.keys import RUNS
 from ldm_dkdm.config.load import load_config
 
@@ -123,10 +125,10 @@ def _started(words: list[str]) -> list[str]:
 
 def _require_config(command: str, arguments: list[str]) -> None:
     """Load the config that a training command names: recipes exist, keys are known, values are in range."""
-    items = arguments[arguments.index("--base") + 1 :] if "--base" in arguments else []
-    files, overrides = ([i for i in items if i[0] != "-" and ("=" in i) == is_key] for is_key in (False, True))
-    if files:
-        load_config(files, overrides, {run.COMMAND: run for run in RUNS}[command])
+    options = parser_of(command).parse_args(arguments)
+    if getattr(options, "base", None):
+        files, overrides = split_base(options.base, options.overrides)
+        load_config(files, [*overrides, *world_overrides(options, overrides)], {r.COMMAND: r for r in RUNS}[command])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -137,7 +139,6 @@ def test_command_lines_parse(page: Path) -> None:
             continue
         command, arguments = _target(words)
         if command is not None:
-            parser_of(command).parse_args(arguments)
             _require_config(command, arguments)
 
 
@@ -148,7 +149,6 @@ def test_the_pods_of_kubernetes_run_commands_that_parse() -> None:
     for container in (container for pod in pods for container in pod["containers"]):
         command, arguments = _target(container["command"])
         assert command is not None
-        parser_of(command).parse_args(arguments)
         _require_config(command, arguments)
 
 

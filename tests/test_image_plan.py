@@ -52,6 +52,19 @@ def test_encoding_in_every_step_belongs_to_an_iteration(latent: Path, capsys) ->
     assert "encodings" not in printed and "of encoding" not in printed
 
 
+def test_other_processes_plan_nothing_and_shards_need_host_memory(
+    latent: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    assert plan(latent, "--devices", "3", "trainer.strategy=fsdp") == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert "on each of 3 devices" in lines["images, training"] and "for the whole model of" in lines["memory, host"]
+    assert lines["time"].endswith("; the traffic between the devices is not in it")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert plan(latent) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 def test_missing_images_are_named_and_the_rest_is_planned(latent: Path, tmp_path: Path, capsys) -> None:
     assert plan(latent, f"data.path={tmp_path / 'nowhere'}") == 0
     printed = capsys.readouterr().out

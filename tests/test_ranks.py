@@ -13,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm_dkdm.checkpoints.pools import pool_header
+from ldm_dkdm.distillation.pool import NoisyPool
 from tests import rank_worker
 from tests.cli import ROOT, contents, sample, table, write_yaml
 from tests.cli import run_script as script
 from tests.parts import distill_config, first_stage_folder, model_folder
+from tests.test_warmup_dealt import run_of
 
 WORKER = str(ROOT / "tests" / "rank_worker.py")
 CLEARED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
@@ -68,8 +71,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_yaml(home / "base.yaml", distill_config(teacher, home, trainer=trainer, logging=logging))
     images = np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), dtype=np.uint8)
     np.savez(home / "reference.npz", arr_0=images)
+    file = run_of(3, teacher, home / "three") / "checkpoints/warmup.pool-rank2.safetensors"
+    emptied = NoisyPool(40, (3, 8, 8))
+    emptied.facts = {"ranks": 3}
+    emptied.save(file, 0, pool_header(file)["origin"])
     fixed = ("split", "shards", "split-parts", "shards-parts")
-    for code, error in agents(home, "sample", "evaluate", "ddp", "fsdp", "best", *fixed, "flipped"):
+    for code, error in agents(home, "sample", "evaluate", "ddp", "fsdp", "best", *fixed, "flipped", "three"):
         assert code == 0, error
     return home
 
@@ -174,6 +181,19 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_keeps_every_slot(
     assert torch.equal(after["x"][kept], before[kept])
     assert script("dkdm_ldm.py", "--resume", tmp_path / "run", "trainer.max_steps=8") == 0  # on as many ranks again
     assert len(load_file(tmp_path / "run" / "checkpoints" / "step=00000008.pool-rank0.safetensors")["x"]) == 80
+
+
+def test_two_ranks_finish_the_warm_up_of_three_and_share_its_pools(folder: Path) -> None:
+    checkpoints = folder / "three" / "run" / "checkpoints"
+    pools = [load_file(checkpoints / f"step=00000001.pool-rank{rank}.safetensors") for rank in (0, 1)]
+    assert [len(pool["x"]) for pool in pools] == [60, 60]
+    new = run_of(3, folder / "teacher", folder / "again") / "checkpoints"
+    files = [load_file(new / f"warmup.pool-rank{rank}.safetensors") for rank in range(3)]
+    whole = torch.cat([file["x"] for file in files])
+    for rank, pool in enumerate(pools):
+        kept = pool["updated"] == 0
+        assert kept.sum() == 60 - 4 and torch.equal(pool["x"][kept], whole[rank::2][kept])
+    assert not list(checkpoints.glob("warmup*"))
 
 
 def test_sampling_over_ranks_is_sampling_in_one_process_and_goes_on_after_a_stop(

@@ -12,12 +12,13 @@ from torch import nn
 
 from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints.pools import pool_files
-from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
+from ldm_dkdm.config.schema import DistillConfig, TrainerConfig, WarmupConfig
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.redeal import redeal, share
 from ldm_dkdm.distillation.warmup import warmup_of
 from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.training.ema import StudentEMA
+from ldm_dkdm.training.several import sharded_memory, training_bytes
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config
 
@@ -103,6 +104,20 @@ def test_a_pool_on_a_device_needs_the_host_memory_of_its_saves(
 
 
 @pytest.mark.parametrize(
+    ("device", "own", "waiting"), [("cuda", 0, "400 B for the shards, "), ("cpu", 100, "640 B for the whole model")]
+)
+def test_shards_that_wait_in_host_memory_are_not_on_the_device(device: str, own: int, waiting: str) -> None:
+    trainer = TrainerConfig(1, 1e-3, devices=4, num_nodes=2, strategy="fsdp_cpu_offload", accelerator="cpu")
+    assert training_bytes(40, trainer, torch.device(device)) == own  # 20 bytes of 40 parameters, shared by 8
+    lines = sharded_memory(40, trainer, torch.device(device))
+    assert lines[0].startswith(waiting)
+    assert lines[-2:] == [
+        "640 B for the whole model of every process, on each machine",
+        "160 B for the whole average and 640 B for a checkpoint while it is saved, on the first machine",
+    ]
+
+
+@pytest.mark.parametrize(
     ("strategy", "sent", "resident"),
     [("ddp", "5.5 MB", "19.8 MB"), ("fsdp", "16.6 MB", "5.9 MB")],
 )
@@ -110,12 +125,15 @@ def test_a_plan_of_8_machines_gives_memory_traffic_and_time_of_a_device(
     strategy: str, sent: str, resident: str, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = write_yaml(tmp_path / "base.yaml", distill_config(teacher_folder, tmp_path))
-    world = ("trainer.num_nodes=8", "trainer.devices=8", f"trainer.strategy={strategy}", "trainer.accumulate=2")
-    assert distil("--base", base, "--plan", *world) == 0
+    world, keys = ("--nodes", 8, "--devices", 8), (f"trainer.strategy={strategy}", "trainer.accumulate=2")
+    assert distil("--base", base, "--plan", *world, "trainer.num_nodes=8", *keys) == 0
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     # all-reduce: 2 * 63/64 of 4 * 702,499 bytes; shards: 3 * 63/64 in each of 2 batches
     assert lines["traffic"].strip().startswith(f"{sent} a step from each device: 0.0")
     assert lines["memory, device"].strip().startswith(f"{resident} on cpu")
     assert ("2.8 MB for the whole average" in lines["memory, host"]) == (strategy == "fsdp")  # 4 * 702,499 bytes
+    for words in ("22.5 MB for the whole model of every", "11.2 MB for a checkpoint while it is saved"):
+        assert (words in lines["memory, host"]) == (strategy == "fsdp")  # 8 and 4 times those bytes
     assert "on each of 64 devices on 8 machines" in lines["time"]
+    assert lines["time"].endswith("; the traffic between the devices is not in it")
     assert not (tmp_path / "run").exists()

@@ -51,6 +51,12 @@ def test_the_world_is_the_one_that_was_started(
     ("variables", "override", "message"),
     [
         (TORCHRUN, "trainer.devices=3", "trainer.devices: 3 (and num_nodes: 2), but torchrun started 2 processes"),
+        (TORCHRUN, ["--devices", "3"], "trainer.devices: 3 (and num_nodes: 2), but torchrun started 2 processes"),
+        ({}, ["--nodes", "2", "trainer.num_nodes=4"], "--nodes: 2, and trainer.num_nodes: 4 as an override; give one"),
+        ({}, ["trainer={devices: 3}", "--devices=2"], "--devices: 2, and trainer.devices: 3 as an override; give one"),
+        ({}, ["--devices", "2", "--devices", "3"], "--devices: given as 2 and as 3; give it once"),
+        ({}, ["--nodes", "two"], "--nodes: 'two' is not a whole number"),
+        ({}, ["--nodes", "0"], "trainer.num_nodes: must be at least 1, got 0"),
         (SRUN, "trainer.num_nodes=1", "trainer.num_nodes: 1 (and devices: 2), but srun started 2 processes on each of"),
         ({}, "trainer.num_nodes=2", "trainer.num_nodes: 2 machines, and nothing tells this process which it is on"),
         ({**SRUN, "SLURM_NTASKS": "3"}, "trainer.seed=1", "srun started 3 processes on 2 machines; start as many on"),
@@ -82,6 +88,21 @@ def test_another_world_or_strategy_is_refused_before_anything_is_written(
     assert script("dkdm_ldm.py", "--base", base, *([override] if isinstance(override, str) else override)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_of_several_processes_the_first_alone_plans(
+    teacher_folder: Path, tmp_path: Path, environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_yaml(tmp_path / "base.yaml", distill_config(teacher_folder, tmp_path))
+    timed: list[object] = []
+    environment.setattr("ldm_dkdm.training.plan.time_needed", lambda parts: timed.append(parts) or {"time": "1 s"})
+    for name, value in {**TORCHRUN, "LOCAL_RANK": "1"}.items():
+        environment.setenv(name, value)
+    for rank in (3, 0):
+        environment.setenv("RANK", str(rank))
+        assert script("dkdm_ldm.py", "--base", base, "--plan") == 0
+        printed = capsys.readouterr()
+        assert (printed.out + printed.err == "", len(timed)) == ((True, 0) if rank else (False, 1))
 
 
 def test_a_global_batch_is_divided_over_the_world_and_stays_when_the_ranks_change(

@@ -85,6 +85,8 @@ def pool_files(folder: Path, stem: str) -> list[Path]:
     files = {int(file.suffixes[-2].removeprefix(".pool-rank")): file for file in folder.glob(f"{stem}.pool-rank*")}
     first = folder / f"{stem}.pool-rank0.safetensors"
     count = _ranks(first, len(files)) if first.is_file() else max(files, default=0) + 1
+    if stem == WARMUP:  # further ranks may have joined
+        count = max(count, max(files, default=0) + 1)
     for rank in range(count):
         if rank not in files:
             lacking = folder / f"{stem}.pool-rank{rank}.safetensors"

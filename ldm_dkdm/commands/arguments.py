@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, Generic, NoReturn, TypeVar
 
 from ldm_dkdm.commands.other_flags import advice
+from ldm_dkdm.commands.world import world_overrides
 from ldm_dkdm.config.checked import hints_of
 from ldm_dkdm.config.keys import keys_text
 from ldm_dkdm.config.load import load_config, read_overrides
@@ -112,6 +113,7 @@ def print_plan(lines: Mapping[str, str], time_needed: Callable[[], Mapping[str, 
 def read_training_call(options: argparse.Namespace, schema: type[T]) -> TrainingCall[T]:
     """Load the config of a new run, or of the run that `--resume` names."""
     files, overrides = split_base(options.base, options.overrides)
+    overrides += world_overrides(options, overrides)
     if options.resume:
         if files:
             raise UserError("--resume: a run has its own configuration; leave --base out (key=value still works)")

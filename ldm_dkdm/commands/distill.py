@@ -18,7 +18,9 @@ from ldm_dkdm.commands.arguments import (
     print_plan,
     read_training_call,
 )
+from ldm_dkdm.commands.world import add_world_arguments
 from ldm_dkdm.config.schema import DistillRun
+from ldm_dkdm.device import is_first_rank
 
 if TYPE_CHECKING:
     from ldm_dkdm.model import DiffusionModel
@@ -28,8 +30,9 @@ UNCOMPILED = "not timed: the run compiles both networks, the times above are of 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of all trainings, and `--plan`."""
+    """The arguments of all trainings, `--plan`, `--nodes` and `--devices`."""
     add_training_arguments(parser)
+    add_world_arguments(parser)
     add_plan_argument(parser)
     add_first_stage_argument(parser)
 
@@ -41,11 +44,14 @@ def run(options: argparse.Namespace) -> None:
     call = read_training_call(options, DistillRun)  # reports mistakes before the slow imports
     load_plugins(options.plugin)
     with dotted_keys("distill", "trainer", "logging"):
-        _plan(call) if options.plan else _distil(call)
+        if not options.plan:
+            _distil(call)
+        elif is_first_rank():  # the others of a launcher have nothing to plan
+            _plan(call)
 
 
 def _distil(call: TrainingCall[DistillRun]) -> None:
-    from ldm_dkdm.device import default_device, is_first_rank, resolve_precision
+    from ldm_dkdm.device import default_device, resolve_precision
     from ldm_dkdm.distillation.make_student import make_student
     from ldm_dkdm.networks.modes import stored_in_bf16
     from ldm_dkdm.training.from_teacher import distill
@@ -83,6 +89,7 @@ def _plan(call: TrainingCall[DistillRun]) -> None:
     from ldm_dkdm.networks.modes import stored_in_bf16
     from ldm_dkdm.training.parts import assemble
     from ldm_dkdm.training.plan import costs, time_needed
+    from ldm_dkdm.training.pool_filling import going_on
     from ldm_dkdm.training.resuming import Begun
 
     config = call.config
@@ -98,6 +105,8 @@ def _plan(call: TrainingCall[DistillRun]) -> None:
     device = default_device(config.trainer.accelerator)
     teacher.precision = resolve_precision(config.trainer.precision, device)
     parts = assemble(teacher, make_student(config.student, teacher, config.trainer.seed), config)
+    if call.resumed:
+        parts = going_on(parts, call.folder.checkpoints, begun.latest)
     parts = replace(parts, done=begun.step, spent=begun.spent)
     planned = costs(parts)
     if teacher.precision == "bf16":

@@ -15,12 +15,15 @@ from ldm_dkdm.commands.arguments import (
     print_plan,
     read_training_call,
 )
+from ldm_dkdm.commands.world import add_world_arguments
 from ldm_dkdm.config.schema import DiffusionRun
+from ldm_dkdm.device import is_first_rank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of all trainings, and `--plan`."""
+    """The arguments of all trainings, `--plan`, `--nodes` and `--devices`."""
     add_training_arguments(parser)
+    add_world_arguments(parser)
     add_plan_argument(parser)
     add_first_stage_argument(parser)
 
@@ -33,11 +36,11 @@ def run(options: argparse.Namespace) -> None:
     load_plugins(options.plugin)
     config, out = call.config, call.folder.path
     if options.plan:
-        with dotted_keys("data", "trainer", "logging"):
-            _plan(config, out)
+        if is_first_rank():  # the others of a launcher have nothing to plan
+            with dotted_keys("data", "trainer", "logging"):
+                _plan(config, out)
         return
 
-    from ldm_dkdm.device import is_first_rank
     from ldm_dkdm.training.from_images import new_model, train
 
     go_on = how_to_go_on("train", out)

@@ -140,12 +140,12 @@ class NoisyPool:
         label = {} if self.label is None else {"label": self.label}
         return {"x": self.x, "t": self.t, **label, "updated": self.updated}
 
-    def load(self, path: Path, origin: str = "") -> int:
+    def load(self, path: Path, origin: str | None = "") -> int:
         """Read what `save` wrote; returns its step. Where an older version wrote it, `updated` is -1.
 
         Args:
             path: the file.
-            origin: what must have filled the pool.
+            origin: what must have filled the pool; None: anything.
 
         Raises:
             UserError: not a pool file, or one of another size or origin.
@@ -167,7 +167,7 @@ class NoisyPool:
             raise unreadable(path, f"not a readable pool file ({error})", error) from error
         if layouts[0] != layouts[1]:
             raise UserError(f"{path}: holds a pool {_shown(found)}, this configuration wants {_shown(own)}")
-        if found_origin != origin:
+        if origin is not None and found_origin != origin:
             raise UserError(f"{path}: was filled with other settings ({found_origin})")
         if outside:
             raise UserError(f"{path}: its timesteps do not fit its states")

@@ -27,13 +27,14 @@ def share(files: Sequence[Path], rank: int, ranks: int) -> int:
     return len(range(rank, sum(map(slots_in, files)), ranks))
 
 
-def redeal(pool: NoisyPool, files: Sequence[Path], rank: int, ranks: int) -> None:
+def redeal(pool: NoisyPool, files: Sequence[Path], rank: int, ranks: int, origin: str | None = "") -> None:
     """Fill a rank's pool, of `share` slots, with every `ranks`-th slot of the files, joined in their order.
 
     Args:
         pool: of the rank.
         files: of all ranks that have saved.
         rank, ranks: this rank and their number now.
+        origin: as `NoisyPool.load`.
 
     Raises:
         UserError: a file that is damaged, or of another teacher's states.
@@ -41,7 +42,7 @@ def redeal(pool: NoisyPool, files: Sequence[Path], rank: int, ranks: int) -> Non
     before, filled = 0, 0
     for file in files:
         saved = NoisyPool(slots_in(file), tuple(pool.x.shape[1:]), pool.x.dtype, labeled=pool.label is not None)
-        saved.load(file)
+        saved.load(file, origin)
         own = slice((rank - before) % ranks, None, ranks)
         count = len(saved.t[own])
         for name, theirs in saved.tensors().items():

@@ -28,6 +28,7 @@ from ldm_dkdm.training.export import Export, exporting, on_save
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.parts import Distillation, assemble
 from ldm_dkdm.training.pool_filling import (
+    going_on,
     pool_facts,
     prepare_pool,
     refuse_other_teacher,
@@ -113,6 +114,7 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
     if end := run.end(student.network):
         return run.ended(student, end, _export(parts, run))
     refuse_other_teacher(teacher, run)
+    parts = going_on(parts, run.folder.checkpoints, run.latest)
     require_room(parts, run.folder)
     if not run.latest:
         supply = supply_of(parts)

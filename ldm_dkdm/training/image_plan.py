@@ -15,9 +15,10 @@ from ldm_dkdm.files import exists
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import duration, pace, size
 from ldm_dkdm.training.from_images import require_fitting_labels, require_trainable
-from ldm_dkdm.training.plan import codec_parameters, early, network_cost, on_each, traffic, training_bytes
+from ldm_dkdm.training.plan import codec_parameters, early, network_cost
 from ldm_dkdm.training.room import disk_needed
 from ldm_dkdm.training.saving import KEPT
+from ldm_dkdm.training.several import on_each, sharded_memory, traffic, training_bytes, without_traffic
 from ldm_dkdm.training.timing import TIMED_ITERATIONS, Times, time_iterations, timed_batch, timed_with
 
 ENCODED = 4  # images whose encoding is timed
@@ -78,17 +79,19 @@ def training_costs(parts: ImageTraining) -> dict[str, str]:
     """The lines of a plan that need no timing, in order: quantity -> amount."""
     config, model = parts.config, parts.model
     batch, trainer = config.data.batch_size, config.trainer
-    each = on_each(trainer)
-    resident = training_bytes(model.parameters, trainer) + 4 * codec_parameters(model)  # the first stage in float32
-    device = default_device(config.trainer.accelerator)
+    each, device = on_each(trainer), default_device(trainer.accelerator)
+    resident = training_bytes(model.parameters, trainer, device) + 4 * codec_parameters(
+        model
+    )  # the first stage in float32
     precision = {"bf16": "bf16 autocast", "32": "float32"}[model.precision]
+    held = (size(_cached_bytes(parts)) if parts.sets else "not known") + f" for the images{each}"
     epochs = f", {parts.batches * batch * trainer.ranks / parts.images:.1f} epochs" if parts.images else ""
     return {
         "model": network_cost(model),
         "images": _images(parts),
         "images, training": f"{parts.batches * batch:,} ({parts.batches:,} iterations of {batch}){each}{epochs}",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({precision})",
-        "memory, host": (size(_cached_bytes(parts)) if parts.sets else "not known") + f" for the images{each}",
+        "memory, host": "; ".join([held, *sharded_memory(model.parameters, trainer, device)]),
         **traffic(model.parameters, trainer),
         "disk": f"{size(disk_needed(model.parameters, config.trainer, config.logging))} for the model, {KEPT} "
         "checkpoints and the next one while it is written",
@@ -127,6 +130,7 @@ def training_time(parts: ImageTraining) -> dict[str, str]:
         before = ", and the encoding"
     eta = min(training, limit) + parts.encodings * encoding
     needed = f"about {duration(eta)}{on_each(config.trainer)}: {pace(seconds)} an iteration{before} {timed_with(timed)}"
+    needed += without_traffic(config.trainer)
     return {"time": needed, **early(config.trainer, training)}
 
 

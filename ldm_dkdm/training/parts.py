@@ -1,5 +1,6 @@
 """Check that teacher, student and configuration of a distillation fit together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ldm_dkdm.distillation.stream import VARIANTS
 from ldm_dkdm.distillation.warmup import WARMUPS, preparation
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.training.warmup_shares import PoolWarmup
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,11 @@ class Distillation:
     Attributes:
         teacher, student: on the same states.
         config: the whole configuration.
-        slots: size of one rank's pool.
+        slots: size of one rank's pool, by the configuration.
         done: steps that an earlier part of the run has made, for the plan of what is left.
         spent: seconds of training in them that `trainer.max_minutes` counts.
+        warmups: those of a run without a checkpoint that it makes or goes on with; none, before the disk was read.
+        kept: slots that all pools have together, where they are those of a run that goes on.
     """
 
     teacher: DiffusionModel
@@ -36,6 +40,8 @@ class Distillation:
     slots: int
     done: int = 0
     spent: float = 0.0
+    warmups: Sequence[PoolWarmup] = ()
+    kept: int | None = None
 
     @property
     def labeled(self) -> bool:
@@ -48,9 +54,24 @@ class Distillation:
         return getattr(torch, self.config.distill.pool_dtype)
 
     @property
+    def all_slots(self) -> int:
+        """Slots of all ranks' pools together: pools that are dealt to another number of ranks keep theirs."""
+        return self.config.trainer.ranks * self.slots if self.kept is None else self.kept
+
+    @property
+    def own_slots(self) -> int:
+        """Slots of one rank's pool, the largest one."""
+        return -(-self.all_slots // self.config.trainer.ranks)
+
+    @property
     def pool_bytes(self) -> int:
         """Bytes of one rank's pool."""
-        return self.slots * self.slot_bytes
+        return self.own_slots * self.slot_bytes
+
+    @property
+    def all_pool_bytes(self) -> int:
+        """Bytes of all ranks' pools."""
+        return self.all_slots * self.slot_bytes
 
     @property
     def slot_bytes(self) -> int:
@@ -77,7 +98,7 @@ class Distillation:
 
         A share of other ranks' pools may have another number of slots.
         """
-        slots = slots or self.slots
+        slots = slots or self.own_slots
         place = self.pool_place(device, slots)
         storage = folder / f"pool-rank{rank}.bin" if place == "mmap" else None
         own = device if place == "device" else torch.device("cpu")
@@ -88,7 +109,7 @@ class Distillation:
         chosen = self.config.distill.pool_storage
         if chosen != "auto":
             return chosen
-        needed = 2 * ((slots or self.slots) * self.slot_bytes + self.replay_bytes)
+        needed = 2 * ((slots or self.own_slots) * self.slot_bytes + self.replay_bytes)
         fits = device.type == "cuda" and needed <= torch.cuda.mem_get_info(device)[0]
         return "device" if fits else "memory"
 

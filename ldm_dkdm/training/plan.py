@@ -11,7 +11,7 @@ from ldm_dkdm.device import default_device
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.replay import calls_for
 from ldm_dkdm.distillation.stream import DistillStream
-from ldm_dkdm.distillation.warmup import preparation, warmup_calls, warmup_of
+from ldm_dkdm.distillation.warmup import preparation
 from ldm_dkdm.evaluation.agreement import teacher_calls
 from ldm_dkdm.first_stage import FIRST_STAGES
 from ldm_dkdm.model import DiffusionModel
@@ -22,10 +22,9 @@ from ldm_dkdm.training.ends import ended_early
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.room import disk_needed
 from ldm_dkdm.training.saving import KEPT
-from ldm_dkdm.training.sharding import SHARDED
+from ldm_dkdm.training.several import on_each, sharded_memory, traffic, training_bytes, without_traffic
 from ldm_dkdm.training.timing import TIMED_ITERATIONS, time_iterations, timed_batch, timed_with
-
-GIGABITS = (10, 100, 400)  # usual networks between machines
+from ldm_dkdm.training.warmup_shares import PoolWarmup
 
 
 def costs(parts: Distillation) -> dict[str, str]:
@@ -35,73 +34,45 @@ def costs(parts: Distillation) -> dict[str, str]:
     trainer, device = config.trainer, default_device(config.trainer.accelerator)
     place = parts.pool_place(device)
     mapped = place == "mmap"
-    pools, each = trainer.ranks * parts.pool_bytes, on_each(trainer)
+    pools, each = parts.all_pool_bytes, on_each(trainer)
     files = pools + trainer.ranks * parts.replay_bytes
     disk = disk_needed(parts.student.parameters, trainer, config.logging, files, mapped * pools)
     source = config.distill.pool_from or preparation(config.distill).mode
     student, teacher = parts.student.parameters, parts.teacher.parameters
     # weights of the teacher (bf16 halves it) and the first stage
     own = 2 if parts.teacher.precision == "bf16" else 4
-    resident = training_bytes(student, trainer) + own * teacher + 4 * codec_parameters(parts.teacher)
+    resident = training_bytes(student, trainer, device) + own * teacher + 4 * codec_parameters(parts.teacher)
     precision = {"bf16": "bf16 autocast", "32": "float32"}[parts.teacher.precision]
     resident += parts.replay_bytes + (parts.pool_bytes if place == "device" else 0)
     unit = "iterations" if config.distill.replay == 1 else "calls"
+    warmup = _warmup_samples(parts)
+    rest = ", what is left" if any(one.filled for one in parts.warmups) else ""
     left = f"steps {parts.done:,} to {trainer.max_steps:,}: the calls and the time below are those that are left"
     return {
         **({"resumed": left} if parts.done else {}),
         "teacher": network_cost(parts.teacher),
         "student": network_cost(parts.student),
-        "pool": f"{parts.slots:,} slots ({config.distill.variant}){each}, {size(pools)} of "
+        "pool": f"{parts.own_slots:,} slots ({config.distill.variant}){each}, {size(pools)} of "
         + {"mmap": "host disk, memory-mapped", "device": f"{device.type} memory"}.get(place, "host memory"),
-        "teacher calls, warm-up": f"{_warmup_samples(parts):,} samples ({source}){each}",
+        "teacher calls, warm-up": f"{warmup:,} samples ({source}{rest}){each}",
         "teacher calls, training": f"{iterations * batch:,} samples ({iterations:,} {unit} of {batch}){each}",
         "teacher calls, agreement": f"{_agreement_samples(parts):,} samples, once",
         "memory, device": f"{size(resident)} on {device.type} and the activations of one batch ({precision})",
-        "memory, host": _host_memory(parts, place),
+        "memory, host": "; ".join([_pool_memory(parts, place), *sharded_memory(student, trainer, device)]),
         **traffic(student, trainer),
         "disk": f"{size(disk)} for the student, {KEPT} "
         "checkpoints and the next one while it is written" + (", the mapped pool" if mapped else ""),
     }
 
 
-def _host_memory(parts: Distillation, place: str) -> str:
-    """Host memory of a machine: pools, which pass through it when they are saved, and the whole average of shards."""
+def _pool_memory(parts: Distillation, place: str) -> str:
+    """Host memory of a machine for pools, which pass through it when they are saved."""
     trainer = parts.config.trainer
     pools = 0 if place == "mmap" else trainer.per_node * parts.pool_bytes
     what = "for the pool" if trainer.ranks == 1 else "for the pools, on each machine"
     if place == "device":
         what += ", while it is saved" if trainer.ranks == 1 else ", while they are saved"
-    if trainer.strategy not in SHARDED:
-        return f"{size(pools)} {what}"
-    return f"{size(pools)} {what}; {size(4 * parts.student.parameters)} for the whole average, on the first machine"
-
-
-def on_each(trainer: TrainerConfig) -> str:
-    """Of how many devices a line of a plan holds, where there are several."""
-    if trainer.ranks == 1:
-        return ""
-    machines = f" on {trainer.nodes} machines" if trainer.nodes > 1 else ""
-    return f" on each of {trainer.ranks} devices{machines}"
-
-
-def training_bytes(parameters: int, trainer: TrainerConfig) -> float:
-    """Float32 on each device: weights, gradients and two Adam moments, shared where they are sharded, and the EMA."""
-    return 4 * 5 * parameters / (trainer.ranks if trainer.strategy in SHARDED else 1)
-
-
-def traffic(parameters: int, trainer: TrainerConfig) -> dict[str, str]:
-    """What a device sends in a step, where there are several.
-
-    A ring's all-reduce of float32 gradients sends 2 (R-1)/R of them (Patarasu and Yuan 2009); shards send (R-1)/R of
-    the weights twice in every batch, forward and backward, and as much of the gradients.
-    """
-    ranks, batches = trainer.ranks, trainer.accumulate
-    if ranks == 1:
-        return {}
-    times = 3 * batches if trainer.strategy in SHARDED else 2
-    sent = 4 * parameters * times * (ranks - 1) / ranks
-    shown = ", ".join(f"{pace(8 * sent / (bits * 1e9))} at {bits} Gbit/s" for bits in GIGABITS)
-    return {"traffic": f"{size(sent)} a step from each device: {shown}, partly beside the computation"}
+    return f"{size(pools)} {what}"
 
 
 def network_cost(model: DiffusionModel) -> str:
@@ -123,11 +94,12 @@ def _batches(parts: Distillation) -> int:
 
 
 def _warmup_samples(parts: Distillation) -> int:
-    """Teacher evaluations of one sample before the training."""
-    method = parts.config.distill
+    """Teacher evaluations of one sample before the training, of the rank that has the most warm-ups."""
+    method, ranks = parts.config.distill, parts.config.trainer.ranks
     if method.pool_from or parts.done:
         return 0
-    return warmup_calls(warmup_of(method, parts.config.trainer.ranks), parts.slots, parts.teacher.schedule)
+    own = parts.warmups[::ranks] or [PoolWarmup(0, ranks, parts.slots)]
+    return sum(one.calls_left(method, parts.teacher.schedule) for one in own)
 
 
 def _agreement_samples(parts: Distillation) -> int:
@@ -159,6 +131,7 @@ def time_needed(parts: Distillation) -> dict[str, str]:
     eta = min(training, limit) + (warm + _agreement_samples(parts)) * teacher_seconds
     warming = f"{duration(warm * teacher_seconds)} of warm-up {timed_with(timed)}"
     needed = f"about {duration(eta)}{on_each(config.trainer)}: {pace(seconds)} an iteration, {warming}"
+    needed += without_traffic(config.trainer)
     return {"time": needed, **early(config.trainer, training, parts.done, parts.spent)}
 
 

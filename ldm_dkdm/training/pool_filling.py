@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.checkpoints.hashes import verifying
@@ -26,12 +27,14 @@ from ldm_dkdm.distillation.walk import read_walk
 from ldm_dkdm.distillation.warmup import Warmup, warmup_of
 from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.model.ranks import WAIT, Ranks
 from ldm_dkdm.records import NoisyBatch
-from ldm_dkdm.reporting import Progress, following, logger
+from ldm_dkdm.reporting import Progress, counted, following, logger
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.run import Run
 from ldm_dkdm.training.run_folder import IN_MEMORY, step_of
 from ldm_dkdm.training.saving import pool_path, walk_path, warmup_path
+from ldm_dkdm.training.warmup_shares import PoolWarmup, are_dealt, warmups_of
 
 SECONDS_BETWEEN_WARMUP_SAVES = 600.0
 WORDS = {"teacher_sha256": "SHA-256", "num_timesteps": "T"}  # facts of a pool -> how messages call them
@@ -71,7 +74,8 @@ def refuse_other_teacher(teacher: DiffusionModel, run: Run) -> None:
         UserError: names both.
     """
     folder = run.folder.checkpoints
-    pool = pool_path(folder, step_of(run.latest), 0) if run.latest else warmup_path(folder, 0)
+    warmups = sorted(folder.glob(warmup_path(folder, 0).name.replace("rank0", "rank*")))  # any will do
+    pool = pool_path(folder, step_of(run.latest), 0) if run.latest else next(iter(warmups), warmup_path(folder, 0))
     other = list(other_facts(pool_header(pool), pool_facts(teacher))) if pool.is_file() else []
     if other:
         changes = ", ".join(f"its {WORDS.get(name, name)} was {before} and is {now}" for name, before, now in other)
@@ -113,43 +117,129 @@ def prepare_pool(
         UserError: the pool of a checkpoint is missing or damaged.
         Stopped: a signal; the warm-up so far is saved.
     """
-    latest, teacher, seed = run.latest, parts.teacher, run.trainer.seed
-    facts = {**pool_facts(teacher), "ranks": run.trainer.ranks}
+    latest, teacher, folder = run.latest, parts.teacher, run.folder
     if latest:
-        files = pool_files(run.folder.checkpoints, latest.stem)
+        files = pool_files(folder.checkpoints, latest.stem)
         with verifying(False):  # `run.latest` has compared them with their hashes
-            pool = _saved_pool(files, parts, run, rank, device)
+            pool = _saved_pool(files, parts, folder.path, rank, device)
         pool.updated[pool.updated < 0] = run.first_batch  # a file of an older version
-        pool.facts = facts
-        return pool
-    pool = parts.new_pool(run.folder.path, rank, device)
-    pool.facts = facts
-    if supply is not None:
-        refill(pool, supply, teacher.schedule.num_timesteps, seed, rank)
+    elif supply is not None:
+        pool = parts.new_pool(folder.path, rank, device)
+        refill(pool, supply, teacher.schedule.num_timesteps, run.trainer.seed, rank)
     else:
-        mode = warmup_of(run.config.distill, run.trainer.ranks)
-        origin = f"{run.config.teacher.ckpt}, seed {seed}, {mode}"
-        warmup = Warmup(pool, teacher, mode, seed, rank, device, lambda: run.check_stop("in the warm-up"))
-        warm_up(warmup, run.folder.checkpoints, origin, run.progress if rank == 0 else False)
+        pool = _warmed_pool(parts, run, rank, device)
+    pool.facts = _facts(parts, run.trainer.ranks)
     return pool
 
 
-def _saved_pool(files: Sequence[Path], parts: Distillation, run: Run, rank: int, device: torch.device) -> NoisyPool:
+def _facts(parts: Distillation, ranks: int) -> dict[str, Any]:
+    """What a pool's file says of its states, and of the ranks that fill pools together."""
+    return {**pool_facts(parts.teacher), "ranks": ranks}
+
+
+def going_on(parts: Distillation, folder: Path, latest: Path | None) -> Distillation:
+    """The parts of a run with the pools that it goes on with: these keep their slots, however many ranks share them.
+
+    Args:
+        parts: of the run.
+        folder: its checkpoints/.
+        latest: the checkpoint that it continues from.
+
+    Raises:
+        UserError: there are too many ranks for the pools, or one of them is damaged.
+    """
+    method, ranks = parts.config.distill, parts.config.trainer.ranks
+    if latest is None and method.pool_from is not None:
+        return parts
+    warmups = () if latest else warmups_of(folder, parts.slots, ranks)
+    sizes = list(map(slots_in, pool_files(folder, latest.stem))) if latest else [one.slots for one in warmups]
+    going = replace(parts, kept=sum(sizes), warmups=warmups)
+    least = going.all_slots // ranks
+    if least < (method.batch_size if VARIANTS[method.variant].expands else 1):
+        raise UserError(f"devices: {ranks} ranks are too many for the run's pool; each would have {least} slots")
+    return going
+
+
+def _saved_pool(files: Sequence[Path], parts: Distillation, folder: Path, rank: int, device: torch.device) -> NoisyPool:
     """A rank's pool from a checkpoint of as many ranks, or its share of the pools of another number."""
-    ranks = run.trainer.ranks
-    if len(files) == ranks:  # maybe dealt to as many before, with another number of slots
-        pool = parts.new_pool(run.folder.path, rank, device, slots_in(files[rank]))
+    if len(files) == parts.config.trainer.ranks:  # maybe dealt to as many before, with another number of slots
+        pool = parts.new_pool(folder, rank, device, slots_in(files[rank]))
         pool.load(files[rank])
         return pool
-    least, most = share(files, ranks - 1, ranks), share(files, 0, ranks)
-    if least < (parts.config.distill.batch_size if VARIANTS[parts.config.distill.variant].expands else 1):
-        raise UserError(f"devices: {ranks} ranks are too many for the run's pool; each would have {least} slots")
+    _say(f"the pools of {len(files)} ranks are dealt to", parts, rank)
+    return _dealt(files, parts, folder, rank, device)
+
+
+def _say(what: str, parts: Distillation, rank: int) -> None:
+    """The line about pools that are dealt."""
+    ranks, slots = parts.config.trainer.ranks, parts.own_slots
+    each = f"{slots}" if parts.all_slots % ranks == 0 else f"{slots - 1} or {slots}"
     if rank == 0:
-        each = f"{most}" if least == most else f"{least} or {most}"
-        logger.info(f"the pools of {len(files)} ranks are dealt to {ranks}: {each} slots each, none is lost")
-    pool = parts.new_pool(run.folder.path, rank, device, share(files, rank, ranks))
-    redeal(pool, files, rank, ranks)
+        logger.info(f"{what} {ranks}: {each} slots each, none is lost")
+
+
+def _dealt(
+    files: Sequence[Path],
+    parts: Distillation,
+    folder: Path,
+    rank: int,
+    device: torch.device,
+    origin: str | None = "",
+) -> NoisyPool:
+    """A rank's share of the pools in these files."""
+    ranks = parts.config.trainer.ranks
+    pool = parts.new_pool(folder, rank, device, share(files, rank, ranks))
+    redeal(pool, files, rank, ranks, origin)
     return pool
+
+
+def _warmed_pool(parts: Distillation, run: Run, rank: int, device: torch.device) -> NoisyPool:
+    """A rank's pool after the warm-up; where another number of ranks began it, its share of what these leave.
+
+    Each warm-up goes on with the random choices of the rank that began it, so that no call of the teacher is lost, and
+    the timesteps of all pools together are those of whole warm-ups: one that is cut short has left the low ones alone.
+    """
+    warmups, folder, ranks = parts.warmups, run.folder, run.trainer.ranks
+    together = _together(warmups, rank, ranks)
+    begun = sum(one.ranks != ranks for one in warmups)
+    if not are_dealt(warmups, ranks):
+        if begun and rank == 0:
+            shown = counted(begun, "rank")
+            logger.info(f"the warm-up of {shown} goes on on {ranks}: each fills a pool of its own, none is lost")
+        pool = parts.new_pool(folder.path, rank, device, warmups[rank].slots)
+        _fill(pool, warmups[rank], parts, run, rank, device)
+        if begun:  # some have less left to do than others
+            together.wait()
+        return pool
+    _say(f"the warm-up of {len(warmups)} ranks goes on, and is dealt to", parts, rank)
+    for one in together.share(warmups):
+        pool = NoisyPool(one.slots, parts.teacher.shape, parts.pool_dtype, labeled=parts.labeled)
+        _fill(pool, one, parts, run, rank, device)
+    together.wait()
+    files = [warmup_path(folder.checkpoints, one.number) for one in warmups]
+    return _dealt(files, parts, folder.path, rank, device, None)  # each was read by the rank that filled it
+
+
+def _together(warmups: Sequence[PoolWarmup], rank: int, ranks: int) -> Ranks:
+    """The ranks of a warm-up; they wait for each other longer than those of a training.
+
+    Raises:
+        UserError: they see different files.
+    """
+    group = distributed.new_group(timeout=WAIT, backend="gloo") if ranks > 1 else None
+    together = Ranks(rank, ranks, group)
+    if any(theirs != warmups for theirs in together.gather(warmups)):
+        raise UserError("the processes see different warm-ups on the disk of the run folder; start the run again")
+    return together
+
+
+def _fill(pool: NoisyPool, one: PoolWarmup, parts: Distillation, run: Run, rank: int, device: torch.device) -> None:
+    """Fill an empty pool by its warm-up."""
+    mode, seed = warmup_of(run.config.distill, one.ranks), run.trainer.seed
+    pool.facts = _facts(parts, one.ranks)
+    origin = f"{run.config.teacher.ckpt}, seed {seed}, {mode}"
+    warmup = Warmup(pool, parts.teacher, mode, seed, one.number, device, lambda: run.check_stop("in the warm-up"))
+    warm_up(warmup, run.folder.checkpoints, origin, run.progress if rank == 0 else False)
 
 
 def warm_up(warmup: Warmup, folder: Path, origin: str, progress: bool | Progress = False) -> None:

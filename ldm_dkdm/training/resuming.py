@@ -161,10 +161,11 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Begun:
-    """What is done of a run that goes on: the step of its checkpoint, and its early ends with their states."""
+    """What is done of a run that goes on: its checkpoint, the step of it, and its early ends with their states."""
 
     step: int = 0
     ends: Sequence[EarlyEnd] = ()
+    latest: Path | None = None
 
     @classmethod
     def of(cls, folder: Path, config: TrainerConfig) -> Self:
@@ -177,7 +178,7 @@ class Begun:
         if latest is None:
             return cls()
         with verifying(False):  # `Choice` has compared it with its hash
-            return cls(step_of(latest), ends_of(config, read_checkpoint(latest).get("callbacks", {})))
+            return cls(step_of(latest), ends_of(config, read_checkpoint(latest).get("callbacks", {})), latest)
 
     def end(self, max_steps: int) -> str | None:
         """The config key of the limit that the run has reached."""

@@ -68,20 +68,23 @@ def require_room(parts: Distillation, folder: RunFolder) -> None:
         UserError: names what to lower.
     """
     config = parts.config
-    pool, here = config.trainer.ranks * parts.pool_bytes, config.trainer.per_node * parts.pool_bytes
+    here = config.trainer.per_node * parts.pool_bytes
     kept = 2 * config.trainer.per_node * parts.replay_bytes  # old and new ones, while they are joined
     place = parts.pool_place(default_device(config.trainer.accelerator))
     mapped = place == "mmap"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not mapped and here > memory:
         saved = " while it is saved" if place == "device" else ""
-        raise UserError(
-            f"rho: the pool takes {size(here)}{saved}, but there are {size(memory)} of memory here; lower rho"
-        )
+        room = f"takes {size(here)}{saved}, but there are {size(memory)} of memory here"
+        if parts.own_slots > parts.slots:
+            raise UserError(
+                f"devices: a share of the run's pools of {parts.all_slots:,} slots {room}; continue it on more devices"
+            )
+        raise UserError(f"rho: the pool {room}; lower rho")
     if kept > memory:
         raise UserError(
             f"replay: the predictions take {size(kept)}, but there are {size(memory)} of memory here; lower replay"
         )
-    files = pool + config.trainer.ranks * parts.replay_bytes
-    needed = disk_needed(parts.student.parameters, config.trainer, config.logging, files, mapped * pool)
+    files = parts.all_pool_bytes + config.trainer.ranks * parts.replay_bytes
+    needed = disk_needed(parts.student.parameters, config.trainer, config.logging, files, mapped * parts.all_pool_bytes)
     require_disk(folder, needed, "rho")
