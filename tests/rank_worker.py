@@ -40,7 +40,14 @@ def digest(network: torch.nn.Module) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def run(folder: Path, name: str, strategy: str = "auto", die: bool = False, extra: Sequence[str] = ()) -> None:
+def run(
+    folder: Path,
+    name: str,
+    strategy: str = "auto",
+    die: bool = False,
+    extra: Sequence[str] = (),
+    resume: bool = False,
+) -> None:
     """Distil as base.yaml says; every process writes the hash of its weights after each step."""
     config = load_config(folder / "base.yaml", [f"logging.name={name}", f"trainer.strategy={strategy}", *extra])
     teacher = load_model(config.teacher.ckpt)
@@ -55,7 +62,7 @@ def run(folder: Path, name: str, strategy: str = "auto", die: bool = False, extr
                 os.kill(os.getpid(), signal.SIGKILL)
 
     with counted_reductions() as calls:
-        distill(teacher, student, folder / name, config=config, progress=watch)
+        distill(teacher, student, folder / name, config=config, resume=resume, progress=watch)
     write_text(folder / f"{name}-{rank}.txt", "\n".join(seen))
     write_text(folder / f"{name}-{rank}.reductions", " ".join(calls))
 
@@ -114,10 +121,10 @@ def command(*arguments: object) -> None:
         main(arguments=list(map(str, arguments)))
 
 
-def sample(folder: Path) -> None:
+def sample(folder: Path, name: str = "samples-ranks") -> None:
     """Draw 23 images in batches of 4."""
     drawing = ("-n", 23, "-c", 2, "--batch_size", 4, "--npz", "--latents", "--device", "cpu")
-    command("sample", "-r", folder / "teacher", *drawing, "-l", folder / "samples-ranks")
+    command("sample", "-r", folder / "teacher", *drawing, "-l", folder / name)
 
 
 def evaluate(folder: Path) -> None:
@@ -150,8 +157,16 @@ def resume_a_warm_up(folder: Path) -> None:
     command("distill", "--resume", folder / "three" / "run")
 
 
+def stop_and_go_on(folder: Path) -> None:
+    """Shards that stop after half of the steps, and go on."""
+    run(folder, "halves", "fsdp", extra=[f"trainer.max_steps={STEPS // 2}"])
+    run(folder, "halves", "fsdp", resume=True)
+
+
 SCENARIOS: dict[str, Callable[[Path], None]] = {
     "sample": sample,
+    "sample-rest": lambda folder: sample(folder, "samples-rest"),
+    "halves": stop_and_go_on,
     "evaluate": evaluate,
     "ddp": lambda folder: run(folder, "ddp"),
     "fsdp": lambda folder: run(folder, "fsdp", "fsdp"),

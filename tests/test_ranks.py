@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_dkdm.checkpoints.pools import pool_header
+from ldm_dkdm.commands import drawing
 from ldm_dkdm.distillation.pool import NoisyPool
 from tests import rank_worker
 from tests.cli import ROOT, contents, sample, table, write_yaml
@@ -76,7 +78,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     emptied.facts = {"ranks": 3}
     emptied.save(file, 0, pool_header(file)["origin"])
     fixed = ("split", "shards", "split-parts", "shards-parts")
-    for code, error in agents(home, "sample", "evaluate", "ddp", "fsdp", "best", *fixed, "flipped", "three"):
+    runs = ("ddp", "fsdp", "halves", "best", *fixed, "flipped", "three")
+    stop_sampling(home / "teacher", home / "samples-rest", 3)
+    for code, error in agents(home, "sample", "sample-rest", "evaluate", *runs):
         assert code == 0, error
     return home
 
@@ -131,6 +135,11 @@ def test_shards_train_the_student_of_ddp(folder: Path) -> None:
     for one, other in zip(*rows, strict=True):
         assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
     assert (folder / "fsdp" / "samples" / "step=00000003.png").is_file()
+
+
+def test_shards_that_stop_and_go_on_are_those_that_do_not(folder: Path) -> None:
+    whole, halves = student(folder / "fsdp"), student(folder / "halves")
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
 def test_the_best_window_of_shards_exports_the_weights_of_its_end(folder: Path) -> None:
@@ -199,22 +208,24 @@ def test_two_ranks_finish_the_warm_up_of_three_and_share_its_pools(folder: Path)
 def test_sampling_over_ranks_is_sampling_in_one_process_and_goes_on_after_a_stop(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ldm_dkdm.commands import drawing
-
-    drawing_options = ("-n", 23, "-c", 2, "--batch_size", 4, "--npz", "--latents", "--device", "cpu")
-    arguments = ("-r", folder / "teacher", *drawing_options, "-l", tmp_path / "one")
-    with monkeypatch.context() as patch:
-        batches = drawing.sample_batches
-        patch.setattr(drawing, "sample_batches", lambda *given: stopping(batches(*given), 4))
-        with pytest.raises(ZeroDivisionError):
-            sample(*arguments)
-    drawn = []
+    arguments, drawn = stop_sampling(folder / "teacher", tmp_path / "one", 4), []
     batches = drawing.sample_batches
     monkeypatch.setattr(drawing, "sample_batches", lambda *given: (drawn.append(given[2]), batches(*given))[1])
     assert sample(*arguments) == 0
     assert drawn == [[16, 20]]
     assert "goes on after 4 of 6 batches" in capsys.readouterr().out
     assert contents(tmp_path / "one") == contents(folder / "samples-ranks")
+    assert contents(folder / "samples-rest") == contents(folder / "samples-ranks")  # one began it, two went on
+
+
+def stop_sampling(model: Path, out: Path, batches: int) -> tuple[object, ...]:
+    """Draw the worker's images in this process and stop after some batches; returns the command line."""
+    drawn, options = drawing.sample_batches, ("-n", 23, "-c", 2, "--batch_size", 4, "--npz", "--latents")
+    arguments = ("-r", model, *options, "--device", "cpu", "-l", out)
+    stop = patch.object(drawing, "sample_batches", lambda *given: stopping(drawn(*given), batches))
+    with stop, pytest.raises(ZeroDivisionError):
+        sample(*arguments)
+    return arguments
 
 
 def stopping(batches, count: int):
