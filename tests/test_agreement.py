@@ -205,6 +205,23 @@ def test_a_run_stops_when_the_agreement_no_longer_improves(teacher_folder: Path,
     assert load_model(tmp_path / "run").info["step"] == 4
 
 
+def test_the_drift_of_x_0_judges_where_it_is_asked_to(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [(4.0, 1.0), (3.0, 0.5), (2.0, 0.7), (1.0, 0.8)]  # agreement, drift
+    measured = iter([{"agreement": a, "x0_drift": drift} for a, drift in found * 2 + found[3:]])
+    monkeypatch.setattr(agreement_callback, "agreement", lambda *args: next(measured))
+    log = {"evaluate_every": 2, "save_every": 99, "keep_best": True, "best_by": "x0_drift", "sample_every": 99}
+    assert run(teacher_folder, tmp_path, "best", trainer={"max_steps": 8}, logging=log) == 0
+    assert load_model(tmp_path / "best").info["step"] == 4
+    stop = {"max_steps": 40, "early_stop": {"monitor": "x0_drift", "patience": 2}}
+    assert run(teacher_folder, tmp_path, "stop", trainer=stop, logging={"evaluate_every": 2}) == 0
+    assert files(tmp_path / "stop", ".ckpt")[-1] == 8 and load_model(tmp_path / "stop").info["step"] == 4
+    changes = ("trainer.max_steps=10", "logging.best_by=agreement")  # 0.5, of the drift, says nothing of agreements
+    assert distil("--resume", tmp_path / "best", *changes) == 0
+    assert load_model(tmp_path / "best").info["step"] == 10
+
+
 def test_a_measurement_that_fails_does_not_end_the_run(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,6 +235,7 @@ def test_a_measurement_that_fails_does_not_end_the_run(
     ("changes", "words"),
     [
         (["logging.keep_best=true"], "logging.keep_best: needs the agreement, which evaluate_every: 0 switches off"),
+        (["logging.best_by=x0_drift"], "logging.best_by: has no effect without keep_best: true"),
         (["trainer.early_stop={monitor: agreement}"], "trainer.early_stop.monitor: needs the agreement"),
         (["trainer.early_stop={monitor: agreement, window: 5}"], "trainer.early_stop.window: has no effect"),
         (["logging.loggers=[csv, tensorbord]"], "'tensorbord' is not one of csv, tensorboard, wandb"),

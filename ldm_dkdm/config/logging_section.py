@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ldm_dkdm.config.checked import Section, key, many_of
+from ldm_dkdm.errors import UserError
+
+BEST_BY = "agreement"
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,9 @@ class LoggingConfig(Section):
         False,
         help="Also keep the checkpoint with the best agreement, without its pool, and make its weights the student.",
     )
+    best_by: Literal["agreement", "x0_drift"] = key(
+        BEST_BY, help="Figure of the agreement's measurements that `keep_best` judges by; the smallest is best."
+    )
     sample_every: int = key(5000, min=1, help="Steps between grids of samples.")
     sample_count: int = key(16, min=1, max=4096, help="Samples in a grid.")
     sample_steps: int = key(50, min=1, help="DDIM steps of the grids' samples; the default is at most T.")
@@ -36,6 +42,12 @@ class LoggingConfig(Section):
         help="Where figures are logged: `csv` is metrics.csv, `tensorboard` and `wandb` also get the grids.",
     )
     export_dtype: Literal["float32", "float16"] = key("float32", help="Number format of the saved model's weights.")
+
+    def __post_init__(self) -> None:
+        """Refuse a figure that nothing is judged by."""
+        super().__post_init__()
+        if not self.keep_best and self.best_by != BEST_BY:
+            raise UserError("best_by: has no effect without keep_best: true; leave it out")
 
     @property
     def measure_every(self) -> int:

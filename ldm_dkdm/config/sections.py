@@ -179,24 +179,30 @@ class DistillConfig(Section):
 class EarlyStopConfig(Section):
     """Stop when a figure's mean over `window` steps has not fallen for `patience` windows.
 
-    `agreement` is not averaged: a window is one measurement.
+    `agreement` and `x0_drift` are not averaged: a window is one measurement.
     """
 
-    monitor: Literal["loss", "eps_mse", "agreement"] = key(
-        "loss", help="Figure that should fall; `agreement` is measured every `logging.evaluate_every` steps."
+    monitor: Literal["loss", "eps_mse", "agreement", "x0_drift"] = key(
+        "loss",
+        help="Figure that should fall; `agreement` and `x0_drift` are measured every `logging.evaluate_every` steps.",
     )
     window: int = key(1000, min=1, help="Steps over which `loss` or `eps_mse` is averaged.")
-    patience: int = key(10, min=1, help="Windows, or measurements of `agreement`, without a fall before the run ends.")
+    patience: int = key(10, min=1, help="Windows, or measurements, without a fall before the run ends.")
     min_delta: float = key(0.0, min=0, help="Smallest fall that counts.")
 
     def __post_init__(self) -> None:
         """Refuse a window of a figure that has none."""
         super().__post_init__()
         default = next(f.default for f in fields(self) if f.name == "window")
-        if self.monitor == "agreement" and self.window != default:
+        if self.measured and self.window != default:
             raise UserError(
-                "window: has no effect with monitor: agreement, which logging.evaluate_every times; leave it out"
+                f"window: has no effect with monitor: {self.monitor}, which logging.evaluate_every times; leave it out"
             )
+
+    @property
+    def measured(self) -> bool:
+        """Whether the figure is one of the agreement's measurements."""
+        return self.monitor in ("agreement", "x0_drift")
 
 
 @dataclass(frozen=True)

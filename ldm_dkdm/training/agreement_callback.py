@@ -86,7 +86,7 @@ def refuse_agreement(config: Any) -> None:
         UserError: the key, and what it needs.
     """
     log, stop = config.logging, config.trainer.early_stop
-    wanted = {"keep_best": log.keep_best, "early_stop.monitor": stop is not None and stop.monitor == AGREEMENT}
+    wanted = {"keep_best": log.keep_best, "early_stop.monitor": stop is not None and stop.measured}
     if isinstance(config, DistillRun):
         if log.measure_every:
             return

@@ -138,8 +138,8 @@ class TimeLimit(EarlyEnd):
 class EarlyStop(EarlyEnd):
     """Stops when the monitored figure's mean over a window has not fallen for `patience` windows.
 
-    The agreement is not averaged: a window is one measurement, which `measured` takes. Lightning's EarlyStopping acts
-    at the ends of epochs and validations, which a stream does not have.
+    Figures of the agreement are not averaged: a window is one measurement, which `measured` takes. Lightning's
+    EarlyStopping acts at the ends of epochs and validations, which a stream does not have.
     """
 
     key = "trainer.early_stop.patience"
@@ -157,14 +157,14 @@ class EarlyStop(EarlyEnd):
         return self.bad_windows >= self.config.patience
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: object) -> None:
-        if self.config.monitor != AGREEMENT:
+        if not self.config.measured:
             self.total = self.total + figures_of(module)[self.config.monitor]
             self.batches += 1
         super().on_train_batch_end(trainer, module, *args)
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.steps += 1
-        if self.steps == self.config.window and self.config.monitor != AGREEMENT:
+        if self.steps == self.config.window and not self.config.measured:
             self._end_window(trainer, *mean_of_hosts(trainer, [float(self.total) / self.batches]))
         if self.reached:
             step, monitor = trainer.global_step, self.config.monitor
@@ -177,9 +177,9 @@ class EarlyStop(EarlyEnd):
             (self.total,) = mean_of_hosts(trainer, [float(self.total)])
 
     def measured(self, trainer: L.Trainer, figures: Mapping[str, float]) -> None:
-        """Judge a measurement, if the agreement is monitored; it must come before this callback's `on_step`."""
-        if self.config.monitor == AGREEMENT:
-            self._end_window(trainer, figures[AGREEMENT])
+        """Judge a measurement, if its figure is monitored; it must come before this callback's `on_step`."""
+        if self.config.measured:
+            self._end_window(trainer, figures[self.config.monitor])
 
     def _end_window(self, trainer: L.Trainer, mean: float) -> None:
         if self._judge(mean):  # in all processes alike

@@ -16,7 +16,7 @@ from ldm_dkdm.config.schema import LoggingConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import make_folder, remove_abandoned, sync, write_torch
 from ldm_dkdm.training.ema import gather_average
-from ldm_dkdm.training.ends import AGREEMENT, EarlyStop, StepCallback, figures_of
+from ldm_dkdm.training.ends import EarlyStop, StepCallback, figures_of
 from ldm_dkdm.training.run_folder import RunFolder, checkpoints, step_of
 from ldm_dkdm.training.sharding import local
 
@@ -33,19 +33,19 @@ class RunCheckpoint(StepCallback):
     """Saves student, EMA, optimizer and step, and each rank's pool beside them; keeps the last two.
 
     A checkpoint is complete once its `.ckpt` has its name; the pools are written before it. Those at multiples of
-    `keep_every` and, with `keep_best`, the one with the best agreement stay too, without their pools.
+    `keep_every` and, with `keep_best`, the one with the best `best_by` stay too, without their pools.
 
     Args:
         folder: logs/<run>/checkpoints.
         config: steps between saves (a stop and the end save too), and what is kept.
-        on_saved: called after each save on rank 0, with the trainer. Once there is a best model, by the agreement
-            with `keep_best`, else by an early stop, it is called when a better one comes instead, so that the model
+        on_saved: called after each save on rank 0, with the trainer. Once there is a best model, by `best_by` with
+            `keep_best`, else by an early stop, it is called when a better one comes instead, so that the model
             folder keeps the best.
     """
 
     def __init__(self, folder: Path, config: LoggingConfig, on_saved: Callable[[L.Trainer], None]) -> None:
         self.folder, self.config, self.on_saved = folder, config, on_saved
-        self.best, self.best_step = math.inf, -1  # smallest agreement and its step, with `keep_best`
+        self.best, self.best_step = math.inf, -1  # smallest `best_by` and its step, with `keep_best`
         self.pool: NoisyPool | None = None  # this rank's, set by a distillation once the rank is known
         self.last_saved = -1
         self.early_stop: EarlyStop | None = None  # set by the run that has one
@@ -62,16 +62,18 @@ class RunCheckpoint(StepCallback):
 
     def measured(self, trainer: L.Trainer, figures: Mapping[str, float]) -> None:
         """Note a better model, with `keep_best`; it must come before this callback's `on_step`, which saves it."""
-        if self.config.keep_best and figures[AGREEMENT] < self.best:
-            self.best, self.best_step = figures[AGREEMENT], trainer.global_step
+        figure = figures[self.config.best_by] if self.config.keep_best else math.inf
+        if figure < self.best:
+            self.best, self.best_step = figure, trainer.global_step
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """What a resume needs."""
-        return {"best": self.best, "best_step": float(self.best_step)}
+        return {"best": self.best, "best_step": float(self.best_step), "best_by": self.config.best_by}
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Restore the best."""
-        self.best, self.best_step = state_dict["best"], int(state_dict["best_step"])
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best; a value of another figure says nothing, and the next measurement is the best so far."""
+        if state_dict.get("best_by", "agreement") == self.config.best_by:
+            self.best, self.best_step = state_dict["best"], int(state_dict["best_step"])
 
     def save(self, trainer: L.Trainer) -> None:
         """Write this step's checkpoint unless it is there already."""
