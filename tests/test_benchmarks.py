@@ -103,6 +103,15 @@ def test_the_measured_agreement_is_ranked(tmp_path: Path, monkeypatch: pytest.Mo
         agreement_of(checkpoints / "step=00000003.ckpt")
 
 
+def test_the_shares_of_a_step_are_those_of_all_its_operations(tmp_path: Path) -> None:
+    printed = benchmark("step_profile.py", "quickstart", "--steps", 1, "-o", tmp_path / "shares.json")
+    found = json.loads((tmp_path / "shares.json").read_text())
+    shares = {row["kind"]: float(row["quickstart"].rstrip("%")) for row in found["rows"]}
+    assert sum(shares.values()) == pytest.approx(100, abs=1) and max(shares, key=shares.get) == "convolutions"
+    own = list(found["convolutions_ms"]["quickstart"].values())
+    assert f"as they are {own[0]:.1f}, in oneDNN's order {own[1]:.1f}" in printed
+
+
 def test_the_levers_of_a_step_are_compared_with_the_shipped_one(tmp_path: Path) -> None:
     words = ("quickstart", "--levers", "twice the batch", "replay: 2", "--rounds", 1, "-o", tmp_path / "levers.json")
     benchmark("cpu_levers.py", *words)
