@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, evaluate, load_model
+from ldm_dkdm.config.schema import EarlyStopConfig
 from ldm_dkdm.evaluation import reference
 from ldm_dkdm.evaluation.agreement import Sizes, agreement, new_reference, teacher_calls
 from ldm_dkdm.evaluation.reference import read_reference, save_reference
 from ldm_dkdm.training import agreement_callback
+from ldm_dkdm.training.ends import EarlyStop
 from tests.cli import contents, distil, table, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
 from tests.training_images import LOGGING, TRAINER, training_images
@@ -119,6 +121,9 @@ def test_the_next_student_of_a_teacher_takes_no_chains(
         file.write_bytes(file.read_bytes()[:-4])
     assert evaluate(students[1], teacher, cache=tmp_path / "0", **options) == fresh[1]
     assert len(walks) == 8
+    (tmp_path / "file").touch()  # no folder can be made below it
+    assert evaluate(students[1], teacher, cache=tmp_path / "file" / "cache", **options) == fresh[1]
+    assert "chains and images of the teacher are not kept" in caplog.text
 
 
 def run(teacher: Path, folder: Path, name: str, *changes: str, **sections: dict[str, object]) -> int:
@@ -220,6 +225,9 @@ def test_the_drift_of_x_0_judges_where_it_is_asked_to(
     changes = ("trainer.max_steps=10", "logging.best_by=agreement")  # 0.5, of the drift, says nothing of agreements
     assert distil("--resume", tmp_path / "best", *changes) == 0
     assert load_model(tmp_path / "best").info["step"] == 10
+    stopped = EarlyStop(EarlyStopConfig(monitor="x0_drift"))
+    stopped.load_state_dict({**EarlyStop(EarlyStopConfig(monitor="agreement")).state_dict(), "best": 0.01})
+    assert stopped.best == math.inf
 
 
 def test_a_measurement_that_fails_does_not_end_the_run(

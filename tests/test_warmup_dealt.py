@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool, load_config, load_model
+from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool, UserError, load_config, load_model
 from ldm_dkdm.distillation.make_student import make_student
 from ldm_dkdm.model.ranks import Ranks
+from ldm_dkdm.training import pool_filling
 from ldm_dkdm.training.parts import Distillation, assemble
 from ldm_dkdm.training.pool_filling import going_on, prepare_pool
 from ldm_dkdm.training.run_folder import RunFolder, open_run
@@ -109,6 +110,24 @@ def test_more_ranks_go_on_with_what_is_there_and_fill_pools_of_their_own(
     assert caplog.messages == [line]
 
 
+def test_a_plan_on_more_ranks_counts_the_pools_that_are_new(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(1, teacher_folder, tmp_path)
+    assert planned(capsys, "--resume", run)["teacher calls, warm-up"].startswith("0 samples")
+    assert int(planned(capsys, "--resume", run, "--devices", 2)["teacher calls, warm-up"].split()[0]) > 0
+
+
+def test_ranks_that_see_other_warm_ups_end(tmp_path: Path) -> None:
+    parts = parts_for(2, "ancestral", tmp_path)
+    with (
+        patch.object(Ranks, "gather", lambda self, own: [own, []]),
+        patch("torch.distributed.new_group"),
+        pytest.raises(UserError, match="the processes see different warm-ups"),
+    ):
+        pool_filling._together(going_on(parts, tmp_path, None).warmups, 0, 2)
+
+
 def test_a_global_batch_over_other_ranks_keeps_the_pools_of_the_warm_up(tmp_path: Path) -> None:
     two = [filled(tmp_path / "run", parts_for(2, "harvest", tmp_path), rank) for rank in (0, 1)]
     smaller = replace(parts_for(4, "harvest", tmp_path), slots=SLOTS // 2)  # as many in all
@@ -176,7 +195,7 @@ def test_a_damaged_or_foreign_warm_up_of_another_rank_is_one_line_and_stays(
         header = json.loads(opened.metadata()["pool"])
     broken: dict[str, Callable[[], object]] = {
         "not a readable": lambda: file.write_bytes(whole[:100]),
-        "its slots, filled ones or ranks are no such numbers": lambda: save_file(
+        "filled must be 0 to slots, others 1 or more": lambda: save_file(
             load_file(file), file, {"pool": json.dumps({**header, "filled": 2, "ranks": 0})}
         ),
         "was filled with other settings": lambda: save_file(

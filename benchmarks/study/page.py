@@ -124,7 +124,7 @@ def fit_section(name: str, comparison: Mapping[str, Any], rows: Rows, floors: Ma
 
 
 def grids(plan: Mapping[str, Any], rows: Rows) -> str:
-    """The pictures of grids.py whose runs are made; empty without any."""
+    """The images of grids.py whose runs are made; empty without any."""
     found = []
     for pair, arms in plan["grids"].items():
         if all(any(row["seed"] == 0 for row in rows.get(arm, ())) for arm in arms):

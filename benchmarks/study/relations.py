@@ -26,7 +26,7 @@ TO_DATA = "FD-efficientnet"
 LEAST = 5  # runs in a rank correlation
 
 SPEARMAN = f"""Spearman's rank correlation with {DECIDES}, over all runs that have the same teacher, whatever
-they compare. The agreement needs no picture; the distances are of the same samples as the one that decides."""
+they compare. The agreement needs no images; the distances are of the same samples as the one that decides."""
 
 Row = Mapping[str, Any]
 

@@ -22,7 +22,7 @@ from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.stream import DistillStream, Plan
 from ldm_dkdm.networks.unet import UNet
 from ldm_dkdm.records import DistillBatch, Prediction
-from ldm_dkdm.rng import numpy_generator
+from ldm_dkdm.rng import forked_rng, numpy_generator
 
 RESTARTED = 0.5  # of the slots that are drawn in the lowest tenth of t
 BINS = 20  # of t, for the losses that guide draws
@@ -142,8 +142,9 @@ def install_features() -> None:
         own = features_of(self.network)
         pairs = {key: (own[key].float(), wanted[key].float()) for key in own.keys() & wanted.keys()}
         if not optimizers:
-            for key, (found, target) in pairs.items():
-                projectors[str(key)] = nn.Conv2d(found.shape[1], target.shape[1], 1).to(found.device)
+            with forked_rng(0):  # the training's own draws stay
+                for key, (found, target) in pairs.items():
+                    projectors[str(key)] = nn.Conv2d(found.shape[1], target.shape[1], 1).to(found.device)
             optimizers.append(torch.optim.AdamW(projectors.parameters(), 1e-3, weight_decay=0.0))
         distances = [(projectors[str(key)](a) - b).square().mean() / b.var() for key, (a, b) in pairs.items()]
         return loss + FEATURE_WEIGHT * torch.stack(distances).mean()

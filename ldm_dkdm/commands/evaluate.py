@@ -64,7 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--processes", type=int, default=1, metavar="N", help="share the images; each takes a GPU if there are several")
     add("-o", "--out", type=expanded, help="JSON file; default: beside the model of a run")
     add("--results", type=expanded, default=RESULTS, metavar="CSV", help=f"gets a row; default: {RESULTS}")
-    add("--cache", type=expanded, metavar="DIR", help="folder of statistics; default: ~/.cache/ldm_dkdm/statistics")
+    add(
+        "--cache",
+        type=expanded,
+        metavar="DIR",
+        help="folder of statistics and chains; default: ~/.cache/ldm_dkdm/statistics",
+    )
     add("--save_statistics", type=expanded, metavar="NPZ", help="write the statistics of SAMPLES, to be a REFERENCE")
     add("--table", action="store_true", help="print the figures of evaluated runs as a Markdown table")
     add_first_stage_argument(parser)

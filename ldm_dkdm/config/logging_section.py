@@ -22,7 +22,7 @@ class LoggingConfig(Section):
     )
     keep_best: bool = key(
         False,
-        help="Also keep the checkpoint with the best agreement, without its pool, and make its weights the student.",
+        help="Also keep the best checkpoint by `best_by`, without its pool, and make its weights the student.",
     )
     best_by: Literal["agreement", "x0_drift"] = key(
         BEST_BY, help="Figure of the agreement's measurements that `keep_best` judges by; the smallest is best."

@@ -22,6 +22,8 @@ from ldm_dkdm.files import write_tensors
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, in_home, logger
 
+LAYOUT = 1  # of cached references: raise it where their chains, seeds or states change
+
 
 def save_reference(reference: Reference, path: Path, facts: Mapping[str, Any]) -> None:
     """Write a reference to a safetensors file, atomically, with what it follows from."""
@@ -58,15 +60,18 @@ def cached_reference(
     """The reference of `new_reference`; in `cache`, a folder, from the second call with this teacher on."""
     identity = sampled(teacher, SamplingConfig(sizes.images, batch_size, seed, sizes.steps)).identity()
     facts = {**identity, **asdict(sizes), "seed": seed, "kept_states": agreement.KEPT_STATES}
-    key = key_of("agreement", facts)
+    key = key_of("agreement", LAYOUT, facts)
     file = cache / f"{key}.safetensors"
     known = read_reference(file, facts)
     if known is not None:
         logger.info(f"chains and images of the teacher are reused: {in_home(cache)}/{key[:SHORT]}*.safetensors")
         return known
     found = new_reference(teacher, seed, sizes, batch_size=batch_size, progress=progress)
-    cache.mkdir(parents=True, exist_ok=True)
-    save_reference(found, file, facts)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        save_reference(found, file, facts)
+    except OSError as error:
+        logger.warning(f"{in_home(cache)}: {error.strerror or error}; chains and images of the teacher are not kept")
     return found
 
 

@@ -200,11 +200,14 @@ class EarlyStop(EarlyEnd):
         self.total, self.batches, self.steps = 0.0, 0, 0
         return improved
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """What a resume needs."""
-        return {k: float(getattr(self, k)) for k in ("best", "bad_windows", "total", "batches", "steps")}
+        numbers = {k: float(getattr(self, k)) for k in ("best", "bad_windows", "total", "batches", "steps")}
+        return {"monitor": self.config.monitor, **numbers}
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Restore the windows."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the windows; those of another figure say nothing."""
+        if state_dict.get("monitor", self.config.monitor) != self.config.monitor:
+            return
         self.best, self.total = state_dict["best"], state_dict["total"]
         self.bad_windows, self.batches, self.steps = (int(state_dict[k]) for k in ("bad_windows", "batches", "steps"))

@@ -1,6 +1,7 @@
 """What the hosts of all ranks decide together after a step: no device is waited for."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -9,6 +10,12 @@ import torch
 from torch import distributed
 
 _groups: WeakKeyDictionary[L.Trainer, Any] = WeakKeyDictionary()
+_waits: WeakKeyDictionary[L.Trainer, timedelta] = WeakKeyDictionary()
+
+
+def wait_for_hosts(trainer: L.Trainer, timeout: timedelta) -> None:
+    """Give the hosts of a trainer a limit for their waits for each other, that of its devices."""
+    _waits[trainer] = timeout
 
 
 def any_host(trainer: L.Trainer, flag: bool) -> bool:
@@ -30,5 +37,5 @@ def _group(trainer: L.Trainer) -> Any:
     if distributed.get_backend() == "gloo":
         return None
     if trainer not in _groups:
-        _groups[trainer] = distributed.new_group(backend="gloo")
+        _groups[trainer] = distributed.new_group(timeout=_waits.get(trainer), backend="gloo")
     return _groups[trainer]

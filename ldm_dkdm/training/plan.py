@@ -98,8 +98,9 @@ def _warmup_samples(parts: Distillation) -> int:
     method, ranks = parts.config.distill, parts.config.trainer.ranks
     if method.pool_from or parts.done:
         return 0
-    own = parts.warmups[::ranks] or [PoolWarmup(0, ranks, parts.slots)]
-    return sum(one.calls_left(method, parts.teacher.schedule) for one in own)
+    warmups = parts.warmups or [PoolWarmup(0, ranks, parts.slots)]
+    left = [one.calls_left(method, parts.teacher.schedule) for one in warmups]
+    return max(sum(left[rank::ranks]) for rank in range(ranks))
 
 
 def _agreement_samples(parts: Distillation) -> int:

@@ -213,8 +213,9 @@ def _warmed_pool(parts: Distillation, run: Run, rank: int, device: torch.device)
         return pool
     _say(f"the warm-up of {len(warmups)} ranks goes on, and is dealt to", parts, rank)
     for one in together.share(warmups):
-        pool = NoisyPool(one.slots, parts.teacher.shape, parts.pool_dtype, labeled=parts.labeled)
+        pool = parts.new_pool(folder.path, rank, torch.device("cpu"), one.slots)  # mapped where the run's pools are
         _fill(pool, one, parts, run, rank, device)
+        del pool
     together.wait()
     files = [warmup_path(folder.checkpoints, one.number) for one in warmups]
     return _dealt(files, parts, folder.path, rank, device, None)  # each was read by the rank that filled it

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ldm_dkdm.training.busy import warn_if_busy
 from ldm_dkdm.training.ema import StudentEMA
 from ldm_dkdm.training.ends import EarlyStop, early_ends, ends_of
 from ldm_dkdm.training.export import Export, export_again, is_lost, is_reported, report_on
+from ldm_dkdm.training.hosts import wait_for_hosts
 from ldm_dkdm.training.interrupt import GracefulStop
 from ldm_dkdm.training.loggers import open_loggers, require_loggers
 from ldm_dkdm.training.resuming import Choice, continues, read_checkpoint, set_aside
@@ -248,6 +250,7 @@ class Run:
             set_aside(self.folder.checkpoints, latest)
             logger.info(continues(self.folder.path, self.step))
         trainer = self._lightning([self.choice, self.stop, *first, windows, *ends, *callbacks])
+        wait_for_hosts(trainer, timedelta(minutes=self.trainer.timeout))
         try:
             with losing(self.trainer.ranks, self.go_on):
                 trainer.fit(module, datamodule=StreamModule(stream_for), ckpt_path=latest, weights_only=True)
@@ -285,7 +288,7 @@ class Run:
 
 
 def _keep_best(ends: Sequence[L.Callback], callbacks: Sequence[L.Callback]) -> None:
-    """Let an early stop export the best model, in place of the run's saves, unless these keep the best agreement."""
+    """Let an early stop export the best model, in place of the run's saves, unless these keep the best."""
     for stop in (end for end in ends if isinstance(end, EarlyStop)):
         for saving in (callback for callback in callbacks if isinstance(callback, RunCheckpoint)):
             if not saving.config.keep_best:

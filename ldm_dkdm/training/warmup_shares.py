@@ -74,7 +74,10 @@ def _begun(file: Path, number: int, files: int) -> PoolWarmup:
         header, slots = pool_header(file), slots_in(file)
         ranks, filled = header.get("ranks", files), header.get("filled")
         if type(ranks) is not int or type(filled) is not int or ranks < 1 or not 0 <= filled <= slots or not slots:
-            raise UserError(f"{file}: not a readable pool file (its slots, filled ones or ranks are no such numbers)")
+            numbers = f"{slots} slots, {filled} filled, {ranks} ranks"
+            raise UserError(
+                f"{file}: not a readable pool file ({numbers}: filled must be 0 to slots, others 1 or more)"
+            )
     except UserError as error:
         raise UserError(f"{error}; delete it to start the warm-up again") from error
     return PoolWarmup(number, ranks, slots, filled)
