@@ -22,13 +22,14 @@ from tests.parts import distill_config, first_stage_folder, model_folder
 
 SCHEDULE = NoiseSchedule(num_timesteps=100)
 SLOTS, SHAPE = 60, (1, 2, 2)
+REPLACED = ((UNet, "forward"), (UNet, "_run"), (StudentModule, "training_step"))
 
 
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch) -> None:
     """The study's folder in the path; what a lever replaces is put back."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "study")
-    for owner, name in ((UNet, "forward"), (UNet, "_run"), (StudentModule, "training_step")):
+    for owner, name in REPLACED:
         monkeypatch.setattr(owner, name, vars(owner)[name])
     monkeypatch.setitem(vars(from_teacher), "stream_kind", vars(from_teacher)["stream_kind"])
 
@@ -85,10 +86,11 @@ def test_draws_follow_the_losses_and_the_weighted_loss_keeps_its_mean(tried: Mod
 
 def test_features_of_student_and_teacher_are_in_the_loss(tried: ModuleType, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "teacher", first_stage_folder(tmp_path / "stage"), model_channels=64)
-    losses, put_back = {}, StudentModule.training_step
+    losses, whole = {}, [(owner, name, vars(owner)[name]) for owner, name in REPLACED]
     for weight in (None, 0.0, 0.1):
         base = write_yaml(tmp_path / "base.yaml", distill_config(folder, tmp_path / str(weight)))
-        StudentModule.training_step = put_back
+        for owner, name, value in whole:
+            setattr(owner, name, value)
         if weight is not None:
             tried.FEATURE_WEIGHT = weight
             tried.LEVERS["features"]()
