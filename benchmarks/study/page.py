@@ -83,11 +83,11 @@ def section(name: str, comparison: Mapping[str, Any], rows: Rows, floors: Mappin
     shown = [column for column in COLUMNS if any(figures(rows[arm], column) for arm in arms)]
     lines = ["| arm | seeds | M | calls | minutes | " + " | ".join(COLUMNS[column] for column in shown) + " | ratio |"]
     lines.append("|---" * (len(shown) + 6) + "|")
-    seen: set[str] = set()
+    seen, known = set[str](), arms_of(read_plan())
     for group in comparison["groups"]:
         made = [arm for arm in group if arm in arms]
         pair = group[0].partition("/")[0]
-        teachers = {rows[arm][0]["overrides"].get("teacher.ckpt") for arm in made}
+        teachers = {rows[arm][0]["overrides"].get("teacher.ckpt", known[arm].pair["teacher"]) for arm in made}
         if len(teachers) == 1 and pair in floors and pair not in seen:
             seen.add(pair)
             cells = [cell([floors[pair][column]]) if column in floors[pair] else "" for column in shown]
