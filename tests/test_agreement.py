@@ -162,7 +162,9 @@ def test_measuring_changes_nothing_in_the_training_and_a_resume_asks_the_teacher
 def given(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Agreements that the measurements find, in order."""
     figures: list[float] = []
-    monkeypatch.setattr(agreement_callback, "agreement", lambda *args: {"agreement": figures.pop(0)})
+    monkeypatch.setattr(
+        agreement_callback, "agreement", lambda *args: dict.fromkeys(("agreement", "x0_drift"), figures.pop(0))
+    )
     yield figures
     assert figures == []
 
@@ -243,7 +245,7 @@ def test_a_measurement_that_fails_does_not_end_the_run(
     ("changes", "words"),
     [
         (["logging.keep_best=true"], "logging.keep_best: needs the agreement, which evaluate_every: 0 switches off"),
-        (["logging.best_by=x0_drift"], "logging.best_by: has no effect without keep_best: true"),
+        (["logging.best_by=agreement"], "logging.best_by: has no effect without keep_best: true"),
         (["trainer.early_stop={monitor: agreement}"], "trainer.early_stop.monitor: needs the agreement"),
         (["trainer.early_stop={monitor: agreement, window: 5}"], "trainer.early_stop.window: has no effect"),
         (["logging.loggers=[csv, tensorbord]"], "'tensorbord' is not one of csv, tensorboard, wandb"),

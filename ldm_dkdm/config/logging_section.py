@@ -7,7 +7,7 @@ from typing import Literal
 from ldm_dkdm.config.checked import Section, key, many_of
 from ldm_dkdm.errors import UserError
 
-BEST_BY = "agreement"
+BEST_BY = "x0_drift"  # it ranks students as a distance of images does (docs/evidence.md)
 
 
 @dataclass(frozen=True)
