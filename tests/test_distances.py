@@ -152,8 +152,9 @@ def test_the_command_takes_a_cache_that_the_metric_finds(
     assert capsys.readouterr().out.count("are reused") == 2
     alone, metric = (json.loads(Path(name).read_text()) for name in ("alone.json", "metric.json"))
     assert alone["frechet_student_to_teacher"] == metric["figures"]["pixel Frechet"]
-    assert run_script("evaluate.py", *student, "-n", 0, "--cache", "x") == 2
-    assert "--cache: has no effect with --n_samples 0" in capsys.readouterr().err
+    chains = ("--chains", 1, "--pairs", 1, "-n", 0, "--cache", tmp_path / "cache", "--results", tmp_path / "r.csv")
+    assert run_script("evaluate.py", *student, *chains, "-c", 1) == 0  # the chains of the first call are there
+    assert "chains and images of the teacher are reused" in capsys.readouterr().out
     with pytest.raises(UserError, match="images: at least 65"):
         evaluate(pixel(0), pixel(1), images=64, cache=tmp_path / "new")
     assert not (tmp_path / "new").exists()
