@@ -173,6 +173,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "best": lambda folder: run(folder, "best", "fsdp", extra=[f"trainer.early_stop.window={STEPS}"]),
     "split": lambda folder: train_on_fixed_batches(folder, "split"),
     "shards": lambda folder: train_on_fixed_batches(folder, "shards", "fsdp"),
+    "split-parts": lambda folder: train_on_fixed_batches(folder, "split-parts", accumulate=2),
     "shards-parts": lambda folder: train_on_fixed_batches(folder, "shards-parts", "fsdp", 2),
     "flipped": resume_with_a_damaged_pool,
     "three": resume_a_warm_up,

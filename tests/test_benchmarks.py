@@ -113,10 +113,11 @@ def test_the_shares_of_a_step_are_those_of_all_its_operations(tmp_path: Path) ->
 
 
 def test_the_levers_of_a_step_are_compared_with_the_shipped_one(tmp_path: Path) -> None:
-    words = ("quickstart", "--levers", "replay: 2", "--rounds", 1, "-o", tmp_path / "levers.json")
+    words = ("quickstart", "--levers", "twice the batch", "replay: 2", "--rounds", 1, "-o", tmp_path / "levers.json")
     benchmark("cpu_levers.py", *words)
     rows = json.loads((tmp_path / "levers.json").read_text())["rows"]
-    assert [row["lever"] for row in rows] == ["as shipped", "replay: 2"]
+    assert [row["lever"] for row in rows] == ["as shipped", "twice the batch", "replay: 2"]
+    assert [row["batch"] for row in rows] == [16, 32, 16]
     for row in rows:
         assert row["samples/s"] == pytest.approx(1e3 * row["batch"] / row["ms a step"])
         assert row["ratio"] == pytest.approx(row["samples/s"] / rows[0]["samples/s"])

@@ -10,7 +10,7 @@ from typing import Any
 from plan import ROOT, Arm, arms_in
 from results import DECIDES, spread
 
-CHEAP = (
+FIGURES = (
     "agreement",
     "agreement_q1",
     "agreement_q2",
@@ -41,7 +41,7 @@ def ranks(rows: Mapping[str, Sequence[Row]], arms: Mapping[str, Arm]) -> str:
         return ""
     head = " | ".join(f"students of `{Path(teacher).name}` ({len(found)} runs)" for teacher, found in shown.items())
     lines = [f"| figure | {head} |", "|---" * (len(shown) + 1) + "|"]
-    for figure in (*CHEAP, TO_DATA):
+    for figure in (*FIGURES, TO_DATA):
         cells = []
         for found in shown.values():
             cells.append(correlation([(row[figure], row[DECIDES]) for row in found if figure in row]))
