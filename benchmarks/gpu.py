@@ -26,6 +26,7 @@ from ldm_dkdm.device import compiles, default_device
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.reporting import duration
 
+PARTS = ("steps", "memory", "sampling", "bf16")
 STATES = 32  # for the error in bf16, at most
 
 
@@ -102,16 +103,17 @@ def main() -> None:
     print(f"{machine(device)}, matrix products: " + ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in peaks.items()))
     facts = {"compiled": compiling, "rounds": options.rounds, "peak_flops": peaks}
     report = Report(options.out, options.minutes, device, **facts)
-    for recipe in options.recipes:
+    for number, word in enumerate(options.recipes):
+        recipe, _, batch = word.partition("=")
         pair = open_pair(recipe, precision="32")
-        size = options.batch_size or pair.config.distill.batch_size
+        size = int(batch or options.batch_size or pair.config.distill.batch_size)
         parts: dict[str, Callable[[], Tables]] = {"steps": partial(steps, recipe, pair, size, options, report)}
-        if recipe == options.recipes[0]:
+        if number == 0:
             parts["memory"] = partial(memory, recipe, pair, size, options.rho)
         parts["sampling"] = partial(sampling, recipe, pair, options.images, options.steps)
         parts["bf16"] = partial(bf16_error, recipe, pair, min(STATES, options.images))
-        for name, work in parts.items():
-            report.part(f"{recipe}, {name}", work)
+        for name in [name for name in parts if name in options.parts]:
+            report.part(f"{recipe}, {name}", parts[name])
     report.show()
     if not report.tables["rows"]:
         raise UserError("no step could be made; the lines above say why")
@@ -120,8 +122,10 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipes", nargs="*", default=["ffhq256", "cifar10", "quickstart"])
+    recipes = ["ffhq256", "cifar10", "quickstart"]
+    parser.add_argument("recipes", nargs="*", default=recipes, metavar="RECIPE", help="or RECIPE=BATCH")
     parser.add_argument("--batch_size", type=int, help="default: the recipe's, which is the paper's")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--rounds", type=int, default=10, help="steps of each variant")
     parser.add_argument("--rho", type=float, nargs="+", default=[0.4, 1, 4], help="sizes of the first recipe's pool")
     parser.add_argument("--images", type=int, default=256)

@@ -16,8 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, finish, guarded, open_pair
+from common import ROOT, finish, guarded
+from full_size import write_teacher
 
+from ldm_dkdm.config.load import load_config
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.device import default_device
 from ldm_dkdm.errors import UserError
@@ -76,23 +78,23 @@ def row_of(word: str, old: Path, folder: Path, options: argparse.Namespace) -> d
     name, _, batch = word.partition("=")
     recipe = old / "configs" / f"{name}.yaml"
     words = [*options.set, *([f"distill.batch_size={batch}"] if batch else []), *teacher_words(str(recipe), folder)]
-    rates: dict[Path, list[float]] = {old: [], ROOT: []}
+    rates: dict[str, list[float]] = {"old": [], "new": []}
     for number in range(options.rounds):
-        for checkout, found in rates.items():
-            place = folder / f"{name}-{number}-{'old' if checkout == old else 'new'}"
-            found.append(rate_of(checkout, recipe, words, place, options.steps))
+        for version, checkout in {"old": old, "new": ROOT}.items():
+            place = folder / f"{name}-{number}-{version}"
+            rates[version].append(rate_of(checkout, recipe, words, place, options.steps))
     before, now = (statistics.median(found) for found in rates.values())
     return {"recipe": name, "batch": batch or "recipe's", "old": before, "new": now, "ratio": now / before}
 
 
 def teacher_words(recipe: str, folder: Path) -> list[str]:
     """Overrides for a recipe whose teacher is missing: one with random weights, in the format of the missing file."""
-    pair = open_pair(recipe)
-    if find_shipped(pair.config.teacher.ckpt).exists():
+    config = load_config([recipe])
+    if find_shipped(config.teacher.ckpt).exists():
         return []
-    path = folder / f"teacher-{Path(recipe).stem}.ckpt"
-    pair.teacher.save(path, format="compvis" if pair.teacher.space.encoded else "adm")
-    return [f"teacher.ckpt={path}"]
+    place = folder / f"teacher-{Path(recipe).stem}"
+    place.mkdir()
+    return [f"teacher.ckpt={write_teacher(config, place)}"]
 
 
 def rate_of(checkout: Path, recipe: Path, words: list[str], run: Path, steps: int) -> float:

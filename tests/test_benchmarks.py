@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from ldm_dkdm import UserError, load_model, measure
 from tests.cli import distil, write_yaml
-from tests.parts import distill_config
+from tests.parts import UNET_PARAMS, VQ_PARAMS, distill_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -122,3 +123,25 @@ def test_the_levers_of_a_step_are_compared_with_the_shipped_one(tmp_path: Path) 
         assert row["samples/s"] == pytest.approx(1e3 * row["batch"] / row["ms a step"])
         assert row["ratio"] == pytest.approx(row["samples/s"] / rows[0]["samples/s"])
         assert row["of peak"].endswith("%")
+
+
+def test_two_versions_train_the_same_recipe_in_turns(tmp_path: Path) -> None:
+    words = ("--steps", 2, "--rounds", 1, "-o", tmp_path / "versions.json")
+    printed = benchmark("versions.py", ROOT, "quickstart=2", *words)
+    found = json.loads((tmp_path / "versions.json").read_text())
+    (row,) = found["rows"]
+    assert row["recipe"] == "quickstart" and row["batch"] == "2" and row["old"] > 0 and row["new"] > 0
+    assert row["ratio"] == pytest.approx(row["new"] / row["old"]) and f"{row['ratio']:.3g}" in printed
+
+
+def test_a_missing_teacher_is_written_as_its_recipe_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from versions import teacher_words
+
+    tree = yaml.safe_load((ROOT / "configs" / "ffhq256.yaml").read_text())
+    tree["teacher"].update(ckpt="none.ckpt", params=UNET_PARAMS)
+    tree["first_stage"].update(params=VQ_PARAMS)
+    (word,) = teacher_words(str(write_yaml(tmp_path / "recipe.yaml", tree)), tmp_path)
+    teacher = load_model(word.removeprefix("teacher.ckpt="), image_size=8, num_head_channels=32)
+    assert teacher.network.model_channels == 32 and teacher.codec().parameters > 0
+    assert teacher_words(str(ROOT / "configs" / "quickstart.yaml"), tmp_path) == []

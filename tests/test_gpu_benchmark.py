@@ -35,7 +35,7 @@ def pair_of(space: str, num_classes: int | None = None) -> Any:
 def test_a_device_is_measured_by_variant_beside_the_public_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("quickstart", "--batch_size", 2, "--rounds", 1, "--images", 2, "-c", 2, "--rho", 0.1)
+    words = ("quickstart=2", "--rounds", 1, "--images", 2, "-c", 2, "--rho", 0.1)
     clone = fake_clone(tmp_path / "clone")
     printed = benchmark("gpu.py", *words, "--baseline", clone, "-o", tmp_path / "gpu.json")
     found = json.loads((tmp_path / "gpu.json").read_text())

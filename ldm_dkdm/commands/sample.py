@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ldm_dkdm.model import DiffusionModel
     from ldm_dkdm.model.ranks import Ranks
 
+USUAL = SamplingConfig().batch_size
 FLAGS = {
     "count": "--n_samples",
     "steps": "--custom_steps",
@@ -40,6 +41,14 @@ FLAGS = {
 }
 
 
+def size_or_auto(text: str) -> "int | str":
+    """`auto` or a number of images."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number or auto, got '{text}'") from None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """-r -n -c -e -v -l mean what they mean in CompVis's sample script."""
     add = parser.add_argument
@@ -51,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-v", "--vanilla_sample", action="store_true", help="--sampler ddpm with every timestep")
     add("-l", "--logdir", type=expanded, help="output folder; default: logs/samples/<model>")
     add("--seed", type=int, default=0, help="image i depends on seed + i only")
-    add("--batch_size", type=int, default=64)
+    add("--batch_size", type=size_or_auto, default=USUAL, metavar="B", help="images; auto: as many as fill a GPU")
     add("--labels", type=int, nargs="+", default=[], help="class labels, in turn; default: random by seed")
     add("--guidance", type=float, nargs="+", default=[1.0], help="classifier-free guidance, for all or each; 1: none")
     add("--raw", action="store_true", help="use the raw weights of a training .ckpt, not EMA")
@@ -108,16 +117,25 @@ def _sample_all(models: "Sequence[DiffusionModel]", config: SamplingConfig, opti
 
     outputs = Outputs(png=not options.no_png, npz=options.npz, latents=options.latents)
     modules = [module for model in models for module in (model.network, *decoders(model.codec()))]
-    with (
-        together("the same call goes on with the batches that are drawn") as ranks,
-        compiled(modules, compiles(options.compile, models[0].device)),
-    ):
+    with together("the same call goes on with the batches that are drawn") as ranks:
+        configs = [_filled(model, config, ranks) if options.batch_size == "auto" else config for model in models]
         folders = [_folder(model, options.logdir, len(models)) for model in models]
-        made = [_sample(model, config, out, outputs, ranks) for model, out in zip(models, folders, strict=True)]
+        with compiled(modules, compiles(options.compile, models[0].device)):
+            made = [_sample(*one, outputs, ranks) for one in zip(models, configs, folders, strict=True)]
         panels = [panel for panel in made if panel is not None]
     if options.compare and panels:
         save_image(side_by_side(panels), options.compare)
         print(options.compare)
+
+
+def _filled(model: "DiffusionModel", config: SamplingConfig, ranks: "Ranks") -> SamplingConfig:
+    """The config with batches that fill the model's device."""
+    from ldm_dkdm.model.filling import filled
+
+    config = filled(model, config, ranks)
+    if ranks.first:
+        logger.info(f"--batch_size auto: {config.batch_size} images of {name_of(model)}")
+    return config
 
 
 def _sampling(options: argparse.Namespace) -> SamplingConfig:
@@ -131,7 +149,7 @@ def _sampling(options: argparse.Namespace) -> SamplingConfig:
         raise UserError(f"seed: must be at least 0 and below 2^63, got {options.seed}")
     if steps is not None and steps < 1:
         raise UserError(f"steps: must be at least 1, got {steps}")
-    count, batch_size = options.n_samples, options.batch_size
+    count, batch_size = options.n_samples, USUAL if options.batch_size == "auto" else options.batch_size
     return SamplingConfig(count, batch_size, options.seed, steps, options.eta, sampler, options.labels)
 
 
