@@ -1,19 +1,23 @@
 """A device that does not exist: its tensors are computed on the host, and every wait for it is recorded.
 
-`python -m tests.simulated_device` distils a few batches on it and prints, for pools on the device and in host memory,
-what the host waited for and how far the batches are from those of the host. It runs in a process of its own, since a
-device is registered for good.
+`python -m tests.simulated_device` makes a few batches on it, for pools on the device and in host memory, and trains a
+student; it prints what the host waited for and how far batches, losses and weights are from those of the host. It runs
+in a process of its own, since a device is registered for good.
 """
 
 import json
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+if TYPE_CHECKING:
+    from ldm_dkdm.model import DiffusionModel
 
 KIND = "simulated"
 DEVICE = f"{KIND}:0"
@@ -72,7 +76,7 @@ class Simulation(TorchDispatchMode):
         own = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")}
         found = func(*tree_map(_bare, args), **tree_map(_bare, own))
         if func._schema.name.endswith("_"):
-            return args[0]
+            return args[0] if func._schema.returns else None
         if crosses and any(found is tensor for tensor in tensors):
             found = found.clone()
         return tree_map(lambda leaf: OnDevice(leaf) if result_here and isinstance(leaf, Tensor) else leaf, found)
@@ -139,15 +143,71 @@ def main() -> None:
         for place, keys in CASES.items():
             wanted = batches(new_teacher(), new_pool(), "cpu", **keys)
             with Simulation() as simulation:
-                teacher = new_teacher()
-                for module in teacher.network.modules():
-                    for kind in (module._parameters, module._buffers):
-                        kind.update({name: OnDevice(t.data) for name, t in kind.items() if t is not None})
                 pool = new_pool(DEVICE if place.startswith("device") else "cpu")
-                own = batches(teacher, pool, DEVICE, simulation.waits.clear, **keys)
-            furthest = max((_bare(a).float() - b.float()).abs().max().item() for a, b in zip(own, wanted, strict=True))
-            found[place] = {"waits": simulation.waits, "furthest": furthest, "compared": len(own)}
+                own = batches(moved(new_teacher()), pool, DEVICE, simulation.waits.clear, **keys)
+            found[place] = compared(simulation, own, wanted)
+    wanted = trained("cpu")
+    with Simulation() as simulation:
+        own = trained(DEVICE, simulation.waits.clear)
+    found["training"] = compared(simulation, own, wanted)
+    with Simulation() as simulation:
+        trained(DEVICE, simulation.waits.clear, read_gradients=True)
+    found["training that reads gradients"] = {"waits": simulation.waits}
     print(json.dumps(found))
+
+
+def compared(simulation: Simulation, own: list[Tensor], wanted: list[Tensor]) -> dict[str, object]:
+    """What a simulation has waited for, and how far its tensors are from the host's."""
+    furthest = max((_bare(a).float() - b.float()).abs().max().item() for a, b in zip(own, wanted, strict=True))
+    return {"waits": simulation.waits, "furthest": furthest, "compared": len(own)}
+
+
+def moved(model: "DiffusionModel") -> "DiffusionModel":
+    """A model whose weights are on the device."""
+    for module in model.network.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = nn.Parameter(OnDevice(weight.data), weight.requires_grad)
+        module._buffers.update({name: OnDevice(t) for name, t in module._buffers.items() if t is not None})
+    return model
+
+
+def read(gradient: Tensor) -> None:
+    """Wait for a gradient."""
+    gradient.item()
+
+
+def trained(device: str, after_first: Callable[[], None] = lambda: None, read_gradients: bool = False) -> list[Tensor]:
+    """Losses of six steps and the average of the weights: the product's stream, loss, clipping, optimizer, average."""
+    from ldm_dkdm.config.schema import DistillConfig, LossConfig, TrainerConfig
+    from ldm_dkdm.distillation.module import StudentModule
+    from ldm_dkdm.distillation.stream import DistillStream
+    from ldm_dkdm.training.ema import StudentEMA
+    from tests.streams import BATCH, new_pool, new_teacher
+
+    teacher, student = new_teacher(), new_teacher().student(new_teacher().node)
+    teacher, student = (model if device == "cpu" else moved(model) for model in (teacher, student))
+    stream = DistillStream(teacher, new_pool(device), DistillConfig(BATCH, rho=0.3), 20, 3, 0, device)
+    config = TrainerConfig(max_steps=20, learning_rate=1e-3, grad_clip=1.0)
+    module = StudentModule(student, LossConfig(space="v", weight_cap=10.0), config)
+    optimizer, average, losses = module.configure_optimizers()["optimizer"], StudentEMA(0.9), list[Tensor]()
+    average._currents = [weight.detach() for weight in module.parameters()]
+    average._averages = [weight.clone() for weight in average._currents]
+    for step in range(6):
+        with torch.no_grad():
+            batch = stream.next_batch()
+        loss = module.training_step(batch, step)
+        if read_gradients:
+            loss.register_hook(read)
+        loss.backward()
+        module.on_before_optimizer_step(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.on_train_batch_end(SimpleNamespace(global_step=step + 1), module)  # type: ignore[arg-type]
+        losses.append(loss.detach())
+        if step == 0:
+            after_first()
+    return [*losses, *average._averages]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ def test_the_host_waits_for_no_simulated_device() -> None:
     )
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
+    training, reading = found.pop("training"), found.pop("training that reads gradients")
+    assert training["waits"] == [] and training["compared"] > 20 and training["furthest"] < 1e-2
+    assert len(reading["waits"]) == 5  # waits of a backward pass are seen; those of the first step are not counted
     assert set(found) == {"device", "memory", "device, replay", "memory, replay"}
     for place, result in found.items():
         assert result["waits"] == [], place
