@@ -95,6 +95,8 @@ def steps(recipe: str, pair: Pair, size: int, options: argparse.Namespace, repor
 def main() -> None:
     """Measure every recipe; see the module."""
     options = parsed()
+    for word in options.recipes:
+        named(word)
     if options.baseline is not None:
         require_clone(options.baseline)
     device = default_device("auto")
@@ -103,20 +105,31 @@ def main() -> None:
     print(f"{machine(device)}, matrix products: " + ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in peaks.items()))
     facts = {"compiled": compiling, "rounds": options.rounds, "peak_flops": peaks}
     report = Report(options.out, options.minutes, device, **facts)
-    for number, word in enumerate(options.recipes):
-        recipe, _, batch = word.partition("=")
+    for number, (recipe, batch) in enumerate(map(named, options.recipes)):
         pair = open_pair(recipe, precision="32")
-        size = int(batch or options.batch_size or pair.config.distill.batch_size)
+        size = batch or options.batch_size or pair.config.distill.batch_size
         parts: dict[str, Callable[[], Tables]] = {"steps": partial(steps, recipe, pair, size, options, report)}
         if number == 0:
             parts["memory"] = partial(memory, recipe, pair, size, options.rho)
         parts["sampling"] = partial(sampling, recipe, pair, options.images, options.steps)
         parts["bf16"] = partial(bf16_error, recipe, pair, min(STATES, options.images))
         for name in [name for name in parts if name in options.parts]:
-            report.part(f"{recipe}, {name}", parts[name])
+            report.part(f"{options.recipes[number]}, {name}", parts[name])
     report.show()
-    if not report.tables["rows"]:
-        raise UserError("no step could be made; the lines above say why")
+    if not any(report.tables.values()):
+        raise UserError("nothing could be measured; the lines above say why")
+
+
+def named(word: str) -> tuple[str, int | None]:
+    """A recipe and a batch size, of `RECIPE` or `RECIPE=BATCH`.
+
+    Raises:
+        UserError: another batch size than a whole number from 1.
+    """
+    recipe, equals, batch = word.partition("=")
+    if equals and not (batch.isdecimal() and int(batch)):
+        raise UserError(f"{word}: the batch size must be a whole number, at least 1")
+    return recipe, int(batch) if equals else None
 
 
 def parsed() -> argparse.Namespace:

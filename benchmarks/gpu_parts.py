@@ -1,6 +1,7 @@
 """What benchmarks/gpu.py measures besides steps: memory, sampling, and what storing weights in bf16 changes."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.diffusion.process import q_sample
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.distillation.pool import pool_slots
+from ldm_dkdm.model.filling import filled
 
 Tables = dict[str, list[dict[str, Any]]]  # name -> rows
 STEPS = 3  # before memory is read
 BINS = 10  # of t
-SAMPLED = 64  # images of a batch
 
 
 def memory(recipe: str, pair: Pair, batch_size: int, rhos: list[float]) -> Tables:
@@ -67,12 +68,13 @@ def sampling(recipe: str, pair: Pair, count: int, steps: int) -> Tables:
 
 
 def images_per_second(model: DiffusionModel, count: int, steps: int) -> float:
-    """Speed of DDIM with decoding, after a batch of two steps that is not counted."""
-    size = min(count, SAMPLED)
-    for number, all_steps in ((size, 2), (count, steps)):
+    """Speed of DDIM with decoding, in batches that fill a GPU, after one of two steps that is not counted."""
+    config = filled(model, SamplingConfig(count, seed=0, steps=steps))
+    first = replace(config, count=config.batch_size, steps=2)
+    for each in (first, config):
         synchronise(model.device)
         started = time.perf_counter()
-        for _ in model.sample_batches(SamplingConfig(number, size, 0, all_steps)):
+        for _ in model.sample_batches(each):
             pass  # its images are on the host
         seconds = time.perf_counter() - started
     return count / seconds

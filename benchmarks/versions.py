@@ -81,7 +81,7 @@ def row_of(word: str, old: Path, folder: Path, options: argparse.Namespace) -> d
     rates: dict[str, list[float]] = {"old": [], "new": []}
     for number in range(options.rounds):
         for version, checkout in {"old": old, "new": ROOT}.items():
-            place = folder / f"{name}-{number}-{version}"
+            place = folder / f"{word}-{number}-{version}"
             rates[version].append(rate_of(checkout, recipe, words, place, options.steps))
     before, now = (statistics.median(found) for found in rates.values())
     return {"recipe": name, "batch": batch or "recipe's", "old": before, "new": now, "ratio": now / before}
@@ -93,8 +93,10 @@ def teacher_words(recipe: str, folder: Path) -> list[str]:
     if find_shipped(config.teacher.ckpt).exists():
         return []
     place = folder / f"teacher-{Path(recipe).stem}"
-    place.mkdir()
-    return [f"teacher.ckpt={write_teacher(config, place)}"]
+    if not place.exists():
+        place.mkdir()
+        write_teacher(config, place)
+    return [f"teacher.ckpt={next(place.iterdir())}"]
 
 
 def rate_of(checkout: Path, recipe: Path, words: list[str], run: Path, steps: int) -> float:

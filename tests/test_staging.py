@@ -28,7 +28,8 @@ def test_the_host_waits_for_no_simulated_device() -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
     training, reading = found.pop("training"), found.pop("training that reads gradients")
-    assert training["waits"] == [] and training["compared"] > 20 and training["furthest"] < 1e-2
+    assert training["waits"] == [] and training["compared"] == 6 and training["furthest"] < 1e-3
+    assert training["cosine"] > 0.99  # of the ways that the averages of all weights have moved
     assert len(reading["waits"]) == 5  # waits of a backward pass are seen; those of the first step are not counted
     assert set(found) == {"device", "memory", "device, replay", "memory, replay"}
     for place, result in found.items():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ldm_dkdm.model import DiffusionModel
     from ldm_dkdm.model.ranks import Ranks
 
-USUAL = SamplingConfig().batch_size
+DEFAULT_BATCH = SamplingConfig().batch_size
 FLAGS = {
     "count": "--n_samples",
     "steps": "--custom_steps",
@@ -60,7 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-v", "--vanilla_sample", action="store_true", help="--sampler ddpm with every timestep")
     add("-l", "--logdir", type=expanded, help="output folder; default: logs/samples/<model>")
     add("--seed", type=int, default=0, help="image i depends on seed + i only")
-    add("--batch_size", type=size_or_auto, default=USUAL, metavar="B", help="images; auto: as many as fill a GPU")
+    add(
+        "--batch_size",
+        type=size_or_auto,
+        default=DEFAULT_BATCH,
+        metavar="B",
+        help="images of a call; auto: as many as fill a GPU",
+    )
     add("--labels", type=int, nargs="+", default=[], help="class labels, in turn; default: random by seed")
     add("--guidance", type=float, nargs="+", default=[1.0], help="classifier-free guidance, for all or each; 1: none")
     add("--raw", action="store_true", help="use the raw weights of a training .ckpt, not EMA")
@@ -134,7 +140,8 @@ def _filled(model: "DiffusionModel", config: SamplingConfig, ranks: "Ranks") -> 
 
     config = filled(model, config, ranks)
     if ranks.first:
-        logger.info(f"--batch_size auto: {config.batch_size} images of {name_of(model)}")
+        size = config.batch_size
+        logger.info(f"--batch_size auto: batches of {size} images; to go on after a kill, give --batch_size {size}")
     return config
 
 
@@ -149,7 +156,7 @@ def _sampling(options: argparse.Namespace) -> SamplingConfig:
         raise UserError(f"seed: must be at least 0 and below 2^63, got {options.seed}")
     if steps is not None and steps < 1:
         raise UserError(f"steps: must be at least 1, got {steps}")
-    count, batch_size = options.n_samples, USUAL if options.batch_size == "auto" else options.batch_size
+    count, batch_size = options.n_samples, DEFAULT_BATCH if options.batch_size == "auto" else options.batch_size
     return SamplingConfig(count, batch_size, options.seed, steps, options.eta, sampler, options.labels)
 
 

@@ -15,65 +15,82 @@ if TYPE_CHECKING:
     from ldm_dkdm.model.diffusion_model import DiffusionModel
 
 MOST = 1024
-PROBES = (4, 12)  # images, after a call that loads what the first one loads
-SHARE = 0.8  # of the memory that is left may be filled
+PROBES = (4, 12)  # images of the two calls that are measured
+SHARE = 0.8  # of the free memory that a batch may take
 
 
 class Memory:
-    """What a CUDA device tells of its memory, in bytes."""
+    """Free and peak memory of a CUDA device, in bytes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def peak(self, work: Callable[[], object]) -> int:
-        """What a piece of work takes at most."""
+        """The most that a call allocates."""
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         work()
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def free(self) -> int:
-        """What is left: of the device, and of what PyTorch has kept of it."""
-        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return torch.cuda.mem_get_info(self.device)[0] + kept
+        """Bytes free on the device, with those that PyTorch holds unused."""
+        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + held
 
 
 def memory_of(device: torch.device) -> Memory | None:
-    """The memory of a device that tells it."""
+    """A device's memory; None where PyTorch does not report it."""
     return Memory(device) if device.type == "cuda" else None
 
 
 def filled(model: "DiffusionModel", config: SamplingConfig, ranks: Ranks = ALONE) -> SamplingConfig:
     """The config with batches that fill the model's device, at most a rank's share of the images.
 
-    Where a device does not tell its memory, the config's batch stays. One prediction and one decoding of a few images
-    are measured, and what each further image takes. Of several ranks the smallest batch is that of all, since together
-    they make the images of one process.
+    All ranks use the smallest of their batches, since together they make the images of one process. Where PyTorch does
+    not report a device's memory, the batch is the config's, or the share if that is smaller.
     """
-    memory, size = memory_of(model.device), config.batch_size
-    if memory is not None:
-        _try(model, PROBES[0])
-        few, more = (memory.peak(partial(_try, model, images)) for images in PROBES)
-        size = fitting(few, more, memory.free())
+    memory = memory_of(model.device)
+    size = config.batch_size if memory is None else _fitting(model, memory)
     return replace(config, batch_size=min(*ranks.gather(size), -(-config.count // ranks.ranks)))
 
 
+def _fitting(model: "DiffusionModel", memory: Memory) -> int:
+    """Images whose prediction fits and whose decoding does; each has a peak of its own, so each is measured."""
+    try:
+        sizes = []
+        for work in (_predict, _decode):
+            work(model, 1)  # loads what is loaded once
+            few, more = (memory.peak(partial(work, model, images)) for images in PROBES)
+            sizes.append(fitting(few, more, memory.free()))
+        return min(sizes)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return 1
+
+
 def fitting(few: int, more: int, free: int) -> int:
-    """The largest power of two of images, 1 to MOST, whose bytes are free; `few` and `more` are those of PROBES.
+    """The largest power of two, 1 to MOST, of images that fit, if `few` and `more` are the bytes of PROBES.
 
     >>> fitting(few=4 << 20, more=12 << 20, free=400 << 20)
     256
     """
-    each = max(1.0, (more - few) / (PROBES[1] - PROBES[0]))
-    fixed = max(0.0, few - PROBES[0] * each)
-    images = int((SHARE * free - fixed) / each)
-    return min(MOST, 1 << max(images, 1).bit_length() - 1)
+    each = max(0.0, (more - few) / (PROBES[1] - PROBES[0]))
+    room = SHARE * free - (more - PROBES[1] * each)
+    if room < each or room <= 0:
+        return 1
+    images = MOST if room >= MOST * each else int(room / each)
+    return 1 << images.bit_length() - 1
 
 
-def _try(model: "DiffusionModel", count: int) -> None:
-    """One prediction and one decoding of so many images."""
+def _predict(model: "DiffusionModel", count: int) -> None:
+    """One prediction of `count` images."""
     x = torch.zeros(count, *model.shape, device=model.device)
     t = torch.zeros(count, dtype=torch.long, device=model.device)
     label = None if model.classes is None else torch.full_like(t, model.classes[0])
+    model.predict(x, t, label)
+
+
+def _decode(model: "DiffusionModel", count: int) -> None:
+    """One decoding of `count` images."""
     codec = model.codec().to(model.device, resolve_precision(model.precision, model.device))
-    codec.decode(model.predict(x, t, label).x_0)
+    codec.decode(torch.zeros(count, *model.shape, device=model.device))
