@@ -186,9 +186,10 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
             raise PermissionError(13, "Permission denied", str(folder))
         return scan(folder)
 
-    monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(PermissionError, match="b'"):
-        find_images(tmp_path)
+    with monkeypatch.context() as patched:  # before pytest removes the folder
+        patched.setattr(os, "scandir", refusing)
+        with pytest.raises(PermissionError, match="b'"):
+            find_images(tmp_path)
 
 
 @pytest.mark.parametrize("names", [[str(n) for n in range(12)], ["00", "03", "11"], ["7"]])

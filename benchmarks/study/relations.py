@@ -23,6 +23,7 @@ FIGURES = (
     "KID-efficientnet'",
 )
 TO_DATA = "FD-efficientnet"
+LARGE = 9.5  # a deviation that has two digits before its point
 LEAST = 5  # runs in a rank correlation
 
 SPEARMAN = f"""Spearman's rank correlation with {DECIDES}, over all runs that have the same teacher, whatever
@@ -136,4 +137,6 @@ def cell(values: Sequence[float]) -> str:
     if not values:
         return ""
     mean, deviation = spread(values)
-    return f"{mean:.3g}" if math.isnan(deviation) else f"{mean:.3g} ± {deviation:.1g}"
+    if math.isnan(deviation):
+        return f"{mean:.3g}"
+    return f"{mean:.3g} ± {deviation:.0f}" if deviation >= LARGE else f"{mean:.3g} ± {deviation:.1g}"
