@@ -113,8 +113,9 @@ def main() -> None:
             parts["memory"] = partial(memory, recipe, pair, size, options.rho)
         parts["sampling"] = partial(sampling, recipe, pair, options.images, options.steps)
         parts["bf16"] = partial(bf16_error, recipe, pair, min(STATES, options.images))
-        for name in [name for name in parts if name in options.parts]:
-            report.part(f"{options.recipes[number]}, {name}", parts[name])
+        for name, work in parts.items():
+            if name in options.parts:
+                report.part(f"{options.recipes[number]}, {name}", work)
     report.show()
     if not any(report.tables.values()):
         raise UserError("nothing could be measured; the lines above say why")

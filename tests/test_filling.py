@@ -10,7 +10,7 @@ import torch
 
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.model import DiffusionModel, filling, load_model
-from ldm_dkdm.model.filling import MOST, PROBES, SHARE, Memory, filled, fitting
+from ldm_dkdm.model.filling import FRACTION, MOST, PROBES, Memory, filled, fitting
 from ldm_dkdm.model.ranks import ALONE, Ranks
 from tests.cli import sample
 
@@ -55,7 +55,7 @@ def model_on(monkeypatch: pytest.MonkeyPatch, teacher_folder: Path) -> Callable[
 
 def room_for(images: int) -> int:
     """Free bytes that just suffice."""
-    return round((FIXED + images * EACH) / SHARE) + 1
+    return round((FIXED + images * EACH) / FRACTION) + 1
 
 
 @pytest.mark.parametrize(("free", "batch"), [(room_for(128), 128), (room_for(127), 64), (10**9, MOST), (0, 1)])
@@ -79,7 +79,7 @@ def test_a_few_images_are_measured(model_on: Callable[[FakeMemory], DiffusionMod
 def test_decoding_in_parts_hides_no_prediction(
     decoding: int, batch: int, model_on: Callable[[FakeMemory], DiffusionModel]
 ) -> None:
-    memory = FakeMemory(room_for(40), round(decoding * SHARE))  # more than the predictions that are measured
+    memory = FakeMemory(room_for(40), round(decoding * FRACTION))  # more than the predictions that are measured
     assert filled(model_on(memory), SamplingConfig(count=1000)).batch_size == batch
 
 

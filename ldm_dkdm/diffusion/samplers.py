@@ -75,7 +75,7 @@ def ddim(
     for step, following in _downwards(timesteps or of_ddim(schedule, steps), end):
         t = torch.full((len(x),), step, device=x.device)
         x_0 = denoise(x, t, label).x_0
-        eps = x0_to_eps(schedule, x, t, x_0)  # in pixel space x_0 is clipped, and eps follows from it
+        eps = x0_to_eps(schedule, x, t, x_0)  # again, since pixel space clips x_0
         abar = schedule.alphas_cumprod[step].item()
         abar_next = schedule.alphas_cumprod[following].item() if following >= 0 else 1.0
         sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5

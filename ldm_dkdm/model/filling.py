@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MOST = 1024
 PROBES = (4, 12)  # images of the two calls that are measured
-SHARE = 0.8  # of the free memory that a batch may take
+FRACTION = 0.8  # of the free memory, for a batch
 
 
 class Memory:
@@ -75,7 +75,7 @@ def fitting(few: int, more: int, free: int) -> int:
     256
     """
     each = max(0.0, (more - few) / (PROBES[1] - PROBES[0]))
-    room = SHARE * free - (more - PROBES[1] * each)
+    room = FRACTION * free - (more - PROBES[1] * each)
     if room < each or room <= 0:
         return 1
     images = MOST if room >= MOST * each else int(room / each)

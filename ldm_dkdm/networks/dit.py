@@ -141,7 +141,7 @@ class LabelEmbedder(nn.Module):
     Args:
         classes: labels are 0..classes-1, and `null_label` = classes if it exists.
         width: width of the embedding.
-        dropout: probability of the replacement; at 0 there is no null label.
+        dropout: probability of the replacement; with 0 the table lacks the null label.
     """
 
     def __init__(self, classes: int, width: int, dropout: float) -> None:

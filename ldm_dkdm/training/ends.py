@@ -182,7 +182,7 @@ class EarlyStop(EarlyEnd):
             self._end_window(trainer, figures[self.config.monitor])
 
     def _end_window(self, trainer: L.Trainer, mean: float) -> None:
-        if self._judge(mean):  # in all processes alike
+        if self._judge(mean):  # the same in all processes
             gather_average(trainer)
             if trainer.is_global_zero:
                 self.on_best(trainer)

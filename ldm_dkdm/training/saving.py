@@ -153,7 +153,7 @@ def sweep(folder: Path) -> None:
 
 
 def refuse_divergence(trainer: L.Trainer, weights: Iterable[Tensor] = ()) -> None:
-    """End a run whose loss is no longer finite, or whose weights' norms overflow."""
+    """End a run whose loss is infinite or NaN, or whose weights' norms overflow."""
     figures = [
         torch.as_tensor(figures_of(trainer.lightning_module)["loss"]),
         *(local(weight.detach()).norm() for weight in weights),
