@@ -2,7 +2,7 @@
 
 RECIPE or RECIPE+STUDENT (a file in configs/students). Writes a checkpoint with random weights in CompVis's or
 guided-diffusion's layout (2.4 GB for ffhq256, in a temporary folder), runs `scripts/dkdm_ldm.py` on it at
-batch 2 for two steps, and prints seconds and peak memory.
+batch 2 for two steps, and prints seconds of the whole command and its peak memory.
 """
 
 import argparse
@@ -12,19 +12,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from common import ROOT, finish, guarded
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from ldm_dkdm.checkpoints.contents import schedule_of  # noqa: E402
-from ldm_dkdm.config.load import load_config  # noqa: E402
-from ldm_dkdm.config.registry import build  # noqa: E402
-from ldm_dkdm.config.schema import DistillRun  # noqa: E402
-from ldm_dkdm.first_stage import FIRST_STAGES  # noqa: E402
-from ldm_dkdm.networks import NETWORKS  # noqa: E402
-from tests.parts import write_compvis_checkpoint  # noqa: E402
+from ldm_dkdm.checkpoints.contents import schedule_of
+from ldm_dkdm.config.load import load_config
+from ldm_dkdm.config.registry import build
+from ldm_dkdm.config.schema import DistillRun
+from ldm_dkdm.device import default_device
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.first_stage import FIRST_STAGES
+from ldm_dkdm.networks import NETWORKS
+from tests.parts import write_compvis_checkpoint
 
 
 def main() -> None:
@@ -34,10 +35,14 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "32"])
+    parser.add_argument("-o", "--out", type=Path, help="JSON file")
     arguments = parser.parse_args()
+    sizes = {"batch": arguments.batch_size, "steps": arguments.steps, "precision": arguments.precision}
+    rows = []
     for recipe in arguments.recipes:
         with tempfile.TemporaryDirectory() as folder:
-            run(recipe, Path(folder), arguments.batch_size, arguments.steps, arguments.precision)
+            rows.append(run(recipe, Path(folder), **sizes))
+    finish(arguments.out, default_device("auto"), rows, what="whole commands of the recipes at full size", **sizes)
 
 
 def write_teacher(config: DistillRun, folder: Path) -> Path:
@@ -51,8 +56,12 @@ def write_teacher(config: DistillRun, folder: Path) -> Path:
     return write_compvis_checkpoint(folder / "model.ckpt", unet, vq, schedule_of(config.diffusion))
 
 
-def run(recipe: str, folder: Path, batch: int, steps: int, precision: str) -> None:
-    """Distil from a random teacher for a few steps."""
+def run(recipe: str, folder: Path, batch: int, steps: int, precision: str) -> dict[str, Any]:
+    """Distil from a random teacher for a few steps; seconds and gigabytes.
+
+    Raises:
+        UserError: the run has failed.
+    """
     name, _, student = recipe.partition("+")
     bases = [ROOT / "configs" / f"{name}.yaml"] + ([ROOT / "configs/students" / f"{student}.yaml"] if student else [])
     checkpoint = write_teacher(load_config(bases), folder)
@@ -69,11 +78,9 @@ def run(recipe: str, folder: Path, batch: int, steps: int, precision: str) -> No
     started = time.perf_counter()
     _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
     if status:
-        sys.exit(f"{recipe}: failed")
-    seconds, peak = time.perf_counter() - started, usage.ru_maxrss / 1e6
-    metrics = (folder / "logs" / "run" / "metrics.csv").read_text().strip()
-    print(f"{recipe}: {steps} steps at batch {batch}: {seconds:.0f} s in total, peak memory {peak:.1f} GB\n{metrics}")
+        raise UserError(f"{recipe}: failed")
+    return {"recipe": recipe, "s": time.perf_counter() - started, "peak GB": usage.ru_maxrss * 1024 / 1e9}
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main, "name a smaller --batch_size")

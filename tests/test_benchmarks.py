@@ -79,6 +79,34 @@ def test_students_are_measured_beside_their_teachers(runs: list[Path], tmp_path:
     assert "slope" not in found and (tmp_path / "teachers.png").is_file()
 
 
+def test_the_demo_is_measured_beside_its_teacher(runs: list[Path], teacher_folder: Path, tmp_path: Path) -> None:
+    words = ("--count", 66, "-c", 2, "--chains", 1, "-n", 2, "--timed_steps", 2, "--rounds", 1)
+    benchmark("demo.py", runs[0], *words, "-o", tmp_path / "demo.json")
+    rows = {row["figure"]: row for row in json.loads((tmp_path / "demo.json").read_text())["rows"]}
+    assert rows["M parameters"]["student"] == load_model(runs[0]).parameters / 1e6
+    found = measure(runs[0], metrics=["pixel-frechet"], reference=teacher_folder, count=66, steps=2)
+    assert rows["pixel Frechet"]["student"] == pytest.approx(found.figures["pixel Frechet"], rel=1e-4)
+    assert rows["pixel Frechet"]["teacher"] > 0 and rows["images/s"]["teacher"] > 0  # other seeds
+    assert rows["agreement_q1"]["student"] > 0 and rows["agreement_q1"]["teacher"] == ""
+
+
+def test_processes_are_timed_by_the_steps_that_count(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from processes import SLOWER, rate_of, row_of
+
+    recipe = write_yaml(tmp_path / "small.yaml", distill_config(teacher_folder, tmp_path))
+    rate = rate_of(str(recipe), 1, 1, tmp_path / "run", steps=4)
+    rows = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
+    seconds = [float(row[rows[0].index("seconds")]) for row in rows[1:]]
+    assert len(seconds) == SLOWER + 4 and rate == pytest.approx(4 / (seconds[-1] - seconds[-5]))
+    row = row_of("small", 2, 1, {1: [2.0, 3.0, 9.0], 2: [6.0]})
+    assert row["steps/s"] == 6 and row["ratio"] == 2
+    with pytest.raises(UserError, match="nothing"):
+        rate_of("nothing.yaml", 1, 1, tmp_path / "other", steps=4)
+
+
 def test_the_tables_of_the_documentation_are_those_of_the_figures() -> None:
     benchmark("pages.py", "--check")
 

@@ -1,0 +1,81 @@
+"""One process with all threads beside processes that share them: python benchmarks/processes.py quickstart
+
+Whole runs of a recipe in turns, each with the same batch in all; steps a second after the first ones, from metrics.csv.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, finish, guarded
+
+from ldm_dkdm.device import default_device
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.reports.tables import read_series
+
+QUICK = (  # no preparation, no figures, no grids
+    "distill.warmup.mode=noise",
+    "distill.warmup.t_cap=null",
+    "distill.rho=0.1",
+    "teacher.check=false",
+    "trainer.max_minutes=null",
+    "logging.sample_every=1000000",
+    "logging.save_every=1000000",
+    "logging.evaluate_every=0",
+)
+SLOWER = 10  # steps at the start that do not count
+
+
+def main() -> None:
+    """Train a recipe with both, in turns."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--steps", type=int, default=60, help="steps of a run that count")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("-o", "--out", type=Path, help="JSON file")
+    options = parser.parse_args()
+    if options.processes < 2:
+        raise UserError("processes: at least 2")
+    threads = {1: options.processes, options.processes: 1}
+    rates: dict[int, list[float]] = {processes: [] for processes in threads}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(options.rounds):
+            for processes, each in threads.items():
+                place = Path(folder) / f"{number}-{processes}"
+                rates[processes].append(rate_of(options.recipe, processes, each, place, options.steps))
+    rows = [row_of(options.recipe, processes, threads[processes], rates) for processes in threads]
+    finish(options.out, default_device("auto"), rows, what="steps a second of processes", rounds=options.rounds)
+
+
+def row_of(recipe: str, processes: int, threads: int, rates: dict[int, list[float]]) -> dict[str, Any]:
+    """Steps a second with so many processes, and their ratio to those of one: medians over rounds."""
+    rate = statistics.median(rates[processes])
+    shared = {"recipe": recipe, "processes": processes, "threads of each": threads, "steps/s": rate}
+    return {**shared, "ratio": rate / statistics.median(rates[1])}
+
+
+def rate_of(recipe: str, processes: int, threads: int, run: Path, steps: int) -> float:
+    """Steps a second of a run.
+
+    Raises:
+        UserError: the run has failed; its last line.
+    """
+    place = [f"logging.dir={run.parent}", f"logging.name={run.name}", "logging.log_every=1"]
+    length = [f"trainer.max_steps={steps + SLOWER}", f"trainer.devices={processes}"]
+    command = [sys.executable, "-m", "ldm_dkdm", "distill", "--base", recipe, *QUICK, *length, *place]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError((done.stderr.strip().splitlines() or ["no output"])[-1])
+    seconds = read_series([run / "metrics.csv"])["seconds"].values
+    return steps / (seconds[-1] - seconds[-1 - steps])
+
+
+if __name__ == "__main__":
+    guarded(main, "name fewer --processes")
