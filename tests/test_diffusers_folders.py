@@ -58,6 +58,12 @@ def test_formats_without_these_constants_refuse_them(tmp_path: Path) -> None:
         load_model(tmp_path / "in").save(tmp_path / "out.pt", "adm")
 
 
+def test_formats_without_such_unets_refuse_one_without_a_middle_block(tmp_path: Path) -> None:
+    DDPMPipeline(UNet2DModel(**{**BASE, "mid_block_type": None}), DDPMScheduler(40)).save_pretrained(tmp_path / "in")
+    with pytest.raises(UserError, match="no UNet without a middle block; choose diffusers or safetensors"):
+        load_model(tmp_path / "in").save(tmp_path / "out.pt", "adm")
+
+
 def test_a_square_sample_size_may_be_a_pair(tmp_path: Path) -> None:
     DDPMPipeline(UNet2DModel(**{**BASE, "sample_size": (16, 16)}), DDPMScheduler(40)).save_pretrained(tmp_path)
     assert load_model(tmp_path).shape == (3, 16, 16)

@@ -65,6 +65,8 @@ def outputs(ours: torch.nn.Module, theirs: UNet2DModel, label: torch.Tensor | No
         {},
         {"out_channels": 6, "resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 32, **RESNETS},
         {"num_class_embeds": 5, "layers_per_block": 2},
+        {"mid_block_type": None},
+        {"mid_block_type": None, "resnet_time_scale_shift": "scale_shift"},  # the norm groups are the middle's
         {
             "block_out_channels": (32, 64, 96),
             "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
@@ -92,6 +94,8 @@ def test_a_pipeline_of_the_library_is_read_and_written_back_bit_for_bit(change: 
         {"channel_mult": [1, 2], "attention_resolutions": [2]},
         {"channel_mult": [1, 2], "attention_resolutions": [2], "resblock_updown": False, "out_channels": 3},
         {"channel_mult": [1, 2], "attention_resolutions": [2], "num_classes": 6, "use_scale_shift_norm": False},
+        {"middle_block": False},
+        {"middle_block": False, "attention_resolutions": [], "num_heads": 1, "num_head_channels": -1},
     ],
 )
 def test_our_pixel_networks_compute_the_same_in_the_library(change: dict[str, Any], tmp_path: Path) -> None:

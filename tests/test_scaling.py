@@ -49,6 +49,23 @@ def test_the_same_architecture_is_copied_bit_for_bit(params: dict[str, object]) 
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("params", [{}, ADM, {"num_res_blocks": 2}])
+def test_a_student_without_the_middle_block_has_copies_of_all_other_blocks(params: dict[str, object]) -> None:
+    teacher, student = unet(64, **params), randomised(unet(64, **params, middle_block=False), seed=9)
+    report = slice_teacher(student, teacher)
+    assert (report.sliced, report.random) == (0, 0) and report.copied == len(list(student.parameters()))
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 9])
+    teacher.middle_block = nn.ModuleList()
+    assert torch.equal(student(x, t), teacher(x, t))
+    assert not any("middle_block" in name for name in student.state_dict())
+
+
+def test_a_budget_keeps_the_teacher_s_shape_without_a_middle_block() -> None:
+    params = unet_within_budget({**TEACHER, "middle_block": False}, parse_budget("50M"))
+    whole = unet_within_budget(TEACHER, parse_budget("50M"))
+    assert params["middle_block"] is False and params["model_channels"] > whole["model_channels"]
+
+
 def test_plain_channels_are_the_leading_ones() -> None:
     assert sliced_index("input_blocks.0.0.weight", 0) == list(range(32))
     assert sliced_index("middle_block.0.in_layers.2.weight", 1) == list(range(64))

@@ -31,12 +31,12 @@ UNET_ENDS = {
 }
 MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-# Options at which UNet2DModel computes the same as our UNet; the first is assumed for an absent key.
+# Options at which UNet2DModel computes what our UNet can; the first is assumed for an absent key.
 UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
     "time_embedding_dim": (None,),
-    "mid_block_type": ("UNetMidBlock2D",),
+    "mid_block_type": ("UNetMidBlock2D", None),
     "mid_block_scale_factor": (1,),
     "act_fn": ("silu",),
     "norm_num_groups": (32,),
@@ -106,13 +106,14 @@ def unet_config(params: Mapping[str, Any]) -> dict[str, Any]:
     if not params.get("conv_resample", True):
         raise UserError("format: diffusers has no UNet that resamples without weights (conv_resample: false)")
     updown = params.get("resblock_updown", False)
+    middle = params.get("middle_block", True)
     head = params.get("num_head_channels", -1)
     if head == -1:
-        per_level = {w // params.get("num_heads", 1) for w, on in zip(widths, attends, strict=True) if on}
-        per_level.add(widths[-1] // params.get("num_heads", 1))  # middle block
+        attending = [width for width, on in zip(widths, attends, strict=True) if on] + [widths[-1]] * middle
+        per_level = {width // params.get("num_heads", 1) for width in attending}
         if len(per_level) > 1:
             raise UserError(f"format: diffusers has one head width for all levels, this model has {sorted(per_level)}")
-        (head,) = per_level
+        head = per_level.pop() if per_level else UNET_DEFAULTS["attention_head_dim"]
     return {
         "_class_name": "UNet2DModel",
         "sample_size": params["image_size"],
@@ -131,6 +132,7 @@ def unet_config(params: Mapping[str, Any]) -> dict[str, Any]:
         **{key: allowed[0] for key, allowed in UNET_FIXED.items()},
         **{theirs: params.get(ours, usual) for theirs, (ours, usual) in CONSTANTS.items()},
         "attn_norm_num_groups": 32 if params.get("use_scale_shift_norm", False) else None,
+        "mid_block_type": UNET_FIXED["mid_block_type"][0 if middle else 1],
     }
 
 
@@ -144,7 +146,9 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(f"{source}: {key}: {config[key]!r} is not supported, only {allowed[0]!r}")
     get = {**UNET_DEFAULTS, **config}.__getitem__
-    if get("resnet_time_scale_shift") == "scale_shift" and config.get("attn_norm_num_groups") is None:
+    middle = config.get("mid_block_type", "") is not None
+    scales = get("resnet_time_scale_shift") == "scale_shift"
+    if scales and middle and config.get("attn_norm_num_groups") is None:
         raise UserError(
             f"{source}: attn_norm_num_groups: None leaves the middle attention without its norm; only 32 works"
         )
@@ -175,9 +179,10 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
         "num_res_blocks": get("layers_per_block"),
         "attention_resolutions": [2**level for level, on in enumerate(attends) if on],
         "channel_mult": multiples(widths, widths[0]),
-        "use_scale_shift_norm": get("resnet_time_scale_shift") == "scale_shift",
+        "use_scale_shift_norm": scales,
         "resblock_updown": updown,
         **({"dropout": get("dropout")} if get("dropout") else {}),
+        **({} if middle else {"middle_block": False}),
         **head,
         **classes,
         **constants,

@@ -51,6 +51,8 @@ def require_eps_unet(model: SavedModel, code_base: str) -> None:
     constants = [key for key, usual in CONSTANTS.values() if model.node.params.get(key, usual) != usual]
     if constants:
         raise UserError(f"format: {code_base} has no {', '.join(constants)}; choose diffusers or safetensors")
+    if not model.node.params.get("middle_block", True):
+        raise UserError(f"format: {code_base} has no UNet without a middle block; choose diffusers or safetensors")
     kind = model.node.parameterization
     if kind != "eps":
         raise UserError(

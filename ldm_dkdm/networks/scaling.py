@@ -63,7 +63,8 @@ def _admissible_widths(params: Mapping[str, Any]) -> list[int]:
     full = arguments.arguments
     heads = full["num_heads"] if full["num_head_channels"] == -1 else full["num_head_channels"]
     mults = [Fraction(mult).limit_denominator(full["model_channels"]) for mult in full["channel_mult"]]
-    attends = [2**level in full["attention_resolutions"] for level in range(len(mults) - 1)] + [True]
+    attends = [2**level in full["attention_resolutions"] for level in range(len(mults))]
+    attends[-1] = attends[-1] or full["middle_block"]
     units = [math.lcm(32, heads) if on else 32 for on in attends]
     # width * p/q is a multiple of a unit where the width is one of unit * q / gcd(unit * q, p)
     whole = [(unit * mult.denominator, mult.numerator) for unit, mult in zip(units, mults, strict=True)]
@@ -186,7 +187,8 @@ def _layers(unet: UNet) -> Iterator[tuple[tuple[Any, ...], nn.Module, int]]:
             yield ("in", k // per_level, k % per_level, *_kind(layer)), layer, 0
     for k, layer in enumerate(unet.middle_block):
         yield ("middle", levels, k), layer, 0
-    for k, (before, block) in enumerate(pairwise([unet.middle_block, *unet.output_blocks])):
+    innermost = unet.middle_block if len(unet.middle_block) else unet.input_blocks[-1]
+    for k, (before, block) in enumerate(pairwise([innermost, *unet.output_blocks])):
         level, inside = divmod(len(unet.output_blocks) - 1 - k, per_level)
         place = "innermost" if inside == per_level - 1 else inside
         skip = _residual(block).channels - _residual(before).out_channels

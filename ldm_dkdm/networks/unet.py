@@ -44,6 +44,8 @@ class UNet(nn.Module):
         use_checkpoint: recompute activations in the backward pass to save memory.
         freq_shift, cosines_first, downsample_padding, norm_eps: constants of layers; DDPM's code, and diffusers'
             google/ddpm-* models after it, have 1, False, 0 and 1e-6.
+        middle_block: two residual blocks with attention between them at the deepest level; without them a student costs
+            less and keeps its teacher's other blocks (BK-SDM, ECCV 2024). CompVis's and ADM's always have them.
     """
 
     def __init__(
@@ -68,13 +70,14 @@ class UNet(nn.Module):
         cosines_first: bool = True,
         downsample_padding: int = 1,
         norm_eps: float = 1e-5,
+        middle_block: bool = True,
     ) -> None:
         super().__init__()
         _check_levels(image_size, channel_mult, attention_resolutions, num_res_blocks)
         _check_constants(dropout, downsample_padding, norm_eps, num_heads, fixed=num_head_channels != -1)
         widths = level_widths(model_channels, channel_mult)
         attends = [2**level in attention_resolutions for level in range(len(widths))]
-        _check_widths(widths, attends, num_heads, num_head_channels)
+        _check_widths(widths, [*attends[:-1], attends[-1] or middle_block], num_heads, num_head_channels)
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.num_classes = model_channels, num_classes
         self.use_checkpoint, self.freq_shift, self.cosines_first = use_checkpoint, freq_shift, cosines_first
@@ -95,7 +98,8 @@ class UNet(nn.Module):
         stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.input_blocks, skips = _input_blocks(parts, stem, widths, attends, num_res_blocks)
         deepest = widths[-1]
-        self.middle_block = nn.ModuleList([res(deepest, deepest), attention(deepest), res(deepest, deepest)])
+        middle = [res(deepest, deepest), attention(deepest), res(deepest, deepest)] if middle_block else []
+        self.middle_block = nn.ModuleList(middle)
         self.output_blocks = _output_blocks(parts, widths, attends, num_res_blocks, skips)
         self.out = nn.Sequential(group_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], out_channels, 3, padding=1))
         zero_init(self.out[-1])
@@ -217,7 +221,7 @@ def level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[int
 
 
 def _check_widths(widths: Sequence[int], attends: Sequence[bool], heads: int, head_channels: int) -> None:
-    """Refuse widths without whole norm groups, or whole heads where there is attention (always in the middle)."""
+    """Refuse widths without whole norm groups, or whole heads where there is attention."""
     for level, channels in enumerate(widths):
         if channels < 1:
             raise UserError(f"model_channels: channel_mult leaves no channels at level {level}")
@@ -225,7 +229,6 @@ def _check_widths(widths: Sequence[int], attends: Sequence[bool], heads: int, he
             raise UserError(
                 f"model_channels: channel_mult gives level {level} {channels} channels, no multiple of 32 (GroupNorm)"
             )
-        attention = attends[level] or level == len(widths) - 1
-        if attention and channels % (heads if head_channels == -1 else head_channels):
+        if attends[level] and channels % (heads if head_channels == -1 else head_channels):
             name = "num_heads" if head_channels == -1 else "num_head_channels"
             raise UserError(f"{name}: {channels} channels of level {level} do not divide into the heads asked for")
