@@ -19,7 +19,8 @@ HINTS: dict[str, Any] = {"use_new_attention_order": False, "schedule": "cosine",
 HALF = {"model_channels": 64, "channel_mult": [1, 1.5, 2]}
 ADM_512 = {"model_channels": 64, "channel_mult": [0.5, 1, 1, 2], "attention_resolutions": [2, 8]}
 POOLING = {"conv_resample": False, "channel_mult": [1, 2, 2], "num_res_blocks": 2}
-UNUSUAL = [HALF, ADM_512, POOLING, {"conv_resample": False}, {**POOLING, "attention_resolutions": []}]
+NO_MIDDLE = {"middle_block": False}
+UNUSUAL = [HALF, ADM_512, POOLING, {"conv_resample": False}, {**POOLING, "attention_resolutions": []}, NO_MIDDLE]
 
 
 def saved(unet: UNet, path: Path) -> Path:
