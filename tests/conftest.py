@@ -15,6 +15,16 @@ from tests.cli import run_script
 from tests.digits import train
 from tests.parts import first_stage_folder, model_folder
 
+LONGEST = {
+    *("test_ranks", "test_wheel", "test_distributed", "test_docs", "test_benchmarks"),
+    *("test_first_stage_training", "test_hostile_content", "test_fuzzed_files"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker begins one of them when the others are done."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def first_stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
