@@ -135,11 +135,12 @@ class Clock:
         return self.now
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "cooldown"])
 def test_a_time_limit_ends_a_run_with_the_learning_rate_and_more_time_goes_on(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    schedule: str, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ends, "time", Clock())
-    trainer = {"max_steps": 50, "max_minutes": 1.0, "lr_schedule": "cosine"}
+    trainer = {"max_steps": 50, "max_minutes": 1.0, "lr_schedule": schedule}
     base = distil_config(teacher, tmp_path, "short", trainer=trainer, logging={"save_every": 3})
     run = tmp_path / "short"
     assert distil("--base", base) == 0
