@@ -65,3 +65,19 @@ def test_a_training_step_is_the_weighted_simple_loss_plus_lambda_times_vlb(vlb_w
     weighted = loss_weight(SCHEDULE, T, "v", 5.0) * simple_loss(target.eps, prediction.eps)
     expected = weighted.mean() + vlb_weight * vlb_loss(SCHEDULE, x, T, target, prediction, vlb_weight == 1).mean()
     torch.testing.assert_close(module.training_step(DistillBatch(x, T, target), 0), expected)
+
+
+def test_the_learning_rate_follows_its_schedule_by_steps_or_by_time() -> None:
+    network = Fixed(randn(5, channels=3).float())
+    model = DiffusionModel(network, schedule=SCHEDULE, space="latent", shape=(3, 4, 4))
+
+    def factors(schedule: str, time_used: float = 0.0) -> list[float]:
+        config = TrainerConfig(max_steps=100, learning_rate=1.0, lr_schedule=schedule, lr_warmup=4)
+        module = StudentModule(model, LossConfig(), config)
+        module.time_used = time_used
+        return [module._lr_factor(step) for step in (0, 10, 70, 85, 100)]
+
+    assert factors("constant") == pytest.approx([0.2, 1, 1, 1, 1])
+    assert factors("cosine")[2:] == pytest.approx([0.206107, 0.054497, 0], abs=1e-6)
+    assert factors("cooldown") == pytest.approx([0.2, 1, 1, 0.5, 0])
+    assert factors("cooldown", 0.85) == pytest.approx([0.1, 0.5, 0.5, 0.5, 0])
