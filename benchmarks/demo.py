@@ -22,11 +22,13 @@ def main() -> None:
     """Time, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--count", type=int, default=512, help="images that are measured")
-    parser.add_argument("-c", "--steps", type=int, default=20, help="their DDIM steps")
-    parser.add_argument("--chains", type=int, default=16, help="of the teacher, on whose states errors are measured")
-    parser.add_argument("-n", "--images", type=int, default=64, help="images that are timed")
-    parser.add_argument("--timed_steps", type=int, default=30, help="DPM-Solver++ steps of those")
+    parser.add_argument("--count", type=int, default=512, help="images of each model whose distances are measured")
+    parser.add_argument("-c", "--steps", type=int, default=20, help="DDIM steps of those images")
+    parser.add_argument(
+        "--chains", type=int, default=16, help="chains of the teacher that give the states of the agreement"
+    )
+    parser.add_argument("-n", "--images", type=int, default=64, help="images whose sampling is timed")
+    parser.add_argument("--timed_steps", type=int, default=30, help="DPM-Solver++ steps of the timed sampling")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-o", "--out", type=Path, help="JSON file")
     options = parser.parse_args()

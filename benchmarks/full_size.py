@@ -42,6 +42,7 @@ def main() -> None:
     for recipe in arguments.recipes:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(run(recipe, Path(folder), **sizes))
+            print(rows[-1], flush=True)
     finish(arguments.out, default_device("auto"), rows, what="whole commands of the recipes at full size", **sizes)
 
 

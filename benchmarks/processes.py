@@ -1,6 +1,7 @@
 """One process with all threads beside processes that share them: python benchmarks/processes.py quickstart
 
-Whole runs of a recipe in turns, each with the same batch in all; steps a second after the first ones, from metrics.csv.
+Whole runs of a recipe in turns on the CPU, the recipe's batch shared by the processes; steps a second after the first
+ones, from metrics.csv.
 """
 
 import argparse
@@ -12,9 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import ROOT, finish, guarded
 
-from ldm_dkdm.device import default_device
+from ldm_dkdm.config.load import load_config
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.reports.tables import read_series
 
@@ -50,7 +52,7 @@ def main() -> None:
                 place = Path(folder) / f"{number}-{processes}"
                 rates[processes].append(rate_of(options.recipe, processes, each, place, options.steps))
     rows = [row_of(options.recipe, processes, threads[processes], rates) for processes in threads]
-    finish(options.out, default_device("auto"), rows, what="steps a second of processes", rounds=options.rounds)
+    finish(options.out, torch.device("cpu"), rows, what="steps a second of processes", rounds=options.rounds)
 
 
 def row_of(recipe: str, processes: int, threads: int, rates: dict[int, list[float]]) -> dict[str, Any]:
@@ -60,6 +62,18 @@ def row_of(recipe: str, processes: int, threads: int, rates: dict[int, list[floa
     return {**shared, "ratio": rate / statistics.median(rates[1])}
 
 
+def share_of(recipe: str, processes: int) -> list[str]:
+    """Overrides with which so many processes make the recipe's batch together, on the CPU.
+
+    Raises:
+        UserError: they do not divide it.
+    """
+    batch = load_config([recipe]).distill.batch_size
+    if batch % processes:
+        raise UserError(f"processes: {processes} do not divide the recipe's batch of {batch}")
+    return [f"trainer.devices={processes}", f"distill.batch_size={batch // processes}", "trainer.accelerator=cpu"]
+
+
 def rate_of(recipe: str, processes: int, threads: int, run: Path, steps: int) -> float:
     """Steps a second of a run.
 
@@ -67,8 +81,8 @@ def rate_of(recipe: str, processes: int, threads: int, run: Path, steps: int) ->
         UserError: the run has failed; its last line.
     """
     place = [f"logging.dir={run.parent}", f"logging.name={run.name}", "logging.log_every=1"]
-    length = [f"trainer.max_steps={steps + SLOWER}", f"trainer.devices={processes}"]
-    command = [sys.executable, "-m", "ldm_dkdm", "distill", "--base", recipe, *QUICK, *length, *place]
+    words = [*QUICK, *share_of(recipe, processes), f"trainer.max_steps={steps + SLOWER}", *place]
+    command = [sys.executable, "-m", "ldm_dkdm", "distill", "--base", recipe, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

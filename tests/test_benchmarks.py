@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from ldm_dkdm import UserError, load_model, measure
+from ldm_dkdm.config.load import load_config
 from tests.cli import distil, write_yaml
 from tests.parts import UNET_PARAMS, VQ_PARAMS, distill_config
 
@@ -94,7 +95,7 @@ def test_processes_are_timed_by_the_steps_that_count(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from processes import SLOWER, rate_of, row_of
+    from processes import SLOWER, rate_of, row_of, share_of
 
     recipe = write_yaml(tmp_path / "small.yaml", distill_config(teacher_folder, tmp_path))
     rate = rate_of(str(recipe), 1, 1, tmp_path / "run", steps=4)
@@ -103,6 +104,11 @@ def test_processes_are_timed_by_the_steps_that_count(
     assert len(seconds) == SLOWER + 4 and rate == pytest.approx(4 / (seconds[-1] - seconds[-5]))
     row = row_of("small", 2, 1, {1: [2.0, 3.0, 9.0], 2: [6.0]})
     assert row["steps/s"] == 6 and row["ratio"] == 2
+    shared = load_config(["quickstart"], share_of("quickstart", 2))
+    assert 2 * shared.distill.batch_size == load_config(["quickstart"]).distill.batch_size == 16
+    assert shared.trainer.devices == 2
+    with pytest.raises(UserError, match="3 do not divide the recipe's batch of 16"):
+        share_of("quickstart", 3)
     with pytest.raises(UserError, match="nothing"):
         rate_of("nothing.yaml", 1, 1, tmp_path / "other", steps=4)
 

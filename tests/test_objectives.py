@@ -75,7 +75,8 @@ def test_the_learning_rate_follows_its_schedule_by_steps_or_by_time() -> None:
         config = TrainerConfig(max_steps=100, learning_rate=1.0, lr_schedule=schedule, lr_warmup=4)
         module = StudentModule(model, LossConfig(), config)
         module.time_used = time_used
-        return [module._lr_factor(step) for step in (0, 10, 70, 85, 100)]
+        (factor,) = module.configure_optimizers()["lr_scheduler"]["scheduler"].lr_lambdas
+        return [factor(step) for step in (0, 10, 70, 85, 100)]
 
     assert factors("constant") == pytest.approx([0.2, 1, 1, 1, 1])
     assert factors("cosine")[2:] == pytest.approx([0.206107, 0.054497, 0], abs=1e-6)

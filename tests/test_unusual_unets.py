@@ -32,7 +32,7 @@ def saved(unet: UNet, path: Path) -> Path:
 def test_the_file_is_the_network(change: dict[str, Any], tmp_path: Path) -> None:
     params = {**UNET_PARAMS, **change}
     unet = randomised(UNet(**params))
-    given = {key: params[key] for key in ("image_size", "num_head_channels")}
+    given = {key: params[key] for key in ("image_size", "num_head_channels", "middle_block") if key in params}
     model = load_model(saved(unet, tmp_path / "x.pt"), **given, **HINTS)
     assert model.node.params["channel_mult"] == params["channel_mult"]
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 40])
@@ -55,6 +55,14 @@ def test_heads_matter_only_where_there_is_attention(tmp_path: Path) -> None:
             UNet(**{**params, **wrong})
     with pytest.raises(UserError, match="num_heads: 64 channels of level 1 do not divide"):
         UNet(**{**UNET_PARAMS, "num_head_channels": -1, "num_heads": 3})
+
+
+def test_without_a_middle_block_heads_matter_only_at_the_levels_with_attention() -> None:
+    params = {**UNET_PARAMS, "model_channels": 96, "channel_mult": [1, 1], "attention_resolutions": []}
+    params |= {"num_head_channels": 64, "middle_block": False}
+    assert not any("qkv" in name for name in UNet(**params).state_dict())
+    assert unet_within_budget(params, 10**9)["model_channels"] == 96
+    assert unet_within_budget({**params, "middle_block": True}, 10**9)["model_channels"] == 64
 
 
 def test_a_width_that_no_norm_group_divides_is_refused() -> None:

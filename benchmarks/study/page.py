@@ -33,13 +33,13 @@ This page is written by `python benchmarks/study/page.py` from `benchmarks/study
 decided before the first run, is `benchmarks/study/plan.yaml`. `make study` makes the runs that are missing.
 
 All tables compare runs of equal student steps, but `batch128`, which makes half the steps with as many samples, those
-of changes together, and the quickstart's, which are of about equal time. Each cell is the mean over seeds ± their
-standard deviation. The ratio is of the deciding figure to that of the first arm of the group; it is **bold** where
-the means differ by more than both deviations together. A prime marks a distance to the samples of the arm's own
-teacher; q1 to q4 are the quarters of t from 0 to T. Calls of the teacher are in thousands of samples: the training,
-and what prepares it (a pool, or images), which arms share where they can. A teacher to itself is its samples with
-other seeds: the distance that is left of a perfect student with so few samples. Minutes are of the training on one
-thread, beside other runs: no measure of speed.
+of changes together, and the changes to the quickstart, which are of about equal time. Each cell is the mean over
+seeds ± their standard deviation. The ratio is of the deciding figure to that of the first arm of the group; it is
+**bold** where the means differ by more than both deviations together. A prime marks a distance to the samples of the
+arm's own teacher; q1 to q4 are the quarters of t from 0 to T. Calls of the teacher are in thousands of samples: the
+training, and what prepares it (a pool, or images), which arms share where they can. A teacher to itself is its
+samples with other seeds: the distance that is left of a perfect student with so few samples. Minutes are of the
+training on one thread, beside other runs: no measure of speed.
 """
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]

@@ -175,6 +175,8 @@ def features_of(network: nn.Module) -> Features:
     encoder = len(network.input_blocks)
     found: Features = {}
     for place, features in enumerate(RECORDED[network]):
+        if place == encoder and not len(network.middle_block):
+            continue  # the encoder's once more
         part = "input" if place < encoder else "middle" if place == encoder else "output"
         found[part, features.shape[-1]] = features
     return found

@@ -144,7 +144,8 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """
     for key, allowed in UNET_FIXED.items():
         if config.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{source}: {key}: {config[key]!r} is not supported, only {allowed[0]!r}")
+            known = " or ".join(map(repr, allowed))
+            raise UserError(f"{source}: {key}: {config[key]!r} is not supported, only {known}")
     get = {**UNET_DEFAULTS, **config}.__getitem__
     middle = config.get("mid_block_type", "") is not None
     scales = get("resnet_time_scale_shift") == "scale_shift"

@@ -62,8 +62,6 @@ def _inferred(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> dic
     }
     if pools:
         params["conv_resample"] = False
-    if not any(name.startswith("middle_block.") for name in tensors):
-        params["middle_block"] = False
     if "label_emb.weight" in tensors:
         params["num_classes"] = tensors["label_emb.weight"].shape[0]
     heads = (

@@ -224,8 +224,8 @@ class TrainerConfig(Section):
     )
     lr_schedule: Literal["constant", "cosine", "cooldown"] = key(
         "constant",
-        help="`cosine` falls to 0 at the end of the run (steps or minutes); "
-        "`cooldown` is constant and falls to 0, linearly, in the last 30%.",
+        help="`cosine` falls to 0 at the end of the run (steps or minutes), `cooldown` in its last 30%, linearly; "
+        "neither knows when an early stop will come.",
     )
     lr_warmup: int = key(0, min=0, help="Steps in which the learning rate rises to its full value.")
     weight_decay: float = key(0.0, min=0, help="Weight decay of AdamW; 0 is Adam.")

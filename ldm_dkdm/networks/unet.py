@@ -33,7 +33,7 @@ class UNet(nn.Module):
         model_channels: base width.
         num_res_blocks: residual blocks per level.
         attention_resolutions: DOWNSAMPLING FACTORS at which attention acts (CompVis's convention); at least one
-            of them must occur, others may not; [] leaves attention to the middle block.
+            of them must occur, others may not; [] leaves attention to the middle block, if there is one.
         channel_mult: width of each level in units of `model_channels`; fractions such as 1.5 are rounded down to
             whole channels, as in guided-diffusion.
         dropout: probability in the residual blocks.
@@ -198,7 +198,7 @@ def _check_levels(size: int, mults: Sequence[float], attention: Sequence[int], b
     if attention and not set(attention) & set(factors):
         raise UserError(
             f"attention_resolutions: none of {list(attention)} is a downsampling factor of this network, which has "
-            f"{', '.join(map(str, factors))}; they are factors, not sides; [] leaves attention to the middle block"
+            f"{', '.join(map(str, factors))}; factors, not sides; [] leaves attention to the middle block alone"
         )
 
 
