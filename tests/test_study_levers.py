@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool
-from ldm_dkdm.config.schema import DistillConfig
+from ldm_dkdm.config.schema import DistillConfig, LossConfig, TrainerConfig
 from ldm_dkdm.diffusion.process import eps_to_x0
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.networks import UNet
@@ -22,7 +22,7 @@ from tests.parts import distill_config, first_stage_folder, model_folder
 
 SCHEDULE = NoiseSchedule(num_timesteps=100)
 SLOTS, SHAPE = 60, (1, 2, 2)
-REPLACED = ((UNet, "forward"), (UNet, "_run"), (StudentModule, "training_step"))
+REPLACED = ((UNet, "forward"), (UNet, "_run"), (StudentModule, "training_step"), (StudentModule, "_lr_factor"))
 
 
 @pytest.fixture
@@ -49,6 +49,12 @@ def pool(t: int | None = None) -> NoisyPool:
 
 def teacher(std: float = 0.5, **options: object) -> DiffusionModel:
     return DiffusionModel(GaussianNetwork(SCHEDULE, 0.3, std), schedule=SCHEDULE, shape=SHAPE, **options)
+
+
+def test_the_learning_rate_cools_down_at_the_end(tried: ModuleType) -> None:
+    tried.install_cooldown()
+    module = StudentModule(teacher(), LossConfig(), TrainerConfig(max_steps=100, learning_rate=1.0, lr_warmup=4))
+    assert [module._lr_factor(step) for step in (0, 70, 85, 100)] == pytest.approx([0.2, 1, 0.5, 0])
 
 
 def test_about_half_of_the_slots_at_low_t_begin_again(tried: ModuleType) -> None:

@@ -24,6 +24,7 @@ from ldm_dkdm.networks.unet import UNet
 from ldm_dkdm.records import DistillBatch, Prediction
 from ldm_dkdm.rng import forked_rng, numpy_generator
 
+COOLDOWN = 0.3  # share of a run, at its end, in which the learning rate falls
 RESTARTED = 0.5  # of the slots that are drawn in the lowest tenth of t
 BINS = 20  # of t, for the losses that guide draws
 FEATURE_WEIGHT = 0.1
@@ -182,7 +183,18 @@ def features_of(network: nn.Module) -> Features:
     return found
 
 
+def install_cooldown() -> None:
+    """The constant learning rate falls to 0, linearly, at the end of the run."""
+    constant = StudentModule._lr_factor
+
+    def factor(self: StudentModule, step: int) -> float:
+        return constant(self, step) * min(1.0, (1 - min(1.0, step / self.config.max_steps)) / COOLDOWN)
+
+    StudentModule._lr_factor = factor  # type: ignore[method-assign]
+
+
 LEVERS: Mapping[str, Callable[[], None]] = {
+    "cooldown": install_cooldown,
     "restart": lambda: install_stream(Restarts),
     "consistent": lambda: install_stream(Consistent),
     "loss-aware": install_loss_aware,

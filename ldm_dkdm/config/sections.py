@@ -222,10 +222,8 @@ class TrainerConfig(Section):
         help="Minutes of training after which a run ends; null: no limit.",
         why="no run takes its first step in less",
     )
-    lr_schedule: Literal["constant", "cosine", "cooldown"] = key(
-        "constant",
-        help="`cosine` falls to 0 at the end of the run (steps or minutes), `cooldown` in its last 30%, linearly; "
-        "neither knows when an early stop will come.",
+    lr_schedule: Literal["constant", "cosine"] = key(
+        "constant", help="`cosine` falls to 0 at the end of the run (steps or minutes)."
     )
     lr_warmup: int = key(0, min=0, help="Steps in which the learning rate rises to its full value.")
     weight_decay: float = key(0.0, min=0, help="Weight decay of AdamW; 0 is Adam.")

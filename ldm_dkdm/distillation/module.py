@@ -13,8 +13,6 @@ from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.records import DistillBatch
 from ldm_dkdm.rng import seed_of
 
-COOLDOWN = 0.3  # share of a run in which the learning rate of `cooldown` falls
-
 
 class StudentModule(L.LightningModule):
     """Regresses the targets of the stream: L'_simple + lambda L'_vlb (DKDM, Alg. 1; with data as target, Alg. 2).
@@ -75,6 +73,4 @@ class StudentModule(L.LightningModule):
         if self.config.lr_schedule == "constant":
             return ramp
         progress = min(1.0, max(step / self.config.max_steps, self.time_used))
-        if self.config.lr_schedule == "cooldown":
-            return ramp * min(1.0, (1 - progress) / COOLDOWN)
         return ramp * 0.5 * (1 + math.cos(math.pi * progress))
