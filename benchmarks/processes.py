@@ -15,21 +15,12 @@ from typing import Any
 
 import torch
 from common import ROOT, finish, guarded
+from versions import QUICK
 
 from ldm_dkdm.config.load import load_config
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.reports.tables import read_series
 
-QUICK = (  # no preparation, no figures, no grids
-    "distill.warmup.mode=noise",
-    "distill.warmup.t_cap=null",
-    "distill.rho=0.1",
-    "teacher.check=false",
-    "trainer.max_minutes=null",
-    "logging.sample_every=1000000",
-    "logging.save_every=1000000",
-    "logging.evaluate_every=0",
-)
 SLOWER = 10  # steps at the start that do not count
 
 
@@ -80,8 +71,8 @@ def rate_of(recipe: str, processes: int, threads: int, run: Path, steps: int) ->
     Raises:
         UserError: the run has failed; its last line.
     """
-    place = [f"logging.dir={run.parent}", f"logging.name={run.name}", "logging.log_every=1"]
-    words = [*QUICK, *share_of(recipe, processes), f"trainer.max_steps={steps + SLOWER}", *place]
+    place = [f"logging.dir={run.parent}", f"logging.name={run.name}", "logging.log_every=1", "logging.evaluate_every=0"]
+    words = [*QUICK, "distill.rho=0.1", *share_of(recipe, processes), f"trainer.max_steps={steps + SLOWER}", *place]
     command = [sys.executable, "-m", "ldm_dkdm", "distill", "--base", recipe, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

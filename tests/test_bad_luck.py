@@ -110,7 +110,9 @@ def test_a_run_goes_on_by_itself_from_the_checkpoint_before_a_damaged_one(
 def test_without_a_whole_checkpoint_the_message_says_what_to_delete(run: Path) -> None:
     for checkpoint in (run / "checkpoints").glob("*.ckpt"):
         flip_in_the_middle(checkpoint)
-    with pytest.raises(UserError, match=r"no whole checkpoint before it: delete \S+checkpoints to begin the run again"):
+    with pytest.raises(
+        UserError, match=r"no intact checkpoint before it: delete \S+checkpoints to begin the run again"
+    ):
         Choice(run / "checkpoints", pools=True)
 
 

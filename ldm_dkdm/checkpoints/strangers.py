@@ -33,7 +33,7 @@ def _of_names(names: set[str]) -> str:
         return "holds FSDP's flat parameters, not named weights; save a full state dict (StateDictType.FULL_STATE_DICT)"
     if holds("encoder.", "decoder."):
         return "is a first stage, not a diffusion model; it belongs in first_stage.ckpt"
-    if holds("down_blocks.", "up_blocks.") or holds("down_blocks.", "mid_block."):
+    if holds("down_blocks."):
         return "is a diffusers network without its config.json; name the folder that holds both"
     if holds("total_t", "total_x_t_1"):
         return "is a pool of noisy states, not a network; it belongs in distill.pool_from"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MOST = 1024
 PROBES = (4, 12)  # images of the two calls that are measured
-FRACTION = 0.8  # of the free memory, for a batch
+FRACTION = 0.8  # largest part of the free memory that a batch takes
 
 
 class Memory:

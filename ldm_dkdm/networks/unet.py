@@ -198,7 +198,7 @@ def _check_levels(size: int, mults: Sequence[float], attention: Sequence[int], b
     if attention and not set(attention) & set(factors):
         raise UserError(
             f"attention_resolutions: none of {list(attention)} is a downsampling factor of this network, which has "
-            f"{', '.join(map(str, factors))}; factors, not sides; [] leaves attention to the middle block alone"
+            f"{', '.join(map(str, factors))}; they are factors, not sides; [] is for attention in no level"
         )
 
 

@@ -21,7 +21,7 @@ from ldm_dkdm.reports.run_files import RunFiles, read_run
 from ldm_dkdm.reports.tables import Series, thinned
 from ldm_dkdm.reports.texts import blocks_of, differences_of, facts_of, names_of, rows_of
 
-REPORT = "report.html"  # in a run folder
+REPORT = "report.html"  # file name of the report in a run folder
 
 
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:

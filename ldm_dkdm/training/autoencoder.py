@@ -119,7 +119,7 @@ def _require_channels(vq: VQModel, config: FirstStageRun) -> None:
         raise UserError(f"loss.perceptual: LPIPS takes grey or RGB images, not {channels} channels; set it to 0")
 
 
-WEIGHTS = "model.safetensors"  # in the folder of a first stage
+WEIGHTS = "model.safetensors"  # file name of the weights in a first stage's folder
 OWN_CHOICES = (
     "lr_schedule",
     "lr_warmup",

@@ -26,7 +26,7 @@ class Windows(StepCallback):
         self.started = 0.0  # seconds at the window's start
         self.totals: dict[str, float | Tensor] = {}  # sums in the current window
         self.counts: dict[str, int] = {}  # batches in these sums
-        self.steps = 0  # of the current window
+        self.steps = 0  # steps in the current window
         self.learning_rate = 0.0
         self.figures: dict[str, float] = {}  # measured in this step
 
