@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from common import Pair, guarded, machine, open_pair, table, write
+from compile_ahead import compile_ahead
 from gpu_parts import Tables, bf16_error, memory, sampling
-from gpu_steps import first_line, measure, peak_flops, rows_of, tab9, variants
+from gpu_steps import BOTH, SHIPPED, first_line, measure, peak_flops, rows_of, tab9, variants
 from public_code import require_clone
 
 from ldm_dkdm.device import compiles, default_device
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.networks.modes import SHAPES
 from ldm_dkdm.reporting import duration
 
 PARTS = ("steps", "memory", "sampling", "bf16")
@@ -83,8 +85,9 @@ TABLES = {  # in the file -> what it has
 
 def steps(recipe: str, pair: Pair, size: int, options: argparse.Namespace, report: Report) -> Tables:
     """The rows of a recipe's steps and of Tab. 9."""
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, torch._dynamo.config.patch(recompile_limit=SHAPES):
         made = variants(pair, size, report.facts["compiled"], options.baseline, stack)
+        made = {name: variant for name, variant in made.items() if name in (options.variants or made)}
         found = measure(made, options.rounds, pair.device, lambda: report.late)
     for name, why in found.left_out.items():
         report.left_out(f"{recipe}, {name}", why)
@@ -105,6 +108,8 @@ def main() -> None:
     print(f"{machine(device)}, matrix products: " + ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in peaks.items()))
     facts = {"compiled": compiling, "rounds": options.rounds, "peak_flops": peaks}
     report = Report(options.out, options.minutes, device, **facts)
+    if compiling and options.ahead and "steps" in options.parts:
+        ahead(options, report)
     for number, (recipe, batch) in enumerate(map(named, options.recipes)):
         pair = open_pair(recipe, precision="32")
         size = batch or options.batch_size or pair.config.distill.batch_size
@@ -119,6 +124,18 @@ def main() -> None:
     report.show()
     if not any(report.tables.values()):
         raise UserError("nothing could be measured; the lines above say why")
+
+
+def ahead(options: argparse.Namespace, report: Report) -> None:
+    """Compile both networks of every recipe, with and without graphs, in processes of their own."""
+    wanted = [name for name in (SHIPPED, BOTH) if name in (options.variants or (SHIPPED, BOTH))]
+    words = ["--compile", options.compile]
+    words += ["--batch_size", str(options.batch_size)] if options.batch_size else []
+    started = time.monotonic()
+    count = compile_ahead(Path(__file__), options.recipes, wanted, words, started + 60 * options.ahead)
+    seconds = time.monotonic() - started
+    report.facts["compiled ahead"] = f"{count} of {len(options.recipes) * len(wanted)} in {duration(seconds)}"
+    print(f"compiled ahead: {report.facts['compiled ahead']}", flush=True)
 
 
 def named(word: str) -> tuple[str, int | None]:
@@ -140,13 +157,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("recipes", nargs="*", default=recipes, metavar="RECIPE", help="or RECIPE=BATCH")
     parser.add_argument("--batch_size", type=int, help="default: the recipe's, which is the paper's")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="of the steps; default: all")
     parser.add_argument("--rounds", type=int, default=10, help="steps of each variant")
     parser.add_argument("--rho", type=float, nargs="+", default=[0.4, 1, 4], help="sizes of the first recipe's pool")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("-c", "--steps", type=int, default=20, help="DDIM steps of the sampling")
     parser.add_argument("--compile", default="auto", choices=["auto", "true", "false"])
     parser.add_argument("--baseline", type=Path, metavar="CLONE", help="a clone of the public code, to time its step")
-    parser.add_argument("--minutes", type=float, default=7.0, help="begin no part after so many")
+    parser.add_argument("--ahead", type=float, default=3.0, help="minutes for compiling beside each other; 0: not")
+    parser.add_argument("--minutes", type=float, default=7.0, help="begin no part after so many, with those of --ahead")
     parser.add_argument("-o", "--out", type=Path, help="JSON file")
     return parser.parse_args()
 

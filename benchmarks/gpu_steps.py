@@ -24,9 +24,14 @@ from ldm_dkdm.networks.modes import replayed, stored_in_bf16
 
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices that are multiplied
 PUBLIC, SHIPPED, LAST = "public code", "as shipped", "bf16, teacher stored, channels_last"
-HOST, GRAPHS, BOTH = (f"{SHIPPED}, {what}" for what in ("pool in host memory", "graphs", "graphs of both networks"))
+HOST, TUNED, GRAPHS, BOTH = (
+    f"{SHIPPED}, {what}"
+    for what in ("pool in host memory", "cudnn.benchmark", "graphs of the teacher", "graphs of both networks")
+)
+TUNED_GRAPHS = f"{BOTH}, cudnn.benchmark"
 ENCODING, ENCODED, WITHOUT = COLUMNS
 SECONDS = 100  # Tab. 9 counts as many iterations
+RECORDING = 2  # steps after the first that record graphs
 
 
 @dataclass(frozen=True)
@@ -139,51 +144,93 @@ def _with(training: Training, stream: BatchStream) -> Training:
 
 
 def on_a_gpu(pair: Pair, training: Training, batch_size: int, stack: ExitStack) -> dict[str, Variant]:
-    """What is tried on a GPU alone: both networks in channels_last, and CUDA graphs of one network or both.
+    """What is tried on a GPU alone: channels_last, CUDA graphs of the teacher or of both networks, cudnn's benchmarks.
 
     Args:
-        training: as shipped, compiled; `graphs` has its student, and the teacher of `trainer.compile: graphs`.
+        training: as shipped, compiled.
     """
     last = at(pair, "bf16", True)
     other = Training(last, stream_of(last, batch_size, pair.device))
     for network in (last.teacher.network, other.module.network):
         network.to(memory_format=torch.channels_last)
     other.follow()
-    graphed = at(pair, "bf16", True)
-    stack.enter_context(replayed(graphed.teacher.network, rows_of_call(graphed.teacher, batch_size)))
-    both = Training(graphed, stream_of(graphed, batch_size, pair.device))
-    both.module.network.compile(dynamic=False, mode="reduce-overhead")
-    return {LAST: _variant(other), GRAPHS: _variant(_with(training, both.stream)), BOTH: _variant(both)}
+    both, again = (graphed(pair, batch_size, stack) for _ in range(2))
+    return {
+        LAST: _variant(other),
+        TUNED: _tuned(training),
+        GRAPHS: _variant(_with(training, both.stream)),
+        BOTH: _variant(both),
+        TUNED_GRAPHS: _tuned(again),
+    }
+
+
+def graphed(pair: Pair, batch_size: int, stack: ExitStack) -> Training:
+    """A step of `trainer.compile: graphs`, until a stack is closed."""
+    own = at(pair, "bf16", True)
+    training = Training(own, stream_of(own, batch_size, pair.device))
+    stack.enter_context(replayed(own.teacher.network, rows_of_call(own.teacher, batch_size)))
+    stack.enter_context(replayed(training.module.network, batch_size, trains=True))
+    return training
+
+
+def _tuned(training: Training) -> Variant:
+    """Steps that measure which of cudnn's algorithms are fastest."""
+
+    def step() -> None:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            training.iteration()
+
+    return Variant(step, training.pair.teacher.precision)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of each variant's step and of its first one, which compiles; why others have none."""
+    """Seconds of each variant's step and of its first one, which compiles; why others have none.
+
+    `room`: GB of the device's memory that the first steps take beside weights, averages and pools.
+    """
 
     seconds: dict[str, float]
     first: dict[str, float]
     left_out: dict[str, str]
+    room: dict[str, float]
 
 
 def measure(
     made: Mapping[str, Variant], rounds: int, device: torch.device, late: Callable[[], bool] = lambda: False
 ) -> Measured:
     """Time the variants in turn, without those that torch cannot run, or that would begin when it is `late`."""
-    first, left_out = {}, {}
+    first, left_out, room = {}, {}, {}
     for name, variant in made.items():
         if late():
             left_out[name] = "the time is up"
             continue
         synchronise(device)
-        started = time.perf_counter()
+        started, held = time.perf_counter(), _held(device)
         try:
             variant.step()
             synchronise(device)
+            seconds = time.perf_counter() - started
+            for _ in range(RECORDING if device.type == "cuda" else 0):
+                variant.step()
         except Exception as error:  # no memory, what a compiler cannot do, another clone
             left_out[name] = first_line(error)
         else:
-            first[name] = time.perf_counter() - started
-    return Measured(interleaved({name: made[name].step for name in first}, rounds, device), first, left_out)
+            first[name], room[name] = seconds, _most(device) - held
+    return Measured(interleaved({name: made[name].step for name in first}, rounds, device), first, left_out, room)
+
+
+def _held(device: torch.device) -> float:
+    """GB that the device holds now; what it holds at most is counted anew."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated() / 1e9
+
+
+def _most(device: torch.device) -> float:
+    """GB that the device has held at most since `_held`."""
+    return torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
 
 
 def first_line(error: Exception) -> str:
@@ -202,7 +249,12 @@ def rows_of(
         precision = made[name].precision
         share = step_flops(pair, batch_size) / seconds / peaks["32" if precision == "32" else "bf16"]
         row: dict[str, Any] = {"recipe": recipe, "batch": batch_size, "variant": name, "precision": precision}
-        row |= {"ms a step": 1e3 * seconds, "MFU": share, "first step s": found.first[name]}
+        row |= {
+            "ms a step": 1e3 * seconds,
+            "MFU": share,
+            "first step s": found.first[name],
+            "room GB": found.room[name],
+        }
         public = found.seconds.get(PUBLIC)
         rows.append({**row, "public / this": "" if public is None else public / seconds})
     return rows

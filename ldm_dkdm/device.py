@@ -22,7 +22,7 @@ PRECISIONS = {
 COMPILING = {
     "auto": "on a GPU that Triton knows",
     "true": "on every device",
-    "graphs": "as true, and a teacher's calls of a whole batch replay a CUDA graph; on an NVIDIA GPU",
+    "graphs": "as true, and the networks' calls of a whole batch replay CUDA graphs; on an NVIDIA GPU",
     "false": "nowhere",
 }
 

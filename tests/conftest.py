@@ -78,18 +78,25 @@ def _seeded() -> None:
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every replay, once `torch.compile` makes calls that overwrite what they returned before."""
+    """Rows of every replay, once `torch.compile` makes calls that overwrite what they returned before.
+
+    Calls with gradients overwrite those of the network as well, which the backward pass before has made.
+    """
     rows: list[int] = []
 
     def overwriting(call: Callable[..., Tensor], *, dynamic: bool, mode: str) -> Callable[..., Tensor]:
         assert mode == "reduce-overhead" and not dynamic
-        memory: dict[str, Tensor] = {}
+        memory: list[Tensor] = []
 
         def replay(*args: Any) -> Tensor:
-            assert not torch.is_grad_enabled()
+            network: torch.nn.Module = call.__self__  # type: ignore[attr-defined]
+            lost = [*memory, *(weight.grad for weight in network.parameters() if weight.grad is not None)]
+            for tensor in lost:
+                tensor.detach().fill_(torch.nan)
             output = call(*args)
             rows.append(len(output))
-            return memory.setdefault("output", output.clone()).copy_(output)
+            memory[:] = [output]
+            return output
 
         return replay
 

@@ -187,7 +187,7 @@ def trained(device: str, after_first: Callable[[], None] = lambda: None, read_gr
     from tests.streams import BATCH, new_pool, new_teacher
 
     teacher, student = new_teacher(), new_teacher().student(new_teacher().node)
-    teacher, student = (model if device == "cpu" else moved(model) for model in (teacher, student))
+    teacher, student = (moved(it) if device == DEVICE else it.to(device, "32") for it in (teacher, student))
     stream = DistillStream(teacher, new_pool(device), DistillConfig(BATCH, rho=0.3), 20, 3, 0, device)
     config = TrainerConfig(max_steps=20, learning_rate=1e-3, grad_clip=1.0)
     module = StudentModule(student, LossConfig(space="v", weight_cap=10.0), config)

@@ -44,27 +44,30 @@ def compiled(networks: Sequence[nn.Module], compiles: bool) -> Iterator[None]:
 
 
 @contextmanager
-def replayed(network: nn.Module, rows: int, graphs: bool = True) -> Iterator[None]:
-    """Let a compiled network's calls without gradients on `rows` states replay one CUDA graph; afterwards as before.
+def replayed(network: nn.Module, rows: int, graphs: bool = True, trains: bool = False) -> Iterator[None]:
+    """Let a compiled network's calls on `rows` states replay CUDA graphs; afterwards as before.
 
-    A replay needs the shapes that were recorded, so other calls stay as they are. It writes to the same memory as the
-    one before, so its output (rows,C,H,W) is handed over as a copy. Calls with gradients replay nothing: the gradients
-    would be in that memory too, where a second backward pass overwrites what the first has accumulated.
+    A replay needs the shapes that were recorded, so calls on other numbers of states stay as they are. It writes to the
+    same memory as the one before, so its output (rows,C,H,W) is handed over as a copy.
+
+    Args:
+        trains: the calls with gradients, and their backward passes, in place of those without. The gradients are in
+            that memory too, where the next call overwrites them: by then an optimizer must have used them.
     """
     before = network._compiled_call_impl
     if graphs:
-        network._compiled_call_impl = _replaying(network, before or network._call_impl, rows)
+        network._compiled_call_impl = _replaying(network, before or network._call_impl, rows, trains)
     try:
         yield
     finally:
         network._compiled_call_impl = before
 
 
-def _replaying(network: nn.Module, otherwise: Callable[..., Tensor], rows: int) -> Callable[..., Tensor]:
+def _replaying(network: nn.Module, otherwise: Callable[..., Tensor], rows: int, trains: bool) -> Callable[..., Tensor]:
     recorded = torch.compile(network._call_impl, dynamic=False, mode="reduce-overhead")
 
     def call(x: Tensor, *rest: Tensor | None) -> Tensor:
-        if len(x) != rows or torch.is_grad_enabled():
+        if len(x) != rows or torch.is_grad_enabled() is not trains:
             return otherwise(x, *rest)
         return recorded(x, *rest).clone()
 

@@ -138,11 +138,13 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
         method = run.config.distill
         return stream_kind(method)(teacher, pool, method, parts.batches, seed, rank, device, run.first_batch)
 
-    compiling, rows = run.trainer.compile, rows_of(teacher, run.config.distill.batch_size)
+    compiling, rows = run.trainer.compile, run.config.distill.batch_size
+    graphs, alone = compiling == "graphs", run.trainer.ranks == run.trainer.accumulate == 1
     with (
         run.open(),
         compiled([teacher.network, trained.network], compiles(compiling, run.device)),
-        replayed(teacher.network, rows, compiling == "graphs"),
+        replayed(teacher.network, rows_of(teacher, rows), graphs),
+        replayed(trained.network, rows, graphs and alone, trains=True),
     ):
         result = run.fit(parts.module(), stream_for, [pools, saving, grids], measuring)
         if is_first_rank():
