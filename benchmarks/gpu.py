@@ -4,8 +4,8 @@ For every recipe at its batch size, in one run: milliseconds of a distillation s
 the share of a matrix product's speed that the step reaches (model FLOP utilisation; the product is measured in the
 same run), and the public code's step (`--baseline CLONE`, see public_code.py); Tab. 9's columns; the device's memory
 against rho; images a second of teacher and student; the error of a teacher in bf16. It begins nothing after
-`--minutes`, says what it left out, and writes the file after every part. It has run on a CPU only, where small
-numbers are needed: `--batch_size 4 --rounds 2 --images 4 --rho 0.1`.
+`--minutes`, says what it left out, and writes the file after every part. A CPU needs small numbers:
+`--batch_size 4 --rounds 2 --images 4 --rho 0.1`.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """What benchmarks/gpu.py measures besides steps: memory, sampling, and what storing weights in bf16 changes."""
 
+import gc
 import time
 from dataclasses import replace
 from typing import Any
@@ -26,28 +27,23 @@ BINS = 10  # of t
 def memory(recipe: str, pair: Pair, batch_size: int, rhos: list[float]) -> Tables:
     """Peak of the device's memory against rho (Fig. 7), with the pool on the device and in host memory, and on data."""
     shipped = at(pair, "bf16", True)
-    stream = DataStream(encoded(shipped), **on_data(shipped, batch_size))
-    rows = [
-        {
-            "recipe": recipe,
-            "rho": "on data",
-            "pool GB": 0.0,
-            "on the device": _peak(shipped, stream),
-            "in host memory": "",
-        }
-    ]
+    on_images = _peak(shipped, DataStream(encoded(shipped), **on_data(shipped, batch_size)))
+    rows = [{"recipe": recipe, "rho": "on data", "pool GB": 0.0, "on the device": on_images, "in host memory": ""}]
     for rho in rhos:
         slots = pool_slots(rho, pair.teacher.schedule.num_timesteps, batch_size)
         row: dict[str, Any] = {"recipe": recipe, "rho": rho}
         for name, place in (("on the device", pair.device), ("in host memory", torch.device("cpu"))):
             stream = stream_of(shipped, batch_size, place, slots)
-            row |= {"pool GB": stream.pool.x.nbytes / 1e9, name: _peak(shipped, stream)}
+            row["pool GB"] = stream.pool.x.nbytes / 1e9
+            row[name] = _peak(shipped, stream)
+            del stream
         rows.append(row)
     return {"memory": rows}
 
 
 def _peak(pair: Pair, stream: Any) -> float:
     """GB that the device has held at most in a few steps; 0 on a CPU."""
+    gc.collect()  # what was measured before has cycles
     if pair.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -17,7 +17,7 @@ from gpu import TABLES
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "benchmarks" / "figures"
 PAGE = ROOT / "docs" / "performance.md"
-MISSING = {"gpu": "No figure of a GPU is here yet: none of this has run on a card."}
+MISSING = {"gpu": "No figure of a GPU is here."}
 BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -49,8 +49,11 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         return []
     speeds = ", ".join(f"{1e-12 * speed:.3g} TFLOP/s in {kind}" for kind, speed in found["peak_flops"].items())
     compiled = "compiled" if found["compiled"] else "nothing is compiled"
-    without = [f"Without figures: {name} ({why})." for name, why in found["left_out"].items()]
-    return [f"Matrix products of the same run: {speeds}; {compiled}.", *without]
+    reasons: dict[str, list[str]] = {}
+    for name, why in found["left_out"].items():
+        reasons.setdefault(why, []).append(name)
+    without = [f"Without figures ({why}): {'; '.join(names)}." for why, names in reasons.items()]
+    return [f"Matrix products of the same run: {speeds}; {compiled}.", *found.get("notes", []), *without]
 
 
 def main() -> None:

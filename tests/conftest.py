@@ -76,13 +76,19 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+class Replays(list[int]):
+    """Rows of every replay; `training`: how many of them had gradients."""
+
+    training = 0
+
+
 @pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def replays(monkeypatch: pytest.MonkeyPatch) -> Replays:
     """Rows of every replay, once `torch.compile` makes calls that overwrite what they returned before.
 
     Calls with gradients overwrite those of the network as well, which the backward pass before has made.
     """
-    rows: list[int] = []
+    rows = Replays()
 
     def overwriting(call: Callable[..., Tensor], *, dynamic: bool, mode: str) -> Callable[..., Tensor]:
         assert mode == "reduce-overhead" and not dynamic
@@ -95,6 +101,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
                 tensor.detach().fill_(torch.nan)
             output = call(*args)
             rows.append(len(output))
+            rows.training += torch.is_grad_enabled()
             memory[:] = [output]
             return output
 

@@ -15,6 +15,7 @@ from ldm_dkdm.networks.modes import compiled, replayed
 from ldm_dkdm.training import run
 from tests import digits
 from tests.cli import distil, write_yaml
+from tests.conftest import Replays
 from tests.parts import distill_config
 from tests.streams import BATCH, batches, new_pool, new_teacher
 
@@ -77,19 +78,23 @@ def test_guidance_doubles_the_rows_of_a_call() -> None:
         assert seen.pop() == rows_of(model, 5)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_distillation_with_replays_makes_the_same_student(
-    replays: list[int], monkeypatch: pytest.MonkeyPatch, teacher_folder: Path, tmp_path: Path
+    replays: Replays, monkeypatch: pytest.MonkeyPatch, teacher_folder: Path, tmp_path: Path, accumulate: int
 ) -> None:
+    """Only where no gradients are accumulated are the student's steps replayed, and their gradients overwritten."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: None)
     monkeypatch.setattr(run, "require_graphs", lambda choice, device: None)
     states = []
     for choice in ("false", "graphs"):
         out = tmp_path / choice
-        config = distill_config(teacher_folder, out, trainer={"max_steps": 4, "compile": choice, "precision": "32"})
+        trainer = {"max_steps": 4, "compile": choice, "precision": "32", "accumulate": accumulate, "grad_clip": 1.0}
+        config = distill_config(teacher_folder, out, trainer=trainer)
         assert distil("--base", write_yaml(tmp_path / f"{choice}.yaml", config)) == 0
         (student,) = out.rglob("student")
         states.append(load_model(student).network.state_dict())
         assert bool(replays) is (choice == "graphs")
+    assert replays.training == (4 if accumulate == 1 else 0) < len(replays)
     assert list(states[0]) == list(states[1])
     assert all(map(torch.equal, states[0].values(), states[1].values()))
 
@@ -109,10 +114,10 @@ def test_graphs_are_refused_without_an_nvidia_gpu(
         require_graphs("graphs", torch.device("cuda"))
 
 
-def test_a_training_on_images_has_no_teacher_to_replay(
+def test_a_training_on_images_refuses_graphs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "require_graphs", lambda choice, device: None)
     assert digits.train(tmp_path, "run", {"path": "nowhere.npz"}, trainer={"compile": "graphs"}) == 2
-    assert "trainer.compile: graphs replay a teacher's calls" in capsys.readouterr().err
+    assert "trainer.compile: graphs are for a distillation" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -112,7 +112,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     """Train a model in a run folder; errors as `train`."""
     config = run.config
     if run.trainer.compile == "graphs":
-        raise UserError("compile: graphs replay a teacher's calls, and a training on images has none; use true")
+        raise UserError("compile: graphs are for a distillation, and this run trains on images; use true")
     require_trainable(model, config)
     codec = model.codec().to(run.device, run.precision)
     _require_same_channels(codec)
