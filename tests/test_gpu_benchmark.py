@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from ldm_dkdm import DiffusionModel, UserError
 from ldm_dkdm.config.load import load_config
 from tests import fake_public
+from tests.conftest import Replays
 from tests.fake_public import fake_clone
 from tests.streams import new_teacher
 from tests.test_benchmarks import ROOT, benchmark
@@ -118,24 +120,24 @@ def test_another_network_or_a_changed_clone_is_one_error(tmp_path: Path) -> None
     assert why_not(pair_of("pixel")) is None and "class-conditional" in str(why_not(pair_of("pixel", 4)))
 
 
-def test_what_is_tried_on_a_gpu_makes_steps_of_the_same_networks(
-    replays: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gpu_steps import BOTH, GRAPHS, LAST, Training, on_a_gpu, stream_of
+def test_what_is_tried_on_a_gpu_makes_steps_of_the_same_networks(replays: Replays) -> None:
+    from gpu_steps import BOTH, GRAPHS, LAST, TUNED, TUNED_GRAPHS, Training, on_a_gpu, stream_of
 
-    modes: list[str] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *, dynamic, mode: modes.append(mode))
     pair = pair_of("pixel")
     training = Training(pair, stream_of(pair, 3, pair.device))
     with ExitStack() as stack:
         found = on_a_gpu(pair, training, 3, stack)
-        assert list(found) == [LAST, GRAPHS, BOTH] and modes == ["reduce-overhead"]
-        for number, variant in enumerate(found.values()):
-            before = training.weights[-1].clone()
+        made = dict.fromkeys(found, (0, 0))  # replays of teacher and student
+        shipped = []
+        for name, variant in found.items():
+            before, count, gradients = training.weights[-1].clone(), len(replays), replays.training
             variant.step()
-            assert len(replays) == number  # the teacher's calls of the two with graphs
-            assert torch.equal(before, training.weights[-1]) is (number != 1)  # graphs train the shipped student
-    assert replays == [3, 3]
+            made[name] = len(replays) - count - (replays.training - gradients), replays.training - gradients
+            if not torch.equal(before, training.weights[-1]):
+                shipped.append(name)
+    assert made == {LAST: (0, 0), TUNED: (0, 0), GRAPHS: (1, 0), BOTH: (1, 1), TUNED_GRAPHS: (1, 1)}
+    assert shipped == [TUNED, GRAPHS]  # they train the shipped student
+    assert set(replays) == {3}
     assert pair.teacher.network._compiled_call_impl is None
 
 
@@ -151,6 +153,25 @@ def test_a_folder_that_is_not_a_clone_is_refused_in_one_line(
     assert end.value.code == 2 and captured.out == ""
     (line,) = captured.err.splitlines()
     assert line.startswith(f"error: --baseline: {tmp_path} is not a clone of https://github.com/qianlong0502/DKDM")
+
+
+def test_processes_compile_ahead_until_their_time_is_up(tmp_path: Path) -> None:
+    from compile_ahead import compile_ahead
+
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "(here / f'{sys.argv[1]} {sys.argv[-1]}.txt').write_text(' '.join(sys.argv[2:]))\n"
+        "sys.argv[-1] == 'slow' and time.sleep(600)\n"
+        "sys.exit(sys.argv[-1] == 'bad')\n"
+    )
+    started = time.monotonic()
+    found = compile_ahead(script, ["one", "two=4"], ["good", "slow", "bad"], ["--compile", "true"], started + 6)
+    assert found == 2 and time.monotonic() - started < 60
+    words = {file.stem: file.read_text() for file in tmp_path.glob("*.txt")}
+    assert set(words) == {f"{recipe} {name}" for recipe in ("one", "two=4") for name in ("good", "slow", "bad")}
+    assert words["one good"] == "--parts steps --rounds 1 --ahead 0 --compile true --variants good"
 
 
 def test_a_variant_that_fails_or_comes_too_late_is_named_and_the_others_are_timed() -> None:
