@@ -3,8 +3,8 @@
 For every recipe at its batch size, in one run: milliseconds of a distillation step by variant, which take turns, with
 the share of a matrix product's speed that the step reaches (model FLOP utilisation; the product is measured in the
 same run), and the public code's step (`--baseline CLONE`, see public_code.py); Tab. 9's columns; the device's memory
-against rho; images a second of teacher and student; the error of a teacher in bf16. It begins nothing after
-`--minutes`, says what it left out, and writes the file after every part. A CPU needs small numbers:
+against rho; images a second of teacher and student; the error of a teacher in bf16; the kinds of kernels. It begins
+nothing after `--minutes`, says what it left out, and writes the file after every part. A CPU needs small numbers:
 `--batch_size 4 --rounds 2 --images 4 --rho 0.1`.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from common import Pair, guarded, machine, open_pair, table, write
 from compile_ahead import compile_ahead
-from gpu_parts import Tables, bf16_error, memory, sampling
+from gpu_parts import Tables, bf16_error, kernels, memory, sampling
 from gpu_steps import BOTH, SHIPPED, first_line, measure, peak_flops, rows_of, tab9, variants
 from public_code import require_clone
 
@@ -28,7 +28,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks.modes import SHAPES
 from ldm_dkdm.reporting import duration
 
-PARTS = ("steps", "memory", "sampling", "bf16")
+PARTS = ("steps", "memory", "sampling", "bf16", "kernels")
 STATES = 32  # for the error in bf16, at most
 
 
@@ -80,6 +80,7 @@ TABLES = {  # in the file -> what it has
     "memory": "Peak of the device's memory in GB, by the place of the pool (Fig. 7)",
     "sampling": "DDIM with decoding, uncompiled (Fig. 6)",
     "bf16": "Error of the teacher's eps in bf16, relative to its root mean square, by t",
+    "kernels": "What the device computes in a step as shipped",
 }
 
 
@@ -118,6 +119,8 @@ def main() -> None:
             parts["memory"] = partial(memory, recipe, pair, size, options.rho)
         parts["sampling"] = partial(sampling, recipe, pair, options.images, options.steps)
         parts["bf16"] = partial(bf16_error, recipe, pair, min(STATES, options.images))
+        if number == 0:
+            parts["kernels"] = partial(kernels, recipe, pair, size, compiling)
         for name, work in parts.items():
             if name in options.parts:
                 report.part(f"{options.recipes[number]}, {name}", work)

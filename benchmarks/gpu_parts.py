@@ -2,12 +2,14 @@
 
 import gc
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import torch
 from common import Pair
 from gpu_steps import Training, at, stream_of, synchronise
+from torch.profiler import ProfilerActivity, profile
 from training_speed import encoded, on_data
 
 from ldm_dkdm import DiffusionModel
@@ -20,7 +22,16 @@ from ldm_dkdm.distillation.pool import pool_slots
 from ldm_dkdm.model.filling import filled
 
 Tables = dict[str, list[dict[str, Any]]]  # name -> rows
-STEPS = 3  # before memory is read
+STEPS = 3  # before memory is read or kernels are timed
+KERNELS = {  # parts of the names of kernels; the first kind that has one counts
+    "attention": ("flash", "fmha", "attention"),
+    "convolutions": ("conv", "fprop", "dgrad", "wgrad", "cudnn"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "addmm", "::mm", "bmm"),
+    "compiled: norms, activations, sums, casts": ("triton",),
+    "optimizer and average": ("multi_tensor", "adamw", "lerp"),
+    "copies": ("memcpy", "memset", "copy"),
+}
+OTHERS = "others"
 BINS = 10  # of t
 
 
@@ -103,3 +114,33 @@ def bf16_error(recipe: str, pair: Pair, count: int) -> Tables:
 
 def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def kernels(recipe: str, pair: Pair, batch_size: int, compiling: bool) -> Tables:
+    """Milliseconds that the device computes in a step as shipped, by kind of kernel."""
+    shipped = at(pair, "bf16", True)
+    training = Training(shipped, stream_of(shipped, batch_size, pair.device))
+    for network in (shipped.teacher.network, training.module.network) if compiling else ():
+        network.compile(dynamic=False)
+    for _ in range(STEPS):
+        training.iteration()
+    on_gpu = pair.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as watched:
+        for _ in range(STEPS):
+            training.iteration()
+        synchronise(pair.device)
+    spent: Counter[str] = Counter()
+    for event in watched.key_averages():
+        spent[_kind_of(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    total = spent.total()
+    rows = [
+        {"recipe": recipe, "kind": kind, "ms a step": spent[kind] / STEPS / 1e3, "share": spent[kind] / total}
+        for kind in (*KERNELS, OTHERS)
+        if spent[kind]
+    ]
+    return {"kernels": rows}
+
+
+def _kind_of(name: str) -> str:
+    own = name.lower()
+    return next((kind for kind, parts in KERNELS.items() if any(part in own for part in parts)), OTHERS)

@@ -55,6 +55,8 @@ def test_a_device_is_measured_by_variant_beside_the_public_code(
     assert [row["rho"] for row in found["memory"]] == ["on data", 0.1]
     assert found["memory"][1]["pool GB"] == pytest.approx(0.1 * 1000 * 2 * 3 * 16 * 16 * 2 / 1e9)
     assert found["sampling"][0]["student, images/s"] > 0
+    assert sum(row["share"] for row in found["kernels"]) == pytest.approx(1)
+    assert max(found["kernels"], key=lambda row: row["share"])["kind"] in ("convolutions", "matrix products")
     assert [row["t"] for row in found["bf16"]][::9] == ["0 to 99", "900 to 999"]
     for row in found["bf16"]:  # stored weights are those that autocast casts
         assert row["weights stored in bf16"] == row["bf16 autocast"] and 0 < row["bf16 autocast"] < 0.05
