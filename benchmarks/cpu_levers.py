@@ -1,8 +1,8 @@
 """What makes a distillation step faster on a CPU, and what does not: python benchmarks/cpu_levers.py quickstart
 
 Each lever changes one thing of the step as it is shipped; all take turns in one run. The table has samples a second,
-their ratio to the shipped step, the share of a matrix product's speed in bf16 (measured in the same run), and the
-seconds that compiling took, which a run has to win back.
+their ratio to the shipped step, the share of the speed of a matrix product in its precision (measured in the same run),
+and the seconds that compiling took, which a run has to win back.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from ldm_dkdm.networks.modes import stored_in_bf16
 
 @dataclass(frozen=True)
 class Lever:
-    """One change to the shipped step: bf16, the teacher's weights stored in bf16, as many threads as torch takes."""
+    """One change to the shipped step: bf16 where it is fast, also of the teacher's weights, and all threads."""
 
-    precision: str = "bf16"
+    precision: str = "auto"
     stored: bool = True
     batches: int = 1  # times the recipe's batch size
     compiled: bool = False
@@ -55,6 +55,9 @@ LEVERS = {
 }
 
 
+PRODUCTS = {"bf16": "bfloat16", "32": "float32"}  # precision -> format of the matrix product beside it
+
+
 class Variant:
     """A training with a lever."""
 
@@ -63,7 +66,7 @@ class Variant:
         pair = open_pair(recipe, precision=lever.precision)
         self.size = lever.batches * pair.config.distill.batch_size
         self.flops = step_flops(pair, self.size, lever.replay)
-        if lever.stored:
+        if lever.stored and pair.teacher.precision == "bf16":
             pair.teacher.network = stored_in_bf16(pair.teacher.network)
         draws = "stratified" if lever.stratified else pair.config.distill.draws
         stream = stream_of(pair, self.size, pair.device, replay=lever.replay, draws=draws)
@@ -126,10 +129,12 @@ def main() -> None:
         raise UserError("cpu_levers: this machine has a GPU, which it would time; hide it (CUDA_VISIBLE_DEVICES=)")
     variants = {name: Variant(options.recipe, LEVERS[name]) for name in dict.fromkeys(["as shipped", *options.levers])}
     works: dict[str, Callable[[], object]] = {name: variant.step for name, variant in variants.items()}
-    device = variants["as shipped"].training.pair.device
-    seconds, peak = interleaved(works, options.rounds, device), peak_flops(device, torch.bfloat16)
+    pair = variants["as shipped"].training.pair
+    device, precision = pair.device, PRODUCTS[pair.teacher.precision]
+    seconds, peak = interleaved(works, options.rounds, device), peak_flops(device, getattr(torch, precision))
     facts = {"what": "levers of a step on a CPU", "recipe": options.recipe, "rounds": options.rounds}
-    finish(options.out, device, rows_of(variants, seconds, peak), **facts, peak=f"{peak / 1e12:.2g} TFLOP/s in bf16")
+    told = f"{peak / 1e12:.2g} TFLOP/s in {precision.replace('bfloat', 'bf')}"
+    finish(options.out, device, rows_of(variants, seconds, peak), **facts, peak=told)
 
 
 if __name__ == "__main__":

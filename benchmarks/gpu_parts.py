@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from common import Pair
-from gpu_steps import Training, at, stream_of, synchronise
+from gpu_steps import Training, as_shipped, at, stream_of, synchronise
 from torch.profiler import ProfilerActivity, profile
 from training_speed import encoded, on_data
 
@@ -37,7 +37,7 @@ BINS = 10  # of t
 
 def memory(recipe: str, pair: Pair, batch_size: int, rhos: list[float]) -> Tables:
     """Peak of the device's memory against rho (Fig. 7), with the pool on the device and in host memory, and on data."""
-    shipped = at(pair, "bf16", True)
+    shipped = as_shipped(pair)
     on_images = _peak(shipped, DataStream(encoded(shipped), **on_data(shipped, batch_size)))
     rows = [{"recipe": recipe, "rho": "on data", "pool GB": 0.0, "on the device": on_images, "in host memory": ""}]
     for rho in rhos:
@@ -118,7 +118,7 @@ def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def kernels(recipe: str, pair: Pair, batch_size: int, compiling: bool) -> Tables:
     """Milliseconds that the device computes in a step as shipped, by kind of kernel."""
-    shipped = at(pair, "bf16", True)
+    shipped = as_shipped(pair)
     training = Training(shipped, stream_of(shipped, batch_size, pair.device))
     for network in (shipped.teacher.network, training.module.network) if compiling else ():
         network.compile(dynamic=False)

@@ -13,11 +13,13 @@ from common import Pair, interleaved, synchronise
 from public_code import public_step
 from training_speed import BATCHES, COLUMNS, Training, cached, encoded, on_data
 
+from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.distillation.batches import BatchStream
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.replay import stream_kind
 from ldm_dkdm.distillation.stream import DistillStream
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.model.guidance import rows_of as rows_of_call
 from ldm_dkdm.networks.cost import gflops
 from ldm_dkdm.networks.modes import replayed, stored_in_bf16
@@ -96,12 +98,22 @@ def at(pair: Pair, precision: str, stored: bool = False) -> Pair:
     return replace(pair, teacher=teacher, student=pair.student.changed(precision=precision))
 
 
+def as_shipped(pair: Pair) -> Pair:
+    """A pair with a teacher of its own in the precision that `auto` is on its device: bf16 where that is fast."""
+    if resolve_precision("auto", pair.device) == "bf16":
+        return at(pair, "bf16", stored=True)
+    own = at(pair, "32")
+    return replace(own, teacher=own.teacher.changed(network=copy.deepcopy(own.teacher.network)))
+
+
 def variants(pair: Pair, batch_size: int, compiling: bool, clone: Path | None, stack: ExitStack) -> dict[str, Variant]:
     """The ways of a recipe by name, until a stack is closed; most that are compiled share their networks."""
     own, host = pair.device, torch.device("cpu")
+    shipped = as_shipped(pair)
     plain = {"float32": at(pair, "32"), "bf16": at(pair, "bf16"), "bf16, teacher stored": at(pair, "bf16", True)}
     found = {name: _variant(Training(it, stream_of(it, batch_size, own))) for name, it in plain.items()}
-    shipped = at(pair, "bf16", True)
+    if shipped.teacher.precision == "32":
+        found |= {name: Variant(_without_bf16, "bf16") for name in plain if name != "float32"}
     training = Training(shipped, stream_of(shipped, batch_size, own))
     for network in (shipped.teacher.network, training.module.network) if compiling else ():
         network.compile(dynamic=False)
@@ -117,6 +129,10 @@ def variants(pair: Pair, batch_size: int, compiling: bool, clone: Path | None, s
     if own.type == "cuda" and compiling:
         found |= on_a_gpu(pair, training, batch_size, stack)
     return found
+
+
+def _without_bf16() -> None:
+    raise UserError("the device has no fast bf16")
 
 
 def _or_fail(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
@@ -149,7 +165,7 @@ def on_a_gpu(pair: Pair, training: Training, batch_size: int, stack: ExitStack) 
     Args:
         training: as shipped, compiled.
     """
-    last = at(pair, "bf16", True)
+    last = as_shipped(pair)
     other = Training(last, stream_of(last, batch_size, pair.device))
     for network in (last.teacher.network, other.module.network):
         network.to(memory_format=torch.channels_last)
@@ -166,7 +182,7 @@ def on_a_gpu(pair: Pair, training: Training, batch_size: int, stack: ExitStack) 
 
 def graphed(pair: Pair, batch_size: int, stack: ExitStack) -> Training:
     """A step of `trainer.compile: graphs`, until a stack is closed."""
-    own = at(pair, "bf16", True)
+    own = as_shipped(pair)
     training = Training(own, stream_of(own, batch_size, pair.device))
     stack.enter_context(replayed(own.teacher.network, rows_of_call(own.teacher, batch_size)))
     stack.enter_context(replayed(training.module.network, batch_size, trains=True))

