@@ -20,7 +20,7 @@ import torch
 from common import Pair, guarded, machine, open_pair, table, write
 from compile_ahead import compile_ahead
 from gpu_parts import Tables, bf16_error, kernels, memory, sampling
-from gpu_steps import BOTH, SHIPPED, first_line, measure, peak_flops, rows_of, tab9, variants
+from gpu_steps import BOTH, FORCED, FORCED_GRAPHS, SHIPPED, first_line, measure, peak_flops, rows_of, tab9, variants
 from public_code import require_clone
 
 from ldm_dkdm.device import compiles, default_device
@@ -28,6 +28,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks.modes import SHAPES
 from ldm_dkdm.reporting import duration
 
+COMPILED = (SHIPPED, FORCED, BOTH, FORCED_GRAPHS)  # each with networks of its own
 PARTS = ("steps", "memory", "sampling", "bf16", "kernels")
 STATES = 32  # for the error in bf16, at most
 
@@ -131,7 +132,7 @@ def main() -> None:
 
 def ahead(options: argparse.Namespace, report: Report) -> None:
     """Compile both networks of every recipe, with and without graphs, in processes of their own."""
-    wanted = [name for name in (SHIPPED, BOTH) if name in (options.variants or (SHIPPED, BOTH))]
+    wanted = [name for name in COMPILED if name in (options.variants or COMPILED)]
     words = ["--compile", options.compile]
     words += ["--batch_size", str(options.batch_size)] if options.batch_size else []
     started = time.monotonic()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from common import Pair
-from gpu_steps import Training, as_shipped, at, stream_of, synchronise
+from gpu_steps import Training, as_shipped, at, shipped_step, stream_of, synchronise
 from torch.profiler import ProfilerActivity, profile
 from training_speed import encoded, on_data
 
@@ -118,10 +118,7 @@ def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 def kernels(recipe: str, pair: Pair, batch_size: int, compiling: bool) -> Tables:
     """Milliseconds that the device computes in a step as shipped, by kind of kernel."""
-    shipped = as_shipped(pair)
-    training = Training(shipped, stream_of(shipped, batch_size, pair.device))
-    for network in (shipped.teacher.network, training.module.network) if compiling else ():
-        network.compile(dynamic=False)
+    training = shipped_step(pair, batch_size, compiling)
     for _ in range(STEPS):
         training.iteration()
     on_gpu = pair.device.type == "cuda"

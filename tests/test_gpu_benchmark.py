@@ -127,9 +127,13 @@ def test_another_network_or_a_changed_clone_is_one_error(tmp_path: Path) -> None
     assert why_not(pair_of("pixel")) is None and "class-conditional" in str(why_not(pair_of("pixel", 4)))
 
 
-def test_what_is_tried_on_a_gpu_makes_steps_of_the_same_networks(replays: Replays) -> None:
-    from gpu_steps import BOTH, GRAPHS, LAST, TUNED, TUNED_GRAPHS, Training, on_a_gpu, stream_of
+def test_what_is_tried_on_a_gpu_makes_steps_of_the_same_networks(
+    replays: Replays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu_steps import BOTH, FORCED, FORCED_GRAPHS, GRAPHS, LAST, Training, on_a_gpu, stream_of
 
+    compiled: list[bool] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *, dynamic: compiled.append(dynamic))
     pair = pair_of("pixel")
     training = Training(pair, stream_of(pair, 3, pair.device))
     with ExitStack() as stack:
@@ -142,8 +146,8 @@ def test_what_is_tried_on_a_gpu_makes_steps_of_the_same_networks(replays: Replay
             made[name] = len(replays) - count - (replays.training - gradients), replays.training - gradients
             if not torch.equal(before, training.weights[-1]):
                 shipped.append(name)
-    assert made == {LAST: (0, 0), TUNED: (0, 0), GRAPHS: (1, 0), BOTH: (1, 1), TUNED_GRAPHS: (1, 1)}
-    assert shipped == [TUNED, GRAPHS]  # they train the shipped student
+    assert made == {LAST: (0, 0), FORCED: (0, 0), GRAPHS: (1, 0), BOTH: (1, 1), FORCED_GRAPHS: (1, 1)}
+    assert compiled == [False, False] and shipped == [GRAPHS]  # it trains the shipped student
     assert set(replays) == {3}
     assert pair.teacher.network._compiled_call_impl is None
 
