@@ -1,7 +1,7 @@
 """What makes a distillation step faster on a CPU, and what does not: python benchmarks/cpu_levers.py quickstart
 
 Each lever changes one thing of the step as it is shipped; all take turns in one run. The table has samples a second,
-their ratio to the shipped step, the share of the speed of a matrix product in its precision (measured in the same run),
+their ratio to the shipped step, the share of the speed of a matrix product in the shipped step's precision (same run),
 and the seconds that compiling took, which a run has to win back.
 """
 
@@ -133,8 +133,8 @@ def main() -> None:
     device, precision = pair.device, PRODUCTS[pair.teacher.precision]
     seconds, peak = interleaved(works, options.rounds, device), peak_flops(device, getattr(torch, precision))
     facts = {"what": "levers of a step on a CPU", "recipe": options.recipe, "rounds": options.rounds}
-    told = f"{peak / 1e12:.2g} TFLOP/s in {precision.replace('bfloat', 'bf')}"
-    finish(options.out, device, rows_of(variants, seconds, peak), **facts, peak=told)
+    product = f"{peak / 1e12:.2g} TFLOP/s in {precision.replace('bfloat', 'bf')}"
+    finish(options.out, device, rows_of(variants, seconds, peak), **facts, peak=product)
 
 
 if __name__ == "__main__":

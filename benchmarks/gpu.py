@@ -1,4 +1,4 @@
-"""What the performance page says of a card, in one command: python benchmarks/gpu.py -o benchmarks/figures/gpu.json
+"""What the performance page says of a GPU, in one command: python benchmarks/gpu.py -o benchmarks/figures/gpu.json
 
 For every recipe at its batch size, in one run: milliseconds of a distillation step by variant, which take turns, with
 the share of a matrix product's speed that the step reaches (model FLOP utilisation; the product is measured in the
@@ -20,15 +20,16 @@ import torch
 from common import Pair, guarded, machine, open_pair, table, write
 from compile_ahead import compile_ahead
 from gpu_parts import Tables, bf16_error, kernels, memory, sampling
-from gpu_steps import BOTH, FORCED, FORCED_GRAPHS, SHIPPED, first_line, measure, peak_flops, rows_of, tab9, variants
+from gpu_steps import COMPILED, VARIANTS, peak_flops, variants
+from gpu_timing import first_line, measure, rows_of, tab9
 from public_code import require_clone
+from training_speed import COLUMNS
 
 from ldm_dkdm.device import compiles, default_device
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks.modes import SHAPES
 from ldm_dkdm.reporting import duration
 
-COMPILED = (SHIPPED, FORCED, BOTH, FORCED_GRAPHS)  # each with networks of its own
 PARTS = ("steps", "memory", "sampling", "bf16", "kernels")
 STATES = 32  # for the error in bf16, at most
 
@@ -78,7 +79,7 @@ class Report:
 TABLES = {  # in the file -> what it has
     "rows": "Steps",
     "tab9": "Seconds of 100 iterations as shipped (Tab. 9)",
-    "memory": "Peak of the device's memory in GB, by the place of the pool (Fig. 7)",
+    "memory": "Peak of the device's memory in GB, uncompiled, by the place of the pool (Fig. 7)",
     "sampling": "DDIM with decoding, uncompiled (Fig. 6)",
     "bf16": "Error of the teacher's eps in bf16, relative to its root mean square, by t",
     "kernels": "What the device computes in a step as shipped",
@@ -88,13 +89,13 @@ TABLES = {  # in the file -> what it has
 def steps(recipe: str, pair: Pair, size: int, options: argparse.Namespace, report: Report) -> Tables:
     """The rows of a recipe's steps and of Tab. 9."""
     with contextlib.ExitStack() as stack, torch._dynamo.config.patch(recompile_limit=SHAPES):
-        made = variants(pair, size, report.facts["compiled"], options.baseline, stack)
-        made = {name: variant for name, variant in made.items() if name in (options.variants or made)}
+        made = variants(pair, size, report.facts["compiled"], options.baseline, stack, options.variants or ())
         found = measure(made, options.rounds, pair.device, lambda: report.late)
     for name, why in found.left_out.items():
         report.left_out(f"{recipe}, {name}", why)
     rows = rows_of(recipe, pair, size, found, made, report.facts["peak_flops"])
-    return {"rows": rows, "tab9": [tab9(recipe, size, found)]}
+    both = tab9(recipe, size, found)
+    return {"rows": rows, "tab9": [both] if any(both[name] for name in COLUMNS) else []}
 
 
 def main() -> None:
@@ -131,15 +132,15 @@ def main() -> None:
 
 
 def ahead(options: argparse.Namespace, report: Report) -> None:
-    """Compile both networks of every recipe, with and without graphs, in processes of their own."""
+    """Compile both networks of every recipe in the ways that share nothing, in processes of their own."""
     wanted = [name for name in COMPILED if name in (options.variants or COMPILED)]
     words = ["--compile", options.compile]
     words += ["--batch_size", str(options.batch_size)] if options.batch_size else []
     started = time.monotonic()
-    count = compile_ahead(Path(__file__), options.recipes, wanted, words, started + 60 * options.ahead)
-    seconds = time.monotonic() - started
-    report.facts["compiled ahead"] = f"{count} of {len(options.recipes) * len(wanted)} in {duration(seconds)}"
-    print(f"compiled ahead: {report.facts['compiled ahead']}", flush=True)
+    missing = compile_ahead(Path(__file__), options.recipes, wanted, words, started + 60 * options.ahead)
+    count, seconds = len(options.recipes) * len(wanted), time.monotonic() - started
+    report.facts["compiled_ahead"] = f"{count - len(missing)} of {count} in {duration(seconds)}"
+    print("\n".join([f"compiled ahead: {report.facts['compiled_ahead']}", *missing]), flush=True)
 
 
 def named(word: str) -> tuple[str, int | None]:
@@ -161,7 +162,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("recipes", nargs="*", default=recipes, metavar="RECIPE", help="or RECIPE=BATCH")
     parser.add_argument("--batch_size", type=int, help="default: the recipe's, which is the paper's")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="of the steps; default: all")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="steps to time; default: all")
     parser.add_argument("--rounds", type=int, default=10, help="steps of each variant")
     parser.add_argument("--rho", type=float, nargs="+", default=[0.4, 1, 4], help="sizes of the first recipe's pool")
     parser.add_argument("--images", type=int, default=256)

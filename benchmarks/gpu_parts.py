@@ -23,11 +23,12 @@ from ldm_dkdm.model.filling import filled
 
 Tables = dict[str, list[dict[str, Any]]]  # name -> rows
 STEPS = 3  # before memory is read or kernels are timed
-KERNELS = {  # parts of the names of kernels; the first kind that has one counts
+KERNELS = {  # kind -> parts of its kernels' names; the first kind that has one counts
+    "compiled: norms, activations, sums, casts": ("triton",),  # their names list what they replace
+    "changes of layout": ("nchwtonhwc", "nhwctonchw"),
     "attention": ("flash", "fmha", "attention"),
-    "convolutions": ("conv", "fprop", "dgrad", "wgrad", "cudnn"),
+    "convolutions": ("convolution", "conv2d", "fprop", "dgrad", "wgrad", "cudnn"),
     "matrix products": ("gemm", "nvjet", "cutlass", "addmm", "::mm", "bmm"),
-    "compiled: norms, activations, sums, casts": ("triton",),
     "optimizer and average": ("multi_tensor", "adamw", "lerp"),
     "copies": ("memcpy", "memset", "copy"),
 }
@@ -128,7 +129,9 @@ def kernels(recipe: str, pair: Pair, batch_size: int, compiling: bool) -> Tables
         synchronise(pair.device)
     spent: Counter[str] = Counter()
     for event in watched.key_averages():
-        spent[_kind_of(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if event.is_user_annotation:
+            continue  # a span of others
+        spent[kind_of(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     total = spent.total()
     rows = [
         {"recipe": recipe, "kind": kind, "ms a step": spent[kind] / STEPS / 1e3, "share": spent[kind] / total}
@@ -138,6 +141,7 @@ def kernels(recipe: str, pair: Pair, batch_size: int, compiling: bool) -> Tables
     return {"kernels": rows}
 
 
-def _kind_of(name: str) -> str:
+def kind_of(name: str) -> str:
+    """The kind of a kernel."""
     own = name.lower()
     return next((kind for kind, parts in KERNELS.items() if any(part in own for part in parts)), OTHERS)

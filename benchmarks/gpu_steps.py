@@ -2,14 +2,15 @@
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Pair, interleaved, synchronise
+from common import Pair, synchronise
 from public_code import public_step
 from training_speed import BATCHES, COLUMNS, Training, cached, encoded, on_data
 
@@ -30,10 +31,9 @@ HOST, FORCED, GRAPHS, BOTH = (
     f"{SHIPPED}, {what}"
     for what in ("pool in host memory", "layout forced", "graphs of the teacher", "graphs of both networks")
 )
-FORCED_GRAPHS = f"{BOTH}, layout forced"
+COMPILED = (SHIPPED, FORCED, BOTH)  # each compiles networks of its own
+VARIANTS = ("float32", "bf16", "bf16, teacher stored", SHIPPED, HOST, *COLUMNS[:2], LAST, FORCED, GRAPHS, BOTH, PUBLIC)
 ENCODING, ENCODED, WITHOUT = COLUMNS
-SECONDS = 100  # Tab. 9 counts as many iterations
-RECORDING = 2  # steps after the first that record graphs
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class Variant:
 
     step: Callable[[], object]
     precision: str
+
+
+Maker = Callable[[], Variant]
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
@@ -106,27 +109,99 @@ def as_shipped(pair: Pair) -> Pair:
     return replace(own, teacher=own.teacher.changed(network=copy.deepcopy(own.teacher.network)))
 
 
-def variants(pair: Pair, batch_size: int, compiling: bool, clone: Path | None, stack: ExitStack) -> dict[str, Variant]:
-    """The ways of a recipe by name, until a stack is closed; most that are compiled share their networks."""
-    own, host = pair.device, torch.device("cpu")
-    plain = {"float32": at(pair, "32"), "bf16": at(pair, "bf16"), "bf16, teacher stored": at(pair, "bf16", True)}
-    found = {name: _variant(Training(it, stream_of(it, batch_size, own))) for name, it in plain.items()}
-    training = shipped_step(pair, batch_size, compiling)
-    shipped = training.pair
-    if shipped.teacher.precision == "32":
-        found |= {name: Variant(_without_bf16, "bf16") for name in plain if name != "float32"}
-    found[SHIPPED] = _variant(training)
-    found[HOST] = _variant(_with(training, stream_of(shipped, batch_size, host)))
-    found[ENCODING] = _variant(_with(training, DataStream(encoded(shipped), **on_data(shipped, batch_size))))
-    if pair.teacher.space.encoded:
-        found[ENCODED] = _variant(_with(training, DataStream(cached(shipped), **on_data(shipped, batch_size))))
+def variants(
+    pair: Pair,
+    batch_size: int,
+    compiling: bool,
+    clone: Path | None,
+    stack: ExitStack,
+    wanted: Collection[str] = (),
+) -> dict[str, Variant]:
+    """The ways of a recipe by name, until a stack is closed; some share their networks.
+
+    Args:
+        wanted: names; default: all that the device and the clone allow.
+    """
+    makers = ways(pair, batch_size, compiling, stack)
     if clone is not None:
-        half = own.type == "cuda" and not pair.teacher.space.encoded
-        step = _or_fail(lambda: public_step(clone, pair, batch_size))
-        found[PUBLIC] = Variant(step, "float16" if half else "32")
-    if own.type == "cuda" and compiling:
-        found |= on_a_gpu(pair, training, batch_size, stack)
-    return found
+        half = pair.device.type == "cuda" and not pair.teacher.space.encoded
+        kind = "float16" if half else "32"
+        makers[PUBLIC] = lambda: Variant(_or_fail(lambda: public_step(clone, pair, batch_size)), kind)
+    return {name: make() for name, make in makers.items() if name in (wanted or makers)}
+
+
+def ways(pair: Pair, batch_size: int, compiling: bool, stack: ExitStack) -> dict[str, Maker]:
+    """What makes each way but the public code's."""
+    own, shipped = pair.device, cache(lambda: shipped_step(pair, batch_size, compiling))
+
+    def plain(precision: str, stored: bool = False) -> Maker:
+        if precision == "bf16" and resolve_precision("auto", own) == "32":
+            return lambda: Variant(_without_bf16, precision)
+        return lambda: _variant(_training(at(pair, precision, stored), batch_size))
+
+    def on(stream: Callable[[Pair], BatchStream]) -> Maker:
+        return lambda: _variant(_with(shipped(), stream(shipped().pair)))
+
+    found = {
+        "float32": plain("32"),
+        "bf16": plain("bf16"),
+        "bf16, teacher stored": plain("bf16", stored=True),
+        SHIPPED: lambda: _variant(shipped()),
+        HOST: on(lambda it: stream_of(it, batch_size, torch.device("cpu"))),
+        ENCODING: on(lambda it: DataStream(encoded(it), **on_data(it, batch_size))),
+    }
+    if pair.teacher.space.encoded:
+        found[ENCODED] = on(lambda it: DataStream(cached(it), **on_data(it, batch_size)))
+    return found | (on_a_gpu(pair, batch_size, shipped, stack) if own.type == "cuda" and compiling else {})
+
+
+def on_a_gpu(pair: Pair, batch_size: int, shipped: Callable[[], Training], stack: ExitStack) -> dict[str, Maker]:
+    """What is tried on a GPU alone: channels_last, without and with a compiler, and CUDA graphs.
+
+    By itself the compiler leaves a network that trains in NCHW, if one of its convolutions has twice as many inputs as
+    outputs, as those after a UNet's skip connections have.
+
+    Args:
+        shipped: gives the step as shipped, compiled.
+    """
+    both = cache(lambda: graphed(pair, batch_size, stack))
+    forced = {"force_layout_optimization": True}
+    return {
+        LAST: lambda: _variant(in_channels_last(pair, batch_size)),
+        FORCED: lambda: _variant(shipped_step(pair, batch_size, compiling=True, options=forced)),
+        GRAPHS: lambda: _variant(_with(shipped(), both().stream)),
+        BOTH: lambda: _variant(both()),
+    }
+
+
+def shipped_step(pair: Pair, batch_size: int, compiling: bool, options: Mapping[str, bool] | None = None) -> Training:
+    """A step as shipped, with networks of its own; `options` are the compiler's."""
+    training = _training(as_shipped(pair), batch_size)
+    for network in (training.pair.teacher.network, training.module.network) if compiling else ():
+        network.compile(dynamic=False, options=options)
+    return training
+
+
+def in_channels_last(pair: Pair, batch_size: int) -> Training:
+    """A step as shipped, not compiled, with both networks' weights in channels_last."""
+    training = _training(as_shipped(pair), batch_size)
+    for network in (training.pair.teacher.network, training.module.network):
+        network.to(memory_format=torch.channels_last)
+    training.follow()
+    return training
+
+
+def graphed(pair: Pair, batch_size: int, stack: ExitStack) -> Training:
+    """A step of `trainer.compile: graphs`, until a stack is closed."""
+    training = _training(as_shipped(pair), batch_size)
+    teacher = training.pair.teacher
+    stack.enter_context(replayed(teacher.network, rows_of_call(teacher, batch_size)))
+    stack.enter_context(replayed(training.module.network, batch_size, trains=True))
+    return training
+
+
+def _training(pair: Pair, batch_size: int) -> Training:
+    return Training(pair, stream_of(pair, batch_size, pair.device))
 
 
 def _without_bf16() -> None:
@@ -155,141 +230,3 @@ def _with(training: Training, stream: BatchStream) -> Training:
     own = copy.copy(training)
     own.stream = stream
     return own
-
-
-def on_a_gpu(pair: Pair, training: Training, batch_size: int, stack: ExitStack) -> dict[str, Variant]:
-    """What is tried on a GPU alone: channels_last, and CUDA graphs of the teacher or of both networks.
-
-    Args:
-        training: as shipped, compiled.
-    """
-    last = as_shipped(pair)
-    other = Training(last, stream_of(last, batch_size, pair.device))
-    for network in (last.teacher.network, other.module.network):
-        network.to(memory_format=torch.channels_last)
-    other.follow()
-    both, again = (graphed(pair, batch_size, stack) for _ in range(2))
-    return {
-        LAST: _variant(other),
-        FORCED: _forced(shipped_step(pair, batch_size, compiling=True)),
-        GRAPHS: _variant(_with(training, both.stream)),
-        BOTH: _variant(both),
-        FORCED_GRAPHS: _forced(again),
-    }
-
-
-def shipped_step(pair: Pair, batch_size: int, compiling: bool) -> Training:
-    """A step as shipped, with networks of its own."""
-    own = as_shipped(pair)
-    training = Training(own, stream_of(own, batch_size, pair.device))
-    for network in (own.teacher.network, training.module.network) if compiling else ():
-        network.compile(dynamic=False)
-    return training
-
-
-def graphed(pair: Pair, batch_size: int, stack: ExitStack) -> Training:
-    """A step of `trainer.compile: graphs`, until a stack is closed."""
-    own = as_shipped(pair)
-    training = Training(own, stream_of(own, batch_size, pair.device))
-    stack.enter_context(replayed(own.teacher.network, rows_of_call(own.teacher, batch_size)))
-    stack.enter_context(replayed(training.module.network, batch_size, trains=True))
-    return training
-
-
-def _forced(training: Training) -> Variant:
-    """Steps whose compiler puts every convolution in channels_last.
-
-    By itself it leaves a network that trains in NCHW, if one of its convolutions has half as many outputs as inputs, as
-    those after a UNet's skip connections have.
-    """
-
-    def step() -> None:
-        with torch._inductor.config.patch(force_layout_optimization=True):  # read where a call compiles
-            training.iteration()
-
-    return Variant(step, training.pair.teacher.precision)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Seconds of each variant's step and of its first one, which compiles; why others have none.
-
-    `room`: GB of the device's memory that the first steps take beside weights, averages and pools.
-    """
-
-    seconds: dict[str, float]
-    first: dict[str, float]
-    left_out: dict[str, str]
-    room: dict[str, float]
-
-
-def measure(
-    made: Mapping[str, Variant], rounds: int, device: torch.device, late: Callable[[], bool] = lambda: False
-) -> Measured:
-    """Time the variants in turn, without those that torch cannot run, or that would begin when it is `late`."""
-    first, left_out, room = {}, {}, {}
-    for name, variant in made.items():
-        if late():
-            left_out[name] = "the time is up"
-            continue
-        synchronise(device)
-        started, held = time.perf_counter(), _held(device)
-        try:
-            variant.step()
-            synchronise(device)
-            seconds = time.perf_counter() - started
-            for _ in range(RECORDING if device.type == "cuda" else 0):
-                variant.step()
-        except Exception as error:  # no memory, what a compiler cannot do, another clone
-            left_out[name] = first_line(error)
-        else:
-            first[name], room[name] = seconds, _most(device) - held
-    return Measured(interleaved({name: made[name].step for name in first}, rounds, device), first, left_out, room)
-
-
-def _held(device: torch.device) -> float:
-    """GB that the device holds now; what it holds at most is counted anew."""
-    if device.type != "cuda":
-        return 0.0
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated() / 1e9
-
-
-def _most(device: torch.device) -> float:
-    """GB that the device has held at most since `_held`."""
-    return torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error's message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def rows_of(
-    recipe: str, pair: Pair, batch_size: int, found: Measured, made: Mapping[str, Variant], peaks: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """A row for every variant that distils; `public / this` is how many times as fast as the public code it is."""
-    rows = []
-    for name, seconds in found.seconds.items():
-        if name in COLUMNS:
-            continue
-        precision = made[name].precision
-        share = step_flops(pair, batch_size) / seconds / peaks["32" if precision == "32" else "bf16"]
-        row: dict[str, Any] = {"recipe": recipe, "batch": batch_size, "variant": name, "precision": precision}
-        row |= {
-            "ms a step": 1e3 * seconds,
-            "MFU": share,
-            "first step s": found.first[name],
-            "room GB": found.room[name],
-        }
-        public = found.seconds.get(PUBLIC)
-        rows.append({**row, "public / this": "" if public is None else public / seconds})
-    return rows
-
-
-def tab9(recipe: str, batch_size: int, found: Measured) -> dict[str, Any]:
-    """The row of Tab. 9: seconds of 100 iterations on data and without, of the student as shipped."""
-    seconds = {**found.seconds, WITHOUT: found.seconds.get(SHIPPED)}
-    row = {name: SECONDS * seconds[name] if seconds.get(name) else "" for name in COLUMNS}
-    both = seconds.get(ENCODING) and seconds[WITHOUT]
-    return {"recipe": recipe, "batch": batch_size, **row, "without / on data": both / seconds[ENCODING] if both else ""}

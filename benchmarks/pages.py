@@ -53,7 +53,9 @@ def notes(found: Mapping[str, Any]) -> list[str]:
     for name, why in found["left_out"].items():
         reasons.setdefault(why, []).append(name)
     without = [f"Without figures ({why}): {'; '.join(names)}." for why, names in reasons.items()]
-    return [f"Matrix products of the same run: {speeds}; {compiled}.", *found.get("notes", []), *without]
+    ahead = f" ({found['compiled_ahead']} before)" if "compiled_ahead" in found else ""
+    facts = f"Matrix products of the same run: {speeds}; {compiled}{ahead}; {found.get('rounds', 'some')} rounds."
+    return [facts, *found.get("notes", []), *without]
 
 
 def main() -> None:

@@ -84,25 +84,26 @@ class Replays(list[int]):
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> Replays:
-    """Rows of every replay, once `torch.compile` makes calls that overwrite what they returned before.
+    """Rows of every replay, once `torch.compile` makes calls that overwrite what all of them have made.
 
-    Calls with gradients overwrite those of the network as well, which the backward pass before has made.
+    These are outputs, and the gradients of the networks: torch's graphs share their memory.
     """
     rows = Replays()
+    outputs: list[Tensor] = []
+    networks: list[torch.nn.Module] = []
 
     def overwriting(call: Callable[..., Tensor], *, dynamic: bool, mode: str) -> Callable[..., Tensor]:
         assert mode == "reduce-overhead" and not dynamic
-        memory: list[Tensor] = []
+        networks.append(call.__self__)  # type: ignore[attr-defined]
 
         def replay(*args: Any) -> Tensor:
-            network: torch.nn.Module = call.__self__  # type: ignore[attr-defined]
-            lost = [*memory, *(weight.grad for weight in network.parameters() if weight.grad is not None)]
-            for tensor in lost:
+            weights = [weight for network in networks for weight in network.parameters()]
+            for tensor in [*outputs, *(weight.grad for weight in weights if weight.grad is not None)]:
                 tensor.detach().fill_(torch.nan)
             output = call(*args)
             rows.append(len(output))
             rows.training += torch.is_grad_enabled()
-            memory[:] = [output]
+            outputs[:] = [output]
             return output
 
         return replay

@@ -19,6 +19,7 @@ from tests.fake_public import fake_clone
 from tests.streams import new_teacher
 from tests.test_benchmarks import ROOT, benchmark
 
+LATE = "slow: the time is up"
 SLOW = ("quickstart, bf16", "quickstart, bf16, teacher stored")  # where bf16 is simulated
 
 
@@ -130,14 +131,15 @@ def test_another_network_or_a_changed_clone_is_one_error(tmp_path: Path) -> None
 def test_what_is_tried_on_a_gpu_makes_steps_of_the_same_networks(
     replays: Replays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpu_steps import BOTH, FORCED, FORCED_GRAPHS, GRAPHS, LAST, Training, on_a_gpu, stream_of
+    from gpu_steps import BOTH, FORCED, GRAPHS, LAST, Training, on_a_gpu, stream_of
 
-    compiled: list[bool] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *, dynamic: compiled.append(dynamic))
+    compiled: list[object] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *, dynamic, options: compiled.append(options))
     pair = pair_of("pixel")
     training = Training(pair, stream_of(pair, 3, pair.device))
     with ExitStack() as stack:
-        found = on_a_gpu(pair, training, 3, stack)
+        makers = on_a_gpu(pair, 3, lambda: training, stack)
+        found = {name: make() for name, make in makers.items()}
         made = dict.fromkeys(found, (0, 0))  # replays of teacher and student
         shipped = []
         for name, variant in found.items():
@@ -146,8 +148,10 @@ def test_what_is_tried_on_a_gpu_makes_steps_of_the_same_networks(
             made[name] = len(replays) - count - (replays.training - gradients), replays.training - gradients
             if not torch.equal(before, training.weights[-1]):
                 shipped.append(name)
-    assert made == {LAST: (0, 0), FORCED: (0, 0), GRAPHS: (1, 0), BOTH: (1, 1), FORCED_GRAPHS: (1, 1)}
-    assert compiled == [False, False] and shipped == [GRAPHS]  # it trains the shipped student
+    assert made == {LAST: (0, 0), FORCED: (0, 0), GRAPHS: (1, 0), BOTH: (1, 1)}
+    assert compiled == [{"force_layout_optimization": True}] * 2  # a name of the compiler's, which it has:
+    assert torch._inductor.config.force_layout_optimization is False
+    assert shipped == [GRAPHS]  # it trains the shipped student
     assert set(replays) == {3}
     assert pair.teacher.network._compiled_call_impl is None
 
@@ -175,18 +179,39 @@ def test_processes_compile_ahead_until_their_time_is_up(tmp_path: Path) -> None:
         "here = pathlib.Path(__file__).parent\n"
         "(here / f'{sys.argv[1]} {sys.argv[-1]}.txt').write_text(' '.join(sys.argv[2:]))\n"
         "sys.argv[-1] == 'slow' and time.sleep(600)\n"
-        "sys.exit(sys.argv[-1] == 'bad')\n"
+        "sys.argv[-1] == 'bad' and sys.exit('out of memory')\n"
     )
     started = time.monotonic()
-    found = compile_ahead(script, ["one", "two=4"], ["good", "slow", "bad"], ["--compile", "true"], started + 6)
-    assert found == 2 and time.monotonic() - started < 60
+    found = compile_ahead(script, ["one", "two=4"], ["good", "bad", "slow"], ["--compile", "true"], started + 8)
+    assert time.monotonic() - started < 60
+    assert found == [f"{recipe}, {why}" for recipe in ("one", "two=4") for why in ("bad: out of memory", LATE)]
     words = {file.stem: file.read_text() for file in tmp_path.glob("*.txt")}
-    assert set(words) == {f"{recipe} {name}" for recipe in ("one", "two=4") for name in ("good", "slow", "bad")}
     assert words["one good"] == "--parts steps --rounds 1 --ahead 0 --compile true --variants good"
+    assert "two=4 bad" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("triton_poi_fused__to_copy_convolution_silu_12", "compiled"),
+        ("void cudnn::engines_precompiled::nchwToNhwcKernel<__nv_bfloat16>", "changes"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<32, 128>>", "attention"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolutions"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "matrix"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies"),
+        ("void at::native::distribution_elementwise_grid_stride_kernel", "others"),
+    ],
+)
+def test_kernels_have_their_kinds(name: str, kind: str) -> None:
+    from gpu_parts import kind_of
+
+    assert kind_of(name).startswith(kind)
 
 
 def test_a_variant_that_fails_or_comes_too_late_is_named_and_the_others_are_timed() -> None:
-    from gpu_steps import Variant, measure
+    from gpu_steps import Variant
+    from gpu_timing import measure
 
     def fails() -> None:
         raise ValueError("no kernel\nfor this card")

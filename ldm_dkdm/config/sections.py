@@ -244,7 +244,8 @@ class TrainerConfig(Section):
         "ldm_dkdm.device:COMPILING",
         "auto",
         help="Compile the networks (torch.compile) before the first step, but not a student that `fsdp` shards; `auto` "
-        "does so on a GPU with Triton, `graphs` on an NVIDIA GPU, where calls of whole batches then replay graphs.",
+        "does so on a GPU with Triton; `graphs` lets calls of whole batches in a distillation replay graphs of CUDA, "
+        "the student's on one device without accumulation.",
     )
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = key("auto", help="Kind of device to train on.")
     devices: int | None = key(

@@ -11,6 +11,7 @@ import lightning as L
 from ldm_dkdm.config.schema import (
     DistillRun,
     LossConfig,
+    TrainerConfig,
     WarmupConfig,
 )
 from ldm_dkdm.device import compiles, is_first_rank
@@ -139,17 +140,22 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
         return stream_kind(method)(teacher, pool, method, parts.batches, seed, rank, device, run.first_batch)
 
     compiling, rows = run.trainer.compile, run.config.distill.batch_size
-    graphs, alone = compiling == "graphs", run.trainer.ranks == run.trainer.accumulate == 1
+    graphs = compiling == "graphs"
     with (
         run.open(),
         compiled([teacher.network, trained.network], compiles(compiling, run.device)),
         replayed(teacher.network, rows_of(teacher, rows), graphs),
-        replayed(trained.network, rows, graphs and alone, trains=True),
+        replayed(trained.network, rows, graphs and _may_replay(run.trainer), trains=True),
     ):
         result = run.fit(parts.module(), stream_for, [pools, saving, grids], measuring)
         if is_first_rank():
             tidy(run.folder)
     return run.result(student, result)
+
+
+def _may_replay(trainer: TrainerConfig) -> bool:
+    """Whether no gradient is needed after its step, and none by another rank: they are in a graph's memory."""
+    return trainer.ranks == trainer.accumulate == 1 and trainer.strategy in ("auto", "single_device")
 
 
 def _check_teacher(parts: Distillation, run: Run) -> None:

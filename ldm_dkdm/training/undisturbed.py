@@ -20,7 +20,7 @@ IRRELEVANT = (
     ".*number of training batches.*",
     ".*callbacks used to create the checkpoint.*",  # an early stop that was removed
     ".*your dataloader is not resumable.*",  # it is: the stream starts at the resumed step
-    ".*CUDA Graph is empty.*",  # torch's own, before it records others
+    ".*CUDA Graph is empty.*",  # torch's first graph, which is meant to be
     ".*Experiment logs directory.*",  # only logs of lost steps of this run are replaced
 )
 
