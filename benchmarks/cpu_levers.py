@@ -55,9 +55,6 @@ LEVERS = {
 }
 
 
-PRODUCTS = {"bf16": "bfloat16", "32": "float32"}  # precision -> format of the matrix product beside it
-
-
 class Variant:
     """A training with a lever."""
 
@@ -130,10 +127,11 @@ def main() -> None:
     variants = {name: Variant(options.recipe, LEVERS[name]) for name in dict.fromkeys(["as shipped", *options.levers])}
     works: dict[str, Callable[[], object]] = {name: variant.step for name, variant in variants.items()}
     pair = variants["as shipped"].training.pair
-    device, precision = pair.device, PRODUCTS[pair.teacher.precision]
-    seconds, peak = interleaved(works, options.rounds, device), peak_flops(device, getattr(torch, precision))
+    device, half = pair.device, pair.teacher.precision == "bf16"
+    peak = peak_flops(device, torch.bfloat16 if half else torch.float32)
+    seconds = interleaved(works, options.rounds, device)
     facts = {"what": "levers of a step on a CPU", "recipe": options.recipe, "rounds": options.rounds}
-    product = f"{peak / 1e12:.2g} TFLOP/s in {precision.replace('bfloat', 'bf')}"
+    product = f"{peak / 1e12:.2g} TFLOP/s in {'bf16' if half else 'float32'}"
     finish(options.out, device, rows_of(variants, seconds, peak), **facts, peak=product)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from common import Pair
 from gpu_steps import Training, as_shipped, at, shipped_step, stream_of, synchronise
+from step_profile import REST, kind_of
 from torch.profiler import ProfilerActivity, profile
 from training_speed import encoded, on_data
 
@@ -32,7 +33,6 @@ KERNELS = {  # kind -> parts of its kernels' names; the first kind that has one 
     "optimizer and average": ("multi_tensor", "adamw", "lerp"),
     "copies": ("memcpy", "memset", "copy"),
 }
-OTHERS = "others"
 BINS = 10  # of t
 
 
@@ -131,17 +131,11 @@ def kernels(recipe: str, pair: Pair, batch_size: int, compiling: bool) -> Tables
     for event in watched.key_averages():
         if event.is_user_annotation:
             continue  # a span of others
-        spent[kind_of(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        spent[kind_of(event.key, KERNELS)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     total = spent.total()
     rows = [
         {"recipe": recipe, "kind": kind, "ms a step": spent[kind] / STEPS / 1e3, "share": spent[kind] / total}
-        for kind in (*KERNELS, OTHERS)
+        for kind in (*KERNELS, REST)
         if spent[kind]
     ]
     return {"kernels": rows}
-
-
-def kind_of(name: str) -> str:
-    """The kind of a kernel."""
-    own = name.lower()
-    return next((kind for kind, parts in KERNELS.items() if any(part in own for part in parts)), OTHERS)

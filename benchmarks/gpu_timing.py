@@ -84,7 +84,7 @@ def rows_of(
             "ms a step": 1e3 * seconds,
             "MFU": share,
             "first step s": found.first[name],
-            "room GB": found.room[name],
+            "room GB": found.room[name] or "",
         }
         public = found.seconds.get(PUBLIC)
         rows.append({**row, "public / this": "" if public is None else public / seconds})

@@ -54,7 +54,7 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         reasons.setdefault(why, []).append(name)
     without = [f"Without figures ({why}): {'; '.join(names)}." for why, names in reasons.items()]
     ahead = f" ({found['compiled_ahead']} before)" if "compiled_ahead" in found else ""
-    facts = f"Matrix products of the same run: {speeds}; {compiled}{ahead}; {found.get('rounds', 'some')} rounds."
+    facts = f"Matrix products of the same run: {speeds}; {compiled}{ahead}; {found['rounds']} rounds."
     return [facts, *found.get("notes", []), *without]
 
 

@@ -6,7 +6,7 @@ that a faster way to do it could save.
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +121,10 @@ def by_kind(events: Sequence[Any]) -> Counter[str]:
     return Counter({kind: value / max(1e-12, seconds.total()) for kind, value in seconds.items()})
 
 
-def kind_of(name: str) -> str:
-    """The kind of an operation."""
+def kind_of(name: str, kinds: Mapping[str, Sequence[str]] = KINDS) -> str:
+    """The kind of an operation or a kernel: the first that has a part of its name."""
     own = name.lower()
-    return next((kind for kind, parts in KINDS.items() if any(part in own for part in parts)), REST)
+    return next((kind for kind, parts in kinds.items() if any(part in own for part in parts)), REST)
 
 
 if __name__ == "__main__":

@@ -200,13 +200,14 @@ def test_processes_compile_ahead_until_their_time_is_up(tmp_path: Path) -> None:
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTN", "matrix"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
-        ("void at::native::distribution_elementwise_grid_stride_kernel", "others"),
+        ("void at::native::distribution_elementwise_grid_stride_kernel", "everything else"),
     ],
 )
 def test_kernels_have_their_kinds(name: str, kind: str) -> None:
-    from gpu_parts import kind_of
+    from gpu_parts import KERNELS
+    from step_profile import kind_of
 
-    assert kind_of(name).startswith(kind)
+    assert kind_of(name, KERNELS).startswith(kind)
 
 
 def test_a_variant_that_fails_or_comes_too_late_is_named_and_the_others_are_timed() -> None:

@@ -62,9 +62,7 @@ class Choice(L.Callback):
                 self.latest = checkpoint
                 break
         if found and self.latest is None:
-            raise UserError(
-                f"{self.damage}; there is no intact checkpoint before it: delete {folder} to begin the run again"
-            )
+            raise UserError(f"{self.damage}; no earlier checkpoint is intact: delete {folder} to begin the run again")
         if self.damage and self.latest:
             logger.warning(f"{self.damage}; continuing from {self.latest.name} in its place")
 
