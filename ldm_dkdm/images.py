@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm_dkdm.errors import UserError, interruptible, unreadable
 from ldm_dkdm.files import expanded, replacing, require_file
+from ldm_dkdm.netpbm import require_few_comments
 from ldm_dkdm.npz import read_npz
 from ldm_dkdm.reporting import logger
 
@@ -117,12 +118,12 @@ def read_image(path: Path, size: int, channels: int = 3) -> Tensor:
 
 def _square(path: Path) -> Image.Image:
     """The centred square of an image file, upright."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with interruptible(), Image.open(path, formats=FORMATS) as file:
-            if file.width * file.height > PIXELS:
-                raise Image.DecompressionBombError(f"{file.width} x {file.height}, more than {PIXELS}")
-            image = ImageOps.exif_transpose(_of_8_bits(file))
+    require_few_comments(path)
+    # a damaged TIFF may bring a warning for each of 65,535 tags
+    with warnings.catch_warnings(action="ignore"), interruptible(), Image.open(path, formats=FORMATS) as file:
+        if file.width * file.height > PIXELS:
+            raise Image.DecompressionBombError(f"{file.width} x {file.height}, more than {PIXELS}")
+        image = ImageOps.exif_transpose(_of_8_bits(file))
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))

@@ -111,7 +111,7 @@ def test_without_a_whole_checkpoint_the_message_says_what_to_delete(run: Path) -
     for checkpoint in (run / "checkpoints").glob("*.ckpt"):
         flip_in_the_middle(checkpoint)
     with pytest.raises(
-        UserError, match=r"no intact checkpoint before it: delete \S+checkpoints to begin the run again"
+        UserError, match=r"no earlier checkpoint is intact: delete \S+checkpoints to begin the run again"
     ):
         Choice(run / "checkpoints", pools=True)
 
