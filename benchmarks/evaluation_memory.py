@@ -19,7 +19,7 @@ from ldm_dkdm.evaluation.features import open_extractor
 from ldm_dkdm.evaluation.gathering import gather
 from ldm_dkdm.evaluation.processes import Part
 from ldm_dkdm.evaluation.sources import ImageSource, NpzImages
-from ldm_dkdm.images import npz_writer
+from ldm_dkdm.npz import npz_writer
 
 PIXELS = "pixel-frechet"
 

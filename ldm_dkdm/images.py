@@ -1,14 +1,12 @@
-"""Read folders of images and ADM-style .npz; write PNG, .npz and labelled grids."""
+"""Read folders of images and ADM-style .npz; write PNG and labelled grids."""
 
 import math
 import os
+import re
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO
 
 import numpy as np
 import torch
@@ -17,13 +15,16 @@ from torch import Tensor
 
 from ldm_dkdm.errors import UserError, interruptible, unreadable
 from ldm_dkdm.files import expanded, replacing, require_file
-from ldm_dkdm.netpbm import require_few_comments
 from ldm_dkdm.npz import read_npz
 from ldm_dkdm.reporting import logger
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow's names; it opens no others
 PIXELS = 1 << 26  # most pixels in an image file; Pillow takes up to 32 bytes for each
+HEADER = 1 << 16  # most bytes of a PPM or PGM header; Pillow reads them one by one
+COMMENTS = 10_000  # most comments in a plain PPM or PGM; Pillow copies a block of its numbers for each
+PLAIN = (b"P1", b"P2", b"P3")  # PPM and PGM whose pixels are numbers in ASCII
+BLOCK = 1 << 20  # bytes read at once
 MODES = {1: "L", 3: "RGB"}  # channels of an image file -> Pillow's mode
 
 
@@ -118,7 +119,7 @@ def read_image(path: Path, size: int, channels: int = 3) -> Tensor:
 
 def _square(path: Path) -> Image.Image:
     """The centred square of an image file, upright."""
-    require_few_comments(path)
+    _require_few_comments(path)
     # a damaged TIFF may bring a warning for each of 65,535 tags
     with warnings.catch_warnings(action="ignore"), interruptible(), Image.open(path, formats=FORMATS) as file:
         if file.width * file.height > PIXELS:
@@ -127,6 +128,25 @@ def _square(path: Path) -> Image.Image:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
+
+
+def _require_few_comments(path: Path) -> None:
+    """Let an image pass unless it is a PPM or PGM of very long or very many comments.
+
+    Raises:
+        ValueError: its size does not stand in its first 64 KiB, or a plain file has more than 10,000 comments.
+    """
+    with path.open("rb") as file:
+        head = file.read(HEADER)
+        if head[:1] != b"P":
+            return
+        numbers = re.sub(rb"#[^\r\n]*", b"", head).split(maxsplit=3)
+        if len(head) == HEADER and len(numbers) < 4:  # the kind, width, height, and what follows
+            raise ValueError(f"a header of more than {HEADER} bytes")
+        if head[:2] in PLAIN:
+            file.seek(0)
+            if sum(block.count(b"#") for block in iter(lambda: file.read(BLOCK), b"")) > COMMENTS:
+                raise ValueError(f"more than {COMMENTS} comments")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -243,58 +263,3 @@ def save_image(image: Image.Image, path: Path) -> None:
 def save_grid(images: Tensor, path: Path) -> None:
     """Write images uint8 (N,H,W,C) as one PNG."""
     save_image(grid(images), path)
-
-
-class NpzWriter:
-    """Writes an ADM-style .npz batch by batch, so that the images need not fit in memory.
-
-    Args:
-        file: the file, open for writing.
-        count: number of all images.
-    """
-
-    def __init__(self, file: BinaryIO, count: int) -> None:
-        self.archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self.member: IO[bytes] | None = None
-        self.count, self.missing = count, count
-        self.labels: list[np.ndarray] = []
-
-    def add(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Append images uint8 (B,H,W,C) and their labels (B,)."""
-        if self.member is None:
-            self.member = self.archive.open("arr_0.npy", "w", force_zip64=True)
-            shape = (self.count, *images.shape[1:])
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(self.member, header)
-        self.member.write(images.contiguous().numpy().tobytes())
-        self.missing -= len(images)
-        if labels is not None:
-            self.labels.append(labels.numpy())
-
-    def close(self) -> None:
-        """Finish the archive: arr_1 holds the labels int64 (N,), if any."""
-        if self.member is not None:
-            self.member.close()
-        if self.labels:
-            with self.archive.open("arr_1.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.concatenate(self.labels), allow_pickle=False)
-        self.archive.close()
-
-
-@contextmanager
-def npz_writer(path: Path, count: int) -> Iterator[NpzWriter]:
-    """An `NpzWriter` whose file appears at `path` once all images are in it."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        writer = NpzWriter(file, count)
-        try:
-            yield writer
-        finally:
-            writer.close()
-        if writer.missing:
-            raise ValueError(f"{writer.missing} of {count} images are missing")
-
-
-def save_npz(images: Tensor, path: Path, labels: Tensor | None = None) -> None:
-    """Write an ADM-style .npz: arr_0 uint8 (N,H,W,C), and arr_1 int64 (N,) if there are labels."""
-    with npz_writer(path, len(images)) as writer:
-        writer.add(images, labels)

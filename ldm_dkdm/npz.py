@@ -1,4 +1,4 @@
-"""Read arrays of numbers from .npz archives; what a header claims is checked before it takes memory."""
+"""Read arrays of numbers from .npz archives, where no header is believed before it takes memory; write images to them."""
 
 import math
 import tokenize
@@ -7,13 +7,16 @@ import zlib
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from ldm_dkdm.errors import MALFORMED, UserError, blaming, interruptible
-from ldm_dkdm.files import require_file
+from ldm_dkdm.files import replacing, require_file
 from ldm_dkdm.reporting import size
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMALL = 1 << 30  # bytes of an array that are read whatever they take in the file
 PACKED = 20  # largest accepted size of a larger array in units of its file's
@@ -107,3 +110,58 @@ def _numbers(member: IO[bytes], count: int) -> np.ndarray:
     if done < count:
         raise ValueError(f"it breaks off after {done} of {count} bytes")
     return content
+
+
+class NpzWriter:
+    """Writes an ADM-style .npz batch by batch, so that the images need not fit in memory.
+
+    Args:
+        file: the file, open for writing.
+        count: number of all images.
+    """
+
+    def __init__(self, file: BinaryIO, count: int) -> None:
+        self.archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self.member: IO[bytes] | None = None
+        self.count, self.missing = count, count
+        self.labels: list[np.ndarray] = []
+
+    def add(self, images: "Tensor", labels: "Tensor | None" = None) -> None:
+        """Append images uint8 (B,H,W,C) and their labels (B,)."""
+        if self.member is None:
+            self.member = self.archive.open("arr_0.npy", "w", force_zip64=True)
+            shape = (self.count, *images.shape[1:])
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(self.member, header)
+        self.member.write(images.contiguous().numpy().tobytes())
+        self.missing -= len(images)
+        if labels is not None:
+            self.labels.append(labels.numpy())
+
+    def close(self) -> None:
+        """Finish the archive: arr_1 holds the labels int64 (N,), if any."""
+        if self.member is not None:
+            self.member.close()
+        if self.labels:
+            with self.archive.open("arr_1.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.concatenate(self.labels), allow_pickle=False)
+        self.archive.close()
+
+
+@contextmanager
+def npz_writer(path: Path, count: int) -> Iterator[NpzWriter]:
+    """An `NpzWriter` whose file appears at `path` once all images are in it."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        writer = NpzWriter(file, count)
+        try:
+            yield writer
+        finally:
+            writer.close()
+        if writer.missing:
+            raise ValueError(f"{writer.missing} of {count} images are missing")
+
+
+def save_npz(images: "Tensor", path: Path, labels: "Tensor | None" = None) -> None:
+    """Write an ADM-style .npz: arr_0 uint8 (N,H,W,C), and arr_1 int64 (N,) if there are labels."""
+    with npz_writer(path, len(images)) as writer:
+        writer.add(images, labels)

@@ -10,7 +10,7 @@ import torch
 
 from ldm_dkdm.commands.arguments import Parser
 from ldm_dkdm.commands.main import guarded
-from ldm_dkdm.images import save_npz
+from ldm_dkdm.npz import save_npz
 
 
 def main() -> None:

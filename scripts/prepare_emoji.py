@@ -13,7 +13,8 @@ import torch
 from ldm_dkdm.commands.arguments import Parser
 from ldm_dkdm.commands.main import guarded
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.images import read_image, save_npz
+from ldm_dkdm.images import read_image
+from ldm_dkdm.npz import save_npz
 
 SIZE = 64
 TEACHER_RANGES = (

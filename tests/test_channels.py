@@ -16,8 +16,9 @@ from ldm_dkdm.config.load import load_config
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageRun
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage import AutoencoderKL, VQModel
-from ldm_dkdm.images import grid, save_npz, to_image
+from ldm_dkdm.images import grid, to_image
 from ldm_dkdm.networks import UNet
+from ldm_dkdm.npz import save_npz
 from ldm_dkdm.training.autoencoder import train_first_stage
 from tests.cli import run_script, sample, write_yaml
 from tests.parts import DDCONFIG, UNET_PARAMS, VQ_PARAMS, randomised

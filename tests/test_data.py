@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm_dkdm import UserError
 from ldm_dkdm.config.schema import DiffusionDataConfig
 from ldm_dkdm.distillation.image_data import CachedStates, EncodedStates, ImageSet, encode_sets, open_images, open_sets
-from ldm_dkdm.images import npz_writer, save_npz
+from ldm_dkdm.npz import npz_writer, save_npz
 from ldm_dkdm.pixel import PixelCodec
 
 

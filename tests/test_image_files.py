@@ -14,7 +14,8 @@ from PIL import Image
 
 from ldm_dkdm.distillation.image_data import open_images
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.images import find_images, load_images, read_image, save_npz
+from ldm_dkdm.images import find_images, load_images, read_image
+from ldm_dkdm.npz import save_npz
 
 RAMP = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
 GREY = torch.from_numpy((RAMP / 257).round().astype(np.uint8))

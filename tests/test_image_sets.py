@@ -15,8 +15,9 @@ from ldm_dkdm.evaluation.opening import open_images
 from ldm_dkdm.evaluation.samples import sampled
 from ldm_dkdm.evaluation.sources import FolderImages, image_files
 from ldm_dkdm.evaluation.statistics import Statistics
-from ldm_dkdm.images import save_image, save_npz, to_image
+from ldm_dkdm.images import save_image, to_image
 from ldm_dkdm.networks import DiT
+from ldm_dkdm.npz import save_npz
 from tests.parts import randomised
 
 IMAGES = torch.randint(0, 256, (9, 6, 6, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

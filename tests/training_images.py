@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ldm_dkdm.images import save_npz
+from ldm_dkdm.npz import save_npz
 
 TRAINER = {"max_steps": 8, "learning_rate": 1e-3, "precision": "32", "accelerator": "cpu", "ema_decay": 0.5}
 LOGGING = {"save_every": 4, "sample_every": 3, "sample_count": 2, "sample_steps": 2}

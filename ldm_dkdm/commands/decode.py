@@ -69,7 +69,8 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
     from ldm_dkdm.checkpoints.first_stages import FirstStageSource
     from ldm_dkdm.commands.drawing import write_pngs
     from ldm_dkdm.device import default_device, resolve_precision
-    from ldm_dkdm.images import MODES, save_grid, save_npz
+    from ldm_dkdm.images import MODES, save_grid
+    from ldm_dkdm.npz import save_npz
     from ldm_dkdm.reporting import following, logger
 
     latents, device = read_latents(path), default_device("auto")

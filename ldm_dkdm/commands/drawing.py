@@ -18,9 +18,10 @@ from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.evaluation.samples import sampled
 from ldm_dkdm.files import replacing_in, write_tensors
-from ldm_dkdm.images import NpzWriter, grid, npz_writer, save_image, to_image
+from ldm_dkdm.images import grid, save_image, to_image
 from ldm_dkdm.model.ranks import Ranks
 from ldm_dkdm.model.sampling import sample_batches, starts_of
+from ldm_dkdm.npz import NpzWriter, npz_writer
 from ldm_dkdm.reporting import counted, following, logger, size
 
 if TYPE_CHECKING:
