@@ -1,4 +1,4 @@
-"""Read arrays of numbers from .npz archives, where no header is believed before it takes memory; write images to them."""
+"""Read arrays of numbers from .npz archives, checking headers before they take memory; write images to them."""
 
 import math
 import tokenize
