@@ -7,7 +7,7 @@ import yaml
 
 from ldm_dkdm.commands.arguments import read_hints, split_base
 from ldm_dkdm.commands.hints import split_paths
-from ldm_dkdm.config.load import load_config, to_yaml
+from ldm_dkdm.config.load import load_config, read_yaml, to_yaml
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, LoggingConfig
 from ldm_dkdm.config.text import quoted
 from ldm_dkdm.errors import UserError
@@ -45,6 +45,19 @@ def config(tmp_path: Path, text: str = "", *overrides: str) -> DistillRun:
     file = tmp_path / "config.yaml"
     file.write_text(BASE + text)
     return load_config(file, overrides)
+
+
+def test_a_text_is_found_behind_characters_of_many_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(f"\ufeff# \N{GRINNING FACE} \u2028\r\n{BASE}logging: {{dir: ä, name: 1.10}} # ö\r\n".encode())
+    assert load_config(file).logging.name == "1.10"
+
+
+def test_what_is_done_to_a_config_changes_no_later_reading(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(BASE)
+    read_yaml(file).teacher.ckpt = "other.ckpt"
+    assert read_yaml(file).teacher.ckpt == "x.ckpt"
 
 
 @pytest.mark.parametrize("name", NAMES)

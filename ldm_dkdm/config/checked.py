@@ -117,9 +117,12 @@ def _in_source(module: str, name: str) -> ast.Dict:
     raise LookupError(f"{path}: {name} is not a literal dict")
 
 
-def hints_of(schema: Any) -> dict[str, Any]:
+_hints = functools.cache(typing.get_type_hints)
+
+
+def hints_of(schema: Any) -> Mapping[str, Any]:
     """The resolved type hints of a dataclass."""
-    return typing.get_type_hints(schema)
+    return _hints(schema)
 
 
 def parse(schema: type[T], node: Any, where: str = "") -> T:

