@@ -1,5 +1,6 @@
 """Two processes on one machine: a pool per rank, one student, an exact resume."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 
 from tests.cli import ROOT, table, write_yaml
 from tests.parts import distill_config
+
+PARTS = ("ckpt", "ckpt.sha256", "pool-rank0.safetensors", "pool-rank1.safetensors")  # of a checkpoint
 
 
 def distil_in_two_processes(base: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -25,17 +28,22 @@ def distil_in_two_processes(base: Path, *arguments: str) -> subprocess.Completed
 def test_two_ranks_distil_one_student_from_their_own_pools_and_resume_exactly(
     teacher_folder: Path, tmp_path: Path
 ) -> None:
-    for name, steps in (("whole", 4), ("halves", 2)):
-        config = distill_config(
-            teacher_folder,
-            tmp_path,
-            trainer={"devices": 2, "max_steps": steps},
-            logging={"name": name, "save_every": 2, "evaluate_every": 2, "log_every": 1},
-        )
-        done = distil_in_two_processes(write_yaml(tmp_path / f"{name}.yaml", config))
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("student:") == 1
-    assert distil_in_two_processes(tmp_path / "halves", "trainer.max_steps=4").returncode == 0
+    config = distill_config(
+        teacher_folder,
+        tmp_path,
+        trainer={"devices": 2, "max_steps": 4},
+        logging={"name": "whole", "save_every": 2, "evaluate_every": 2, "log_every": 1},
+    )
+    done = distil_in_two_processes(write_yaml(tmp_path / "whole.yaml", config))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("student:") == 1
+    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
+    shutil.rmtree(tmp_path / "halves" / "student")
+    for part in PARTS:
+        (tmp_path / "halves" / "checkpoints" / f"step=00000004.{part}").unlink()
+    done = distil_in_two_processes(tmp_path / "halves")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("continues from the checkpoint of step 2") == 1
     whole, halves = (load_file(tmp_path / name / "student" / "student.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     rows = [table(tmp_path / name / "metrics.csv") for name in ("whole", "halves")]
@@ -50,9 +58,6 @@ def test_two_ranks_distil_one_student_from_their_own_pools_and_resume_exactly(
     assert not torch.equal(pools[0][0]["x"], pools[0][1]["x"])
     for rank in (0, 1):
         assert torch.equal(pools[0][rank]["x"], pools[1][rank]["x"])
-
-
-PARTS = ("ckpt", "ckpt.sha256", "pool-rank0.safetensors", "pool-rank1.safetensors")  # of a checkpoint
 
 
 @pytest.mark.timeout(900)
