@@ -1,5 +1,6 @@
 """dkdm evaluate SAMPLES [REFERENCE]: figures, provenance, warnings, results and tables, as a user sees them."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -131,15 +132,15 @@ def test_a_runs_reference_is_its_teacher_and_its_figures_stay_with_it(
 
 
 def test_a_table_of_runs_names_those_without_figures(
-    run: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    new = tmp_path / "new"  # another test may have evaluated the teacher
+    shutil.copytree(teacher_folder, new, ignore=shutil.ignore_patterns("evaluation*"))
     assert evaluate("-r", run, "-n", 0, "--chains", 1) == 0
     capsys.readouterr()
-    assert evaluate(run, teacher_folder, "--table") == 0
-    assert (
-        f"{teacher_folder}: has not been evaluated; dkdm evaluate {teacher_folder} REFERENCE" in capsys.readouterr().out
-    )
-    assert evaluate(teacher_folder, "--table") == 2
+    assert evaluate(run, new, "--table") == 0
+    assert f"{new}: has not been evaluated; dkdm evaluate {new} REFERENCE" in capsys.readouterr().out
+    assert evaluate(new, "--table") == 2
     assert evaluate(run, "nowhere", "--table") == 2
     assert "nowhere: no such run, model or JSON file of an evaluation" in capsys.readouterr().err
 
