@@ -31,7 +31,6 @@ def test_each_ends_in_one_line_within_the_limits(name: str, found: dict[str, Out
     errors = [line for line in lines if line.startswith("error: ")]
     assert len(errors) == 1 and errors[0] == lines[-1], lines
     assert CASES[name][1] in errors[0], errors[0]
-    assert len(lines) < 30, lines[:30]
     assert len(errors[0]) < 2500 and errors[0].isprintable()
 
 

@@ -241,3 +241,11 @@ def _write_16_bit_png(path: Path, values: np.ndarray, kind: int) -> None:
     header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+def test_the_tags_of_a_damaged_tiff_bring_no_warnings(tmp_path: Path) -> None:
+    outside = b"".join(struct.pack("<HHII", 1000 + tag, 2, 20_000_000, 8) for tag in range(100))
+    path = tmp_path / "a.tif"
+    path.write_bytes(b"II*\0" + struct.pack("<IH", 8, 100) + outside + struct.pack("<I", 0))
+    with pytest.raises(UserError, match="not a readable image: cannot identify image file"):
+        read_image(path, 8)

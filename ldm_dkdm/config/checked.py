@@ -117,12 +117,9 @@ def _in_source(module: str, name: str) -> ast.Dict:
     raise LookupError(f"{path}: {name} is not a literal dict")
 
 
-_hints = functools.cache(typing.get_type_hints)
-
-
-def hints_of(schema: Any) -> Mapping[str, Any]:
+def hints_of(schema: Any) -> dict[str, Any]:
     """The resolved type hints of a dataclass."""
-    return _hints(schema)
+    return typing.get_type_hints(schema)
 
 
 def parse(schema: type[T], node: Any, where: str = "") -> T:
