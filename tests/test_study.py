@@ -109,6 +109,30 @@ def row(arm: str, seed: int, distance: float) -> Mapping[str, Any]:
     return {**own, "calls": {"training": 64_000, "warm-up": 1000}, "seconds": 60, "curves": curves}
 
 
+def test_a_run_is_measured_once_more_by_more_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = module("plan", monkeypatch)
+    tasks = {task.name: task for task in plan.tasks_of(plan.read_plan(), ["many"])}
+    made = {name: task for name, task in tasks.items() if "many" in name}
+    runs = [f"{arm}-{seed}.many" for seed in range(3) for arm in plan.read_plan()["many"]["arms"]]
+    assert sorted(made) == sorted([*runs, "digits-teacher-many.json"])  # one teacher of both pairs, measured once
+    assert made["digits/improved-long-0.many"].after == ("digits/improved-long-0",)
+    monkeypatch.chdir(tmp_path)
+    results = module("results", monkeypatch)
+    arm = sys.modules["plan"].arms_of(plan.read_plan())["digits/improved-long"]
+    for file, figures in {
+        arm.run(0) / "study.json": {"FD": 3.0},
+        arm.run(0) / "study-many.json": {"FD (many)": 2.0},
+        arm.floor: {"FD": 1.0},
+        arm.many_floor: {"FD (many)": 0.5},
+    }.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"figures": figures, "parameters": 1, "calls": {}}))
+    (arm.run(0) / "metrics.csv").write_text("step,seconds,agreement\n1,2.6,0.5\n")
+    found = results.read_results(results.write_results(plan.read_plan(), tmp_path / "results.json"))
+    assert found["runs"][0]["figures"] == {"FD": 3.0, "FD (many)": 2.0}
+    assert found["teachers"]["digits"] == {"FD": 1.0, "FD (many)": 0.5}
+
+
 def test_the_page_marks_what_is_beyond_the_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = module("page", monkeypatch)
     results = tmp_path / "results.json"

@@ -1,6 +1,7 @@
 """Measure a run of the study, or a teacher beside itself: python benchmarks/study/measure.py RUN TEACHER [DATA]
 
-`floor TEACHER OUT [DATA]` in place of the run writes the teacher's figures with other seeds to OUT.
+`floor TEACHER OUT [DATA]` in place of the run writes the teacher's figures with other seeds to OUT, `many MODEL TEACHER
+OUT` the distances of a model by as many samples as the plan's `many`.
 """
 
 import json
@@ -28,6 +29,8 @@ def main() -> None:
     """Write what the arguments ask for."""
     if sys.argv[1] == "floor":
         measure_floor(sys.argv[2], Path(sys.argv[3]), sys.argv[4])
+    elif sys.argv[1] == "many":
+        measure_many(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
     else:
         measure_run(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
 
@@ -39,6 +42,16 @@ def measure_floor(teacher_path: str, out: Path, data: str) -> None:
     teacher = dkdm.load_model(teacher_path)
     found = dkdm.measure(dkdm.load_model(teacher_path), teacher, progress=True, **options).figures
     figures = primed(found) | distance_to(data, teacher)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"figures": figures}, indent=2) + "\n")
+
+
+def measure_many(path: str, teacher: str, out: Path) -> None:
+    """Write the distances of a model's samples to a teacher's, many of each; the model may be the teacher itself."""
+    plan = read_plan()
+    options = {**plan["measured"], "count": plan["many"]["count"], "metrics": plan["many"]["metrics"]}
+    found = dkdm.measure(dkdm.load_model(path), dkdm.load_model(teacher), progress=True, **options).figures
+    figures = {f"{name} (many)": value for name, value in primed(found).items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"figures": figures}, indent=2) + "\n")
 

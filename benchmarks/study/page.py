@@ -18,8 +18,10 @@ FINDINGS = HERE / "findings.yaml"  # what the runs of a comparison have shown, i
 PLOTS = ROOT / "docs" / "evidence"
 COLUMNS = {
     DECIDES: DECIDES,
+    "FD-efficientnet' (many)": "FD' by many",
     "FD-efficientnet": "FD to the data",
     "KID-efficientnet'": "KID'",
+    "KID-efficientnet' (many)": "KID' by many",
     "pixel Frechet'": "pixel Frechet'",
     "agreement": "agreement",
     "agreement_q1": "q1",
@@ -53,7 +55,7 @@ def main() -> None:
         rows.setdefault(row["arm"], []).append(row)
     parts = [HEAD, overview(plan, results)]
     for name, comparison in plan["comparisons"].items():
-        if any(rows.get(arm) for arm in arms_in(comparison)):
+        if made(comparison, rows):
             parts.append(section(name, comparison, rows, results["teachers"]))
             if comparison.get("fit"):
                 parts.append(fit_section(name, comparison, rows, results["teachers"]))
@@ -68,7 +70,8 @@ def overview(plan: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     hours = sum(row["seconds"] for row in runs) / 3600
     made = f"{len(runs)} of {planned} planned runs are made, {hours:.1f} hours on one thread each."
     measured = plan["measured"]
-    sizes = f"Figures are of {measured['count']:,} samples each by DDIM in {measured['steps']} steps."
+    sizes = f"Figures are of {measured['count']:,} samples each by DDIM in {measured['steps']} steps"
+    sizes += f", those 'by many' of {plan['many']['count']:,}."
     failed = [f"- failed: `{name}`: {reason}" for name, reason in results["failed"].items()]
     return "\n".join([f"{made} {sizes}", *failed, ""])
 
@@ -76,24 +79,22 @@ def overview(plan: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 def section(name: str, comparison: Mapping[str, Any], rows: Rows, floors: Mapping[str, Mapping[str, float]]) -> str:
     """Title, claim, table and plots of a comparison; above each pair's first arm its teacher beside itself.
 
-    Raises:
-        KeyError: runs were measured without the figure that decides.
+    Arms whose runs lack the figure that decides are named as not run yet.
     """
-    decides = comparison.get("decides", DECIDES)
-    arms = [arm for arm in arms_in(comparison) if rows.get(arm)]
+    decides, arms = comparison.get("decides", DECIDES), made(comparison, rows)
     shown = [column for column in COLUMNS if any(figures(rows[arm], column) for arm in arms)]
     lines = ["| arm | seeds | M | calls | minutes | " + " | ".join(COLUMNS[column] for column in shown) + " | ratio |"]
     lines.append("|---" * (len(shown) + 6) + "|")
     seen, known = set[str](), arms_of(read_plan())
     for group in comparison["groups"]:
-        made = [arm for arm in group if arm in arms]
+        own = [arm for arm in group if arm in arms]
         pair = group[0].partition("/")[0]
-        teachers = {rows[arm][0]["overrides"].get("teacher.ckpt", known[arm].pair["teacher"]) for arm in made}
+        teachers = {rows[arm][0]["overrides"].get("teacher.ckpt", known[arm].pair["teacher"]) for arm in own}
         if len(teachers) == 1 and pair in floors and pair not in seen:
             seen.add(pair)
             cells = [cell([floors[pair][column]]) if column in floors[pair] else "" for column in shown]
             lines.append(f"| teacher of `{pair}` to itself | | | | | {' | '.join(cells)} | |")
-        lines += [table_row(arm, group[0], rows, shown, decides) for arm in made]
+        lines += [table_row(arm, group[0], rows, shown, decides) for arm in own]
     found = [f"## {comparison['title']}", ""]
     found += [f"Claim: {comparison['claim']}.", ""] if "claim" in comparison else []
     found += [f"Found: {' '.join(findings()[name].split())}", ""] if name in findings() else []
@@ -107,6 +108,12 @@ def section(name: str, comparison: Mapping[str, Any], rows: Rows, floors: Mappin
         draw_curves(arms, rows, PLOTS / f"{name}-curves.png", comparison["title"])
         found += [f"![{comparison['title']}, agreement during the training](evidence/{name}-curves.png)", ""]
     return "\n".join(found)
+
+
+def made(comparison: Mapping[str, Any], rows: Rows) -> list[str]:
+    """The arms of a comparison of which there is the figure that decides."""
+    decides = comparison.get("decides", DECIDES)
+    return [arm for arm in arms_in(comparison) if figures(rows.get(arm, ()), decides)]
 
 
 def findings() -> dict[str, str]:
@@ -141,7 +148,7 @@ def table_row(arm: str, first: str, rows: Rows, shown: Sequence[str], decides: s
     minutes = sum(row["seconds"] for row in own) / len(own) / 60
     cells = [f"`{arm}`", str(len(own)), f"{own[0]['parameters'] / 1e6:.2f}", calls, f"{minutes:.1f}"]
     cells += [cell(figures(own, column)) for column in shown]
-    values = [row["figures"][decides] for row in own]
+    values = figures(own, decides)
     return "| " + " | ".join([*cells, ratio(values, figures(rows.get(first, ()), decides))]) + " |"
 
 

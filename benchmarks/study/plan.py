@@ -14,6 +14,7 @@ import yaml
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 STUDY = Path("logs/study")  # in the folder where the study is started
+MANY = "study-many.json"  # in the folder of a run that is measured once more by more samples
 POOL_RUN = {"trainer.max_steps": 1, "trainer.max_minutes": None, "logging.evaluate_every": 0}  # others use its pool
 
 
@@ -72,6 +73,11 @@ class Arm:
     def floor(self) -> Path:
         """The figures of the teacher beside itself, with other seeds: no student can be nearer to it."""
         return STUDY / self.teacher_name / "teacher.json"
+
+    @property
+    def many_floor(self) -> Path:
+        """The same of as many samples as the plan's `many`, once for all pairs of a teacher."""
+        return STUDY / f"{Path(self.teacher).name}-many.json"
 
     def run(self, seed: int) -> Path:
         """Run folder of a seed."""
@@ -146,6 +152,11 @@ def _runs(arm: Arm, seed: int, plan: Mapping[str, Any]) -> Iterator[Task]:
     yield Task(f"{_name(run)}.measured", command, run / "study.json", (_name(run),))
     command = (str(HERE / "measure.py"), "floor", arm.teacher, str(arm.floor), data)
     yield Task(_name(arm.floor), command, arm.floor, tuple(arm.pair.get("needs", ())))
+    if arm.name in plan["many"]["arms"]:
+        command = (str(HERE / "measure.py"), "many", str(run), arm.teacher, str(run / MANY))
+        yield Task(f"{_name(run)}.many", command, run / MANY, (_name(run),))
+        command = (str(HERE / "measure.py"), "many", arm.teacher, arm.teacher, str(arm.many_floor))
+        yield Task(_name(arm.many_floor), command, arm.many_floor, tuple(arm.pair.get("needs", ())))
 
 
 def _training(arm: Arm, run: Path, overrides: Mapping[str, Any], needs: list[str]) -> Task:

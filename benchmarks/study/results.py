@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plan import HERE, STUDY, Arm, arms_of
+from plan import HERE, MANY, STUDY, Arm, arms_of
 
 from ldm_dkdm.reports.tables import read_series
 
@@ -26,7 +26,7 @@ def write_results(plan: Mapping[str, Any], path: Path = RESULTS) -> Path:
     floors = {name: figures for name, figures in found["teachers"].items() if name in names}
     for arm in arms.values():
         if arm.floor.is_file():
-            floors[arm.teacher_name] = json.loads(arm.floor.read_text())["figures"]
+            floors[arm.teacher_name] = figures_in(arm.floor) | figures_in(arm.many_floor)
         for seed in plan["seeds"]:
             if (arm.run(seed) / MEASURED).is_file():
                 known[arm.name, seed] = row_of(arm, seed)
@@ -52,7 +52,13 @@ def row_of(arm: Arm, seed: int) -> dict[str, Any]:
     curves = {name: list(zip(series[name].steps, series[name].values)) for name in CURVE if name in series}
     own = {"arm": arm.name, "seed": seed, "overrides": dict(arm.overrides)}
     measured = json.loads((run / MEASURED).read_text())
+    measured["figures"] |= figures_in(run / MANY)
     return {**own, **measured, "seconds": round(series["seconds"].values[-1]), "curves": curves}
+
+
+def figures_in(file: Path) -> dict[str, Any]:
+    """The figures of one measurement; empty without its file."""
+    return dict(json.loads(file.read_text())["figures"]) if file.is_file() else {}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
