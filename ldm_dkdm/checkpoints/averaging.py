@@ -14,7 +14,7 @@ def weights_kind(contents: Contents, hints: Hints) -> str | None:
     Cards of runs say it. Those of older versions name the EMA's decay; guided-diffusion's files are called ema_*.
     """
     if contents.ema is not None:
-        return "raw" if hints.use_ema is False else "EMA"
+        return "raw" if contents.wants_ema(hints) is False else "EMA"
     said: str | None = contents.info.get(KIND)
     averaged = "ema_decay" in contents.info or is_averaged(contents.file.stem)
     return said or ("EMA" if averaged else "raw" if hints.use_ema is False else None)

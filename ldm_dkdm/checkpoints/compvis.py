@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.diffusion.schedule import SCHEDULES, NoiseSchedule, betas_of
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_text, write_torch
+from ldm_dkdm.reporting import logger
 
 NAME = "CompVis latent diffusion"
 UNET = "model.diffusion_model."
 EMA = "model_ema."
 USUAL_ENDS = (0.0015, 0.0195), (0.00085, 0.012), (1e-4, 0.02)  # betas of LDM, Stable Diffusion, DDPM
 THEIR_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}  # ours -> CompVis's names
+ALMOST = 1e-15  # what is left of abar where it is stored as 0
 FIRST_STAGES = {
     "VQModel": "ldm.models.autoencoder.VQModelInterface",
     "AutoencoderKL": "ldm.models.autoencoder.AutoencoderKL",
@@ -55,26 +58,63 @@ def read(source: Source) -> Contents:
     """
     tensors = tensors_from(source)
     raw = under(tensors, UNET)
-    ema = {name: tensors[ema_name(name)] for name in raw if ema_name(name) in tensors}
-    ema = ema or source.weights(NAMES).ema or {}
+    ema = _averaged(tensors, raw, source.path) or source.weights(NAMES).ema or {}
     unet = infer_unet(ema or raw, source.path, compvis=True)
     config = config_beside(source.path, unet["params"])
-    stored, diffusion = _stored_schedule(tensors, source.path), None
+    stored = _stored_schedule(tensors, source.path)
+    diffusion = None if stored is None else name_schedule(stored)
+    own: dict[str, Any] = {}
     if config is not None:
         unet["usual"] = {**unet["usual"], **config.usual}
-        diffusion = config.diffusion() if stored is None else None
+        diffusion, own = _configured(config, diffusion, stored, source.path)
+    if diffusion is not None and _varies_by_beta(tensors):
+        diffusion = replace(diffusion, variance="beta")
     return Contents(
         path=source.path,
         file=source.path,
         format=NAME,
         **unet,
+        **own,
         ema=ema or None,
         raw=raw,
-        parameterization=None if config is None else config.parameterization,
-        diffusion=diffusion if stored is None else name_schedule(stored),
+        diffusion=diffusion,
         alphas_cumprod=stored,
         first_stage=_first_stage(tensors, source.path, config),
     )
+
+
+def _configured(
+    config: CompVisConfig, named: DiffusionConfig | None, stored: Tensor | None, path: Path
+) -> tuple[DiffusionConfig | None, dict[str, Any]]:
+    """The forward process with what a config says of it, and the config's other keywords of `Contents`."""
+    own: dict[str, Any] = {"parameterization": config.parameterization, "space": config.space}
+    if config.use_ema is False:
+        own["use_ema"] = False
+        logger.info(f"{config.file}: use_ema: false, so the raw weights are taken")
+    if stored is None:
+        found = config.diffusion()
+        return found, own if found else {**own, "unknown_schedule": config.unknown_schedule}
+    config.require_stored(stored, named is not None and named.rescale_betas_zero_snr, path)
+    return named and replace(named, **config.sampling()), own
+
+
+def _averaged(tensors: Mapping[str, Tensor], raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """CompVis's EMA under the network's names; it has none of layers that were not trained, whose weights are raw."""
+    known = {name: tensors[ema_name(name)] for name in raw if ema_name(name) in tensors}
+    if known and len(known) < len(raw):
+        logger.warning(
+            f"{path}: holds EMA weights of {len(known)} of {len(raw)} tensors; the others are taken as they are, as of "
+            "layers that were not trained"
+        )
+    return {**raw, **known} if known else {}
+
+
+def _varies_by_beta(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the stored variance of an ancestral step is beta_t (CompVis's `v_posterior: 1`)."""
+    stored, betas = tensors.get("posterior_variance"), tensors.get("betas")
+    if stored is None or betas is None or stored.shape != betas.shape or len(betas) < 2:
+        return False
+    return torch.allclose(stored.double(), betas.double(), rtol=tolerance(betas))
 
 
 def _first_stage(tensors: Mapping[str, Tensor], path: Path, config: CompVisConfig | None) -> FirstStageSource:
@@ -100,26 +140,31 @@ def _stored_schedule(tensors: Mapping[str, Tensor], path: Path) -> Tensor | None
 
 
 def name_schedule(alphas_cumprod: Tensor) -> DiffusionConfig | None:
-    """Config of a stored schedule (T,): one of SCHEDULES that equals it to 0.1%, else its betas; None if invalid."""
-    betas, steps = betas_of(alphas_cumprod), len(alphas_cumprod)
+    """Config of a stored schedule (T,): one of SCHEDULES that equals it to 0.1%, else its betas; None if invalid.
+
+    One that ends in pure noise (abar_{T-1} = 0) is a schedule after `rescale_betas_zero_snr`.
+    """
+    betas, steps, rescaled = betas_of(alphas_cumprod), len(alphas_cumprod), bool(alphas_cumprod[-1] == 0)
     first, final = (float(f"{value:.4g}") for value in (betas[0], betas[-1]))  # inexact in half precision
     for name, (start, end) in product(SCHEDULES, ((first, final), *USUAL_ENDS)):
         if 0 < start <= end < 1:
-            config = DiffusionConfig(name, steps, start, end)
+            config = DiffusionConfig(name, steps, start, end, rescale_betas_zero_snr=rescaled)
             with suppress(UserError):  # these ends leave nothing of x_0 at T
                 wanted = schedule_of(config).alphas_cumprod
                 if torch.allclose(wanted, alphas_cumprod.double(), rtol=tolerance(alphas_cumprod), atol=1e-6):
                     return config
+    if rescaled:
+        betas = betas.clamp(max=1 - ALMOST)  # rescaling sets the last abar to 0 again and leaves the others
     if bool(((betas > 0) & (betas < 1)).all()):
-        return DiffusionConfig(num_timesteps=steps, betas=betas.tolist())
+        return DiffusionConfig(num_timesteps=steps, betas=betas.tolist(), rescale_betas_zero_snr=rescaled)
     return None
 
 
 def schedule_buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
-    """The schedule buffers (T,), float32, that CompVis's DDPM class registers (v_posterior = 0)."""
+    """The schedule buffers (T,), float32, that CompVis's DDPM class registers."""
     betas, abar = schedule.betas, schedule.alphas_cumprod
     before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-    variance = betas * (1 - before) / (1 - abar)
+    variance = betas if schedule.variance == "beta" else betas * (1 - before) / (1 - abar)
     buffers = {
         "betas": betas,
         "alphas_cumprod": abar,
@@ -141,12 +186,13 @@ def write(model: SavedModel, path: Path) -> None:
     """Write weights (also as EMA), schedule and first stage, and CompVis's config beside them as YAML.
 
     Raises:
-        UserError: a pixel-space or class-conditional model, one that predicts v, or an architecture that CompVis's
-            code does not have.
+        UserError: a pixel-space or class-conditional model, one that predicts v or its variance, one whose latents are
+            clipped, or an architecture that CompVis's code does not have.
     """
     require_eps_unet(model, "CompVis's code")
     require_plain_timesteps(model, "CompVis's code")
     _require_latents(model, path)
+    _require_own_sampling(model)
     refuse_existing(path.with_suffix(".yaml"), "the config goes there; ")
     if model.node.params.get("channel_mult", [1])[0] != 1:
         raise UserError("format: in CompVis's code channel_mult begins with 1; choose safetensors")
@@ -175,6 +221,20 @@ def _require_latents(model: SavedModel, path: Path) -> None:
         raise UserError(f"{path}: is for the config; name the weights, for example {path.with_suffix('.ckpt')}")
 
 
+def _require_own_sampling(model: SavedModel) -> None:
+    """Refuse clipping and a learned variance, which CompVis's code lacks; name what its DDIM does in its own way."""
+    params, diffusion, schedule = model.node.params, model.diffusion, model.schedule
+    if params["out_channels"] != params["in_channels"]:
+        raise UserError("format: CompVis's code has no learned variance; choose diffusers or safetensors")
+    clipping = [key for key in ("clip_sample", "thresholding") if getattr(diffusion, key)]
+    if clipping:
+        raise UserError(f"format: CompVis's code has no {clipping[0]} of latents; choose diffusers or safetensors")
+    own = {"timestep_spacing": (None, "leading"), "steps_offset": (1,), "set_alpha_to_one": (False,)}
+    other = [f"{key}: {getattr(schedule, key)}" for key, known in own.items() if getattr(schedule, key) not in known]
+    if other:
+        logger.warning(f"CompVis's DDIM has timesteps of its own; not written: {', '.join(other)}")
+
+
 def config_of(model: SavedModel) -> dict[str, Any]:
     """The `model` section that CompVis's scripts instantiate."""
     codec, params = model.codec(), dict(model.node.params)
@@ -187,6 +247,7 @@ def config_of(model: SavedModel) -> dict[str, Any]:
             "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
             "params": {
                 **_schedule_keys(model),
+                "v_posterior": 1.0 if model.schedule.variance == "beta" else 0.0,
                 "first_stage_key": "image",
                 "image_size": params["image_size"],
                 "channels": params["in_channels"],

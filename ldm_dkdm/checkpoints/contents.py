@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.hints import Hints
+from ldm_dkdm.checkpoints.shapes import plain
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.diffusion.clipping import Clipping
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
@@ -37,10 +38,12 @@ class Contents:
         target, params: the network, as far as it is known.
         raw_file: holds the raw weights, where `file` holds the EMA weights alone.
         ema, raw: weights under the network's own names; `raw` where the file does not distinguish them.
+        use_ema: which weights a config beside the file asks for, where it does.
         demands: parameters that must be given as hints.
         usual: values that tensor shapes do not show, but a config beside the file gives, or nearly all such files have.
         parameterization: None where the format stores none; then it is eps unless a hint says otherwise.
-        diffusion: the forward process; None where it must be given.
+        diffusion: the forward process; None where it must be given; then `unknown_schedule` says more, where a config
+            beside the file names one.
         alphas_cumprod: the stored schedule (T,), in the file's precision.
         space: default of this format.
         first_stage: its source; None where unknown.
@@ -55,10 +58,12 @@ class Contents:
     ema: Mapping[str, Tensor] | None = None
     raw: Mapping[str, Tensor] | None = None
     raw_file: Path | None = None
+    use_ema: bool | None = None
     demands: Sequence[Demand] = ()
     usual: Mapping[str, Any] = field(default_factory=dict)
     parameterization: str | None = None
     diffusion: DiffusionConfig | None = None
+    unknown_schedule: str = ""
     alphas_cumprod: Tensor | None = None
     space: str = "latent"
     first_stage: FirstStageSource | None = None
@@ -77,14 +82,18 @@ class Contents:
         key = hints.key("use_ema")
         if self.described and hints.use_ema is not None and None in (self.ema, self.raw):
             raise UserError(f"{key}: {self.path} describes itself and holds one set of weights; {hints.drop}")
-        if hints.use_ema is None:
+        if (wanted := self.wants_ema(hints)) is None:
             found = self.raw if self.ema is None else self.ema
         else:
-            found = self.ema if hints.use_ema else self.raw
+            found = self.ema if wanted else self.raw
         if found is None:
-            has, value = ("no EMA weights", "false") if hints.use_ema else ("EMA weights only", "true")
+            has, value = ("no EMA weights", "false") if wanted else ("EMA weights only", "true")
             raise UserError(f"{self.path}: holds {has}; set {key}={value}, or {hints.drop}")
         return found
+
+    def wants_ema(self, hints: Hints) -> bool | None:
+        """Whether EMA or raw weights are asked for, by the hints or by a config beside the file."""
+        return self.use_ema if hints.use_ema is None else hints.use_ema
 
     def network(self, hints: Hints) -> NetworkConfig:
         """The whole network: the file's part and the hints.
@@ -123,7 +132,7 @@ class Contents:
         if not self.described:
             return hints
         kind = self.parameterization or "eps"
-        same = {key: value for key, value in hints.params.items() if _plain(value) == _plain(self.params.get(key))}
+        same = {key: value for key, value in hints.params.items() if plain(value) == plain(self.params.get(key))}
         process = asdict(self.diffusion) if self.diffusion else dict(hints.diffusion)
         latent = self.diffusion is None or SPACES[self.diffusion.space].encoded
         return replace(
@@ -131,7 +140,7 @@ class Contents:
             target=self.target if hints.target == self.target else None,
             parameterization=kind if hints.parameterization == kind else None,
             params=same,
-            diffusion={key: value for key, value in hints.diffusion.items() if _plain(value) == _plain(process[key])},
+            diffusion={key: value for key, value in hints.diffusion.items() if plain(value) == plain(process[key])},
             use_ema=None if None in (self.ema, self.raw) else hints.use_ema,
             null_label=hints.null_label if self.null_label in (None, hints.null_label) else None,
             first_stage=hints.first_stage if latent else FirstStageConfig(),
@@ -144,17 +153,17 @@ class Contents:
 
     def _refuse_contradictions(self, hints: Hints) -> None:
         for key, value in hints.params.items():
-            if key in self.params and _plain(value) != _plain(self.params[key]):
+            if key in self.params and plain(value) != plain(self.params[key]):
                 stored = self.params[key]
-                raise UserError(f"{hints.key(key)}: {_plain(value)}, but the tensors of {self.path} say {stored}")
+                raise UserError(f"{hints.key(key)}: {plain(value)}, but the tensors of {self.path} say {stored}")
 
     def _refuse_descriptions(self, hints: Hints) -> None:
         own = {"target": self.target, "parameterization": self.parameterization or "eps"}
         given = {key: getattr(hints, key) for key in own if getattr(hints, key) is not None} | dict(hints.params)
         for key, value in given.items():
             stored = own[key] if key in own else self.params.get(key)
-            if _plain(value) != _plain(stored):
-                shown = f"{key}: {_plain(stored)}" if key in own or key in self.params else f"no {key}"
+            if plain(value) != plain(stored):
+                shown = f"{key}: {plain(stored)}" if key in own or key in self.params else f"no {key}"
                 raise UserError(f"{hints.key(key)}: {self.path} describes itself ({shown}); {hints.drop}")
 
     def process(self, hints: Hints) -> DiffusionConfig:
@@ -192,7 +201,8 @@ class Contents:
     def _no_schedule(self, hints: Hints) -> str:
         usual = {"space": self.space, "schedule": "cosine" if self.space == "pixel" else "scaled_linear"}
         example = " ".join(f"{hints.key(key)}={value}" for key, value in {**usual, "num_timesteps": 1000}.items())
-        return f"{self.path} ({self.format}) stores no noise schedule; set it, for example {example}"
+        known = f", and {self.unknown_schedule}" if self.unknown_schedule else ""
+        return f"{self.path} ({self.format}) stores no noise schedule{known}; set it, for example {example}"
 
 
 SAMPLING = (
@@ -225,10 +235,6 @@ def _named(stored: DiffusionConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
-
-
 def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
     """The forward process that a config section describes."""
     return NoiseSchedule(
@@ -255,13 +261,18 @@ def clipping_of(config: DiffusionConfig) -> Clipping:
     return Clipping(config.clip_sample_range or space.clip or 1.0)
 
 
-def check_schedule(stored: Tensor, schedule: NoiseSchedule, source: str | Path) -> None:
+def check_schedule(
+    stored: Tensor,
+    schedule: NoiseSchedule,
+    source: str | Path,
+    where: str = "diffusion",
+    keys: str = "schedule, num_timesteps, beta_start or beta_end",
+) -> None:
     """Refuse a given schedule that is not the `alphas_cumprod` (T,) that a checkpoint was trained with."""
     wanted = schedule.alphas_cumprod
     if not _close(stored, wanted):
         raise UserError(
-            f"diffusion: {source} was trained with {_ends(stored)}, the given values mean {_ends(wanted)}; "
-            "correct schedule, num_timesteps, beta_start or beta_end"
+            f"{where}: {source} was trained with {_ends(stored)}, the given values mean {_ends(wanted)}; correct {keys}"
         )
 
 
