@@ -7,13 +7,14 @@ from typing import Any
 
 from ldm_dkdm.checkpoints import diffusers_dit
 from ldm_dkdm.checkpoints.contents import Contents
-from ldm_dkdm.checkpoints.diffusers_first_stage import component
+from ldm_dkdm.checkpoints.diffusers_first_stage import component, first_stage_part
 from ldm_dkdm.checkpoints.diffusers_scheduler import process, scheduler_config
 from ldm_dkdm.checkpoints.diffusers_unet import to_ours, to_theirs, unet_config, unet_params
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.reading import read_tensors
 from ldm_dkdm.checkpoints.shapes import plain
 from ldm_dkdm.checkpoints.source import Source, read_json
+from ldm_dkdm.checkpoints.state_dicts import unwrapped
 from ldm_dkdm.checkpoints.weight_files import weights_in
 from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing, require_plain_timesteps
 from ldm_dkdm.errors import UserError, blaming
@@ -99,9 +100,10 @@ def _network(folder: Path, file: Path, path: Path, home: Path | None = None) -> 
     if home is None:
         return Contents(**found, space="pixel" if network["target"] == TARGET else "latent")
     index = read_json(home / INDEX)
-    stage = next((name for name in ("vqvae", "vae") if (index.get(name) or [None])[0] is not None), None)
+    stage = first_stage_part(index)
     learned = params.get("learn_sigma", params.get("out_channels") == 2 * params["in_channels"])
-    diffusion, kind = process(_scheduler(home), "pixel" if stage is None else "latent", learned)
+    named = (index.get("scheduler") or [None, None])[-1]
+    diffusion, kind = process(_scheduler(home), "pixel" if stage is None else "latent", learned, named)
     notes = {"info": _label_names(index), **{key: notes[key] for key in NOTED if notes.get(key) is not None}}
     return Contents(
         **found,
@@ -135,13 +137,14 @@ def _read_network(folder: Path, file: Path, notes: dict[str, Any]) -> dict[str, 
     config = read_json(path)
     kind = config.get("_class_name")
     if kind in diffusers_dit.CLASSES:
-        params, tensors = diffusers_dit.dit_to_ours(read_tensors(file), diffusers_dit.dit_params(config, path), folder)
+        stored, described = unwrapped(read_tensors(file)), diffusers_dit.dit_params(config, path)
+        params, tensors = diffusers_dit.dit_to_ours(stored, described, folder)
         return {"target": diffusers_dit.TARGET, "params": params, "raw": tensors}
     if kind != UNET:
         raise UserError(f"{folder}: is a {kind}; only {UNET} and {diffusers_dit.CLASSES[0]} work")
     order = {"use_new_attention_order": True} if notes.get("use_new_attention_order") else {}
     params = {**unet_params(config, path), **order}
-    return {"target": TARGET, "params": params, "raw": to_ours(read_tensors(file), params, folder)}
+    return {"target": TARGET, "params": params, "raw": to_ours(unwrapped(read_tensors(file)), params, folder)}
 
 
 def _label_names(index: dict[str, Any]) -> dict[str, Any]:

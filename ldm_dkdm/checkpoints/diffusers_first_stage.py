@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_dkdm.checkpoints.diffusers_unet import modern, shapes_of, side_of, take
+from ldm_dkdm.checkpoints.diffusers_tensors import modern, require_used, shaped, shapes_of, take
+from ldm_dkdm.checkpoints.diffusers_unet import require_known, side_of
 from ldm_dkdm.checkpoints.reading import read_tensors
 from ldm_dkdm.checkpoints.source import read_json
+from ldm_dkdm.checkpoints.state_dicts import unwrapped
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.first_stage import FIRST_STAGES
 
@@ -40,6 +42,12 @@ def first_stage_name(name: str, levels: int) -> str:
 
 
 CLASSES = ("VQModel", "AutoencoderKL")
+FAMILIES = (
+    "VQModel",
+    "Autoencoder",
+    "AsymmetricAutoencoder",
+    "ConsistencyDecoder",
+)  # beginnings of first stages' classes
 DOWN, UP = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 
 
@@ -84,11 +92,20 @@ WANTED = {  # options at which diffusers' first stages compute the same as ours
 }
 
 
+KNOWN = {
+    *WANTED,
+    *("in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block"),
+    *("latent_channels", "sample_size", "num_vq_embeddings", "vq_embed_dim", "scaling_factor", "force_upcast"),
+    "mid_block_add_attention",
+}
+
+
 def first_stage_params(config: Mapping[str, Any], latent_size: int | None, source: Path) -> dict[str, Any]:
     """Our first stage's parameters for a VQModel's or AutoencoderKL's config.
 
     The resolution follows from `latent_size`, or from `sample_size` where that is None.
     """
+    require_known(config, KNOWN, source)
     widths, codes = list(config["block_out_channels"]), config.get("num_vq_embeddings")
     down, up = list(config["down_block_types"]), list(config["up_block_types"])
     attends = [kind == DOWN[1] for kind in down]
@@ -121,6 +138,13 @@ def first_stage_params(config: Mapping[str, Any], latent_size: int | None, sourc
     return {"ddconfig": ddconfig, "embed_dim": embed} | ({} if codes is None else {"n_embed": codes})
 
 
+def first_stage_part(index: Mapping[str, Any]) -> str | None:
+    """The name of a pipeline's first stage in its model_index.json: `vqvae`, `vae`, or any part of such a class."""
+    classes = {name: str(part[1]) for name, part in index.items() if isinstance(part, list) and part[1:] and part[0]}
+    named = [name for name in ("vqvae", "vae") if name in classes]
+    return next(iter([*named, *(name for name, kind in classes.items() if kind.startswith(FAMILIES))]), None)
+
+
 def read_component(folder: Path, latent_size: int | None = None) -> dict[str, Any]:
     """A folder of config.json and weights -> target, params, tensors, scale_factor and doubt of our first stage.
 
@@ -138,10 +162,13 @@ def read_component(folder: Path, latent_size: int | None = None) -> dict[str, An
         params = first_stage_params(config, latent_size, folder / "config.json")
         target = f"ldm_dkdm.first_stage.{config['_class_name']}"
         scale, doubt = _scale(config)
-        found = {modern(name): tensor for name, tensor in read_tensors(folder).items()}
-        levels, tensors = len(config["block_out_channels"]), {}
+        found = {modern(name): tensor for name, tensor in unwrapped(read_tensors(folder)).items()}
+        levels, tensors, used = len(config["block_out_channels"]), {}, set()
         for name, shape in shapes_of(target, FIRST_STAGES, params, folder).items():
-            tensors[name] = take(found, first_stage_name(name, levels), folder).reshape(shape)
+            theirs = first_stage_name(name, levels)
+            tensors[name] = shaped(take(found, theirs, folder), shape, theirs, folder)
+            used.add(theirs)
+        require_used(found, used, folder)
         return {"target": target, "params": params, "tensors": tensors, "scale_factor": scale, "doubt": doubt}
 
 

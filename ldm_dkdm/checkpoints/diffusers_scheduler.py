@@ -51,6 +51,15 @@ CONVENTIONS = ("variance_type", "set_alpha_to_one", "steps_offset", "timestep_sp
 OF_CLIPPING = ("clip_sample", "clip_sample_range")
 OF_THRESHOLDING = ("thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 RESCALED = "rescale_betas_zero_snr"
+PREDICTS_EPS = "predict_epsilon"  # what the first versions of diffusers have for `prediction_type`
+WIDE_ENDS = (
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+)
+ENDS, ENDS_OF_WIDE = (1e-4, 0.02), (0.00085, 0.012)  # defaults of beta_start, beta_end
+OTHER_WALKS = ("use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas")
 OF_SOLVERS = (
     "algorithm_type",
     "corrector_order",
@@ -70,36 +79,48 @@ OF_SOLVERS = (
     "solver_type",
     "tau_func",
     "time_shift_type",
-    "use_beta_sigmas",
-    "use_exponential_sigmas",
-    "use_karras_sigmas",
-    "use_lu_lambdas",
+    *OTHER_WALKS,
 )  # how a solver walks, not what the network was trained on
-KNOWN = {*NEEDED, *READ, *CONVENTIONS, *OF_CLIPPING, *OF_THRESHOLDING, *OF_SOLVERS, RESCALED, "tensor_format"}
+KNOWN = {
+    *NEEDED,
+    *READ,
+    *CONVENTIONS,
+    *OF_CLIPPING,
+    *OF_THRESHOLDING,
+    *OF_SOLVERS,
+    RESCALED,
+    PREDICTS_EPS,
+    "tensor_format",
+}
 
 
-def process(path: Path, space: str, learns_variance: bool) -> tuple[DiffusionConfig, str]:
+def process(path: Path, space: str, learns_variance: bool, named: str | None = None) -> tuple[DiffusionConfig, str]:
     """The forward process of a scheduler's config, and what the network predicts.
 
     Args:
         path: scheduler_config.json. space: of the states. learns_variance: the network has twice the channels.
+        named: the class that the pipeline's index names.
 
     Raises:
         UserError: another process, or a key that this package cannot honour; names the file and the key.
     """
     config = read_json(path)
-    kind = config.get("_class_name")
-    if kind not in CLASSES:
-        named = f"{kind} is another process" if kind else "stores no _class_name"
-        raise UserError(f"{path}: {named}; only discrete DDPM processes work, such as {', '.join(CLASSES[::2][:2])}")
+    kind = str(config.get("_class_name") or named or "")
+    for name in (kind, named or kind):
+        if name not in CLASSES:
+            found = f"{name} is another process" if name else "stores no _class_name"
+            known = ", ".join(CLASSES[::2][:2])
+            raise UserError(f"{path}: {found}; only discrete DDPM processes work, such as {known}")
     for key, allowed in NEEDED.items():
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(f"{path}: {key}: {config[key]!r} is not supported, only {allowed[0]!r}")
     unknown = sorted(key for key in set(config) - KNOWN if not key.startswith("_"))
     if unknown:
         logger.warning("%s: %s: not a key of diffusers' %s, ignored", path, ", ".join(unknown), kind)
-    parameterization = _named(path, config, "prediction_type", "epsilon", {b: a for a, b in PREDICTIONS.items()})
-    rescaled = bool(config.get(RESCALED))
+    if walks := [key for key in OTHER_WALKS if config.get(key)]:
+        logger.warning("%s: %s: of a %s, which is not a sampler here; ignored", path, ", ".join(walks), kind)
+    parameterization = _prediction(path, config)
+    rescaled = _flag(path, config, RESCALED, False)
     if rescaled and parameterization == "eps":
         raise UserError(
             f"{path}: {RESCALED}: True does not fit prediction_type epsilon: the last timestep is pure noise, of which "
@@ -113,7 +134,7 @@ def process(path: Path, space: str, learns_variance: bool) -> tuple[DiffusionCon
         **_timesteps(path, config, kind, SPACES[space]),
     }
     try:
-        return DiffusionConfig(**_betas(path, config), **own), parameterization
+        return DiffusionConfig(**_betas(path, config, kind), **own), parameterization
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -125,7 +146,29 @@ def _named(path: Path, config: Mapping[str, Any], key: str, default: str, names:
     return names[value]
 
 
-def _betas(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _flag(path: Path, config: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = config.get(key)
+    if not isinstance(value, bool | None):
+        raise UserError(f"{path}: {key}: expected true or false, got {value!r}")
+    return default if value is None else value
+
+
+def _prediction(path: Path, config: Mapping[str, Any]) -> str:
+    """What the network predicts; `predict_epsilon: false` of the first versions means x0."""
+    kinds = {theirs: ours for ours, theirs in PREDICTIONS.items()}
+    kind = _named(path, config, "prediction_type", "epsilon", kinds)
+    if config.get(PREDICTS_EPS) is None:
+        return kind
+    older = "eps" if _flag(path, config, PREDICTS_EPS, True) else "x0"
+    if "prediction_type" in config and older != kind:
+        raise UserError(
+            f"{path}: {PREDICTS_EPS}: {config[PREDICTS_EPS]} contradicts prediction_type: {config['prediction_type']}; "
+            "remove one"
+        )
+    return older
+
+
+def _betas(path: Path, config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """The noise schedule, as keys of `DiffusionConfig`."""
     steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
     if betas is not None:
@@ -138,16 +181,17 @@ def _betas(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     found = {"schedule": schedule, "num_timesteps": steps}
     if schedule == "cosine":
         return found
-    return found | {"beta_start": config.get("beta_start", 1e-4), "beta_end": config.get("beta_end", 0.02)}
+    start, end = ENDS_OF_WIDE if kind in WIDE_ENDS else ENDS
+    return found | {"beta_start": config.get("beta_start", start), "beta_end": config.get("beta_end", end)}
 
 
 def _clipping(path: Path, config: Mapping[str, Any], kind: str, space: Space) -> dict[str, Any]:
     """Keys of `DiffusionConfig` where x_0 is not clipped as usual in the space; solvers have no clip_sample."""
-    if config.get("thresholding"):
+    if _flag(path, config, "thresholding", False):
         return {name: config[name] for name in OF_THRESHOLDING if name in config}
     if kind in SOLVERS and "clip_sample" not in config:
         return {}
-    clips, limit = bool(config.get("clip_sample", True)), config.get("clip_sample_range", 1.0)
+    clips, limit = _flag(path, config, "clip_sample", True), config.get("clip_sample_range", 1.0)
     if clips and space.encoded:
         shown = "true" if "clip_sample" in config else f"absent, which means true in a {kind}"
         logger.warning("%s: clip_sample: %s; latents are clipped to +-%g in sampling", path, shown, limit)
@@ -175,14 +219,15 @@ def _variance(path: Path, config: Mapping[str, Any], kind: str, learned: bool) -
 def _timesteps(path: Path, config: Mapping[str, Any], kind: str, space: Space) -> dict[str, Any]:
     """Keys of `DiffusionConfig` for timesteps that are not the space's; a spacing that is absent stays open."""
     found = {"timestep_spacing": config.get("timestep_spacing")}
-    if kind in SOLVERS:
+    solver = kind in SOLVERS
+    if solver and not {"steps_offset", "set_alpha_to_one"} & set(config):
         return found
-    offset = config.get("steps_offset", 0)
+    offset = config.get("steps_offset", space.steps_offset if solver else 0)
     if offset not in (0, 1):
         raise UserError(f"{path}: steps_offset: {offset} is not supported, only 0 and 1")
     if kind in ANCESTRAL and space.encoded and found["timestep_spacing"] is None:
         return found  # DDIM has its space's
-    ends_at_x0 = config.get("set_alpha_to_one", True)
+    ends_at_x0 = _flag(path, config, "set_alpha_to_one", offset == 0 if solver else True)
     return {
         **found,
         "steps_offset": None if offset == space.steps_offset else offset,
@@ -208,11 +253,12 @@ def scheduler_config(model: SavedModel) -> dict[str, Any]:
     if schedule.timestep_spacing is not None:
         common["timestep_spacing"] = schedule.timestep_spacing
     offset, to_x0 = schedule.steps_offset, schedule.set_alpha_to_one
+    params, fixed = model.node.params, "fixed_large" if schedule.variance == "beta" else "fixed_small"
     if model.space.encoded or (offset, to_x0) != (0, True):
-        return {"_class_name": "DDIMScheduler", **common, "set_alpha_to_one": to_x0, "steps_offset": offset}
-    params = model.node.params
+        # a DDIMScheduler does not read the variance, but hands it to a DDPMScheduler that is made from its config
+        kept = {"variance_type": fixed} if schedule.variance == "beta" else {}
+        return {"_class_name": "DDIMScheduler", **common, "set_alpha_to_one": to_x0, "steps_offset": offset, **kept}
     learned = params["out_channels"] == 2 * params["in_channels"]
-    fixed = "fixed_large" if schedule.variance == "beta" else "fixed_small"
     return {"_class_name": "DDPMScheduler", **common, "variance_type": LEARNED if learned else fixed}
 
 

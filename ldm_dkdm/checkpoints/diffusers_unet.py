@@ -1,15 +1,22 @@
 """Convert UNets from and to diffusers' UNet2DModel: tensor names, parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.diffusers_tensors import (
+    join_qkv,
+    modern,
+    require_used,
+    shaped,
+    shapes_of,
+    split_qkv,
+    take,
+)
 from ldm_dkdm.checkpoints.shapes import multiples
-from ldm_dkdm.config.registry import Targets, build
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, nearest
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.unet import level_widths
 
@@ -30,7 +37,6 @@ UNET_ENDS = {
     "out.2": "conv_out",
 }
 MIDDLE = {"0": "resnets.0", "1": "attentions.0", "2": "resnets.1"}
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Options at which UNet2DModel computes what our UNet can; the first is assumed for an absent key.
 UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
@@ -54,6 +60,16 @@ UNET_DEFAULTS = {
     "num_class_embeds": None,
     "dropout": 0.0,
 }
+SCALE_SHIFTS = ("default", "scale_shift")
+OF_AVERAGING = (
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+)  # keys that diffusers' EMAModel adds to the config of its weights
 # Constants of layers under their names there -> ours, and the library's default.
 CONSTANTS = {
     "freq_shift": ("freq_shift", 0),
@@ -61,6 +77,8 @@ CONSTANTS = {
     "downsample_padding": ("downsample_padding", 1),
     "norm_eps": ("norm_eps", 1e-5),
 }
+NEEDED = ("in_channels", "out_channels", "block_out_channels", "down_block_types", "up_block_types")
+KNOWN = {*UNET_FIXED, *UNET_DEFAULTS, *CONSTANTS, *NEEDED, *OF_AVERAGING, "num_train_timesteps"}
 PLAIN_DOWN, PLAIN_UP = ("DownBlock2D", "ResnetDownsampleBlock2D"), ("UpBlock2D", "ResnetUpsampleBlock2D")
 
 
@@ -146,7 +164,11 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
         if config.get(key, allowed[0]) not in allowed:
             known = " or ".join(map(repr, allowed))
             raise UserError(f"{source}: {key}: {config[key]!r} is not supported, only {known}")
+    require_known(config, KNOWN, source)
     get = {**UNET_DEFAULTS, **config}.__getitem__
+    if get("resnet_time_scale_shift") not in SCALE_SHIFTS:
+        value, known = get("resnet_time_scale_shift"), " or ".join(map(repr, SCALE_SHIFTS))
+        raise UserError(f"{source}: resnet_time_scale_shift: {value!r} is not supported, only {known}")
     middle = config.get("mid_block_type", "") is not None
     scales = get("resnet_time_scale_shift") == "scale_shift"
     if scales and middle and config.get("attn_norm_num_groups") is None:
@@ -190,6 +212,18 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     }
 
 
+def require_known(config: Mapping[str, Any], known: Collection[str], source: Path) -> None:
+    """Refuse keys of a network's config that its class does not have: the weights may be of another class.
+
+    Raises:
+        UserError: names the file and the key.
+    """
+    for key in sorted(set(config) - set(known)):
+        if not key.startswith("_"):
+            advice = nearest(key, known) or "; remove it"
+            raise UserError(f"{source}: {key}: not a key of diffusers' {config['_class_name']}{advice}")
+
+
 def side_of(size: object, source: Path) -> int:
     """The side of square states: a number, or the same number twice.
 
@@ -201,21 +235,6 @@ def side_of(size: object, source: Path) -> int:
     if not isinstance(side, int):
         raise UserError(f"{source}: sample_size: {size!r} is not the side of square states")
     return side
-
-
-def split_qkv(value: Tensor, heads: int, new_order: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Our qkv, (3C,C,1) or (3C,), -> q, k, v as diffusers keeps them, (C,C) or (C,)."""
-    value = value.flatten(1) if value.ndim == 3 else value
-    rows = value.view(3, heads, -1, *value.shape[1:]) if new_order else value.view(heads, 3, -1, *value.shape[1:])
-    parts = rows if new_order else rows.transpose(0, 1)
-    return tuple(part.reshape(-1, *value.shape[1:]).contiguous() for part in parts)
-
-
-def join_qkv(parts: Sequence[Tensor], heads: int, new_order: bool = False) -> Tensor:
-    """The inverse of `split_qkv`: weights (3C,C,1) or biases (3C,)."""
-    shaped = [part.view(heads, -1, *part.shape[1:]) for part in parts]
-    joined = torch.stack(shaped, 0 if new_order else 1).flatten(0, 2)
-    return joined[..., None] if joined.ndim == 2 else joined
 
 
 def to_ours(tensors: Mapping[str, Tensor], params: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
@@ -230,16 +249,15 @@ def to_ours(tensors: Mapping[str, Tensor], params: Mapping[str, Any], source: Pa
         theirs = unet_name(name, params["num_res_blocks"])
         if ".to_qkv." in theirs:
             names = [theirs.replace("to_qkv", part) for part in ("to_q", "to_k", "to_v")]
-            parts = [take(found, part, source) for part in names]
+            flat = shape[0] // 3, *shape[1:-1]
+            parts = [shaped(take(found, part, source), flat, part, source) for part in names]
             order = params.get("use_new_attention_order", False)
             result[name] = join_qkv(parts, _heads(params, shape[0] // 3), order)
         else:
             names = [theirs]
-            result[name] = take(found, theirs, source).reshape(shape)
+            result[name] = shaped(take(found, theirs, source), shape, theirs, source)
         used.update(names)
-    unknown = sorted(set(found) - used)
-    if unknown:
-        raise UserError(f"{source}: holds tensors that this architecture does not have: {', '.join(unknown[:4])}")
+    require_used(found, used, source)
     return result
 
 
@@ -256,35 +274,6 @@ def to_theirs(tensors: Mapping[str, Tensor], params: Mapping[str, Any]) -> dict[
         else:
             result[theirs] = (value.flatten(1) if value.ndim == 3 else value).contiguous()
     return result
-
-
-def modern(name: str) -> str:
-    """Replace the attention names of older diffusers files by the current ones."""
-    for old, new in OLD_ATTENTION.items():
-        name = name.replace(f".{old}.", f".{new}.")
-    return name
-
-
-def take(tensors: Mapping[str, Tensor], name: str, source: Path) -> Tensor:
-    """A tensor by its name.
-
-    Raises:
-        UserError: it is missing.
-    """
-    if name not in tensors:
-        raise UserError(f"{source}: {name} is missing")
-    return tensors[name]
-
-
-def shapes_of(target: str, targets: Targets, params: Mapping[str, Any], source: Path) -> dict[str, torch.Size]:
-    """Shapes of a module's tensors, without allocating them.
-
-    Raises:
-        UserError: parameters that the module does not take; names the config in the folder `source`.
-    """
-    with torch.device("meta"):
-        module = build({"target": target, "params": params}, targets, f"{source / 'config.json'}: params")
-    return {name: value.shape for name, value in module.state_dict().items()}
 
 
 def _heads(params: Mapping[str, Any], channels: int) -> int:

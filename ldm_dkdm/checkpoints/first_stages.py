@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm_dkdm.checkpoints.diffusers_first_stage import CLASSES, read_component
+from ldm_dkdm.checkpoints.config_files import require_first_stage
+from ldm_dkdm.checkpoints.diffusers_first_stage import CLASSES, first_stage_part, read_component
 from ldm_dkdm.checkpoints.hashes import verifying
 from ldm_dkdm.checkpoints.loading import build_loaded
 from ldm_dkdm.checkpoints.reading import read_named_weights
@@ -108,6 +109,7 @@ class FirstStageSource:
         if latent_size is None:
             raise UserError(f"first_stage: {self.path} is not a first-stage folder; give its target and params")
         target, params = infer_first_stage(tensors, latent_size, self.path)
+        require_first_stage(self.path, params["ddconfig"])
         return replace(self, target=target, params=params, tensors=tensors)
 
     def codec(self, latent_size: int | None = None, precision: str = "32") -> LatentCodec:
@@ -156,7 +158,7 @@ def component_of(source: Source) -> Path:
     if source.holds("config.json") and source.json("config.json").get("_class_name") in CLASSES:
         return source.path
     parts = source.json("model_index.json") if source.holds("model_index.json") else {}
-    part = next((name for name in ("vqvae", "vae") if name in parts), None)
+    part = first_stage_part(parts)
     if part is None:
         kind = card_kind(source.path / "config.yaml") if has_config(source.path) else None
         found = f"is {kind}, not {FirstStageCard.KIND}" if kind else "holds no first stage"
