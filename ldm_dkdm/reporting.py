@@ -1,9 +1,10 @@
-"""The logger, progress bars or lines, and numbers, durations and paths for messages."""
+"""The logger, progress bars or lines, and names, numbers, durations and paths for messages."""
 
+import itertools
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -120,6 +121,49 @@ def in_home(path: str | Path) -> str:
         return f"~/{Path(path).relative_to(Path.home())}"
     except (ValueError, RuntimeError):  # elsewhere, or this user has no home folder
         return str(path)
+
+
+def names_apart(paths: Sequence[Path], details: Sequence[Sequence[str]] = ()) -> list[str]:
+    """Names for models: the last two parts of their paths, such as quickstart/student, and more where those are alike.
+
+    What is added tells alike names apart: folders above of other paths, then the details, then a number. The names
+    also differ with - in place of /, as names of folders.
+
+    Args:
+        paths: absolute paths.
+        details: facts of each model, the weightiest first; empty texts add nothing.
+    """
+    parts = [path.parts[1:] for path in paths]
+    names = ["/".join(own[-2:]) for own in parts]
+    for alike in _alike(names):
+        ends, length = {parts[i] for i in alike}, 2
+        while len({own[-length:] for own in ends}) < len(ends):
+            length += 1
+        for i in alike:
+            names[i] = "/".join(parts[i][-length:])
+    for facts in zip(*details, strict=True):
+        for alike in _alike(names):
+            if len({facts[i] for i in alike}) > 1:
+                for i in alike:
+                    names[i] += f"-{facts[i]}" if facts[i] else ""
+    taken = {_flat(name) for name in names}
+    for _, *others in _alike(names):
+        for number, i in enumerate(others, 2):
+            names[i] = next(n for k in itertools.count(number) if _flat(n := f"{names[i]}-{k}") not in taken)
+            taken.add(_flat(names[i]))
+    return names
+
+
+def _alike(names: Sequence[str]) -> list[list[int]]:
+    """The places of names that several share."""
+    places: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        places.setdefault(_flat(name), []).append(i)
+    return [own for own in places.values() if len(own) > 1]
+
+
+def _flat(name: str) -> str:
+    return name.replace("/", "-")
 
 
 def counted(number: int, noun: str) -> str:

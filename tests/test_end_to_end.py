@@ -1,6 +1,7 @@
 """A distillation from teacher to images, through the scripts."""
 
 import itertools
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,6 +146,25 @@ def test_a_comparison_is_one_image_of_all_models(run: Path, teacher_folder: Path
     for name in ("teacher", "student"):
         (sampled,) = (tmp_path / "out").glob(f"*-{name}/grid.png")
         assert [places(read(sampled), read(comparison), factor) for factor in range(1, 9)].count(1) == 1
+
+
+def test_models_whose_paths_end_alike_keep_folders_and_labels_of_their_own(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "B" / "logs" / "run"
+    shutil.copytree(run / "student", other / "student")
+    saved = [run / "checkpoints" / f"step=0000000{n}.ckpt" for n in (4, 6)]
+    models, hint = (run, run / "student", other, *saved, saved[1]), "6.use_ema=false"
+    assert sample("-r", *models, hint, "-n", 1, "-c", 2, "-l", tmp_path / "out", "--no_png") == 0
+    labels = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "parameters" in line]
+    above = run.parents[1].name
+    ends = ("-step=00000004", "-step=00000006", "-step=00000006-raw")
+    wanted = [f"{above}/logs/run/student", f"{above}/logs/run/student-2", "B/logs/run/student"]
+    assert labels == [*wanted, *(f"run/student{end}" for end in ends)]
+    assert {place.name for place in (tmp_path / "out").iterdir()} == {label.replace("/", "-") for label in labels}
+    monkeypatch.chdir(tmp_path)
+    assert sample("-r", saved[0], "-n", 1, "-c", 2, "--no_png") == 0
+    assert Path(f"logs/samples/run-student{ends[0]}/grid.png").is_file()
 
 
 def places(panel: np.ndarray, sheet: np.ndarray, factor: int) -> int:

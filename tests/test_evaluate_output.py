@@ -8,6 +8,7 @@ import pytest
 from ldm_dkdm.checkpoints.averaging import UNSAID
 from ldm_dkdm.commands.evaluate_output import measured_on
 from ldm_dkdm.evaluation.comparability import doubts
+from ldm_dkdm.evaluation.results import table
 from ldm_dkdm.reporting import in_home
 from tests.evaluate_sets import evaluation_home, record, toy  # noqa: F401 (a fixture)
 
@@ -38,6 +39,8 @@ TEACHER = {
     "sha256": "0170fe63894a4a65ec48e5dcefae36d4b2220e5d69e96631dfa9479e40d8237a",
     "seeds": "66 ... 131",
 }
+
+FIGURES = {"student_parameters": 7, "student_gflops": 1.5, "agreement": 0.25}
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -106,3 +109,25 @@ def test_warnings_of_two_sets_are_one() -> None:
 def test_a_path_in_the_home_folder_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/a")
     assert [in_home("/home/a/b"), in_home("/home/ab"), in_home("c")] == ["~/b", "/home/ab", "c"]
+
+
+def test_a_table_tells_runs_of_one_name_and_checkpoints_apart(tmp_path: Path) -> None:
+    steps = {"1": "student/student.safetensors", "2": "checkpoints/step=00000004.ckpt"}
+    for home in (tmp_path / "A/logs/run/student", tmp_path / "B/logs/run/student"):
+        (home / "evaluations").mkdir(parents=True)
+        (home / "config.yaml").write_text("network: {}\n")
+        (home / "evaluation.json").write_text(json.dumps(FIGURES))
+        for name, file in steps.items():
+            samples = {"source": "run", "images": 9, "opened_from": f"logs/run/{file}"}
+            record = {"figures": {"FID": 12.5}, "samples": samples, "reference": None, "features": []}
+            text = json.dumps({**record, "warnings": [], "ldm_dkdm": "0.2.0"})
+            (home / "evaluations" / f"alone-{name}.json").write_text(text)
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in table([tmp_path / "A/logs/run"]).split("\n")
+    ]
+    own, saved = rows[2:4]
+    place = rows[0].index("agreement")
+    assert (own[0], saved[0]) == ("run/student", "run/student-step=00000004")
+    assert (own[place], saved[place]) == ("0.25", "")  # the agreement is the student's
+    both = table([tmp_path / "A/logs/run", tmp_path / "B/logs/run", tmp_path / "B/logs/run/student"])
+    assert [both.count(f"| {letter}/logs/run/student ") for letter in "AB"] == [1, 2]

@@ -15,7 +15,7 @@ from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
-from ldm_dkdm.reporting import logger
+from ldm_dkdm.reporting import logger, names_apart
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -125,9 +125,10 @@ def _sample_all(models: "Sequence[DiffusionModel]", config: SamplingConfig, opti
     modules = [module for model in models for module in (model.network, *decoders(model.codec()))]
     with together("the same call goes on with the batches that are drawn") as ranks:
         configs = [_filled(model, config, ranks) if options.batch_size == "auto" else config for model in models]
-        folders = [_folder(model, options.logdir, len(models)) for model in models]
+        names = names_of_models(models)
+        folders = [_folder(name, options.logdir, len(models)) for name in names]
         with compiled(modules, compiles(options.compile, models[0].device)):
-            made = [_sample(*one, outputs, ranks) for one in zip(models, configs, folders, strict=True)]
+            made = [_sample(*one, outputs, ranks) for one in zip(models, configs, names, folders, strict=True)]
         panels = [panel for panel in made if panel is not None]
     if options.compare and panels:
         save_image(side_by_side(panels), options.compare)
@@ -206,30 +207,41 @@ def require_png(model: "DiffusionModel") -> None:
         )
 
 
-def name_of(model: "DiffusionModel") -> str:
-    """The last two parts of a model's path, such as quickstart/student."""
-    assert model.path is not None  # set when a model is opened
-    home = model.path.resolve()
-    return f"{home.parent.name}/{home.name}"
+def names_of_models(models: "Sequence[DiffusionModel]") -> list[str]:
+    """A name for each model, such as quickstart/student; models of one path differ in checkpoint, weights or guidance.
+
+    The name of a run's checkpoint ends in its step.
+    """
+    from ldm_dkdm.checkpoints.averaging import KIND
+    from ldm_dkdm.checkpoints.run_checkpoint import NAME
+
+    paths, details = [], []
+    for model in models:
+        assert model.path is not None and model.file is not None  # set when a model is opened
+        home = model.path.resolve()
+        paths.append(home.with_name(f"{home.name}-{model.file.stem}") if model.format == NAME else home)
+        raw = "raw" if model.info.get(KIND) == "raw" else ""
+        details.append([raw, f"guidance={model.guidance:g}" if model.guidance != 1 else ""])
+    return names_apart(paths, details)
 
 
-def _folder(model: "DiffusionModel", logdir: Path | None, models: int) -> Path:
-    name = name_of(model).replace("/", "-")
+def _folder(name: str, logdir: Path | None, models: int) -> Path:
+    name = name.replace("/", "-")
     if logdir is None:
         return Path("logs/samples") / name
     return logdir / name if models > 1 else logdir
 
 
 def _sample(
-    model: "DiffusionModel", config: SamplingConfig, out: Path, outputs: "Outputs", ranks: "Ranks"
+    model: "DiffusionModel", config: SamplingConfig, name: str, out: Path, outputs: "Outputs", ranks: "Ranks"
 ) -> tuple[str, "Image"] | None:
     """Sample, decode and write; returns a label and the grid of the first samples, on the first rank."""
     from ldm_dkdm.commands.drawing import abandoned, draw
 
-    found = draw(model, name_of(model), config, out, outputs, ranks)
+    found = draw(model, name, config, out, outputs, ranks)
     if found is None:
         return None
-    label = f"{name_of(model)}: {model.parameters / 1e6:.1f}M parameters, {found[0]:.2g} images/s"
+    label = f"{name}: {model.parameters / 1e6:.1f}M parameters, {found[0]:.2g} images/s"
     others = len(list((out / "img").glob("*.png"))) - config.count if outputs.png else 0
     if others > 0:
         print(f"{out}/img: also holds {others} images of earlier calls; -l names another folder")

@@ -15,6 +15,7 @@ from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.evaluation.sources import key_of
 from ldm_dkdm.files import JSON_BYTES, locked, read_text, require_file, write_text
+from ldm_dkdm.reporting import names_apart
 
 Record = Mapping[str, Any]  # as `Measurement.record` makes it
 AGREEMENT_BY = "agreement by"  # the options of its measurement
@@ -164,7 +165,13 @@ def table(paths: Iterable[str | Path]) -> str:
     Raises:
         UserError: a path that is not there, a file that is not a record, or no figures at all.
     """
-    found = {path: _rows(Path(path)) for path in paths}
+    homes = {path: _home(Path(path)) for path in paths}
+    places = list(dict.fromkeys(home.absolute() for home in homes.values() if home))
+    titles = dict(zip(places, names_apart(places), strict=True))
+    found = {
+        path: _rows(home, titles[home.absolute()]) if home else [_row(_read(Path(path)))]
+        for path, home in homes.items()
+    }
     rows = [row for own in found.values() for row in own]
     if not rows:
         raise UserError(_unmeasured(found))
@@ -191,19 +198,34 @@ def _rank(name: str) -> tuple[int, str]:
     return first, name
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _home(path: Path) -> Path | None:
+    """The model folder of a run or a model; None for a JSON record."""
     if path.suffix == ".json":
-        return [_row(_read(path))]
+        return None
     if not find_shipped(path).exists():
         raise UserError(f"{path}: no such run, model or JSON file of an evaluation; correct the path")
     home = Source(path).path
-    home = home if home.is_dir() else home.parent
-    own, title = _without_data(home / FIGURES), {"model": f"{home.parent.name}/{home.name}"}
-    network = {name: value for name, value in own.items() if name in NETWORK}
-    rows = [_row(_read(file)) for file in sorted((home / RECORDS).glob("*.json"))]
-    measured = [bool({AGREEMENT, AGREEMENT_BY} & row.keys()) for row in rows]  # records with an agreement of their own
-    whole = [{**(network if known else own), **row, **title} for row, known in zip(rows, measured, strict=True)]
-    return whole + ([{**own, **title}] if own and all(measured) else [])
+    return home if home.is_dir() else home.parent
+
+
+def _rows(home: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of a model folder, with a name for the model."""
+    own = _without_data(home / FIGURES)
+    network = {key: value for key, value in own.items() if key in NETWORK}
+    records = [_read(file) for file in sorted((home / RECORDS).glob("*.json"))]
+    rows = [{**_row(record), "model": name + _of_checkpoint(record["samples"])} for record in records]
+    # records with an agreement of their own, and those of checkpoints, which FIGURES is not of
+    measured = [bool({AGREEMENT, AGREEMENT_BY} & row.keys()) or row["model"] != name for row in rows]
+    whole = [{**(network if known else own), **row} for row, known in zip(rows, measured, strict=True)]
+    return whole + ([{**own, "model": name}] if own and all(measured) else [])
+
+
+def _of_checkpoint(samples: Mapping[str, Any]) -> str:
+    """What the name of a run's model needs where a training checkpoint was measured in its place."""
+    file = Path(samples.get("opened_from") or "")
+    if file.parent.name != "checkpoints":
+        return ""
+    return f"-{file.stem}" + ("-raw" if samples.get("weights") == "raw" else "")
 
 
 def _row(record: Record) -> dict[str, Any]:
