@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ldm_dkdm.commands.arguments import Parser
 from ldm_dkdm.commands.main import guarded
+from ldm_dkdm.commands.parser import Parser
 from ldm_dkdm.npz import save_npz
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm_dkdm.commands.arguments import Parser
 from ldm_dkdm.commands.main import guarded
+from ldm_dkdm.commands.parser import Parser
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.images import read_image
 from ldm_dkdm.npz import save_npz

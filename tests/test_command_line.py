@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import ldm_dkdm as dkdm
 from ldm_dkdm.commands import demo, distill
 from ldm_dkdm.commands.arguments import how_to_go_on
-from ldm_dkdm.commands.main import COMMANDS
+from ldm_dkdm.commands.main import COMMANDS, parser_of
 from ldm_dkdm.errors import Stopped
 from ldm_dkdm.networks import NETWORKS
 from tests.cli import ROOT, contents, distil, run_script, sample, write_yaml
@@ -54,6 +54,13 @@ REFUSED = {
     "argument --sampler: invalid choice: 'dance'": ["sample", "-r", "nowhere", "--sampler", "dance"],
     "--n_samples: at least 65": ["evaluate", "-r", "nowhere", "-n", "3"],
     "argument --to: invalid choice: 'zip'": ["convert", "nowhere", "out", "--to", "zip"],
+    "-n/--n_samples: given as 2 and as 3; give it once": ["sample", "-r", "nowhere", "-n", "2", "--n_samples", "3"],
+    "-r/--resume: given as a and as b; give it once": ["evaluate", "-r", "a", "-r", "b"],
+    "--resume: given as a and as b; give it once": ["distill", "--resume", "a", "--resume", "b"],
+    "--sampler: ddim, but -v is --sampler ddpm": ["sample", "-r", "nowhere", "-v", "--sampler", "ddim"],
+    "--labels: must be at least 0, got -1": ["sample", "-r", "nowhere", "--labels", "0", "-1"],
+    "--guidance: give at least one value before null_label=2": ["sample", "-r", "x", "--guidance", "null_label=2"],
+    "argument --labels: invalid int value: 'x'": ["sample", "-r", "nowhere", "--labels", "x", "null_label=2"],
     "--batch_size: must be at least 1": ["decode", "x", "--first_stage", "y", "-o", "z", "--batch_size", "0"],
 }
 
@@ -95,6 +102,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(words: str, call: list[str], answ
     code, out, err, _ = answers[tuple(call)]
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
     assert words in err
+
+
+def test_values_of_a_flag_add_up_and_hints_may_stand_among_them() -> None:
+    given = "x=1 -r A --labels 0 1 null_label=2 --guidance 1 -r B -n 2 --labels 2 --guid 3 2.y=4 --compile z=5 -n 2"
+    options = parser_of("sample").parse_args(given.split())
+    assert (options.resume, options.labels, options.guidance) == (["A", "B"], [0, 1, 2], [1.0, 3.0])
+    assert sorted(options.hints) == ["2.y=4", "null_label=2", "x=1", "z=5"] and options.compile == "true"
+    given = "a --metrics kid b.x=1 --metrics fid sfid --labels 1 y=2"
+    options = parser_of("evaluate").parse_args(given.split())
+    assert (options.metrics, options.hints) == (["kid", "fid", "sfid"], ["a", "b.x=1", "y=2"])
 
 
 PLUGIN = """

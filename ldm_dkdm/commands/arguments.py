@@ -1,4 +1,4 @@
-"""What command lines share: parser, `--base` and `key=value`, hints, plugins, keys and flags in errors."""
+"""What command lines share: `--base` and `key=value`, hints, plugins, keys and flags in errors."""
 
 import argparse
 import importlib.util
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
-from ldm_dkdm.commands.other_flags import advice
+from ldm_dkdm.commands.parser import Parser
 from ldm_dkdm.commands.world import world_overrides
 from ldm_dkdm.config.checked import hints_of
 from ldm_dkdm.config.keys import keys_text
@@ -41,30 +41,6 @@ HINTS = {
     "verify": bool,
 }  # types of the hints
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a training command to save and stop
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line; options may stand between positional arguments."""
-
-    hint = "see --help"
-    given: Sequence[str] = ()
-
-    def parse_args(  # type: ignore[override]  # argparse also takes namespaces of other classes
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
-        """Parse a command line with `key=value` before or after options."""
-        self.given = list(sys.argv[1:] if args is None else args)
-        options = self.parse_intermixed_args(args, namespace)
-        if getattr(options, "stage", None) is not None:
-            key = "first_stage" if hasattr(options, "hints") else "first_stage.ckpt"
-            getattr(options, "hints" if hasattr(options, "hints") else "overrides").append(f"{key}={options.stage}")
-        return options
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a `UserError` in place of printing the usage; options of other codes are named with ours."""
-        if line := advice(self.given, set(self._option_string_actions)):
-            raise UserError(line)
-        raise UserError(f"{message}; {self.hint}")
 
 
 @dataclass(frozen=True)
@@ -273,12 +249,16 @@ def dotted_keys(*sections: str, path: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def flags(**names: str) -> Iterator[None]:
-    """Replace parameters in the library's errors by flags: `steps: ...` -> `--custom_steps: ...`."""
+    """Replace parameters in the library's errors by flags: `steps: ...` -> `--custom_steps: ...`.
+
+    An entry of a list counts as its parameter: `labels[0]: ...` -> `--labels: ...`.
+    """
     try:
         yield
     except UserError as error:
         name, colon, rest = str(error).partition(":")
-        raise UserError(f"{names[name]}{colon}{rest}" if name in names else str(error)) from error
+        flag = names.get(name.partition("[")[0])
+        raise UserError(f"{flag}{colon}{rest}" if flag else str(error)) from error
 
 
 def require_writable(folder: Path | None, flag: str) -> None:

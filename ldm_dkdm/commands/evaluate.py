@@ -45,13 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-r", "--resume", metavar="RUN", help="the student that is measured against its teacher, without data")
     add("--teacher", help="the teacher; default: the one in the config of the student's run")
     names = names_of("ldm_dkdm.evaluation.metrics:METRICS")
-    add("--metrics", nargs="+", choices=names, metavar="NAME", help=f"{', '.join(names)}; default: by --features")
+    listed = f"{', '.join(names)}; default: by --features"
+    add("--metrics", nargs="+", action="extend", choices=names, metavar="NAME", help=listed)
     add("--features", default="inception", metavar="NAME|PATH", help=f"{_names()}, or a file with their weights")
     add("-n", "--n_samples", type=int, help="samples of each model; default: 10000, with -r 1000 (65 or more; 0: none)")
     add("-c", "--custom_steps", type=int, help="sampling steps; default: the sampler's; 20 with -r and for agreement")
     add("--sampler", choices=names_of("ldm_dkdm.diffusion.samplers:SAMPLERS"), default="ddim")
     add("-e", "--eta", type=float, default=0.0, help="DDIM's eta: 0 deterministic, 1 ancestral")
-    add("--labels", type=int, nargs="+", default=[], help="class labels, in turn; default: random by seed")
+    labels = "class labels, in turn; default: random by seed"
+    add("--labels", type=int, nargs="+", action="extend", default=[], help=labels)
     add("--seed", type=int, help="sample i depends on seed + i only; default: 0")
     add("--reference_seed", type=int, metavar="S", help="the same for a model as REFERENCE; default: seed + n_samples")
     add("--size", type=int, metavar="PIXELS", help="crop and resize the images of folders; default: as they are")

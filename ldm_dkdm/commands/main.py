@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Protocol, cast
 
 from ldm_dkdm import __version__
-from ldm_dkdm.commands.arguments import Parser
+from ldm_dkdm.commands.parser import Parser
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import Stopped, UserError, interruptible, is_out_of_memory, legible, memory_asked, nearest
 

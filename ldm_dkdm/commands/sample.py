@@ -52,10 +52,11 @@ def size_or_auto(text: str) -> "int | str":
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """-r -n -c -e -v -l mean what they mean in CompVis's sample script."""
     add = parser.add_argument
-    add("-r", "--resume", required=True, nargs="+", metavar="MODEL", help="runs, model folders or checkpoints")
+    opened = "runs, model folders or checkpoints"
+    add("-r", "--resume", required=True, nargs="+", action="extend", metavar="MODEL", help=opened)
     add("-n", "--n_samples", type=int, default=64, help="number of images")
     add("-c", "--custom_steps", type=int, help="sampling steps; default: 200, with ddpm all of them")
-    add("--sampler", choices=names_of("ldm_dkdm.diffusion.samplers:SAMPLERS"), default="ddim")
+    add("--sampler", choices=names_of("ldm_dkdm.diffusion.samplers:SAMPLERS"), help="default: ddim")
     add("-e", "--eta", type=float, default=0.0, help="DDIM's eta: 0 deterministic, 1 ancestral")
     add("-v", "--vanilla_sample", action="store_true", help="--sampler ddpm with every timestep")
     add("-l", "--logdir", type=expanded, help="output folder; default: logs/samples/<model>")
@@ -67,8 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="images of a call; auto: as many as fill a GPU",
     )
-    add("--labels", type=int, nargs="+", default=[], help="class labels, in turn; default: random by seed")
-    add("--guidance", type=float, nargs="+", default=[1.0], help="classifier-free guidance, for all or each; 1: none")
+    labels = "class labels, in turn; default: random by seed"
+    add("--labels", type=int, nargs="+", action="extend", default=[], help=labels)
+    guidance = "classifier-free guidance, for all or each; default: 1, none"
+    add("--guidance", type=float, nargs="+", action="extend", default=[], help=guidance)
     add("--raw", action="store_true", help="use the raw weights of a training .ckpt, not EMA")
     add("--npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
     add("--latents", action="store_true", help="also write latents.safetensors")
@@ -88,7 +91,8 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("-r: name at least one model")
     with flags(**FLAGS):
         config = _sampling(options)
-    weights = options.guidance * len(paths) if len(options.guidance) == 1 else options.guidance
+    given = options.guidance or [1.0]
+    weights = given * len(paths) if len(given) == 1 else given
     if len(weights) != len(paths):
         raise UserError(f"--guidance: {len(weights)} weights for {len(paths)} models; give one, or one for each")
     if min(weights) < 0:
@@ -148,8 +152,10 @@ def _filled(model: "DiffusionModel", config: SamplingConfig, ranks: "Ranks") -> 
 
 def _sampling(options: argparse.Namespace) -> SamplingConfig:
     """The sampling options of the command line."""
-    sampler, steps = options.sampler, options.custom_steps
+    sampler, steps = options.sampler or "ddim", options.custom_steps
     if options.vanilla_sample:
+        if options.sampler not in (None, "ddpm"):
+            raise UserError(f"--sampler: {sampler}, but -v is --sampler ddpm with every timestep; give one of them")
         if steps is not None:
             logger.warning("-v takes every timestep; -c is ignored")
         sampler, steps = "ddpm", None
