@@ -123,7 +123,7 @@ CASES |= {
     "octal": (base("trainer: {max_steps: 010}"), "010 is not plainly a number, YAML reads 8"),
     "no minutes": (override("trainer.max_minutes=1e-9"), "no run takes its first step in less"),
     "learning rate": (override("trainer.learning_rate=1e38"), "at most 100, got 1e+38; Adam moves every weight"),
-    "unknown reference": (lambda p: ["sample", "-r", str(p.model), *SAMPLE, "a=${b}"], "'b' not found"),
+    "unknown reference": (lambda p: ["sample", "-r", str(p.model), *SAMPLE, "a=${b}"], "a: ${b} names a key that no"),
     "many timesteps": (card({"diffusion.num_timesteps": 10**9}), "num_timesteps: must be at most 100000"),
     "no noise": (card({"diffusion.beta_start": 1e-300, "diffusion.beta_end": 1e-300}), "alphas_cumprod goes from"),
     "large side": (card({"network.params.image_size": 131072}), "image_size: 131072 is not between"),

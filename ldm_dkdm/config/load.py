@@ -16,6 +16,7 @@ from ldm_dkdm.config.batches import SECTIONS, divided
 from ldm_dkdm.config.checked import Section, convert, hints_of, is_required, parse, unwrap
 from ldm_dkdm.config.limits import DEPTH, require_modest, require_plain_numbers, require_short_references
 from ldm_dkdm.config.recipes import find_config, find_shipped
+from ldm_dkdm.config.references import bad_reference
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard, NewNetworkConfig
 from ldm_dkdm.config.text import quoted, quoted_override
 from ldm_dkdm.errors import MALFORMED, UserError, legible, nearest
@@ -72,7 +73,7 @@ def load_config(
         merged = _merge(recipe, parts[-1])
         tree = _resolved(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"{files[-1]}: {error}") from error
+        raise bad_reference(error, overrides, files, parts) from error
     except TypeError as error:
         sources = f"{files[-1]} {' '.join(overrides)}".strip()
         raise UserError(
@@ -219,7 +220,7 @@ def read_overrides(overrides: Sequence[str], hint: Any = None) -> dict[str, Any]
     try:
         return cast(dict[str, Any], _resolved(_dotlist(overrides, hint)))
     except OmegaConfBaseException as error:
-        raise UserError(f"overrides {' '.join(overrides)}: {error}") from error
+        raise bad_reference(error, overrides) from error
 
 
 def _dotlist(overrides: Sequence[str], hint: Any = None) -> DictConfig:
