@@ -72,13 +72,33 @@ def test_a_name_is_the_text_that_was_typed(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["run #1", "a: b", "[x", "{x", "*x", "&x y", "!x", "%x", "@x", "`x`", "a=b", "x\\ny", "- x"]
+    "value",
+    [
+        "run #1",
+        "a: b",
+        "[x",
+        "{x",
+        "*x",
+        "&x y",
+        "!x",
+        "%x",
+        "@x",
+        "`x`",
+        "a=b",
+        "x\\ny",
+        "- x",
+        "#42-fix",
+        "&a",
+        "---",
+    ],
 )
 def test_an_override_of_a_text_key_is_not_yaml(tmp_path: Path, value: str) -> None:
     assert config(tmp_path, "", f"logging.name={value}").logging.name == value
 
 
 def test_quotes_and_null_keep_their_meaning(tmp_path: Path) -> None:
+    for value in ("null # x", "'a' # x", "&x 'a'", "!!str x"):
+        assert config(tmp_path, "", f"logging.name={value}").logging.name == value
     for given, name in (("'007'", "007"), ('"on"', "on"), ("null", None), ("~", None), ("", None), ('"null"', "null")):
         assert config(tmp_path, "", f"logging.name={given}").logging.name == name
         assert config(tmp_path, f"logging: {{name: {given}}}\n").logging.name == name
@@ -90,15 +110,44 @@ def test_quotes_and_null_keep_their_meaning(tmp_path: Path) -> None:
 def test_anchors_comments_and_merges_keep_the_text(tmp_path: Path) -> None:
     text = "logging: &log\n  name: &n 1.10  # the tenth\n  dir: *n\n"
     assert config(tmp_path, text).logging == LoggingConfig(dir="1.10", name="1.10")
+    both = "logging: {name: *n, dir: &d 1e-3}\ndistill: {batch_size: 4, rho: *d}\n"
+    file = tmp_path / "shared.yaml"
+    file.write_text(BASE.partition("distill")[0] + "trainer: {max_steps: 4, learning_rate: &n 1.10}\n" + both)
+    found = load_config(file)
+    assert found.logging == LoggingConfig(dir="1e-3", name="1.10")
+    assert (found.trainer.learning_rate, found.distill.rho) == (1.1, 0.001)
     tree = yaml.safe_load(quoted("a: &a {name: 007}\nb: {<<: *a, dir: on}\n", {"a": LoggingConfig, "b": LoggingConfig}))
     assert tree == {"a": {"name": "007"}, "b": {"name": "007", "dir": "on"}}
     assert quoted("name: 007\nn: 007\n", {"name": str}) == 'name: "007"\nn: 007\n'
+
+
+def test_a_bad_reference_is_blamed_on_the_file_that_holds_it(tmp_path: Path) -> None:
+    config(tmp_path)
+    for name, text in (("a.yaml", "logging: {name: '${teacher.nothing}'}"), ("b.yaml", "trainer: {max_steps: 5}")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=r"/a\.yaml: logging\.name: \$\{teacher\.nothing\} names a key that no file"):
+        load_config([tmp_path / name for name in ("config.yaml", "a.yaml", "b.yaml")])
 
 
 def test_numbers_and_flags_of_other_keys_stay(tmp_path: Path) -> None:
     found = config(tmp_path, "", "trainer.max_steps=1_000", "teacher.check=off", "trainer.precision=32")
     assert (found.trainer.max_steps, found.teacher.check, found.trainer.precision) == (1000, False, "32")
     assert config(tmp_path, "", "teacher.params={a: 1.10, b: on}").teacher.params == {"a": 1.1, "b": True}
+
+
+@pytest.mark.parametrize("listed", ["[1.10, 1e5, 007, no, 1_000, 12:30, ~]", "[1.10,1e5,'007',no,1_000,12:30,~]"])
+def test_the_texts_of_a_list_are_as_typed(tmp_path: Path, listed: str) -> None:
+    """Names of classes, which are names of folders."""
+    run = f"model: {{target: x, params: {{}}}}\ndiffusion: {{}}\n{BASE[BASE.index('trainer') :]}"
+    data = "{path: d, image_size: 8, batch_size: 1"
+    file = tmp_path / "config.yaml"
+    file.write_text(f"{run}data: {data}, classes: {listed}}}\n")
+    found = [load_config(file, schema=DiffusionRun)]
+    file.write_text(f"{run}data: {data}}}\n")
+    found.append(load_config(file, [f"data.classes={listed}"], DiffusionRun))
+    file.write_text(to_yaml(found[0]))
+    found.append(load_config(file, schema=DiffusionRun))
+    assert {own.data.classes for own in found} == {("1.10", "1e5", "007", "no", "1_000", "12:30", "~")}
 
 
 @pytest.mark.parametrize(

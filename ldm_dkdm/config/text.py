@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ from ldm_dkdm.config.checked import hints_of
 from ldm_dkdm.config.limits import LOADER, require_modest
 
 NULL = "tag:yaml.org,2002:null"
+SIMPLE = re.compile(r"[\w.:+-]+")  # a scalar that may stand without quotes wherever an alias may
 
 
 def quoted(text: str, hint: Any) -> str:
@@ -27,19 +29,43 @@ def quoted(text: str, hint: Any) -> str:
         yaml.YAMLError: the text is not YAML.
     """
     require_modest(text)  # libyaml composes by recursion
-    root = yaml.compose(text, Loader=LOADER)
-    found = {} if root is None else {node.end_mark.index: node for node in _texts(root, hint, set())}
-    for end, node in sorted(found.items(), reverse=True):
-        start = end - len(node.value)
-        if text[start:end] == node.value:  # written on one line, as every number and flag is
-            text = text[:start] + json.dumps(node.value, ensure_ascii=False) + text[end:]
+    root = yaml.compose(text, Loader=_Aliases if "&" in text and "*" in text else LOADER)
+    found = [] if root is None else list(_scalars(root, hint, set()))
+    changes = {n.end_mark.index: (n, json.dumps(n.value, ensure_ascii=False)) for n, is_text in found if is_text}
+    for node, is_text in found:
+        if isinstance(node, _Alias) and not is_text and node.origin in changes and SIMPLE.fullmatch(node.value):
+            changes.setdefault(node.end_mark.index, (node, node.value))  # a number that a text key shares
+    for end, (node, new) in sorted(changes.items(), reverse=True):
+        start = node.start_mark.index if isinstance(node, _Alias) else end - len(node.value)
+        if isinstance(node, _Alias) or text[start:end] == node.value:  # on one line, as every number and flag is
+            text = text[:start] + new + text[end:]
     return text
 
 
-def quoted_override(item: str, hint: Any) -> str:
-    """A `key=value` whose value is kept as typed, where `key` is a text key.
+class _Alias(yaml.ScalarNode):
+    """The scalar that an alias stands for, at the alias's place; `origin`: where the scalar itself ends."""
 
-    Quotes around the value are YAML's, and null means null.
+    origin = -1
+
+
+class _Aliases(yaml.SafeLoader):
+    """Gives every alias of a scalar a node of its own."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node."""
+        event = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+        node = super().compose_node(parent, index)
+        if event is None or not isinstance(node, yaml.ScalarNode):
+            return node
+        alias = _Alias(node.tag, node.value, event.start_mark, event.end_mark, node.style)
+        alias.origin = node.end_mark.index
+        return alias
+
+
+def quoted_override(item: str, hint: Any) -> str:
+    """A `key=value` whose value is kept as typed, where `key` is a text key or holds a list of texts.
+
+    Quotes around the whole value are YAML's, and null means null.
 
     Raises:
         yaml.YAMLError: the value of a section is not YAML.
@@ -48,19 +74,22 @@ def quoted_override(item: str, hint: Any) -> str:
     for name in key.split("."):
         hint = _keys(hint).get(name)
     if not _is_text(hint):
-        return f"{key}={quoted(value, hint)}" if _keys(hint) else item
+        return f"{key}={quoted(value, hint)}" if _keys(hint) or _entry(hint) else item
     return item if _is_yaml(value, hint) else f"{key}={json.dumps(value.strip(), ensure_ascii=False)}"
 
 
 def _is_yaml(value: str, hint: Any) -> bool:
-    """Whether a whole value is one quoted scalar, or null."""
+    """Whether a value is nothing, null, or one quoted scalar, without a comment or an anchor."""
+    value = value.strip()
     try:
         node = yaml.compose(value, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError):
         return False
     if not isinstance(node, yaml.ScalarNode):
-        return node is None
-    return node.style in ("'", '"') or _is_null(node, hint)
+        return not value
+    if node.style in ("'", '"'):
+        return value.startswith(node.style) and node.end_mark.index == len(value)
+    return node.value == value and _is_null(node, hint)
 
 
 def _is_null(node: yaml.ScalarNode, hint: Any) -> bool:
@@ -68,19 +97,28 @@ def _is_null(node: yaml.ScalarNode, hint: Any) -> bool:
     return node.tag == NULL and not (hint is str and node.value == "~")
 
 
-def _texts(node: yaml.Node, hint: Any, seen: set[int]) -> Iterator[yaml.ScalarNode]:
-    """The unquoted scalars at text keys, null excepted."""
+def _scalars(node: yaml.Node, hint: Any, seen: set[int]) -> Iterator[tuple[yaml.ScalarNode, bool]]:
+    """The unquoted scalars, and whether each is at a text key and not null."""
     if isinstance(node, yaml.ScalarNode):
-        if _is_text(hint) and not node.style and not _is_null(node, hint):
-            yield node
+        if not node.style:
+            yield node, _is_text(hint) and not _is_null(node, hint)
     elif isinstance(node, yaml.MappingNode) and id(node) not in seen:
         seen = seen | {id(node)}  # an anchor may hold itself
         for key, value in node.value:
-            yield from _texts(value, hint if key.value == "<<" else _keys(hint).get(key.value), seen)
+            yield from _scalars(value, hint if key.value == "<<" else _keys(hint).get(key.value), seen)
+    elif isinstance(node, yaml.SequenceNode) and id(node) not in seen:
+        for value in node.value:
+            yield from _scalars(value, _entry(hint), seen | {id(node)})
 
 
 def _is_text(hint: Any) -> bool:
     return hint is str or typing.get_origin(hint) is typing.Literal or str in _options(hint)
+
+
+def _entry(hint: Any) -> Any:
+    """The type of a list's entries; None for another type."""
+    lists = (option for option in (hint, *_options(hint)) if typing.get_origin(option) is Sequence)
+    return next((typing.get_args(option)[0] for option in lists), None)
 
 
 def _keys(hint: Any) -> Mapping[str, Any]:
