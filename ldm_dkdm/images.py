@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ldm_dkdm.errors import UserError, interruptible, unreadable
 from ldm_dkdm.files import expanded, replacing, require_file
-from ldm_dkdm.npz import read_npz
-from ldm_dkdm.reporting import logger
+from ldm_dkdm.npz import is_npz, read_npz
+from ldm_dkdm.reporting import Progress, following, logger
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow's names; it opens no others
@@ -25,28 +25,51 @@ HEADER = 1 << 16  # most bytes of a PPM or PGM header; Pillow reads them one by 
 COMMENTS = 10_000  # most comments in a plain PPM or PGM; Pillow copies a block of its numbers for each
 PLAIN = (b"P1", b"P2", b"P3")  # PPM and PGM whose pixels are numbers in ASCII
 BLOCK = 1 << 20  # bytes read at once
+GRID = "grid.png"  # file name of the grid of samples beside the images of `dkdm sample` and `dkdm decode`
+SAMPLED = ("img", "samples.npz", "latents.safetensors")  # what these commands write beside it
 MODES = {1: "L", 3: "RGB"}  # channels of an image file -> Pillow's mode
 
 
-def load_images(path: str | Path, size: int, channels: int = 3) -> Tensor:
+def load_images(path: str | Path, size: int, channels: int = 3, progress: bool | Progress = False) -> Tensor:
     """Read a folder of images or an ADM-style .npz (`arr_0`) -> uint8 (N,size,size,channels).
 
     Folder images are turned as their EXIF data say, composited on white, cropped to a centred square and resized.
     """
     path = expanded(path)
-    if path.suffix == ".npz":
+    if is_npz(path):
         return square_npz(path, size, channels)
-    return torch.stack([read_image(file, size, channels) for file in find_images(path, channels)])
+    return read_images(find_images(path, channels), size, channels, progress)
+
+
+def read_images(files: Sequence[Path], size: int, channels: int, progress: bool | Progress) -> Tensor:
+    """Image files -> uint8 (N,size,size,channels); errors as `read_image`."""
+    images = []
+    with following(progress, "reading", "image", len(files)) as done:
+        for file in files:
+            images.append(read_image(file, size, channels))
+            done(len(images))
+    return torch.stack(images)
+
+
+def folder_of_images(path: Path) -> Path:
+    """A folder, or, where `dkdm sample` or `dkdm decode` wrote it, the folder of the images in it."""
+    return path / "img" if (path / GRID).is_file() and (path / "img").is_dir() else path
 
 
 def find_images(path: Path, channels: int = 3) -> list[Path]:
     """The image files below a folder, sorted, linked folders included; a warning counts the other files.
 
+    Grids of samples, which `dkdm sample` and `dkdm decode` write beside the images, are other files.
+
     Raises:
-        UserError: no such folder, no images in it, or `channels` that image files do not have.
+        UserError: no such folder, a file, no images in it, or `channels` that image files do not have.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder of images or .npz file")
+        fault = (
+            "is neither a folder of images nor an .npz" if path.exists() else "no such folder of images or .npz file"
+        )
+        raise UserError(f"{path}: {fault}")
+    path = folder_of_images(path)
     if channels not in MODES:
         raise UserError(
             f"{path}: image files are grey or RGB; images of {channels} channels are read from an .npz "
@@ -56,7 +79,9 @@ def find_images(path: Path, channels: int = 3) -> list[Path]:
     others: Counter[str] = Counter()
     for file in _files_below(path, ()):
         image, hidden = file.suffix.lower() in SUFFIXES, _hidden(file.relative_to(path))
-        if image and not hidden:
+        if image and not hidden and _is_grid(file):
+            others[f"{GRID} of samples"] += 1
+        elif image and not hidden:
             files.append(file)
         elif image or not hidden:
             others["hidden" if hidden else file.suffix or "without a suffix"] += 1
@@ -80,6 +105,11 @@ def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
                 yield from _files_below(Path(entry.path), (*above, here))
             else:
                 yield Path(entry.path)
+
+
+def _is_grid(file: Path) -> bool:
+    """Whether an image is the grid of what lies beside it."""
+    return file.name == GRID and any((file.parent / name).exists() for name in SAMPLED)
 
 
 def _hidden(path: Path) -> bool:

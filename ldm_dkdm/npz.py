@@ -26,6 +26,11 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 NUMBERS = "biuf"  # NumPy's kinds: flags, integers, floating point
 
 
+def is_npz(path: Path) -> bool:
+    """Whether a file's name ends in .npz, in any letter case."""
+    return path.suffix.lower() == ".npz"
+
+
 def read_npz(path: Path, name: str = "arr_0") -> np.ndarray | None:
     """An array of an .npz, in this machine's byte order; None if it is missing and not `arr_0`.
 

@@ -15,6 +15,7 @@ from ldm_dkdm.evaluation.perceptual import lpips_loss
 from ldm_dkdm.first_stage import VQModel
 from ldm_dkdm.first_stage.discriminator import Discriminator
 from ldm_dkdm.first_stage.vqgan import FirstStageModule, as_vectors, held_out_psnr
+from ldm_dkdm.images import save_image, to_image
 from tests.cli import run_script, write_yaml
 from tests.parts import VQ_PARAMS
 from tests.training_images import LOGGING, TRAINER, training_images
@@ -42,6 +43,16 @@ def test_a_first_stage_trains_with_every_term_and_its_folder_loads(tmp_path: Pat
     state = torch.load(run / "checkpoints" / "step=00000008.ckpt", weights_only=True)
     critic = state["optimizer_states"][1]["state"].values()
     assert {int(moments["step"]) for moments in critic} == {4}  # the critic trains from step 4 on
+
+
+def test_the_images_of_folders_are_read_with_a_line_of_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, image in enumerate(np.load(training_images(tmp_path))["arr_0"]):
+        save_image(to_image(torch.from_numpy(image)), tmp_path / "folder" / f"{number}.png")
+    config = first_stage_config(tmp_path / "folder", tmp_path / "logs", trainer={"max_steps": 1})
+    assert run_script("train_first_stage.py", "--base", write_yaml(tmp_path / "vq.yaml", config)) == 0
+    assert capsys.readouterr().err.count(f"reading: {number + 1} images\n") == 2  # data.path and data.held_out
 
 
 def test_training_a_first_stage_raises_its_psnr(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.distillation.image_data import open_images
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.evaluation.opening import open_images as open_set
 from ldm_dkdm.images import find_images, load_images, read_image
 from ldm_dkdm.npz import save_npz
 
@@ -249,3 +251,39 @@ def test_the_tags_of_a_damaged_tiff_bring_no_warnings(tmp_path: Path) -> None:
     path.write_bytes(b"II*\0" + struct.pack("<IH", 8, 100) + outside + struct.pack("<I", 0))
     with pytest.raises(UserError, match="not a readable image: cannot identify image file"):
         read_image(path, 8)
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_the_grid_of_samples_is_not_one_of_them(above: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "a" / "samples" if above else tmp_path
+    for name in ("grid.png", "img/000000.png", "img/000001.png"):
+        image(out / name)
+    found = find_images(tmp_path)
+    assert [file.name for file in found] == ["000000.png", "000001.png"] and found == open_images(tmp_path, 8).images
+    assert ("1 grid.png of samples" in caplog.text) == above
+    if not above:
+        assert open_images(tmp_path, 8).labels is None  # img is not a class
+
+
+def test_a_grid_beside_an_npz_of_samples_is_no_set_of_images(tmp_path: Path) -> None:
+    image(tmp_path / "grid.png")
+    (tmp_path / "samples.npz").touch()
+    with pytest.raises(UserError, match=r"holds no images .* but (?=.*1 grid\.png of samples).*1 \.npz"):
+        find_images(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.png", "a.zip"])
+def test_a_file_that_is_not_an_npz_is_not_called_missing(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such folder of images or \.npz file"):
+        open_images(tmp_path / name, 8)
+    (tmp_path / name).touch()
+    for read in (open_images, load_images):
+        with pytest.raises(UserError, match=rf"{name}: is neither a folder of images nor an \.npz"):
+            read(tmp_path / name, 8)
+
+
+def test_the_suffix_of_an_npz_has_any_letter_case(tmp_path: Path) -> None:
+    save_npz(images := torch.randint(256, (3, 8, 8, 3), dtype=torch.uint8), tmp_path / "X.NPZ")
+    assert torch.equal(open_images(tmp_path / "X.NPZ", 8).images, images)
+    assert torch.equal(load_images(tmp_path / "X.NPZ", 8), images)
+    assert torch.equal(next(open_set(tmp_path / "X.NPZ", SamplingConfig()).batches(0, 3)), images)

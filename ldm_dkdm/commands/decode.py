@@ -41,9 +41,9 @@ def read_latents(path: Path) -> "Tensor":
     import torch
 
     from ldm_dkdm.checkpoints import read_tensors
-    from ldm_dkdm.npz import read_npz
+    from ldm_dkdm.npz import is_npz, read_npz
 
-    if path.suffix == ".npz":
+    if is_npz(path):
         latents = torch.from_numpy(read_npz(path))
     else:
         tensors = read_tensors(path)

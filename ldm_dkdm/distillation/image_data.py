@@ -13,8 +13,8 @@ from ldm_dkdm.config.schema import DiffusionDataConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec
-from ldm_dkdm.images import find_images, read_image, square_npz
-from ldm_dkdm.npz import read_npz
+from ldm_dkdm.images import find_images, folder_of_images, read_image, read_images, square_npz
+from ldm_dkdm.npz import is_npz, read_npz
 from ldm_dkdm.reporting import Progress, following, logger
 
 ENCODE_BATCH = 64
@@ -59,12 +59,7 @@ class ImageSet:
         """A copy with all images in memory."""
         if isinstance(self.images, Tensor):
             return self
-        images = []
-        with following(progress, "reading", "image", len(self.images)) as done:
-            for file in self.images:
-                images.append(read_image(file, self.size, self.channels))
-                done(len(images))
-        return replace(self, images=torch.stack(images))
+        return replace(self, images=read_images(self.images, self.size, self.channels, progress))
 
     def part(self, fraction: float, seed: int) -> "ImageSet":
         """A random share, at least one image; the same for the same seed."""
@@ -84,8 +79,8 @@ def open_images(path: str | Path, size: int, channels: int = 3) -> ImageSet:
 
     Sub-folders named by whole numbers are the classes of these numbers; other names are numbered in their order.
     """
-    path = expanded(path)
-    if path.suffix == ".npz":
+    path = folder_of_images(expanded(path))
+    if is_npz(path):
         return ImageSet(images := square_npz(path, size, channels), size, _npz_labels(path, len(images)), channels)
     files = find_images(path, channels)
     folders = sorted({file.parent for file in files})

@@ -16,6 +16,7 @@ from ldm_dkdm.evaluation.samples import sampled
 from ldm_dkdm.evaluation.sources import ImageSource, TensorImages, image_files, require_images
 from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel, load_model
+from ldm_dkdm.npz import is_npz
 
 Images = DiffusionModel | Tensor | str | Path
 CONFIGS = ("config.yaml", "model_index.json", "config.json")  # files that make a folder a model's
@@ -73,6 +74,6 @@ def require_set(path: Path, what: str = "the path of a set of images") -> None:
 
 def is_model(path: Path) -> bool:
     """Whether a path is opened as a diffusion model: any but an .npz, a first stage, and a folder without weights."""
-    if path.suffix == ".npz" or is_first_stage_folder(path):
+    if is_npz(path) or is_first_stage_folder(path):
         return False
     return not path.is_dir() or holds_weights(path) or any((path / name).exists() for name in CONFIGS)

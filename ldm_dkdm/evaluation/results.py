@@ -200,7 +200,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 def _home(path: Path) -> Path | None:
     """The model folder of a run or a model; None for a JSON record."""
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         return None
     if not find_shipped(path).exists():
         raise UserError(f"{path}: no such run, model or JSON file of an evaluation; correct the path")

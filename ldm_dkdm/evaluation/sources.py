@@ -17,7 +17,8 @@ from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.evaluation.npz import NpzFile
 from ldm_dkdm.evaluation.statistics import Statistics
 from ldm_dkdm.files import require_file
-from ldm_dkdm.images import FORMATS, find_images, read_image
+from ldm_dkdm.images import FORMATS, find_images, folder_of_images, read_image
+from ldm_dkdm.npz import is_npz
 
 JPEG = b"\xff\xd8\xff"  # what such a file begins with
 GREY = ("1", "L", "LA", "I;16", "I;16B", "I;16L", "I")  # Pillow's modes of grey files
@@ -250,13 +251,12 @@ def image_files(path: Path, size: int | None = None) -> FolderImages | NpzImages
     Raises:
         UserError: no such file or folder, or nothing in it.
     """
-    if path.suffix == ".npz":
+    if is_npz(path):
         images = NpzImages(path, str(path))
         if size is not None and images.count and images.file.shape[1] != size:
             raise UserError(f"size: {path} holds images of side {images.file.shape[1]}; an .npz is not resized")
         return images
-    if (path / "grid.png").is_file() and (path / "img").is_dir():  # a folder of `dkdm sample`
-        path = path / "img"
+    path = folder_of_images(path)
     return FolderImages(path, str(path), size)
 
 

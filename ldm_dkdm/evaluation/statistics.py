@@ -11,7 +11,7 @@ import numpy as np
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.evaluation.moments import SplitScores
 from ldm_dkdm.files import replacing, require_place
-from ldm_dkdm.npz import array_names, read_arrays
+from ldm_dkdm.npz import array_names, is_npz, read_arrays
 
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # ADM's keys
 INCEPTION = (2048, 2023)  # features of pool_3, and of 7 channels of mixed_6/conv at 17x17
@@ -87,7 +87,7 @@ def require_place_for_statistics(path: Path, features: Sequence[str]) -> None:
         UserError: not an .npz, a file that holds anything but statistics, no permission; several features, or pixels,
             of which no statistics are gathered that another call could use.
     """
-    if path.suffix != ".npz":
+    if not is_npz(path):
         raise UserError(f"path: statistics are an .npz, {path} is not named so")
     require_place(path)
     if path.exists():

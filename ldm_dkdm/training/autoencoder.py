@@ -84,12 +84,12 @@ def _train_first_stage_in(run: Run) -> Result:
         )
     _refuse_unused(config)
     _require_channels(vq, config)
-    images = load_images(config.data.path, config.data.image_size, vq.in_channels)
+    held_out = None  # read first, since it is the smaller set
+    if config.data.held_out:
+        held_out = load_images(config.data.held_out, config.data.image_size, vq.in_channels, run.progress)
+    images = load_images(config.data.path, config.data.image_size, vq.in_channels, run.progress)
     if config.data.batch_size > len(images):
         raise UserError(f"data.batch_size: {config.data.batch_size} is more than the {len(images)} images")
-    held_out = None
-    if config.data.held_out:
-        held_out = load_images(config.data.held_out, config.data.image_size, vq.in_channels)
     if end := run.end():
         logger.info(f"{run.folder.path}: {end}")
         weights = run.folder.model / WEIGHTS
