@@ -6,6 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -136,25 +137,36 @@ def read_image(path: Path, size: int, channels: int = 3) -> Tensor:
     Raises:
         UserError: a file that cannot be read, or numbers whose range is unknown.
     """
+    with opened_image(path) as file:
+        square = _on_white(_square(file)).convert(MODES[channels])
+        pixels = np.asarray(square.resize((size, size), Image.Resampling.LANCZOS)).copy()
+    return torch.from_numpy(pixels).view(size, size, channels)
+
+
+@contextmanager
+def opened_image(path: Path) -> Iterator[Image.Image]:
+    """An image file whose pixels are not read yet; errors of the block are the file's fault too.
+
+    Raises:
+        UserError: a file that cannot be read, or one of too many pixels; it names the file.
+    """
     require_file(path)
     try:
-        square = _on_white(_square(path)).convert(MODES[channels])
-        pixels = np.asarray(square.resize((size, size), Image.Resampling.LANCZOS)).copy()
+        _require_few_comments(path)
+        # a damaged TIFF may bring a warning for each of 65,535 tags
+        with warnings.catch_warnings(action="ignore"), interruptible(), Image.open(path, formats=FORMATS) as file:
+            if file.width * file.height > PIXELS:
+                raise Image.DecompressionBombError(f"{file.width} x {file.height}, more than {PIXELS}")
+            yield file
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: has too many pixels to be read safely; scale it down first ({error})") from error
     except Exception as error:  # readers of damaged files raise errors of many classes
         raise unreadable(path, f"not a readable image: {error or type(error).__name__}", error) from error
-    return torch.from_numpy(pixels).view(size, size, channels)
 
 
-def _square(path: Path) -> Image.Image:
-    """The centred square of an image file, upright."""
-    _require_few_comments(path)
-    # a damaged TIFF may bring a warning for each of 65,535 tags
-    with warnings.catch_warnings(action="ignore"), interruptible(), Image.open(path, formats=FORMATS) as file:
-        if file.width * file.height > PIXELS:
-            raise Image.DecompressionBombError(f"{file.width} x {file.height}, more than {PIXELS}")
-        image = ImageOps.exif_transpose(_of_8_bits(file))
+def _square(file: Image.Image) -> Image.Image:
+    """The centred square of an image, upright."""
+    image = ImageOps.exif_transpose(_of_8_bits(file))
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
@@ -230,19 +242,6 @@ def to_uint8(images: Tensor, nearest: bool = False) -> Tensor:
     """
     levels = (images.float() + 1) * 127.5
     return (levels.round() if nearest else levels).clamp(0, 255).to(torch.uint8).movedim(1, -1)
-
-
-def endless_batches(data: Tensor, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Tensor]:
-    """Shuffled batches without end. Epoch e's order follows from (seed, e), so a resumed run that
-    passes its `first_step` sees the batches that it would have seen.
-    """
-    per_epoch = len(data) // batch_size
-    epoch, offset = divmod(first_step, per_epoch)
-    while True:
-        order = np.random.default_rng((seed, epoch)).permutation(len(data))
-        for i in range(offset, per_epoch):
-            yield data[torch.from_numpy(order[i * batch_size : (i + 1) * batch_size])]
-        epoch, offset = epoch + 1, 0
 
 
 def to_image(image: Tensor) -> Image.Image:

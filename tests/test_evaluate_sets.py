@@ -11,7 +11,16 @@ import ldm_dkdm as dkdm
 from ldm_dkdm import UserError
 from ldm_dkdm.checkpoints.card import sha256
 from tests.cli import contents, distil, write_yaml
-from tests.evaluate_sets import A, B, evaluate, evaluation_home, record, results, toy  # noqa: F401 (a fixture)
+from tests.evaluate_sets import (
+    A,
+    B,
+    evaluate,
+    evaluation_home,  # noqa: F401 (a fixture)
+    record,
+    results,
+    toy,
+    write_images,
+)
 from tests.feature_sets import Toy
 from tests.parts import distill_config
 
@@ -234,6 +243,22 @@ def test_packages_that_are_not_installed_are_named(
     assert toy(first_stage, "b.npz", "--metrics", metric) == 2
     error = capsys.readouterr().err
     assert f"--metrics: {metric} needs the package {package}; pip install 'ldm-dkdm[evaluation]'" in error
+
+
+@pytest.mark.parametrize("place", ["samples", "reference"])
+def test_files_that_are_not_images_and_huge_ones_are_named(
+    place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images("good", A[:3])
+    write_images("bad", B[:3])
+    sets = ("bad", "good") if place == "samples" else ("good", "bad")
+    Path("bad/x.png").touch()
+    assert toy(*sets, "--metrics", "fd") == 2
+    assert "error: bad/x.png: not a readable image: cannot identify image file" in capsys.readouterr().err
+    Image.new("L", (64, 64)).save("bad/x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow raises above twice as many
+    assert toy(*sets, "--metrics", "fd") == 2
+    assert "error: bad/x.png: has too many pixels to be read safely; scale it down" in capsys.readouterr().err
 
 
 def test_results_that_are_not_csv_are_not_written_over(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.card import sha256
-from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.npz import NpzFile
 from ldm_dkdm.evaluation.statistics import Statistics
 from ldm_dkdm.files import require_file
-from ldm_dkdm.images import FORMATS, find_images, folder_of_images, read_image
+from ldm_dkdm.images import find_images, folder_of_images, opened_image, read_image
 from ldm_dkdm.npz import is_npz
 
 JPEG = b"\xff\xd8\xff"  # what such a file begins with
@@ -139,9 +138,8 @@ class _Header:
 
 
 def _header(file: Path) -> _Header:
-    """Width, height and Pillow's mode of an image file."""
-    require_file(file)
-    with blaming(file, "is not a readable image"), Image.open(file, formats=FORMATS) as image:
+    """Width, height and Pillow's mode of an image file; errors as `opened_image`."""
+    with opened_image(file) as image:
         return _Header(image.size, image.mode)
 
 

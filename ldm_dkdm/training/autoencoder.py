@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
@@ -21,7 +22,7 @@ from ldm_dkdm.evaluation.perceptual import lpips_loss
 from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
 from ldm_dkdm.first_stage.vqgan import FirstStageModule, held_out_psnr, latent_scale
-from ldm_dkdm.images import endless_batches, load_images
+from ldm_dkdm.images import load_images
 from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.ema import averaged
@@ -44,7 +45,7 @@ class _ImageStream(IterableDataset[Tensor]):
         return self.max_steps
 
     def __iter__(self) -> Iterator[Tensor]:
-        return endless_batches(*self.arguments)
+        return _endless_batches(*self.arguments)
 
 
 def train_first_stage(
@@ -106,6 +107,19 @@ def _train_first_stage_in(run: Run) -> Result:
     with run.open():
         result = run.fit(module, stream_for, [RunCheckpoint(run.folder.checkpoints, config.logging, export)])
     return replace(result, model=vq.eval())
+
+
+def _endless_batches(data: Tensor, batch_size: int, seed: int, first_step: int = 0) -> Iterator[Tensor]:
+    """Shuffled batches without end. Epoch e's order follows from (seed, e), so a resumed run that
+    passes its `first_step` sees the batches that it would have seen.
+    """
+    per_epoch = len(data) // batch_size
+    epoch, offset = divmod(first_step, per_epoch)
+    while True:
+        order = np.random.default_rng((seed, epoch)).permutation(len(data))
+        for i in range(offset, per_epoch):
+            yield data[torch.from_numpy(order[i * batch_size : (i + 1) * batch_size])]
+        epoch, offset = epoch + 1, 0
 
 
 def _require_channels(vq: VQModel, config: FirstStageRun) -> None:
