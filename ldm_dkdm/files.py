@@ -69,14 +69,16 @@ def require_file(path: Path) -> None:
         raise UserError(f"{path}: is not a file" + (" but a folder" if path.is_dir() else ", but a pipe or a device"))
 
 
-def require_place(path: Path) -> None:
-    """Refuse a path where no file can be written, before the work whose result it should hold.
+def require_place(path: Path, folder: bool = False) -> None:
+    """Refuse a path where no file, or no `folder` of files, can be written, before the work that it is for.
 
     Raises:
-        UserError: a folder, a pipe or a device, no permission, or a file among the folders above it.
+        UserError: a folder (a file, for a `folder`), a pipe or a device, no permission, a file among the folders above.
     """
-    require_file(path)
-    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not folder:
+        require_file(path)
+    places = path.absolute() if folder or not path.is_symlink() else path.resolve()
+    above = next(place for place in ([places] if folder else []) + [*places.parents] if os.path.lexists(place))
     if not above.is_dir():
         raise UserError(f"{path}: cannot be written; {above} is not a folder")
     if not os.access(above, os.W_OK | os.X_OK):

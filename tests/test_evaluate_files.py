@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm_dkdm.evaluation.results import append_row, read_rows
 from ldm_dkdm.evaluation.statistics import Statistics
-from tests.evaluate_sets import A, evaluation_home, results, toy  # noqa: F401 (a fixture)
+from tests.evaluate_sets import A, evaluate, evaluation_home, results, toy  # noqa: F401 (a fixture)
 
 
 def test_saved_statistics_remember_that_files_were_jpeg_and_resized(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,3 +57,22 @@ def test_processes_that_append_rows_at_once_lose_none() -> None:
     rows = read_rows(Path("rows.csv"))
     assert sorted(row["samples"] for row in rows) == sorted(f"{n}.{i}" for n in range(2) for i in range(10))
     assert all(row[f"figure {row['samples'][0]}"] == row["samples"][2] for row in rows)
+
+
+def test_a_table_is_written_too_and_takes_nothing_that_it_has_no_use_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert toy("a.npz", "b.npz", "--metrics", "fd", "-o", "out.json") == 0
+    capsys.readouterr()
+    assert evaluate("out.json", "--table", "-o", "t.md") == 0
+    printed, written = capsys.readouterr().out, Path("t.md").read_text()
+    assert printed == f"{written}\nt.md: the table\n" and "| a.npz " in written and "FD-toy" in written
+    for name, *values in (
+        ("--metrics", "fid"),
+        ("--seed", 5),
+        ("--results", "r.csv"),
+        ("--first_stage", "x"),
+        ("image_size=4",),
+    ):
+        assert evaluate("out.json", "--table", "-o", "t.md", name, *values) == 2
+        assert f"error: {name}: has no effect with --table" in capsys.readouterr().err
+    assert evaluate("out.json", "--table", "-o", "a.npz/t.md") == 2
+    assert "--out: a.npz/t.md: cannot be written; " in capsys.readouterr().err

@@ -259,10 +259,3 @@ def flags(**names: str) -> Iterator[None]:
         name, colon, rest = str(error).partition(":")
         flag = names.get(name.partition("[")[0])
         raise UserError(f"{flag}{colon}{rest}" if flag else str(error)) from error
-
-
-def require_writable(folder: Path | None, flag: str) -> None:
-    """Refuse an output folder that is a file or below one, before the work whose result it should hold."""
-    for place in [folder, *folder.parents] if folder else []:
-        if place.exists() and not place.is_dir():
-            raise UserError(f"{flag}: {place} is a file; name a folder")

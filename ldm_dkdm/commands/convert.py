@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, read_hints
+from ldm_dkdm.commands.places import require_writable
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded, replacing_in
@@ -43,6 +44,7 @@ def convert(source: str, out: Path, to: str, hints: dict[str, Any]) -> None:
     from ldm_dkdm.model import load_model
 
     refuse_existing(out)
+    require_writable(out.parent, "OUT", folder=True)
     with flags(**FLAGS):
         model = load_model(source, **hints)
     if to != "diffusers":

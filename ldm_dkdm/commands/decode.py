@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm_dkdm.commands.arguments import flags, require_writable
+from ldm_dkdm.commands.arguments import flags
+from ldm_dkdm.commands.places import require_outputs
 from ldm_dkdm.config.schema import FirstStageConfig, SamplingConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Decode, write a grid, PNG files and an ADM-style .npz."""
-    require_writable(options.out, "--out")
+    require_outputs(options.out, "--out", "grid.png", "samples.npz", "img")
     with flags(scale_factor="--scale_factor", batch_size="--batch_size"):
         SamplingConfig(batch_size=options.batch_size)
         FirstStageConfig(scale_factor=options.scale_factor)  # refuses what no latents have

@@ -8,7 +8,7 @@ Of several evaluated runs: dkdm evaluate RUN RUN ... --table
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ from ldm_dkdm.commands.arguments import add_first_stage_argument, add_plugin_arg
 from ldm_dkdm.commands.evaluate_output import add_row, print_table, show
 from ldm_dkdm.commands.evaluate_sets import RESULTS, measure_sets
 from ldm_dkdm.commands.hints import ScopedHints, split_paths
+from ldm_dkdm.commands.places import require_kept, require_writable
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.device import started
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import expanded, require_place
+from ldm_dkdm.files import expanded
 
 if TYPE_CHECKING:
     from ldm_dkdm.config.schema import DistillRun
@@ -30,6 +31,7 @@ FLAGS = {
     "first_stage": "--first_stage",
     "images": "--n_samples",
     "steps": "--custom_steps",
+    "cache": "--cache",
     "chains": "--chains",
     "pairs": "--pairs",
     "lpips": "--lpips",
@@ -84,17 +86,30 @@ def _names() -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Choose what is asked for: a table, two sets of images, or a student and its teacher."""
-    for flag in ("out", "results", "save_statistics"):
-        if (file := getattr(options, flag)) is not None and file.is_dir():
-            raise UserError(f"--{flag}: {file} is a folder; name a file in it")
-    if options.out is not None:
-        require_place(options.out)
     paths, items = split_paths(options.hints)
     if options.table:
-        print_table([*([options.resume] if options.resume else []), *paths])
+        _require_table(options, items)
+        print_table([*([options.resume] if options.resume else []), *paths], options.out)
         return
+    for flag in ("out", "results", "save_statistics"):
+        require_writable(getattr(options, flag), f"--{flag}")
+    if options.cache is not None and not options.cache.is_dir():  # one that holds all statistics may be read-only
+        require_writable(options.cache, "--cache", folder=True)
     with _shared():
         _measure(options, paths, items)
+
+
+def _require_table(options: argparse.Namespace, items: Sequence[str]) -> None:
+    """Refuse what a table has no use for."""
+    from ldm_dkdm.commands.main import parser_of
+
+    require_writable(options.out, "--out")
+    usual = vars(parser_of("evaluate").parse_args([]))
+    used = ("table", "resume", "hints", "out")
+    given = [name for name, value in vars(options).items() if name not in used and value != usual[name]]
+    unused = [f"--{'first_stage' if name == 'stage' else name}" for name in given] + list(items)
+    if unused:
+        raise UserError(f"{unused[0]}: has no effect with --table, which takes runs, JSON files of evaluations and -o")
 
 
 def _shared() -> AbstractContextManager[object]:
@@ -155,21 +170,30 @@ def _compare(options: argparse.Namespace) -> None:
     student = open_model(options.resume, hints.of("student"), lenient=True).to(device, options.precision)
     teacher = find_teacher(expanded(options.resume), options.teacher, hints).to(device, options.precision)
     hints.require_used({"student": student} | ({"teacher": teacher} if options.teacher else {}))
+    out = options.out or _place(student)
+    if options.out is None:
+        require_kept(out)
     with flags(**FLAGS):
         figures = evaluate(student, teacher, progress=True, lpips=options.lpips, cache=options.cache, **numbers)
     if not joined().first:
         return
     figures |= _report(options, student, teacher, figures, numbers)
-    assert student.path is not None and student.file is not None  # set when a model is opened
-    home = student.path if student.path.is_dir() else student.path.parent
-    own = student.file.is_relative_to(home)  # otherwise it is a checkpoint of the run around the model folder
-    out = options.out or (home / FIGURES if own else student.file.with_suffix(f".{FIGURES}"))
     earlier = write_figures(out, figures, keep=options.out is None)
     print(f"{out}: these figures and the eps error at every t")
     if earlier:
         print(earlier)
-    if own and options.out is None and "teacher_sha256" in student.info:
-        write_readme(home, read_card(home / "config.yaml", ModelCard))
+    if out.name == FIGURES and options.out is None and "teacher_sha256" in student.info:
+        write_readme(out.parent, read_card(out.parent / "config.yaml", ModelCard))
+
+
+def _place(student: "DiffusionModel") -> Path:
+    """The file for the figures of a student: in its folder, or beside the checkpoint of a run that it was read from."""
+    from ldm_dkdm.checkpoints.card import FIGURES
+
+    assert student.path is not None and student.file is not None  # set when a model is opened
+    home = student.path if student.path.is_dir() else student.path.parent
+    own = student.file.is_relative_to(home)
+    return home / FIGURES if own else student.file.with_suffix(f".{FIGURES}")
 
 
 def _report(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import expanded
+from ldm_dkdm.files import expanded, write_text
 from ldm_dkdm.reporting import in_home, logger
 
 if TYPE_CHECKING:
@@ -122,10 +122,14 @@ def add_row(results: Path, found: "Measurement") -> None:
     print(f"{results}: {what}")
 
 
-def print_table(paths: Sequence[str]) -> None:
-    """Print figures of evaluated runs as Markdown."""
+def print_table(paths: Sequence[str], out: Path | None) -> None:
+    """Print figures of evaluated runs as Markdown, and write them to a file if it is named."""
     from ldm_dkdm.evaluation.results import table
 
     if not paths:
         raise UserError("--table: name the runs, or JSON files of evaluations")
-    print(table(map(expanded, paths)))
+    text = table(map(expanded, paths))
+    print(text)
+    if out is not None:
+        write_text(out, f"{text}\n")
+        print(f"\n{out}: the table")

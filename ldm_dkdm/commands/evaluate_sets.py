@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from ldm_dkdm.commands.arguments import flags, load_plugins
 from ldm_dkdm.commands.evaluate_output import add_row, show
 from ldm_dkdm.commands.hints import ScopedHints
+from ldm_dkdm.commands.places import require_kept
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import expanded, require_place
+from ldm_dkdm.files import expanded
 from ldm_dkdm.reporting import logger
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ FLAGS = {
     "reference": "REFERENCE",
     "device": "--device",
     "processes": "--processes",
+    "cache": "--cache",
     "chains": "--chains",
     "pairs": "--pairs",
     "lpips": "--lpips",
@@ -50,10 +52,9 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
 
     from ldm_dkdm.device import resolve_device
     from ldm_dkdm.evaluation.measurement import measure
-    from ldm_dkdm.evaluation.results import read_rows, record_in_run, write_record
+    from ldm_dkdm.evaluation.results import read_rows, record_in_run, records_of, write_record
     from ldm_dkdm.model.ranks import joined
 
-    require_place(options.results)
     if options.processes > 1 and joined().ranks > 1:
         raise UserError(f"--processes: {joined().ranks} ranks are started, which share the images; leave it out")
     read_rows(options.results)  # refuses another file before anything is measured
@@ -63,6 +64,9 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
         _require_effect(options, samples, reference)
         if options.save_statistics:
             _require_place(options, reference is not None)
+        records = records_of(getattr(samples, "path", None)) if options.out is None else None
+        if records is not None:
+            require_kept(records, folder=True)
         found = measure(
             samples,
             reference,

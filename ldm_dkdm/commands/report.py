@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ldm_dkdm.commands.places import require_writable
 from ldm_dkdm.files import expanded
 
 
@@ -17,4 +18,6 @@ def run(options: argparse.Namespace) -> None:
     from ldm_dkdm.reports.page import REPORT, write_report
 
     alone = len(options.runs) == 1
-    print(write_report(options.runs, options.out or (options.runs[0] / REPORT if alone else Path(REPORT))))
+    page = options.out or (options.runs[0] / REPORT if alone else Path(REPORT))
+    require_writable(page, "-o")
+    print(write_report(options.runs, page))

@@ -9,8 +9,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, require_writable
+from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins
 from ldm_dkdm.commands.hints import ScopedHints, split_paths
+from ldm_dkdm.commands.places import require_outputs, require_writable
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.errors import UserError
@@ -99,8 +100,8 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--guidance: must be at least 0, got {min(weights)}")
     if options.compare and options.compare.suffix.lower() != ".png":
         raise UserError(f"--compare: {options.compare} must be a .png")
-    for folder in (options.logdir, options.compare and options.compare.parent):
-        require_writable(folder, "-l")
+    require_writable(options.compare, "--compare")
+    require_writable(options.logdir, "-l", folder=True)
     load_plugins(options.plugin)
     flagged = {"use_ema": False if options.raw else None}
     names = [str(i) for i in range(1, len(paths) + 1)]
@@ -113,6 +114,10 @@ def run(options: argparse.Namespace) -> None:
         hints.require_used(dict(zip(names, models, strict=True)))
     for model in () if options.no_png else models:
         require_png(model)
+    written = {"img": not options.no_png, "samples.npz": options.npz, "latents.safetensors": options.latents}
+    for model in models:
+        folder = _folder(model, options.logdir, len(models))
+        require_outputs(folder, "-l", "grid.png", *(name for name, wanted in written.items() if wanted))
     _sample_all(models, config, options)
 
 

@@ -18,7 +18,7 @@ from ldm_dkdm.evaluation.agreement import (
     teacher_calls,
 )
 from ldm_dkdm.evaluation.distances import distances
-from ldm_dkdm.evaluation.gathering import statistics_cache
+from ldm_dkdm.evaluation.gathering import require_cache, statistics_cache
 from ldm_dkdm.evaluation.held_out import eps_error_by_quarter
 from ldm_dkdm.evaluation.perceptual import Lpips, announced, find_lpips
 from ldm_dkdm.evaluation.reference import cached_reference
@@ -69,7 +69,7 @@ def evaluate(
         cache: folder of the images' statistics, and of the teacher's chains and pairs; default: `statistics_cache()`.
 
     Raises:
-        UserError: models that `require_comparable` refuses, or a number out of range.
+        UserError: models that `require_comparable` refuses, a number out of range, or a cache that cannot be written.
     """
     require_comparable(student, teacher)
     total = teacher.schedule.num_timesteps
@@ -78,9 +78,11 @@ def evaluate(
     SAMPLERS["ddim"].timesteps(teacher.schedule, sizes.steps)  # refuses what does not fit
     for model in (student, teacher):
         model.codec()  # refuses a missing first stage before the chains are walked
+    folder = statistics_cache() if cache is None else expanded(cache)
+    if images:
+        require_cache(folder)
     logger.info(work(sizes, images, total))
     figures: dict[str, Any] = {MEASURED_WITH: measured_with(sizes, images, seed)}
-    folder = statistics_cache() if cache is None else expanded(cache)
     figures |= joined().on_first(lambda: _agreement(student, teacher, sizes, seed, batch_size, lpips, folder, progress))
     if images:
         config = SamplingConfig(images, batch_size, seed, sizes.steps)

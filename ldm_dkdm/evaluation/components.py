@@ -11,6 +11,7 @@ from torch import Tensor
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.evaluation.extractor import Extractor, Features
 from ldm_dkdm.evaluation.frechet import COMPONENTS, IMAGES, PixelBasis, spread
+from ldm_dkdm.evaluation.gathering import require_cache
 from ldm_dkdm.evaluation.partial import LAYOUT
 from ldm_dkdm.evaluation.samples import ModelImages
 from ldm_dkdm.evaluation.sources import FolderImages, ImageSource, key_of
@@ -75,9 +76,8 @@ def pixel_components(
     if not reference.count:
         raise UserError(f"{reference.name}: holds no images, whose pixels pixel-frechet needs")
     require_enough(reference.count)
-    file = cache / f"{key_of(LAYOUT, reference.identity(), IMAGES, COMPONENTS)}.components.npz" if cache else None
     used: list[Tensor] = []
-    basis = joined().on_first(lambda: _basis(reference, file, batch_size, progress, used.append))
+    basis = joined().on_first(lambda: _basis(reference, cache, batch_size, progress, used.append))
     reference = _kept(reference, used[0]) if used else reference
     digest = key_of(*(array.numpy().tobytes().hex() for array in (basis.mean, basis.components)))
     return PixelComponents(NAME, "pixels", None, digest, "none", torch.device("cpu"), basis=basis), reference
@@ -85,15 +85,17 @@ def pixel_components(
 
 def _basis(
     reference: ImageSource,
-    file: Path | None,
+    cache: Path | None,
     batch_size: int,
     progress: bool | Progress,
     keep: Callable[[Tensor], None],
 ) -> PixelBasis:
     """Components from their file of the cache, or from images, which `keep` gets."""
+    file = cache / f"{key_of(LAYOUT, reference.identity(), IMAGES, COMPONENTS)}.components.npz" if cache else None
     known = _cached(file) if file is not None and file.is_file() else None
     if known is not None:
         return known
+    require_cache(cache)
     images = _some(reference, batch_size, progress)
     basis = PixelBasis.of(images)
     if file is not None:

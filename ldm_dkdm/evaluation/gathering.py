@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm_dkdm import __version__
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.evaluation.collector import Collector
 from ldm_dkdm.evaluation.extractor import SHORT, Extractor
 from ldm_dkdm.evaluation.features import FEATURES
@@ -15,6 +15,7 @@ from ldm_dkdm.evaluation.processes import gather_in_processes
 from ldm_dkdm.evaluation.ranks import gather_over_ranks
 from ldm_dkdm.evaluation.sources import ImageSource, key_of
 from ldm_dkdm.evaluation.statistics import INCEPTION, Statistics
+from ldm_dkdm.files import require_place
 from ldm_dkdm.model.ranks import joined
 from ldm_dkdm.reporting import Progress, in_home, logger
 
@@ -24,6 +25,17 @@ def statistics_cache() -> Path:
     own = os.environ.get("LDM_DKDM_CACHE")
     shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return (Path(own) if own else shared / "ldm_dkdm") / "statistics"
+
+
+def require_cache(cache: Path | None) -> None:
+    """Refuse a cache that cannot be written, before the images are read whose statistics it should keep.
+
+    Raises:
+        UserError: a file, or no permission.
+    """
+    if cache is not None:
+        with naming("cache"):
+            require_place(cache, folder=True)
 
 
 def gather(
@@ -51,7 +63,8 @@ def gather(
         fields: of `Statistics` that metrics read, by extractor; images are read where a file's statistics lack one.
 
     Raises:
-        UserError: images that cannot be read, or a file with neither images nor statistics of these features.
+        UserError: images that cannot be read, a cache that cannot be written, or a file with neither images nor
+            statistics of these features.
     """
     if source.count:
         source.identity()  # settles what is doubtful before any image is drawn
@@ -63,6 +76,8 @@ def gather(
         }
     )
     missing = {name: Collector(extractors[name], name in keep) for name, known in found.items() if known is None}
+    if missing:
+        require_cache(cache)
     if missing and ranks.ranks > 1:
         gather_over_ranks(source, missing, ranks, cache, batch_size, progress, save_seconds)
     elif missing and processes > 1:

@@ -117,13 +117,19 @@ def write_record(path: Path, record: Record) -> None:
     write_text(path, json.dumps(record, indent=2) + "\n")
 
 
+def records_of(model: Path | None) -> Path | None:
+    """The folder of the records beside a run's model; None outside runs."""
+    return model / RECORDS if model is not None and model.is_dir() and _in_run(model) else None
+
+
 def record_in_run(model: Path | None, record: Record) -> Path | None:
     """Keep a record beside a run's model, together with other figures of the same two sets; None outside runs."""
-    if model is None or not model.is_dir() or not _in_run(model):
+    records = records_of(model)
+    if records is None:
         return None
     key = key_of(record["samples"], record["reference"])[:8]
     name = Path(str((record["reference"] or {}).get("source") or "alone")).stem
-    path = model / RECORDS / f"{name}-{key}.json"
+    path = records / f"{name}-{key}.json"
     with locked(path):
         write_record(path, _joined(_read(path), record) if path.is_file() else record)
     return path

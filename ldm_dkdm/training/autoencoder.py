@@ -85,12 +85,6 @@ def _train_first_stage_in(run: Run) -> Result:
         )
     _refuse_unused(config)
     _require_channels(vq, config)
-    held_out = None  # read first, since it is the smaller set
-    if config.data.held_out:
-        held_out = load_images(config.data.held_out, config.data.image_size, vq.in_channels, run.progress)
-    images = load_images(config.data.path, config.data.image_size, vq.in_channels, run.progress)
-    if config.data.batch_size > len(images):
-        raise UserError(f"data.batch_size: {config.data.batch_size} is more than the {len(images)} images")
     if end := run.end():
         logger.info(f"{run.folder.path}: {end}")
         weights = run.folder.model / WEIGHTS
@@ -98,6 +92,12 @@ def _train_first_stage_in(run: Run) -> Result:
         return Result(vq, run.folder.path, run.step, end)
     trained = sum(parameter.numel() for parameter in module.parameters())
     require_disk(run.folder, disk_needed(trained, config.trainer, config.logging))
+    held_out = None  # read first, since it is the smaller set
+    if config.data.held_out:
+        held_out = load_images(config.data.held_out, config.data.image_size, vq.in_channels, run.progress)
+    images = load_images(config.data.path, config.data.image_size, vq.in_channels, run.progress)
+    if config.data.batch_size > len(images):
+        raise UserError(f"data.batch_size: {config.data.batch_size} is more than the {len(images)} images")
 
     def stream_for(trainer: L.Trainer) -> _ImageStream:
         seed, steps = config.trainer.seed + trainer.global_rank, config.trainer.max_steps

@@ -8,6 +8,7 @@ from pathlib import Path
 from ldm_dkdm.config.schema import LoggingConfig, TrainerConfig
 from ldm_dkdm.device import default_device
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import require_place
 from ldm_dkdm.reporting import size
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.run_folder import RunFolder
@@ -34,15 +35,19 @@ def disk_needed(parameters: int, trainer: TrainerConfig, log: LoggingConfig, poo
 
 
 def require_disk(folder: RunFolder, needed: int, lower: str = "the model's width") -> None:
-    """Refuse a run that its disk cannot hold; what it has written already counts.
+    """Refuse a run whose folder cannot be written, or whose disk cannot hold it; what it has written already counts.
 
     Args:
         folder: logs/<run>. needed: bytes of the whole run.
         lower: what would make it smaller.
 
     Raises:
-        UserError: names the disk.
+        UserError: names the folder, or the disk.
     """
+    try:
+        require_place(folder.path, folder=True)
+    except UserError as error:
+        raise UserError(f"{error}; name another folder (logging.dir, in Python out)") from error
     path = folder.path.absolute()
     place = next(above for above in (path, *path.parents) if above.is_dir())
     written = sum(_size(Path(above) / name) for above, _, names in os.walk(path) for name in names)
