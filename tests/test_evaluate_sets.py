@@ -197,6 +197,8 @@ def test_nothing_is_written_into_models_that_are_not_runs(teacher_folder: Path) 
         (["a.npz", "b.npz", "--teacher", "/nowhere"], "--teacher: has no effect; REFERENCE is b.npz"),
         (["a.npz", "b.npz", "--labels", "7"], "--labels: has no effect"),
         (["a.npz", "b.npz", "--chains", "-4"], "--chains: must be at least 1"),
+        (["a.npz", "b.npz", "--chains", "3"], "--chains: has no effect; it is an option of agreement"),
+        (["a.npz", "b.npz", "--pairs", "16"], "--pairs: has no effect; it is an option of agreement"),
         (["a.npz", "b.npz", "--processes", "-2"], "--processes: must be at least 1"),
         (["a.npz", "b.npz", "-n", "5"], "--n_samples: has no effect"),
         (["nowhere", "b.npz"], "nowhere: no such file or folder; SAMPLES is a model, a folder of images, an .npz of"),
@@ -281,3 +283,7 @@ def test_measure_takes_tensors_models_and_paths(teacher_folder: Path) -> None:
         dkdm.measure(A, B, metrics=["fidd"])
     with pytest.raises(UserError, match="count: must be at least 1, got 0"):
         dkdm.measure(teacher, B, features="toy", count=0)
+    with pytest.raises(UserError, match="chains: has no effect; it is an option of agreement"):
+        dkdm.measure(A, B, features="toy", chains=32)
+    with pytest.raises(UserError, match=r"size: has no effect; .* neither set is a folder"):
+        dkdm.measure(teacher, B, features="toy", size=16)

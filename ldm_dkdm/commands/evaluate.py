@@ -59,8 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="sample i depends on seed + i only; default: 0")
     add("--reference_seed", type=int, metavar="S", help="the same for a model as REFERENCE; default: seed + n_samples")
     add("--size", type=int, metavar="PIXELS", help="crop and resize the images of folders; default: as they are")
-    add("--chains", type=int, default=32, help="held-out ancestral chains of the teacher, for agreement and -r")
-    add("--pairs", type=int, default=16, metavar="N", help="images that student and teacher make from the same noise")
+    add("--chains", type=int, help="held-out ancestral chains of the teacher, for agreement and -r; default: 32")
+    pairs = "images that student and teacher make from the same noise, for agreement and -r; default: 16"
+    add("--pairs", type=int, metavar="N", help=pairs)
     add("--lpips", metavar="FILE", help="torchvision's VGG16 weights, for LPIPS; default: torch.hub's cache")
     add("--batch_size", type=int, default=128)
     add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32")
@@ -137,15 +138,14 @@ def _measure(options: argparse.Namespace, paths: list[str], items: list[str]) ->
 
 def _compare(options: argparse.Namespace) -> None:
     """A student against its teacher: measure, print and write the figures."""
+    sizes = {n: value for n in ("chains", "pairs", "batch_size") if (value := getattr(options, n)) is not None}
     numbers = {
         "images": 1000 if options.n_samples is None else options.n_samples,
         "steps": options.custom_steps,
-        "chains": options.chains,
-        "pairs": options.pairs,
         "seed": options.seed or 0,
-        "batch_size": options.batch_size,
+        **sizes,
     }
-    if min(options.chains, options.pairs, options.batch_size) < 1 or numbers["seed"] < 0:
+    if min(sizes.values()) < 1 or numbers["seed"] < 0:
         raise UserError("--chains, --pairs and --batch_size must be at least 1, --seed at least 0")
     if numbers["images"] != 0 and numbers["images"] < 65:
         raise UserError("--n_samples: at least 65, the distance uses 64 principal components; or 0")

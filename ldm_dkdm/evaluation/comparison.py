@@ -32,6 +32,7 @@ from ldm_dkdm.reporting import Progress, counted, logger
 
 STEPS = 20  # DDIM steps of images, or all T where there are fewer
 MEASURED_WITH = "measured_with"
+CHAINS, PAIRS = 32, 16  # of the teacher; images that both models make
 LEAST = 65  # images; the distance uses 64 principal components
 
 
@@ -41,8 +42,8 @@ def evaluate(
     *,
     images: int = 1000,
     steps: int | None = None,
-    chains: int = 32,
-    pairs: int = 16,
+    chains: int = CHAINS,
+    pairs: int = PAIRS,
     seed: int = 0,
     batch_size: int = 128,
     lpips: str | Path | Lpips | None = None,

@@ -12,7 +12,7 @@ from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.device import default_device
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.evaluation.comparability import doubts
-from ldm_dkdm.evaluation.comparison import MEASURED_WITH
+from ldm_dkdm.evaluation.comparison import CHAINS, MEASURED_WITH, PAIRS
 from ldm_dkdm.evaluation.components import NAME as PIXEL_COMPONENTS
 from ldm_dkdm.evaluation.components import pixel_components
 from ldm_dkdm.evaluation.extractor import Extractor
@@ -22,9 +22,10 @@ from ldm_dkdm.evaluation.metric_figures import MetricFigures, features_of
 from ldm_dkdm.evaluation.metrics import DEFAULTS, METRICS
 from ldm_dkdm.evaluation.opening import Images, open_images
 from ldm_dkdm.evaluation.perceptual import LPIPS_FACTS, Lpips, announced, find_lpips
+from ldm_dkdm.evaluation.reconstruction import Reconstructions
 from ldm_dkdm.evaluation.results import AGREEMENT_BY
 from ldm_dkdm.evaluation.samples import ModelImages
-from ldm_dkdm.evaluation.sources import ImageSource
+from ldm_dkdm.evaluation.sources import FolderImages, ImageSource, NpzImages
 from ldm_dkdm.evaluation.statistics import Statistics
 from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
@@ -73,8 +74,8 @@ def measure(
     labels: Sequence[int] = (),
     batch_size: int = 64,
     size: int | None = None,
-    chains: int = 32,
-    pairs: int = 16,
+    chains: int | None = None,
+    pairs: int | None = None,
     lpips: str | Path | None = None,
     cache: str | Path | None = None,
     device: str | torch.device | None = None,
@@ -93,7 +94,7 @@ def measure(
         seed: sample i of `samples` depends on seed + i only; of a model as `reference` on `reference_seed` + i, by
             default seed + count. The chains and images of `agreement` depend on seed.
         batch_size: images at once. size: side to which folders' images are cropped and resized.
-        chains, pairs, lpips: of `agreement`, as in `evaluate`; lpips also of `reconstruction`.
+        chains, pairs, lpips: of `agreement`, as in `evaluate`, with its defaults; lpips also of `reconstruction`.
         cache: folder of statistics; default: `statistics_cache()`.
         device: of extractors and of models opened here; default: that of the model in `samples`, else the fastest.
         processes: that share the images, each on a GPU of its own if there are several. progress: bars, or a function.
@@ -108,6 +109,7 @@ def measure(
     where = device or getattr(samples, "device", None) or default_device("auto")
     config = SamplingConfig(COUNT if count is None else count, batch_size, seed, steps, eta, sampler, labels)
     own, other = _opened(samples, reference, config, reference_seed, size, where)
+    _require_use(chosen, (own, other), size, chains=chains, pairs=pairs)
     require_effect((draws(own, chosen), draws(other, chosen, True)), config, reference_seed, count, chosen)
     perceptual = _lpips(lpips, chosen)
     names = dict.fromkeys(features_of(METRICS[name], named) for name in chosen if METRICS[name].of)
@@ -115,7 +117,7 @@ def measure(
     folder = statistics_cache() if cache is None else expanded(cache)
     if PIXEL_COMPONENTS in names and other is not None:
         extractors[PIXEL_COMPONENTS], other = pixel_components(other, folder, batch_size, progress)
-    agreeing = {"chains": chains, "pairs": pairs, "steps": steps, "seed": seed, "lpips": perceptual}
+    agreeing = {"chains": chains or CHAINS, "pairs": pairs or PAIRS, "steps": steps, "seed": seed, "lpips": perceptual}
     work = MetricFigures(extractors, named, batch_size, folder, progress, agreeing, perceptual, processes)
     return _measurement(own, other, chosen, extractors.values(), *work.of(chosen, own, other))
 
@@ -205,6 +207,18 @@ def require_effect(
     unused += ["reference_seed"] if reference_seed is not None and not sources[1] else []
     if unused:
         raise UserError(f"{unused[0]}: has no effect; no model is sampled for it")
+
+
+def _require_use(
+    chosen: Sequence[str], sets: Iterable[ImageSource | None], size: int | None, **of_agreement: int | None
+) -> None:
+    """Refuse options of `agreement` without it, and a size where no set comes from files."""
+    given = [name for name, value in of_agreement.items() if value is not None]
+    if given and "agreement" not in chosen:
+        raise UserError(f"{given[0]}: has no effect; it is an option of agreement, which is not measured")
+    files = [part.images if isinstance(part, Reconstructions) else part for part in sets]
+    if size is not None and not any(isinstance(part, FolderImages | NpzImages) for part in files):
+        raise UserError("size: has no effect; it is that of a folder's images, and neither set is a folder")
 
 
 def _lpips(file: str | Path | None, chosen: Sequence[str]) -> Lpips | None:
