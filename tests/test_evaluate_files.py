@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm_dkdm.evaluation.results import append_row, read_rows
 from ldm_dkdm.evaluation.statistics import Statistics
-from tests.evaluate_sets import A, evaluate, evaluation_home, results, toy  # noqa: F401 (a fixture)
+from tests.evaluate_sets import A, evaluate, evaluation_home, results, toy, write_images  # noqa: F401 (a fixture)
 
 
 def test_saved_statistics_remember_that_files_were_jpeg_and_resized(capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,6 +37,33 @@ def test_saved_statistics_are_written_over_by_statistics_only() -> None:
     asked = ("--metrics", "fd", "--save_statistics", "statistics.npz")
     assert toy("a.npz", "b.npz", *asked) == 0 == toy("b.npz", "a.npz", *asked)
     assert Statistics.read(Path("statistics.npz")).count == 80
+
+
+@pytest.mark.parametrize(
+    ("sets", "reason"),
+    [
+        (
+            ("large", "small"),
+            "the images of large are 32x32 RGB, those of small 16x16 RGB; --size (in Python",
+        ),
+        (("a.npz", "small"), "the images of a.npz are 32x32 RGB, those of small 16x16 RGB; --size"),
+        (("large", "grey"), "the images of large are 32x32 RGB, those of grey 32x32 grey\n"),
+        (("few", "large"), "pixel-frechet needs 65 images or more in both sets; few has 3, large has 66"),
+        (("large", "few"), "pixel-frechet needs 65 images or more in both sets; large has 66, few has 3"),
+        (("model", "small", "-n", 66, "-c", 2), "the images of model are 32x32 RGB, those of small 16x16 RGB; --size"),
+        (("model", "large", "-n", 6, "-c", 2), "needs 65 images or more in both sets; model has 6, large has 66"),
+    ],
+)
+def test_sets_that_a_metric_cannot_compare_are_refused_before_they_are_read(
+    sets: tuple, reason: str, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, images in {"large": A[:66], "small": A[:66, :16, :16], "grey": A[:66, ..., :1], "few": A[:3]}.items():
+        write_images(name, images)
+    Path("model").symlink_to(teacher_folder)
+    assert evaluate(*sets, "--features", "pixels") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --metrics: pixel-frechet ") and reason in error and error.count("\n") == 1
+    assert not Path("cache").exists()
 
 
 def append_rows(number: int) -> None:

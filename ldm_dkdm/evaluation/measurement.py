@@ -23,6 +23,7 @@ from ldm_dkdm.evaluation.metrics import DEFAULTS, METRICS
 from ldm_dkdm.evaluation.opening import Images, open_images
 from ldm_dkdm.evaluation.perceptual import LPIPS_FACTS, Lpips, announced, find_lpips
 from ldm_dkdm.evaluation.reconstruction import Reconstructions
+from ldm_dkdm.evaluation.requirements import require_comparable_sets
 from ldm_dkdm.evaluation.results import AGREEMENT_BY
 from ldm_dkdm.evaluation.samples import ModelImages
 from ldm_dkdm.evaluation.sources import FolderImages, ImageSource, NpzImages
@@ -103,19 +104,18 @@ def measure(
         UserError: an unknown name, missing weights, a set that a metric cannot take, too few images.
     """
     _at_least(1, count=count, batch_size=batch_size, size=size, chains=chains, pairs=pairs, processes=processes)
-    _at_least(0, seed=seed)
     named, weights = named_features(features)
     chosen = chosen_metrics(metrics, named, reference is not None)
     where = device or getattr(samples, "device", None) or default_device("auto")
     config = SamplingConfig(COUNT if count is None else count, batch_size, seed, steps, eta, sampler, labels)
     own, other = _opened(samples, reference, config, reference_seed, size, where)
-    _require_use(chosen, (own, other), size, chains=chains, pairs=pairs)
     require_effect((draws(own, chosen), draws(other, chosen, True)), config, reference_seed, count, chosen)
+    _require_use(chosen, (own, other), size, chains=chains, pairs=pairs)
+    require_comparable_sets(own, other, chosen, named, size)
     perceptual = _lpips(lpips, chosen)
-    names = dict.fromkeys(features_of(METRICS[name], named) for name in chosen if METRICS[name].of)
-    extractors = _open_extractors(names, named, weights, where)
-    folder = statistics_cache() if cache is None else expanded(cache)
-    if PIXEL_COMPONENTS in names and other is not None:
+    extractors = _open_extractors(chosen, named, weights, where)
+    folder = expanded(cache or statistics_cache())
+    if other is not None and any(METRICS[name].features == PIXEL_COMPONENTS for name in chosen):
         extractors[PIXEL_COMPONENTS], other = pixel_components(other, folder, batch_size, progress)
     agreeing = {"chains": chains or CHAINS, "pairs": pairs or PAIRS, "steps": steps, "seed": seed, "lpips": perceptual}
     work = MetricFigures(extractors, named, batch_size, folder, progress, agreeing, perceptual, processes)
@@ -137,9 +137,10 @@ def _opened(
 
 
 def _open_extractors(
-    names: Iterable[str], named: str, weights: Path | None, where: str | torch.device
+    chosen: Iterable[str], named: str, weights: Path | None, where: str | torch.device
 ) -> dict[str, Extractor]:
-    """Extractors by name, but for the components of pixels, which follow from the reference."""
+    """The extractors of metrics by name, but for the components of pixels, which follow from the reference."""
+    names = dict.fromkeys(features_of(METRICS[name], named) for name in chosen if METRICS[name].of)
     opened = [name for name in names if name != PIXEL_COMPONENTS]
     return {name: open_extractor((name == named and weights) or name, where) for name in opened}
 
@@ -248,7 +249,7 @@ def against_teacher(
 
 def _second(seed: int, count: int, given: int | None) -> int:
     """The first seed of the reference: one that the samples do not use, unless it is given."""
-    whole(given, "reference_seed", 0)
+    _at_least(0, seed=seed, reference_seed=given)
     return seed + count if given is None else given
 
 

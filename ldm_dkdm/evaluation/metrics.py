@@ -10,7 +10,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.components import NAME as PIXEL_COMPONENTS
 from ldm_dkdm.evaluation.components import require_enough
 from ldm_dkdm.evaluation.extractor import Extractor
-from ldm_dkdm.evaluation.frechet import frechet_distance
+from ldm_dkdm.evaluation.frechet import COMPONENTS, frechet_distance
 from ldm_dkdm.evaluation.statistics import Statistics
 
 NEIGHBOURS = 3  # Kynkaanniemi et al. 2019; guided-diffusion
@@ -42,7 +42,7 @@ class Metric:
         meaning: one line. source: where it is defined.
         features: the extractor that defines it; None: any, chosen by the user.
         keep: whether it needs features one by one. reference: whether it compares with a second set.
-        fields: of `Statistics` that it reads.
+        fields: of `Statistics` that it reads. least: images that each set must have.
     """
 
     of: Callable[[Pair], Mapping[str, float]] | None
@@ -52,6 +52,7 @@ class Metric:
     keep: bool = False
     reference: bool = True
     fields: tuple[str, ...] = ("mu", "sigma")
+    least: int = 2
 
 
 def frechet(pair: Pair) -> dict[str, float]:
@@ -160,6 +161,7 @@ METRICS: dict[str, Metric] = {
         "inception",
         reference=False,
         fields=("scores",),
+        least=1,
     ),
     "fd": Metric(frechet, "Frechet distance on --features", "Heusel et al. 2017"),
     "fd-dinov2": Metric(frechet, "Frechet distance on DINOv2 features", "Stein et al. 2023", "dinov2"),
@@ -169,9 +171,14 @@ METRICS: dict[str, Metric] = {
         "share of samples in the reference's manifold, and the reverse",
         "Kynkaanniemi et al. 2019",
         keep=True,
+        least=NEIGHBOURS + 1,
     ),
     "pixel-frechet": Metric(
-        pixel_frechet, "Frechet distance on 64 principal components of pixels", "this package", PIXEL_COMPONENTS
+        pixel_frechet,
+        "Frechet distance on 64 principal components of pixels",
+        "this package",
+        PIXEL_COMPONENTS,
+        least=COMPONENTS + 1,
     ),
     "agreement": Metric(None, "errors of a student's eps on its teacher's chains, without data", "this package"),
     "reconstruction": Metric(None, "PSNR, SSIM, LPIPS and codes in use of a first stage", "Wang et al. 2004"),

@@ -1,0 +1,77 @@
+"""What metrics need of two sets of images, checked by their facts before any image is read or drawn."""
+
+from collections.abc import Sequence
+
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.evaluation.metric_figures import features_of
+from ldm_dkdm.evaluation.metrics import METRICS
+from ldm_dkdm.evaluation.reconstruction import Reconstructions
+from ldm_dkdm.evaluation.samples import ModelImages
+from ldm_dkdm.evaluation.sources import FolderImages, ImageSource, NpzImages, TensorImages
+
+Shape = tuple[int, int, int]  # height, width, channels
+
+
+def require_comparable_sets(
+    own: ImageSource, other: ImageSource | None, chosen: Sequence[str], named: str, size: int | None
+) -> None:
+    """Refuse sets with too few images for a metric, or of different sizes for one on pixels.
+
+    Args:
+        own, other: the samples and the reference. chosen: the metrics. named: features of metrics that take any.
+        size: that of folders' images, if it was given.
+
+    Raises:
+        UserError: names the metric, both sets, and their numbers or sizes.
+    """
+    for name in chosen:
+        metric = METRICS[name]
+        sets = [part for part in (own, other if metric.reference else None) if part is not None]
+        counts = [_count(part) for part in sets]
+        if metric.of is not None and any(count is not None and count < metric.least for count in counts):
+            held = ", ".join(f"{part.name} has {count}" for part, count in zip(sets, counts, strict=True) if count)
+            both = " in both sets" if len(sets) > 1 else ""
+            raise UserError(f"metrics: {name} needs {metric.least} images or more{both}; {held}")
+        if other is not None and metric.of is not None and features_of(metric, named).startswith("pixel"):
+            _require_one_shape(name, own, other, size)
+
+
+def _require_one_shape(metric: str, own: ImageSource, other: ImageSource, size: int | None) -> None:
+    a, b = shape_of(own), shape_of(other)
+    if a is None or b is None or a == b:
+        return
+    seen = f"the images of {own.name} are {_shown(a)}, those of {other.name} {_shown(b)}"
+    cure = (
+        "; --size (in Python size) crops and resizes the images of folders" if a[:2] != b[:2] and size is None else ""
+    )
+    raise UserError(f"metrics: {metric} compares pixels; {seen}{cure}")
+
+
+def shape_of(source: ImageSource) -> Shape | None:
+    """Height, width and channels of a set's images, known before they are read; None where only statistics are."""
+    if isinstance(source, FolderImages):
+        return source.side, source.side, source.channels
+    if isinstance(source, NpzImages):
+        return source.file.shape[1:] if source.count else None
+    if isinstance(source, TensorImages):
+        height, width, channels = source.images.shape[1:]
+        return height, width, channels
+    if isinstance(source, ModelImages):
+        codec = source.model.codec()
+        height, width = (side * codec.downsampling for side in source.model.shape[1:])
+        return height, width, codec.channels
+    return shape_of(source.images) if isinstance(source, Reconstructions) else None
+
+
+def _count(source: ImageSource) -> int | None:
+    """The number of a set's images, or of those behind its statistics; None where these do not say it."""
+    if source.count:
+        return source.count
+    stored = source.stored()
+    return None if stored is None else stored.count
+
+
+def _shown(shape: Shape) -> str:
+    height, width, channels = shape
+    kind = {1: "grey", 3: "RGB"}.get(channels, f"of {channels} channels")
+    return f"{width}x{height} {kind}"
