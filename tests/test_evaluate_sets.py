@@ -81,7 +81,8 @@ def test_saved_statistics_take_the_place_of_images(capsys: pytest.CaptureFixture
     assert found["reference"]["images in statistics"] == 80
     assert found["reference"]["statistics of"]["source"]["sha256"] == sha256(Path("b.npz"))
     capsys.readouterr()
-    assert toy("a.npz", "b_statistics.npz", "--metrics", "kid") == 2
+    seen = Toy.seen
+    assert toy("a.npz", "b_statistics.npz", "--metrics", "kid") == 2 and Toy.seen == seen
     assert "not features one by one, which precision-recall and KID need" in capsys.readouterr().err
 
 
@@ -191,6 +192,8 @@ def test_nothing_is_written_into_models_that_are_not_runs(teacher_folder: Path) 
         (["a.npz", "b.npz", "--metrics", "fd-dinov2"], "--features: dinov2_vitl14_pretrain.pth is missing"),
         (["a.npz", "b.npz", "--metrics", "agreement"], "agreement compares two models, not images"),
         (["a.npz", "b.npz", "--metrics", "reconstruction"], "reconstruction measures a first stage"),
+        (["a.npz", "b.npz", "--metrics", "fd", "agreement"], "agreement compares two models, not images"),
+        (["a.npz", "b.npz", "--metrics", "fd", "reconstruction"], "reconstruction measures a first stage"),
         (["a.npz", "b.npz", "--size", "16"], "--size: b.npz holds images of side 32"),
         (["a.npz", "b.npz", "image_size=3"], "image_size: no model uses this hint"),
         (["a.npz", "b.npz", "--batch_size", "0"], "--batch_size: must be at least 1"),

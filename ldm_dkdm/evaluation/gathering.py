@@ -121,9 +121,7 @@ def _at_hand(
     stored = source.stored()
     if stored is not None and not keep and fits(stored, extractor) and (not source.count or _has(stored, fields)):
         return stored
-    if not source.count:
-        what = "features one by one, which precision-recall and KID need" if keep else f"images for {extractor.name}"
-        raise UserError(f"{source.name}: holds statistics of {_whose(stored)}, not {what}")
+    require_images(source, extractor, keep)
     if cache is None or not extractor.moments:
         return None
     file = _file(cache, source, extractor)
@@ -137,6 +135,18 @@ def _at_hand(
     place = f"{in_home(cache)}/{file.stem[:SHORT]}*.npz"
     logger.info(f"{source.name}: statistics of {known.count} images on {extractor.name} are reused: {place}")
     return known
+
+
+def require_images(source: ImageSource, extractor: Extractor, keep: bool) -> None:
+    """Refuse a file of statistics where a metric needs images, or statistics of other features.
+
+    Raises:
+        UserError: names the file, and what it holds.
+    """
+    stored = source.stored()
+    if not source.count and (stored is None or keep or not fits(stored, extractor)):
+        what = "features one by one, which precision-recall and KID need" if keep else f"images for {extractor.name}"
+        raise UserError(f"{source.name}: holds statistics of {_whose(stored)}, not {what}")
 
 
 def _has(stored: Statistics, fields: Collection[str]) -> bool:

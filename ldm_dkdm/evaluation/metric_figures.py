@@ -1,6 +1,6 @@
 """Gather the statistics that metrics need, and compute their figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.comparison import evaluate
 from ldm_dkdm.evaluation.extractor import Extractor
-from ldm_dkdm.evaluation.gathering import gather
+from ldm_dkdm.evaluation.gathering import gather, require_images
 from ldm_dkdm.evaluation.metrics import METRICS, Metric, Pair
 from ldm_dkdm.evaluation.perceptual import Lpips
 from ldm_dkdm.evaluation.reconstruction import Reconstructions, reconstruction
@@ -17,7 +17,7 @@ from ldm_dkdm.evaluation.samples import ModelImages
 from ldm_dkdm.evaluation.sources import ImageSource
 from ldm_dkdm.evaluation.statistics import Statistics
 from ldm_dkdm.evaluation.weights import INSTALL
-from ldm_dkdm.first_stage.codec import LatentCodec
+from ldm_dkdm.first_stage.codec import Codec, LatentCodec
 from ldm_dkdm.model.ranks import joined
 from ldm_dkdm.reporting import Progress
 
@@ -52,8 +52,10 @@ class MetricFigures:
     ) -> tuple[dict[str, Any], dict[str, Statistics]]:
         """Figures by name, and the samples' statistics by extractor."""
         by_features = [name for name in chosen if METRICS[name].of]
+        comparing = [name for name in by_features if METRICS[name].reference]
+        self._require(chosen, own, other, ((own, by_features), (other, comparing)))
         found = self._gather(own, by_features)
-        theirs = {} if other is None else self._gather(other, [n for n in by_features if METRICS[n].reference])
+        theirs = {} if other is None else self._gather(other, comparing)
         figures: dict[str, Any] = {}
         for name in chosen:
             try:
@@ -73,9 +75,30 @@ class MetricFigures:
         key = features_of(metric, self.named)
         return metric.of(Pair(found[key], theirs.get(key), self.extractors[key]))
 
-    def _gather(self, source: ImageSource, metrics: Sequence[str]) -> dict[str, Statistics]:
+    def _require(
+        self,
+        chosen: Sequence[str],
+        own: ImageSource,
+        other: ImageSource | None,
+        gathered: Iterable[tuple[ImageSource | None, Sequence[str]]],
+    ) -> None:
+        """Refuse sets of a kind that a metric cannot take, before any image is read or drawn."""
+        for source, metrics in gathered:
+            for name, keep in self._needs(metrics).items():
+                if source is not None:
+                    require_images(source, self.extractors[name], keep)
+        if "agreement" in chosen and not (isinstance(own, ModelImages) and isinstance(other, ModelImages)):
+            raise UserError("metrics: agreement compares two models, not images")
+        if "reconstruction" in chosen and not isinstance(_codec(own), LatentCodec):
+            raise UserError("metrics: reconstruction measures a first stage, or a model on latents, on images")
+
+    def _needs(self, metrics: Sequence[str]) -> dict[str, bool]:
+        """The extractors of metrics by name, and whether one of them needs features one by one."""
         needs = {features_of(METRICS[name], self.named): False for name in metrics}
-        needs |= {features_of(METRICS[name], self.named): True for name in metrics if METRICS[name].keep}
+        return needs | {features_of(METRICS[name], self.named): True for name in metrics if METRICS[name].keep}
+
+    def _gather(self, source: ImageSource, metrics: Sequence[str]) -> dict[str, Statistics]:
+        needs = self._needs(metrics)
         extractors = {name: self.extractors[name] for name in needs}
         keep = {name for name, kept in needs.items() if kept}
         if not extractors:
@@ -90,12 +113,15 @@ class MetricFigures:
     def _without_features(self, name: str, own: ImageSource, other: ImageSource) -> dict[str, Any]:
         """Figures of metrics that compare models, or a first stage with its input."""
         if name == "agreement":
-            if not isinstance(own, ModelImages) or not isinstance(other, ModelImages):
-                raise UserError("metrics: agreement compares two models, not images")
+            assert isinstance(own, ModelImages) and isinstance(other, ModelImages)  # `_require` has seen them
             options = {"batch_size": self.batch_size, "cache": self.cache, "progress": self.progress, **self.agreeing}
             return evaluate(own.model, other.model, images=0, **options)
-        codec = own.model.codec() if isinstance(own, ModelImages) else getattr(own, "codec", None)
-        if not isinstance(codec, LatentCodec):
-            raise UserError("metrics: reconstruction measures a first stage, or a model on latents, on images")
+        codec = _codec(own)
+        assert isinstance(codec, LatentCodec)
         images = own.images if isinstance(own, Reconstructions) else other
         return joined().on_first(lambda: reconstruction(codec, images, self.batch_size, self.progress, self.lpips))
+
+
+def _codec(source: ImageSource) -> Codec | None:
+    """The first stage of a model, or of reconstructions."""
+    return source.model.codec() if isinstance(source, ModelImages) else getattr(source, "codec", None)
