@@ -211,8 +211,14 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
     """An image as it is, or 16-bit grey divided by 257; Pillow's `convert` would cut at 255.
 
     Raises:
-        ValueError: numbers of unknown range, or several pages.
+        ValueError: numbers of unknown range, several pages, or a transparent colour of 16 bits.
     """
+    clear, tiles = image.info.get("transparency"), getattr(image, "tile", ())
+    stored = tiles[0][3] if image.format == "PNG" and tiles else ""
+    if clear is not None and stored == "RGB;16B":
+        raise ValueError("a colour of 16 bits is transparent, which is not read; write it with an alpha channel")
+    if clear is not None and stored in ("L;2", "L;4"):  # Pillow makes 8 bits of the levels, not of this one
+        image.info["transparency"] = clear * 255 // (2 ** int(stored[2]) - 1)
     if image.format == "TIFF" and _has_pages(image):
         raise ValueError("it has several pages; write each as a file of its own")
     tags = getattr(image, "tag_v2", {})  # TIFF's
@@ -222,6 +228,8 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
             raise ValueError(f"its numbers (mode {image.mode}) have no known range; write it with 8 or 16 bits")
         return image
     levels = np.asarray(image).astype(np.float32)
+    if clear is not None:
+        levels[levels == clear] = 2**bits - 1
     levels *= 255 / (2**bits - 1)  # every step works in place: an image may have tens of millions of pixels
     if inverted:
         np.subtract(255, levels, out=levels)
@@ -287,8 +295,3 @@ def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG atomically."""
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")
-
-
-def save_grid(images: Tensor, path: Path) -> None:
-    """Write images uint8 (N,H,W,C) as one PNG."""
-    save_image(grid(images), path)

@@ -9,10 +9,13 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_dkdm import UserError
-from ldm_dkdm.config.schema import DiffusionDataConfig
+from ldm_dkdm.config.schema import DiffusionDataConfig, SamplingConfig
 from ldm_dkdm.distillation.image_data import CachedStates, EncodedStates, ImageSet, encode_sets, open_images, open_sets
+from ldm_dkdm.evaluation.opening import open_images as open_set
+from ldm_dkdm.images import find_images, load_images
 from ldm_dkdm.npz import npz_writer, save_npz
 from ldm_dkdm.pixel import PixelCodec
+from tests.test_image_files import image
 
 
 def numbered(count: int, first: int = 0) -> Tensor:
@@ -33,10 +36,10 @@ def number_of(states: Tensor) -> list[int]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two classes of PNG files: cats 0 ... 2, dogs 3 ... 6."""
-    for i, image in enumerate(numbered(7)):
+    for i, pixels in enumerate(numbered(7)):
         path = tmp_path / "images" / ("cat" if i < 3 else "dog") / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.numpy()).save(path)
+        Image.fromarray(pixels.numpy()).save(path)
     return tmp_path / "images"
 
 
@@ -159,3 +162,42 @@ def test_an_npz_written_in_parts_is_what_numpy_reads_and_appears_only_whole(tmp_
     with pytest.raises(ValueError, match="2 of 5"), npz_writer(tmp_path / "short.npz", 5) as writer:
         writer.add(images[:3])
     assert [f.name for f in tmp_path.iterdir()] == ["parts.npz"]
+
+
+# Folders and files that are named as data
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_the_grid_of_samples_is_not_one_of_them(above: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "a" / "samples" if above else tmp_path
+    for name in ("grid.png", "img/000000.png", "img/000001.png"):
+        image(out / name)
+    found = find_images(tmp_path)
+    assert [file.name for file in found] == ["000000.png", "000001.png"] and found == open_images(tmp_path, 8).images
+    assert ("1 grid.png of samples" in caplog.text) == above
+    if not above:
+        assert open_images(tmp_path, 8).labels is None  # img is not a class
+
+
+def test_a_grid_beside_an_npz_of_samples_is_no_set_of_images(tmp_path: Path) -> None:
+    image(tmp_path / "grid.png")
+    (tmp_path / "samples.npz").touch()
+    with pytest.raises(UserError, match=r"holds no images .* but (?=.*1 grid\.png of samples).*1 \.npz"):
+        find_images(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.png", "a.zip"])
+def test_a_file_that_is_not_an_npz_is_not_called_missing(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such folder of images or \.npz file"):
+        open_images(tmp_path / name, 8)
+    (tmp_path / name).touch()
+    for read in (open_images, load_images):
+        with pytest.raises(UserError, match=rf"{name}: is neither a folder of images nor an \.npz"):
+            read(tmp_path / name, 8)
+
+
+def test_the_suffix_of_an_npz_has_any_letter_case(tmp_path: Path) -> None:
+    save_npz(images := torch.randint(256, (3, 8, 8, 3), dtype=torch.uint8), tmp_path / "X.NPZ")
+    assert torch.equal(open_images(tmp_path / "X.NPZ", 8).images, images)
+    assert torch.equal(load_images(tmp_path / "X.NPZ", 8), images)
+    assert torch.equal(next(open_set(tmp_path / "X.NPZ", SamplingConfig()).batches(0, 3)), images)

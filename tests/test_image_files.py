@@ -12,10 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.distillation.image_data import open_images
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.evaluation.opening import open_images as open_set
 from ldm_dkdm.images import find_images, load_images, read_image
 from ldm_dkdm.npz import save_npz
 
@@ -227,22 +225,40 @@ def test_16_bit_png_of_every_kind_keeps_its_levels(channels: int, kind: int, tmp
     values = np.random.default_rng(0).integers(65536, size=(16, 16, channels))
     if channels in (2, 4):
         values[..., -1] = 65535
-    _write_16_bit_png(tmp_path / "a.png", values, kind)
+    _write_png(tmp_path / "a.png", values, kind)
     expected = (values[..., :3] if channels > 2 else values[..., :1]) / 257
     assert np.abs(read_image(tmp_path / "a.png", 16).numpy() - expected).max() < 1
 
 
-def _write_16_bit_png(path: Path, values: np.ndarray, kind: int) -> None:
-    """Pillow reads 16-bit colour but does not write it."""
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_level_of_a_png_is_white(bits: int, tmp_path: Path) -> None:
+    most = 2**bits - 1
+    key, other = (0, 1) if bits == 1 else (most // 3, most // 5)  # without alpha, neither would be white
+    values = np.full((16, 16, 1), other)
+    values[:, :8] = key
+    _write_png(tmp_path / "a.png", values, 0, bits, struct.pack(">H", key))
+    found = read_image(tmp_path / "a.png", 16, 1)[..., 0]
+    assert (found[:, :8] == 255).all() and (found[:, 8:] == round(other * 255 / most)).all()
+
+
+def test_a_transparent_colour_of_16_bits_is_refused(tmp_path: Path) -> None:
+    _write_png(tmp_path / "a.png", np.full((8, 8, 3), 40000), 2, 16, struct.pack(">3H", *[40000] * 3))
+    with pytest.raises(UserError, match=r"a\.png: .* a colour of 16 bits is transparent, .* with an alpha channel"):
+        read_image(tmp_path / "a.png", 8)
+
+
+def _write_png(path: Path, values: np.ndarray, kind: int, bits: int = 16, clear: bytes | None = None) -> None:
+    """Pillow reads 16-bit colour but does not write it, nor a transparent level of another depth than 8."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     height, width, _ = values.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    digits = (values.reshape(height, -1, 1) >> np.arange(bits)[::-1]) & 1
+    rows = b"".join(b"\0" + np.packbits(row.astype(np.uint8)).tobytes() for row in digits)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+    header += b"" if clear is None else chunk(b"tRNS", clear)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
 def test_the_tags_of_a_damaged_tiff_bring_no_warnings(tmp_path: Path) -> None:
@@ -251,39 +267,3 @@ def test_the_tags_of_a_damaged_tiff_bring_no_warnings(tmp_path: Path) -> None:
     path.write_bytes(b"II*\0" + struct.pack("<IH", 8, 100) + outside + struct.pack("<I", 0))
     with pytest.raises(UserError, match="not a readable image: cannot identify image file"):
         read_image(path, 8)
-
-
-@pytest.mark.parametrize("above", [True, False])
-def test_the_grid_of_samples_is_not_one_of_them(above: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    out = tmp_path / "a" / "samples" if above else tmp_path
-    for name in ("grid.png", "img/000000.png", "img/000001.png"):
-        image(out / name)
-    found = find_images(tmp_path)
-    assert [file.name for file in found] == ["000000.png", "000001.png"] and found == open_images(tmp_path, 8).images
-    assert ("1 grid.png of samples" in caplog.text) == above
-    if not above:
-        assert open_images(tmp_path, 8).labels is None  # img is not a class
-
-
-def test_a_grid_beside_an_npz_of_samples_is_no_set_of_images(tmp_path: Path) -> None:
-    image(tmp_path / "grid.png")
-    (tmp_path / "samples.npz").touch()
-    with pytest.raises(UserError, match=r"holds no images .* but (?=.*1 grid\.png of samples).*1 \.npz"):
-        find_images(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["a.npy", "a.png", "a.zip"])
-def test_a_file_that_is_not_an_npz_is_not_called_missing(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no such folder of images or \.npz file"):
-        open_images(tmp_path / name, 8)
-    (tmp_path / name).touch()
-    for read in (open_images, load_images):
-        with pytest.raises(UserError, match=rf"{name}: is neither a folder of images nor an \.npz"):
-            read(tmp_path / name, 8)
-
-
-def test_the_suffix_of_an_npz_has_any_letter_case(tmp_path: Path) -> None:
-    save_npz(images := torch.randint(256, (3, 8, 8, 3), dtype=torch.uint8), tmp_path / "X.NPZ")
-    assert torch.equal(open_images(tmp_path / "X.NPZ", 8).images, images)
-    assert torch.equal(load_images(tmp_path / "X.NPZ", 8), images)
-    assert torch.equal(next(open_set(tmp_path / "X.NPZ", SamplingConfig()).batches(0, 3)), images)

@@ -70,7 +70,7 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
     from ldm_dkdm.checkpoints.first_stages import FirstStageSource
     from ldm_dkdm.commands.drawing import write_pngs
     from ldm_dkdm.device import default_device, resolve_precision
-    from ldm_dkdm.images import MODES, save_grid
+    from ldm_dkdm.images import MODES, grid, save_image
     from ldm_dkdm.npz import save_npz
     from ldm_dkdm.reporting import following, logger
 
@@ -95,5 +95,5 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
         write_pngs(images, out / "img", 0)
     else:
         logger.warning(f"{out}: images of {codec.channels} channels are in samples.npz only, a PNG is grey or RGB")
-    save_grid(images, out / "grid.png")
+    save_image(grid(images), out / "grid.png")
     return len(images)

@@ -27,7 +27,7 @@ from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import content_sha256, expanded
 from ldm_dkdm.first_stage.codec import Codec, LatentCodec
-from ldm_dkdm.images import save_grid
+from ldm_dkdm.images import grid, save_image
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.modes import compiled
@@ -152,7 +152,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
             count = min(config.logging.sample_count, len(sets[0]))
             shown = sets[0].take(torch.arange(count))
             with decoration(str(samples / "data.png")):
-                save_grid(shown, samples / "data.png")
+                save_image(grid(shown), samples / "data.png")
         grids = SampleGrid(samples, config.logging, run.trainer.seed)
         result = run.fit(StudentModule(trained, config.loss, run.trainer), stream_for, [saving, grids])
     return run.result(model, result)
