@@ -14,7 +14,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.perceptual import lpips_loss
 from ldm_dkdm.first_stage import VQModel
 from ldm_dkdm.first_stage.discriminator import Discriminator
-from ldm_dkdm.first_stage.vqgan import FirstStageModule, as_vectors, held_out_psnr
+from ldm_dkdm.first_stage.vqgan import FirstStageModule, as_vectors, held_out_psnr, warmup_cosine
 from ldm_dkdm.images import save_image, to_image
 from tests.cli import run_script, write_yaml
 from tests.parts import VQ_PARAMS
@@ -53,6 +53,17 @@ def test_the_images_of_folders_are_read_with_a_line_of_progress(
     config = first_stage_config(tmp_path / "folder", tmp_path / "logs", trainer={"max_steps": 1})
     assert run_script("train_first_stage.py", "--base", write_yaml(tmp_path / "vq.yaml", config)) == 0
     assert capsys.readouterr().err.count(f"reading: {number + 1} images\n") == 2  # data.path and data.held_out
+
+
+def test_a_resume_gives_both_networks_its_learning_rate(tmp_path: Path) -> None:
+    loss, steps = {"adversarial": 0.1}, {**TRAINER, "max_steps": 2}
+    config = first_stage_config(training_images(tmp_path), tmp_path / "logs", loss=loss, trainer=steps)
+    assert run_script("train_first_stage.py", "--base", write_yaml(tmp_path / "vq.yaml", config)) == 0
+    run, words = tmp_path / "logs" / "vq", ("trainer.max_steps=3", "trainer.learning_rate=1e-5")
+    assert run_script("train_first_stage.py", "--resume", run, *words) == 0
+    saved = torch.load(run / "checkpoints" / "step=00000003.ckpt", weights_only=True)
+    (stage,), (critic,) = (state["param_groups"] for state in saved["optimizer_states"])
+    assert stage["lr"] == pytest.approx(1e-5 * warmup_cosine(2, 3)) and critic["lr"] == 1e-5 / 4
 
 
 def test_training_a_first_stage_raises_its_psnr(tmp_path: Path) -> None:

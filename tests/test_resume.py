@@ -1,5 +1,6 @@
 """A run that was stopped and resumed equals, to the last bit, the run that was not."""
 
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from ldm_dkdm.distillation.warmup import Warmup
 from ldm_dkdm.files import machine
 from ldm_dkdm.records import DistillBatch
 from ldm_dkdm.training.run_folder import RunFolder, alone_in
-from tests.cli import distil, write_yaml
+from tests.cli import distil, table, write_yaml
 from tests.parts import distill_config
 
 
@@ -163,6 +164,30 @@ def test_a_finished_run_goes_on_to_more_steps_exactly(teacher_folder: Path, tmp_
     run = tmp_path / "logs" / "short"
     assert distil("--resume", run, "trainer.max_steps=9", "distill.pool_storage=mmap") == 0  # changes no batch
     assert result(run, 9) == whole
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_resume_trains_with_the_numbers_that_it_is_given(schedule: str, teacher_folder: Path, tmp_path: Path) -> None:
+    whole_run(teacher_folder, tmp_path, "run", trainer={"max_steps": 3, "lr_warmup": 1})
+    given = ("learning_rate=2e-4", "weight_decay=0.5", f"lr_schedule={schedule}", "lr_warmup=9", "max_steps=6")
+    words = [f"trainer.{item}" for item in given]
+    run = tmp_path / "logs" / "run"
+    assert distil("--resume", run, "logging.log_every=1", *words) == 0
+    rows = {int(row["step"]): float(row["learning_rate"]) for row in table(run / "metrics.csv")}
+    for done in (3, 4, 5):
+        fall = 0.5 * (1 + math.cos(math.pi * done / 6)) if schedule == "cosine" else 1.0
+        assert rows[done + 1] == pytest.approx(2e-4 * (done + 1) / 10 * fall, rel=1e-6)
+    saved = torch.load(run / "checkpoints" / "step=00000006.ckpt", weights_only=True)
+    (group,) = saved["optimizer_states"][0]["param_groups"]
+    assert (group["initial_lr"], group["weight_decay"]) == (2e-4, 0.5)
+
+
+def test_a_resume_with_a_shorter_window_stops_early(teacher_folder: Path, tmp_path: Path, capsys) -> None:
+    stop = {"window": 100, "patience": 1, "min_delta": 1e9}
+    whole_run(teacher_folder, tmp_path, "run", trainer={"max_steps": 3, "early_stop": stop})
+    words = ("trainer.early_stop.window=2", "trainer.max_steps=20")
+    assert distil("--resume", tmp_path / "logs" / "run", *words) == 0
+    assert "early stop at step 6" in capsys.readouterr().out
 
 
 def test_a_resume_keeps_what_was_logged_before(teacher_folder: Path, tmp_path: Path) -> None:

@@ -34,6 +34,15 @@ class StudentModule(L.LightningModule):
         self.time_used = 0.0  # used share of the time limit, 0 ... 1
         self.loss, self.config = loss, trainer_config
 
+    def on_train_start(self) -> None:
+        """Give the optimizer the configuration's numbers: a checkpoint restores those that it was saved with."""
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+        for i, group in enumerate(scheduler.optimizer.param_groups):
+            scheduler.base_lrs[i] = group["initial_lr"] = self.config.learning_rate
+            group["lr"] = self.config.learning_rate * self._lr_factor(scheduler.last_epoch)
+            group["weight_decay"] = self.config.weight_decay
+
     def on_train_batch_start(self, batch: DistillBatch, batch_idx: int) -> None:
         batch_number = self.global_step * self.config.accumulate + batch_idx % self.config.accumulate
         torch.manual_seed(seed_of(self.config.seed, self.global_rank, batch_number, "network"))

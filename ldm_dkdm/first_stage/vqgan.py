@@ -54,8 +54,19 @@ class FirstStageModule(L.LightningModule):
         ]
         if self.discriminator is not None:
             parameters = self.discriminator.parameters()
-            optimizers.append(torch.optim.AdamW(parameters, self.learning_rate / 4, betas=(0.5, 0.9)))
+            optimizers.append(torch.optim.AdamW(parameters, self.critic_learning_rate, betas=(0.5, 0.9)))
         return optimizers
+
+    @property
+    def critic_learning_rate(self) -> float:
+        """The discriminator's, which is constant."""
+        return self.learning_rate / 4
+
+    def on_train_start(self) -> None:
+        """Give the discriminator the configuration's rate: a checkpoint restores the one that it was saved with."""
+        for critic in self.trainer.optimizers[1:]:
+            for group in critic.param_groups:
+                group["lr"] = self.critic_learning_rate
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         torch.manual_seed(seed_of(self.seed, self.global_rank, self.global_step, "network"))

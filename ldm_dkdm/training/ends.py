@@ -164,7 +164,7 @@ class EarlyStop(EarlyEnd):
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.steps += 1
-        if self.steps == self.config.window and not self.config.measured:
+        if self.steps >= self.config.window and not self.config.measured:
             self._end_window(trainer, *mean_of_hosts(trainer, [float(self.total) / self.batches]))
         if self.reached:
             step, monitor = trainer.global_step, self.config.monitor
