@@ -187,4 +187,4 @@ def naming(key: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{key}: {error}") from error
+        raise type(error)(f"{key}: {error}") from error

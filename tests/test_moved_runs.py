@@ -1,20 +1,24 @@
 """Runs that were moved find their parts; a teacher that changed, or that a run would overwrite, is refused."""
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from ldm_dkdm import load_model
 from ldm_dkdm.checkpoints.model_folder import card_of, write_model
 from ldm_dkdm.commands.evaluate import find_teacher
 from ldm_dkdm.commands.hints import ScopedHints
-from ldm_dkdm.training.run_folder import located
-from tests.cli import contents, distil, run_script, sample
-from tests.parts import first_stage_folder, model_folder
+from ldm_dkdm.npz import save_npz
+from ldm_dkdm.training.finding import located
+from tests.cli import contents, distil, run_script, sample, write_yaml
+from tests.parts import UNET_PARAMS, VQ_PARAMS, first_stage_folder, model_folder
 from tests.test_config_errors import assert_one_error_line
 from tests.test_resume import write_config
+from tests.training_images import LOGGING, TRAINER, training_images
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +114,92 @@ def test_commands_take_a_first_stage(built: Path, tmp_path: Path, monkeypatch: p
     assert distil("--resume", run, *stage, "trainer.max_steps=3") == 0
     figures = ["-n", 0, "--chains", 2]
     assert run_script("evaluate.py", "-r", run, *figures, *stage) == 0
+
+
+IMAGES = ("pixel", "first stage")
+
+
+def image_run(kind: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    """A training on images.npz, by a relative path, in <home>/logs/run; returns its script and the run."""
+    home.mkdir()
+    training_images(home)
+    config = {
+        "data": {"path": "images.npz", "image_size": 32, "batch_size": 4},
+        "trainer": {**TRAINER, "max_steps": 1},
+        "logging": {**LOGGING, "name": "run", "sample_every": 100},
+    }
+    config |= (
+        {
+            "model": {"target": "ldm_dkdm.networks.UNet", "params": {**UNET_PARAMS, "image_size": 32}},
+            "diffusion": {"num_timesteps": 20, "space": "pixel"},
+        }
+        if kind == "pixel"
+        else {"first_stage": {"target": "ldm_dkdm.first_stage.VQModel", "params": VQ_PARAMS}}
+    )
+    script = "train_ldm.py" if kind == "pixel" else "train_first_stage.py"
+    monkeypatch.chdir(home)
+    assert run_script(script, "--base", write_yaml(home / "base.yaml", config)) == 0
+    return script, home / "logs" / "run"
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_a_run_finds_its_images_from_another_folder_and_where_they_moved(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    script, run = image_run(kind, tmp_path / "home", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert run_script(script, "--resume", run, "trainer.max_steps=2") == 0
+    (tmp_path / "home" / "images.npz").rename(tmp_path / "moved.npz")
+    capsys.readouterr()
+    code = run_script(script, "--resume", run, "trainer.max_steps=3")
+    assert_one_error_line(capsys, code, ("data.path: ", "images.npz"))
+    assert run_script(script, "--resume", run, "trainer.max_steps=3", "data.path=moved.npz") == 0
+    monkeypatch.chdir(run)
+    assert run_script(script, "--resume", run, "trainer.max_steps=4") == 0
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_images_that_are_not_those_of_the_run_are_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    script, run = image_run(kind, tmp_path / "home", monkeypatch)
+    save_npz(torch.zeros(20, 32, 32, 3, dtype=torch.uint8), tmp_path / "other.npz")
+    capsys.readouterr()
+    code = run_script(script, "--resume", run, "trainer.max_steps=2", f"data.path={tmp_path / 'other.npz'}")
+    assert_one_error_line(capsys, code, ("data.path: ", "other.npz: gives 20 images", "began with 24"))
+    key = "data.synthetic" if kind == "pixel" else "data.held_out"
+    code = run_script(script, "--resume", run, "trainer.max_steps=2", f"{key}={tmp_path / 'other.npz'}")
+    assert_one_error_line(capsys, code, (f"{key}: cannot change",))
+
+
+def test_a_resume_stays_in_its_folder(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    run = project(built, tmp_path, monkeypatch)
+    before = (run / "config.yaml").read_text()
+    for words, keys in (
+        (["logging.name=other"], "logging.name"),
+        ([f"logging.dir={tmp_path / 'x'}"], "logging.dir"),
+        (["logging.name=other", "logging.dir=x"], "logging.name and logging.dir"),
+    ):
+        for plan in ([], ["--plan"]):
+            code = distil("--resume", run, "trainer.max_steps=3", *words, *plan)
+            assert_one_error_line(capsys, code, (f"error: {keys}: a resumed run goes on in its own folder, {run};",))
+    assert (run / "config.yaml").read_text() == before
+    run.rename(tmp_path / "renamed")
+    assert distil("--resume", tmp_path / "renamed", f"logging.dir={tmp_path}", "logging.name=renamed") == 0
+
+
+def test_resume_last_finds_the_newest_run_at_any_depth(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    run = project(built, tmp_path, monkeypatch)
+    nested = Path(shutil.copytree(run, tmp_path / "logs" / "exp" / "a"))
+    shutil.copytree(run, tmp_path / "logs" / "exp" / "a" / "samples" / "copy")  # in a run: not one of its own
+    shutil.copytree(run, tmp_path / "elsewhere" / "b")
+    (tmp_path / "logs" / "exp" / "round").symlink_to(tmp_path / "logs")
+    for folder in (tmp_path / "logs").rglob("*"):
+        os.utime(folder, (2, 2) if nested in folder.parents and "copy" not in folder.parts else (1, 1))
+    os.utime(nested / "samples" / "copy" / "config.yaml", (9, 9))
+    for words, found in (([], "logs/exp/a"), (["logging.dir=elsewhere", "logging.name=b"], "elsewhere/b")):
+        capsys.readouterr()
+        assert distil("--resume", "last", "--plan", *words) == 0
+        assert capsys.readouterr().out.startswith(f"{found}: at step 2 already")

@@ -31,7 +31,8 @@ from ldm_dkdm.config.schema import (
 from ldm_dkdm.device import started
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import exists, expanded
-from ldm_dkdm.training.run_folder import RunFolder, find_run, run_folder
+from ldm_dkdm.training.finding import find_run, given_paths
+from ldm_dkdm.training.run_folder import RunFolder, check_run, run_folder
 
 T = TypeVar("T", DistillRun, DiffusionRun, FirstStageRun)
 HINTS = {
@@ -50,6 +51,11 @@ class TrainingCall(Generic[T]):
     config: T
     folder: RunFolder
     resumed: bool
+
+    @property
+    def begun(self) -> Path | None:
+        """The run folder that `--resume` named, around which relative paths are looked for."""
+        return self.folder.path if self.resumed else None
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,13 +99,22 @@ def read_training_call(options: argparse.Namespace, schema: type[T]) -> Training
     if options.resume:
         if files:
             raise UserError("--resume: a run has its own configuration; leave --base out (key=value still works)")
-        folder = find_run(options.resume, schema)
-        return TrainingCall(load_config(folder.path / "config.yaml", overrides, schema), folder, True)
+        folder = find_run(options.resume, schema, _logs(overrides))
+        config = given_paths(load_config(folder.path / "config.yaml", overrides, schema), folder.path)
+        check_run(config, folder, resumed=True)
+        return TrainingCall(config, folder, True)
     if not files:
         names = ", ".join(name for name in recipe_names() if "/" not in name)
         raise UserError(f"--base: name at least one config file or recipe, for example --base quickstart ({names})")
     config = load_config(files, overrides, schema)
     return TrainingCall(config, run_folder(config.logging, "+".join(Path(f).stem for f in files), schema), False)
+
+
+def _logs(overrides: Sequence[str]) -> Path:
+    """Where `--resume last` looks: in logging.dir, if the command line gives it."""
+    written = [item for item in overrides if item.partition("=")[0] in ("logging", "logging.dir")]
+    section = read_overrides(written, {"logging": LoggingConfig}).get("logging") if written else None
+    return expanded((section.get("dir") if isinstance(section, Mapping) else None) or "logs")
 
 
 def print_keys(options: argparse.Namespace, schema: type) -> bool:

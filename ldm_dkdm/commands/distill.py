@@ -54,11 +54,12 @@ def _distil(call: TrainingCall[DistillRun]) -> None:
     from ldm_dkdm.device import default_device, resolve_precision
     from ldm_dkdm.distillation.make_student import make_student
     from ldm_dkdm.networks.modes import stored_in_bf16
+    from ldm_dkdm.training.finding import located_paths
     from ldm_dkdm.training.from_teacher import distill
 
     config, out = call.config, call.folder.path
     teacher = open_teacher(config, out)
-    student = make_student(config.student, teacher, config.trainer.seed)
+    student = make_student(located_paths(config.student, call.begun), teacher, config.trainer.seed)
     if resolve_precision(config.trainer.precision, default_device(config.trainer.accelerator)) == "bf16":
         teacher.network = stored_in_bf16(teacher.network)  # the only copy, in half the memory
     go_on = how_to_go_on("distill", out)
@@ -71,9 +72,9 @@ def open_teacher(config: DistillRun, run: Path | None = None) -> "DiffusionModel
     """The teacher that a config names, with its guidance; a relative path is looked for around the run folder first."""
     from ldm_dkdm.checkpoints import Hints
     from ldm_dkdm.model import open_model
-    from ldm_dkdm.training.run_folder import located, located_first_stage
+    from ldm_dkdm.training.finding import located, located_paths
 
-    stage = located_first_stage(config.first_stage, run)
+    stage = located_paths(config.first_stage, run)
     hints = Hints.of_sections(config.teacher, config.diffusion, stage, config.trainer.verify)
     with dotted_keys("teacher", path="teacher.ckpt"):
         return open_model(located(config.teacher.ckpt, run) if run else config.teacher.ckpt, hints).changed(
@@ -87,6 +88,7 @@ def _plan(call: TrainingCall[DistillRun]) -> None:
     from ldm_dkdm.device import compiles, default_device, resolve_precision
     from ldm_dkdm.distillation.make_student import make_student
     from ldm_dkdm.networks.modes import stored_in_bf16
+    from ldm_dkdm.training.finding import located_paths
     from ldm_dkdm.training.parts import assemble
     from ldm_dkdm.training.plan import costs, time_needed
     from ldm_dkdm.training.pool_filling import going_on
@@ -104,7 +106,8 @@ def _plan(call: TrainingCall[DistillRun]) -> None:
     teacher = untrained_teacher(config, path) if missing else open_teacher(config, call.folder.path)
     device = default_device(config.trainer.accelerator)
     teacher.precision = resolve_precision(config.trainer.precision, device)
-    parts = assemble(teacher, make_student(config.student, teacher, config.trainer.seed), config)
+    student = make_student(located_paths(config.student, call.begun), teacher, config.trainer.seed)
+    parts = assemble(teacher, student, config)
     if call.resumed:
         parts = going_on(parts, call.folder.checkpoints, begun.latest)
     parts = replace(parts, done=begun.step, spent=begun.spent)

@@ -1,10 +1,11 @@
 """Train a diffusion model on images (Alg. 2): dkdm train --base FILE_OR_RECIPE [key=value ...]"""
 
 import argparse
-from pathlib import Path
+from dataclasses import replace
 
 from ldm_dkdm.commands.arguments import (
     SIGNALS,
+    TrainingCall,
     add_first_stage_argument,
     add_plan_argument,
     add_training_arguments,
@@ -38,25 +39,34 @@ def run(options: argparse.Namespace) -> None:
     if options.plan:
         if is_first_rank():  # the others of a launcher have nothing to plan
             with dotted_keys("data", "trainer", "logging"):
-                _plan(config, out)
+                _plan(call)
         return
 
     from ldm_dkdm.training.from_images import new_model, train
 
     go_on = how_to_go_on("train", out)
     with dotted_keys("trainer", "logging"):
-        model = new_model(config, out)
+        model = new_model(_located(call), out)
         result = train(model, config.data, out, config=config, resume=call.resumed, signals=SIGNALS, go_on=go_on)
     if is_first_rank():
         print(f"model: {result.model.path}")
 
 
-def _plan(config: DiffusionRun, run: Path) -> None:
+def _located(call: TrainingCall[DiffusionRun]) -> DiffusionRun:
+    """The config with the paths of a resumed run where they are now."""
+    from ldm_dkdm.training.finding import located_paths
+
+    config, run = call.config, call.begun
+    return replace(config, model=located_paths(config.model, run), data=located_paths(config.data, run))
+
+
+def _plan(call: TrainingCall[DiffusionRun]) -> None:
     from ldm_dkdm.device import default_device, resolve_precision
     from ldm_dkdm.training.from_images import new_model
     from ldm_dkdm.training.image_plan import plan_training, training_costs, training_time
 
-    model = new_model(config, run)
+    config = _located(call)
+    model = new_model(config, call.folder.path)
     model.precision = resolve_precision(config.trainer.precision, default_device(config.trainer.accelerator))
     parts = plan_training(model, config)
     print_plan(training_costs(parts), lambda: training_time(parts))

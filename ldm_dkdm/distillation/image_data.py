@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.config.schema import DiffusionDataConfig
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec
 from ldm_dkdm.images import find_images, folder_of_images, read_image, read_images, square_npz
@@ -137,8 +137,10 @@ def open_sets(config: DiffusionDataConfig, seed: int, channels: int = 3) -> dict
     if config.path is None and config.fraction != 1:
         raise UserError("data.fraction: is a share of data.path, which is not set")
     size = config.image_size
-    real = open_images(config.path, size, channels) if config.path else None
-    synthetic = open_images(config.synthetic, size, channels) if config.synthetic else None
+    with naming("data.path"):
+        real = open_images(config.path, size, channels) if config.path else None
+    with naming("data.synthetic"):
+        synthetic = open_images(config.synthetic, size, channels) if config.synthetic else None
     if config.mix == "replace" and real is not None and synthetic is not None:
         count = max(1, round(config.fraction * len(synthetic)))
         if count > len(real):

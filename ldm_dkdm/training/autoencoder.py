@@ -17,7 +17,7 @@ from ldm_dkdm.checkpoints.model_folder import write_folder
 from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageRun, TrainerConfig
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.evaluation.perceptual import lpips_loss
 from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
@@ -26,6 +26,7 @@ from ldm_dkdm.images import load_images
 from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.ema import averaged
+from ldm_dkdm.training.finding import located_paths, require_same_count
 from ldm_dkdm.training.room import disk_needed, require_disk
 from ldm_dkdm.training.run import Result, Run
 from ldm_dkdm.training.run_folder import RunFolder
@@ -77,12 +78,12 @@ def train_first_stage(
 def _train_first_stage_in(run: Run) -> Result:
     """Train a first stage in a run folder; errors as `train_first_stage`."""
     config: FirstStageRun = run.config
+    place = run.folder.path if run.resumed else None
+    data, loss = located_paths(config.data, place), located_paths(config.loss, place)
     with forked_rng(config.trainer.seed):
         vq = build(config.first_stage, VQ_MODELS, "first_stage.params")
         assert isinstance(vq, VQModel)
-        module = FirstStageModule(
-            vq, config, lpips_loss(config.loss.perceptual_backbone) if config.loss.perceptual else None
-        )
+        module = FirstStageModule(vq, config, lpips_loss(loss.perceptual_backbone) if loss.perceptual else None)
     _refuse_unused(config)
     _require_channels(vq, config)
     if end := run.end():
@@ -92,10 +93,14 @@ def _train_first_stage_in(run: Run) -> Result:
         return Result(vq, run.folder.path, run.step, end)
     trained = sum(parameter.numel() for parameter in module.parameters())
     require_disk(run.folder, disk_needed(trained, config.trainer, config.logging))
-    held_out = None  # read first, since it is the smaller set
-    if config.data.held_out:
-        held_out = load_images(config.data.held_out, config.data.image_size, vq.in_channels, run.progress)
-    images = load_images(config.data.path, config.data.image_size, vq.in_channels, run.progress)
+    size, held_out = config.data.image_size, None  # which is read first, since it is the smaller set
+    if data.held_out:
+        with naming("data.held_out"):
+            held_out = load_images(data.held_out, size, vq.in_channels, run.progress)
+    with naming("data.path"):
+        images = load_images(data.path, size, vq.in_channels, run.progress)
+        if run.latest:
+            require_same_count(run.folder, COUNT, len(images), data.path)
     if config.data.batch_size > len(images):
         raise UserError(f"data.batch_size: {config.data.batch_size} is more than the {len(images)} images")
 
@@ -133,6 +138,7 @@ def _require_channels(vq: VQModel, config: FirstStageRun) -> None:
         raise UserError(f"loss.perceptual: LPIPS takes grey or RGB images, not {channels} channels; set it to 0")
 
 
+COUNT = "images"  # fact in the folder's config: how many images trained the first stage
 WEIGHTS = "model.safetensors"  # file name of the weights in a first stage's folder
 OWN_CHOICES = (
     "lr_schedule",
@@ -175,7 +181,7 @@ def _export_on_save(
 
     def export(trainer: L.Trainer) -> None:
         vq = averaged(trainer, FirstStageModule).vq.eval()
-        info: dict[str, Any] = {"step": trainer.global_step}
+        info: dict[str, Any] = {"step": trainer.global_step, COUNT: len(images)}
         if held_out is not None:
             with decoration("held-out PSNR"):
                 info["held_out_psnr_db"] = round(held_out_psnr(vq, held_out), 2)

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.distillation.image_data import EncodedStates, ImageSet, States, encode_sets, open_sets
 from ldm_dkdm.distillation.make_student import check_loss, load_initial, require_call
 from ldm_dkdm.distillation.module import StudentModule
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.files import content_sha256, expanded
 from ldm_dkdm.first_stage.codec import Codec, LatentCodec
 from ldm_dkdm.images import grid, save_image
@@ -35,13 +36,15 @@ from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.calls import refuse_beside, training_of
 from ldm_dkdm.training.export import exporting, on_save
+from ldm_dkdm.training.finding import located_paths, require_same_count
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.room import disk_needed, require_disk
 from ldm_dkdm.training.run import Result, Run
-from ldm_dkdm.training.run_folder import RunFolder, located_first_stage
+from ldm_dkdm.training.run_folder import RunFolder
 from ldm_dkdm.training.saving import RunCheckpoint
 
 STAGE = "first_stage_sha256"  # fact in a model's card
+COUNTS = {"path": "real_images", "synthetic": "synthetic_images"}  # key of a set -> fact in a model's card
 
 
 def train(
@@ -103,14 +106,16 @@ def new_model(config: DiffusionRun, run: Path | None = None) -> DiffusionModel:
         schedule=schedule_of(config.diffusion),
         space=config.diffusion.space,
         parameterization=config.model.parameterization,
-        first_stage=named_first_stage(located_first_stage(config.first_stage, run)),
+        first_stage=named_first_stage(located_paths(config.first_stage, run)),
         node=config.model.plain,
     )
 
 
 def _train_in(run: Run, model: DiffusionModel) -> Result:
     """Train a model in a run folder; errors as `train`."""
-    config = run.config
+    config: DiffusionRun = replace(
+        run.config, data=located_paths(run.config.data, run.folder.path if run.resumed else None)
+    )
     if run.trainer.compile == "graphs":
         raise UserError("compile: graphs are for a distillation, and this run trains on images; use true")
     require_trainable(model, config)
@@ -124,7 +129,8 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     if found != model.shape:
         raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
     stage = _first_stage_facts(codec, model, run)
-    info = {**model.info, **stage, **_named_classes(model, config.data, sets[0])}
+    counted = _counted_images(by_key, config.data, run)
+    info = {**model.info, **stage, **counted, **_named_classes(model, config.data, sets[0])}
     export = exporting(model.changed(info=info), run.folder, config.logging.export_dtype)
     if end := run.end(model.network):
         return run.ended(model, end, export)
@@ -177,6 +183,20 @@ def _first_stage_facts(codec: Codec, model: DiffusionModel, run: Run) -> dict[st
             "out)"
         )
     return {STAGE: now}
+
+
+def _counted_images(sets: Mapping[str, ImageSet], data: DiffusionDataConfig, run: Run) -> dict[str, int]:
+    """How many images the run uses, for the model's card.
+
+    Raises:
+        UserError: the run began with another number; runs of older versions do not say theirs.
+    """
+    counts = {COUNTS[key]: len(images) for key, images in sets.items()}
+    for key, fact in COUNTS.items():
+        if key in sets and run.latest:
+            with naming(f"data.{key}"):
+                require_same_count(run.folder, fact, counts[fact], getattr(data, key))
+    return counts
 
 
 def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:

@@ -118,7 +118,7 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
     parts = going_on(parts, run.folder.checkpoints, run.latest)
     require_room(parts, run.folder)
     if not run.latest:
-        supply = supply_of(parts)
+        supply = supply_of(parts, run.folder.path if run.resumed else None)
         _check_teacher(parts, run)
     student.network.train()
     log, seed = run.config.logging, run.trainer.seed

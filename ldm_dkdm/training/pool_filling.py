@@ -30,6 +30,7 @@ from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.ranks import WAIT, Ranks
 from ldm_dkdm.records import NoisyBatch
 from ldm_dkdm.reporting import Progress, counted, following, logger
+from ldm_dkdm.training.finding import located
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.run import Run
 from ldm_dkdm.training.run_folder import IN_MEMORY, step_of
@@ -40,15 +41,15 @@ SECONDS_BETWEEN_WARMUP_SAVES = 600.0
 WORDS = {"teacher_sha256": "SHA-256", "num_timesteps": "T"}  # facts of a pool -> how messages call them
 
 
-def supply_of(parts: Distillation) -> NoisyBatch | None:
-    """The states of `pool_from`, a run of this package or a cache of the reference, checked to be enough."""
+def supply_of(parts: Distillation, run: Path | None = None) -> NoisyBatch | None:
+    """The states of `pool_from`, a run of this package or a reference's cache, `located` around a resumed run."""
     config, teacher = parts.config, parts.teacher
     method, steps = config.distill, teacher.schedule.num_timesteps
     if method.pool_from is None:
         return None
     if VARIANTS[method.variant].from_noise:
         raise UserError("pool_from: iterative distillation begins with noise; remove the key")
-    path = Path(method.pool_from)
+    path = Path(located(method.pool_from, run) if run else method.pool_from)
     with naming("pool_from"):
         own = is_own_pool(path)
         if own and teacher.file is None:

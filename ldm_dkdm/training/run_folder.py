@@ -12,16 +12,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ldm_dkdm.config.batches import SECTIONS
-from ldm_dkdm.config.load import card_kind, fits, load_config, read_yaml, to_yaml
-from ldm_dkdm.config.schema import (
-    DiffusionRun,
-    DistillRun,
-    FirstStageCard,
-    FirstStageConfig,
-    FirstStageRun,
-    LoggingConfig,
-    ModelCard,
-)
+from ldm_dkdm.config.load import load_config, read_yaml, to_yaml
+from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageRun, LoggingConfig
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError, legible
 from ldm_dkdm.files import expanded, make_folder, require_file, write_text
@@ -34,7 +26,9 @@ UNSEEN = ("distill.pool_storage",)  # keys that change no batch: any command may
 ONE = ("trainer.devices", "trainer.num_nodes")  # keys whose default was 1; null is as many without a launcher
 NAMED = 3  # keys that a message names, of those that differ
 IN_MEMORY = "a model made in Python"  # begins the name of a teacher without a file, which ends with its hash
-POINTERS = ("teacher.ckpt", "first_stage.ckpt")  # paths; that the teacher is the same, its hash says
+PLACE = ("logging.name", "logging.dir")  # keys in FREE that say where a run is, which a resume does not move
+POINTERS = ("teacher.ckpt", "first_stage.ckpt", "loss.perceptual_backbone")  # paths; a hash says whether they changed
+IMAGES = ("data.path", "data.synthetic", "data.held_out")  # paths, which a resume neither adds nor leaves out
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
@@ -117,7 +111,7 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
 
     Args:
         config: must be the one that the folder was made with, but for UNSEEN; if `resumed`, FREE may differ except for
-            FIXED.
+            FIXED, and PLACE may name the folder that it is.
         folder: logs/<run>.
         resumed: the user asked to resume the run.
     """
@@ -134,8 +128,26 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
         sections = [field.name for field in dataclasses.fields(config) if field.name not in FREE]
         for key in (*sections, *FIXED):
             for changed, old, new in _changes(_at(before, key), _at(now, key), key):
-                if changed not in POINTERS or IN_MEMORY in f"{old} {new}":
+                if not _may_move(changed, old, new):
                     raise UserError(f"{changed}: cannot change when {folder.path} is resumed; start a new run for that")
+        moved = [key for key in PLACE if _at(before, key) != _at(now, key)]
+        if moved and _place(now, folder).resolve() != folder.path.resolve():
+            raise UserError(
+                f"{' and '.join(moved)}: a resumed run goes on in its own folder, {folder.path}; leave the key out, or "
+                "start a new run for that"
+            )
+
+
+def _may_move(key: str, old: Any, new: Any) -> bool:
+    """Whether a key that differs names what may lie elsewhere now."""
+    if key in IMAGES:
+        return None not in (old, new)
+    return key in POINTERS and IN_MEMORY not in f"{old} {new}"
+
+
+def _place(tree: Any, folder: RunFolder) -> Path:
+    """The run folder that a config names; one without a name has that of the folder."""
+    return expanded(_at(tree, "logging.dir")) / (_at(tree, "logging.name") or folder.path.name)
 
 
 def _text(config: RunConfig) -> str:
@@ -194,20 +206,6 @@ def _made_with(stored: Path, schema: type[RunConfig]) -> str:
         return OmegaConf.to_yaml(read_yaml(stored))  # refuses a damaged or endless one
 
 
-def located(path: str, run: Path) -> str:
-    """A relative path in a run's config, looked for in the folders around the run, then where the process works."""
-    if not expanded(path).is_absolute():
-        for folder in (*run.absolute().parents, *run.resolve().parents):
-            if (found := folder / path).exists():
-                return path if Path(path).exists() and found.samefile(path) else str(found)
-    return path
-
-
-def located_first_stage(config: FirstStageConfig, run: Path | None) -> FirstStageConfig:
-    """The section of a first stage with its path `located`."""
-    return dataclasses.replace(config, ckpt=located(config.ckpt, run)) if run and config.ckpt else config
-
-
 def require_plain(path: Path) -> None:
     """Refuse a run folder whose name Lightning (fsspec) reads as a network address.
 
@@ -228,30 +226,3 @@ def run_folder(log: LoggingConfig, default_name: str, schema: type[RunConfig]) -
     if Path(name).is_absolute() or name.startswith("~") or ".." in Path(name).parts or not Path(name).parts:
         raise UserError(f"logging.name: '{name}' must be a folder below {log.dir}; logging.dir says where that is")
     return RunFolder(Path(log.dir) / name, schema.MODEL)
-
-
-def find_run(name: str, schema: type[RunConfig], logs: Path = Path("logs")) -> RunFolder:
-    """The run folder to resume; `last` is the most recent one of its kind in logs/."""
-    if name == "last":
-        runs = [f for f in logs.glob("*/config.yaml") if _is_run_of(f, schema)]
-        if not runs:
-            raise UserError(f"--resume last: {logs}/ holds no run of dkdm {schema.COMMAND}; name its folder instead")
-        return RunFolder(max(runs, key=lambda f: newest_change(f.parent)).parent, schema.MODEL)
-    folder = RunFolder(expanded(name), schema.MODEL)
-    if not (folder.path / "config.yaml").is_file():
-        raise UserError(f"--resume: {name} is not a run folder (it has no config.yaml)")
-    if (found := card_kind(folder.path / "config.yaml")) in (ModelCard.KIND, FirstStageCard.KIND):
-        raise UserError(f"--resume: {name} is {found}; name the run folder that it is in")
-    return folder
-
-
-def _is_run_of(file: Path, schema: type[RunConfig]) -> bool:
-    try:
-        return fits(read_yaml(file), schema)
-    except UserError:  # third-party, or damaged
-        return False
-
-
-def newest_change(folder: Path) -> float:
-    """When a run last saved something."""
-    return max(f.stat().st_mtime for f in [folder / "config.yaml", *folder.glob("checkpoints/*")])
