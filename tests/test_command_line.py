@@ -15,6 +15,7 @@ import ldm_dkdm as dkdm
 from ldm_dkdm.commands import demo, distill
 from ldm_dkdm.commands.arguments import how_to_go_on
 from ldm_dkdm.commands.main import COMMANDS, parser_of
+from ldm_dkdm.config.load import load_config
 from ldm_dkdm.errors import Stopped
 from ldm_dkdm.networks import NETWORKS
 from tests.cli import ROOT, contents, distil, run_script, sample, write_yaml
@@ -61,6 +62,8 @@ REFUSED = {
     "--labels: must be at least 0, got -1": ["sample", "-r", "nowhere", "--labels", "0", "-1"],
     "--guidance: give at least one value before null_label=2": ["sample", "-r", "x", "--guidance", "null_label=2"],
     "argument --labels: invalid int value: 'x'": ["sample", "-r", "nowhere", "--labels", "x", "null_label=2"],
+    "--first_stage: vq, and first_stage=x; give one": ["sample", "-r", "m", "--first_stage", "vq", "first_stage=x"],
+    "use_ema: True as a hint, and False as a flag; give one": ["sample", "-r", "m", "--raw", "use_ema=true"],
     "--batch_size: must be at least 1": ["decode", "x", "--first_stage", "y", "-o", "z", "--batch_size", "0"],
 }
 
@@ -270,3 +273,10 @@ def test_sampling_compiles_what_it_is_asked_to(
     for choice, found in (("auto", []), ("false", []), ("true", ["UNet", "Decoder"])):
         assert sample(*words, "--compile", choice, "-l", tmp_path / choice, "--device", "cpu") == 0
         assert asked == found
+
+
+def test_a_key_with_several_values_is_named_and_the_last_counts(caplog: pytest.LogCaptureFixture) -> None:
+    words = ["--base", "quickstart", "trainer.max_steps=7", "trainer.max_steps=7", "trainer.max_steps=8"]
+    options = parser_of("distill").parse_args(words)
+    assert caplog.messages == ["trainer.max_steps: given as 7 and as 8; the last one counts"]
+    assert load_config(["quickstart"], options.base[1:] + options.overrides).trainer.max_steps == 8

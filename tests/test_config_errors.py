@@ -167,6 +167,14 @@ COMMAND_LINES = {
     "override_after_an_option": (["--base", "BASE", "--plan", "distill.rho=-1"], ("distill.rho", "above 0")),
     "override_without_key": (["--base", "BASE", "=3"], ("'=3'", "key=value")),
     "override_of_unknown_key": (["--base", "BASE", "trainer.speed=3"], ("trainer.speed: unknown key",)),
+    "flag_against_its_key": (
+        ["--base", "BASE", "--first_stage", "vq", "first_stage.ckpt=other"],
+        ("--first_stage: vq, and first_stage.ckpt=other; give one of them",),
+    ),
+    "flag_twice": (
+        ["--base", "BASE", "--first_stage", "a", "--first_stage=b"],
+        ("--first_stage: given as a and as b",),
+    ),
     "override_not_yaml": (["--base", "BASE", "distill.rho=[1"], ("distill.rho=[1",)),
     "override_to_nothing": (["--base", "BASE", "distill.rho="], ("distill.rho", "missing")),
     "override_through_a_value": (["--base", "BASE", "distill.rho.x=3"], ("distill.rho", "number")),

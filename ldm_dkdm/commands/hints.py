@@ -21,7 +21,7 @@ class ScopedHints:
         flags: bare hints that were given as flags; those of None are not given.
 
     Raises:
-        UserError: an item that is not key=value.
+        UserError: an item that is not key=value, or a hint that a flag contradicts.
     """
 
     def __init__(self, items: Sequence[str], scopes: Sequence[str], flags: Mapping[str, Any] | None = None) -> None:
@@ -31,7 +31,12 @@ class ScopedHints:
             scoped = dot and scope in scopes
             found[scope if scoped else ""].append(rest if scoped else item)
         given = {scope: read_hints(own) for scope, own in found.items()}
-        self.bare = given.pop("") | {name: value for name, value in (flags or {}).items() if value is not None}
+        flagged = {name: value for name, value in (flags or {}).items() if value is not None}
+        self.bare = given.pop("")
+        for name, value in flagged.items():
+            if self.bare.get(name, value) != value:
+                raise UserError(f"{name}: {self.bare[name]} as a hint, and {value} as a flag; give one of them")
+        self.bare |= flagged
         self.own = given
 
     def of(self, scope: str) -> "Hints":

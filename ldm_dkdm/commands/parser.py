@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from ldm_dkdm.commands.other_flags import advice
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.reporting import logger
 
 
 class Once(argparse._StoreAction):
@@ -51,8 +52,13 @@ class Parser(argparse.ArgumentParser):
         items = next((own for own in ("hints", "overrides") if hasattr(options, own)), None)
         if items is not None:
             getattr(options, items).extend(self.passed)
+            _mention_repeated([*getattr(options, "base", []), *getattr(options, items)])
         if getattr(options, "stage", None) is not None and items is not None:
             key = "first_stage" if items == "hints" else "first_stage.ckpt"
+            for item in [*getattr(options, items), *getattr(options, "base", [])]:
+                name, _, value = item.partition("=")
+                if name == key and value != options.stage:
+                    raise UserError(f"--first_stage: {options.stage}, and {item}; give one of them")
             getattr(options, items).append(f"{key}={options.stage}")
         return options
 
@@ -72,3 +78,13 @@ class Parser(argparse.ArgumentParser):
         if line := advice(self.given, set(self._option_string_actions)):
             raise UserError(line)
         raise UserError(f"{message}; {self.hint}")
+
+
+def _mention_repeated(items: Sequence[str]) -> None:
+    """Name the keys that are given with several values, of which the last one counts, as of several --base files."""
+    given: dict[str, str] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if equals and given.get(key, value) != value:
+            logger.warning(f"{key}: given as {given[key]} and as {value}; the last one counts")
+        given[key] = value

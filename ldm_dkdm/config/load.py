@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm_dkdm.config.batches import SECTIONS, divided
 from ldm_dkdm.config.checked import Section, convert, hints_of, is_required, parse, unwrap
-from ldm_dkdm.config.limits import DEPTH, require_modest, require_plain_numbers, require_short_references
+from ldm_dkdm.config.limits import require_plain_numbers
+from ldm_dkdm.config.overrides import NOT_YAML, dotlist, read_overrides, resolved
 from ldm_dkdm.config.recipes import find_config, find_shipped
 from ldm_dkdm.config.references import bad_reference
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard, NewNetworkConfig
-from ldm_dkdm.config.text import quoted, quoted_override
-from ldm_dkdm.errors import MALFORMED, UserError, legible, nearest
+from ldm_dkdm.config.text import quoted
+from ldm_dkdm.errors import UserError, legible, nearest
 from ldm_dkdm.files import read_text
 from ldm_dkdm.reporting import logger
 
@@ -48,7 +48,6 @@ DESCRIPTIONS = ("model_index.json", "config.yaml", "student/config.yaml", "model
 RUNS = (DistillRun, DiffusionRun, FirstStageRun)
 RUN_KIND = "a run folder without a saved model"
 LONGEST = 4_000_000  # bytes of a config
-NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, *MALFORMED)
 
 
 def load_config(
@@ -71,7 +70,7 @@ def load_config(
     try:
         recipe = _without_architecture(functools.reduce(_merge, parts[:-1]), parts[-1])
         merged = _merge(recipe, parts[-1])
-        tree = _resolved(merged)
+        tree = resolved(merged)
     except OmegaConfBaseException as error:
         raise bad_reference(error, overrides, files, parts) from error
     except TypeError as error:
@@ -86,16 +85,10 @@ def load_config(
     return parse(schema, tree, "")
 
 
-def _resolved(node: DictConfig) -> Any:
-    """Plain values, with the references ${key} replaced by what they name."""
-    require_short_references(OmegaConf.to_container(node))
-    return OmegaConf.to_container(node, resolve=True)
-
-
 def _parts(files: Sequence[Path], overrides: Sequence[str], schema: Any) -> list[DictConfig]:
     """The files and the overrides as trees; a file that holds only a student may be the model of a training."""
     known = {"student": NewNetworkConfig, **hints_of(schema)}
-    return [*(read_yaml(file, known) for file in files), _dotlist(overrides, known)]
+    return [*(read_yaml(file, known) for file in files), dotlist(overrides, known)]
 
 
 def _refuse_other_scripts(tree: Mapping[str, Any], schema: Any, files: Sequence[Path]) -> None:
@@ -209,50 +202,6 @@ def _loaded(text: str) -> Any:
         return OmegaConf.load(io.StringIO(text))
     except OSError:
         return None
-
-
-def read_overrides(overrides: Sequence[str], hint: Any = None) -> dict[str, Any]:
-    """`key=value` items as a tree of plain values; those of text keys in `hint` (`text.quoted`) are kept as typed.
-
-    Raises:
-        UserError: an item of another form, a value that is not YAML, or a reference to nothing.
-    """
-    try:
-        return cast(dict[str, Any], _resolved(_dotlist(overrides, hint)))
-    except OmegaConfBaseException as error:
-        raise bad_reference(error, overrides) from error
-
-
-def _dotlist(overrides: Sequence[str], hint: Any = None) -> DictConfig:
-    items = [_checked_override(item, hint) for item in overrides]
-    try:
-        return OmegaConf.from_dotlist(items)
-    except NOT_YAML as error:
-        raise UserError(f"overrides {' '.join(overrides)}: {error}") from error
-
-
-def _checked_override(item: str, hint: Any) -> str:
-    """An override as OmegaConf should read it.
-
-    Raises:
-        UserError: another form, a value that is not YAML, or one that is more than a value or not plainly a number.
-    """
-    key, equals, value = item.partition("=")
-    if not equals or not key or key.startswith("-"):
-        raise UserError(f"'{item}': overrides look like key=value, for example trainer.max_steps=1000")
-    if value.strip() == "???":
-        raise UserError(f"{key}: ??? stands for a missing value; give one")
-    if key.count(".") + key.count("[") > DEPTH:
-        raise UserError(f"{key}: nests more than {DEPTH} sections")
-    try:
-        item = quoted_override(item, hint)
-        require_modest(item.partition("=")[2])
-        require_plain_numbers(item.partition("=")[2])
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
-    except NOT_YAML as error:
-        raise UserError(f"overrides {item}: {error}") from error
-    return item
 
 
 def read_card(path: Path, schema: type[Card]) -> Card:
