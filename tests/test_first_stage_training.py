@@ -18,7 +18,8 @@ from ldm_dkdm.first_stage.vqgan import FirstStageModule, as_vectors, held_out_ps
 from ldm_dkdm.images import save_image, to_image
 from tests.cli import run_script, write_yaml
 from tests.parts import VQ_PARAMS
-from tests.training_images import LOGGING, TRAINER, training_images
+from tests.test_config_errors import assert_one_error_line
+from tests.training_images import TRAINER, training_images
 
 
 def first_stage_config(data: Path, logs: Path, **sections: dict[str, object]) -> dict[str, dict]:
@@ -27,7 +28,7 @@ def first_stage_config(data: Path, logs: Path, **sections: dict[str, object]) ->
         "data": {"path": str(data), "held_out": str(data), "image_size": 32, "batch_size": 8},
         "trainer": TRAINER,
         "codebook": {"continuous_steps": 3, "restart_every": 2},
-        "logging": {"dir": str(logs), "name": "vq", **LOGGING},
+        "logging": {"dir": str(logs), "name": "vq", "save_every": 4},
     }
     return {name: {**config.get(name, {}), **sections.get(name, {})} for name in config | sections}
 
@@ -120,3 +121,20 @@ def test_the_adversarial_gradient_matches_that_of_the_reconstruction() -> None:
 def test_lpips_without_its_weights_names_the_file(backbone: str | None) -> None:
     with pytest.raises(UserError, match=f"vgg16-397923af.pth.*perceptual_backbone={backbone}"):
         lpips_loss(backbone)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "logging.sample_every=1",
+        "logging.sample_count=3",
+        "logging.sample_steps=3",
+        "trainer.weight_decay=0.1",
+        "loss.adversarial_start=5",
+        "loss.perceptual_backbone=vgg16.pth",
+    ],
+)
+def test_a_key_without_effect_is_refused(override: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_yaml(tmp_path / "vq.yaml", first_stage_config(tmp_path / "no-images", tmp_path / "logs"))
+    code = run_script("train_first_stage.py", "--base", base, override)
+    assert_one_error_line(capsys, code, (f"error: {override.partition('=')[0]}: ", "remove the key"))

@@ -18,7 +18,7 @@ from tests.cli import contents, distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, VQ_PARAMS, first_stage_folder, model_folder
 from tests.test_config_errors import assert_one_error_line
 from tests.test_resume import write_config
-from tests.training_images import LOGGING, TRAINER, training_images
+from tests.training_images import TRAINER, training_images
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def image_run(kind: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[s
     config = {
         "data": {"path": "images.npz", "image_size": 32, "batch_size": 4},
         "trainer": {**TRAINER, "max_steps": 1},
-        "logging": {**LOGGING, "name": "run", "sample_every": 100},
+        "logging": {"name": "run"},
     }
     config |= (
         {

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cli import distil, sample
+from tests.cli import distil, run_script, sample
 from tests.digits import distil_config, train
+from tests.test_config_errors import assert_one_error_line
 
 
 @pytest.fixture
@@ -40,6 +41,26 @@ def test_bad_values_are_one_line_and_exit_code_2(
     assert distil("--base", distil_config(teacher, tmp_path, "bad"), override) == 2
     error = capsys.readouterr().err
     assert words in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--first_stage", "models/vq"], "first_stage: pixel space has none"),
+        (["first_stage.scale_factor=0.5"], "first_stage: pixel space has none"),
+        (["data.mix=replace"], "data.mix: replace needs real images and samples; set both path and synthetic"),
+    ],
+)
+def test_a_training_refuses_what_has_no_effect(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((8, 8, 8, 3), np.uint8), arr_1=np.arange(8))
+    assert train(tmp_path, "good", {"path": str(tmp_path / "x.npz")}, trainer={"max_steps": 1}) == 0
+    for plan in ([], ["--plan"]):
+        capsys.readouterr()
+        code = run_script("train_ldm.py", "--base", tmp_path / "good.yaml", "logging.name=bad", *words, *plan)
+        assert_one_error_line(capsys, code, (message,))
     assert not (tmp_path / "bad").exists()
 
 

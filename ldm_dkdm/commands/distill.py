@@ -125,9 +125,11 @@ def untrained_teacher(config: DistillRun, path: Path) -> "DiffusionModel":
     from ldm_dkdm.config.registry import build
     from ldm_dkdm.config.schema import NetworkConfig
     from ldm_dkdm.model import DiffusionModel
+    from ldm_dkdm.model.opening import refuse_in_pixel_space
     from ldm_dkdm.networks import NETWORKS
 
     assert config.teacher.target is not None and config.diffusion is not None  # checked by `_plan`
+    refuse_in_pixel_space(config.first_stage, config.diffusion)
     node = NetworkConfig(config.teacher.target, config.teacher.params, config.teacher.parameterization or "eps")
     return DiffusionModel(
         build(node, NETWORKS, "teacher.params"),

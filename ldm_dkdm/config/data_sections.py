@@ -6,6 +6,7 @@ from typing import Literal
 
 from ldm_dkdm.config.checked import Section, key, one_of
 from ldm_dkdm.config.sections import SAMPLERS
+from ldm_dkdm.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,12 @@ class DiffusionDataConfig(Section):
     t_cap: float | None = key(
         None, above=0, help="Draws fewer t near pure noise: density min(1, t_cap * abar_t); null is uniform."
     )
+
+    def __post_init__(self) -> None:
+        """Refuse a mixture of one set."""
+        super().__post_init__()
+        if self.mix == "replace" and None in (self.path, self.synthetic):
+            raise UserError("mix: replace needs real images and samples; set both path and synthetic, or leave it out")
 
 
 @dataclass(frozen=True)

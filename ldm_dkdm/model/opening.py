@@ -134,12 +134,21 @@ def _model_of(
 def _stage(
     stage: FirstStageSource | None, given: FirstStageConfig, diffusion: DiffusionConfig, verify: bool
 ) -> FirstStageSource | None:
+    refuse_in_pixel_space(given, diffusion)
     if not SPACES[diffusion.space].encoded:
-        if given != FirstStageConfig():
-            raise UserError("first_stage: pixel space has none; remove it, or set space=latent")
         return None
     found = named_first_stage(given) if stage is None else stage.changed(given)
     return found and replace(found, verify=verify)
+
+
+def refuse_in_pixel_space(given: FirstStageConfig, diffusion: DiffusionConfig) -> None:
+    """Refuse a first stage, or a key of one, for states that are images.
+
+    Raises:
+        UserError: something is given.
+    """
+    if not SPACES[diffusion.space].encoded and given != FirstStageConfig():
+        raise UserError("first_stage: pixel space has none; remove it, or set space=latent")
 
 
 def require_outputs(network: nn.Module, where: str) -> None:

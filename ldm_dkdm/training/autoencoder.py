@@ -15,8 +15,9 @@ from torch.utils.data import IterableDataset
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.checkpoints.model_folder import write_folder
 from ldm_dkdm.checkpoints.reading import read_named_weights
+from ldm_dkdm.config.checked import Section
 from ldm_dkdm.config.registry import build
-from ldm_dkdm.config.schema import FirstStageCard, FirstStageRun, TrainerConfig
+from ldm_dkdm.config.schema import FirstStageCard, FirstStageLoss, FirstStageRun, LoggingConfig, TrainerConfig
 from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.evaluation.perceptual import lpips_loss
 from ldm_dkdm.files import expanded
@@ -156,14 +157,18 @@ OWN_CHOICES = (
 )  # trainer keys that this training sets itself
 
 
+NO_GRIDS = ("sample_every", "sample_count", "sample_steps")  # logging keys of grids, which this training does not draw
+
+
 def _refuse_unused(config: FirstStageRun) -> None:
-    """Refuse keys of the shared sections that this training sets itself."""
-    defaults = TrainerConfig(max_steps=1, learning_rate=1.0)
-    for key in OWN_CHOICES:
-        if getattr(config.trainer, key) != getattr(defaults, key):
-            raise UserError(
-                f"trainer.{key}: the first stage trains on one device with its own schedule; remove the key"
-            )
+    """Refuse keys of the shared sections that this training sets itself, and those of what it does not do."""
+    own = TrainerConfig(max_steps=1, learning_rate=1.0)
+    why = "the first stage trains on one device with its own schedule"
+    _require_defaults("trainer", config.trainer, own, OWN_CHOICES, why)
+    _require_defaults("logging", config.logging, LoggingConfig(), NO_GRIDS, "a first stage draws no grids of samples")
+    for term, keys in (("perceptual", ("perceptual_backbone",)), ("adversarial", ("adversarial_start",))):
+        if not getattr(config.loss, term):
+            _require_defaults("loss", config.loss, FirstStageLoss(), keys, f"has no effect without loss.{term}")
     if config.trainer.ranks > 1:
         raise UserError(
             f"trainer.devices: the first stage trains on one device, and {config.trainer.ranks} are started"
@@ -171,6 +176,14 @@ def _refuse_unused(config: FirstStageRun) -> None:
     for key in ("ckpt", "scale_factor"):
         if getattr(config.first_stage, key) is not None:
             raise UserError(f"first_stage.{key}: the training makes it; remove the key")
+
+
+def _require_defaults(name: str, section: Section, defaults: Section, keys: Sequence[str], why: str) -> None:
+    for key in keys:
+        default = getattr(defaults, key)
+        if getattr(section, key) != default:
+            shown = "null" if default is None else default
+            raise UserError(f"{name}.{key}: {why}; remove the key, or set it to {shown}")
 
 
 def _export_on_save(

@@ -30,6 +30,7 @@ from ldm_dkdm.files import content_sha256, expanded
 from ldm_dkdm.first_stage.codec import Codec, LatentCodec
 from ldm_dkdm.images import grid, save_image
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.model.opening import refuse_in_pixel_space
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.modes import compiled
 from ldm_dkdm.reporting import Progress, decoration, logger
@@ -96,8 +97,9 @@ def new_model(config: DiffusionRun, run: Path | None = None) -> DiffusionModel:
         run: the run folder, if there is one.
 
     Raises:
-        UserError: an unknown target, a bad parameter, or initial weights that do not fit.
+        UserError: an unknown target, a bad parameter, initial weights that do not fit, or a first stage in pixel space.
     """
+    refuse_in_pixel_space(config.first_stage, config.diffusion)
     with forked_rng(config.trainer.seed):
         network = build(config.model, NETWORKS, "model.params")
     load_initial(network, config.model, "model.init")
