@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import ldm_dkdm as dkdm
 from ldm_dkdm.commands import demo, distill
 from ldm_dkdm.commands.arguments import how_to_go_on
-from ldm_dkdm.commands.main import COMMANDS, parser_of
+from ldm_dkdm.commands.main import COMMANDS, main, parser_of
 from ldm_dkdm.config.load import load_config
 from ldm_dkdm.errors import Stopped
 from ldm_dkdm.networks import NETWORKS
@@ -253,6 +253,18 @@ def test_a_begun_demo_goes_on(begun: bool, tmp_path: Path, monkeypatch: pytest.M
     assert calls[0].resume == (str(demo.RUN) if begun else None)
     words = [*calls[0].base, *calls[0].overrides]
     assert words[-1] == "trainer.max_minutes=1" and ("quickstart" in words) != begun
+
+
+@pytest.mark.parametrize("override", ["logging.name=mine", "logging={dir: x}", "teacher.ckpt=models/other"])
+def test_a_demo_elsewhere_is_refused_before_its_work(
+    override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main("demo", [override, "logging.dir=logs" if "dir" not in override else "trainer.max_steps=1"])
+    key = {"logging={dir: x}": "logging.dir"}.get(override, override.partition("=")[0])
+    assert_one_error_line(capsys, end.value.code, (f"error: {key}: the demo distils ", "into logs/quickstart"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stopped_run_goes_on_with_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
