@@ -1,11 +1,19 @@
-"""Ctrl-C in a distillation that was called from Python."""
+"""Ctrl-C in a distillation that was called from Python, and a terminal that is closed."""
 
+import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import ldm_dkdm as dkdm
+from tests.cli import write_yaml
+from tests.parts import distill_config
 from tests.process import changes, process_state
 from tests.test_python_api import NUMBERS, assert_equal_runs, own_student, same, weights
 
@@ -56,3 +64,64 @@ def test_a_second_ctrl_c_stops_at_once(teacher: dkdm.DiffusionModel, tmp_path: P
     with pytest.raises(KeyboardInterrupt):
         dkdm.distill(teacher, student, tmp_path / "run", **{**NUMBERS, "progress": twice})
     assert changes(before) == {} and not list((tmp_path / "run" / "checkpoints").glob("step=*.ckpt"))
+
+
+IN_A_TERMINAL = """
+import fcntl, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal that is closed sends its signal here
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+sys.argv = ["dkdm", *sys.argv[1:]]
+from ldm_dkdm.commands.entry import main
+main()
+"""
+
+
+@pytest.fixture
+def hangup() -> Iterator[Callable[[object], None]]:
+    """Sets what the process does at a hang-up; afterwards it does what it did before."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield lambda handler: signal.signal(signal.SIGHUP, handler)
+    signal.signal(signal.SIGHUP, before)
+
+
+class HangUp(Interrupt):
+    """A progress callback that hangs up twice at step 3, as a shell and the kernel do."""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what == "training" and done >= self.at:
+            self.at = 10**9
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_hang_up_saves_unless_it_is_ignored(
+    ignored: bool, teacher: dkdm.DiffusionModel, tmp_path: Path, hangup: Callable[[object], None]
+) -> None:
+    hangup(signal.SIG_IGN if ignored else signal.SIG_DFL)
+    numbers = {**NUMBERS, "save_every": 100, "progress": HangUp("training", 3), "signals": (signal.SIGHUP,)}
+    if ignored:
+        assert dkdm.distill(teacher, own_student(teacher), tmp_path / "run", **numbers).step == 6
+        return
+    with pytest.raises(dkdm.Stopped, match="stopped and saved at step 3"):
+        dkdm.distill(teacher, own_student(teacher), tmp_path / "run", **numbers)
+    assert (tmp_path / "run" / "checkpoints" / "step=00000003.ckpt").is_file()
+
+
+def test_a_closed_terminal_saves_the_run(teacher_folder: Path, tmp_path: Path) -> None:
+    often = {"log_every": 1, "save_every": 10**6, "sample_every": 10**6}
+    config = distill_config(teacher_folder, tmp_path, trainer={"max_steps": 10**6}, logging=often)
+    base, rows = write_yaml(tmp_path / "base.yaml", config), tmp_path / "run" / "metrics.csv"
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-c", IN_A_TERMINAL, "distill", "--base", str(base)]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
+        os.close(theirs)
+        os.set_blocking(ours, False)
+        waiting = time.monotonic() + 120
+        while time.monotonic() < waiting and not (rows.is_file() and rows.read_text().count("\n") > 3):
+            time.sleep(0.1)
+            with suppress(BlockingIOError):
+                os.read(ours, 65536)  # else the terminal is full, and the process waits
+        os.close(ours)
+        assert process.wait(120) == 130
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step=*.ckpt"))) == 1

@@ -41,7 +41,8 @@ HINTS = {
     "first_stage": str,
     "verify": bool,
 }  # types of the hints
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ask a training command to save and stop
+ASKING = ("SIGINT", "SIGTERM", "SIGHUP")  # a closed terminal sends the last, which Windows does not have
+SIGNALS = tuple(getattr(signal, name) for name in ASKING if hasattr(signal, name))  # ask a training to save and stop
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A signal ends a run at the next whole iteration, so that what is saved is exact."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -12,11 +13,15 @@ from ldm_dkdm.reporting import logger
 from ldm_dkdm.training.ends import StepCallback
 from ldm_dkdm.training.hosts import any_host
 
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
+OUTPUTS = (1, 2)  # file descriptors of stdout and stderr
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class GracefulStop(StepCallback):
     """Context manager and Lightning callback: the first signal asks for a stop, a second one forces it.
+
+    A hang-up forces nothing, since a closed terminal may send several, and one that is ignored (nohup) stays so.
 
     Args:
         signals: the signals; their handlers are restored after the block.
@@ -26,10 +31,14 @@ class GracefulStop(StepCallback):
         self.signals = signals
         self.requested = False
         self._previous: dict[int, Handler] = {}
+        self._terminals: list[int] = []  # outputs that may hang up
 
     def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._on_signal) for number in self.signals}
+            ignored = [HANGUP] if HANGUP is not None and signal.getsignal(HANGUP) == signal.SIG_IGN else []
+            heard = [number for number in self.signals if number not in ignored]
+            self._terminals = [output for output in OUTPUTS if os.isatty(output)]
+            self._previous = {number: signal.signal(number, self._on_signal) for number in heard}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -37,10 +46,22 @@ class GracefulStop(StepCallback):
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == HANGUP:
+            self._leave_lost_terminals()
         if self.requested:
+            if number == HANGUP:
+                return
             raise KeyboardInterrupt
         self.requested = True
         logger.warning("stopping after this iteration and saving (once more: stop at once)")
+
+    def _leave_lost_terminals(self) -> None:
+        """Send what is printed to a terminal that is gone nowhere: writing there fails, and would end the run."""
+        for output in self._terminals:
+            if not os.isatty(output):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, output)
+                os.close(nowhere)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
