@@ -115,8 +115,8 @@ def run(options: argparse.Namespace) -> None:
     for model in () if options.no_png else models:
         require_png(model)
     written = {"img": not options.no_png, "samples.npz": options.npz, "latents.safetensors": options.latents}
-    for model in models:
-        folder = _folder(model, options.logdir, len(models))
+    for name in names_of_models(models):
+        folder = _folder(name, options.logdir, len(models))
         require_outputs(folder, "-l", "grid.png", *(name for name, wanted in written.items() if wanted))
     _sample_all(models, config, options)
 
