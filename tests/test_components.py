@@ -83,7 +83,7 @@ def test_what_has_no_components_is_refused_before_any_work(tmp_path: Path) -> No
         (A[:64], "pixel-frechet needs 65 images or more in both sets"),
         (A[:1].repeat(70, 1, 1, 1), "its images are all the same"),
         (tmp_path / "statistics.npz", "holds no images, whose pixels pixel-frechet needs"),
-        (images_of(70, 6, 0), "images of 192 and 108 values cannot be compared"),
+        (images_of(70, 6, 0), "the images of tensor are 8x8 RGB, those of tensor 6x6 RGB$"),
     ):
         with pytest.raises(UserError, match=reason):
             distance(B, reference, tmp_path / "cache")

@@ -110,9 +110,9 @@ def measure(
     config = SamplingConfig(COUNT if count is None else count, batch_size, seed, steps, eta, sampler, labels)
     own, other = _opened(samples, reference, config, reference_seed, size, where)
     require_effect((draws(own, chosen), draws(other, chosen, True)), config, reference_seed, count, chosen)
+    perceptual = _lpips(lpips, chosen)
     _require_use(chosen, (own, other), size, chains=chains, pairs=pairs)
     require_comparable_sets(own, other, chosen, named, size)
-    perceptual = _lpips(lpips, chosen)
     extractors = _open_extractors(chosen, named, weights, where)
     folder = expanded(cache or statistics_cache())
     if other is not None and any(METRICS[name].features == PIXEL_COMPONENTS for name in chosen):

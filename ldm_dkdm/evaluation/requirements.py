@@ -41,10 +41,13 @@ def _require_one_shape(metric: str, own: ImageSource, other: ImageSource, size: 
     if a is None or b is None or a == b:
         return
     seen = f"the images of {own.name} are {_shown(a)}, those of {other.name} {_shown(b)}"
-    cure = (
-        "; --size (in Python size) crops and resizes the images of folders" if a[:2] != b[:2] and size is None else ""
-    )
+    resizable = size is None and a[:2] != b[:2] and any(map(_is_folder, (own, other)))
+    cure = "; --size (in Python size) crops and resizes the images of folders" if resizable else ""
     raise UserError(f"metrics: {metric} compares pixels; {seen}{cure}")
+
+
+def _is_folder(source: ImageSource) -> bool:
+    return isinstance(source.images if isinstance(source, Reconstructions) else source, FolderImages)
 
 
 def shape_of(source: ImageSource) -> Shape | None:
