@@ -49,7 +49,10 @@ def test_bad_values_are_one_line_and_exit_code_2(
     [
         (["--first_stage", "models/vq"], "first_stage: pixel space has none"),
         (["first_stage.scale_factor=0.5"], "first_stage: pixel space has none"),
-        (["data.mix=replace"], "data.mix: replace needs real images and samples; set both path and synthetic"),
+        (
+            ["data.mix=replace"],
+            "data.mix: replace needs real images and samples; set data.path and data.synthetic",
+        ),
     ],
 )
 def test_a_training_refuses_what_has_no_effect(

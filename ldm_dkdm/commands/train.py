@@ -1,6 +1,7 @@
 """Train a diffusion model on images (Alg. 2): dkdm train --base FILE_OR_RECIPE [key=value ...]"""
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ldm_dkdm.commands.arguments import (
@@ -15,8 +16,11 @@ from ldm_dkdm.commands.arguments import (
     print_keys,
     print_plan,
     read_training_call,
+    split_base,
 )
 from ldm_dkdm.commands.world import add_world_arguments
+from ldm_dkdm.config.checked import hints_of
+from ldm_dkdm.config.load import read_overrides
 from ldm_dkdm.config.schema import DiffusionRun
 from ldm_dkdm.device import is_first_rank
 
@@ -34,6 +38,8 @@ def run(options: argparse.Namespace) -> None:
     if print_keys(options, DiffusionRun):
         return
     call = read_training_call(options, DiffusionRun)  # reports mistakes before the slow imports
+    if _gives_mix(split_base(options.base, options.overrides)[1]):
+        call.config.data.require_mixture()
     load_plugins(options.plugin)
     config, out = call.config, call.folder.path
     if options.plan:
@@ -50,6 +56,13 @@ def run(options: argparse.Namespace) -> None:
         result = train(model, config.data, out, config=config, resume=call.resumed, signals=SIGNALS, go_on=go_on)
     if is_first_rank():
         print(f"model: {result.model.path}")
+
+
+def _gives_mix(overrides: Sequence[str]) -> bool:
+    """Whether the command line sets `data.mix`; that of a recipe waits for the second set."""
+    written = [item for item in overrides if item.partition("=")[0] in ("data", "data.mix")]
+    given = read_overrides(written, hints_of(DiffusionRun)).get("data") if written else None
+    return isinstance(given, Mapping) and "mix" in given
 
 
 def _located(call: TrainingCall[DiffusionRun]) -> DiffusionRun:

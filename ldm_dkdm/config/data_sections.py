@@ -46,11 +46,16 @@ class DiffusionDataConfig(Section):
         None, above=0, help="Draws fewer t near pure noise: density min(1, t_cap * abar_t); null is uniform."
     )
 
-    def __post_init__(self) -> None:
-        """Refuse a mixture of one set."""
-        super().__post_init__()
+    def require_mixture(self) -> None:
+        """Refuse to replace samples where there is one set; a recipe's `mix` waits for the second.
+
+        Raises:
+            UserError: `mix` has no effect.
+        """
         if self.mix == "replace" and None in (self.path, self.synthetic):
-            raise UserError("mix: replace needs real images and samples; set both path and synthetic, or leave it out")
+            raise UserError(
+                "data.mix: replace needs real images and samples; set data.path and data.synthetic, or leave it out"
+            )
 
 
 @dataclass(frozen=True)

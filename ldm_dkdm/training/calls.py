@@ -108,6 +108,9 @@ def training_of(
             raise UserError(f"data.{key}: {both}; leave one of them out")
     given = {"image_size": _image_size(model), **numbers, **named}
     images, trainer, logging = _spread(given, (DiffusionDataConfig, TrainerConfig, LoggingConfig), out)
+    section = DiffusionDataConfig(**images)
+    if "mix" in given:
+        section.require_mixture()
     stage = FirstStageConfig()
     if model.first_stage is not None:
         found = model.first_stage
@@ -115,7 +118,7 @@ def training_of(
     return DiffusionRun(
         model=NewNetworkConfig(**vars(model.node)),
         diffusion=model.diffusion,
-        data=DiffusionDataConfig(**images),
+        data=section,
         trainer=TrainerConfig(**trainer),
         first_stage=stage,
         loss=_loss(loss),
