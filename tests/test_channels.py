@@ -181,7 +181,7 @@ def test_decorations_that_fail_are_logged_and_cost_nothing(
 
     teacher, plain = pixel_model(3), tmp_path / "plain"
     distill(teacher, pixel_model(3), plain, **DISTIL)
-    for module in ("ldm_dkdm.images", "ldm_dkdm.training.grids"):
+    for module in ("ldm_dkdm.training.from_images", "ldm_dkdm.training.grids"):
         monkeypatch.setattr(f"{module}.save_image", failing)
     monkeypatch.setattr("ldm_dkdm.checkpoints.model_folder.write_readme", failing)
     with caplog.at_level(logging.WARNING, "ldm_dkdm"):

@@ -101,10 +101,12 @@ def _configured(
 def _averaged(tensors: Mapping[str, Tensor], raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """CompVis's EMA under the network's names; it has none of layers that were not trained, whose weights are raw."""
     known = {name: tensors[ema_name(name)] for name in raw if ema_name(name) in tensors}
-    if known and len(known) < len(raw):
+    others = [name for name in raw if name not in known]
+    if known and others:
+        named = ", ".join(others[:4])
         logger.warning(
-            f"{path}: holds EMA weights of {len(known)} of {len(raw)} tensors; the others are taken as they are, as of "
-            "layers that were not trained"
+            f"{path}: holds EMA weights of {len(known)} of {len(raw)} tensors; the others ({named}) are taken as "
+            "they are, as of layers that were not trained"
         )
     return {**raw, **known} if known else {}
 
