@@ -133,6 +133,7 @@ def test_a_codec_is_kept_only_for_the_same_states(teacher_folder: Path, first_st
         ({"space": "pixels"}, "space: 'pixels'"),
         ({"parameterization": "x"}, "parameterization: 'x'"),
         ({"first_stage": 3}, "first_stage: expected a path, got 3"),
+        ({"space": "pixel", "first_stage": "vq"}, "first_stage: pixel space has none"),
     ],
 )
 def test_bad_values_are_refused_by_name_when_made_and_when_changed(change: dict[str, object], words: str) -> None:

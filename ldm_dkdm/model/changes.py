@@ -95,9 +95,15 @@ def _labels(model: "DiffusionModel", attributes: Mapping[str, Any]) -> tuple[int
 
 
 def stage_of(given: FirstStageSource | str | Path | None, encoded: bool) -> FirstStageSource | None:
-    """The first stage of a model, by its path or its description; None where the states are images."""
+    """The first stage of a model, by its path or its description; None where the states are images.
+
+    Raises:
+        UserError: neither of them, or a path where the states are images.
+    """
     if given is not None and not isinstance(given, (str, Path, FirstStageSource)):
         raise UserError(f"first_stage: expected a path, got {given!r}")
+    if isinstance(given, (str, Path)) and not encoded:
+        raise UserError("first_stage: pixel space has none; leave it out, or set space to latent")
     if given is None or not encoded:
         return None
     return given if isinstance(given, FirstStageSource) else FirstStageSource(expanded(given))
