@@ -145,7 +145,7 @@ def read_image(path: Path, size: int, channels: int = 3) -> Tensor:
 
 @contextmanager
 def opened_image(path: Path) -> Iterator[Image.Image]:
-    """An image file whose pixels are not read yet; errors of the block are the file's fault too.
+    """An image file whose pixels are not read yet; errors in the block are blamed on the file.
 
     Raises:
         UserError: a file that cannot be read, or one of too many pixels; it names the file.

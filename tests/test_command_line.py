@@ -63,7 +63,7 @@ REFUSED = {
     "--guidance: give at least one value before null_label=2": ["sample", "-r", "x", "--guidance", "null_label=2"],
     "argument --labels: invalid int value: 'x'": ["sample", "-r", "nowhere", "--labels", "x", "null_label=2"],
     "--first_stage: vq, and first_stage=x; give one": ["sample", "-r", "m", "--first_stage", "vq", "first_stage=x"],
-    "use_ema: True as a hint, and False as a flag; give one": ["sample", "-r", "m", "--raw", "use_ema=true"],
+    "use_ema: True as a hint, but --raw says False; give one": ["sample", "-r", "m", "--raw", "use_ema=true"],
     "--batch_size: must be at least 1": ["decode", "x", "--first_stage", "y", "-o", "z", "--batch_size", "0"],
 }
 
@@ -287,8 +287,13 @@ def test_sampling_compiles_what_it_is_asked_to(
         assert asked == found
 
 
-def test_a_key_with_several_values_is_named_and_the_last_counts(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_key_with_several_values_is_named_and_the_last_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        (tmp_path / f"step={step}.ckpt").touch()
     words = ["--base", "quickstart", "trainer.max_steps=7", "trainer.max_steps=7", "trainer.max_steps=8"]
+    parser_of("evaluate").parse_args([str(tmp_path / "step=1.ckpt"), str(tmp_path / "step=2.ckpt")])  # paths that exist
     options = parser_of("distill").parse_args(words)
     assert caplog.messages == ["trainer.max_steps: given as 7 and as 8; the last one counts"]
     assert load_config(["quickstart"], options.base[1:] + options.overrides).trainer.max_steps == 8

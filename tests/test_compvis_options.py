@@ -126,6 +126,20 @@ def test_a_stored_schedule_that_ends_in_noise_is_read(checkpoint: Path) -> None:
         load_model(checkpoint, **HINTS)
 
 
+def test_a_half_precision_schedule_whose_end_underflows_is_no_other(checkpoint: Path) -> None:
+    own = NoiseSchedule("cosine", 4000)
+    changed(checkpoint, lambda state: state.update(alphas_cumprod=own.alphas_cumprod.half()))
+    found = load_model(checkpoint, **HINTS).schedule
+    assert found.name == "cosine" and not found.ends_in_noise and found.num_timesteps == 4000
+
+
+def test_neutral_keys_of_later_unets_and_first_stages_are_no_obstacle(checkpoint: Path) -> None:
+    ddconfig = {**VQ_PARAMS["ddconfig"], "attn_type": "vanilla-xformers", "resolution": "${size}"}
+    later = {"adm_in_channels": None, "disable_self_attentions": None, "use_linear_in_transformer": True}
+    config(checkpoint, later, first_stage_config={"params": {**VQ_PARAMS, "ddconfig": ddconfig}})
+    load_model(checkpoint).codec()
+
+
 def test_the_variance_is_the_configs_or_the_files(checkpoint: Path) -> None:
     assert load_model(config(checkpoint)).schedule.variance == "posterior"
     assert load_model(config(checkpoint, v_posterior=1.0)).schedule.variance == "beta"
@@ -173,7 +187,7 @@ def test_a_unet_of_another_kind_is_refused_by_its_key(unet: dict[str, Any], word
 def test_a_first_stage_of_another_kind_is_refused_by_its_key(checkpoint: Path) -> None:
     ddconfig = {**VQ_PARAMS["ddconfig"], "tanh_out": True}
     model = load_model(config(checkpoint, first_stage_config={"params": {**VQ_PARAMS, "ddconfig": ddconfig}}))
-    with pytest.raises(UserError, match=r"model\.yaml: model\.params\.first_stage_config\.params: ddconfig\.tanh_out"):
+    with pytest.raises(UserError, match=r"model\.yaml: model\.params\.first_stage_config\.params\.ddconfig\.tanh_out"):
         model.codec()
     other = {**ddconfig, "ch": 64}  # of another autoencoder than the file's
     load_model(config(checkpoint, first_stage_config={"params": {**VQ_PARAMS, "ddconfig": other}})).codec()

@@ -146,19 +146,22 @@ def name_schedule(alphas_cumprod: Tensor) -> DiffusionConfig | None:
 
     One that ends in pure noise (abar_{T-1} = 0) is a schedule after `rescale_betas_zero_snr`.
     """
-    betas, steps, rescaled = betas_of(alphas_cumprod), len(alphas_cumprod), bool(alphas_cumprod[-1] == 0)
+    betas, steps = betas_of(alphas_cumprod), len(alphas_cumprod)
     first, final = (float(f"{value:.4g}") for value in (betas[0], betas[-1]))  # inexact in half precision
-    for name, (start, end) in product(SCHEDULES, ((first, final), *USUAL_ENDS)):
+    ends_in_noise = bool(alphas_cumprod[-1] == 0)
+    small = ends_in_noise and alphas_cumprod.dtype == torch.float16  # in which abar of long chains is 0 too
+    choices = (False, True) if small else (ends_in_noise,)
+    for rescaled, name, (start, end) in product(choices, SCHEDULES, ((first, final), *USUAL_ENDS)):
         if 0 < start <= end < 1:
             config = DiffusionConfig(name, steps, start, end, rescale_betas_zero_snr=rescaled)
             with suppress(UserError):  # these ends leave nothing of x_0 at T
                 wanted = schedule_of(config).alphas_cumprod
                 if torch.allclose(wanted, alphas_cumprod.double(), rtol=tolerance(alphas_cumprod), atol=1e-6):
                     return config
-    if rescaled:
+    if ends_in_noise:
         betas = betas.clamp(max=1 - ALMOST)  # rescaling sets the last abar to 0 again and leaves the others
     if bool(((betas > 0) & (betas < 1)).all()):
-        return DiffusionConfig(num_timesteps=steps, betas=betas.tolist(), rescale_betas_zero_snr=rescaled)
+        return DiffusionConfig(num_timesteps=steps, betas=betas.tolist(), rescale_betas_zero_snr=ends_in_noise)
     return None
 
 

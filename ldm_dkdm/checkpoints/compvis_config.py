@@ -38,6 +38,10 @@ UNET_KEYS: dict[str, tuple[Any, ...]] = {
     "n_embed": (None,),
     "context_dim": (None,),
     "transformer_depth": (),
+    "spatial_transformer_attn_type": (),
+    "use_linear_in_transformer": (),
+    **dict.fromkeys(("adm_in_channels", "num_attention_blocks"), (None,)),
+    **dict.fromkeys(("disable_self_attentions", "disable_middle_self_attn"), (None, False)),
 }
 PIXEL_CLASSES = ("ddpm.DDPM",)  # ends of targets whose states are images
 IDENTITY = "IdentityFirstStage"
@@ -154,6 +158,8 @@ class CompVisConfig:
         found: dict[str, Any] = {"space": self.space, "variance": VARIANCES[value]}
         if self.space == "pixel":  # a LatentDiffusion of images does not clip
             own = self.target.endswith(PIXEL_CLASSES)
+            if not own and (self.model.get("scale_by_std") or self.scale_factor not in (None, 1)):
+                raise UserError(f"{self.file}: scale_factor: images of an {IDENTITY} are not scaled here; only 1 works")
             clips = own and convert(bool, self.model.get("clip_denoised", True), f"{self.file}: clip_denoised")
             found |= {"clip_sample": None if clips else False, "steps_offset": None if own else 1}
         return found
@@ -204,7 +210,7 @@ class CompVisConfig:
             UserError: names both files.
         """
         given = [key for key in SCHEDULE_KEYS if self.model.get(key) is not None]
-        keys = f"{', '.join(given)} there, or move the config away"
+        keys = f"{', '.join(given)} in {self.file.name}, or move that file away"
         if "timesteps" in given and self._steps != len(stored):
             raise UserError(
                 f"{self.file}: timesteps: {self._steps}, but {checkpoint} was trained with {len(stored)}; correct "

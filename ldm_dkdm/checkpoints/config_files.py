@@ -9,8 +9,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm_dkdm.checkpoints.shapes import plain
 from ldm_dkdm.config.load import read_yaml
-from ldm_dkdm.errors import UserError, naming
-from ldm_dkdm.first_stage.ddconfig import read_keys
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.first_stage.ddconfig import UNREAD
 from ldm_dkdm.reporting import logger
 
 SHOWN = ("ch", "ch_mult", "num_res_blocks", "z_channels")  # keys of a `ddconfig` that tell one autoencoder from another
@@ -50,8 +50,11 @@ def require_first_stage(checkpoint: Path, shown: Mapping[str, Any]) -> None:
     for file in configs_beside(checkpoint):
         for where, ddconfig in _ddconfigs(model_section(file, warn=False)):
             if all(key in ddconfig and plain(ddconfig[key]) == plain(shown[key]) for key in SHOWN):
-                with naming(f"{file}: {where}"):
-                    read_keys(ddconfig)
+                for key, usual in UNREAD.items():
+                    if ddconfig.get(key, usual) != usual:
+                        raise UserError(
+                            f"{file}: {where}.ddconfig.{key}: {ddconfig[key]!r} is not supported, only {usual!r}"
+                        )
                 return
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ldm_dkdm.checkpoints import diffusers_dit
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.diffusers_first_stage import component, first_stage_part
-from ldm_dkdm.checkpoints.diffusers_scheduler import process, scheduler_config
+from ldm_dkdm.checkpoints.diffusers_scheduler import process, require_process, scheduler_config
 from ldm_dkdm.checkpoints.diffusers_unet import to_ours, to_theirs, unet_config, unet_params
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.reading import read_tensors
@@ -102,8 +102,9 @@ def _network(folder: Path, file: Path, path: Path, home: Path | None = None) -> 
     index = read_json(home / INDEX)
     stage = first_stage_part(index)
     learned = params.get("learn_sigma", params.get("out_channels") == 2 * params["in_channels"])
-    named = (index.get("scheduler") or [None, None])[-1]
-    diffusion, kind = process(_scheduler(home), "pixel" if stage is None else "latent", learned, named)
+    if isinstance(own := index.get("scheduler"), list) and own[0] == "diffusers":
+        require_process(own[-1], f"{home / INDEX}: scheduler")
+    diffusion, kind = process(_scheduler(home), "pixel" if stage is None else "latent", learned)
     notes = {"info": _label_names(index), **{key: notes[key] for key in NOTED if notes.get(key) is not None}}
     return Contents(
         **found,

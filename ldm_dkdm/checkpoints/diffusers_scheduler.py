@@ -94,23 +94,30 @@ KNOWN = {
 }
 
 
-def process(path: Path, space: str, learns_variance: bool, named: str | None = None) -> tuple[DiffusionConfig, str]:
+def require_process(kind: Any, where: str) -> str:
+    """The name of a scheduler's class whose process is one of this package.
+
+    Raises:
+        UserError: no name, or that of another process.
+    """
+    if kind not in CLASSES:
+        found = f"{kind} is another process" if kind else "stores no _class_name"
+        known = ", ".join(CLASSES[::2][:2])
+        raise UserError(f"{where}: {found}; only discrete DDPM processes work, such as {known}")
+    return str(kind)
+
+
+def process(path: Path, space: str, learns_variance: bool) -> tuple[DiffusionConfig, str]:
     """The forward process of a scheduler's config, and what the network predicts.
 
     Args:
         path: scheduler_config.json. space: of the states. learns_variance: the network has twice the channels.
-        named: the class that the pipeline's index names.
 
     Raises:
         UserError: another process, or a key that this package cannot honour; names the file and the key.
     """
     config = read_json(path)
-    kind = str(config.get("_class_name") or named or "")
-    for name in (kind, named or kind):
-        if name not in CLASSES:
-            found = f"{name} is another process" if name else "stores no _class_name"
-            known = ", ".join(CLASSES[::2][:2])
-            raise UserError(f"{path}: {found}; only discrete DDPM processes work, such as {known}")
+    kind = require_process(config.get("_class_name"), str(path))
     for key, allowed in NEEDED.items():
         if config.get(key, allowed[0]) not in allowed:
             raise UserError(f"{path}: {key}: {config[key]!r} is not supported, only {allowed[0]!r}")
@@ -118,7 +125,7 @@ def process(path: Path, space: str, learns_variance: bool, named: str | None = N
     if unknown:
         logger.warning("%s: %s: not a key of diffusers' %s, ignored", path, ", ".join(unknown), kind)
     if walks := [key for key in OTHER_WALKS if config.get(key)]:
-        logger.warning("%s: %s: of a %s, which is not a sampler here; ignored", path, ", ".join(walks), kind)
+        logger.warning("%s: %s: ignored; --sampler decides how steps are spaced", path, ", ".join(walks))
     parameterization = _prediction(path, config)
     rescaled = _flag(path, config, RESCALED, False)
     if rescaled and parameterization == "eps":

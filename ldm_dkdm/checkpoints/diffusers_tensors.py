@@ -1,4 +1,4 @@
-"""Tensors of diffusers' networks and of ours: names, shapes, the parts of attention."""
+"""Tensors of diffusers' networks and of ours: names, shapes, and query, key and value."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +40,7 @@ def require_used(found: Mapping[str, Tensor], used: Collection[str], source: Pat
 
 
 def shaped(tensor: Tensor, shape: Sequence[int], name: str, source: Path) -> Tensor:
-    """A tensor in a shape that differs in ones at its end alone, as those of a 1x1 convolution and a linear layer.
+    """A tensor in a shape that differs only in trailing ones, as those of a 1x1 convolution and a linear layer.
 
     Raises:
         UserError: it has another shape.

@@ -53,7 +53,7 @@ def _require_own(overrides: Sequence[str]) -> None:
     for key, own in OWN.items():
         section, _, name = key.partition(".")
         value = given[section].get(name, own) if isinstance(given.get(section), Mapping) else own
-        if value != own:
+        if Path(str(value)) != Path(own):
             raise UserError(
                 f"{key}: the demo distils {TEACHER} into {RUN}; leave the key out, or call dkdm distill --base "
                 f"quickstart {key}={value}"

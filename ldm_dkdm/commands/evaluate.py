@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32")
     add("--device", default="auto", help="cpu, cuda, ...")
     add("--processes", type=int, default=1, metavar="N", help="share the images; each takes a GPU if there are several")
-    add("-o", "--out", type=expanded, help="JSON file; default: beside the model of a run")
+    add("-o", "--out", type=expanded, help="JSON file, with --table its text; default: beside the model of a run")
     add("--results", type=expanded, default=RESULTS, metavar="CSV", help=f"gets a row; default: {RESULTS}")
     add(
         "--cache",

@@ -35,7 +35,7 @@ class ScopedHints:
         self.bare = given.pop("")
         for name, value in flagged.items():
             if self.bare.get(name, value) != value:
-                raise UserError(f"{name}: {self.bare[name]} as a hint, and {value} as a flag; give one of them")
+                raise UserError(f"{name}: {self.bare[name]} as a hint, but --raw says {value}; give one of them")
         self.bare |= flagged
         self.own = given
 

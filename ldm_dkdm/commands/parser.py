@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from ldm_dkdm.commands.other_flags import advice
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import exists
 from ldm_dkdm.reporting import logger
 
 
@@ -83,7 +84,7 @@ class Parser(argparse.ArgumentParser):
 def _mention_repeated(items: Sequence[str]) -> None:
     """Name the keys that are given with several values, of which the last one counts, as of several --base files."""
     given: dict[str, str] = {}
-    for item in items:
+    for item in (item for item in items if not exists(item)):  # a path may hold a =
         key, equals, value = item.partition("=")
         if equals and given.get(key, value) != value:
             logger.warning(f"{key}: given as {given[key]} and as {value}; the last one counts")

@@ -52,7 +52,7 @@ class _Aliases(yaml.SafeLoader):
     """Gives every alias of a scalar a node of its own."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next node."""
+        """The next node; for an alias of a scalar one of its own."""
         event = self.peek_event() if self.check_event(yaml.AliasEvent) else None
         node = super().compose_node(parent, index)
         if event is None or not isinstance(node, yaml.ScalarNode):

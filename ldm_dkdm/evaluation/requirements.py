@@ -29,7 +29,8 @@ def require_comparable_sets(
         sets = [part for part in (own, other if metric.reference else None) if part is not None]
         counts = [_count(part) for part in sets]
         if metric.of is not None and any(count is not None and count < metric.least for count in counts):
-            held = ", ".join(f"{part.name} has {count}" for part, count in zip(sets, counts, strict=True) if count)
+            known = [(part.name, count) for part, count in zip(sets, counts, strict=True) if count is not None]
+            held = ", ".join(f"{part} has {count}" for part, count in known)
             both = " in both sets" if len(sets) > 1 else ""
             raise UserError(f"metrics: {name} needs {metric.least} images or more{both}; {held}")
         if other is not None and metric.of is not None and features_of(metric, named).startswith("pixel"):

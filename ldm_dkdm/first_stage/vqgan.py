@@ -59,7 +59,7 @@ class FirstStageModule(L.LightningModule):
 
     @property
     def critic_learning_rate(self) -> float:
-        """The discriminator's, which is constant."""
+        """The discriminator's learning rate, which is constant."""
         return self.learning_rate / 4
 
     def on_train_start(self) -> None:

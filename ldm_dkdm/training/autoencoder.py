@@ -85,7 +85,7 @@ def _train_first_stage_in(run: Run) -> Result:
         vq = build(config.first_stage, VQ_MODELS, "first_stage.params")
         assert isinstance(vq, VQModel)
         module = FirstStageModule(vq, config, lpips_loss(loss.perceptual_backbone) if loss.perceptual else None)
-    _refuse_unused(config)
+    _refuse_unused(config, run.resumed)
     _require_channels(vq, config)
     if end := run.end():
         logger.info(f"{run.folder.path}: {end}")
@@ -160,15 +160,20 @@ OWN_CHOICES = (
 NO_GRIDS = ("sample_every", "sample_count", "sample_steps")  # logging keys of grids, which this training does not draw
 
 
-def _refuse_unused(config: FirstStageRun) -> None:
-    """Refuse keys of the shared sections that this training sets itself, and those of what it does not do."""
+def _refuse_unused(config: FirstStageRun, resumed: bool) -> None:
+    """Refuse keys of the shared sections that this training sets itself, and those of what it does not do.
+
+    A resumed run may have the latter: older versions ignored them, and its loss cannot change.
+    """
     own = TrainerConfig(max_steps=1, learning_rate=1.0)
     why = "the first stage trains on one device with its own schedule"
     _require_defaults("trainer", config.trainer, own, OWN_CHOICES, why)
-    _require_defaults("logging", config.logging, LoggingConfig(), NO_GRIDS, "a first stage draws no grids of samples")
-    for term, keys in (("perceptual", ("perceptual_backbone",)), ("adversarial", ("adversarial_start",))):
-        if not getattr(config.loss, term):
-            _require_defaults("loss", config.loss, FirstStageLoss(), keys, f"has no effect without loss.{term}")
+    if not resumed:
+        grids = "a first stage draws no grids of samples"
+        _require_defaults("logging", config.logging, LoggingConfig(), NO_GRIDS, grids)
+        for term, keys in (("perceptual", ("perceptual_backbone",)), ("adversarial", ("adversarial_start",))):
+            if not getattr(config.loss, term):
+                _require_defaults("loss", config.loss, FirstStageLoss(), keys, f"has no effect without loss.{term}")
     if config.trainer.ranks > 1:
         raise UserError(
             f"trainer.devices: the first stage trains on one device, and {config.trainer.ranks} are started"

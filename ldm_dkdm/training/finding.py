@@ -17,13 +17,17 @@ from ldm_dkdm.training.run_folder import IMAGES, POINTERS, RunConfig, RunFolder
 
 S = TypeVar("S", bound=Section)
 R = TypeVar("R", bound=RunConfig)
-WORDS = ("random", "teacher")  # values of path keys that are no paths: those of `init`
+WORDS = ("random", "teacher")  # values of path keys that are not paths: those of `init`
 
 
 def located(path: str, run: Path) -> str:
-    """A relative path in a run's config, looked for in the folders around the run, then where the process works."""
+    """A relative path in a run's config, looked for in the folders around the run, then where the process works.
+
+    The root is not looked in: `data` would find /data.
+    """
     if not expanded(path).is_absolute():
-        for folder in (*run.absolute().parents, *run.resolve().parents):
+        around = (*run.absolute().parents, *run.resolve().parents)
+        for folder in (place for place in around if place != place.parent):
             if (found := folder / path).exists():
                 return path if Path(path).exists() and found.samefile(path) else str(found)
     return path

@@ -99,7 +99,8 @@ def new_model(config: DiffusionRun, run: Path | None = None) -> DiffusionModel:
     Raises:
         UserError: an unknown target, a bad parameter, initial weights that do not fit, or a first stage in pixel space.
     """
-    refuse_in_pixel_space(config.first_stage, config.diffusion)
+    if run is None or not (run / "config.yaml").is_file():  # runs that older versions began ignore it
+        refuse_in_pixel_space(config.first_stage, config.diffusion)
     with forked_rng(config.trainer.seed):
         network = build(config.model, NETWORKS, "model.params")
     load_initial(network, config.model, "model.init")
@@ -132,7 +133,8 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
         raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
     stage = _first_stage_facts(codec, model, run)
     counted = _counted_images(by_key, config.data, run)
-    info = {**model.info, **stage, **counted, **_named_classes(model, config.data, sets[0])}
+    own = {name: fact for name, fact in model.info.items() if name not in COUNTS.values()}  # of an earlier training
+    info = {**own, **stage, **counted, **_named_classes(model, config.data, sets[0])}
     export = exporting(model.changed(info=info), run.folder, config.logging.export_dtype)
     if end := run.end(model.network):
         return run.ended(model, end, export)

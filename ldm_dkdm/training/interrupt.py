@@ -56,7 +56,7 @@ class GracefulStop(StepCallback):
         logger.warning("stopping after this iteration and saving (once more: stop at once)")
 
     def _leave_lost_terminals(self) -> None:
-        """Send what is printed to a terminal that is gone nowhere: writing there fails, and would end the run."""
+        """Redirect the output for a closed terminal to os.devnull: writing there would end the run."""
         for output in self._terminals:
             if not os.isatty(output):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
