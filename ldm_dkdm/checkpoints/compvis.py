@@ -31,7 +31,7 @@ UNET = "model.diffusion_model."
 EMA = "model_ema."
 USUAL_ENDS = (0.0015, 0.0195), (0.00085, 0.012), (1e-4, 0.02)  # betas of LDM, Stable Diffusion, DDPM
 THEIR_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}  # ours -> CompVis's names
-ALMOST = 1e-15  # what is left of abar where it is stored as 0
+LEAST_ALPHA = 1e-15  # alpha_T that stands for one stored as 0, since betas must be below 1
 FIRST_STAGES = {
     "VQModel": "ldm.models.autoencoder.VQModelInterface",
     "AutoencoderKL": "ldm.models.autoencoder.AutoencoderKL",
@@ -149,7 +149,7 @@ def name_schedule(alphas_cumprod: Tensor) -> DiffusionConfig | None:
     betas, steps = betas_of(alphas_cumprod), len(alphas_cumprod)
     first, final = (float(f"{value:.4g}") for value in (betas[0], betas[-1]))  # inexact in half precision
     ends_in_noise = bool(alphas_cumprod[-1] == 0)
-    small = ends_in_noise and alphas_cumprod.dtype == torch.float16  # in which abar of long chains is 0 too
+    small = ends_in_noise and alphas_cumprod.dtype == torch.float16  # float16 also rounds a small abar_T to 0
     choices = (False, True) if small else (ends_in_noise,)
     for rescaled, name, (start, end) in product(choices, SCHEDULES, ((first, final), *USUAL_ENDS)):
         if 0 < start <= end < 1:
@@ -159,7 +159,7 @@ def name_schedule(alphas_cumprod: Tensor) -> DiffusionConfig | None:
                 if torch.allclose(wanted, alphas_cumprod.double(), rtol=tolerance(alphas_cumprod), atol=1e-6):
                     return config
     if ends_in_noise:
-        betas = betas.clamp(max=1 - ALMOST)  # rescaling sets the last abar to 0 again and leaves the others
+        betas = betas.clamp(max=1 - LEAST_ALPHA)  # rescaling sets the last abar to 0 again and leaves the others
     if bool(((betas > 0) & (betas < 1)).all()):
         return DiffusionConfig(num_timesteps=steps, betas=betas.tolist(), rescale_betas_zero_snr=ends_in_noise)
     return None

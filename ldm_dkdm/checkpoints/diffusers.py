@@ -103,7 +103,7 @@ def _network(folder: Path, file: Path, path: Path, home: Path | None = None) -> 
     stage = first_stage_part(index)
     learned = params.get("learn_sigma", params.get("out_channels") == 2 * params["in_channels"])
     diffusion, kind = process(_scheduler(home), "pixel" if stage is None else "latent", learned)
-    if isinstance(own := index.get("scheduler"), list) and own[0] == "diffusers":
+    if isinstance(own := index.get("scheduler"), list) and own[:1] == ["diffusers"]:
         require_process(own[-1], f"{home / INDEX}: scheduler")
     notes = {"info": _label_names(index), **{key: notes[key] for key in NOTED if notes.get(key) is not None}}
     return Contents(

@@ -32,7 +32,7 @@ from ldm_dkdm.reporting import Progress, counted, logger
 
 STEPS = 20  # DDIM steps of images, or all T where there are fewer
 MEASURED_WITH = "measured_with"
-CHAINS, PAIRS = 32, 16  # of the teacher; images that both models make
+CHAINS, PAIRS = 32, 16  # default numbers of the teacher's chains, and of images from the same noise
 LEAST = 65  # images; the distance uses 64 principal components
 
 

@@ -133,7 +133,9 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
         raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
     stage = _first_stage_facts(codec, model, run)
     counted = _counted_images(by_key, config.data, run)
-    own = {name: fact for name, fact in model.info.items() if name not in COUNTS.values()}  # of an earlier training
+    own = {
+        name: fact for name, fact in model.info.items() if name not in COUNTS.values()
+    }  # without an earlier training's counts
     info = {**own, **stage, **counted, **_named_classes(model, config.data, sets[0])}
     export = exporting(model.changed(info=info), run.folder, config.logging.export_dtype)
     if end := run.end(model.network):
