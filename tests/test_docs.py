@@ -195,20 +195,23 @@ def _script(page: Path, language: str) -> str:
 
 @pytest.mark.parametrize("language", ["bash", "python"])
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_marked_blocks_run(page: Path, language: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_marked_blocks_run(
+    page: Path,
+    language: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     script = _script(page, language)
     if not script:
         return
     for name in ("configs", "models", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
-    program = ["bash", "-euc"] if language == "bash" else [sys.executable, "-c"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    ended = subprocess.run(
-        [*program, script],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": path, "LDM_DKDM_CACHE": str(tmp_path_factory.getbasetemp() / "cache-of-pages")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LDM_DKDM_CACHE", str(tmp_path_factory.getbasetemp() / "cache-of-pages"))
+    if language == "python":
+        exec(compile(script, page.name, "exec"), {"__name__": "__main__"})
+        return
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    ended = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr

@@ -68,8 +68,9 @@ def test_a_resume_gives_both_networks_its_learning_rate(tmp_path: Path) -> None:
 
 
 def test_training_a_first_stage_raises_its_psnr(tmp_path: Path) -> None:
-    data = training_images(tmp_path, constant=True)
-    sections = {"trainer": {"max_steps": 150, "learning_rate": 2e-3}, "codebook": {"continuous_steps": 40}}
+    data = training_images(tmp_path)
+    sections = {"trainer": {"max_steps": 60, "learning_rate": 2e-3}, "codebook": {"continuous_steps": 20}}
+    sections["logging"] = {"save_every": 1000}
     base = write_yaml(tmp_path / "vq.yaml", first_stage_config(data, tmp_path / "logs", **sections))
     assert run_script("train_first_stage.py", "--base", base) == 0
     images = torch.from_numpy(np.load(data)["arr_0"])

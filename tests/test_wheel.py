@@ -69,10 +69,10 @@ def test_the_wheel_holds_recipes_shipped_models_and_types(wheel: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == sources
 
 
-def test_the_installed_command_finds_a_recipe_by_name(dkdm: Path, tmp_path: Path) -> None:
-    plan = run(dkdm, "distill", "--base", "quickstart", "--plan", cwd=tmp_path)
-    assert "11.116739 M parameters" in plan
-    assert "5.824899 M parameters" in plan
+def test_the_installed_package_finds_a_recipe_and_its_teacher_by_name(dkdm: Path, tmp_path: Path) -> None:
+    code = "import ldm_dkdm as d; c = d.load_config('quickstart'); print(d.load_model(c.teacher.ckpt).parameters)"
+    assert run(dkdm.parent / "python", "-c", code, cwd=tmp_path) == "11116739\n"
+    assert "RECIPE" in run(dkdm, "distill", "-h", cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
