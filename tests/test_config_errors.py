@@ -137,6 +137,11 @@ EDITS = {
         ("teacher.ckpt: /nowhere/model.ckpt", "no such", "name a CompVis .ckpt"),
     ),
     "first_stage_missing": ({"first_stage": {"ckpt": "/nowhere/vq"}}, ("first_stage", "/nowhere/vq", "missing")),
+    "vlb_weight_without_effect": (
+        {"distill.loss": {"vlb_weight": 0.001}},
+        ("distill.loss.vlb_weight", "learns no variance", "set 1.0"),
+    ),
+    "clip_student_without_effect": ({"distill.loss": {"clip_student": True}}, ("distill.loss.clip_student", "false")),
     "weight_cap_without_effect": (
         {"distill.loss": {"space": "eps", "weight_cap": 5.0}},
         ("distill.loss.weight_cap", "eps"),

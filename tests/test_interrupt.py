@@ -108,20 +108,25 @@ def test_a_hang_up_saves_unless_it_is_ignored(
     assert (tmp_path / "run" / "checkpoints" / "step=00000003.ckpt").is_file()
 
 
-def test_a_closed_terminal_saves_the_run(teacher_folder: Path, tmp_path: Path) -> None:
+def test_a_closed_terminal_saves_the_run_though_the_reader_of_its_lines_ends_too(
+    teacher_folder: Path, tmp_path: Path
+) -> None:
     often = {"log_every": 1, "save_every": 10**6, "sample_every": 10**6}
     config = distill_config(teacher_folder, tmp_path, trainer={"max_steps": 10**6}, logging=often)
     base, rows = write_yaml(tmp_path / "base.yaml", config), tmp_path / "run" / "metrics.csv"
-    ours, theirs = os.openpty()
+    (terminal, its_end), (reader, errors) = os.openpty(), os.pipe()
     command = [sys.executable, "-c", IN_A_TERMINAL, "distill", "--base", str(base)]
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
-        os.close(theirs)
-        os.set_blocking(ours, False)
+    with subprocess.Popen(command, stdin=its_end, stdout=its_end, stderr=errors, start_new_session=True) as process:
+        os.close(its_end)
+        os.close(errors)
         waiting = time.monotonic() + 120
         while time.monotonic() < waiting and not (rows.is_file() and rows.read_text().count("\n") > 3):
             time.sleep(0.1)
-            with suppress(BlockingIOError):
-                os.read(ours, 65536)  # else the terminal is full, and the process waits
-        os.close(ours)
+            for output in (terminal, reader):
+                os.set_blocking(output, False)
+                with suppress(BlockingIOError):
+                    os.read(output, 65536)  # else it is full, and the process waits
+        os.close(reader)
+        os.close(terminal)
         assert process.wait(120) == 130
     assert len(list((tmp_path / "run" / "checkpoints").glob("step=*.ckpt"))) == 1

@@ -87,8 +87,8 @@ def require_fit(student: DiffusionModel, teacher: DiffusionModel) -> None:
 
 
 @torch.no_grad()
-def require_call(student: DiffusionModel) -> None:
-    """Refuse a module that cannot be called as a network; one sample is tried.
+def require_call(student: DiffusionModel) -> bool:
+    """Refuse a module that cannot be called as a network; one sample is tried -> whether it learns a variance.
 
     Raises:
         UserError: the call's error, or the shape of its output.
@@ -111,6 +111,7 @@ def require_call(student: DiffusionModel) -> None:
     allowed = [(1, count * channels, *sides) for count in (1, 2)]
     if tuple(output.shape) not in allowed:
         raise UserError(f"student: its network gives {tuple(output.shape)} for states {tuple(x.shape)}")
+    return output.shape[1] == 2 * channels
 
 
 def load_initial(network: nn.Module, node: NewNetworkConfig, where: str, words: str = "random") -> None:
@@ -130,8 +131,15 @@ def load_initial(network: nn.Module, node: NewNetworkConfig, where: str, words: 
     load_strictly(network, contents.weights(hints), contents.file)
 
 
-def check_loss(loss: LossConfig, schedule: NoiseSchedule, where: str = "loss") -> None:
-    """Refuse a cap without effect, and weights with which the noisiest steps dominate or are not taught."""
+def check_loss(loss: LossConfig, schedule: NoiseSchedule, learns_variance: bool, where: str = "loss") -> None:
+    """Refuse what has no effect, and weights with which the noisiest steps dominate or are not taught."""
+    weighs = loss.vlb_weight not in (0, LossConfig.vlb_weight)  # lambda as the paper has it stands in every config
+    if not learns_variance and (weighs or loss.clip_student):
+        key, default = ("vlb_weight", LossConfig.vlb_weight) if weighs else ("clip_student", "false")
+        raise UserError(
+            f"{where}.{key}: has no effect, since the student learns no variance (out_channels, learn_sigma); "
+            f"remove it or set {default}"
+        )
     if loss.space == "eps" and loss.weight_cap is not None:
         raise UserError(f"{where}.weight_cap: has no effect with space: eps; remove it or choose v or x0")
     if schedule.ends_in_noise:

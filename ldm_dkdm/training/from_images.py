@@ -211,9 +211,8 @@ def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:
     Raises:
         UserError: the key that does not fit.
     """
-    check_loss(config.loss, model.schedule)
+    check_loss(config.loss, model.schedule, require_call(model))
     steps_within(config.logging, "sample_steps", model.schedule.num_timesteps)
-    require_call(model)
     network = model.network
     inputs, outputs = model.shape[0], getattr(network, "out_channels", model.shape[0])
     if outputs not in (inputs, 2 * inputs):

@@ -1,9 +1,12 @@
 """A signal ends a run at the next whole iteration, so that what is saved is exact."""
 
 import os
+import select
 import signal
+import stat
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,6 +18,7 @@ from ldm_dkdm.training.hosts import any_host
 
 HANGUP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
 OUTPUTS = (1, 2)  # file descriptors of stdout and stderr
+READER_ENDS = 1000  # ms in which the reader of a pipe ends that the hang-up ends too
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
@@ -32,12 +36,14 @@ class GracefulStop(StepCallback):
         self.requested = False
         self._previous: dict[int, Handler] = {}
         self._terminals: list[int] = []  # outputs that may hang up
+        self._pipes: list[int] = []  # outputs whose reader, such as tee, may end
 
     def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():
             ignored = [HANGUP] if HANGUP is not None and signal.getsignal(HANGUP) == signal.SIG_IGN else []
             heard = [number for number in self.signals if number not in ignored]
             self._terminals = [output for output in OUTPUTS if os.isatty(output)]
+            self._pipes = [output for output in OUTPUTS if _is_pipe(output)]
             self._previous = {number: signal.signal(number, self._on_signal) for number in heard}
         return self
 
@@ -47,7 +53,7 @@ class GracefulStop(StepCallback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == HANGUP:
-            self._leave_lost_terminals()
+            self._leave_lost_outputs()
         if self.requested:
             if number == HANGUP:
                 return
@@ -55,13 +61,13 @@ class GracefulStop(StepCallback):
         self.requested = True
         logger.warning("stopping after this iteration and saving (once more: stop at once)")
 
-    def _leave_lost_terminals(self) -> None:
-        """Redirect the output for a closed terminal to os.devnull: writing there would end the run."""
-        for output in self._terminals:
-            if not os.isatty(output):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, output)
-                os.close(nowhere)
+    def _leave_lost_outputs(self) -> None:
+        """Redirect the output for a closed terminal, or a reader that it ended, to os.devnull: a write ends the run."""
+        lost = [output for output in self._terminals if not os.isatty(output)]
+        for output in (*lost, *filter(_has_no_reader, self._pipes)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, output)
+            os.close(nowhere)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
@@ -71,3 +77,15 @@ class GracefulStop(StepCallback):
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if any_host(trainer, self.requested):
             trainer.should_stop = True
+
+
+def _is_pipe(output: int) -> bool:
+    with suppress(OSError):  # it is closed
+        return stat.S_ISFIFO(os.fstat(output).st_mode)
+    return False
+
+
+def _has_no_reader(pipe: int) -> bool:
+    watch = select.poll()
+    watch.register(pipe, 0)  # errors are reported always
+    return bool(watch.poll(READER_ENDS))

@@ -129,8 +129,7 @@ def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRu
         raise UserError(f"warmup.t_cap: has an effect with mode: {modes} only, and this run has {own}; set it to null")
     _require_draws(method)
     require_fit(student, teacher)
-    require_call(student)
-    check_loss(method.loss, teacher.schedule)
+    check_loss(method.loss, teacher.schedule, require_call(student))
     if method.stride > steps:
         raise UserError(f"stride: {method.stride} is more than the {steps} diffusion steps")
     steps_within(config.logging, "sample_steps", steps)
