@@ -14,10 +14,14 @@ import yaml
 from ldm_dkdm import DiffusionModel, UserError, load_model
 from ldm_dkdm.checkpoints.compvis import ema_name
 from ldm_dkdm.checkpoints.contents import clipping_of
+from ldm_dkdm.commands.distill import open_teacher
+from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.first_stage import VQModel
 from ldm_dkdm.networks import UNet
+from tests.cli import run_script
 from tests.parts import UNET_PARAMS, VQ_PARAMS, randomised, write_compvis_checkpoint
+from tests.test_foreign import run_with
 
 State = dict[str, torch.Tensor]
 STEPS = 20
@@ -140,7 +144,7 @@ def test_neutral_keys_of_later_unets_and_first_stages_are_no_obstacle(checkpoint
     load_model(checkpoint).codec()
 
 
-def test_the_variance_is_the_configs_or_the_files(checkpoint: Path) -> None:
+def test_the_variance_is_the_configs_or_the_files(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert load_model(config(checkpoint)).schedule.variance == "posterior"
     assert load_model(config(checkpoint, v_posterior=1.0)).schedule.variance == "beta"
     with pytest.raises(UserError, match=r"v_posterior: 0\.5 is not supported, only 0 and 1"):
@@ -148,6 +152,11 @@ def test_the_variance_is_the_configs_or_the_files(checkpoint: Path) -> None:
     checkpoint.with_suffix(".yaml").unlink()
     changed(checkpoint, lambda state: state.update(posterior_variance=state["betas"]))
     assert load_model(checkpoint, **HINTS).schedule.variance == "beta"
+    assert run_script("inspect_checkpoint.py", checkpoint, "--config") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["diffusion"]
+    assert printed.pop("variance") == "beta"
+    teacher = open_teacher(run_with(checkpoint, DiffusionConfig(**printed), params=HINTS))  # a section without it
+    assert teacher.schedule.variance == "beta"
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ import hashlib
 import json
 import pickle
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from ldm_dkdm import NoisyPool, UserError, load_model
 from ldm_dkdm.checkpoints import read_tensors
@@ -70,6 +72,36 @@ def test_the_other_layouts_hold_the_same_weights(teacher_folder: Path, tmp_path:
     open_teacher(run_with(tmp_path / "x.safetensors", params=GIVEN))  # says the same
     with pytest.raises(UserError, match=r"teacher\.params\.image_size: .*x\.safetensors describes itself"):
         open_teacher(run_with(tmp_path / "x.safetensors", params={"image_size": 16}))
+
+
+def test_what_weights_alone_do_not_say_is_printed_as_hints(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(teacher_folder, tmp_path / "x.pt", "--to", "adm") == 0
+    _, hints = capsys.readouterr().out.splitlines()[0].split("whoever opens it says the rest: ")
+    given = {key: yaml.safe_load(value) for key, value in (pair.split("=") for pair in hints.split())}
+    back = load_model(tmp_path / "x.pt", **given)
+    ours = load_model(teacher_folder)
+    assert back.diffusion == ours.diffusion and back.codec().scale_factor == 0.5
+    x, t = torch.randn(2, *SHAPE), torch.tensor([0, T - 1])
+    with torch.no_grad():
+        assert torch.equal(back.network(x, t), ours.network(x, t))
+
+
+def test_the_scale_of_the_latents_stays_with_the_model(teacher_folder: Path, tmp_path: Path) -> None:
+    model = load_model(teacher_folder)
+    model.first_stage = replace(model.first_stage, scale_factor=0.25)
+    model.save(tmp_path / "x.safetensors", "safetensors")
+    stage = model.first_stage.path
+    assert load_model(tmp_path / "x.safetensors", first_stage=stage).codec().scale_factor == 0.25
+    assert load_model(tmp_path / "x.safetensors", first_stage=stage, scale_factor=0.125).codec().scale_factor == 0.125
+
+
+def test_a_scale_of_1_is_stated(teacher_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = load_model(teacher_folder)
+    model.first_stage = replace(model.first_stage, scale_factor=1.0)
+    model.save(tmp_path / "x.ckpt", "compvis")
+    assert load_model(tmp_path / "x.ckpt").codec().scale_factor == 1 and "no scale_factor" not in caplog.text
 
 
 def test_the_sampler_takes_what_the_converter_writes(

@@ -40,6 +40,13 @@ def pipeline(folder: Path, shared: bool = False, **options: Any) -> DiTTransform
     return network
 
 
+def test_the_public_layout_refuses_what_its_code_lacks(tmp_path: Path) -> None:
+    pipeline(tmp_path / "pipe")
+    with pytest.raises(UserError, match="DiT's code has no freq_shift, norm_eps, own_embedders; choose diffusers"):
+        load_model(tmp_path / "pipe").save(tmp_path / "x.pt", "dit")
+    assert not (tmp_path / "x.pt").exists()
+
+
 @pytest.mark.parametrize(
     ("shared", "options"),
     [(False, {}), (True, {}), (True, {"out_channels": None, "patch_size": 4, "norm_eps": 1e-6})],

@@ -1,16 +1,18 @@
 """Where a training leaves its weights: wrappers' prefixes, unusual keys, every EMA helper's form."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ldm_dkdm import UserError, load_model
-from ldm_dkdm.checkpoints import Source, read
+from ldm_dkdm.checkpoints import Source, read, read_tensors
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.first_stage import VQModel
@@ -82,6 +84,13 @@ def test_the_name_of_the_state_dict_does_not_matter(key: str, tmp_path: Path) ->
         load_model(tmp_path / "x.pt", **HINTS, **PIXEL, use_ema=True)
 
 
+@pytest.mark.parametrize("key", ["optim", "optim_g", "state"])
+def test_the_moments_of_an_optimizer_are_no_weights(key: str, tmp_path: Path) -> None:
+    moments = {name: {k: 0 * v for k, v in raw().items()} for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+    torch.save({"model": raw(), key: moments}, tmp_path / "x.pt")
+    assert loads(tmp_path / "x.pt", raw()) and read(Source(tmp_path / "x.pt")).ema is None
+
+
 def averaged_model() -> State:
     network = randomised(UNet(**UNET_PARAMS), seed=1)
     return dict(AveragedModel(network).state_dict())
@@ -106,6 +115,7 @@ HELPERS: dict[str, Callable[[], Any]] = {
     "torch_ema": lambda: {"model": raw(), "ema": {"decay": 0.9, "shadow_params": list(averaged().values())}},
     "diffusers": lambda: {"unet": raw(), "ema_unet": {"decay": 0.9, "shadow_params": list(averaged().values())}},
     "a list": lambda: {"model": raw(), "ema_params": list(averaged().values())},
+    "a tuple": lambda: {"model": raw(), "ema": tuple(averaged().values())},
     "shadow": lambda: {"model": raw(), "ema": {"decay": 0.9, "shadow": averaged()}},
     "timm": lambda: {"state_dict": raw(), "state_dict_ema": named("module.", averaged())},
     "k-diffusion": lambda: {"model": raw(), "model_ema": averaged(), "opt": {}},
@@ -145,6 +155,19 @@ def test_an_ema_of_an_unknown_form_is_said_and_the_raw_weights_are_used(
 def test_an_empty_ema_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save({"model": raw(), "ema": {}}, tmp_path / "x.pt")
     assert loads(tmp_path / "x.pt", raw()) and not caplog.text
+
+
+def test_a_tensor_is_that_of_the_shard_that_the_index_names(tmp_path: Path) -> None:
+    state, copy = raw(), {"out.2.bias": averaged()["out.2.bias"]}
+    whole = dict(state)
+    last = {"time_embed.0.bias": state.pop("time_embed.0.bias")}
+    save_file(state, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({**last, **copy}, tmp_path / "model-00002-of-00002.safetensors")
+    listed = dict.fromkeys(state, "model-00001-of-00002.safetensors")
+    index = {"weight_map": listed | dict.fromkeys(last, "model-00002-of-00002.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = read_tensors(tmp_path / "model.safetensors.index.json")
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
 
 
 def test_several_networks_are_refused_by_their_places(tmp_path: Path) -> None:

@@ -257,6 +257,7 @@ def config_of(model: SavedModel) -> dict[str, Any]:
                 "image_size": params["image_size"],
                 "channels": params["in_channels"],
                 "scale_by_std": codec.scale_factor != 1,
+                "scale_factor": codec.scale_factor,
                 "unet_config": {
                     "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
                     "params": plain(params),

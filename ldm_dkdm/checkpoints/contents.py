@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.hints import Hints
+from ldm_dkdm.checkpoints.process_keys import SAMPLING, kept_beside
 from ldm_dkdm.checkpoints.shapes import plain
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.diffusion.clipping import Clipping
@@ -45,8 +46,8 @@ class Contents:
         diffusion: the forward process; None where it must be given; then `unknown_schedule` says more, where a config
             beside the file names one.
         alphas_cumprod: the stored schedule (T,), in the file's precision.
-        space: default of this format.
-        first_stage: its source; None where unknown.
+        space: default of this format. usual_schedule: that of most of its models, where they have one.
+        first_stage: its source; None where unknown. scale_factor: of its latents, where the file says only that.
         described: the model describes itself; hints are not needed and must not contradict it.
     """
 
@@ -66,7 +67,9 @@ class Contents:
     unknown_schedule: str = ""
     alphas_cumprod: Tensor | None = None
     space: str = "latent"
+    usual_schedule: str = ""
     first_stage: FirstStageSource | None = None
+    scale_factor: float | None = None
     null_label: int | None = None
     shape: Sequence[int] | None = None
     num_classes: int | None = None
@@ -179,10 +182,12 @@ class Contents:
             if not {"schedule", "betas"} & set(given):
                 raise UserError(self._no_schedule(hints))
             return DiffusionConfig(**{"space": self.space, **given})
-        wanted = DiffusionConfig(**(given if hints.sections else {**_named(self.diffusion, given), **given}))
+        kept = {"space": self.diffusion.space} if hints.sections else kept_beside(self.diffusion, given)
+        wanted = DiffusionConfig(**{**kept, **given})
         if self.alphas_cumprod is not None:
             check_schedule(self.alphas_cumprod, schedule_of(wanted), self.path)
-            return wanted
+            unsaid = [key for key in SAMPLING if getattr(wanted, key) is None]
+            return replace(wanted, **{key: getattr(self.diffusion, key) for key in unsaid})
         return self._same_process(self.diffusion, wanted, hints)
 
     def _same_process(self, stored: DiffusionConfig, wanted: DiffusionConfig, hints: Hints) -> DiffusionConfig:
@@ -199,40 +204,11 @@ class Contents:
         return stored
 
     def _no_schedule(self, hints: Hints) -> str:
-        usual = {"space": self.space, "schedule": "cosine" if self.space == "pixel" else "scaled_linear"}
+        schedule = self.usual_schedule or ("cosine" if self.space == "pixel" else "scaled_linear")
+        usual = {"space": self.space, "schedule": schedule}
         example = " ".join(f"{hints.key(key)}={value}" for key, value in {**usual, "num_timesteps": 1000}.items())
         known = f", and {self.unknown_schedule}" if self.unknown_schedule else ""
         return f"{self.path} ({self.format}) stores no noise schedule{known}; set it, for example {example}"
-
-
-SAMPLING = (
-    "variance",
-    "steps_offset",
-    "timestep_spacing",
-    "set_alpha_to_one",
-    "clip_sample",
-    "clip_sample_range",
-    "thresholding",
-    "dynamic_thresholding_ratio",
-    "sample_max_value",
-)  # keys of the process that are None where the model decides
-
-
-def own_sampling(config: DiffusionConfig) -> list[str]:
-    """The keys by which a process is sampled in another way than is usual in its space."""
-    usual = DiffusionConfig(space=config.space)
-    keys = (*SAMPLING, "rescale_betas_zero_snr", "rescale_timesteps")
-    return [key for key in keys if getattr(config, key) != getattr(usual, key)]
-
-
-def _named(stored: DiffusionConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The stored values that a partial hint keeps; another schedule brings its own betas and ends."""
-    tree = asdict(stored)
-    if {"schedule", "betas"} & set(given):
-        tree.pop("betas", None)
-    if given.get("schedule", stored.schedule) != stored.schedule:
-        del tree["beta_start"], tree["beta_end"]
-    return tree
 
 
 def schedule_of(config: DiffusionConfig) -> NoiseSchedule:

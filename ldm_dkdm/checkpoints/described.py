@@ -1,15 +1,17 @@
 """Read and write one safetensors file whose metadata hold all that tensor shapes do not show."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from ldm_dkdm.checkpoints.contents import Contents
+from ldm_dkdm.checkpoints.model_folder import latent_scale
 from ldm_dkdm.checkpoints.shapes import detached, plain
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.config.load import parse
-from ldm_dkdm.config.schema import ModelCard
+from ldm_dkdm.config.schema import FirstStageConfig, ModelCard
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_tensors
 
@@ -23,7 +25,7 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source) -> Contents:
-    """Read the model that the metadata describe; they do not name its first stage.
+    """Read the model that the metadata describe; of its first stage they have the scale of the latents.
 
     Raises:
         UserError: damaged metadata.
@@ -34,6 +36,7 @@ def read(source: Source) -> Contents:
         card = {"weights": source.path.name, "network": node, "diffusion": json.loads(found["diffusion"])}
         card |= {key: json.loads(found[key]) for key in EXTRAS if key in found}
         described = parse(ModelCard, card, "metadata")
+        stage = parse(FirstStageConfig, {"scale_factor": json.loads(found.get("scale_factor", "null"))}, "metadata")
     except (KeyError, ValueError, RecursionError) as error:
         raise UserError(f"{source.path}: not a readable safetensors file (is it complete?): {error}") from error
     return Contents(
@@ -45,6 +48,7 @@ def read(source: Source) -> Contents:
         parameterization=described.network.parameterization,
         raw=source.tensors,
         diffusion=described.diffusion,
+        scale_factor=stage.scale_factor,
         null_label=described.null_label,
         shape=described.shape,
         num_classes=described.num_classes,
@@ -54,7 +58,7 @@ def read(source: Source) -> Contents:
 
 
 def write(model: SavedModel, path: Path) -> None:
-    """Write the file atomically."""
+    """Write the file atomically, with the scale of the latents where their first stage is at hand."""
     from_card = {"null_label": model.null_label, "info": plain(model.info)}
     from_card |= {"shape": list(model.shape), "num_classes": model.num_classes}
     described = {
@@ -64,4 +68,7 @@ def write(model: SavedModel, path: Path) -> None:
         "diffusion": json.dumps(asdict(model.diffusion)),
         **{key: json.dumps(value) for key, value in from_card.items()},
     }
+    with suppress(UserError):  # the first stage is missing
+        if model.first_stage is not None:
+            described["scale_factor"] = json.dumps(latent_scale(model.first_stage, model))
     write_tensors(path, detached(model.network.state_dict()), described)

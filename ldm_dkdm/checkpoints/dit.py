@@ -1,5 +1,6 @@
 """Read and write DiT's layout: `{model, ema, opt, args}` of a training, or a release's bare state dict."""
 
+import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,13 @@ from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, detached
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.state_dicts import DIT as DIT_NAMES
 from ldm_dkdm.checkpoints.state_dicts import Weights
-from ldm_dkdm.checkpoints.writing import SavedModel
+from ldm_dkdm.checkpoints.writing import SavedModel, require_plain_timesteps
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_torch
 from ldm_dkdm.networks import DiT
 
 NAME = "DiT"
+FIXED = ("freq_shift", "norm_eps", "own_embedders")  # DiT's code has no such options; diffusers' DiTs differ in them
 IMAGENET_TABLE = 1001  # rows of a public DiT's label table: 1,000 classes and the null label
 
 
@@ -44,13 +46,13 @@ def read(source: Source) -> Contents:
         **inferred,
         ema=found.ema,
         raw=found.raw,
-        space="pixel",
     )
 
 
 def _inferred(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     outputs = tensors["final_layer.linear.weight"].shape[0] // patch**2
+    usual: dict[str, Any] = {}
     params: dict[str, Any] = {
         "input_size": math.isqrt(tensors["pos_embed"].shape[1]) * patch,
         "patch_size": patch,
@@ -63,21 +65,28 @@ def _inferred(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     demands = [Demand(("num_heads",), "6 in DiT-S, 12 in B, 16 in L and XL")]
     table = tensors.get("y_embedder.embedding_table.weight")
     if table is not None and len(table) == IMAGENET_TABLE:
-        params |= {"num_classes": IMAGENET_TABLE - 1, "class_dropout_prob": 0.1}
+        usual = {"num_classes": IMAGENET_TABLE - 1, "class_dropout_prob": 0.1}
     elif table is not None:
         demands.append(
             Demand(("num_classes",), f"the table has {len(table)} rows, the null label's included if it has one")
         )
         demands.append(Demand(("class_dropout_prob",), "0.1 in public DiTs, 0 without a null label"))
-    return {"target": "ldm_dkdm.networks.DiT", "params": params, "demands": tuple(demands)}
+    space = "pixel" if channels in (1, 3) else "latent"  # latents may have 3 channels; public DiTs' have 4
+    found = {"target": "ldm_dkdm.networks.DiT", "params": params, "usual": usual, "demands": tuple(demands)}
+    return {**found, "space": space, "usual_schedule": "linear"}
 
 
 def write(model: SavedModel, path: Path) -> None:
     """Write the network's state dict, as in the public releases.
 
     Raises:
-        UserError: another architecture, or a network that predicts v.
+        UserError: another architecture, a DiT of diffusers' that differs, or a network that predicts v.
     """
     if not isinstance(model.network, DiT) or model.node.parameterization != "eps":
         raise UserError("format: dit holds a DiT that predicts eps; choose safetensors")
+    known = inspect.signature(DiT).parameters
+    other = [key for key in FIXED if model.node.params.get(key, known[key].default) != known[key].default]
+    if other:
+        raise UserError(f"format: DiT's code has no {', '.join(other)}; choose diffusers or safetensors")
+    require_plain_timesteps(model, "DiT's code")
     write_torch(path, detached(model.network.state_dict()))

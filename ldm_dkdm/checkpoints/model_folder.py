@@ -100,10 +100,15 @@ def card_of(model: SavedModel, folder: Path, weights: str = WEIGHTS, **info: Any
     )
 
 
+def latent_scale(stage: FirstStageSource, model: SavedModel) -> float:
+    """The scale of a model's latents: the one that is stated, else that of the opened first stage."""
+    return (not stage.doubt and stage.scale_factor) or model.codec().scale_factor
+
+
 def pointer_to(stage: FirstStageSource, model: SavedModel, folder: Path) -> FirstStagePointer:
     """How a card in `folder` points to a first stage."""
     path = os.path.relpath(stage.path.resolve(), folder.resolve())
-    scale = (not stage.doubt and stage.scale_factor) or model.codec().scale_factor
+    scale = latent_scale(stage, model)
     if is_first_stage_folder(stage.path) or (stage.path / "model_index.json").is_file():
         return FirstStagePointer(path, scale, absolute=str(stage.path.resolve()))
     opened = stage if stage.target else stage.opened(model.shape[1])

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm_dkdm.checkpoints.arrays import PickledArray
 from ldm_dkdm.checkpoints.hashes import read_safetensors
 from ldm_dkdm.checkpoints.pickles import TORCH_MAGIC, Inert, read_array_pickle, read_torch_file
-from ldm_dkdm.checkpoints.weight_files import files_of, holds_weights, is_index, weights_in
+from ldm_dkdm.checkpoints.weight_files import files_of, holds_weights, is_index, shards_of, weights_in
 from ldm_dkdm.errors import UserError, blaming, interruptible, unreadable
 from ldm_dkdm.files import expanded, require_file
 
@@ -56,7 +56,13 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
     if path.is_dir():
         return read_tensors(weights_in(path))
     if is_index(path) and path.is_file():
-        return {name: tensor for shard in files_of(path) for name, tensor in read_tensors(shard).items()}
+        listed = shards_of(path)
+        return {
+            name: tensor
+            for shard in files_of(path)
+            for name, tensor in read_tensors(shard).items()
+            if listed.get(name, shard.name) == shard.name  # another shard may hold a copy
+        }
     with blaming(path):
         content = read_content(path)
         if isinstance(content, Tensor):

@@ -26,7 +26,7 @@ WRAPPER = re.compile(
 COUNTERS = ("decay", "initted", "n_averaged", "num_updates", "optimization_step", "step")  # what EMA helpers count
 USUAL = ("state_dict", "model", "net", "network", "unet", "denoiser")  # the first name found is taken
 NO_NETWORK = re.compile(
-    r"opts?(_.*)?$|.*optimi[sz]er|.*sched|hyper_parameters|.*scaler"
+    r"opts?(_.*)?$|optims?(_.*)?$|.*optimi[sz]er|.*sched|hyper_parameters|.*scaler|(max_)?exp_avg|momentum_buffer"
 )  # parts of a file that hold other tensors
 DEPTH = 4  # how deep a state dict may lie
 
@@ -171,8 +171,8 @@ def dotless_ema(part: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, 
 
 
 def _everything(content: Any, label: str = "") -> Iterator[tuple[str, Any]]:
-    """Dictionaries and lists in a file's content, with their dotted places."""
-    if isinstance(content, list):
+    """Dictionaries, lists and tuples in a file's content, with their dotted places."""
+    if isinstance(content, (list, tuple)):
         yield label, content
     if isinstance(content, Mapping) and label.count(".") <= DEPTH:
         if label:
@@ -183,7 +183,7 @@ def _everything(content: Any, label: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _fits(values: Any, tensors: Sequence[Tensor]) -> bool:
-    """Whether a list holds tensors of the same shapes."""
-    if not isinstance(values, list) or len(values) != len(tensors):
+    """Whether a list or tuple holds tensors of the same shapes."""
+    if not isinstance(values, (list, tuple)) or len(values) != len(tensors):
         return False
     return all(isinstance(own, Tensor) and own.shape == theirs.shape for own, theirs in zip(values, tensors))

@@ -73,14 +73,24 @@ def files_of(path: Path) -> list[Path]:
     """
     if not is_index(path):
         return [path]
+    return [path.parent / name for name in sorted(set(shards_of(path).values()))]
+
+
+def shards_of(path: Path) -> dict[str, str]:
+    """The file's name of each tensor that an index lists.
+
+    Raises:
+        UserError: a malformed index, or a shard that is missing.
+    """
     try:
-        names = sorted(set(json.loads(read_text(path, JSON_BYTES))["weight_map"].values()))
+        listed = json.loads(read_text(path, JSON_BYTES))["weight_map"]
+        names = sorted(set(listed.values()))
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a readable index of shards: {type(error).__name__}: {error}") from error
     _require_shards(path, names)
-    return [path.parent / name for name in names]
+    return listed
 
 
 def _require_shards(path: Path, names: Iterable[object]) -> None:

@@ -1,6 +1,9 @@
 """Write a model in another format: dkdm convert MODEL OUT --to FORMAT [key=value ...]"""
 
 import argparse
+import json
+from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +53,39 @@ def convert(source: str, out: Path, to: str, hints: dict[str, Any]) -> None:
     if to != "diffusers":
         with flags(**FLAGS):
             model.save(out, to)
+        if hints := missing_hints(model, out):
+            words = " ".join(f"{key}={value}" for key, value in hints.items())
+            print(f"{to} holds the weights alone; whoever opens it says the rest: {words}")
         return
     with replacing_in(out.parent, out.name) as temporary:
         with flags(**FLAGS):
             model.save(temporary / out.name, to)
         _compare(temporary / out.name, model, out)
+
+
+def missing_hints(model: "DiffusionModel", path: Path) -> dict[str, str]:
+    """What a written file does not say of its model, as hints for `load_model` and the commands."""
+    from ldm_dkdm.checkpoints import Source, read
+    from ldm_dkdm.checkpoints.model_folder import latent_scale
+    from ldm_dkdm.config.schema import DiffusionConfig
+
+    contents = read(Source(path))
+    if contents.described or contents.diffusion is not None:
+        return {}
+    defaults = {name: one.default for name, one in signature(type(model.network)).parameters.items()}
+    own, process = {**defaults, **model.node.params}, asdict(model.diffusion)
+    usual = {**asdict(DiffusionConfig(space=contents.space)), "schedule": None, "num_timesteps": None}
+    if process["betas"] is not None:
+        process["schedule"] = None
+    keys = [key for demand in contents.demands for key in demand.keys]
+    found = {key: own[key] for key in keys if own.get(key, -1) not in (None, -1)}
+    found |= {key: own[key] for key, value in contents.usual.items() if own.get(key, value) != value}
+    found |= {key: value for key, value in process.items() if value != usual[key]}
+    if model.null_label is not None and model.null_label != getattr(model.network, "null_label", None):
+        found["null_label"] = model.null_label
+    if model.first_stage is not None:
+        found |= {"first_stage": model.first_stage.path, "scale_factor": latent_scale(model.first_stage, model)}
+    return {key: json.dumps(value) if isinstance(value, (bool, list)) else str(value) for key, value in found.items()}
 
 
 def _compare(folder: Path, model: "DiffusionModel", out: Path) -> None:

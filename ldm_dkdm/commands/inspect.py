@@ -169,7 +169,8 @@ def _parameters(contents: "Contents") -> int:
 
 
 def _process(contents: "Contents") -> dict[str, str]:
-    from ldm_dkdm.checkpoints.contents import own_sampling, schedule_of
+    from ldm_dkdm.checkpoints.contents import schedule_of
+    from ldm_dkdm.checkpoints.process_keys import own_sampling
 
     stored, found = contents.alphas_cumprod, contents.diffusion
     if found is None:
@@ -208,10 +209,16 @@ def as_config(path: str) -> str:
 
 
 def _process_section(contents: "Contents") -> dict[str, Any]:
+    from ldm_dkdm.checkpoints.process_keys import own_sampling
+    from ldm_dkdm.config.schema import DiffusionConfig
+
     found = contents.diffusion
     if found is None:
         return {"space": contents.space, "schedule": "???", "num_timesteps": "???"}
+    own = {key: getattr(found, key) for key in own_sampling(found)}
+    if found.space != DiffusionConfig.space:
+        own = {"space": found.space, **own}
     if found.betas is not None:
-        return {"betas": list(found.betas)}
+        return {"betas": list(found.betas), **own}
     ends = {} if found.schedule == "cosine" else {"beta_start": found.beta_start, "beta_end": found.beta_end}
-    return {"schedule": found.schedule, "num_timesteps": found.num_timesteps, **ends}
+    return {"schedule": found.schedule, "num_timesteps": found.num_timesteps, **ends, **own}

@@ -119,7 +119,7 @@ def _model_of(
         shape=contents.shape,
         num_classes=contents.num_classes,
         null_label=contents.null_label if hints.null_label is None else hints.null_label,
-        first_stage=_stage(contents.first_stage, hints.first_stage, diffusion, hints.verify is not False),
+        first_stage=_stage(contents, hints.first_stage, diffusion, hints.verify is not False),
         node=node,
         info={**contents.info, **({KIND: kind} if kind else {})},
     )
@@ -132,11 +132,14 @@ def _model_of(
 
 
 def _stage(
-    stage: FirstStageSource | None, given: FirstStageConfig, diffusion: DiffusionConfig, verify: bool
+    contents: Contents, given: FirstStageConfig, diffusion: DiffusionConfig, verify: bool
 ) -> FirstStageSource | None:
     refuse_in_pixel_space(given, diffusion)
     if not SPACES[diffusion.space].encoded:
         return None
+    stage = contents.first_stage
+    if given.ckpt is not None and given.scale_factor is None and contents.scale_factor is not None:
+        given = replace(given, scale_factor=contents.scale_factor)
     found = named_first_stage(given) if stage is None else stage.changed(given)
     return found and replace(found, verify=verify)
 

@@ -82,7 +82,7 @@ class DiT(nn.Module):
         if num_classes is not None:
             self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
             self.null_label = self.y_embedder.null_label
-        hidden = int(hidden_size * mlp_ratio)
+        hidden = int(hidden_size * mlp_ratio + 1e-6)  # a ratio of whole widths gives them back
         self.blocks = nn.ModuleList([Block(hidden_size, num_heads, hidden, norm_eps) for _ in range(depth)])
         labels = None if num_classes is None else (num_classes, class_dropout_prob)
         further = range(depth - 1 if own_embedders else 0)
