@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.contents import Demand
-from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, missing_blocks, multiples
+from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, missing_blocks, multiples, refuse_concatenated
 from ldm_dkdm.errors import UserError
 
 # Tensors that double the resolution in a decoder: those of `Upsample`, or of a second residual block.
@@ -24,13 +24,15 @@ def infer_unet(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> di
         compvis: the file is CompVis's, whose attention has the old order unless a hint says otherwise.
 
     Raises:
-        UserError: a UNet of another kind: a classifier, a text-conditional one, an incomplete one.
+        UserError: a UNet of another kind: a classifier, one conditioned on a text or an image, an incomplete one.
     """
     _refuse_other_unets(tensors, source)
     try:
-        return _inferred(tensors, source, compvis)
+        inferred = _inferred(tensors, source, compvis)
     except TOO_FEW as error:
         raise UserError(f"{source}: its network is incomplete or of another kind ({error})") from error
+    refuse_concatenated(inferred["params"]["in_channels"], inferred["params"]["out_channels"], source)
+    return inferred
 
 
 def _inferred(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> dict[str, Any]:

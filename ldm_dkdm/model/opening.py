@@ -63,6 +63,8 @@ def open_model(
     """
     with verifying(hints.verify is not False):
         contents = checkpoints.read(Source(path))
+    if network is None:
+        _refuse_super_resolution(contents, hints)
     if lenient:
         hints = contents.accepted(hints)
     where = "teacher.params" if hints.sections and not contents.described else "params"
@@ -80,6 +82,14 @@ def open_model(
         require_outputs(network, where)
         _mention_rescaling(contents, diffusion, hints)
         return _model_of(contents, hints, network, node, diffusion)
+
+
+def _refuse_super_resolution(contents: Contents, hints: Hints) -> None:
+    """Refuse guided-diffusion's super-resolution models, whose shapes are those of a model of 6-channel states."""
+    space = hints.diffusion.get("space", contents.space)
+    doubt = checkpoints.super_resolution(contents, hints.key("space"))
+    if doubt and space in SPACES and not SPACES[space].encoded:
+        raise UserError(f"{contents.path}: {doubt}")
 
 
 @contextmanager
