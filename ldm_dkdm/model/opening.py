@@ -1,5 +1,6 @@
 """Open a diffusion model from any file or folder that the package can read."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource, named_first_stage
 from ldm_dkdm.checkpoints.hashes import verifying
 from ldm_dkdm.checkpoints.loading import build_loaded, load_strictly
+from ldm_dkdm.config.registry import IGNORED
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.model.diffusion_model import DiffusionModel
@@ -63,12 +65,13 @@ def open_model(
     """
     with verifying(hints.verify is not False):
         contents = checkpoints.read(Source(path))
-    if network is None:
-        _refuse_super_resolution(contents, hints)
     if lenient:
         hints = contents.accepted(hints)
     where = "teacher.params" if hints.sections and not contents.described else "params"
     with _naming_file(contents, hints):
+        if network is None and not contents.described:
+            _refuse_super_resolution(contents, hints)
+            _require_known(contents, hints)
         node, diffusion = contents.network(hints), contents.process(hints)
         if network is None and contents.described and node.target not in NETWORKS:
             raise UserError(
@@ -90,6 +93,17 @@ def _refuse_super_resolution(contents: Contents, hints: Hints) -> None:
     doubt = checkpoints.super_resolution(contents, hints.key("space"))
     if doubt and space in SPACES and not SPACES[space].encoded:
         raise UserError(f"{contents.path}: {doubt}")
+
+
+def _require_known(contents: Contents, hints: Hints) -> None:
+    """Refuse hints that the network has no parameter for, before those that are missing."""
+    target = contents.target if hints.target is None else hints.target
+    if target not in NETWORKS:
+        return
+    parameters = inspect.signature(NETWORKS[target]).parameters
+    ignored = () if target.startswith("ldm_dkdm.") else IGNORED
+    if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        hints.require_known([*parameters, *ignored], target, contents.params if hints.target is None else {})
 
 
 @contextmanager
