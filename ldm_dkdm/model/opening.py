@@ -11,6 +11,7 @@ from torch import nn
 
 from ldm_dkdm import checkpoints
 from ldm_dkdm.checkpoints import Contents, Hints, Source
+from ldm_dkdm.checkpoints.adm import NAME as ADM
 from ldm_dkdm.checkpoints.averaging import KIND, weights_kind
 from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource, named_first_stage
@@ -123,8 +124,8 @@ def _naming_file(contents: Contents, hints: Hints) -> Iterator[None]:
 
 def _mention_rescaling(contents: Contents, diffusion: DiffusionConfig, hints: Hints) -> None:
     """Name the key that a file of improved-diffusion needs where T is not 1000; its tensors do not show it."""
-    stored = contents.described or contents.diffusion is not None
-    if diffusion.num_timesteps != 1000 and not stored and not diffusion.rescale_timesteps:
+    theirs = contents.format == ADM and contents.diffusion is None
+    if theirs and diffusion.num_timesteps != 1000 and not diffusion.rescale_timesteps:
         logger.warning(
             f"{contents.path}: its network is given t = 0 ... {diffusion.num_timesteps - 1}; improved-diffusion's "
             f"take t * 1000 / T by default: {hints.key('rescale_timesteps')}=true"
