@@ -225,12 +225,16 @@ def test_what_else_a_file_holds_is_said(names: list[str], words: str, tmp_path: 
     assert words in str(error.value)
 
 
-def test_a_text_conditional_unet_is_refused(tmp_path: Path) -> None:
+def test_a_unet_with_cross_attention_is_refused_by_its_condition(tmp_path: Path) -> None:
     tensors = {f"model.diffusion_model.{k}": v for k, v in UNet(**ADM).state_dict().items()}
     tensors["model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_q.weight"] = torch.zeros(2, 2)
     torch.save({"state_dict": tensors}, tmp_path / "sd.ckpt")
-    with pytest.raises(UserError, match="text-conditional"):
+    with pytest.raises(UserError, match=r"is a text-conditional UNet .* cross-attention"):
         open_teacher(run_with(tmp_path / "sd.ckpt", DIFFUSION))
+    tensors["cond_stage_model.embedding.weight"] = torch.zeros(11, 4)
+    torch.save({"state_dict": tensors}, tmp_path / "cin.ckpt")
+    with pytest.raises(UserError, match="is a class-conditional UNet whose condition comes by cross-attention"):
+        open_teacher(run_with(tmp_path / "cin.ckpt", DIFFUSION))
 
 
 def test_weights_behind_the_prefix_of_data_parallel_training_load(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from ldm_dkdm.reporting import logger
 NAME = "CompVis latent diffusion"
 UNET = "model.diffusion_model."
 EMA = "model_ema."
+CLASS_EMBEDDER = "cond_stage_model.embedding.weight"  # of CompVis's ClassEmbedder, for cross-attention
 AVERAGED = EMA + "diffusion_model"  # begins LitEma's names of the UNet's tensors, which have no dots
 WRAPPED = re.compile(r"(?P<outer>(.*\.)?)model\.(module\.)*diffusion_model\.(?P<inner>.*)")  # wrappers around the UNet
 DOTLESS = "module|_orig_mod"  # what DistributedDataParallel and torch.compile leave in LitEma's names
@@ -73,7 +74,7 @@ def read(source: Source) -> Contents:
     tensors = tensors_from(source)
     raw = under(tensors, UNET)
     ema = _averaged(tensors, raw, source.path) or source.weights(NAMES).ema or {}
-    unet = infer_unet(ema or raw, source.path, compvis=True)
+    unet = infer_unet(ema or raw, source.path, compvis=True, embeds_classes=CLASS_EMBEDDER in tensors)
     config = config_beside(source.path, unet["params"])
     stored = _stored_schedule(tensors, source.path)
     diffusion = None if stored is None else name_schedule(stored)
