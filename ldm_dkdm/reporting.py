@@ -126,14 +126,14 @@ def in_home(path: str | Path) -> str:
 def names_apart(paths: Sequence[Path], details: Sequence[Sequence[str]] = ()) -> list[str]:
     """Names for models: the last two parts of their paths, such as quickstart/student, and more where those are alike.
 
-    What is added tells alike names apart: folders above of other paths, then the details, then a number. The names
-    also differ with - in place of /, as names of folders.
+    A snapshot in the Hub's cache is OWNER/NAME. What is added tells alike names apart: folders above of other paths,
+    then the snapshot, the details, a number. The names also differ with - in place of /, as names of folders.
 
     Args:
         paths: absolute paths.
         details: facts of each model, the weightiest first; empty texts add nothing.
     """
-    parts = [path.parts[1:] for path in paths]
+    parts, snapshots = zip(*map(_without_snapshot, paths), strict=True) if paths else ((), ())
     names = ["/".join(own[-2:]) for own in parts]
     for alike in _alike(names):
         ends, length = {parts[i] for i in alike}, 2
@@ -141,7 +141,7 @@ def names_apart(paths: Sequence[Path], details: Sequence[Sequence[str]] = ()) ->
             length += 1
         for i in alike:
             names[i] = "/".join(parts[i][-length:])
-    for facts in zip(*details, strict=True):
+    for facts in (snapshots, *zip(*details, strict=True)):
         for alike in _alike(names):
             if len({facts[i] for i in alike}) > 1:
                 for i in alike:
@@ -152,6 +152,15 @@ def names_apart(paths: Sequence[Path], details: Sequence[Sequence[str]] = ()) ->
             names[i] = next(n for k in itertools.count(number) if _flat(n := f"{names[i]}-{k}") not in taken)
             taken.add(_flat(names[i]))
     return names
+
+
+def _without_snapshot(path: Path) -> tuple[tuple[str, ...], str]:
+    """A path's parts with OWNER, NAME for models--OWNER--NAME/snapshots/HASH, and the hash."""
+    parts = path.parts[1:]
+    for i, part in enumerate(parts[:-2]):
+        if part.startswith("models--") and parts[i + 1] == "snapshots":
+            return (*parts[:i], *part.split("--")[1:], *parts[i + 3 :]), parts[i + 2]
+    return parts, ""
 
 
 def _alike(names: Sequence[str]) -> list[list[int]]:

@@ -17,6 +17,8 @@ from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.weight_files import weights_in
 from ldm_dkdm.commands.distill import open_teacher
 from ldm_dkdm.config.load import load_config
+from ldm_dkdm.reporting import names_apart
+from tests.cli import sample
 from tests.parts import randomised
 from tests.test_diffusers_format import BASE, outputs
 
@@ -212,6 +214,30 @@ def test_a_hub_id_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: pytes
     assert outputs(load_model("someone/small-model").network, theirs, None) < 1e-4
     with pytest.raises(UserError, match=r"hf download someone/other"):
         load_model("someone/other")
+
+
+def test_models_of_the_hub_s_cache_are_called_as_they_were_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "hub" / "models--me--pipe"
+    for name in ("abc", "def"):
+        pipeline(home / "snapshots" / name)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc")
+    (home / "blobs").mkdir()
+    weights = home / "snapshots" / "def" / "unet" / f"{NAME}.safetensors"
+    weights.symlink_to(weights.rename(home / "blobs" / "0006"))
+    Path("mine").symlink_to(home / "snapshots" / "def")
+    asked = ("-n", 1, "-c", 1, "--no_png")
+    assert sample("-r", "me/pipe", *asked) == 0 and Path("logs/samples/me-pipe/grid.png").is_file()
+    both = ("me/pipe", home / "snapshots" / "def", "mine")
+    capsys.readouterr()
+    assert sample("-r", *both, *asked) == 0
+    labels = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "parameters" in line]
+    assert labels == ["me/pipe-abc", "me/pipe-def", f"{tmp_path.name}/mine"]
+    assert names_apart([weights]) == [f"unet/{NAME}.safetensors"]
 
 
 def test_a_folder_that_describes_itself_replaces_a_recipe_s_teacher(

@@ -68,6 +68,7 @@ def rewrite(folder: Path, change: Callable[[Tensors], object]) -> None:
     [
         ({"norm_groups": 8}, "norm_groups: not a key of diffusers' UNet2DModel; did you mean 'norm_num_groups'"),
         ({"resnet_time_scale_shift": "ada_group"}, "resnet_time_scale_shift: 'ada_group' is not supported"),
+        ({"in_channels": 6}, r"its network is conditioned on an image .*\(6 channels in, 3 out.* is not supported"),
     ],
 )
 def test_a_networks_key_is_refused_by_name(keys: dict[str, Any], words: str, tmp_path: Path) -> None:

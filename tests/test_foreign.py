@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_dkdm import UserError, load_model
+from ldm_dkdm import DiffusionModel, UserError, load_model
 from ldm_dkdm.checkpoints import Source, read
 from ldm_dkdm.checkpoints.compvis import name_schedule
 from ldm_dkdm.checkpoints.contents import schedule_of
@@ -28,6 +28,7 @@ from ldm_dkdm.config.schema import (
 )
 from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
 from ldm_dkdm.networks import DiT, UNet
+from tests.cli import run_script
 from tests.parts import DIFFUSION, UNET_PARAMS, VQ_PARAMS, randomised, write_compvis_checkpoint
 
 ADM: dict[str, Any] = {
@@ -239,12 +240,16 @@ def test_what_else_a_file_holds_is_said(names: list[str], words: str, tmp_path: 
     assert words in str(error.value)
 
 
-def test_a_text_conditional_unet_is_refused(tmp_path: Path) -> None:
+def test_a_unet_with_cross_attention_is_refused_by_its_condition(tmp_path: Path) -> None:
     tensors = {f"model.diffusion_model.{k}": v for k, v in UNet(**ADM).state_dict().items()}
     tensors["model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_q.weight"] = torch.zeros(2, 2)
     torch.save({"state_dict": tensors}, tmp_path / "sd.ckpt")
-    with pytest.raises(UserError, match="text-conditional"):
+    with pytest.raises(UserError, match=r"is a text-conditional UNet .* cross-attention"):
         open_teacher(run_with(tmp_path / "sd.ckpt", DIFFUSION))
+    tensors["cond_stage_model.embedding.weight"] = torch.zeros(11, 4)
+    torch.save({"state_dict": tensors}, tmp_path / "cin.ckpt")
+    with pytest.raises(UserError, match="is a class-conditional UNet whose condition comes by cross-attention"):
+        open_teacher(run_with(tmp_path / "cin.ckpt", DIFFUSION))
 
 
 def test_weights_behind_the_prefix_of_data_parallel_training_load(tmp_path: Path) -> None:
@@ -268,3 +273,38 @@ def test_a_first_stage_that_lacks_tensors_is_refused(
     given = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
     with pytest.raises(UserError, match=words):
         open_teacher(run_with(tmp_path / "x.ckpt", params=given)).codec()
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "prefix"), [(6, 3, ""), (7, 6, ""), (6, 3, "model.diffusion_model.")])
+def test_a_network_with_an_image_concatenated_to_its_input_is_refused(
+    inputs: int, outputs: int, prefix: str, tmp_path: Path
+) -> None:
+    unet = UNet(**{**ADM, "in_channels": inputs, "out_channels": outputs})
+    torch.save({prefix + name: value for name, value in unet.state_dict().items()}, tmp_path / "sr.pt")
+    with pytest.raises(UserError, match=rf"sr\.pt: .*concatenated to its input \({inputs} channels in, {outputs} out"):
+        read(Source(tmp_path / "sr.pt"))
+
+
+def test_super_resolution_is_told_from_latents_of_six_channels_by_the_space(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, told = tmp_path / "upsampler.pt", {"image_size": 16, "num_heads": 4, "use_new_attention_order": True}
+    torch.save(UNet(**{**ADM, "in_channels": 6}).state_dict(), file)
+    for given in ({}, {**told, "schedule": "linear"}):
+        with pytest.raises(
+            UserError, match=r"upsampler\.pt: .*super-resolution.* not supported; .* 6 channels set space=latent"
+        ):
+            load_model(file, **given)
+    with pytest.raises(UserError, match=r"set diffusion\.space=latent"):
+        open_teacher(run_with(file, PIXEL, params=told))
+    for flags in ([], ["--config"]):
+        assert run_script("inspect_checkpoint.py", file, *flags) == 0
+        assert "super-resolution" in capsys.readouterr().out
+    model = load_model(file, **told, schedule="linear", space="latent")
+    assert model.shape == (6, 16, 16)
+    model.save(tmp_path / "latents.pt", "adm")
+    images = DiffusionModel(model.network, space="pixel")
+    images.save(tmp_path / "images.safetensors", "safetensors")
+    assert load_model(tmp_path / "images.safetensors").shape == (6, 16, 16)
+    with pytest.raises(UserError, match="super-resolution; choose safetensors"):
+        images.save(tmp_path / "images.pt", "adm")

@@ -3,12 +3,18 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from ldm_dkdm import load_model
+from ldm_dkdm.commands.distill import open_teacher
 from ldm_dkdm.commands.main import parser_of
 from ldm_dkdm.commands.other_flags import OTHER_FLAGS
 from ldm_dkdm.config.load import load_config
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.networks import UNet
 from tests.cli import distil, sample, write_yaml
+from tests.parts import UNET_PARAMS
+from tests.test_foreign import PIXEL, run_with
 
 
 @pytest.mark.parametrize("flag", OTHER_FLAGS)
@@ -56,3 +62,51 @@ def test_a_config_of_another_code_is_named_as_a_whole(tree: dict[str, object], t
     file = write_yaml(tmp_path / "theirs.yaml", tree)
     with pytest.raises(UserError, match=r"theirs\.yaml: made for another code's scripts; docs/coming-from-dkdm\.md"):
         load_config(file)
+
+
+HINTS = {"image_size": 8, "num_head_channels": 32, "use_new_attention_order": False, "space": "pixel"}
+ANSWERS = {
+    "noise_schedule": ("cosine", "write schedule=NAME", "write diffusion.schedule=NAME"),
+    "diffusion_steps": (4000, "write num_timesteps=N", "write diffusion.num_timesteps=N"),
+    "predict_xstart": (True, "write parameterization=x0", "write teacher.parameterization=x0"),
+    "class_cond": (True, "write num_classes=N", "write teacher.params.num_classes=N"),
+    "num_channels": (32, "here it is model_channels, 32 by the tensors; leave it out", "model_channels, 32 by the ten"),
+    "learn_sigma": (
+        True,
+        "here it is out_channels, 3 by the tensors; leave",
+        "here it is out_channels, 3 by the tensors",
+    ),
+    "use_fp16": (True, "precision is --precision bf16, in a config trainer.precision", "precision is --precision bf16"),
+    "parametrization": ("v", "did you mean 'parameterization'?", "did you mean 'teacher.parameterization'?"),
+    "num_timestep": (10, "did you mean 'num_timesteps'?", "did you mean 'diffusion.num_timesteps'?"),
+    "first_stag": ("x", "did you mean 'first_stage'?", "did you mean 'first_stage.ckpt'?"),
+    "num_head_channel": (32, "did you mean 'num_head_channels'?", "did you mean 'num_head_channels'?"),
+    "qqqq": (1, "valid keys: image_size, ", "valid keys: image_size, "),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_hint_of_another_name_is_answered_by_ours(name: str, tmp_path: Path) -> None:
+    torch.save(UNet(**UNET_PARAMS).state_dict(), tmp_path / "x.pt")
+    value, flat, dotted = ANSWERS[name]
+    for given in (HINTS, {}):
+        with pytest.raises(UserError) as error:
+            load_model(tmp_path / "x.pt", **given, **{name: value})
+        assert f"x.pt: {name}: is not a hint; {flat}" in str(error.value)
+    with pytest.raises(UserError) as error:
+        open_teacher(run_with(tmp_path / "x.pt", PIXEL, params={name: value}))
+    assert f"teacher.params.{name}: unknown parameter of" in str(error.value) and dotted in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("student.params.num_channels=32", "unknown key of UNet; here it is 'model_channels'"),
+        ("student.params.noise_schedule=cosine", "unknown key of UNet; here it is diffusion.schedule"),
+        ("diffusion.noise_schedule=cosine", "diffusion.noise_schedule: unknown key; here it is 'schedule'"),
+        ("diffusion.diffusion_steps=9", "diffusion.diffusion_steps: unknown key; here it is 'num_timesteps'"),
+    ],
+)
+def test_a_key_of_another_code_is_answered_by_ours(key: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distil("-b", "quickstart", key, "--plan") == 2
+    assert words in capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 from ldm_dkdm import DiffusionModel, UserError, load_model
 from ldm_dkdm.commands.distill import open_teacher
 from ldm_dkdm.config.schema import DiffusionConfig
-from ldm_dkdm.networks import UNet
+from ldm_dkdm.networks import DiT, UNet
 from tests.parts import UNET_PARAMS, randomised
 from tests.test_foreign import run_with
 
@@ -50,6 +50,9 @@ def test_it_stays_with_the_model_in_own_formats_and_students(file: Path, tmp_pat
 def test_the_key_is_named_where_it_may_matter(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     load_model(file, **GIVEN, **{**PROCESS, "num_timesteps": 1000})
     load_model(file, **GIVEN, **PROCESS, rescale_timesteps=True)
+    network = DiT(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=1, num_heads=2)
+    torch.save(randomised(network).state_dict(), file.with_name("dit.pt"))
+    load_model(file.with_name("dit.pt"), num_heads=2, **PROCESS)  # no network of improved-diffusion
     assert not caplog.text
     open_teacher(run_with(file, DiffusionConfig(**PROCESS), params=GIVEN))
     assert "given t = 0 ... 3999" in caplog.text and "diffusion.rescale_timesteps=true" in caplog.text

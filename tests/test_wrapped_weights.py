@@ -220,7 +220,32 @@ def test_compvis_s_names_behind_a_prefix_keep_their_schedule_ema_and_first_stage
         assert torch.equal(model.codec().autoencoder.quant_conv.weight, vq.quant_conv.weight)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "model._orig_mod.", "first_stage_model."])
+PLACES = ["module.diffusion_model.", "diffusion_model.module.", "_orig_mod.diffusion_model."]
+PLACES += ["diffusion_model._orig_mod.", "diffusion_model._orig_mod.module.", "diffusion_model.net."]
+PLACES += ["_orig_mod.module.diffusion_model._orig_mod."]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("outer", ["", "system."])
+def test_a_unet_that_was_wrapped_within_compvis_s_names_keeps_its_ema(outer: str, place: str, tmp_path: Path) -> None:
+    unet, vq = randomised(UNet(**UNET_PARAMS)), randomised(VQModel(**VQ_PARAMS))
+    plain = write_compvis_checkpoint(tmp_path / "plain.ckpt", unet, vq, NoiseSchedule(num_timesteps=20))
+    state, dotless = torch.load(plain, weights_only=True)["state_dict"], place.replace(".", "")
+    names = {k: k.replace("model_ema.diffusion_model", f"model_ema.{dotless}") for k in state}
+    names = {k: v.replace("model.diffusion_model.", f"model.{place}") for k, v in names.items()}
+    torch.save({"state_dict": {outer + names[k]: value for k, value in state.items()}}, tmp_path / "x.ckpt")
+    for ema, shift in ((None, 0), (False, 1)):
+        model = load_model(tmp_path / "x.ckpt", image_size=8, num_head_channels=32, use_ema=ema)
+        assert model.schedule.num_timesteps == 20 and model.format == "CompVis latent diffusion"
+        assert torch.equal(model.network.out[2].weight, unet.out[2].weight + shift)
+    assert torch.equal(model.codec().autoencoder.quant_conv.weight, vq.quant_conv.weight)
+
+
+FIRST_STAGES = ["", "module.", "_orig_mod.", "model.", "model._orig_mod.", "first_stage_model."]
+FIRST_STAGES += ["first_stage_model.module.", "first_stage_model._orig_mod."]
+
+
+@pytest.mark.parametrize("prefix", FIRST_STAGES)
 def test_a_first_stage_behind_a_prefix_loads_without_its_ema(prefix: str, tmp_path: Path) -> None:
     vq = randomised(VQModel(**VQ_PARAMS))
     state = {**named(prefix, vq.state_dict()), f"{prefix}loss.a": torch.zeros(1), "model_ema.decay": torch.zeros(1)}

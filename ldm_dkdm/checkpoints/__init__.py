@@ -8,11 +8,11 @@ from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.hints import Hints
 from ldm_dkdm.checkpoints.reading import read_tensors
 from ldm_dkdm.checkpoints.source import Source
-from ldm_dkdm.checkpoints.strangers import what_else
+from ldm_dkdm.checkpoints.strangers import super_resolution, what_else
 from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.errors import UserError, blaming
 
-__all__ = ["FORMATS", "Contents", "Format", "Hints", "Source", "read", "read_tensors"]
+__all__ = ["FORMATS", "Contents", "Format", "Hints", "Source", "read", "read_tensors", "super_resolution"]
 
 
 class Format(Protocol):

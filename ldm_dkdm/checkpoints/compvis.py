@@ -1,6 +1,7 @@
 """Read and write CompVis's layout: UNet, its EMA, the schedule and the first stage in one state dict."""
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -29,6 +30,10 @@ from ldm_dkdm.reporting import logger
 NAME = "CompVis latent diffusion"
 UNET = "model.diffusion_model."
 EMA = "model_ema."
+CLASS_EMBEDDER = "cond_stage_model.embedding.weight"  # of CompVis's ClassEmbedder, for cross-attention
+AVERAGED = EMA + "diffusion_model"  # begins LitEma's names of the UNet's tensors, which have no dots
+WRAPPED = re.compile(r"(?P<outer>(.*\.)?)model\.(module\.)*diffusion_model\.(?P<inner>.*)")  # wrappers around the UNet
+DOTLESS = "module|_orig_mod"  # what DistributedDataParallel and torch.compile leave in LitEma's names
 USUAL_ENDS = (0.0015, 0.0195), (0.00085, 0.012), (1e-4, 0.02)  # betas of LDM, Stable Diffusion, DDPM
 THEIR_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "cosine": "cosine"}  # ours -> CompVis's names
 LEAST_ALPHA = 1e-15  # alpha_T that stands for one stored as 0, since betas must be below 1
@@ -44,10 +49,20 @@ def recognises(source: Source) -> bool:
 
 
 def tensors_from(source: Source) -> dict[str, Tensor]:
-    """A file's tensors under CompVis's names: without a prefix before them, nor DistributedDataParallel's within."""
-    tensors = {name.replace("model.module.diffusion_model.", UNET): value for name, value in source.tensors.items()}
-    outer = next((prefix.removesuffix(UNET) for prefix in prefixes_of(tensors, NAMES) if prefix.endswith(UNET)), "")
-    return {name.removeprefix(outer): value for name, value in tensors.items()}
+    """A file's tensors under CompVis's names: without a prefix before them, nor what wrappers of the UNet leave."""
+    places = (WRAPPED.fullmatch(prefix) for prefix in prefixes_of(source.tensors, NAMES))
+    place = next((match for match in places if match), None)
+    if place is None:
+        return dict(source.tensors)
+    network, outer, inner = place[0], place["outer"], re.escape(place["inner"].replace(".", ""))
+    averaged = re.compile(rf"{re.escape(EMA)}({DOTLESS})*diffusion_model({DOTLESS}|{inner})*")
+
+    def named(name: str) -> str:
+        if name.startswith(network):
+            return UNET + name.removeprefix(network)
+        return averaged.sub(AVERAGED, name.removeprefix(outer), count=1)
+
+    return {named(name): value for name, value in source.tensors.items()}
 
 
 def read(source: Source) -> Contents:
@@ -59,7 +74,7 @@ def read(source: Source) -> Contents:
     tensors = tensors_from(source)
     raw = under(tensors, UNET)
     ema = _averaged(tensors, raw, source.path) or source.weights(NAMES).ema or {}
-    unet = infer_unet(ema or raw, source.path, compvis=True)
+    unet = infer_unet(ema or raw, source.path, compvis=True, embeds_classes=CLASS_EMBEDDER in tensors)
     config = config_beside(source.path, unet["params"])
     stored = _stored_schedule(tensors, source.path)
     diffusion = None if stored is None else name_schedule(stored)

@@ -1,6 +1,5 @@
 """What a checkpoint stores of a diffusion model, completed by hints."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,8 +15,7 @@ from ldm_dkdm.checkpoints.shapes import plain
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.diffusion.clipping import Clipping
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError, nearest
-from ldm_dkdm.networks import NETWORKS
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.pixel import SPACES
 
 
@@ -113,7 +111,6 @@ class Contents:
         self._refuse_contradictions(hints)
         missing = self.missing(hints.params)
         if missing:
-            self._refuse_unknown(hints)
             wanted = "; ".join(f"{' or '.join(map(hints.key, demand.keys))} ({demand.hint})" for demand in missing)
             raise UserError(f"{self.path}: tensor shapes do not show everything; set {wanted}")
         others = {
@@ -121,14 +118,6 @@ class Contents:
         }  # alternatives of a given hint
         usual = {key: value for key, value in self.usual.items() if key not in others}
         return NetworkConfig(self.target, {**usual, **self.params, **hints.params}, kind)
-
-    def _refuse_unknown(self, hints: Hints) -> None:
-        """Name a mistyped parameter before the one that it leaves missing."""
-        if self.target not in NETWORKS:
-            return
-        known = inspect.signature(NETWORKS[self.target]).parameters
-        for key in (key for key in hints.params if key not in known):
-            raise UserError(f"{hints.key(key)}: unknown parameter of {self.target}{nearest(key, known)}")
 
     def accepted(self, hints: Hints) -> Hints:
         """The hints without those that this model does not need, since it describes itself: they are for others."""

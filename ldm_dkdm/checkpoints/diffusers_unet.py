@@ -15,7 +15,7 @@ from ldm_dkdm.checkpoints.diffusers_tensors import (
     split_qkv,
     take,
 )
-from ldm_dkdm.checkpoints.shapes import multiples
+from ldm_dkdm.checkpoints.shapes import multiples, refuse_concatenated
 from ldm_dkdm.errors import UserError, nearest
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.unet import level_widths
@@ -191,6 +191,7 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
             raise UserError(f"{source}: block type {found} is not supported here, only {expected}")
     if get("upsample_type") != get("downsample_type"):
         raise UserError(f"{source}: upsample_type: {get('upsample_type')!r} differs from downsample_type")
+    refuse_concatenated(get("in_channels"), get("out_channels"), source)
     constants = {ours: config[key] for key, (ours, usual) in CONSTANTS.items() if config.get(key, usual) != usual}
     head = {"num_head_channels": get("attention_head_dim")} if get("attention_head_dim") else {"num_heads": 1}
     classes = {} if get("num_class_embeds") is None else {"num_classes": get("num_class_embeds")}

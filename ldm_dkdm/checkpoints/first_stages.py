@@ -16,7 +16,7 @@ from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.releases import how_to_get
 from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, multiples, under
 from ldm_dkdm.checkpoints.source import Source, has_config
-from ldm_dkdm.checkpoints.state_dicts import FIRST_STAGE, prefixes_of
+from ldm_dkdm.checkpoints.state_dicts import FIRST_STAGE, prefixes_of, unwrapped
 from ldm_dkdm.config.load import card_kind, read_card
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageConfig
 from ldm_dkdm.errors import UserError, naming
@@ -169,7 +169,7 @@ def component_of(source: Source) -> Path:
 def tensors_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The first stage in a file, under its own names, without its training loss and its EMA."""
     prefix = next(iter(prefixes_of(tensors, FIRST_STAGE)), "")
-    found = under(tensors, PREFIX) or under(tensors, prefix)
+    found = unwrapped(under(tensors, PREFIX) or under(tensors, prefix))
     return {name: tensor for name, tensor in found.items() if not name.startswith(("loss.", "model_ema."))}
 
 

@@ -1,11 +1,14 @@
 """What the user states of a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from ldm_dkdm.checkpoints.shapes import plain
 from ldm_dkdm.config.checked import convert
+from ldm_dkdm.config.other_names import NOT_HERE, OUR_NAMES
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, TeacherConfig
+from ldm_dkdm.errors import UserError, near
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,36 @@ class Hints:
         own = {name for name in OWN_HINTS if getattr(self, name) is not None}
         stage = {name for name, ours in STAGE_HINTS.items() if getattr(self.first_stage, ours) is not None}
         return {*own, *stage, *self.params, *self.diffusion, *(["verify"] if self.verify is not None else [])}
+
+    def require_known(self, parameters: Collection[str], target: str, shown: Mapping[str, Any]) -> None:
+        """Refuse a parameter that a network does not have, such as a misspelt hint or another code's name of one.
+
+        Args:
+            parameters: the network's.
+            target: its class, for messages.
+            shown: parameters that the file's tensors show.
+
+        Raises:
+            UserError: the hint, with our name or the nearest one.
+        """
+        for key in (key for key in self.params if key not in parameters):
+            what = f"unknown parameter of {target}" if self.sections else "is not a hint"
+            raise UserError(f"{self.key(key)}: {what}; {self._right_name(key, parameters, shown)}")
+
+    def _right_name(self, key: str, parameters: Collection[str], shown: Mapping[str, Any]) -> str:
+        if key in NOT_HERE:
+            return NOT_HERE[key]
+        if key in OUR_NAMES:
+            own = OUR_NAMES[key]
+            if own.hint in shown:
+                return f"here it is {own.hint}, {plain(shown[own.hint])} by the tensors; {self.drop}"
+            return f"write {self.key(own.hint)}={own.value}"
+        others = {*OWN_HINTS, *STAGE_HINTS, *(f.name for f in fields(DiffusionConfig))}
+        names = [*parameters, *sorted(others - set(parameters))]
+        for close in near(key, names, cutoff=0.5):
+            right = close if close in parameters else self.key(STAGE_HINTS.get(close, close))
+            return f"did you mean '{right}'?"
+        return f"valid keys: {', '.join(parameters if self.sections else names)}"
 
     @property
     def drop(self) -> str:

@@ -1,11 +1,15 @@
-"""Named tensors: count blocks, strip prefixes, copy; plain containers for JSON and YAML."""
+"""Named tensors: count blocks, judge channels, strip prefixes, copy; plain containers for JSON and YAML."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ldm_dkdm.errors import UserError
+
 TOO_FEW = (KeyError, IndexError, ValueError, ZeroDivisionError)  # raised by missing tensors and odd shapes
+UPSAMPLER = {"in_channels": 6, "out_channels": 6}  # guided-diffusion's: x and an image, both RGB, -> eps and variance
 
 
 def count_blocks(tensors: Mapping[str, Tensor], part: str, skipped: Sequence[int] = ()) -> int:
@@ -31,6 +35,19 @@ def missing_blocks(tensors: Mapping[str, Tensor], part: str) -> list[int]:
 def _indices(tensors: Mapping[str, Tensor], part: str) -> set[int]:
     place = len(part.split("."))
     return {int(name.split(".")[place]) for name in tensors if name.startswith(f"{part}.")}
+
+
+def refuse_concatenated(inputs: Any, outputs: Any, source: Path) -> None:
+    """Refuse a network with fewer channels out than in: the others hold an image beside the state.
+
+    Raises:
+        UserError: names the file.
+    """
+    if isinstance(inputs, int) and isinstance(outputs, int) and outputs < inputs:
+        raise UserError(
+            f"{source}: its network is conditioned on an image that is concatenated to its input ({inputs} channels "
+            f"in, {outputs} out: super-resolution or inpainting), which is not supported"
+        )
 
 
 def multiples(widths: Sequence[int], base: int) -> list[int | float]:

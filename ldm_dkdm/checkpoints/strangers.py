@@ -1,8 +1,28 @@
-"""Describe files and folders without a diffusion model, for messages."""
+"""Describe files and folders without a diffusion model, or with one that is not supported, for messages."""
 
+from ldm_dkdm.checkpoints.adm import NAME as ADM
+from ldm_dkdm.checkpoints.contents import Contents
+from ldm_dkdm.checkpoints.shapes import UPSAMPLER
 from ldm_dkdm.checkpoints.source import Source, has_config, is_foreign
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")  # endings of weight files
+
+
+def super_resolution(contents: Contents, key: str = "space") -> str:
+    """Why a file of guided-diffusion may be one of its super-resolution models; empty for any other.
+
+    Its images are RGB, so that 6 channels in and out are two images, or latents of 6 channels with a fixed variance.
+
+    Args:
+        contents: the file's.
+        key: how the user writes the key of the space.
+    """
+    if contents.format != ADM or any(contents.params.get(name) != count for name, count in UPSAMPLER.items()):
+        return ""
+    return (
+        "its network (6 channels in, 6 out) is guided-diffusion's for super-resolution, conditioned on an image that "
+        f"is concatenated to its input, which is not supported; for latents of 6 channels set {key}=latent"
+    )
 
 
 def what_else(source: Source) -> str:

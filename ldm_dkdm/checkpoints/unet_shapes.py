@@ -8,29 +8,34 @@ from typing import Any
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.contents import Demand
-from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, missing_blocks, multiples
+from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, missing_blocks, multiples, refuse_concatenated
 from ldm_dkdm.errors import UserError
 
 # Tensors that double the resolution in a decoder: those of `Upsample`, or of a second residual block.
 UPSAMPLER = re.compile(r"output_blocks\.\d+\.[12]\.(conv|in_layers\.2)\.weight")
 
 
-def infer_unet(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> dict[str, Any]:
+def infer_unet(
+    tensors: Mapping[str, Tensor], source: Path, compvis: bool, embeds_classes: bool = False
+) -> dict[str, Any]:
     """The UNet of CompVis's or guided-diffusion's names, as keywords of `Contents`: target, params, demands, usual.
 
     Args:
         tensors: the network's, without a prefix.
         source: for messages.
         compvis: the file is CompVis's, whose attention has the old order unless a hint says otherwise.
+        embeds_classes: the file holds an embedder of classes beside the network.
 
     Raises:
-        UserError: a UNet of another kind: a classifier, a text-conditional one, an incomplete one.
+        UserError: a UNet of another kind: a classifier, one conditioned on a text or an image, an incomplete one.
     """
-    _refuse_other_unets(tensors, source)
+    _refuse_other_unets(tensors, source, embeds_classes)
     try:
-        return _inferred(tensors, source, compvis)
+        inferred = _inferred(tensors, source, compvis)
     except TOO_FEW as error:
         raise UserError(f"{source}: its network is incomplete or of another kind ({error})") from error
+    refuse_concatenated(inferred["params"]["in_channels"], inferred["params"]["out_channels"], source)
+    return inferred
 
 
 def _inferred(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> dict[str, Any]:
@@ -75,10 +80,12 @@ def _inferred(tensors: Mapping[str, Tensor], source: Path, compvis: bool) -> dic
     return {"target": "ldm_dkdm.networks.UNet", "params": params, "demands": tuple(demands), "usual": usual}
 
 
-def _refuse_other_unets(tensors: Mapping[str, Tensor], source: Path) -> None:
+def _refuse_other_unets(tensors: Mapping[str, Tensor], source: Path, embeds_classes: bool) -> None:
     if any(".transformer_blocks." in name for name in tensors):
+        kind = "class-conditional UNet" if embeds_classes else "text-conditional UNet"
         raise UserError(
-            f"{source}: is a text-conditional UNet (cross-attention); only unconditional and class-conditional work"
+            f"{source}: is a {kind} whose condition comes by cross-attention, which is not supported; only "
+            "unconditional UNets and those that add a class embedding to the time's (label_emb) work"
         )
     if not any(name.startswith("output_blocks.") for name in tensors):
         raise UserError(f"{source}: is guided-diffusion's classifier (half a UNet), not a diffusion model")

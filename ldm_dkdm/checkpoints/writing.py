@@ -8,6 +8,7 @@ from torch import nn
 
 from ldm_dkdm.checkpoints.diffusers_unet import CONSTANTS
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
+from ldm_dkdm.checkpoints.shapes import UPSAMPLER
 from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
@@ -44,10 +45,12 @@ def require_eps_unet(model: SavedModel, code_base: str) -> None:
     """Refuse what CompVis's and guided-diffusion's samplers would misinterpret.
 
     Raises:
-        UserError: another architecture, or a network that predicts v.
+        UserError: another architecture, a network that predicts v, or one that would be taken for super-resolution.
     """
     if not isinstance(model.network, UNet):
         raise UserError(f"format: {code_base} has no {type(model.network).__name__}; choose safetensors")
+    if not model.space.encoded and all(model.node.params.get(key) == count for key, count in UPSAMPLER.items()):
+        raise UserError(f"format: in {code_base} 6 channels in and out are super-resolution; choose safetensors")
     constants = [key for key, usual in CONSTANTS.values() if model.node.params.get(key, usual) != usual]
     if constants:
         raise UserError(f"format: {code_base} has no {', '.join(constants)}; choose diffusers or safetensors")

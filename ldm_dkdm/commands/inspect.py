@@ -41,14 +41,15 @@ def describe(path: str) -> dict[str, str]:
     Raises:
         UserError: a missing file, or one that is refused; the message lists the globals that it names.
     """
-    from ldm_dkdm.checkpoints import Source, read
+    from ldm_dkdm.checkpoints import Source, read, super_resolution
 
     source = Source(path)
     if is_first_stage(source):
         return _first_stage(source)
     contents = read(source)
     lines = {"path": str(source.path), "format": contents.format} | _file(source) | _progress(source) | _parts(contents)
-    return lines | _architecture(contents) | _process(contents)
+    doubt = super_resolution(contents)
+    return lines | _architecture(contents) | _process(contents) | ({"not supported": doubt} if doubt else {})
 
 
 def is_first_stage(source: "Source") -> bool:
@@ -190,7 +191,7 @@ def as_config(path: str) -> str:
     """The config sections of a model, as YAML; unknown values are `???`."""
     import yaml
 
-    from ldm_dkdm.checkpoints import Source, read
+    from ldm_dkdm.checkpoints import Source, read, super_resolution
 
     source = Source(path)
     if is_first_stage(source):
@@ -205,7 +206,8 @@ def as_config(path: str) -> str:
     for demand in contents.missing({}):
         other = f"or {demand.keys[1]}; " if len(demand.keys) > 1 else ""
         text = f"# {demand.keys[0]}: {other}{demand.hint}\n{text}"
-    return text
+    doubt = super_resolution(contents, "diffusion.space")
+    return f"# {doubt}\n{text}" if doubt else text
 
 
 def _process_section(contents: "Contents") -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from ldm_dkdm.config.other_names import OUR_NAMES
+
 LEFT_OUT = "leave it out"
 OTHER_FLAGS = {
     # CompVis's main.py, DKDM's main_dkdm.py
@@ -55,10 +57,8 @@ OTHER_FLAGS = {
     "--timestep_respacing": "write -c N, with --sampler ddpm for ancestral steps",
     "--use_ddim": "write --sampler ddim, or --sampler ddpm for False",
     "--clip_denoised": f"{LEFT_OUT}, pixel space clips x_0 and latent space does not",
-    "--noise_schedule": "write schedule=NAME, in a config diffusion.schedule",
-    "--diffusion_steps": "write num_timesteps=N, in a config diffusion.num_timesteps",
-    "--num_channels": "write model_channels=N, in a config a key of params",
 }
+OTHER_FLAGS |= {f"--{name}": own.flag for name, own in OUR_NAMES.items()}
 OTHER_FLAGS |= {  # the other parameters of a network have our names
     f"--{name}": f"write {name}=VALUE, in a config a key of params"
     for name in ("image_size", "num_head_channels", "num_heads", "num_res_blocks", "use_new_attention_order")

@@ -4,6 +4,7 @@ Of several models, `2.key=value` is a hint for the second one.
 """
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -221,7 +222,7 @@ def require_png(model: "DiffusionModel") -> None:
 def names_of_models(models: "Sequence[DiffusionModel]") -> list[str]:
     """A name for each model, such as quickstart/student; models of one path differ in checkpoint, weights or guidance.
 
-    The name of a run's checkpoint ends in its step.
+    It comes from the path as it was given: links keep their names. The name of a run's checkpoint ends in its step.
     """
     from ldm_dkdm.checkpoints.averaging import KIND
     from ldm_dkdm.checkpoints.run_checkpoint import NAME
@@ -229,7 +230,7 @@ def names_of_models(models: "Sequence[DiffusionModel]") -> list[str]:
     paths, details = [], []
     for model in models:
         assert model.path is not None and model.file is not None  # set when a model is opened
-        home = model.path.resolve()
+        home = Path(os.path.normpath(model.path.absolute()))  # `..` goes, links stay
         paths.append(home.with_name(f"{home.name}-{model.file.stem}") if model.format == NAME else home)
         raw = "raw" if model.info.get(KIND) == "raw" else ""
         details.append([raw, f"guidance={model.guidance:g}" if model.guidance != 1 else ""])

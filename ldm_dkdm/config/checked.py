@@ -14,7 +14,8 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from ldm_dkdm.errors import UserError, closest, nearest
+from ldm_dkdm.config.other_names import advice
+from ldm_dkdm.errors import UserError, closest
 from ldm_dkdm.files import expanded
 
 T = TypeVar("T", bound="Section")
@@ -139,7 +140,7 @@ def parse(schema: type[T], node: Any, where: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(schema)}
     for name in node:
         if name not in fields:
-            raise UserError(f"{_join(where, name)}: unknown key{nearest(str(name), fields)}")
+            raise UserError(f"{_join(where, name)}: unknown key{advice(str(name), fields)}")
     values = {}
     for name, field in fields.items():
         if name in node:

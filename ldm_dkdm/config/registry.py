@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm_dkdm.config.checked import convert, require_limits
-from ldm_dkdm.errors import MALFORMED, UserError, is_out_of_memory, memory_asked, nearest
+from ldm_dkdm.config.other_names import advice
+from ldm_dkdm.errors import MALFORMED, UserError, is_out_of_memory, memory_asked
 from ldm_dkdm.reporting import size
 
 Targets = Mapping[str, Callable[..., nn.Module]]
@@ -83,7 +84,7 @@ def _check_params(factory: Callable[..., nn.Module], params: Mapping[str, Any], 
     hints = typing.get_type_hints(factory.__init__) if is_own(factory) else plain
     for key, value in params.items():
         if key not in accepted and not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            raise UserError(f"{where}.{key}: unknown key of {factory.__name__}{nearest(key, accepted)}")
+            raise UserError(f"{where}.{key}: unknown key of {factory.__name__}{advice(key, accepted)}")
         if key in hints:
             require_limits(convert(hints[key], value, f"{where}.{key}"), {}, f"{where}.{key}")
     for name, parameter in accepted.items():

@@ -1,5 +1,6 @@
 """Open a diffusion model from any file or folder that the package can read."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,11 +11,13 @@ from torch import nn
 
 from ldm_dkdm import checkpoints
 from ldm_dkdm.checkpoints import Contents, Hints, Source
+from ldm_dkdm.checkpoints.adm import NAME as ADM
 from ldm_dkdm.checkpoints.averaging import KIND, weights_kind
 from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource, named_first_stage
 from ldm_dkdm.checkpoints.hashes import verifying
 from ldm_dkdm.checkpoints.loading import build_loaded, load_strictly
+from ldm_dkdm.config.registry import IGNORED
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.model.diffusion_model import DiffusionModel
@@ -67,6 +70,9 @@ def open_model(
         hints = contents.accepted(hints)
     where = "teacher.params" if hints.sections and not contents.described else "params"
     with _naming_file(contents, hints):
+        if network is None and not contents.described:
+            _refuse_super_resolution(contents, hints)
+            _require_known(contents, hints)
         node, diffusion = contents.network(hints), contents.process(hints)
         if network is None and contents.described and node.target not in NETWORKS:
             raise UserError(
@@ -80,6 +86,25 @@ def open_model(
         require_outputs(network, where)
         _mention_rescaling(contents, diffusion, hints)
         return _model_of(contents, hints, network, node, diffusion)
+
+
+def _refuse_super_resolution(contents: Contents, hints: Hints) -> None:
+    """Refuse guided-diffusion's super-resolution models, whose shapes are those of a model of 6-channel states."""
+    space = hints.diffusion.get("space", contents.space)
+    doubt = checkpoints.super_resolution(contents, hints.key("space"))
+    if doubt and space in SPACES and not SPACES[space].encoded:
+        raise UserError(f"{contents.path}: {doubt}")
+
+
+def _require_known(contents: Contents, hints: Hints) -> None:
+    """Refuse hints that the network has no parameter for, before those that are missing."""
+    target = contents.target if hints.target is None else hints.target
+    if target not in NETWORKS:
+        return
+    parameters = inspect.signature(NETWORKS[target]).parameters
+    ignored = () if target.startswith("ldm_dkdm.") else IGNORED
+    if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        hints.require_known([*parameters, *ignored], target, contents.params if hints.target is None else {})
 
 
 @contextmanager
@@ -99,8 +124,8 @@ def _naming_file(contents: Contents, hints: Hints) -> Iterator[None]:
 
 def _mention_rescaling(contents: Contents, diffusion: DiffusionConfig, hints: Hints) -> None:
     """Name the key that a file of improved-diffusion needs where T is not 1000; its tensors do not show it."""
-    stored = contents.described or contents.diffusion is not None
-    if diffusion.num_timesteps != 1000 and not stored and not diffusion.rescale_timesteps:
+    theirs = contents.format == ADM and contents.diffusion is None
+    if theirs and diffusion.num_timesteps != 1000 and not diffusion.rescale_timesteps:
         logger.warning(
             f"{contents.path}: its network is given t = 0 ... {diffusion.num_timesteps - 1}; improved-diffusion's "
             f"take t * 1000 / T by default: {hints.key('rescale_timesteps')}=true"

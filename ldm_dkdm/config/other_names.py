@@ -1,0 +1,59 @@
+"""Names that guided-diffusion, improved-diffusion and CompVis have for what has another name here."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ldm_dkdm.errors import nearest
+
+
+@dataclass(frozen=True)
+class OurName:
+    """What another code's option is called here.
+
+    Attributes:
+        hint: its name as a hint.
+        value: what stands for its value in a message.
+        place: its key in a config.
+    """
+
+    hint: str
+    value: str
+    place: str
+
+    @property
+    def flag(self) -> str:
+        """What to write in place of a flag."""
+        return f"write {self.hint}={self.value}, in a config {self.place}"
+
+
+PARAMS = "a key of params"
+OUR_NAMES = {
+    "noise_schedule": OurName("schedule", "NAME", "diffusion.schedule"),
+    "diffusion_steps": OurName("num_timesteps", "N", "diffusion.num_timesteps"),
+    "timesteps": OurName("num_timesteps", "N", "diffusion.num_timesteps"),
+    "beta_schedule": OurName("schedule", "NAME (CompVis's linear is scaled_linear)", "diffusion.schedule"),
+    "linear_start": OurName("beta_start", "X", "diffusion.beta_start"),
+    "linear_end": OurName("beta_end", "X", "diffusion.beta_end"),
+    "given_betas": OurName("betas", "[...]", "diffusion.betas"),
+    "v_posterior": OurName("variance", "beta (for 1)", "diffusion.variance"),
+    "sigma_small": OurName("variance", "beta (for false)", "diffusion.variance"),
+    "predict_xstart": OurName("parameterization", "x0 (for true)", "parameterization"),
+    "num_channels": OurName("model_channels", "N", PARAMS),
+    "class_cond": OurName("num_classes", "N (for true)", PARAMS),
+    "learn_sigma": OurName("out_channels", "N (for true twice in_channels)", PARAMS),
+}
+NOT_HERE = {
+    "use_fp16": "precision is --precision bf16, in a config trainer.precision",
+    "timestep_respacing": "sampling steps are -c N",
+    "rescale_learned_sigmas": "it is an option of guided-diffusion's loss; leave it out",
+    "use_kl": "it is an option of guided-diffusion's loss; leave it out",
+}  # what is no hint and no key of a model
+
+
+def advice(key: str, valid: Collection[str]) -> str:
+    """The end of a message on an unknown key: our name for another code's, else the nearest valid key, or all."""
+    if key in OUR_NAMES:
+        own = OUR_NAMES[key]
+        found = f"'{own.hint}'" if own.hint in valid or own.place == PARAMS else own.place
+        return f"; here it is {found}"
+    return f"; {NOT_HERE[key]}" if key in NOT_HERE else nearest(key, valid)
