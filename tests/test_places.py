@@ -51,12 +51,18 @@ def refused(code: int, words: str, capsys: pytest.CaptureFixture[str], before: d
         (["-l", "locked/a"], "-l: locked/a: cannot be written; no permission in "),
         (["-l", "grids"], "-l: grids/grid.png is a folder; name a file in it"),
         (["-l", "images"], "-l: images/img is a file; name a folder"),
+        (["-l", "other"], "-l: other/grid.png exists and does not hold a PNG image; name another file"),
+        (["-l", "sums", "--npz"], "-l: sums/samples.npz exists and holds mu, sigma; name another folder"),
     ],
 )
 def test_samples(arguments: list[str], words: str, teacher_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("grids/grid.png").mkdir(parents=True)
     Path("images").mkdir()
     Path("images/img").touch()
+    for name in ("other", "sums"):
+        Path(name).mkdir()
+    Path("other/grid.png").write_text("no image")
+    np.savez("sums/samples.npz", mu=np.zeros(2), sigma=np.eye(2))
     before = contents(Path())
     refused(sample("-r", teacher_folder, *FEW, *arguments), words, capsys, before)
 

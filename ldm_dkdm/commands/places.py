@@ -39,11 +39,32 @@ def require_outputs(folder: Path, flag: str, *names: str) -> None:
     """Refuse a folder where files of these names, or folders if they have no suffix, cannot be written.
 
     Raises:
-        UserError: as `require_writable`.
+        UserError: as `require_writable`; a PNG or .npz of such a name holds something else.
     """
     require_writable(folder, flag, folder=True)
     for name in names:
         require_writable(folder / name, flag, folder="." not in name)
+        if name.endswith(".png"):
+            require_replaceable(folder / name, flag, "a PNG image")
+        if name.endswith(".npz"):
+            arrays_of_images(folder / name, flag)
+
+
+def arrays_of_images(path: Path, flag: str) -> set[str]:
+    """The arrays in an .npz of images that an output replaces; none without a file, or in an empty one.
+
+    Raises:
+        UserError: it holds other arrays than images and labels.
+    """
+    from ldm_dkdm.evaluation.npz import NpzFile
+
+    if not path.exists() or path.stat().st_size == 0:
+        return set()
+    with naming(flag):
+        names = NpzFile(path).names
+    if not names <= {"arr_0", "arr_1"}:
+        raise UserError(f"{flag}: {path} exists and holds {', '.join(sorted(names))}; name another folder")
+    return names
 
 
 def require_kept(place: Path, folder: bool = False) -> None:
