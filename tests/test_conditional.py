@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool, UserError, distill, load_model, train
@@ -14,7 +16,8 @@ from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.distillation.warmup import Warmup
 from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.records import NoisyBatch
-from tests.parts import UNET_PARAMS, randomised
+from tests.cli import run_script, sample
+from tests.parts import UNET_PARAMS, model_folder, randomised
 
 SCHEDULE = NoiseSchedule(num_timesteps=20)
 STEEP = NoiseSchedule(num_timesteps=100, beta_start=0.015, beta_end=0.195)  # abar falls to 1e-4 in 100 steps
@@ -173,3 +176,38 @@ def test_the_cards_of_teacher_and_student_name_the_classes_of_the_folders(tmp_pa
         assert model.info["classes"] == ["0 ant", "1 bee"]
         assert model.path is not None
         assert "- **classes**: 0 ant, 1 bee\n" in (model.path / "README.md").read_text()
+
+
+def test_labels_stay_with_latents_that_are_decoded(first_stage: Path, tmp_path: Path, capsys) -> None:
+    teacher, out = model_folder(tmp_path / "teacher", first_stage, num_classes=4), tmp_path / "out"
+    asked = ("-n", 3, "-c", 2, "--labels", 3, 1, "--npz", "--latents", "--batch_size", 2, "--no_png")
+    assert sample("-r", teacher, *asked, "-l", out) == 0
+    file, images = out / "latents.safetensors", out / "samples.npz"
+    decoding = ("--first_stage", first_stage, "-o", out)
+    images.unlink()
+    for _ in range(2):  # into an empty place, and over its own file
+        assert run_script("decode_latents.py", file, *decoding) == 0
+        assert np.load(images)["arr_1"].tolist() == [3, 1, 3]
+    before, plain = images.read_bytes(), tmp_path / "plain.npz"
+    np.savez(plain, load_file(file)["latents"].numpy())
+    assert run_script("decode_latents.py", plain, *decoding) == 2
+    assert f"--out: {images} exists and holds labels (arr_1), which {plain} does not" in capsys.readouterr().err
+    assert images.read_bytes() == before
+    np.savez(plain, load_file(file)["latents"].numpy(), np.arange(2))
+    assert run_script("decode_latents.py", plain, *decoding) == 2
+    assert "labels of 3 latents are as many whole numbers, found torch.int64 (2,)" in capsys.readouterr().err
+
+
+def test_latents_are_not_written_over_by_their_images(first_stage: Path, tmp_path: Path, capsys) -> None:
+    for content, words in (
+        ({"arr_0": np.zeros((1, 3, 8, 8), np.float32)}, "is read by this call"),
+        ({"mu": np.zeros(3)}, "exists and holds mu; name another folder"),
+    ):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        file, latents = tmp_path / "out/samples.npz", tmp_path / "x.npz"
+        np.savez(latents, np.zeros((1, 3, 8, 8), np.float32))
+        np.savez(file, **content)
+        before = file.read_bytes()
+        path = file if "arr_0" in content else latents
+        assert run_script("decode_latents.py", path, "--first_stage", first_stage, "-o", tmp_path / "out") == 2
+        assert f"--out: {file} {words}" in capsys.readouterr().err and file.read_bytes() == before

@@ -12,10 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm_dkdm import DiffusionModel, NoiseSchedule
+from ldm_dkdm.config.schema import DiffusionDataConfig
 from ldm_dkdm.distillation.image_data import open_images
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.images import find_images, load_images, read_image
+from ldm_dkdm.networks import DiT
 from ldm_dkdm.npz import save_npz
+from ldm_dkdm.training.from_images import require_fitting_labels
 
 RAMP = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
 GREY = torch.from_numpy((RAMP / 257).round().astype(np.uint8))
@@ -210,6 +214,19 @@ def test_images_beside_class_folders_have_no_labels_and_one_is_named(tmp_path: P
     assert images.labels is None and images.loose == tmp_path / "stray.png"
     (tmp_path / "stray.png").unlink()
     assert open_images(tmp_path, 8).classes == ["0 cat"]
+
+
+@pytest.mark.parametrize("names", [("train/0", "train/1", "val/0"), ("0", "00", "1")])
+def test_class_folders_of_one_number_are_not_merged(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        image(tmp_path / name / "a.png")
+    images = open_images(tmp_path, 8)
+    assert len(images) == 3 and images.labels is None  # a training without labels takes all
+    data = DiffusionDataConfig(image_size=8, batch_size=1, path=str(tmp_path))
+    network = DiT(8, in_channels=3, hidden_size=32, depth=1, num_heads=2, num_classes=2, learn_sigma=False)
+    first, second = sorted(tmp_path / name for name in names if int(Path(name).name) == 0)
+    with pytest.raises(UserError, match=rf"data.path: {first} and {second} are both class 0; move the images"):
+        require_fitting_labels(DiffusionModel(network, schedule=NoiseSchedule()), data, {"path": images})
 
 
 def test_a_class_folder_without_images_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

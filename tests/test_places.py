@@ -51,12 +51,18 @@ def refused(code: int, words: str, capsys: pytest.CaptureFixture[str], before: d
         (["-l", "locked/a"], "-l: locked/a: cannot be written; no permission in "),
         (["-l", "grids"], "-l: grids/grid.png is a folder; name a file in it"),
         (["-l", "images"], "-l: images/img is a file; name a folder"),
+        (["-l", "other"], "-l: other/grid.png exists and does not hold a PNG image; name another file"),
+        (["-l", "sums", "--npz"], "-l: sums/samples.npz exists and holds mu, sigma; name another folder"),
     ],
 )
 def test_samples(arguments: list[str], words: str, teacher_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("grids/grid.png").mkdir(parents=True)
     Path("images").mkdir()
     Path("images/img").touch()
+    for name in ("other", "sums"):
+        Path(name).mkdir()
+    Path("other/grid.png").write_text("no image")
+    np.savez("sums/samples.npz", mu=np.zeros(2), sigma=np.eye(2))
     before = contents(Path())
     refused(sample("-r", teacher_folder, *FEW, *arguments), words, capsys, before)
 
@@ -144,3 +150,70 @@ def test_runs(kind: str, teacher_folder: Path, capsys: pytest.CaptureFixture[str
     words = "locked/x: cannot be written; no permission in "
     code = distil("--base", "c.yaml") if kind == "distill" else run_script(script, "--base", "c.yaml")
     refused(code, words, capsys, before)
+
+
+def test_files_of_other_kinds_and_inputs_are_not_written_over(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_yaml(Path("run/config.yaml"), distill_config(teacher_folder, tmp_path))
+    Path("notes.txt").write_text("one line\n")
+    Path("photo.png").write_bytes(b"\xff\xd8\xff and so on")
+    asked = ("--metrics", "fd", "--save_statistics", "b_statistics.npz", "-o", "out.json")
+    assert toy("b.npz", "a.npz", *asked) == 0
+    shutil.rmtree("logs", ignore_errors=True)
+    Toy.seen = 0
+    before = contents(Path())
+    sets, statistics = ("a.npz", "b.npz", "--metrics", "fd"), ("a.npz", "b_statistics.npz", "--metrics", "fd")
+    student = ("-r", teacher_folder, "--teacher", teacher_folder, *STUDENT)
+    capsys.readouterr()
+    for call, words in (
+        (lambda: toy(*sets, "-o", "a.npz"), "--out: a.npz is read by this call; name another file"),
+        (
+            lambda: toy(*sets, "-o", "notes.txt"),
+            "--out: notes.txt exists and does not hold figures of two sets; name another",
+        ),
+        (
+            lambda: evaluate(*student, "-o", "out.json"),
+            "--out: out.json exists and does not hold figures of a student (-r);",
+        ),
+        (lambda: toy(*sets, "--results", "notes.txt"), "notes.txt: is not a CSV file of results"),
+        (
+            lambda: toy(*sets, "-o", "new.csv", "--results", "new.csv"),
+            "--results: new.csv is also written as --out; name",
+        ),
+        (
+            lambda: toy(*statistics, "--save_statistics", "b_statistics.npz"),
+            "--save_statistics: b_statistics.npz is read by",
+        ),
+        (
+            lambda: evaluate("out.json", "--table", "-o", "out.json"),
+            "--out: out.json exists and does not hold a table of ",
+        ),
+        (
+            lambda: run_script("report.py", "run", "-o", "run/config.yaml"),
+            "-o: run/config.yaml exists and does not hold an HT",
+        ),
+        (
+            lambda: sample("-r", teacher_folder, *FEW, "--compare", "photo.png"),
+            "photo.png exists and does not hold a PNG imag",
+        ),
+        (
+            lambda: sample("-r", teacher_folder, *FEW, "-l", "x", "--compare", "x/grid.png"),
+            "--compare: x/grid.png is also written as the grid of -l; name another file",
+        ),
+        (
+            lambda: sample("-r", teacher_folder, *FEW, "-l", "x", "--compare", "x/img/a.png"),
+            "x/img/a.png is among the images",
+        ),
+    ):
+        refused(call(), words, capsys, before)
+
+
+def test_earlier_outputs_of_the_same_kind_are_written_over(teacher_folder: Path, tmp_path: Path) -> None:
+    write_yaml(Path("run/config.yaml"), distill_config(teacher_folder, tmp_path))
+    for other in ("b.npz", "a.npz"):
+        assert toy("a.npz", other, "--metrics", "fd", "-o", "out.json", "--results", "r.csv") == 0
+        assert evaluate("out.json", "--table", "-o", "t.md") == 0
+        assert run_script("report.py", "run", "-o", "page.html") == 0
+        assert sample("-r", teacher_folder, *FEW, "-l", "x", "--compare", "c.png") == 0
+    assert record()["reference"]["source"] == "a.npz"

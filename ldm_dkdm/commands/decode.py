@@ -1,11 +1,12 @@
 """Decode latents in a file: dkdm decode LATENTS.{npz,pt,safetensors} --first_stage DIR -o OUT"""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_dkdm.commands.arguments import flags
-from ldm_dkdm.commands.places import require_outputs
+from ldm_dkdm.commands.places import arrays_of_images, require_apart, require_outputs
 from ldm_dkdm.config.schema import FirstStageConfig, SamplingConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
@@ -20,7 +21,8 @@ LARGER = 64  # most positions of latents, in units of the first stage's own; att
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The file, the first stage, the output folder."""
     add = parser.add_argument
-    add("latents", type=expanded, help="(N,C,h,w): arr_0 of an .npz, or the one tensor of a .pt or .safetensors")
+    shown = "(N,C,h,w): arr_0 of an .npz (labels: arr_1), or the one tensor of a .pt or .safetensors (and labels)"
+    add("latents", type=expanded, help=shown)
     add("--first_stage", type=expanded, required=True, metavar="DIR", help="first-stage folder")
     add("-o", "--out", type=expanded, required=True)
     add("--scale_factor", type=float, help="default: the folder's own")
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Decode, write a grid, PNG files and an ADM-style .npz."""
+    require_apart({"--out": options.out / "samples.npz"}, [options.latents])
     require_outputs(options.out, "--out", "grid.png", "samples.npz", "img")
     with flags(scale_factor="--scale_factor", batch_size="--batch_size"):
         SamplingConfig(batch_size=options.batch_size)
@@ -37,17 +40,36 @@ def run(options: argparse.Namespace) -> None:
     print(f"{count} images: {options.out}")
 
 
-def read_latents(path: Path) -> "Tensor":
-    """The one tensor (N,C,h,w) in an .npz (`arr_0`), .pt or .safetensors file."""
+@dataclass(frozen=True)
+class Latents:
+    """What a file of latents holds.
+
+    Attributes:
+        states: float32 (N,C,h,w).
+        labels: int64 (N,), if any.
+    """
+
+    states: "Tensor"
+    labels: "Tensor | None" = None
+
+
+def read_latents(path: Path) -> Latents:
+    """The one tensor (N,C,h,w) in an .npz (`arr_0`), .pt or .safetensors file, and its labels (`arr_1`, `labels`).
+
+    Raises:
+        UserError: no latents, or labels that are not one whole number for each.
+    """
     import torch
 
     from ldm_dkdm.checkpoints import read_tensors
     from ldm_dkdm.npz import is_npz, read_npz
 
     if is_npz(path):
-        latents = torch.from_numpy(read_npz(path))
+        latents, numbers = torch.from_numpy(read_npz(path)), read_npz(path, "arr_1")
+        labels = None if numbers is None else torch.from_numpy(numbers)
     else:
-        tensors = read_tensors(path)
+        tensors = dict(read_tensors(path))
+        labels = tensors.pop("labels", None) if len(tensors) == 2 else None
         if len(tensors) != 1:
             raise UserError(f"{path}: expected one tensor, found {len(tensors)}: {', '.join([*tensors][:4])}")
         latents = next(iter(tensors.values()))
@@ -60,7 +82,26 @@ def read_latents(path: Path) -> "Tensor":
     latents = latents.float()
     if not latents.abs().max() <= LARGEST:  # also refuses NaN
         raise UserError(f"{path}: holds values that are not finite, or beyond {LARGEST:g}; no latents are")
-    return latents
+    return Latents(latents, _labels(path, labels, len(latents)))
+
+
+def _labels(path: Path, labels: "Tensor | None", count: int) -> "Tensor | None":
+    """The labels of `count` latents as int64."""
+    import torch
+
+    if labels is None:
+        return None
+    whole = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
+    if not whole or labels.shape != (count,):
+        kind = f"{labels.dtype} {tuple(labels.shape)}"
+        raise UserError(f"{path}: labels of {count} latents are as many whole numbers, found {kind}; leave them out")
+    return labels.long()
+
+
+def _require_kept(place: Path, path: Path, labeled: bool) -> None:
+    """Refuse to write images over labels that the latents do not have."""
+    if "arr_1" in arrays_of_images(place, "--out") and not labeled:
+        raise UserError(f"--out: {place} exists and holds labels (arr_1), which {path} does not; name another folder")
 
 
 def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | None, batch_size: int) -> int:
@@ -74,7 +115,9 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
     from ldm_dkdm.npz import save_npz
     from ldm_dkdm.reporting import following, logger
 
-    latents, device = read_latents(path), default_device("auto")
+    found, device = read_latents(path), default_device("auto")
+    latents = found.states
+    _require_kept(out / "samples.npz", path, found.labels is not None)
     codec = FirstStageSource(first_stage, scale_factor).codec(precision=resolve_precision("auto", device)).to(device)
     if latents.shape[1] != codec.latent_channels:
         raise UserError(f"{path}: {latents.shape[1]} channels, but {first_stage} decodes {codec.latent_channels}")
@@ -90,7 +133,7 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
             parts.append(codec.decode(batch.to(device)).cpu())
             done(sum(map(len, parts)))
     images = torch.cat(parts)
-    save_npz(images, out / "samples.npz")
+    save_npz(images, out / "samples.npz", found.labels)
     if codec.channels in MODES:
         write_pngs(images, out / "img", 0)
     else:

@@ -129,6 +129,7 @@ def _join(parts: Parts, starts: Sequence[int], config: SamplingConfig, out: Path
     """Write samples.npz, latents.safetensors and grid.png from all batches; returns the grid."""
     shown: list[Tensor] = []
     latents: list[Tensor] = []
+    labels: list[Tensor] = []
     with ExitStack() as files:
         npz: NpzWriter | None = None
         if parts.outputs.npz:
@@ -139,9 +140,12 @@ def _join(parts: Parts, starts: Sequence[int], config: SamplingConfig, out: Path
                 npz.add(images, tensors.get("labels"))
             if sum(map(len, shown)) < GRID:
                 shown.append(images)
-            latents += [tensors["states"]] if parts.outputs.latents else []
+            if parts.outputs.latents:
+                latents.append(tensors["states"])
+                labels += [tensors["labels"]] if "labels" in tensors else []
     if parts.outputs.latents:
-        write_tensors(out / "latents.safetensors", {"latents": torch.cat(latents)})
+        own = {"labels": torch.cat(labels)} if labels else {}
+        write_tensors(out / "latents.safetensors", {"latents": torch.cat(latents), **own})
     sheet = grid(torch.cat(shown)[:GRID])
     save_image(sheet, out / "grid.png")
     return sheet

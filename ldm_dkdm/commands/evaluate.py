@@ -17,7 +17,7 @@ from ldm_dkdm.commands.arguments import add_first_stage_argument, add_plugin_arg
 from ldm_dkdm.commands.evaluate_output import add_row, print_table, show
 from ldm_dkdm.commands.evaluate_sets import RESULTS, measure_sets
 from ldm_dkdm.commands.hints import ScopedHints, split_paths
-from ldm_dkdm.commands.places import require_kept, require_writable
+from ldm_dkdm.commands.places import require_apart, require_kept, require_replaceable, require_writable
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.device import started
 from ldm_dkdm.errors import UserError
@@ -94,6 +94,7 @@ def run(options: argparse.Namespace) -> None:
         return
     for flag in ("out", "results", "save_statistics"):
         require_writable(getattr(options, flag), f"--{flag}")
+    _require_outputs(options, paths)
     if options.cache is not None and not options.cache.is_dir():  # one that holds all statistics may be read-only
         require_writable(options.cache, "--cache", folder=True)
     with _shared():
@@ -105,12 +106,22 @@ def _require_table(options: argparse.Namespace, items: Sequence[str]) -> None:
     from ldm_dkdm.commands.main import parser_of
 
     require_writable(options.out, "--out")
+    require_replaceable(options.out, "--out", "a table of evaluations")
     usual = vars(parser_of("evaluate").parse_args([]))
     used = ("table", "resume", "hints", "out")
     given = [name for name, value in vars(options).items() if name not in used and value != usual[name]]
     unused = [f"--{'first_stage' if name == 'stage' else name}" for name in given] + list(items)
     if unused:
         raise UserError(f"{unused[0]}: has no effect with --table, which takes runs, JSON files of evaluations and -o")
+
+
+def _require_outputs(options: argparse.Namespace, paths: Sequence[str]) -> None:
+    """Refuse to write over what this call reads, or over files of other kinds."""
+    inputs = (*paths, options.resume, options.teacher, options.stage, options.features, options.lpips, *options.plugin)
+    outputs = {f"--{flag}": getattr(options, flag) for flag in ("out", "results", "save_statistics")}
+    require_apart(outputs, inputs)
+    alone = options.resume and not options.metrics
+    require_replaceable(options.out, "--out", "figures of a student (-r)" if alone else "figures of two sets")
 
 
 def _shared() -> AbstractContextManager[object]:

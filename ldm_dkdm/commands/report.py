@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ldm_dkdm.commands.places import require_writable
+from ldm_dkdm.commands.places import require_replaceable, require_writable
 from ldm_dkdm.files import expanded
 
 
@@ -20,4 +20,5 @@ def run(options: argparse.Namespace) -> None:
     alone = len(options.runs) == 1
     page = options.out or (options.runs[0] / REPORT if alone else Path(REPORT))
     require_writable(page, "-o")
+    require_replaceable(page, "-o", "an HTML page")
     print(write_report(options.runs, page))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins
 from ldm_dkdm.commands.hints import ScopedHints, split_paths
-from ldm_dkdm.commands.places import require_outputs, require_writable
+from ldm_dkdm.commands.places import require_apart, require_outputs, require_replaceable, require_writable
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.errors import UserError
@@ -102,6 +102,7 @@ def run(options: argparse.Namespace) -> None:
     if options.compare and options.compare.suffix.lower() != ".png":
         raise UserError(f"--compare: {options.compare} must be a .png")
     require_writable(options.compare, "--compare")
+    require_replaceable(options.compare, "--compare", "a PNG image")
     require_writable(options.logdir, "-l", folder=True)
     load_plugins(options.plugin)
     flagged = {"use_ema": False if options.raw else None}
@@ -119,7 +120,15 @@ def run(options: argparse.Namespace) -> None:
     for name in names_of_models(models):
         folder = _folder(name, options.logdir, len(models))
         require_outputs(folder, "-l", "grid.png", *(name for name, wanted in written.items() if wanted))
+        _require_apart(options.compare, folder)
     _sample_all(models, config, options)
+
+
+def _require_apart(compare: Path | None, folder: Path) -> None:
+    """Refuse a comparison that would replace images of an output folder."""
+    require_apart({"the grid of -l": folder / "grid.png", "--compare": compare}, ())
+    if compare is not None and compare.resolve().parent == (folder / "img").resolve():
+        raise UserError(f"--compare: {compare} is among the images of -l; name another file")
 
 
 def _sample_all(models: "Sequence[DiffusionModel]", config: SamplingConfig, options: argparse.Namespace) -> None:

@@ -32,6 +32,7 @@ class ImageSet:
         channels: C, 1 (grey) or 3 for files.
         classes: what the labels mean, such as `0 cat` or `7`, where folders name them.
         loose: a file in no class folder although others are in one; then there are no labels.
+        alike: two folders named by one number, such as 1 and 01 or train/1 and val/1; then there are no labels.
     """
 
     images: Tensor | Sequence[Path]
@@ -40,6 +41,7 @@ class ImageSet:
     channels: int = 3
     classes: Sequence[str] = ()
     loose: Path | None = None
+    alike: Sequence[Path] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,7 +79,8 @@ class ImageSet:
 def open_images(path: str | Path, size: int, channels: int = 3) -> ImageSet:
     """A folder of images (a sub-folder is a class) or an ADM-style .npz (`arr_0`, labels in `arr_1`).
 
-    Sub-folders named by whole numbers are the classes of these numbers; other names are numbered in their order.
+    Sub-folders named by whole numbers are the classes of these numbers; other names are numbered in their order. There
+    are no labels where a number names two folders, which may be one class or two.
     """
     path = folder_of_images(expanded(path))
     if is_npz(path):
@@ -89,6 +92,10 @@ def open_images(path: str | Path, size: int, channels: int = 3) -> ImageSet:
         loose = next(file for file in files if file.parent == path) if len(folders) > 1 else None
         return ImageSet(files, size, None, channels, loose=loose)
     numbers = _class_numbers(folders)
+    owners: dict[int, Path] = {}
+    for folder, number in numbers.items():
+        if owners.setdefault(number, folder) != folder:
+            return ImageSet(files, size, None, channels, alike=(owners[number], folder))
     named = sorted((number, str(folder.relative_to(path))) for folder, number in numbers.items())
     labels = torch.tensor([numbers[file.parent] for file in files])
     return ImageSet(

@@ -1,4 +1,4 @@
-"""Read images out of an .npz batch by batch, compressed or not, without loading the array."""
+"""Read images out of an .npz batch by batch, compressed or not, without loading an array in C order."""
 
 import zipfile
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError, blaming
-from ldm_dkdm.npz import array_names, opened_array
+from ldm_dkdm.npz import array_names, opened_array, read_npz
 
 IMAGES = "arr_0"
 
@@ -19,6 +19,7 @@ class NpzFile:
 
     Attributes:
         names: arrays in the file. shape: of the images (N,H,W,C); (0,0,0,0) if there are none.
+        fortran: they are stored in Fortran order, so that every image is all over the file, which is read at once.
 
     Raises:
         UserError: no such file, or not an .npz of images or statistics.
@@ -27,6 +28,7 @@ class NpzFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.names = array_names(path)
+        self.fortran = False
         with blaming(path, "is not an .npz of images in arr_0"), zipfile.ZipFile(path) as archive:
             self.shape = self._shape(archive) if IMAGES in self.names else (0, 0, 0, 0)
         if not self.names & {IMAGES, "mu"}:
@@ -41,10 +43,10 @@ class NpzFile:
 
     def _shape(self, archive: zipfile.ZipFile) -> tuple[int, int, int, int]:
         with opened_array(archive, IMAGES) as (_, shape, fortran, kind):
-            pass
+            self.fortran = fortran
         if len(shape) == 3:
             shape = (*shape, 1)
-        if kind != np.uint8 or fortran or len(shape) != 4 or min(shape) < 1:
+        if kind != np.uint8 or len(shape) != 4 or min(shape) < 1:
             raise UserError(f"{self.path}: arr_0 is {kind} {shape}; images are uint8 (N,H,W,C)")
         return shape[0], shape[1], shape[2], shape[3]
 
@@ -54,6 +56,13 @@ class NpzFile:
         Raises:
             UserError: the file ends before its last image.
         """
+        if self.fortran:
+            array = read_npz(self.path)
+            assert array is not None  # `arr_0`
+            for start in range(first, last, batch_size):
+                part = np.ascontiguousarray(array[start : min(start + batch_size, last)])
+                yield torch.from_numpy(part).view(len(part), *self.shape[1:])
+            return
         each = int(np.prod(self.shape[1:]))
         with zipfile.ZipFile(self.path) as archive, opened_array(archive, IMAGES) as (member, *_):
             member.seek(first * each, 1)

@@ -72,10 +72,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     try:
         with blaming(path, "is not a CSV file of results"), path.open(newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
+            reader = csv.DictReader(file, strict=True)
+            rows, columns = list(reader), reader.fieldnames
     except csv.Error as error:
         raise UserError(f"{path}: is not a CSV file of results: {error}") from error
-    if any(None in row or "samples" not in row for row in rows):
+    if any(None in row for row in rows) or (columns is not None and "samples" not in columns):
         raise UserError(f"{path}: is not a CSV file of results")
     return rows
 
