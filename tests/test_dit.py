@@ -1,6 +1,7 @@
 """The diffusion transformer: against diffusers', and its size, names, start, label dropout and refusals."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
-from ldm_dkdm import UserError
+from ldm_dkdm import UserError, load_model
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.networks import NETWORKS, DiT
 from ldm_dkdm.networks.dit import grid_positions
@@ -255,3 +256,18 @@ def test_configs_may_name_it(target: str) -> None:
     network = build({"target": target, "params": {**PARAMS, "learn_sigma": False}}, NETWORKS)
     assert isinstance(network, DiT)
     assert (network.image_size, network.in_channels, network.out_channels, network.num_classes) == (8, 3, 3, None)
+
+
+@pytest.mark.parametrize("ratio", [4, 237 / 224])  # the last times the width is 236.99999999999997
+def test_what_no_tensor_of_a_dit_shows_may_be_told(ratio: float, tmp_path: Path) -> None:
+    params = {"input_size": 8, "in_channels": 4, "hidden_size": 224, "depth": 1, "num_heads": 2, "mlp_ratio": ratio}
+    network = randomised(DiT(**params, num_classes=1001, class_dropout_prob=0.0))
+    torch.save(network.state_dict(), tmp_path / "x.pt")
+    with pytest.raises(UserError, match="for example space=latent schedule=linear num_timesteps=1000"):
+        load_model(tmp_path / "x.pt", num_heads=2)
+    told = {"num_classes": 1001, "class_dropout_prob": 0.0, "schedule": "linear"}
+    model = load_model(tmp_path / "x.pt", num_heads=2, **told)
+    state, label = (torch.randn(2, 4, 8, 8), torch.tensor([0, 999])), torch.tensor([1, 1000])
+    assert model.space.encoded and torch.equal(model.network(*state, label), network.eval()(*state, label))
+    public = load_model(tmp_path / "x.pt", num_heads=2, schedule="linear", class_dropout_prob=0.15)
+    assert public.num_classes == 1000 and public.network.y_embedder.dropout == 0.15

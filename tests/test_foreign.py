@@ -121,21 +121,6 @@ def test_a_dit_file_is_unwrapped_and_inferred(classes: int | None, learn_sigma: 
         open_teacher(run_with(path, PIXEL))
 
 
-@pytest.mark.parametrize("ratio", [4, 237 / 224])  # the last times the width is 236.99999999999997
-def test_what_no_tensor_of_a_dit_shows_may_be_told(ratio: float, tmp_path: Path) -> None:
-    params = {"input_size": 8, "in_channels": 4, "hidden_size": 224, "depth": 1, "num_heads": 2, "mlp_ratio": ratio}
-    network = randomised(DiT(**params, num_classes=1001, class_dropout_prob=0.0))
-    torch.save(network.state_dict(), tmp_path / "x.pt")
-    with pytest.raises(UserError, match="for example space=latent schedule=linear num_timesteps=1000"):
-        load_model(tmp_path / "x.pt", num_heads=2)
-    told = {"num_classes": 1001, "class_dropout_prob": 0.0, "schedule": "linear"}
-    model = load_model(tmp_path / "x.pt", num_heads=2, **told)
-    state, label = (torch.randn(2, 4, 8, 8), torch.tensor([0, 999])), torch.tensor([1, 1000])
-    assert model.space.encoded and torch.equal(model.network(*state, label), network.eval()(*state, label))
-    public = load_model(tmp_path / "x.pt", num_heads=2, schedule="linear", class_dropout_prob=0.15)
-    assert public.num_classes == 1000 and public.network.y_embedder.dropout == 0.15
-
-
 @pytest.fixture(scope="module")
 def compvis(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module, nn.Module]:
     unet, vq = randomised(UNet(**UNET_PARAMS)), randomised(VQModel(**VQ_PARAMS))
