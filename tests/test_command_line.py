@@ -63,6 +63,7 @@ REFUSED = {
     "--guidance: give at least one value before null_label=2": ["sample", "-r", "x", "--guidance", "null_label=2"],
     "argument --labels: invalid int value: 'x'": ["sample", "-r", "nowhere", "--labels", "x", "null_label=2"],
     "--first_stage: vq, and first_stage=x; give one": ["sample", "-r", "m", "--first_stage", "vq", "first_stage=x"],
+    "--first_stage: y, and first_stage=z; give one": ["sample", "-r", "m", "first_stage=z", "--first_stage", "y"],
     "use_ema: True as a hint, but --raw says False; give one": ["sample", "-r", "m", "--raw", "use_ema=true"],
     "--batch_size: must be at least 1": ["decode", "x", "--first_stage", "y", "-o", "z", "--batch_size", "0"],
 }
@@ -287,13 +288,12 @@ def test_sampling_compiles_what_it_is_asked_to(
         assert asked == found
 
 
-def test_a_key_with_several_values_is_named_and_the_last_counts(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_key_of_many_values_is_named_and_the_last_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (1, 2):
         (tmp_path / f"step={step}.ckpt").touch()
-    words = ["--base", "quickstart", "trainer.max_steps=7", "trainer.max_steps=7", "trainer.max_steps=8"]
-    parser_of("evaluate").parse_args([str(tmp_path / "step=1.ckpt"), str(tmp_path / "step=2.ckpt")])  # paths that exist
-    options = parser_of("distill").parse_args(words)
-    assert caplog.messages == ["trainer.max_steps: given as 7 and as 8; the last one counts"]
+    parser_of("evaluate").parse_args([f"{tmp_path}/step=1.ckpt", f"{tmp_path}/step=2.ckpt"])  # paths that exist
+    options = parser_of("distill").parse_args(["-b", "quickstart", *(f"trainer.max_steps={n}" for n in (7, 7, 8))])
+    assert parser_of("sample").parse_args(["x=1", "-r", "m", "x=2", "--raw", "y=3"]).hints == ["x=1", "x=2", "y=3"]
+    said = ["trainer.max_steps: given as 7 and as 8", "x: given as 1 and as 2"]
+    assert caplog.messages == [f"{text}; the last one counts" for text in said]
     assert load_config(["quickstart"], options.base[1:] + options.overrides).trainer.max_steps == 8

@@ -53,6 +53,7 @@ class Parser(argparse.ArgumentParser):
         items = next((own for own in ("hints", "overrides") if hasattr(options, own)), None)
         if items is not None:
             getattr(options, items).extend(self.passed)
+            self._gather(options, items)
             _mention_repeated([*getattr(options, "base", []), *getattr(options, items)])
         if getattr(options, "stage", None) is not None and items is not None:
             key = "first_stage" if items == "hints" else "first_stage.ckpt"
@@ -62,6 +63,17 @@ class Parser(argparse.ArgumentParser):
                     raise UserError(f"--first_stage: {options.stage}, and {item}; give one of them")
             getattr(options, items).append(f"{key}={options.stage}")
         return options
+
+    def _gather(self, options: argparse.Namespace, items: str) -> None:
+        """Move `key=value` among the models of -r to the other ones, in the order of the command line."""
+        models, others = getattr(options, "resume", None), getattr(options, items)
+        if not isinstance(models, list):
+            return
+        options.resume = [item for item in models if "=" not in item or exists(item)]
+        moved = [item for item in models if item not in options.resume]
+        paths = [item for item in others if "=" not in item or exists(item)]
+        hints = {*moved, *others}.difference(paths)
+        setattr(options, items, [*paths, *(item for item in self.given if item in hints)])
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         """The values of an option without the `key=value` that follow them: no number and no choice has a =."""

@@ -56,10 +56,10 @@ def arrays_of_images(path: Path, flag: str) -> set[str]:
     Raises:
         UserError: it holds other arrays than images and labels.
     """
-    from ldm_dkdm.evaluation.npz import NpzFile
-
     if not path.exists() or path.stat().st_size == 0:
         return set()
+    from ldm_dkdm.evaluation.npz import NpzFile
+
     with naming(flag):
         names = NpzFile(path).names
     if not names <= {"arr_0", "arr_1"}:
