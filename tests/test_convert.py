@@ -95,6 +95,14 @@ def test_the_scale_of_the_latents_stays_with_the_model(teacher_folder: Path, tmp
     stage = model.first_stage.path
     assert load_model(tmp_path / "x.safetensors", first_stage=stage).codec().scale_factor == 0.25
     assert load_model(tmp_path / "x.safetensors", first_stage=stage, scale_factor=0.125).codec().scale_factor == 0.125
+    given = (f"first_stage={stage}", "-n", 2, "-c", 1, "--npz", "--latents", "--no_png", "-l", tmp_path / "drawn")
+    assert sample("-r", tmp_path / "x.safetensors", *given) == 0
+    latents, words = tmp_path / "drawn" / "latents.safetensors", ("--first_stage", stage, "-o")
+    assert run_script("decode_latents.py", latents, *words, tmp_path / "decoded") == 0
+    drawn, decoded = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("drawn", "decoded"))
+    assert np.array_equal(drawn, decoded)
+    assert run_script("decode_latents.py", latents, *words, tmp_path / "other", "--scale_factor", 0.5) == 0
+    assert not np.array_equal(drawn, np.load(tmp_path / "other" / "samples.npz")["arr_0"])
 
 
 def test_a_scale_of_1_is_stated(teacher_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

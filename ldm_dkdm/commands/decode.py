@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("latents", type=expanded, help=shown)
     add("--first_stage", type=expanded, required=True, metavar="DIR", help="first-stage folder")
     add("-o", "--out", type=expanded, required=True)
-    add("--scale_factor", type=float, help="default: the folder's own")
+    add("--scale_factor", type=float, help="default: that of LATENTS, else the folder's own")
     add("--batch_size", type=int, default=16)
 
 
@@ -47,10 +47,12 @@ class Latents:
     Attributes:
         states: float32 (N,C,h,w).
         labels: int64 (N,), if any.
+        scale_factor: their scale, where the file has it.
     """
 
     states: "Tensor"
     labels: "Tensor | None" = None
+    scale_factor: float | None = None
 
 
 def read_latents(path: Path) -> Latents:
@@ -61,9 +63,10 @@ def read_latents(path: Path) -> Latents:
     """
     import torch
 
-    from ldm_dkdm.checkpoints import read_tensors
+    from ldm_dkdm.checkpoints import Source, read_tensors
     from ldm_dkdm.npz import is_npz, read_npz
 
+    scale = None
     if is_npz(path):
         latents, numbers = torch.from_numpy(read_npz(path)), read_npz(path, "arr_1")
         labels = None if numbers is None else torch.from_numpy(numbers)
@@ -73,6 +76,7 @@ def read_latents(path: Path) -> Latents:
         if len(tensors) != 1:
             raise UserError(f"{path}: expected one tensor, found {len(tensors)}: {', '.join([*tensors][:4])}")
         latents = next(iter(tensors.values()))
+        scale = Source(path).metadata.get("scale_factor") if path.is_file() else None
     if latents.dtype == torch.uint8:
         raise UserError(f"{path}: holds images already (uint8), not latents; dkdm sample --latents writes those")
     if latents.ndim != 4 or latents.numel() == 0:
@@ -82,7 +86,17 @@ def read_latents(path: Path) -> Latents:
     latents = latents.float()
     if not latents.abs().max() <= LARGEST:  # also refuses NaN
         raise UserError(f"{path}: holds values that are not finite, or beyond {LARGEST:g}; no latents are")
-    return Latents(latents, _labels(path, labels, len(latents)))
+    return Latents(latents, _labels(path, labels, len(latents)), _scale(path, scale))
+
+
+def _scale(path: Path, stated: str | None) -> float | None:
+    """The scale in a file's metadata."""
+    try:
+        return None if stated is None else FirstStageConfig(scale_factor=float(stated)).scale_factor
+    except (ValueError, UserError) as error:
+        raise UserError(
+            f"{path}: scale_factor in its metadata: {error}; dkdm sample --latents writes a right one"
+        ) from error
 
 
 def _labels(path: Path, labels: "Tensor | None", count: int) -> "Tensor | None":
@@ -118,7 +132,8 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
     found, device = read_latents(path), default_device("auto")
     latents = found.states
     _require_kept(out / "samples.npz", path, found.labels is not None)
-    codec = FirstStageSource(first_stage, scale_factor).codec(precision=resolve_precision("auto", device)).to(device)
+    scale = scale_factor or found.scale_factor
+    codec = FirstStageSource(first_stage, scale).codec(precision=resolve_precision("auto", device)).to(device)
     if latents.shape[1] != codec.latent_channels:
         raise UserError(f"{path}: {latents.shape[1]} channels, but {first_stage} decodes {codec.latent_channels}")
     positions, most = latents[0, 0].numel(), LARGER * codec.latent_size**2

@@ -120,13 +120,13 @@ def draw(
     if not ranks.first:
         return None
     rate = sum(counts) / (time.monotonic() - started)
-    sheet = _join(parts, starts, config, out)
+    sheet = _join(parts, starts, config, out, getattr(model.codec(), "scale_factor", None))
     shutil.rmtree(parts.folder)
     return rate, sheet
 
 
-def _join(parts: Parts, starts: Sequence[int], config: SamplingConfig, out: Path) -> "Image":
-    """Write samples.npz, latents.safetensors and grid.png from all batches; returns the grid."""
+def _join(parts: Parts, starts: Sequence[int], config: SamplingConfig, out: Path, scale: float | None) -> "Image":
+    """Write samples.npz, latents.safetensors (with their scale) and grid.png from all batches; returns the grid."""
     shown: list[Tensor] = []
     latents: list[Tensor] = []
     labels: list[Tensor] = []
@@ -145,7 +145,8 @@ def _join(parts: Parts, starts: Sequence[int], config: SamplingConfig, out: Path
                 labels += [tensors["labels"]] if "labels" in tensors else []
     if parts.outputs.latents:
         own = {"labels": torch.cat(labels)} if labels else {}
-        write_tensors(out / "latents.safetensors", {"latents": torch.cat(latents), **own})
+        metadata = {} if scale is None else {"scale_factor": repr(scale)}
+        write_tensors(out / "latents.safetensors", {"latents": torch.cat(latents), **own}, metadata)
     sheet = grid(torch.cat(shown)[:GRID])
     save_image(sheet, out / "grid.png")
     return sheet
