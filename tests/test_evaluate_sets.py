@@ -211,10 +211,8 @@ def test_nothing_is_written_into_models_that_are_not_runs(teacher_folder: Path) 
             ["a.npz", "b.npz", "--save_statistics", "a.txt"],
             "--save_statistics: statistics are an .npz, a.txt is not",
         ),
-        (
-            ["a.npz", "b.npz", "--save_statistics", "b.npz"],
-            "--save_statistics: b.npz exists and does not hold",
-        ),
+        (["a.npz", "b.npz", "--save_statistics", "b.npz"], "--save_statistics: b.npz is read by this call"),
+        (["a.npz", "a.npz", "--save_statistics", "b.npz"], "--save_statistics: b.npz exists and does not hold"),
         (["a.npz", "b.npz", "--save_statistics", "b.npz/c.npz"], "b.npz/c.npz: cannot be written; "),
         (["a.npz", "b.npz", "-o", "b.npz/c.json"], "b.npz/c.json: cannot be written; "),
         (["a.npz", "b.npz", "--results", "b.npz/c.csv"], "b.npz/c.csv: cannot be written; "),
