@@ -18,7 +18,7 @@ from ldm_dkdm.checkpoints.pools import read_reference_pool
 from ldm_dkdm.commands.distill import open_teacher
 from ldm_dkdm.distillation.refill import check_supply, refill
 from tests.cli import distil, run_script, sample, write_yaml
-from tests.parts import UNET_PARAMS, distill_config, model_folder
+from tests.parts import UNET_PARAMS, distill_config, first_stage_folder, model_folder
 from tests.test_foreign import run_with
 
 GIVEN = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
@@ -103,6 +103,15 @@ def test_the_scale_of_the_latents_stays_with_the_model(teacher_folder: Path, tmp
     assert np.array_equal(drawn, decoded)
     assert run_script("decode_latents.py", latents, *words, tmp_path / "other", "--scale_factor", 0.5) == 0
     assert not np.array_equal(drawn, np.load(tmp_path / "other" / "samples.npz")["arr_0"])
+
+
+@pytest.mark.parametrize("layout", ["adm", "safetensors"])
+def test_weights_are_written_where_the_first_stage_is_missing(layout: str, tmp_path: Path) -> None:
+    model = load_model(model_folder(tmp_path / "teacher", first_stage_folder(tmp_path / "vq")))
+    model.save(tmp_path / "scaled")
+    (tmp_path / "vq").rename(tmp_path / "moved")
+    assert convert(tmp_path / "scaled", tmp_path / "x", "--to", layout) == 0
+    assert (tmp_path / "x").is_file()
 
 
 def test_a_scale_of_1_is_stated(teacher_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

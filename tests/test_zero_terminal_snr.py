@@ -144,8 +144,8 @@ def test_the_bound_is_finite_at_the_last_timestep() -> None:
 @pytest.mark.parametrize(("loss", "words"), [({}, "space: eps"), ({"space": "v", "weight_cap": 9.0}, "weight_cap")])
 def test_a_loss_that_leaves_the_last_timestep_out_is_refused(loss: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=f"{words}.* teaches nothing at t = T-1"):
-        check_loss(LossConfig(**loss), SCHEDULE, learns_variance=False)
-    check_loss(LossConfig(space="v"), SCHEDULE, learns_variance=False)
+        check_loss(LossConfig(**loss), SCHEDULE)
+    check_loss(LossConfig(space="v"), SCHEDULE)
 
 
 def test_a_network_of_eps_is_refused() -> None:

@@ -30,7 +30,7 @@ from ldm_dkdm.reporting import logger
 NAME = "CompVis latent diffusion"
 UNET = "model.diffusion_model."
 EMA = "model_ema."
-CLASS_EMBEDDER = "cond_stage_model.embedding.weight"  # of CompVis's ClassEmbedder, for cross-attention
+CLASS_EMBEDDER = "cond_stage_model.embedding.weight"  # the table of CompVis's ClassEmbedder
 AVERAGED = EMA + "diffusion_model"  # begins LitEma's names of the UNet's tensors, which have no dots
 WRAPPED = re.compile(r"(?P<outer>(.*\.)?)model\.(module\.)*diffusion_model\.(?P<inner>.*)")  # wrappers around the UNet
 DOTLESS = "module|_orig_mod"  # what DistributedDataParallel and torch.compile leave in LitEma's names

@@ -171,8 +171,7 @@ class Contents:
             if not {"schedule", "betas"} & set(given):
                 raise UserError(self._no_schedule(hints))
             return DiffusionConfig(**{"space": self.space, **given})
-        kept = {"space": self.diffusion.space} if hints.sections else kept_beside(self.diffusion, given)
-        wanted = DiffusionConfig(**{**kept, **given})
+        wanted = DiffusionConfig(**(given if hints.sections else {**kept_beside(self.diffusion, given), **given}))
         if self.alphas_cumprod is not None:
             check_schedule(self.alphas_cumprod, schedule_of(wanted), self.path)
             unsaid = [key for key in SAMPLING if getattr(wanted, key) is None]

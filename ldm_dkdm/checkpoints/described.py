@@ -1,12 +1,11 @@
 """Read and write one safetensors file whose metadata hold all that tensor shapes do not show."""
 
 import json
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from ldm_dkdm.checkpoints.contents import Contents
-from ldm_dkdm.checkpoints.model_folder import latent_scale
+from ldm_dkdm.checkpoints.model_folder import known_scale
 from ldm_dkdm.checkpoints.shapes import detached, plain
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.writing import SavedModel
@@ -68,7 +67,6 @@ def write(model: SavedModel, path: Path) -> None:
         "diffusion": json.dumps(asdict(model.diffusion)),
         **{key: json.dumps(value) for key, value in from_card.items()},
     }
-    with suppress(UserError):  # the first stage is missing
-        if model.first_stage is not None:
-            described["scale_factor"] = json.dumps(latent_scale(model.first_stage, model))
+    if (scale := known_scale(model)) is not None:
+        described["scale_factor"] = json.dumps(scale)
     write_tensors(path, detached(model.network.state_dict()), described)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,13 @@ def card_of(model: SavedModel, folder: Path, weights: str = WEIGHTS, **info: Any
         num_classes=None if known else model.num_classes,
         info={**model.info, **info},
     )
+
+
+def known_scale(model: SavedModel) -> float | None:
+    """The scale of a model's latents; None in pixel space, and where their first stage is missing."""
+    with suppress(UserError):
+        return None if model.first_stage is None else latent_scale(model.first_stage, model)
+    return None
 
 
 def latent_scale(stage: FirstStageSource, model: SavedModel) -> float:

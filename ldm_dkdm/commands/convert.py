@@ -66,7 +66,7 @@ def convert(source: str, out: Path, to: str, hints: dict[str, Any]) -> None:
 def missing_hints(model: "DiffusionModel", path: Path) -> dict[str, str]:
     """What a written file does not say of its model, as hints for `load_model` and the commands."""
     from ldm_dkdm.checkpoints import Source, read
-    from ldm_dkdm.checkpoints.model_folder import latent_scale
+    from ldm_dkdm.checkpoints.model_folder import known_scale
     from ldm_dkdm.config.schema import DiffusionConfig
 
     contents = read(Source(path))
@@ -84,7 +84,9 @@ def missing_hints(model: "DiffusionModel", path: Path) -> dict[str, str]:
     if model.null_label is not None and model.null_label != getattr(model.network, "null_label", None):
         found["null_label"] = model.null_label
     if model.first_stage is not None:
-        found |= {"first_stage": model.first_stage.path, "scale_factor": latent_scale(model.first_stage, model)}
+        found["first_stage"] = model.first_stage.path
+    if (scale := known_scale(model)) is not None:
+        found["scale_factor"] = scale
     return {key: json.dumps(value) if isinstance(value, (bool, list)) else str(value) for key, value in found.items()}
 
 

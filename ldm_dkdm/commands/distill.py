@@ -107,7 +107,7 @@ def _plan(call: TrainingCall[DistillRun]) -> None:
     device = default_device(config.trainer.accelerator)
     teacher.precision = resolve_precision(config.trainer.precision, device)
     student = make_student(located_paths(config.student, call.begun), teacher, config.trainer.seed)
-    parts = assemble(teacher, student, config)
+    parts = assemble(teacher, student, config, call.resumed)
     if call.resumed:
         parts = going_on(parts, call.folder.checkpoints, begun.latest)
     parts = replace(parts, done=begun.step, spent=begun.spent)

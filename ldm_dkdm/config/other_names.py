@@ -47,7 +47,7 @@ NOT_HERE = {
     "timestep_respacing": "sampling steps are -c N",
     "rescale_learned_sigmas": "it is an option of guided-diffusion's loss; leave it out",
     "use_kl": "it is an option of guided-diffusion's loss; leave it out",
-}  # what is no hint and no key of a model
+}  # options that neither hints nor the keys of a model have
 
 
 def advice(key: str, valid: Collection[str]) -> str:

@@ -131,15 +131,23 @@ def load_initial(network: nn.Module, node: NewNetworkConfig, where: str, words: 
     load_strictly(network, contents.weights(hints), contents.file)
 
 
-def check_loss(loss: LossConfig, schedule: NoiseSchedule, learns_variance: bool, where: str = "loss") -> None:
-    """Refuse what has no effect, and weights with which the noisiest steps dominate or are not taught."""
+def require_variance(loss: LossConfig, where: str = "loss") -> None:
+    """Refuse keys of the variational bound for a student that learns no variance, so that they have no effect.
+
+    Raises:
+        UserError: names the key.
+    """
     weighs = loss.vlb_weight not in (0, LossConfig.vlb_weight)  # lambda as the paper has it stands in every config
-    if not learns_variance and (weighs or loss.clip_student):
+    if weighs or loss.clip_student:
         key, default = ("vlb_weight", LossConfig.vlb_weight) if weighs else ("clip_student", "false")
         raise UserError(
             f"{where}.{key}: has no effect, since the student learns no variance (out_channels, learn_sigma); "
             f"remove it or set {default}"
         )
+
+
+def check_loss(loss: LossConfig, schedule: NoiseSchedule, where: str = "loss") -> None:
+    """Refuse a cap without effect, and weights with which the noisiest steps dominate or are not taught."""
     if loss.space == "eps" and loss.weight_cap is not None:
         raise UserError(f"{where}.weight_cap: has no effect with space: eps; remove it or choose v or x0")
     if schedule.ends_in_noise:

@@ -23,7 +23,7 @@ from ldm_dkdm.config.schema import (
 from ldm_dkdm.device import compiles, is_first_rank
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.distillation.image_data import EncodedStates, ImageSet, States, encode_sets, open_sets
-from ldm_dkdm.distillation.make_student import check_loss, load_initial, require_call
+from ldm_dkdm.distillation.make_student import check_loss, load_initial, require_call, require_variance
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.files import content_sha256, expanded
@@ -121,7 +121,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     )
     if run.trainer.compile == "graphs":
         raise UserError("compile: graphs are for a distillation, and this run trains on images; use true")
-    require_trainable(model, config)
+    require_trainable(model, config, run.resumed)
     codec = model.codec().to(run.device, run.precision)
     _require_same_channels(codec)
     trained = model.changed(precision=run.precision)
@@ -205,13 +205,17 @@ def _counted_images(sets: Mapping[str, ImageSet], data: DiffusionDataConfig, run
     return counts
 
 
-def require_trainable(model: DiffusionModel, config: DiffusionRun) -> None:
+def require_trainable(model: DiffusionModel, config: DiffusionRun, resumed: bool = False) -> None:
     """Refuse what images cannot train: outside pixel space L_vlb's likelihood of 8-bit values has no meaning.
+
+    A resumed run may have keys of a variance that its network lacks: older versions ignored them.
 
     Raises:
         UserError: the key that does not fit.
     """
-    check_loss(config.loss, model.schedule, require_call(model))
+    check_loss(config.loss, model.schedule)
+    if not require_call(model) and not resumed:
+        require_variance(config.loss)
     steps_within(config.logging, "sample_steps", model.schedule.num_timesteps)
     network = model.network
     inputs, outputs = model.shape[0], getattr(network, "out_channels", model.shape[0])

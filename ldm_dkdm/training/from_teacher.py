@@ -111,7 +111,7 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
     teacher = teacher.changed(precision=run.precision, network=frozen)
     trained = student.changed(precision=run.precision, first_stage=teacher.first_stage).sharing_codec(teacher)
     refuse_overwriting(teacher, run.folder.path)
-    parts, supply = assemble(teacher, trained, run.config), None
+    parts, supply = assemble(teacher, trained, run.config, run.resumed), None
     if end := run.end(student.network):
         return run.ended(student, end, _export(parts, run))
     refuse_other_teacher(teacher, run)

@@ -9,7 +9,7 @@ import torch
 from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import DistillConfig, DistillRun
 from ldm_dkdm.distillation.chains import require_states
-from ldm_dkdm.distillation.make_student import check_loss, require_call, require_fit
+from ldm_dkdm.distillation.make_student import check_loss, require_call, require_fit, require_variance
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.distillation.pool import NoisyPool, pool_slots, slot_bytes
 from ldm_dkdm.distillation.replay import kept_bytes
@@ -114,8 +114,12 @@ class Distillation:
         return "device" if fits else "memory"
 
 
-def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRun) -> Distillation:
+def assemble(
+    teacher: DiffusionModel, student: DiffusionModel, config: DistillRun, resumed: bool = False
+) -> Distillation:
     """Check every part and number of a distillation; nothing is written.
+
+    A resumed run may have keys of a variance that its student lacks: older versions ignored them.
 
     Raises:
         UserError: the first thing that does not fit.
@@ -129,7 +133,9 @@ def assemble(teacher: DiffusionModel, student: DiffusionModel, config: DistillRu
         raise UserError(f"warmup.t_cap: has an effect with mode: {modes} only, and this run has {own}; set it to null")
     _require_draws(method)
     require_fit(student, teacher)
-    check_loss(method.loss, teacher.schedule, require_call(student))
+    if not require_call(student) and not resumed:
+        require_variance(method.loss)
+    check_loss(method.loss, teacher.schedule)
     if method.stride > steps:
         raise UserError(f"stride: {method.stride} is more than the {steps} diffusion steps")
     steps_within(config.logging, "sample_steps", steps)
