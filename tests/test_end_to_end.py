@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ldm_dkdm import load_model
 from ldm_dkdm.config.load import load_config, to_yaml
 from ldm_dkdm.training import ends, plan
 from tests.cli import contents, distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
+from tests.test_config_errors import assert_one_error_line
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,14 @@ def test_latents_decode_to_the_images_that_were_sampled(run: Path, first_stage: 
     assert code == 0
     difference = pixels(out).astype(int) - pixels(tmp_path / "sampled")
     assert abs(difference).max() <= 2  # decoding may be in bf16, sampling was not
+
+
+def test_a_scale_that_is_given_replaces_a_wrong_one_of_the_latents(first_stage: Path, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file({"latents": torch.zeros(1, 3, 8, 8)}, file, {"scale_factor": "much"})
+    decoding = ("decode_latents.py", file, "--first_stage", first_stage, "-o", tmp_path / "out")
+    assert_one_error_line(capsys, run_script(*decoding), (str(file), "scale_factor in its metadata", "--scale_factor"))
+    assert run_script(*decoding, "--scale_factor", 2) == 0
 
 
 def test_a_comparison_is_one_image_of_all_models(run: Path, teacher_folder: Path, tmp_path: Path) -> None:

@@ -87,3 +87,22 @@ def test_what_a_run_would_refuse_is_refused(digits: Path, tmp_path: Path, capsys
     assert plan(write_yaml(tmp_path / "digits.yaml", config), word) == 2
     assert key in capsys.readouterr().err
     assert not (tmp_path / "planned").exists()
+
+
+def test_a_run_of_an_older_version_goes_on_with_a_key_without_effect(digits: Path, tmp_path: Path, capsys) -> None:
+    config = {
+        "model": {"target": "ldm_dkdm.networks.UNet", "params": {**UNET, "out_channels": 3}},
+        "diffusion": PIXEL,
+        "data": {"path": str(digits), "image_size": 8, "batch_size": 8},
+        "trainer": {**TRAINER, "max_steps": 1},
+        "logging": {**DIGITS_LOGGING, "dir": str(tmp_path), "name": "old"},
+    }
+    base, run = write_yaml(tmp_path / "digits.yaml", config), tmp_path / "old"
+    assert run_script("train_ldm.py", "--base", base, "loss.vlb_weight=0.5") == 2
+    assert "loss.vlb_weight: has no effect" in capsys.readouterr().err
+    assert run_script("train_ldm.py", "--base", base) == 0
+    stored = run / "config.yaml"
+    stored.write_text(stored.read_text().replace("vlb_weight: 1.0", "vlb_weight: 0.5"))
+    for words in (("--plan",), ()):
+        assert run_script("train_ldm.py", "--resume", run, "trainer.max_steps=2", *words) == 0
+    assert (run / "checkpoints" / "step=00000002.ckpt").is_file()

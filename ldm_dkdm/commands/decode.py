@@ -55,8 +55,12 @@ class Latents:
     scale_factor: float | None = None
 
 
-def read_latents(path: Path) -> Latents:
+def read_latents(path: Path, scale_factor: float | None = None) -> Latents:
     """The one tensor (N,C,h,w) in an .npz (`arr_0`), .pt or .safetensors file, and its labels (`arr_1`, `labels`).
+
+    Args:
+        path: the file.
+        scale_factor: holds in place of the one in the file's metadata, which is not read then.
 
     Raises:
         UserError: no latents, or labels that are not one whole number for each.
@@ -66,7 +70,7 @@ def read_latents(path: Path) -> Latents:
     from ldm_dkdm.checkpoints import Source, read_tensors
     from ldm_dkdm.npz import is_npz, read_npz
 
-    scale = None
+    stated = None
     if is_npz(path):
         latents, numbers = torch.from_numpy(read_npz(path)), read_npz(path, "arr_1")
         labels = None if numbers is None else torch.from_numpy(numbers)
@@ -76,7 +80,7 @@ def read_latents(path: Path) -> Latents:
         if len(tensors) != 1:
             raise UserError(f"{path}: expected one tensor, found {len(tensors)}: {', '.join([*tensors][:4])}")
         latents = next(iter(tensors.values()))
-        scale = Source(path).metadata.get("scale_factor") if path.is_file() else None
+        stated = Source(path).metadata.get("scale_factor") if path.is_file() else None
     if latents.dtype == torch.uint8:
         raise UserError(f"{path}: holds images already (uint8), not latents; dkdm sample --latents writes those")
     if latents.ndim != 4 or latents.numel() == 0:
@@ -86,7 +90,7 @@ def read_latents(path: Path) -> Latents:
     latents = latents.float()
     if not latents.abs().max() <= LARGEST:  # also refuses NaN
         raise UserError(f"{path}: holds values that are not finite, or beyond {LARGEST:g}; no latents are")
-    return Latents(latents, _labels(path, labels, len(latents)), _scale(path, scale))
+    return Latents(latents, _labels(path, labels, len(latents)), scale_factor or _scale(path, stated))
 
 
 def _scale(path: Path, stated: str | None) -> float | None:
@@ -95,7 +99,7 @@ def _scale(path: Path, stated: str | None) -> float | None:
         return None if stated is None else FirstStageConfig(scale_factor=float(stated)).scale_factor
     except (ValueError, UserError) as error:
         raise UserError(
-            f"{path}: scale_factor in its metadata: {error}; dkdm sample --latents writes a right one"
+            f"{path}: scale_factor in its metadata: {error}; give the right one as --scale_factor"
         ) from error
 
 
@@ -129,11 +133,12 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
     from ldm_dkdm.npz import save_npz
     from ldm_dkdm.reporting import following, logger
 
-    found, device = read_latents(path), default_device("auto")
+    found, device = read_latents(path, scale_factor), default_device("auto")
     latents = found.states
     _require_kept(out / "samples.npz", path, found.labels is not None)
-    scale = scale_factor or found.scale_factor
-    codec = FirstStageSource(first_stage, scale).codec(precision=resolve_precision("auto", device)).to(device)
+    codec = (
+        FirstStageSource(first_stage, found.scale_factor).codec(precision=resolve_precision("auto", device)).to(device)
+    )
     if latents.shape[1] != codec.latent_channels:
         raise UserError(f"{path}: {latents.shape[1]} channels, but {first_stage} decodes {codec.latent_channels}")
     positions, most = latents[0, 0].numel(), LARGER * codec.latent_size**2

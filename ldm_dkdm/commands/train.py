@@ -81,5 +81,5 @@ def _plan(call: TrainingCall[DiffusionRun]) -> None:
     config = _located(call)
     model = new_model(config, call.folder.path)
     model.precision = resolve_precision(config.trainer.precision, default_device(config.trainer.accelerator))
-    parts = plan_training(model, config)
+    parts = plan_training(model, config, call.resumed)
     print_plan(training_costs(parts), lambda: training_time(parts))

@@ -88,13 +88,13 @@ def load_config(
 def _parts(files: Sequence[Path], overrides: Sequence[str], schema: Any) -> list[DictConfig]:
     """The files and the overrides as trees; a file that holds only a student may be the model of a training."""
     known = {"student": NewNetworkConfig, **hints_of(schema)}
-    return [*(read_yaml(file, known) for file in files), dotlist(overrides, known)]
+    return [*(_shared(file, known) for file in files), dotlist(overrides, known)]
 
 
 def _refuse_other_scripts(tree: Mapping[str, Any], schema: Any, files: Sequence[Path]) -> None:
     """Refuse a config of another script as a whole, before its keys are refused one by one."""
     for file in files:
-        if _is_of_other_code(read_yaml(file)):
+        if _is_of_other_code(_shared(file)):
             raise UserError(
                 f"{file}: made for another code's scripts; docs/coming-from-dkdm.md has our keys for theirs, and its "
                 "unet_config can be pasted into a section such as student"
@@ -178,6 +178,11 @@ def read_yaml(path: Path, hint: Any = None) -> DictConfig:
     Raises:
         UserError: no such file, not YAML, more than a config needs (`config.limits`), or not a mapping.
     """
+    return copy.deepcopy(_shared(path, hint))
+
+
+def _shared(path: Path, hint: Any = None) -> DictConfig:
+    """What `read_yaml` gives, the same object for all who ask for it, so that nobody may change it."""
     if not path.is_file():
         raise UserError(f"{path}: " + ("is a folder; name a file in it" if path.is_dir() else "no such config file"))
     try:
@@ -185,7 +190,7 @@ def read_yaml(path: Path, hint: Any = None) -> DictConfig:
         text = quoted(text, hint)
         if hint is not None:
             require_plain_numbers(text)
-        node = copy.deepcopy(_loaded(text))
+        node = _loaded(text)
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except NOT_YAML as error:
@@ -195,7 +200,9 @@ def read_yaml(path: Path, hint: Any = None) -> DictConfig:
     return node
 
 
-@functools.lru_cache(maxsize=32)  # a command reads a model's config several times, and copying takes a third of loading
+@functools.lru_cache(
+    maxsize=32
+)  # a command reads a model's config several times, and a copy takes a third of a reading
 def _loaded(text: str) -> Any:
     """The content of a YAML text; None where it is a number alone."""
     try:
@@ -208,7 +215,7 @@ def read_card(path: Path, schema: type[Card]) -> Card:
     """Read and validate the config.yaml of a model folder."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; a model folder holds config.yaml and its weights")
-    tree = read_yaml(path)
+    tree = _shared(path)
     if _refers(OmegaConf.to_container(tree, resolve=False)):
         raise UserError(f"{path}: a model folder's config holds plain values, no ${{...}}")
     found = _kind(tree)
@@ -231,7 +238,7 @@ def _refers(node: Any) -> bool:
 
 def card_kind(path: Path) -> str | None:
     """The kind of folder that a config.yaml describes; None if its keys do not show it."""
-    return _kind(read_yaml(path))
+    return _kind(_shared(path))
 
 
 def _kind(tree: DictConfig) -> str | None:

@@ -59,13 +59,15 @@ class ImageTraining:
         return self.images * (1 + self.config.data.flip) if self.encodes_once else 0
 
 
-def plan_training(model: DiffusionModel, config: DiffusionRun) -> ImageTraining:
+def plan_training(model: DiffusionModel, config: DiffusionRun, resumed: bool = False) -> ImageTraining:
     """Check that model, configuration and images fit together; nothing is written.
+
+    A resumed run may have keys that a new one may not (`require_trainable`).
 
     Raises:
         UserError: the first thing that does not fit; images that do not exist are not an error.
     """
-    require_trainable(model, config)
+    require_trainable(model, config, resumed)
     paths = [path for path in (config.data.path, config.data.synthetic) if path]
     missing = [path for path in paths if not exists(path)]
     readable = paths and not missing and (not model.space.encoded or _has_codec(model))

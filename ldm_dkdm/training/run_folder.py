@@ -116,8 +116,10 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
         resumed: the user asked to resume the run.
     """
     stored = folder.path / "config.yaml"
-    now = _seen(_text(config))
-    before = _seen(_made_with(stored, type(config))) if stored.is_file() else now
+    text = _text(config)
+    if not stored.is_file() or stored.read_bytes() == text.encode():
+        return
+    before, now = _seen(_made_with(stored, type(config))), _seen(text)
     if before != now:
         if not resumed:
             raise UserError(
