@@ -55,11 +55,13 @@ def _distil(call: TrainingCall[DistillRun]) -> None:
     from ldm_dkdm.distillation.make_student import make_student
     from ldm_dkdm.networks.modes import stored_in_bf16
     from ldm_dkdm.training.finding import located_paths
-    from ldm_dkdm.training.from_teacher import distill
 
     config, out = call.config, call.folder.path
     teacher = open_teacher(config, out)
     student = make_student(located_paths(config.student, call.begun), teacher, config.trainer.seed)
+
+    from ldm_dkdm.training.from_teacher import distill  # imports Lightning, after mistakes in the models are known
+
     if resolve_precision(config.trainer.precision, default_device(config.trainer.accelerator)) == "bf16":
         teacher.network = stored_in_bf16(teacher.network)  # the only copy, in half the memory
     go_on = how_to_go_on("distill", out)
