@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from ldm_dkdm import UserError, load_config
 from ldm_dkdm.device import default_device
 from ldm_dkdm.training.room import require_disk
-from ldm_dkdm.training.run_folder import RunFolder, check_run, open_run
-from tests.cli import distil, run_script, write_yaml
+from ldm_dkdm.training.run_folder import RunFolder, check_run, checkpoints, open_run, step_of
+from tests.cli import contents, distil, run_script, write_yaml
 from tests.parts import UNET_PARAMS, distill_config, first_stage_folder
 from tests.test_config_errors import assert_one_error_line
 from tests.training_images import LOGGING, TRAINER, training_images
@@ -204,3 +204,55 @@ def test_a_run_that_was_killed_between_its_save_and_its_grid_draws_it_when_it_go
     grid.unlink()
     assert distil("--resume", tmp_path / "run", "trainer.max_steps=4") == 0
     assert grid.read_bytes() == whole
+
+
+def test_a_configuration_that_was_edited_in_the_folder_is_that_of_the_checkpoint(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert distil("--base", base, "trainer.max_steps=1") == 0
+    run = tmp_path / "run"
+    stored = run / "config.yaml"
+    before = stored.read_text()
+    for section, key, value in (("student", "parameterization", "x0"), ("distill", "rho", 3.0), ("trainer", "seed", 1)):
+        changed(RunFolder(run), **{section: (key, value)})
+        kept = contents(run)
+        code = distil("--resume", run, "trainer.max_steps=2")
+        said = (f"{section}.{key}: is {value} in {stored}", "but step=00000001.ckpt was trained with", "put that back")
+        assert_one_error_line(capsys, code, said)
+        assert contents(run) == kept
+        stored.write_text(before)
+    changed(RunFolder(run), trainer=("learning_rate", 0.002))
+    assert distil("--resume", run, "trainer.max_steps=2") == 0
+
+
+def test_a_model_whose_checkpoints_are_gone_is_not_trained_over(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = ("--base", base, "trainer.max_steps=1")
+    assert distil(*begun) == 0
+    run = tmp_path / "run"
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    kept = contents(run)
+    for words in (("--resume", run, "trainer.max_steps=2"), ("--resume", run, "--plan"), begun):
+        code = distil(*words)
+        assert_one_error_line(capsys, code, (f"{run / 'student'}: is the model of a run without checkpoints", "NEW"))
+        assert contents(run) == kept
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / ".step=00000001.ckpt.pending").touch()  # killed between its first model and its checkpoint
+    assert distil("--resume", run, "trainer.max_steps=2") == 0
+    assert "00000002.ckpt" in str(contents(run))
+
+
+def test_checkpoints_that_were_to_stay_do_so_when_a_resume_keeps_others(base: Path, tmp_path: Path) -> None:
+    words = ("logging.keep_every=2", "logging.save_every=1")
+    assert distil("--base", base, "trainer.max_steps=5", *words) == 0
+    folder = tmp_path / "run" / "checkpoints"
+
+    def steps() -> list[int]:
+        return [step_of(checkpoint) for checkpoint in checkpoints(folder)]
+
+    assert steps() == [2, 4, 5]
+    assert distil("--resume", tmp_path / "run", "trainer.max_steps=7", "logging.keep_every=null") == 0
+    assert steps() == [2, 4, 6, 7]
+    assert distil("--resume", tmp_path / "run", "trainer.max_steps=9") == 0
+    assert steps() == [2, 4, 8, 9]

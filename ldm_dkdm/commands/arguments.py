@@ -103,6 +103,7 @@ def read_training_call(options: argparse.Namespace, schema: type[T]) -> Training
         folder = find_run(options.resume, schema, _logs(overrides))
         config = given_paths(load_config(folder.path / "config.yaml", overrides, schema), folder.path)
         check_run(config, folder, resumed=True)
+        folder.require_no_model()
         return TrainingCall(config, folder, True)
     if not files:
         names = ", ".join(name for name in recipe_names() if "/" not in name)

@@ -20,7 +20,7 @@ from ldm_dkdm.files import sync
 from ldm_dkdm.reporting import logger
 from ldm_dkdm.reports.tables import read_cells
 from ldm_dkdm.training.ends import EarlyEnd, TimeLimit, ends_of
-from ldm_dkdm.training.run_folder import checkpoints, step_of
+from ldm_dkdm.training.run_folder import RunConfig, RunFolder, check_trained, checkpoints, config_text, step_of
 
 KEYS = ("state_dict", "optimizer_states", "loops", "callbacks", "global_step")  # what a resume needs
 SET_ASIDE = ".damaged"  # end of the name of a checkpoint that is not whole, once the run has gone on without it
@@ -38,6 +38,7 @@ class Choice(L.Callback):
         folder: logs/<run>/checkpoints.
         pools: whether pools belong to a checkpoint, one for each rank that saved it.
         rank, ranks: this process, and the number of processes.
+        config: that of the run, which goes into every checkpoint (`require_trained_alike`).
 
     Attributes:
         latest: the checkpoint; None without any.
@@ -47,8 +48,9 @@ class Choice(L.Callback):
         UserError: there are checkpoints, but none is whole.
     """
 
-    def __init__(self, folder: Path, pools: bool, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(self, folder: Path, pools: bool, rank: int = 0, ranks: int = 1, config: Any = None) -> None:
         self.folder, self.damage = folder, ""
+        self.config = "" if config is None else config_text(config)
         self.latest: Path | None = None
         found = checkpoints(folder)
         for checkpoint in reversed(found):
@@ -65,6 +67,10 @@ class Choice(L.Callback):
             raise UserError(f"{self.damage}; no earlier checkpoint is intact: delete {folder} to begin the run again")
         if self.damage and self.latest:
             logger.warning(f"{self.damage}; continuing from {self.latest.name} in its place")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the run is trained with."""
+        return {"config": self.config}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Compare the choices of all processes, before any reads its checkpoint.
@@ -87,6 +93,18 @@ class Choice(L.Callback):
             f"{damage or f'{self.folder}: the processes see different checkpoints'}; the processes would continue from "
             f"different ones ({shown}); start the run again{f': it continues from step {min(steps)}' * bool(damage)}"
         )
+
+
+def require_trained_alike(saved: Mapping[str, Any], config: RunConfig, folder: RunFolder, checkpoint: Path) -> None:
+    """Refuse a config that is not the one that a checkpoint was trained with; older versions did not store it.
+
+    Raises:
+        UserError: as `check_trained`.
+    """
+    state = saved.get("callbacks", {}).get(Choice.__qualname__)
+    text = state.get("config") if isinstance(state, Mapping) else None
+    if isinstance(text, str) and text:
+        check_trained(config, folder, text, checkpoint)
 
 
 def require_whole(checkpoint: Path, pools: bool = False, rank: int = 0, ranks: int = 1) -> None:

@@ -36,7 +36,7 @@ from ldm_dkdm.training.export import Export, export_again, is_lost, is_reported,
 from ldm_dkdm.training.hosts import wait_for_hosts
 from ldm_dkdm.training.interrupt import GracefulStop
 from ldm_dkdm.training.loggers import open_loggers, require_loggers
-from ldm_dkdm.training.resuming import Choice, continues, read_checkpoint, set_aside
+from ldm_dkdm.training.resuming import Choice, continues, read_checkpoint, require_trained_alike, set_aside
 from ldm_dkdm.training.run_folder import RunFolder, alone_in, check_run, open_run, require_plain, step_of
 from ldm_dkdm.training.saving import RunCheckpoint, WrittenInPlace, tidy
 from ldm_dkdm.training.sharding import SHARDED
@@ -112,9 +112,12 @@ class Run:
         check_run(self.config, self.folder, self.resumed)
         latest = self.latest
         if latest is None:
+            if is_first_rank():  # the others see what this one writes
+                self.folder.require_no_model()
             return None
         with verifying(False):  # `latest` is whole
             step, saved = step_of(latest), read_checkpoint(latest)
+        require_trained_alike(saved, self.config, self.folder, latest)
         if network is not None:
             require_keys(network, under(saved["state_dict"], "network."), latest)
         if step >= self.trainer.max_steps:
@@ -139,7 +142,7 @@ class Run:
         check_run(self.config, self.folder, self.resumed)
         with verifying(self.trainer.verify):
             rank, ranks = global_rank(self.trainer.per_node), self.trainer.ranks
-            return Choice(self.folder.checkpoints, isinstance(self.config, DistillRun), rank, ranks)
+            return Choice(self.folder.checkpoints, isinstance(self.config, DistillRun), rank, ranks, self.config)
 
     @property
     def _chooses(self) -> bool:  # the best of several models

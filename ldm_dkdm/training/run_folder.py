@@ -4,7 +4,7 @@ import dataclasses
 import fcntl
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ldm_dkdm.config.batches import SECTIONS
-from ldm_dkdm.config.load import load_config, read_yaml, to_yaml
+from ldm_dkdm.config.load import load_config, parse, read_yaml, to_yaml
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageRun, LoggingConfig
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError, legible
@@ -29,6 +29,7 @@ IN_MEMORY = "a model made in Python"  # begins the name of a teacher without a f
 PLACE = ("logging.name", "logging.dir")  # keys in FREE that say where a run is, which a resume does not move
 POINTERS = ("teacher.ckpt", "first_stage.ckpt", "loss.perceptual_backbone")  # paths; a hash says whether they changed
 IMAGES = ("data.path", "data.synthetic", "data.held_out")  # paths, which a resume neither adds nor leaves out
+PENDING = ".pending"  # end of the name of a checkpoint without its model
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
 
@@ -62,6 +63,20 @@ class RunFolder:
         found = checkpoints(self.checkpoints)
         return found[-1] if found else None
 
+    def require_no_model(self) -> None:
+        """Refuse to begin a run anew over its model where no checkpoint is left.
+
+        Raises:
+            UserError: names the model folder.
+        """
+        model = self.path / self.model_name
+        saving = any(self.checkpoints.glob(f".step=*{PENDING}"))  # a process was killed in its first save
+        if (model / "config.yaml").is_file() and self.latest() is None and not saving:
+            raise UserError(
+                f"{model}: is the model of a run without checkpoints, which would begin again and replace it; put them "
+                f"into {self.checkpoints}, move the model away, or start a new run (logging.name=NEW, in Python out)"
+            )
+
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
@@ -78,7 +93,7 @@ def step_of(checkpoint: Path) -> int:
 def open_run(config: RunConfig, folder: RunFolder, resumed: bool = False) -> None:
     """Create the folder, or continue in it (`check_run`)."""
     check_run(config, folder, resumed)
-    stored, text = folder.path / "config.yaml", _text(config)
+    stored, text = folder.path / "config.yaml", config_text(config)
     if is_first_rank() and (not stored.is_file() or stored.read_text() != text):
         write_text(stored, text)
 
@@ -116,7 +131,7 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
         resumed: the user asked to resume the run.
     """
     stored = folder.path / "config.yaml"
-    text = _text(config)
+    text = config_text(config)
     if not stored.is_file() or stored.read_bytes() == text.encode():
         return
     before, now = _seen(_made_with(stored, type(config))), _seen(text)
@@ -127,17 +142,47 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
                 f"(logging.name=NEW, in Python out), continue in this one (--resume {folder.path}, in Python "
                 "resume=True), or delete it"
             )
-        sections = [field.name for field in dataclasses.fields(config) if field.name not in FREE]
-        for key in (*sections, *FIXED):
-            for changed, old, new in _changes(_at(before, key), _at(now, key), key):
-                if not _may_move(changed, old, new):
-                    raise UserError(f"{changed}: cannot change when {folder.path} is resumed; start a new run for that")
+        for key, _, _ in _fixed_changes(config, before, now):
+            raise UserError(f"{key}: cannot change when {folder.path} is resumed; start a new run for that")
         moved = [key for key in PLACE if _at(before, key) != _at(now, key)]
         if moved and _place(now, folder).resolve() != folder.path.resolve():
             raise UserError(
                 f"{' and '.join(moved)}: a resumed run goes on in its own folder, {folder.path}; leave the key out, or "
                 "start a new run for that"
             )
+
+
+def check_trained(config: RunConfig, folder: RunFolder, text: str, checkpoint: Path) -> None:
+    """Refuse a config that was changed in the folder's file where a resumed run may not change.
+
+    Args:
+        config: of the run that goes on.
+        folder: logs/<run>.
+        text: what `config_text` gave in the training that wrote the checkpoint.
+        checkpoint: the one to continue from.
+
+    Raises:
+        UserError: the key and both values.
+    """
+    now = config_text(config)
+    if text == now:
+        return
+    with suppress(UserError):  # keys that did not exist then get their defaults; others are compared as they are
+        text = config_text(parse(type(config), OmegaConf.to_container(OmegaConf.create(text)), ""))
+    for key, old, new in _fixed_changes(config, _seen(text), _seen(now)):
+        raise UserError(
+            f"{key}: is {_short(new)} in {folder.path / 'config.yaml'}, but {checkpoint.name} was trained with "
+            f"{_short(old)}; put that back, or start a new run for the change"
+        )
+
+
+def _fixed_changes(config: RunConfig, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value before, value now) of what a resume may not change."""
+    sections = [field.name for field in dataclasses.fields(config) if field.name not in FREE]
+    for key in (*sections, *FIXED):
+        for changed, old, new in _changes(_at(before, key), _at(now, key), key):
+            if not _may_move(changed, old, new):
+                yield changed, old, new
 
 
 def _may_move(key: str, old: Any, new: Any) -> bool:
@@ -152,7 +197,7 @@ def _place(tree: Any, folder: RunFolder) -> Path:
     return expanded(_at(tree, "logging.dir")) / (_at(tree, "logging.name") or folder.path.name)
 
 
-def _text(config: RunConfig) -> str:
+def config_text(config: RunConfig) -> str:
     """A config as YAML; a batch size per device is left to the global one, since the devices may change."""
     for name in SECTIONS:
         section = getattr(config, name, None)
@@ -203,7 +248,7 @@ def _short(value: Any) -> str:
 def _made_with(stored: Path, schema: type[RunConfig]) -> str:
     """The config in a run folder; keys that did not exist when it was made have their defaults."""
     try:
-        return _text(load_config(stored, schema=schema))
+        return config_text(load_config(stored, schema=schema))
     except UserError:  # a config of another script
         return OmegaConf.to_yaml(read_yaml(stored))  # refuses a damaged or endless one
 

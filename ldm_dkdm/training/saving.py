@@ -17,14 +17,13 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import make_folder, remove_abandoned, sync, write_torch
 from ldm_dkdm.training.ema import gather_average
 from ldm_dkdm.training.ends import EarlyStop, StepCallback, figures_of
-from ldm_dkdm.training.run_folder import RunFolder, checkpoints, step_of
+from ldm_dkdm.training.run_folder import PENDING, RunFolder, checkpoints, step_of
 from ldm_dkdm.training.sharding import local
 
 if TYPE_CHECKING:
     from ldm_dkdm.distillation.pool import NoisyPool
 
 KEPT = 2
-PENDING = ".pending"  # end of the name of a checkpoint without its model
 TEMPORARY = re.compile(r"\..*\.tmp|\.tmp\w{6}")  # the last are those of safetensors
 CHECKED_EVERY = 100  # steps between checks of the loss, which wait for the device
 
@@ -33,7 +32,8 @@ class RunCheckpoint(StepCallback):
     """Saves student, EMA, optimizer and step, and each rank's pool beside them; keeps the last two.
 
     A checkpoint is complete once its `.ckpt` has its name; the pools are written before it. Those at multiples of
-    `keep_every` and, with `keep_best`, the one with the best `best_by` stay too, without their pools.
+    `keep_every` and, with `keep_best`, the one with the best `best_by` stay too, without their pools. What stays when a
+    run is resumed with other keys stays for good.
 
     Args:
         folder: logs/<run>/checkpoints.
@@ -48,6 +48,7 @@ class RunCheckpoint(StepCallback):
         self.best, self.best_step = math.inf, -1  # smallest `best_by` and its step, with `keep_best`
         self.pool: NoisyPool | None = None  # this rank's, set by a distillation once the rank is known
         self.last_saved = -1
+        self.kept_before = set[int]()  # steps of the checkpoints that stay from before a resume
         self.early_stop: EarlyStop | None = None  # set by the run that has one
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -68,12 +69,16 @@ class RunCheckpoint(StepCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs."""
-        return {"best": self.best, "best_step": float(self.best_step), "best_by": self.config.best_by}
+        best = {"best": self.best, "best_step": float(self.best_step), "best_by": self.config.best_by}
+        return {**best, "keep_every": self.config.keep_every}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best; a value of another figure says nothing, and the next measurement is the best so far."""
         if state_dict.get("best_by", "agreement") == self.config.best_by:
             self.best, self.best_step = state_dict["best"], int(state_dict["best_step"])
+        found, every = [step_of(checkpoint) for checkpoint in checkpoints(self.folder)], state_dict.get("keep_every")
+        kept = {*found[:-KEPT], *(step for step in found if every and step % every == 0), int(state_dict["best_step"])}
+        self.kept_before = kept - ({self.best_step} if self.config.keep_best else set())  # a better one may replace it
 
     def save(self, trainer: L.Trainer) -> None:
         """Write this step's checkpoint unless it is there already."""
@@ -111,7 +116,8 @@ class RunCheckpoint(StepCallback):
     def _forget_old(self) -> None:
         for checkpoint in checkpoints(self.folder)[:-KEPT]:
             step, every = step_of(checkpoint), self.config.keep_every
-            if not (every and step % every == 0) and not (self.config.keep_best and step == self.best_step):
+            stays = step in self.kept_before or bool(every and step % every == 0)
+            if not stays and not (self.config.keep_best and step == self.best_step):
                 hash_file(checkpoint).unlink(missing_ok=True)
                 checkpoint.unlink()
         kept = {checkpoint.stem for checkpoint in checkpoints(self.folder)[-KEPT:]}
