@@ -53,4 +53,4 @@ def read(source: Source) -> Contents:
         found = next((format for format in asked if format.recognises(source)), None)
         if found is None:
             raise UserError(f"{source.path}: {what_else(source)}")
-        return found.read(source)
+        return found.read(source).named()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.ema_names import other_kind_beside, said_of_file
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.hints import Hints
 from ldm_dkdm.checkpoints.process_keys import SAMPLING, kept_beside
@@ -88,9 +89,21 @@ class Contents:
         else:
             found = self.ema if wanted else self.raw
         if found is None:
-            has, value = ("no EMA weights", "false") if wanted else ("EMA weights only", "true")
-            raise UserError(f"{self.path}: holds {has}; set {key}={value}, or {hints.drop}")
+            has, value, kind = ("no EMA weights", "false", "the EMA") if wanted else ("EMA weights only", "true", "raw")
+            named = ", as its name says" if said_of_file(self.file) is (not wanted) else ""
+            other = other_kind_beside(self.file)
+            beside = f"; {kind} weights of this step are in {other}" if other else ""
+            raise UserError(f"{self.path}: holds {has}{named}; set {key}={value}, or {hints.drop}{beside}")
         return found
+
+    def named(self) -> "Contents":
+        """The same with its only set of weights as EMA, where the name of their file says so (`ema_0.9999_010000.pt`).
+
+        Then a config beside the file, which may be that of the training, does not ask for raw weights.
+        """
+        if self.described or self.ema is not None or said_of_file(self.file) is not True:
+            return self
+        return replace(self, ema=self.raw, raw=None, use_ema=None)
 
     def wants_ema(self, hints: Hints) -> bool | None:
         """Whether EMA or raw weights are asked for, by the hints or by a config beside the file."""

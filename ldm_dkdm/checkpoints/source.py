@@ -10,9 +10,10 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.ema_names import is_averaged
 from ldm_dkdm.checkpoints.reading import file_kind, holds_tensors, read_content, select_part, tensors_in
 from ldm_dkdm.checkpoints.releases import how_to_get
-from ldm_dkdm.checkpoints.state_dicts import Weights, find_weights, is_averaged, parts_of, unwrapped
+from ldm_dkdm.checkpoints.state_dicts import Weights, find_weights, parts_of, unwrapped
 from ldm_dkdm.config.load import card_kind, read_yaml
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.errors import UserError, interruptible, unreadable

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.ema_names import is_averaged, said_of
 from ldm_dkdm.checkpoints.reading import as_tensor, holds_tensors, tensors_in
 from ldm_dkdm.checkpoints.shapes import under
 from ldm_dkdm.errors import UserError
@@ -45,7 +46,7 @@ class _Found:
 
     label: str
     tensors: dict[str, Tensor]
-    averaged: bool
+    averaged: bool | None  # None: its label says neither
 
     @property
     def rank(self) -> list[int]:
@@ -70,6 +71,8 @@ def prefixes_of(names: Mapping[str, Any], signature: tuple[str, str]) -> list[st
 def find_weights(content: Any, signature: tuple[str, str], path: Path) -> Weights:
     """The network with these names in a file's content, and its EMA; neither where there is none.
 
+    Beside a part that is called raw (`no_ema`), one that says nothing is the EMA.
+
     Raises:
         UserError: several networks, none of which has a usual name.
     """
@@ -77,8 +80,13 @@ def find_weights(content: Any, signature: tuple[str, str], path: Path) -> Weight
     averaging = isinstance(content, Mapping) and holds_tensors(content.get(RAW))
     if averaging:
         found = [_Found(one.label, one.tensors, not one.label.startswith(RAW)) for one in found]
-    raw = _only([one for one in found if not one.averaged], path)
-    ema = _only([one for one in found if one.averaged], path)
+    kinds = {kind: [one for one in found if one.averaged is kind] for kind in (True, False, None)}
+    beside = bool(kinds[False]) and not kinds[True]
+    raw = _only(kinds[False] or kinds[None], path)
+    ema = _only(kinds[None] if beside else kinds[True], path)
+    if beside and raw is not None and ema is not None:
+        places = raw.label.rstrip("."), ema.label.rstrip(".") or "the rest"
+        logger.warning(f"{path}: '{places[0]}' says that it is not the EMA, so '{places[1]}' is taken for the EMA")
     if raw is not None and ema is None:
         ema = _of_helper(content, raw, path)
     return Weights(None if raw is None else raw.tensors, None if ema is None else ema.tensors)
@@ -95,13 +103,6 @@ def parts_of(content: Any, label: str = "") -> Iterator[tuple[str, Mapping[Any, 
             yield from parts_of(value, f"{label}{key}.")
 
 
-def is_averaged(label: str) -> bool:
-    """Whether the words of a dotted place say that its weights are averaged; lucidrains' `online_model` is not."""
-    words = re.split(r"[^a-z]+", label.lower())
-    named = any(w.startswith(("ema", "shadow", "averag")) or w.endswith("ema") or w in ("swa", "avg") for w in words)
-    return named and "online" not in words
-
-
 def _networks(label: str, part: Mapping[Any, Any], signature: tuple[str, str], path: Path) -> Iterator[_Found]:
     plain = {WRAPPER.sub("", name): name for name in part if isinstance(name, str)}
     if not prefixes_of(plain, signature):
@@ -113,7 +114,7 @@ def _networks(label: str, part: Mapping[Any, Any], signature: tuple[str, str], p
         own = unwrapped(under(tensors, prefix))
         counted = {name for name in COUNTERS if name in tensors and tensors[name].numel() == 1}
         own = {name: value for name, value in own.items() if name not in counted}
-        yield _Found(label + prefix, own, is_averaged(label + prefix) or "n_averaged" in counted)
+        yield _Found(label + prefix, own, True if "n_averaged" in counted else said_of(label + prefix))
 
 
 def _only(found: Sequence[_Found], path: Path) -> _Found | None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ldm_dkdm.checkpoints.ema_names import said_of
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import JSON_BYTES, exists, read_text
 
@@ -35,7 +36,7 @@ def weights_in(folder: Path) -> Path:
             return folder / name
     for pattern in OTHERS:
         found = [path for path in sorted(folder.glob(pattern)) if _may_be_weights(path)]
-        ema = [path for path in found if "non_ema" not in path.name] or found
+        ema = [path for path in found if said_of(path.name) is not False] or found
         if len(ema) > 1:
             raise UserError(f"{folder}: holds several weight files ({ema[0].name}, {ema[1].name}); name one of them")
         if ema:

@@ -1,0 +1,48 @@
+"""Which weights of a file are averaged (EMA): what names say, and an EMA of some layers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm_dkdm import UserError, load_model
+from tests.test_wrapped_weights import HINTS, PIXEL, averaged, loads, raw
+
+
+def test_parts_that_are_called_not_ema_are_the_raw_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for ema, other in (("ema", "non_ema"), ("model_ema", "model_non_ema"), ("EMA", "noEMA"), ("model", "no_ema")):
+        torch.save({ema: averaged(), other: raw()}, tmp_path / "x.pt")
+        for wanted in (None, True, False):
+            model = load_model(tmp_path / "x.pt", **HINTS, **PIXEL, use_ema=wanted)
+            state = raw() if wanted is False else averaged()
+            assert torch.equal(model.network.state_dict()["out.2.bias"], state["out.2.bias"])
+            assert model.info["weights_kind"] == ("raw" if wanted is False else "EMA")
+        assert ("'no_ema' says that it is not the EMA, so 'model' is taken" in caplog.text) == (ema == "model")
+
+
+EMA_NAMES = ["ema", "model_ema", "ema_model", "ema_0.9999_010000", "params_ema", "unet_ema", "EMA", "modelEMA"]
+RAW_NAMES = ["model_without_ema", "no-ema", "non_ema", "model.non_ema", "noEMA", "not-averaged"]
+
+
+@pytest.mark.parametrize("name", [*EMA_NAMES, "emaonly", *RAW_NAMES, "cinema", "schema", "email", "model010000"])
+def test_the_words_of_a_file_s_name_say_which_weights_it_holds(name: str, tmp_path: Path) -> None:
+    torch.save(raw(), tmp_path / f"{name}.pt")
+    kind = "EMA" if name in (*EMA_NAMES, "emaonly") else "raw" if name in RAW_NAMES else None
+    assert load_model(tmp_path / f"{name}.pt", **HINTS, **PIXEL).info.get("weights_kind") == kind
+    if kind != "EMA":
+        assert loads(tmp_path / f"{name}.pt", raw(), use_ema=False)
+        return
+    assert loads(tmp_path / f"{name}.pt", raw(), use_ema=True)
+    with pytest.raises(UserError, match=r"EMA weights only, as its name says; set use_ema=true, or leave it out$"):
+        load_model(tmp_path / f"{name}.pt", **HINTS, **PIXEL, use_ema=False)
+
+
+def test_the_other_weights_of_a_step_are_named_where_they_lie_beside(tmp_path: Path) -> None:
+    for name in ("ema_0.9999_010000", "model010000", "model020000"):
+        torch.save(raw(), tmp_path / f"{name}.pt")
+    with pytest.raises(UserError, match=r"raw weights of this step are in .*/model010000.pt$"):
+        load_model(tmp_path / "ema_0.9999_010000.pt", **HINTS, **PIXEL, use_ema=False)
+    with pytest.raises(UserError, match=r"the EMA weights of this step are in .*/ema_0.9999_010000.pt$"):
+        load_model(tmp_path / "model010000.pt", **HINTS, **PIXEL, use_ema=True)
+    with pytest.raises(UserError, match=r"leave it out$"):
+        load_model(tmp_path / "model020000.pt", **HINTS, **PIXEL, use_ema=True)
