@@ -176,6 +176,29 @@ def test_nothing_is_written_over(teacher_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "y.yaml").read_text() == "precious" and not (tmp_path / "y.ckpt").exists()
 
 
+@pytest.mark.parametrize("layout", ["adm", "compvis", "dit"])
+def test_a_pytorch_file_is_not_called_safetensors(
+    layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(tmp_path / "not-opened", tmp_path / "x.safetensors", "--to", layout) == 2
+    assert "is a PyTorch file, whose name ends in .pt or .ckpt" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pytorch_file_that_is_called_safetensors_opens(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(2)}
+    for zipped in (True, False):
+        torch.save(tensors, tmp_path / "x.safetensors", _use_new_zipfile_serialization=zipped)
+        assert torch.equal(read_tensors(tmp_path / "x.safetensors")["a"], tensors["a"])
+
+
+def test_versions_in_names_keep_their_configs_apart(teacher_folder: Path, tmp_path: Path) -> None:
+    for name in ("model-v1.5", "model-v1.6", "model-v1.7.ckpt"):
+        assert convert(teacher_folder, tmp_path / name, "--to", "compvis") == 0
+        load_model(tmp_path / name)
+    assert {path.name for path in tmp_path.glob("*.yaml")} == {f"model-v1.{number}.yaml" for number in (5, 6, 7)}
+
+
 def cache(slots: int, **changes: object) -> defaultdict:
     rng = np.random.default_rng(0)
     steps = rng.integers(0, T + 1, slots)

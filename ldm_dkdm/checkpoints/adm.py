@@ -7,7 +7,7 @@ from ldm_dkdm.checkpoints.shapes import detached
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.state_dicts import UNET, Weights
 from ldm_dkdm.checkpoints.unet_shapes import infer_unet
-from ldm_dkdm.checkpoints.writing import SavedModel, require_eps_unet
+from ldm_dkdm.checkpoints.writing import SavedModel, require_eps_unet, require_name
 from ldm_dkdm.files import write_torch
 
 NAME = "guided-diffusion / DDPM-IP"
@@ -40,7 +40,8 @@ def write(model: SavedModel, path: Path) -> None:
     """Write the network's state dict.
 
     Raises:
-        UserError: another architecture, or a network that predicts v.
+        UserError: another architecture, a network that predicts v, or a name that ends in .safetensors.
     """
+    require_name(path, "adm")
     require_eps_unet(model, "guided-diffusion")
     write_torch(path, detached(model.network.state_dict()))

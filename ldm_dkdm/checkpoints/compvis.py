@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.compvis_config import CompVisConfig, config_beside
+from ldm_dkdm.checkpoints.config_files import config_path
 from ldm_dkdm.checkpoints.contents import Contents, schedule_of, tolerance
 from ldm_dkdm.checkpoints.first_stages import PREFIX, UNSCALED, FirstStageSource, tensors_of
 from ldm_dkdm.checkpoints.shapes import detached, plain, under
@@ -20,7 +21,13 @@ from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.state_dicts import UNET as NAMES
 from ldm_dkdm.checkpoints.state_dicts import prefixes_of
 from ldm_dkdm.checkpoints.unet_shapes import infer_unet
-from ldm_dkdm.checkpoints.writing import SavedModel, refuse_existing, require_eps_unet, require_plain_timesteps
+from ldm_dkdm.checkpoints.writing import (
+    SavedModel,
+    refuse_existing,
+    require_eps_unet,
+    require_name,
+    require_plain_timesteps,
+)
 from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.diffusion.schedule import SCHEDULES, NoiseSchedule, betas_of
 from ldm_dkdm.errors import UserError
@@ -207,13 +214,15 @@ def write(model: SavedModel, path: Path) -> None:
 
     Raises:
         UserError: a pixel-space or class-conditional model, one that predicts v or its variance, one whose latents are
-            clipped, or an architecture that CompVis's code does not have.
+            clipped, an architecture that CompVis's code does not have, or a name that ends in .safetensors.
     """
+    require_name(path, "compvis")
     require_eps_unet(model, "CompVis's code")
     require_plain_timesteps(model, "CompVis's code")
     _require_latents(model, path)
     _require_own_sampling(model)
-    refuse_existing(path.with_suffix(".yaml"), "the config goes there; ")
+    config = config_path(path)
+    refuse_existing(config, "the config goes there; ")
     if model.node.params.get("channel_mult", [1])[0] != 1:
         raise UserError("format: in CompVis's code channel_mult begins with 1; choose safetensors")
     weights, codec = detached(model.network.state_dict()), model.codec()
@@ -227,7 +236,7 @@ def write(model: SavedModel, path: Path) -> None:
         state["scale_factor"] = torch.tensor(codec.scale_factor)
     content = {"epoch": 0, "global_step": int(steps), "pytorch-lightning_version": "1.4.2", "state_dict": state}
     write_torch(path, content)
-    write_text(path.with_suffix(".yaml"), json.dumps(config_of(model), indent=2) + "\n")  # JSON is YAML
+    write_text(config, json.dumps(config_of(model), indent=2) + "\n")  # JSON is YAML
 
 
 def _require_latents(model: SavedModel, path: Path) -> None:

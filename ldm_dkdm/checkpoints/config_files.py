@@ -14,12 +14,22 @@ from ldm_dkdm.first_stage.ddconfig import UNREAD
 from ldm_dkdm.reporting import logger
 
 SHOWN = ("ch", "ch_mult", "num_res_blocks", "z_channels")  # keys of a `ddconfig` that tell one autoencoder from another
+WEIGHTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")  # known endings of weight files
+
+
+def config_path(checkpoint: Path, ending: str = ".yaml") -> Path:
+    """NAME.yaml for NAME.ckpt; a name without a known ending is kept whole, `model-v1.5.yaml` for `model-v1.5`."""
+    if checkpoint.suffix.lower() in WEIGHTS:
+        return checkpoint.with_suffix(ending)
+    return checkpoint.with_name(checkpoint.name + ending)
 
 
 def configs_beside(checkpoint: Path) -> Iterator[Path]:
     """NAME.yaml beside NAME.ckpt, config.yaml in its folder, configs/*-project.yaml in the folder above."""
     folder = checkpoint.parent
-    named = [checkpoint.with_suffix(suffix) for suffix in (".yaml", ".yml")]
+    named = [config_path(checkpoint, ending) for ending in (".yaml", ".yml")]
+    if checkpoint.suffix[1:2].isalpha():  # an ending that is not known; that of model-v1.5 belongs to the name
+        named += [path for end in (".yaml", ".yml") if (path := checkpoint.with_suffix(end)) not in named]
     projects = sorted((folder.parent / "configs").glob("*-project.yaml"), reverse=True)  # the newest first
     return (file for file in (*named, folder / "config.yaml", *projects) if file.is_file())
 

@@ -13,7 +13,7 @@ from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, detached
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.state_dicts import DIT as DIT_NAMES
 from ldm_dkdm.checkpoints.state_dicts import Weights
-from ldm_dkdm.checkpoints.writing import SavedModel, require_plain_timesteps
+from ldm_dkdm.checkpoints.writing import SavedModel, require_name, require_plain_timesteps
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import write_torch
 from ldm_dkdm.networks import DiT
@@ -80,8 +80,10 @@ def write(model: SavedModel, path: Path) -> None:
     """Write the network's state dict, as in the public releases.
 
     Raises:
-        UserError: another architecture, a DiT of diffusers' that differs, or a network that predicts v.
+        UserError: another architecture, a DiT of diffusers' that differs, a network that predicts v, or a name that
+            ends in .safetensors.
     """
+    require_name(path, "dit")
     if not isinstance(model.network, DiT) or model.node.parameterization != "eps":
         raise UserError("format: dit holds a DiT that predicts eps; choose safetensors")
     known = inspect.signature(DiT).parameters

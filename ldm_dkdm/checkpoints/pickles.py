@@ -157,12 +157,23 @@ def read_torch_file(path: Path) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(stubs + arrays):
             warnings.simplefilter("ignore")  # the error below says it in one line
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+            return _loaded(path)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused, {_cause(error)}") from error
     except Exception as error:  # a damaged pickle can raise anything; nothing of it has run
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise unreadable(path, f"{INCOMPLETE}: {first}", error) from error
+
+
+def _loaded(path: Path) -> Any:
+    """The content by `torch.load`, which reads a file whose name ends in .safetensors as safetensors unless it is open.
+
+    Such a file is not memory-mapped, since an open one cannot be.
+    """
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+    with path.open("rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _cause(error: pickle.UnpicklingError) -> str:

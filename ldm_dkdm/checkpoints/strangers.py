@@ -1,11 +1,10 @@
 """Describe files and folders without a diffusion model, or with one that is not supported, for messages."""
 
 from ldm_dkdm.checkpoints.adm import NAME as ADM
+from ldm_dkdm.checkpoints.config_files import WEIGHTS
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.shapes import UPSAMPLER
 from ldm_dkdm.checkpoints.source import Source, has_config, is_foreign
-
-CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")  # endings of weight files
 
 
 def super_resolution(contents: Contents, key: str = "space") -> str:
@@ -39,7 +38,7 @@ def what_else(source: Source) -> str:
 
 
 def _files_of(source: Source) -> str:
-    files = sorted(path.name for path in source.path.iterdir() if path.suffix in CHECKPOINTS)
+    files = sorted(path.name for path in source.path.iterdir() if path.suffix in WEIGHTS)
     return f": {', '.join(files[:4])}" if files else ", such as model.ckpt, which is not beside it"
 
 

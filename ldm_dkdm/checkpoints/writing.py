@@ -15,6 +15,8 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks import UNet
 from ldm_dkdm.pixel import Space
 
+TORCH_ENDINGS = {"adm": ".pt", "compvis": ".ckpt", "dit": ".pt"}  # usual endings of the formats of torch.save
+
 
 class SavedModel(Protocol):
     """The part of a `DiffusionModel` that formats write."""
@@ -72,6 +74,20 @@ def require_plain_timesteps(model: SavedModel, code_base: str) -> None:
     """
     if model.diffusion.rescale_timesteps and model.schedule.num_timesteps != 1000:
         raise UserError(f"format: {code_base} has no rescale_timesteps, which this model needs; choose safetensors")
+
+
+def require_name(path: Path, format: str) -> None:
+    """Refuse the name of a safetensors file for a format that is a PyTorch file, which torch.load would not read.
+
+    Raises:
+        UserError: the name ends in .safetensors.
+    """
+    ending = TORCH_ENDINGS.get(format)
+    if ending is not None and path.suffix.lower() == ".safetensors":
+        raise UserError(
+            f"{path}: {format} is a PyTorch file, whose name ends in .pt or .ckpt; name it "
+            f"{path.with_suffix(ending).name}, or choose the format safetensors"
+        )
 
 
 def refuse_existing(path: Path, reason: str = "") -> None:

@@ -43,10 +43,11 @@ def convert(source: str, out: Path, to: str, hints: dict[str, Any]) -> None:
     Raises:
         UserError: no model, an output that exists, or a format that cannot hold this model.
     """
-    from ldm_dkdm.checkpoints.writing import refuse_existing
+    from ldm_dkdm.checkpoints.writing import refuse_existing, require_name
     from ldm_dkdm.model import load_model
 
     refuse_existing(out)
+    require_name(out, to)
     require_writable(out.parent, "OUT", folder=True)
     with flags(**FLAGS):
         model = load_model(source, **hints)
