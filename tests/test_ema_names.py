@@ -46,3 +46,24 @@ def test_the_other_weights_of_a_step_are_named_where_they_lie_beside(tmp_path: P
         load_model(tmp_path / "model010000.pt", **HINTS, **PIXEL, use_ema=True)
     with pytest.raises(UserError, match=r"leave it out$"):
         load_model(tmp_path / "model020000.pt", **HINTS, **PIXEL, use_ema=True)
+
+
+@pytest.mark.parametrize("missing", ["out.2.", "middle_block.0.in_layers.2.bias", "time_embed.", "input_blocks.0."])
+def test_an_ema_of_some_layers_is_completed_by_the_raw_weights(
+    missing: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    part = {name: value for name, value in averaged().items() if not name.startswith(missing)}
+    left = {name: value for name, value in raw().items() if name.startswith(missing)}
+    torch.save({"model": raw(), "ema": part}, tmp_path / "x.pt")
+    for wanted in (None, True):
+        assert loads(tmp_path / "x.pt", {**part, **left}, use_ema=wanted)
+    words = f"EMA weights of {len(part)} of {len(raw())} tensors; the others ({', '.join(list(left)[:4])}) are taken as"
+    assert words in caplog.text
+    assert loads(tmp_path / "x.pt", raw(), use_ema=False)
+
+
+def test_an_ema_of_another_network_is_refused(tmp_path: Path) -> None:
+    part = {name: torch.zeros(1) for name in averaged() if not name.startswith("out.2.")}
+    torch.save({"model": raw(), "ema": part}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt: its network is incomplete or of another kind"):
+        load_model(tmp_path / "x.pt", **HINTS, **PIXEL)

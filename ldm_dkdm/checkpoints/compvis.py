@@ -19,7 +19,7 @@ from ldm_dkdm.checkpoints.first_stages import PREFIX, UNSCALED, FirstStageSource
 from ldm_dkdm.checkpoints.shapes import detached, plain, under
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.state_dicts import UNET as NAMES
-from ldm_dkdm.checkpoints.state_dicts import prefixes_of
+from ldm_dkdm.checkpoints.state_dicts import completed, prefixes_of
 from ldm_dkdm.checkpoints.unet_shapes import infer_unet
 from ldm_dkdm.checkpoints.writing import (
     SavedModel,
@@ -123,14 +123,7 @@ def _configured(
 def _averaged(tensors: Mapping[str, Tensor], raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """CompVis's EMA under the network's names; it has none of layers that were not trained, whose weights are raw."""
     known = {name: tensors[ema_name(name)] for name in raw if ema_name(name) in tensors}
-    others = [name for name in raw if name not in known]
-    if known and others:
-        named = ", ".join(others[:4])
-        logger.warning(
-            f"{path}: holds EMA weights of {len(known)} of {len(raw)} tensors; the others ({named}) are taken as "
-            "they are, as of layers that were not trained"
-        )
-    return {**raw, **known} if known else {}
+    return completed(known, raw, path)
 
 
 def _varies_by_beta(tensors: Mapping[str, Tensor]) -> bool:

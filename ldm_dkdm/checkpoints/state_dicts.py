@@ -89,7 +89,26 @@ def find_weights(content: Any, signature: tuple[str, str], path: Path) -> Weight
         logger.warning(f"{path}: '{places[0]}' says that it is not the EMA, so '{places[1]}' is taken for the EMA")
     if raw is not None and ema is None:
         ema = _of_helper(content, raw, path)
-    return Weights(None if raw is None else raw.tensors, None if ema is None else ema.tensors)
+    if raw is None or ema is None:
+        return Weights(None if raw is None else raw.tensors, None if ema is None else ema.tensors)
+    return Weights(raw.tensors, completed(ema.tensors, raw.tensors, path))
+
+
+def completed(ema: dict[str, Tensor], raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """An EMA of some of a network's layers with the raw weights of the others, which were not trained."""
+    others = [name for name in raw if name not in ema]
+    if not others or not _is_part(ema, raw):
+        return ema
+    logger.warning(
+        f"{path}: holds EMA weights of {len(ema)} of {len(raw)} tensors; the others ({', '.join(others[:4])}) are "
+        "taken as they are, as of layers that were not trained"
+    )
+    return {**raw, **ema}
+
+
+def _is_part(part: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> bool:
+    """Whether these are tensors of a network, by their names and shapes."""
+    return bool(part) and all(name in whole and value.shape == whole[name].shape for name, value in part.items())
 
 
 def parts_of(content: Any, label: str = "") -> Iterator[tuple[str, Mapping[Any, Any]]]:
@@ -139,12 +158,17 @@ def _nested(found: Sequence[_Found]) -> bool:
 def _of_helper(content: Mapping[Any, Any], raw: _Found, path: Path) -> _Found | None:
     """The EMA that a helper class saved without the parameters' dots, or as a list in their order.
 
-    LitEma drops the dots; torch_ema and diffusers' EMAModel keep `shadow_params`.
+    LitEma drops the dots; torch_ema and diffusers' EMAModel keep `shadow_params`. One of some layers may lack those by
+    which a network is found.
     """
     for label, part in parts_of(content):
         dotless = dotless_ema({name: value for name, value in part.items() if isinstance(name, str)}, raw.tensors)
         if dotless:
             return _Found(label, tensors_in(dotless, path), True)
+        tensors = unwrapped(tensors_in(part, path)) if is_averaged(label) else {}
+        own = {name: value for name, value in tensors.items() if name not in COUNTERS or value.numel() > 1}
+        if _is_part(own, raw.tensors):
+            return _Found(label, own, True)
     unread = [(label, part) for label, part in _everything(content) if is_averaged(label) and len(part)]
     trained = [name for name in raw.tensors if name != "pos_embed"]  # DiT's sinusoids, which some helpers leave out
     for (label, part), names in product(unread, (list(raw.tensors), trained)):
