@@ -1,6 +1,7 @@
 """DiTPipeline folders of diffusers: the same outputs and samples as the library's."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 
 from ldm_dkdm import UserError, load_model
 from ldm_dkdm.networks import DiT
+from tests.cli import run_script
 from tests.parts import randomised
 
 SMALL: dict[str, Any] = {
@@ -45,6 +47,44 @@ def test_the_public_layout_refuses_what_its_code_lacks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="DiT's code has no freq_shift, norm_eps, own_embedders; choose diffusers"):
         load_model(tmp_path / "pipe").save(tmp_path / "x.pt", "dit")
     assert not (tmp_path / "x.pt").exists()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_it_is_written_back_as_it_was_read(shared: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = pipeline(tmp_path / "in", shared)
+    assert run_script("convert.py", tmp_path / "in", tmp_path / "out", "--to", "diffusers") == 0
+    said = capsys.readouterr().out
+    assert "the same noise through diffusers gives the same samples" in said and "class_labels" not in said
+    source, back = load_model(tmp_path / "in"), load_model(tmp_path / "out")
+    assert (back.node, back.diffusion, back.info) == (source.node, source.diffusion, source.info)
+    assert back.null_label == source.null_label and back.codec().scale_factor == source.codec().scale_factor
+    pairs = zip(back.network.state_dict().values(), source.network.state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    library = DiTPipeline.from_pretrained(tmp_path / "out")
+    found = library.transformer.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in theirs.state_dict().items())
+    assert library.labels["thing 3"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"freq_shift": 0}, r"freq_shift 0 \(only class_dropout_prob 0.1, freq_shift 1, mlp_ratio 4.0\)"),
+        ({"mlp_ratio": 2.0}, r"mlp_ratio 2.0 \(only"),
+        ({"num_classes": None}, "takes labels"),
+    ],
+)
+def test_what_the_library_s_network_cannot_hold_is_refused_by_name(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    pipeline(tmp_path / "in", shared=True)
+    model = load_model(tmp_path / "in")
+    params = {**model.node.params, **change}
+    model.network, model.node = DiT(**params), replace(model.node, params=params)
+    with pytest.raises(UserError, match=words):
+        model.save(tmp_path / "out", "diffusers")
+    with pytest.raises(UserError, match=r"choose safetensors$"):
+        model.save(tmp_path / "x.pt", "dit")
 
 
 @pytest.mark.parametrize(

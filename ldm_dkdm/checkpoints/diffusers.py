@@ -168,23 +168,18 @@ def _require_network(home: Path) -> None:
 
 
 def write(model: SavedModel, path: Path) -> None:
-    """Write an `LDMPipeline` (with a first stage) or a `DDPMPipeline` folder, atomically.
+    """Write an `LDMPipeline` (with a first stage), a `DDPMPipeline` or a `DiTPipeline` folder, atomically.
 
     Raises:
         UserError: a model that diffusers' classes cannot express, or a folder that exists.
     """
     refuse_existing(path)
     require_plain_timesteps(model, "diffusers")
-    if isinstance(model.network, DiT):
-        raise UserError(
-            "format: diffusers' DiT embeds timesteps in other frequencies than DiT's own code; choose safetensors"
-        )
-    if not isinstance(model.network, UNet):
-        raise UserError(f"format: diffusers has no {type(model.network).__name__}; choose safetensors")
-    parts = {"unet": (unet_config(model.node.params), to_theirs(model.network.state_dict(), model.node.params))}
+    index, parts = _network_part(model)
     if model.space.encoded:
         codec = model.codec()
-        parts["vqvae"] = component(codec.params, codec.autoencoder.state_dict(), codec.scale_factor)
+        stage = component(codec.params, codec.autoencoder.state_dict(), codec.scale_factor)
+        parts["vae" if isinstance(model.network, DiT) else "vqvae"] = stage
     scheduler = scheduler_config(model)
     with replacing_in(path.parent, path.name) as home:
         temporary = home / path.name
@@ -194,11 +189,26 @@ def write(model: SavedModel, path: Path) -> None:
         _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
         classes = {name: config["_class_name"] for name, (config, _) in parts.items()}
         classes["scheduler"] = scheduler["_class_name"]
-        index = {"_class_name": "LDMPipeline" if model.space.encoded else "DDPMPipeline"}
         _write_json(
             temporary / "model_index.json", index | {name: ["diffusers", kind] for name, kind in classes.items()}
         )
         _write_json(temporary / NOTES, _notes(model))
+
+
+def _network_part(model: SavedModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The beginning of model_index.json, and the network's part: its config and tensors."""
+    tensors = model.network.state_dict()
+    if isinstance(model.network, DiT):
+        if not model.space.encoded:
+            raise UserError("format: diffusers' DiTPipeline has no pixel-space models; choose safetensors")
+        part = diffusers_dit.dit_config(model.node.params), diffusers_dit.dit_to_theirs(tensors)
+        named = [str(name).partition(" ") for name in model.info.get("classes") or []]
+        labels = {key: name for label, (key, _, name) in enumerate(named) if key == str(label) and name}
+        return {"_class_name": "DiTPipeline", **({"id2label": labels} if labels else {})}, {PARTS[1]: part}
+    if not isinstance(model.network, UNet):
+        raise UserError(f"format: diffusers has no {type(model.network).__name__}; choose safetensors")
+    index = {"_class_name": "LDMPipeline" if model.space.encoded else "DDPMPipeline"}
+    return index, {PARTS[0]: (unet_config(model.node.params), to_theirs(tensors, model.node.params))}
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:

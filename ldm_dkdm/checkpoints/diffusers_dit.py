@@ -1,5 +1,7 @@
 """Convert DiTs from and to diffusers' DiTTransformer2DModel: tensor names, parameters."""
 
+import inspect
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +12,12 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.diffusers_unet import side_of
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.networks.dit import grid_positions
+from ldm_dkdm.networks.dit import DiT, grid_positions
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in older files
 TARGET = "ldm_dkdm.networks.DiT"
 DROPOUT = 0.1  # probability of dropping a label in training; fixed in the library
+CONSTANTS = {"class_dropout_prob": DROPOUT, "freq_shift": 1, "mlp_ratio": 4.0}  # our options that the library lacks
 NAMES = {  # theirs -> ours, within a block `transformer_blocks.N.` -> `blocks.N.`
     "norm1.linear": "adaLN_modulation.1",
     "attn1.to_qkv": "attn.qkv",
@@ -32,6 +35,7 @@ ENDS = {
     "proj_out_1": "final_layer.adaLN_modulation.1",
     "proj_out_2": "final_layer.linear",
 }
+INSIDE, EMBEDDED, OUTSIDE = ({ours: theirs for theirs, ours in names.items()} for names in (NAMES, EMBEDDERS, ENDS))
 # Options at which the library computes the same as our DiT; the first is assumed for an absent key.
 FIXED: dict[str, tuple[Any, ...]] = {
     "norm_type": ("ada_norm_zero",),
@@ -46,6 +50,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "num_vector_embeds": (None,),
     "attention_type": ("default",),
 }
+WRITTEN = ("norm_type", "activation_fn", "attention_bias", "norm_elementwise_affine", "dropout")
 KNOWN = {
     *FIXED,
     *("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "num_layers", "sample_size"),
@@ -137,3 +142,66 @@ def _ours(stem: str) -> str:
         inner = EMBEDDERS.get(rest.removeprefix("norm1.emb."), rest)
         return inner if index == 0 else f"embedders.{index - 1}.{inner}"
     return f"blocks.{index}.{NAMES.get(rest, rest)}"
+
+
+def dit_config(params: Mapping[str, Any]) -> dict[str, Any]:
+    """DiTTransformer2DModel's config for our DiT's parameters.
+
+    Raises:
+        UserError: an option that the library's DiT does not have.
+    """
+    own = {name: one.default for name, one in inspect.signature(DiT).parameters.items()} | dict(params)
+    if own["num_classes"] is None:
+        raise UserError("format: diffusers' DiT takes labels, and this one has none; choose safetensors")
+    other = [f"{key} {own[key]}" for key, value in CONSTANTS.items() if own[key] != value]
+    if other:
+        fixed = ", ".join(f"{key} {value}" for key, value in CONSTANTS.items())
+        raise UserError(f"format: diffusers' DiT has no {', '.join(other)} (only {fixed}); choose safetensors")
+    return {
+        "_class_name": CLASSES[0],
+        "num_attention_heads": own["num_heads"],
+        "attention_head_dim": own["hidden_size"] // own["num_heads"],
+        "in_channels": own["in_channels"],
+        "out_channels": own["in_channels"] * (2 if own["learn_sigma"] else 1),
+        "num_layers": own["depth"],
+        "sample_size": own["input_size"],
+        "patch_size": own["patch_size"],
+        "num_embeds_ada_norm": own["num_classes"],
+        "norm_eps": own["norm_eps"],
+        **{key: FIXED[key][0] for key in WRITTEN},
+    }
+
+
+def dit_to_theirs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our DiT's tensors under diffusers' names, with embedders in every block.
+
+    Raises:
+        UserError: the embeddings of the positions are not the fixed ones.
+    """
+    positions = tensors["pos_embed"]
+    fixed = grid_positions(math.isqrt(positions.shape[1]), positions.shape[2])[None]
+    if not torch.allclose(positions.double().cpu(), fixed, atol=1e-6):
+        raise UserError("format: diffusers' DiT has fixed embeddings of positions (pos_embed); choose safetensors")
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    shared = not any(name.startswith("embedders.") for name in tensors)
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        stem, _, kind = name.rpartition(".")
+        places = [place for block in sorted(blocks) for place in [_theirs(stem, int(block), shared)] if place]
+        parts = tensor.chunk(3) if stem.endswith("attn.qkv") else (tensor,)
+        for place in dict.fromkeys(places):
+            names = [place.replace("to_qkv", f"to_{part}") for part in "qkv"] if len(parts) == 3 else [place]
+            found |= {f"{one}.{kind}": part.clone() for one, part in zip(names, parts, strict=True)}
+    return found
+
+
+def _theirs(stem: str, block: int, shared: bool) -> str | None:
+    """Their name of one of our layers in a block or outside the blocks; None for one of another block."""
+    if stem in OUTSIDE:
+        return OUTSIDE[stem]
+    inner = f"blocks.{block}."
+    if stem.startswith(inner):
+        return f"transformer_blocks.{block}.{INSIDE[stem.removeprefix(inner)]}"
+    own = f"embedders.{block - 1}." if block else ""
+    embedder = stem if shared else stem.removeprefix(own) if stem.startswith(own) else ""
+    return f"transformer_blocks.{block}.norm1.emb.{EMBEDDED[embedder]}" if embedder in EMBEDDED else None

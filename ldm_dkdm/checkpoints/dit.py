@@ -3,12 +3,14 @@
 import inspect
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.contents import Contents, Demand
+from ldm_dkdm.checkpoints.diffusers_dit import dit_config
 from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, detached
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.checkpoints.state_dicts import DIT as DIT_NAMES
@@ -76,6 +78,14 @@ def _inferred(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**found, "space": space, "usual_schedule": "linear"}
 
 
+def _others(model: SavedModel) -> str:
+    """The formats that hold this DiT, for a message."""
+    with suppress(UserError):
+        dit_config(model.node.params)
+        return "diffusers or safetensors" if model.space.encoded else "safetensors"
+    return "safetensors"
+
+
 def write(model: SavedModel, path: Path) -> None:
     """Write the network's state dict, as in the public releases.
 
@@ -89,6 +99,6 @@ def write(model: SavedModel, path: Path) -> None:
     known = inspect.signature(DiT).parameters
     other = [key for key in FIXED if model.node.params.get(key, known[key].default) != known[key].default]
     if other:
-        raise UserError(f"format: DiT's code has no {', '.join(other)}; choose diffusers or safetensors")
+        raise UserError(f"format: DiT's code has no {', '.join(other)}; choose {_others(model)}")
     require_plain_timesteps(model, "DiT's code")
     write_torch(path, detached(model.network.state_dict()))

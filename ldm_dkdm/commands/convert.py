@@ -95,7 +95,7 @@ def _compare(folder: Path, model: "DiffusionModel", out: Path) -> None:
     """Compare a diffusers folder with that library, if it is installed, before it becomes `out`."""
     from ldm_dkdm.evaluation.diffusers_check import largest_difference
 
-    if model.num_classes is not None:
+    if model.num_classes is not None and (folder / "unet").is_dir():
         print("the model takes labels, which DDPMPipeline cannot pass: call its unet with class_labels")
     difference = largest_difference(folder, model)
     if difference is None:

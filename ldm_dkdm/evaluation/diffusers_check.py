@@ -21,7 +21,7 @@ def largest_difference(folder: Path, model: DiffusionModel) -> float | None:
     diffusers.
     """
     try:
-        from diffusers import DDIMScheduler, UNet2DModel
+        from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
     except ImportError:
         return None
     noise = torch.randn((2, *model.shape), generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,8 @@ def largest_difference(folder: Path, model: DiffusionModel) -> float | None:
     # the library's DDIM agrees with its own timesteps for this spacing only
     model = model.changed(diffusion=replace(model.diffusion, timestep_spacing="leading"))
     ours = last(ddim(model.schedule, model.predict, noise, lambda: noise, steps, label))
-    network = UNet2DModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False).eval()
+    kind, part = (UNet2DModel, "unet") if (folder / "unet").is_dir() else (DiTTransformer2DModel, "transformer")
+    network = kind.from_pretrained(folder / part, low_cpu_mem_usage=False).eval()
     own = model.schedule
     scheduler = DDIMScheduler.from_pretrained(
         folder,
@@ -43,7 +44,7 @@ def largest_difference(folder: Path, model: DiffusionModel) -> float | None:
     scheduler.set_timesteps(steps)
     x = noise
     for t in scheduler.timesteps:
-        output = network(x, t, class_labels=label).sample[:, : x.shape[1]]
+        output = network(x, t.expand(len(x)), class_labels=label).sample[:, : x.shape[1]]
         x = scheduler.step(output, t, x, use_clipped_model_output=True).prev_sample
     difference = _relative(x, ours)
     codec = model.codec()
@@ -56,7 +57,8 @@ def _decoded(folder: Path, codec: LatentCodec, states: torch.Tensor) -> float:
 
     own = codec.autoencoder
     kind = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}[type(own).__name__]
-    theirs = kind.from_pretrained(folder / "vqvae", low_cpu_mem_usage=False).eval()
+    part = next(folder / name for name in ("vqvae", "vae") if (folder / name).is_dir())
+    theirs = kind.from_pretrained(part, low_cpu_mem_usage=False).eval()
     z = states / codec.scale_factor
     if isinstance(own, vq.VQModel):  # rounding decides the code of a latent between two codes
         z = own.quantise(z)[0]
