@@ -18,7 +18,7 @@ from ldm_dkdm.checkpoints.weight_files import weights_in
 from ldm_dkdm.commands.distill import open_teacher
 from ldm_dkdm.config.load import load_config
 from ldm_dkdm.reporting import names_apart
-from tests.cli import sample
+from tests.cli import run_script, sample
 from tests.parts import randomised
 from tests.test_diffusers_format import BASE, outputs
 
@@ -183,6 +183,31 @@ def test_first_stages_without_attention_decode_as_the_library_s(kind: Any, tmp_p
         wanted, found = theirs.decode(z).sample, codec.autoencoder.decode(z)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
         torch.testing.assert_close(codec.autoencoder.encode(x), encoded, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [VQModel, AutoencoderKL])
+def test_the_weights_of_a_first_stage_stand_for_their_folder(
+    kind: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind(block_out_channels=(32,), scaling_factor=0.5, sample_size=8).save_pretrained(tmp_path / "vae")
+    file = tmp_path / "vae" / f"{NAME}.safetensors"
+    other = shutil.copy(file, file.with_suffix(".fp16.safetensors"))
+    for path in (file, Path(other)):
+        codec, folder = FirstStageSource(path).codec(8), FirstStageSource(file.parent).codec(8)
+        assert codec.scale_factor == 0.5 and codec.params == folder.params
+        assert FirstStageSource(path, 0.25).codec(8).scale_factor == 0.25
+    assert run_script("inspect_checkpoint.py", file) == 0
+    assert "weights in a first-stage folder" in capsys.readouterr().out
+    assert run_script("inspect_checkpoint.py", file, "--config") == 0
+    assert str(file) in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"is a first stage, not a diffusion model; it belongs in first_stage.ckpt"):
+        load_model(file)
+    alone = Path(shutil.copy(file, tmp_path / "alone.safetensors"))
+    for opened in (lambda: FirstStageSource(alone).codec(8), lambda: load_model(alone)):
+        with pytest.raises(UserError, match=r"alone.safetensors: is diffusers' first stage without the config.json"):
+            opened()
+    assert run_script("inspect_checkpoint.py", alone) == 2
+    assert "name the folder that holds both" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", [None, 0.18215, 1.7])

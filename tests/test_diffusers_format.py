@@ -173,7 +173,7 @@ def test_what_the_library_cannot_express_is_refused_and_nothing_is_left(tmp_path
     for bad, words in (
         (UNet(**{**ADM, "channel_mult": [2, 2, 2]}), "channel_mult"),
         (UNet(**{**ADM, "channel_mult": [1, 2, 4]}), "one head width"),
-        (DiT(input_size=16, in_channels=3, hidden_size=32, depth=1, num_heads=2), "frequencies"),
+        (DiT(input_size=16, in_channels=3, hidden_size=32, depth=1, num_heads=2), "no pixel-space models"),
     ):
         with pytest.raises(UserError, match=words):
             pixel_model(bad).save(tmp_path / "out", "diffusers")

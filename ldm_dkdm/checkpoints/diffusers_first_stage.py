@@ -145,12 +145,13 @@ def first_stage_part(index: Mapping[str, Any]) -> str | None:
     return next(iter([*named, *(name for name, kind in classes.items() if kind.startswith(FAMILIES))]), None)
 
 
-def read_component(folder: Path, latent_size: int | None = None) -> dict[str, Any]:
+def read_component(folder: Path, latent_size: int | None = None, file: Path | None = None) -> dict[str, Any]:
     """A folder of config.json and weights -> target, params, tensors, scale_factor and doubt of our first stage.
 
     Args:
         folder: for example a release of Stable Diffusion's VAE.
         latent_size: side of the latents; default: that of the config's `sample_size`.
+        file: the weights to read, where the folder holds several.
 
     Raises:
         UserError: another model, or an unsupported option.
@@ -162,7 +163,7 @@ def read_component(folder: Path, latent_size: int | None = None) -> dict[str, An
         params = first_stage_params(config, latent_size, folder / "config.json")
         target = f"ldm_dkdm.first_stage.{config['_class_name']}"
         scale, doubt = _scale(config)
-        found = {modern(name): tensor for name, tensor in unwrapped(read_tensors(folder)).items()}
+        found = {modern(name): tensor for name, tensor in unwrapped(read_tensors(file or folder)).items()}
         levels, tensors, used = len(config["block_out_channels"]), {}, set()
         for name, shape in shapes_of(target, FIRST_STAGES, params, folder).items():
             theirs = first_stage_name(name, levels)

@@ -15,7 +15,7 @@ from ldm_dkdm.checkpoints.loading import build_loaded
 from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.checkpoints.releases import how_to_get
 from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, multiples, under
-from ldm_dkdm.checkpoints.source import Source, has_config
+from ldm_dkdm.checkpoints.source import Source, has_config, read_json
 from ldm_dkdm.checkpoints.state_dicts import FIRST_STAGE, prefixes_of, unwrapped
 from ldm_dkdm.config.load import card_kind, read_card
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageConfig
@@ -27,6 +27,7 @@ from ldm_dkdm.reporting import logger
 ADVICE = "name a first-stage folder of this package or of diffusers, or a checkpoint that holds a first stage"
 HOW_TO_NAME = "give the first stage's file or folder (first_stage=PATH, in a config first_stage.ckpt)"
 UNSCALED = "stores no scale_factor; 1 is taken"  # CompVis's where latents are not scaled
+ALONE = "is diffusers' first stage without the config.json that describes it; name the folder that holds both"
 PREFIX = "first_stage_model."  # name of the first stage in CompVis's files
 
 
@@ -86,6 +87,9 @@ class FirstStageSource:
             return replace(self._of_folder(source, latent_size), path=source.path)
         if not source.path.is_file():
             raise UserError(f"first_stage: {self.path} is missing; {how_to_get(self.path, ADVICE)}")
+        if is_of_diffusers(source):
+            found = FirstStageSource(source.path, **read_component(source.path.parent, latent_size, source.path))
+            return self._scaled(found)
         found = replace(self, tensors=tensors_of(source.tensors), stored=source.tensors.get("scale_factor"))
         return found.opened(latent_size)
 
@@ -99,6 +103,10 @@ class FirstStageSource:
         else:
             folder = component_of(source)
             found = FirstStageSource(source.path, **read_component(folder, latent_size))
+        return self._scaled(found)
+
+    def _scaled(self, found: "FirstStageSource") -> "FirstStageSource":
+        """The first stage of a folder or file that describes itself, with the scale that is given."""
         if self.scale_factor is None:
             return found
         return replace(found, scale_factor=self.scale_factor, doubt=self.doubt)
@@ -147,6 +155,25 @@ def named_first_stage(config: FirstStageConfig) -> FirstStageSource | None:
 def is_first_stage_folder(path: Path) -> bool:
     """Whether the path is a first-stage folder of this package."""
     return has_config(path) and card_kind(path / "config.yaml") == FirstStageCard.KIND
+
+
+def is_of_diffusers(source: Source) -> bool:
+    """Whether a file is the weights in the folder of diffusers' VQModel or AutoencoderKL.
+
+    Raises:
+        UserError: the names are theirs, and the config.json that describes them is not beside the file.
+    """
+    if source.is_folder or not has_their_names(source.tensors):
+        return False
+    config = source.path.parent / "config.json"
+    if not config.is_file() or read_json(config).get("_class_name") not in CLASSES:
+        raise UserError(f"{source.path}: {ALONE}")
+    return True
+
+
+def has_their_names(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors have diffusers' names of a first stage."""
+    return any(name.startswith("encoder.down_blocks.") for name in tensors)
 
 
 def component_of(source: Source) -> Path:

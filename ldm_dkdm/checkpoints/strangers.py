@@ -3,6 +3,7 @@
 from ldm_dkdm.checkpoints.adm import NAME as ADM
 from ldm_dkdm.checkpoints.config_files import WEIGHTS
 from ldm_dkdm.checkpoints.contents import Contents
+from ldm_dkdm.checkpoints.first_stages import has_their_names, is_of_diffusers
 from ldm_dkdm.checkpoints.shapes import UPSAMPLER
 from ldm_dkdm.checkpoints.source import Source, has_config, is_foreign
 
@@ -34,6 +35,8 @@ def what_else(source: Source) -> str:
         if source.holds("model.safetensors") or source.holds("student.safetensors"):
             return "config.yaml is missing; a model folder holds it and the weights"
         return "is neither a model folder (config.yaml), nor a diffusers folder (model_index.json or config.json)"
+    if has_their_names(source.tensors):
+        is_of_diffusers(source)  # refuses one without its config.json
     return _of_names(set(source.tensors))
 
 

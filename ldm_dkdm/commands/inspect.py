@@ -53,12 +53,12 @@ def describe(path: str) -> dict[str, str]:
 
 
 def is_first_stage(source: "Source") -> bool:
-    """Whether a path is a first-stage folder, ours or diffusers'."""
+    """Whether a path is a first-stage folder, ours or diffusers', or the weights in one of diffusers'."""
     from ldm_dkdm.checkpoints.diffusers_first_stage import CLASSES
-    from ldm_dkdm.checkpoints.first_stages import is_first_stage_folder
+    from ldm_dkdm.checkpoints.first_stages import is_first_stage_folder, is_of_diffusers
 
     if not source.is_folder:
-        return False
+        return source.path.is_file() and (source.path.parent / "config.json").is_file() and is_of_diffusers(source)
     theirs = source.holds("config.json") and source.json("config.json").get("_class_name") in CLASSES
     return theirs or is_first_stage_folder(source.path)
 
@@ -70,7 +70,7 @@ def _first_stage(source: "Source") -> dict[str, str]:
     stage.codec()  # refuses tensors and parameters that do not fit
     return {
         "path": str(source.path),
-        "format": "first-stage folder",
+        "format": "first-stage folder" if source.is_folder else "weights in a first-stage folder",
         "weights": _count(stage.tensors or {}),
         "architecture": str(stage.target),
         "parameters": ", ".join(f"{key} {value}" for key, value in stage.params.items()),
