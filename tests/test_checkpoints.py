@@ -36,6 +36,12 @@ def test_tensors_come_out_of_a_pickled_checkpoint(tmp_path: Path, content: dict[
     assert _equal(read_tensors(path), TENSORS)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pytorch_file_that_is_called_safetensors_opens(tmp_path: Path, zipped: bool) -> None:
+    torch.save(TENSORS, tmp_path / "x.safetensors", _use_new_zipfile_serialization=zipped)
+    assert _equal(read_tensors(tmp_path / "x.safetensors"), TENSORS)
+
+
 def test_tensors_come_out_of_safetensors(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
     assert _equal(read_tensors(tmp_path / "model.safetensors"), TENSORS)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
@@ -55,7 +56,7 @@ def convert(source: str, out: Path, to: str, hints: dict[str, Any]) -> None:
         with flags(**FLAGS):
             model.save(out, to)
         if hints := missing_hints(model, out):
-            words = " ".join(f"{key}={value}" for key, value in hints.items())
+            words = " ".join(shlex.quote(f"{key}={value}") for key, value in hints.items())
             print(f"{to} holds the weights alone; whoever opens it says the rest: {words}")
         return
     with replacing_in(out.parent, out.name) as temporary:
@@ -88,7 +89,14 @@ def missing_hints(model: "DiffusionModel", path: Path) -> dict[str, str]:
         found["first_stage"] = model.first_stage.path
     if (scale := known_scale(model)) is not None:
         found["scale_factor"] = scale
-    return {key: json.dumps(value) if isinstance(value, (bool, list)) else str(value) for key, value in found.items()}
+    return {key: _word(value) for key, value in found.items()}
+
+
+def _word(value: object) -> str:
+    """A value as the command line reads it, a list without blanks."""
+    if isinstance(value, (bool, list, tuple)):
+        return json.dumps(value, separators=(",", ":"))
+    return str(value)
 
 
 def _compare(folder: Path, model: "DiffusionModel", out: Path) -> None:
