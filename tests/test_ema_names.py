@@ -1,5 +1,6 @@
 """Which weights of a file are averaged (EMA): what names say, and an EMA of some layers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,14 @@ def test_an_ema_of_another_network_is_refused(tmp_path: Path) -> None:
     torch.save({"model": raw(), "ema": part}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"x\.pt: its network is incomplete or of another kind"):
         load_model(tmp_path / "x.pt", **HINTS, **PIXEL)
+
+
+def test_a_compvis_release_of_the_ema_alone_needs_no_raw_weights(tmp_path: Path) -> None:
+    state = {f"model.diffusion_model.{name}": value for name, value in averaged().items()}
+    torch.save({"state_dict": state}, tmp_path / "v1-pruned-emaonly.ckpt")
+    unet = {"model_channels": 32, "num_head_channels": 32}
+    model = {"use_ema": False, "image_size": 8, "timesteps": 20, "unet_config": {"params": unet}}
+    (tmp_path / "v1-pruned-emaonly.yaml").write_text(json.dumps({"model": {"params": model}}))
+    found = load_model(tmp_path / "v1-pruned-emaonly.ckpt", **HINTS, schedule="scaled_linear", num_timesteps=20)
+    assert found.info["weights_kind"] == "EMA"
+    assert torch.equal(found.network.state_dict()["out.2.bias"], averaged()["out.2.bias"])

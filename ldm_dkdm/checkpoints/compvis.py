@@ -89,6 +89,8 @@ def read(source: Source) -> Contents:
     if config is not None:
         unet["usual"] = {**unet["usual"], **config.usual}
         diffusion, own = _configured(config, diffusion, stored, source.path)
+        if config.use_ema is False and ema:
+            logger.info(f"{config.file}: use_ema: false, so the raw weights are taken")
     if diffusion is not None and _varies_by_beta(tensors):
         diffusion = replace(diffusion, variance="beta")
     return Contents(
@@ -112,7 +114,6 @@ def _configured(
     own: dict[str, Any] = {"parameterization": config.parameterization, "space": config.space}
     if config.use_ema is False:
         own["use_ema"] = False
-        logger.info(f"{config.file}: use_ema: false, so the raw weights are taken")
     if stored is None:
         found = config.diffusion()
         return found, own if found else {**own, "unknown_schedule": config.unknown_schedule}
