@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,8 +19,8 @@ SECONDS_BETWEEN_LINES = 60.0
 
 
 def on_terminal() -> bool:
-    """Whether stderr is a terminal, where a progress bar can redraw itself."""
-    return sys.stderr.isatty()
+    """Whether stderr is a terminal, where a progress bar can redraw itself; a closed stderr is none."""
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 class Lines:
@@ -75,8 +75,9 @@ class Lines:
 
 
 def _write(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    with suppress(AttributeError, OSError, ValueError):  # stderr is None, its reader left, or it is closed
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 @contextmanager

@@ -27,6 +27,27 @@ def test_an_ascii_terminal_shows_what_it_can(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+def shell(line: str) -> subprocess.CompletedProcess[bytes]:
+    whole = f"set -o pipefail; dkdm() {{ '{sys.executable}' -m ldm_dkdm \"$@\"; }}; {line}"
+    return subprocess.run(["bash", "-c", whole], capture_output=True, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "export PYTHONUNBUFFERED=1; "])
+def test_a_reader_that_leaves_costs_nothing(unbuffered: str, teacher_folder: Path, tmp_path: Path) -> None:
+    for line, code in (("distill --keys | true", 0), ("nothing 2>&1 | true", 2)):
+        done = shell(f"{unbuffered}dkdm {line}")
+        assert (done.returncode, done.stderr) == (code, b""), line
+    done = shell(f"{unbuffered}dkdm sample -r '{teacher_folder}' -n 1 -c 1 -l '{tmp_path}/out' 2>&1 | true")
+    assert done.returncode == 0 and (tmp_path / "out" / "grid.png").is_file()
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_the_work_is_done_where_a_stream_is_closed(closed: str, teacher_folder: Path, tmp_path: Path) -> None:
+    done = shell(f"dkdm sample -r '{teacher_folder}' -n 1 -c 1 -l '{tmp_path}/out' {closed}")
+    assert done.returncode == 0 and (tmp_path / "out" / "grid.png").is_file()
+    assert b"Error" not in done.stderr and (b"out" in done.stdout) == (closed == "2>&-")
+
+
 @pytest.mark.parametrize("words", [("-m", "ldm_dkdm", "report"), ("scripts/report.py",)])
 def test_other_ways_to_a_command(words: tuple[str, ...]) -> None:
     done = subprocess.run([sys.executable, *words, "nowhere"], capture_output=True, cwd=ROOT, check=False)

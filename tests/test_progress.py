@@ -66,3 +66,12 @@ def test_a_terminal_gets_bars_on_stderr(
     shown = capsys.readouterr()
     assert "training: 100%" in shown.err and "agreement=" in shown.err and "warm-up: 100%" in shown.err
     assert "training" not in shown.out and shown.out.endswith(f"student: {tmp_path / 'run' / 'student'}\n")
+
+
+def test_a_closed_stderr_loses_the_lines_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    closed = (tmp_path / "closed").open("w")
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with reporting.following(True, "sampling", "batch", 3) as show:
+            show(3)
