@@ -139,3 +139,26 @@ def test_a_key_without_effect_is_refused(override: str, tmp_path: Path, capsys: 
     base = write_yaml(tmp_path / "vq.yaml", first_stage_config(tmp_path / "no-images", tmp_path / "logs"))
     code = run_script("train_first_stage.py", "--base", base, override)
     assert_one_error_line(capsys, code, (f"error: {override.partition('=')[0]}: ", "remove the key"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("data.image_size=31",), "31 is not a multiple of 4, "),
+        (("data.image_size=1",), "; take 4"),
+        (("data.image_size=8", "loss.adversarial=0.1"), "8 is too small for loss.adversarial, which takes 12 or more"),
+    ],
+)
+def test_a_side_that_does_not_fit_is_refused_before_images_are_read(
+    overrides: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_yaml(tmp_path / "vq.yaml", first_stage_config(tmp_path / "no-images", tmp_path / "logs"))
+    code = run_script("train_first_stage.py", "--base", base, *overrides)
+    assert_one_error_line(capsys, code, ("error: data.image_size: ", words))
+
+
+def test_the_smallest_side_of_the_adversarial_term() -> None:
+    critic = Discriminator(3)
+    assert critic.discriminator_loss(*torch.zeros(2, 2, 3, 12, 12)).isfinite()
+    with pytest.raises(RuntimeError):
+        critic.discriminator_loss(*torch.zeros(2, 2, 3, 11, 11))

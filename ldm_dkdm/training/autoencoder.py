@@ -87,6 +87,7 @@ def _train_first_stage_in(run: Run) -> Result:
         module = FirstStageModule(vq, config, lpips_loss(loss.perceptual_backbone) if loss.perceptual else None)
     _refuse_unused(config, run.resumed)
     _require_channels(vq, config)
+    _require_side(vq, config)
     if end := run.end():
         logger.info(f"{run.folder.path}: {end}")
         weights = run.folder.model / WEIGHTS
@@ -137,6 +138,22 @@ def _require_channels(vq: VQModel, config: FirstStageRun) -> None:
         raise UserError(f"hue: images of {channels} channels have none; set it to 0")
     if config.loss.perceptual and channels not in (1, 3):
         raise UserError(f"loss.perceptual: LPIPS takes grey or RGB images, not {channels} channels; set it to 0")
+
+
+SMALLEST = {"adversarial": 12, "perceptual": 16}  # term of the loss -> side below which its network has no output
+
+
+def _require_side(vq: VQModel, config: FirstStageRun) -> None:
+    """Refuse a side of the images that the autoencoder does not give back, or that a term of the loss cannot take."""
+    side, factor = config.data.image_size, vq.downsampling
+    if side % factor:
+        raise UserError(
+            f"data.image_size: {side} is not a multiple of {factor}, by which first_stage.params.ddconfig.ch_mult "
+            f"shrinks images; take {side + -side % factor}"
+        )
+    for term, smallest in SMALLEST.items():
+        if getattr(config.loss, term) and side < smallest:
+            raise UserError(f"data.image_size: {side} is too small for loss.{term}, which takes {smallest} or more")
 
 
 COUNT = "images"  # fact in the folder's config: how many images trained the first stage
