@@ -1,15 +1,19 @@
 """The files that dkdm evaluate writes: statistics that remember their images, rows of several processes."""
 
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from ldm_dkdm.evaluation.results import append_row, read_rows
 from ldm_dkdm.evaluation.statistics import Statistics
+from ldm_dkdm.files import write_tensors
+from ldm_dkdm.images import save_image, to_image
 from tests.evaluate_sets import A, evaluate, evaluation_home, results, toy, write_images  # noqa: F401 (a fixture)
 
 
@@ -103,3 +107,13 @@ def test_a_table_is_written_too_and_takes_nothing_that_it_has_no_use_for(capsys:
         assert f"error: {name}: has no effect with --table" in capsys.readouterr().err
     assert evaluate("out.json", "--table", "-o", "a.npz/t.md") == 2
     assert "--out: a.npz/t.md: cannot be written; " in capsys.readouterr().err
+
+
+def test_latents_beside_samples_do_not_make_them_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    write_images("out/img", A)
+    save_image(to_image(A[0]), Path("out/grid.png"))
+    write_tensors(Path("out/latents.safetensors"), {"latents": torch.zeros(2, 3, 8, 8)})
+    assert toy("out", "b.npz", "--metrics", "fd") == 0
+    shutil.rmtree("out/img")
+    assert toy("out", "b.npz", "--metrics", "fd") == 2
+    assert "out: " in (error := capsys.readouterr().err.splitlines()[-1]) and "model" not in error

@@ -1,5 +1,6 @@
 """dkdm evaluate FIRST_STAGE IMAGES: the figures of reconstructions, and images that a first stage does not take."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,18 @@ def test_a_model_on_latents_is_measured_by_its_first_stage(teacher_folder: Path,
     figures = record()["figures"]
     assert evaluate(first_stage, *asked) == 0
     assert record()["figures"] == figures
+
+
+def test_the_run_of_a_first_stage_means_the_first_stage_in_it(first_stage: Path) -> None:
+    run = Path("logs/vq")
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("trainer: {max_steps: 1}\n")
+    shutil.copytree(first_stage, run / "first_stage")
+    figures = []
+    for path in (first_stage, run, run / "first_stage" / "model.safetensors"):
+        assert evaluate(path, "b.npz", "--metrics", "reconstruction", "-o", "out.json") == 0
+        figures.append(record()["figures"])
+    assert figures[0] == figures[1] == figures[2]
 
 
 def test_lpips_is_not_measured_with_other_weights(first_stage: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from ldm_dkdm.checkpoints.ema_names import said_of
@@ -44,9 +44,10 @@ def weights_in(folder: Path) -> Path:
     raise UserError(f"{folder}: {_why_none(folder)}")
 
 
-def holds_weights(folder: Path) -> bool:
-    """Whether a folder holds any weights file."""
-    return any(_may_be_weights(path) for pattern in (*STANDARD, *OTHERS) for path in folder.glob(pattern))
+def holds_weights(folder: Path, others: Collection[str] = ()) -> bool:
+    """Whether a folder holds any weights file; those named `others` are none."""
+    found = (path for pattern in (*STANDARD, *OTHERS) for path in folder.glob(pattern) if path.name not in others)
+    return any(map(_may_be_weights, found))
 
 
 def _may_be_weights(path: Path) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource, is_first_stage_folder
 from ldm_dkdm.checkpoints.releases import how_to_get
+from ldm_dkdm.checkpoints.source import home_of
 from ldm_dkdm.checkpoints.weight_files import holds_weights
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.config.schema import SamplingConfig
@@ -15,6 +16,7 @@ from ldm_dkdm.evaluation.reconstruction import Reconstructions
 from ldm_dkdm.evaluation.samples import sampled
 from ldm_dkdm.evaluation.sources import ImageSource, TensorImages, image_files, require_images
 from ldm_dkdm.files import expanded
+from ldm_dkdm.images import GRID, SAMPLED
 from ldm_dkdm.model import DiffusionModel, load_model
 from ldm_dkdm.npz import is_npz
 
@@ -47,7 +49,7 @@ def open_images(
         return TensorImages(images.cpu())
     path = expanded(images)
     require_set(path)
-    if is_first_stage_folder(path):
+    if _is_first_stage(path):
         if reconstructed is None:
             raise UserError(
                 f"samples: {path} is a first stage; name the images that it should reconstruct as reference"
@@ -73,7 +75,17 @@ def require_set(path: Path, what: str = "the path of a set of images") -> None:
 
 
 def is_model(path: Path) -> bool:
-    """Whether a path is opened as a diffusion model: any but an .npz, a first stage, and a folder without weights."""
-    if is_npz(path) or is_first_stage_folder(path):
+    """Whether a path is opened as a diffusion model: any but an .npz, a first stage, and a folder without weights.
+
+    The latents in an output of `dkdm sample` are no weights.
+    """
+    if is_npz(path) or _is_first_stage(path):
         return False
-    return not path.is_dir() or holds_weights(path) or any((path / name).exists() for name in CONFIGS)
+    if not path.is_dir() or any((path / name).exists() for name in CONFIGS):
+        return True
+    return holds_weights(path, SAMPLED if (path / GRID).is_file() else ())
+
+
+def _is_first_stage(path: Path) -> bool:
+    """Whether a path is a first-stage folder, the run folder that one is in, or the weights in it."""
+    return is_first_stage_folder(home_of(path))
