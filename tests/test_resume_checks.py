@@ -10,7 +10,9 @@ import yaml
 from safetensors.torch import load_file
 
 from ldm_dkdm import UserError, load_config
+from ldm_dkdm.config.schema import DistillRun
 from ldm_dkdm.device import default_device
+from ldm_dkdm.training.finding import find_run
 from ldm_dkdm.training.room import require_disk
 from ldm_dkdm.training.run_folder import RunFolder, check_run, checkpoints, open_run, step_of
 from tests.cli import contents, distil, run_script, write_yaml
@@ -40,6 +42,27 @@ def test_a_moved_teacher_hides_no_other_change(change: str, base: Path, tmp_path
     check_run(load_config(base, ["teacher.ckpt=elsewhere"]), folder, resumed=True)
     with pytest.raises(UserError, match=f"{change.partition('=')[0]}: cannot change"):
         check_run(load_config(base, ["teacher.ckpt=elsewhere", change]), folder, resumed=True)
+
+
+def test_a_resume_is_advised_where_it_would_be_taken(base: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    open_run(load_config(base), folder)
+    for change, advice in (("trainer.max_steps=9", "continue in this one"), ("distill.stride=2", "its own distill.st")):
+        with pytest.raises(UserError, match=f"{advice}.* \\(--resume"):
+            check_run(load_config(base, [change]), folder, resumed=False)
+
+
+def test_files_of_a_run_mean_the_run_to_resume(tmp_path: Path) -> None:
+    run, kept = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    kept.mkdir(parents=True)
+    (run / "config.yaml").write_text("trainer: {max_steps: 1}\n")
+    for step in (2, 10):
+        (kept / f"step={step:08d}.ckpt").write_bytes(b"")
+    for named in (run, run / "config.yaml", kept, kept / "step=00000010.ckpt"):
+        assert find_run(str(named), DistillRun).path == run
+    for gone in ("step=00000002.ckpt", "last.ckpt"):
+        with pytest.raises(UserError, match=f"--resume: .*newest checkpoint, which is step=00000010.ckpt; name {run}"):
+            find_run(str(kept / gone), DistillRun)
 
 
 def test_the_same_command_goes_on_in_a_run_that_has_the_defaults_of_an_older_version(

@@ -14,6 +14,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.networks.scaling import parse_budget
 from ldm_dkdm.training.run_folder import RunFolder, require_plain, run_folder
+from tests.cli import run_script
 
 NAMES = [
     "1.1",
@@ -203,3 +204,16 @@ def test_an_override_longer_than_a_file_name_is_an_override(tmp_path: Path) -> N
     assert split_paths([str(tmp_path), long]) == ([str(tmp_path)], [long])
     with pytest.raises(UserError, match="no such config file or recipe"):
         split_base(["x" * 300], [])
+
+
+def test_a_missing_file_with_an_equals_sign_is_a_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = ["logs/a/checkpoints/step=00000004.ckpt", "step=00000004.ckpt", "a=b/images.npz"]
+    hints = ["first_stage=vq/model.ckpt", "1.first_stage=vq/model.ckpt", "params={a: b/c}", "num_heads=4"]
+    assert split_paths([*gone, *hints]) == (gone, hints)
+    kept = tmp_path / "checkpoints"
+    kept.mkdir()
+    (kept / "step=00000002.ckpt").write_bytes(b"")
+    for command in (["txt-free_sample.py", "-n", "1", "-r"], ["inspect_checkpoint.py"]):
+        assert run_script(*command, kept / "step=00000004.ckpt") == 2
+        error = capsys.readouterr().err
+        assert f"no such checkpoint file; {kept} holds step=00000002.ckpt; name one of them, or {tmp_path}" in error

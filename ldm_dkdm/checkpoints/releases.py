@@ -15,12 +15,20 @@ RELEASES = {
 
 MODEL = "name a CompVis .ckpt, a guided-diffusion .pt, a diffusers folder, or a model folder (config.yaml and weights)"
 
+SHOWN = 4  # checkpoints that a message names, the newest
+
 
 def how_to_get(path: Path, otherwise: str = MODEL) -> str:
     """Advice on a missing checkpoint; `otherwise` says what to name if it is not a known release or run."""
     release = RELEASES.get(path.parent.name)
     if release:
         return f"download {release} and put it there, or name another path"
+    if path.parent.name == "checkpoints" and path.parent.is_dir():
+        names = [file.name for file in sorted(path.parent.glob("*.ckpt"))][-SHOWN:]
+        return f"{path.parent} holds {', '.join(names) or 'no checkpoint'}; name one of them, or {path.parent.parent}"
+    run = next((place for place in path.parents[:-2] if (place / "config.yaml").is_file()), None)
+    if path.parts[:1] == ("logs",) and run is not None:
+        return f"name {run}, which exists, or another path"
     if path.parts[:1] == ("logs",):
         return "the run does not exist; make it with `dkdm distill` or `dkdm train`, or name another path"
     if is_hub_id(path):

@@ -132,11 +132,16 @@ def print_keys(options: argparse.Namespace, schema: type) -> bool:
 
 def split_base(base: Sequence[str], rest: Sequence[str]) -> tuple[list[str], list[str]]:
     """The config files or recipes and the overrides, which may follow them after `--base`."""
-    files = [item for item in base if "=" not in item or exists(item)]
-    files += [item for item in rest if item.endswith((".yaml", ".yml")) and ("=" not in item or exists(item))]
+    files = [item for item in base if is_path(item)]
+    files += [item for item in rest if item.endswith((".yaml", ".yml")) and is_path(item)]
     for name in files:
         find_config(name)  # a wrong name is reported before a wrong key
     return files, [item for item in [*base, *rest] if item not in files]
+
+
+def is_path(item: str) -> bool:
+    """Whether a word of a command line is a path, which may hold a =, and no key=value: keys have no /."""
+    return "=" not in item or "/" in item.partition("=")[0] or exists(item)
 
 
 def add_hints(parser: argparse.ArgumentParser) -> None:

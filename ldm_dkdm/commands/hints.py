@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ldm_dkdm.commands.arguments import read_hints
+from ldm_dkdm.commands.arguments import HINTS, is_path, read_hints
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.files import exists
 
 if TYPE_CHECKING:
     from ldm_dkdm.checkpoints import Hints
     from ldm_dkdm.model import DiffusionModel
+
+FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".npz")  # endings that no value of a parameter has
 
 
 class ScopedHints:
@@ -66,6 +67,11 @@ class ScopedHints:
 
 
 def split_paths(items: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Paths and hints: an item with = that is not a file is a hint."""
-    paths = [item for item in items if "=" not in item or exists(item)]
+    """Paths and hints; a missing file of weights or images, such as step=00000004.ckpt, is a path too."""
+    paths = [item for item in items if is_path(item) or _is_missing_file(item)]
     return paths, [item for item in items if item not in paths]
+
+
+def _is_missing_file(item: str) -> bool:
+    key = item.partition("=")[0].rpartition(".")[2]
+    return item.endswith(FILES) and key not in HINTS

@@ -72,6 +72,8 @@ def require_same_count(folder: RunFolder, fact: str, count: int, path: str | Non
 def find_run(name: str, schema: type[RunConfig], logs: Path = Path("logs")) -> RunFolder:
     """The run folder to resume; `last` is the most recent one of its kind in logs/, at any depth.
 
+    The run's config.yaml, its checkpoints/ and the newest checkpoint there mean the run.
+
     Raises:
         UserError: there is none.
     """
@@ -80,12 +82,35 @@ def find_run(name: str, schema: type[RunConfig], logs: Path = Path("logs")) -> R
         if not runs:
             raise UserError(f"--resume last: {logs}/ holds no run of dkdm {schema.COMMAND}; name its folder instead")
         return RunFolder(max(runs, key=newest_change), schema.MODEL)
-    folder = RunFolder(expanded(name), schema.MODEL)
+    folder = RunFolder(_run_of(name), schema.MODEL)
     if not (folder.path / "config.yaml").is_file():
         raise UserError(f"--resume: {name} is not a run folder (it has no config.yaml)")
     if (found := card_kind(folder.path / "config.yaml")) in (ModelCard.KIND, FirstStageCard.KIND):
         raise UserError(f"--resume: {name} is {found}; name the run folder that it is in")
     return folder
+
+
+def _run_of(name: str) -> Path:
+    """The run folder that a path means: itself, or that of a config, of checkpoints, of the newest checkpoint.
+
+    Raises:
+        UserError: a file in checkpoints/ that is not the newest checkpoint.
+    """
+    path = expanded(name)
+    if (path / "config.yaml").is_file():
+        return path
+    if path.name == "config.yaml" and path.is_file():
+        return path.parent
+    if path.name == "checkpoints" and (path.parent / "config.yaml").is_file():
+        return path.parent
+    run = path.parent.parent
+    if path.parent.name == "checkpoints" and (run / "config.yaml").is_file():
+        newest = RunFolder(run).latest()
+        if newest is None or path.name != newest.name:
+            found = f"which is {newest.name}" if newest else "and has none"
+            raise UserError(f"--resume: {name}: a run goes on from its newest checkpoint, {found}; name {run}")
+        return run
+    return path
 
 
 def _runs_below(logs: Path) -> Iterator[Path]:

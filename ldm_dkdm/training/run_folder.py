@@ -136,14 +136,16 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
         return
     before, now = _seen(_made_with(stored, type(config))), _seen(text)
     if before != now:
+        fixed = next((key for key, _, _ in _fixed_changes(config, before, now)), None)
         if not resumed:
+            there = f"continue that run with its own {fixed}" if fixed else "continue in this one"
             raise UserError(
                 f"{folder.path}: made with another configuration ({_differences(before, now)}); name another folder "
-                f"(logging.name=NEW, in Python out), continue in this one (--resume {folder.path}, in Python "
-                "resume=True), or delete it"
+                f"(logging.name=NEW, in Python out), {there} (--resume {folder.path}, in Python resume=True), or "
+                "delete it"
             )
-        for key, _, _ in _fixed_changes(config, before, now):
-            raise UserError(f"{key}: cannot change when {folder.path} is resumed; start a new run for that")
+        if fixed:
+            raise UserError(f"{fixed}: cannot change when {folder.path} is resumed; start a new run for that")
         moved = [key for key in PLACE if _at(before, key) != _at(now, key)]
         if moved and _place(now, folder).resolve() != folder.path.resolve():
             raise UserError(
