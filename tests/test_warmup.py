@@ -8,8 +8,9 @@ import torch
 from scipy.stats import chisquare
 
 from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool
-from ldm_dkdm.config.schema import WarmupConfig
+from ldm_dkdm.config.schema import DistillConfig, WarmupConfig
 from ldm_dkdm.distillation.warmup import Warmup, warmup_calls
+from ldm_dkdm.training.warmup_shares import PoolWarmup
 from tests.analytic import GaussianNetwork
 
 SHORT = NoiseSchedule(num_timesteps=20)
@@ -78,6 +79,16 @@ def test_ancestral_cost_is_what_the_plan_says() -> None:
     config = WarmupConfig("ancestral", batch_size=16)
     _, network = _warm(config, 800, STEEP, (1, 1, 1))
     assert network.samples == pytest.approx(warmup_calls(config, 800, STEEP), rel=0.06)
+
+
+@pytest.mark.parametrize("batch_size", [64, 320])
+@pytest.mark.parametrize("mode", ["ancestral", "harvest"])
+def test_a_plan_counts_chains_that_walk_on_with_their_batch(mode: str, batch_size: int) -> None:
+    config = WarmupConfig(mode, batch_size=batch_size, images=100)
+    _, network = _warm(config, 320, SHORT, (1, 1, 1))
+    method = DistillConfig(batch_size=8, rho=2.0, warmup=config)
+    assert PoolWarmup(0, 1, 320).calls_left(method, SHORT, 0) == network.samples
+    assert PoolWarmup(0, 1, 320, 320).calls_left(method, SHORT, 0) == 0
 
 
 @pytest.mark.parametrize(("slots", "images"), [(40, 8), (8, 40), (10, 8)])

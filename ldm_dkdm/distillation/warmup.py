@@ -82,9 +82,7 @@ class Warmup:
     @cached_property
     def chains(self) -> Chains:
         """The chains of a mode that walks them."""
-        assert self.mode.chains is not None
-        slots, offsets = len(self.pool), numpy_generator(self.seed, self.rank, 0, "warmup")
-        return Chains.drawn(self.mode.chains(self.config, slots), slots, self.teacher.schedule.num_timesteps, offsets)
+        return chains_of(self.config, len(self.pool), self.teacher.schedule.num_timesteps, self.seed, self.rank)
 
     def walked(self, generator: torch.Generator) -> Iterator[int]:
         """Walk a batch of chains down from T-1, one reverse step a call; each leaves its states in the pool on its way.
@@ -177,6 +175,13 @@ def warmup_of(config: DistillConfig, ranks: int) -> WarmupConfig:
     """The warm-up of one rank: its share of the teacher's samples or chains, which all ranks make together."""
     mode = preparation(config)
     return replace(mode, images=-(-mode.images // ranks)) if WARMUPS[mode.mode].counts_images else mode
+
+
+def chains_of(config: WarmupConfig, slots: int, num_timesteps: int, seed: int, rank: int) -> Chains:
+    """The chains of a mode that walks them, which follow from the seed and the rank."""
+    chains = WARMUPS[config.mode].chains
+    assert chains is not None
+    return Chains.drawn(chains(config, slots), slots, num_timesteps, numpy_generator(seed, rank, 0, "warmup"))
 
 
 def warmup_calls(config: WarmupConfig, slots: int, schedule: NoiseSchedule) -> int:

@@ -99,7 +99,7 @@ def _warmup_samples(parts: Distillation) -> int:
     if method.pool_from or parts.done:
         return 0
     warmups = parts.warmups or [PoolWarmup(0, ranks, parts.slots)]
-    left = [one.calls_left(method, parts.teacher.schedule) for one in warmups]
+    left = [one.calls_left(method, parts.teacher.schedule, parts.config.trainer.seed) for one in warmups]
     return max(sum(left[rank::ranks]) for rank in range(ranks))
 
 

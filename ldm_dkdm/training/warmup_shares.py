@@ -9,10 +9,11 @@ from ldm_dkdm.checkpoints.pools import pool_header
 from ldm_dkdm.config.schema import DistillConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distillation.redeal import slots_in
-from ldm_dkdm.distillation.warmup import warmup_calls, warmup_of
+from ldm_dkdm.distillation.warmup import WARMUPS, chains_of, warmup_calls, warmup_of
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.training.saving import warmup_path
 
+MOST = 10_000_000  # slots whose chains a plan draws, in a second; they have no room in the memory of most machines
 _NAME = re.compile(r"warmup\.pool-rank(\d+)\.safetensors")
 
 
@@ -32,10 +33,17 @@ class PoolWarmup:
     slots: int
     filled: int = 0
 
-    def calls_left(self, config: DistillConfig, schedule: NoiseSchedule) -> int:
-        """Teacher evaluations (of one sample) for the slots that are not filled; of exact chains about so many."""
-        whole = warmup_calls(warmup_of(config, self.ranks), self.slots, schedule)
-        return whole * (self.slots - self.filled) // self.slots
+    def calls_left(self, config: DistillConfig, schedule: NoiseSchedule, seed: int) -> int:
+        """Teacher evaluations (of one sample) for the slots that are not filled.
+
+        They are those of the warm-up's own chains, which walk on until all of their batch have ended; of a pool above
+        MOST slots the expected number without that.
+        """
+        own = warmup_of(config, self.ranks)
+        if WARMUPS[own.mode].chains is None or self.slots > MOST:
+            return warmup_calls(own, self.slots, schedule) * (self.slots - self.filled) // self.slots
+        chains = chains_of(own, self.slots, schedule.num_timesteps, seed, self.number)
+        return chains.calls(own.batch_size, self.slots) - chains.calls(own.batch_size, self.filled)
 
 
 def warmups_of(folder: Path, slots: int, ranks: int) -> Sequence[PoolWarmup]:
