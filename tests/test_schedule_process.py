@@ -1,7 +1,9 @@
 """Schedules and one-step formulas against closed forms, in float64."""
 
+import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldm_dkdm import NoiseSchedule, UserError
+from ldm_dkdm import NoiseSchedule, UserError, load_model
 from ldm_dkdm.checkpoints.contents import schedule_of
-from ldm_dkdm.config.load import load_config
+from ldm_dkdm.config.load import load_config, to_yaml
 from ldm_dkdm.config.schema import DiffusionConfig, DiffusionRun
 from ldm_dkdm.diffusion.process import (
     eps_to_x0,
@@ -25,7 +27,9 @@ from ldm_dkdm.diffusion.process import (
     x0_to_eps,
 )
 from ldm_dkdm.diffusion.schedule import beta_ends
+from ldm_dkdm.networks import UNet
 from ldm_dkdm.records import Prediction
+from tests.parts import UNET_PARAMS
 
 SCHEDULES = [NoiseSchedule(name) for name in ("scaled_linear", "linear", "cosine")]
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.name)
@@ -168,13 +172,18 @@ def test_linear_betas_are_diffusers_at_a_thousand_steps() -> None:
     torch.testing.assert_close(NoiseSchedule("linear").betas.float(), DDPMScheduler().betas, rtol=1e-6, atol=0)
 
 
-def test_ends_belong_to_their_schedule(tmp_path: Path) -> None:
-    file = tmp_path / "base.yaml"
+def training(folder: Path, diffusion: str, params: str = "{}") -> Path:
+    """A config of a training with this section."""
+    file = folder / "base.yaml"
     file.write_text(
-        "model: {target: x, params: {}}\ntrainer: {max_steps: 1, learning_rate: 1}\n"
-        "data: {path: x, image_size: 8, batch_size: 1}\n"
-        "diffusion: {schedule: scaled_linear, beta_start: 0.0015, beta_end: 0.0195}\n"
+        f"model: {{target: x, params: {params}}}\ntrainer: {{max_steps: 1, learning_rate: 1}}\n"
+        f"data: {{path: x, image_size: 8, batch_size: 1}}\ndiffusion: {diffusion}\n"
     )
+    return file
+
+
+def test_ends_belong_to_their_schedule(tmp_path: Path) -> None:
+    file = training(tmp_path, "{schedule: scaled_linear, beta_start: 0.0015, beta_end: 0.0195}")
     changed = load_config(file, ["diffusion.schedule=linear"], DiffusionRun).diffusion
     assert (changed.beta_start, changed.beta_end) == (0.0001, 0.02)
     kept = load_config(file, ["diffusion.schedule=scaled_linear", "diffusion.beta_end=0.01"], DiffusionRun).diffusion
@@ -185,3 +194,70 @@ def test_default_ends_stay_below_one_for_few_timesteps_and_given_ones_are_refuse
     assert NoiseSchedule("linear", 12).beta_end == DiffusionConfig("linear", 12).beta_end == 0.999
     with pytest.raises(UserError, match=r"beta_start, beta_end: must satisfy"):
         NoiseSchedule("linear", 12, beta_end=1.5)
+
+
+IDLE: list[tuple[str, dict[str, Any], str]] = [  # a key, what it is given with, and why it has no effect
+    ("num_timesteps", {"num_timesteps": 1000, "betas": [0.1, 0.2, 0.3]}, "1000 is not the number of betas, which is 3"),
+    ("schedule", {"schedule": "linear", "betas": [0.1, 0.2, 0.3]}, "has no effect beside betas"),
+    ("beta_start", {"schedule": "cosine", "beta_start": 0.3}, "has no effect with schedule: cosine"),
+    ("beta_end", {"schedule": "cosine", "beta_end": 7}, "has no effect with schedule: cosine"),
+    (
+        "clip_sample_range",
+        {"schedule": "linear", "space": "pixel", "clip_sample": False, "clip_sample_range": 2},
+        "has no effect without clip_sample: true",
+    ),
+    (
+        "sample_max_value",
+        {"schedule": "linear", "space": "pixel", "sample_max_value": 3},
+        "has no effect without thresholding: true",
+    ),
+    (
+        "clip_sample",
+        {"schedule": "linear", "thresholding": True, "clip_sample": True},
+        "has no effect with thresholding: true",
+    ),
+    (
+        "clip_sample_range",
+        {"schedule": "linear", "thresholding": True, "clip_sample_range": 2},
+        "has no effect with thresholding: true",
+    ),
+]
+HINTS: dict[str, Any] = {"image_size": 8, "num_head_channels": 32, "use_new_attention_order": False}
+
+
+@pytest.mark.parametrize(("key", "keys", "why"), IDLE)
+def test_a_key_without_effect_beside_another_is_refused(
+    key: str, keys: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    torch.save(UNet(**UNET_PARAMS).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(UserError, match=f"{key}: {why}; leave it out"):
+        load_model(tmp_path / "a.pt", **{**HINTS, "space": "pixel", **keys})
+    file = training(tmp_path, str(keys))
+    with pytest.raises(UserError, match=f"^diffusion.{key}: {why}; remove it"):
+        load_config(file, schema=DiffusionRun)
+    assert load_config(file, schema=DiffusionRun, of_run=True)  # a run of an older version goes on
+
+
+@pytest.mark.parametrize("keys", [{}, {"schedule": "cosine"}, {"schedule": "linear", "num_timesteps": 4000}])
+def test_the_config_of_a_run_is_a_base_of_another(keys: dict[str, Any], tmp_path: Path) -> None:
+    first = load_config(training(tmp_path, str(keys)), schema=DiffusionRun)
+    (tmp_path / "again.yaml").write_text(to_yaml(first))
+    assert load_config(tmp_path / "again.yaml", schema=DiffusionRun) == first
+    betas = load_config(
+        tmp_path / "again.yaml", ["diffusion.betas=[0.1,0.2]"], DiffusionRun
+    )  # in place of the schedule
+    (tmp_path / "betas.yaml").write_text(to_yaml(betas))
+    assert load_config(tmp_path / "betas.yaml", schema=DiffusionRun) == betas and betas.diffusion.num_timesteps == 2
+
+
+def test_a_variance_beside_a_learned_one_and_heads_beside_their_width_are_refused(tmp_path: Path, caplog) -> None:
+    torch.save(UNet(**{**UNET_PARAMS, "out_channels": 6}).state_dict(), tmp_path / "a.pt")
+    for hint, message in (
+        ({"variance": "beta"}, "variance: has no effect, since the network predicts its own; leave it out"),
+        ({"num_heads": 3}, "num_heads: has no effect beside num_head_channels; leave it out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path / "a.pt", **HINTS, space="pixel", schedule="cosine", **hint)
+    with caplog.at_level(logging.WARNING):
+        load_config(training(tmp_path, "{}", "{num_heads: 3, num_head_channels: 32}"), schema=DiffusionRun)
+    assert "model.params.num_heads: has no effect beside num_head_channels" in caplog.text

@@ -13,6 +13,7 @@ from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.hints import Hints
 from ldm_dkdm.checkpoints.process_keys import SAMPLING, kept_beside
 from ldm_dkdm.checkpoints.shapes import plain
+from ldm_dkdm.config.effects import require_effect
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.diffusion.clipping import Clipping
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
@@ -175,7 +176,7 @@ class Contents:
         """The forward process: the stored one, which a hint must not contradict, or the one that hints give.
 
         Raises:
-            UserError: there is neither, or they differ.
+            UserError: there is neither, they differ, or a hint has no effect beside another one.
         """
         given = dict(hints.diffusion)
         if not given and self.diffusion is not None:
@@ -183,13 +184,21 @@ class Contents:
         if self.diffusion is None:
             if not {"schedule", "betas"} & set(given):
                 raise UserError(self._no_schedule(hints))
-            return DiffusionConfig(**{"space": self.space, **given})
-        wanted = DiffusionConfig(**(given if hints.sections else {**kept_beside(self.diffusion, given), **given}))
+            return self._completed(hints, {"space": self.space})
+        wanted = self._completed(hints, {} if hints.sections else kept_beside(self.diffusion, given))
         if self.alphas_cumprod is not None:
             check_schedule(self.alphas_cumprod, schedule_of(wanted), self.path)
             unsaid = [key for key in SAMPLING if getattr(wanted, key) is None]
             return replace(wanted, **{key: getattr(self.diffusion, key) for key in unsaid})
         return self._same_process(self.diffusion, wanted, hints)
+
+    @staticmethod
+    def _completed(hints: Hints, kept: Mapping[str, Any]) -> DiffusionConfig:
+        """The process of hints beside what is known; a config's section is complete, and checked where it is read."""
+        found = DiffusionConfig(**{**kept, **hints.diffusion})
+        if not hints.sections:
+            require_effect(hints.diffusion, found, hints.key, hints.drop)
+        return found
 
     def _same_process(self, stored: DiffusionConfig, wanted: DiffusionConfig, hints: Hints) -> DiffusionConfig:
         own, here = asdict(stored), asdict(wanted)

@@ -101,7 +101,7 @@ def read_training_call(options: argparse.Namespace, schema: type[T]) -> Training
         if files:
             raise UserError("--resume: a run has its own configuration; leave --base out (key=value still works)")
         folder = find_run(options.resume, schema, _logs(overrides))
-        config = given_paths(load_config(folder.path / "config.yaml", overrides, schema), folder.path)
+        config = given_paths(load_config(folder.path / "config.yaml", overrides, schema, of_run=True), folder.path)
         check_run(config, folder, resumed=True)
         folder.require_no_model()
         return TrainingCall(config, folder, True)

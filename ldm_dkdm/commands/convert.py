@@ -69,6 +69,7 @@ def missing_hints(model: "DiffusionModel", path: Path) -> dict[str, str]:
     """What a written file does not say of its model, as hints for `load_model` and the commands."""
     from ldm_dkdm.checkpoints import Source, read
     from ldm_dkdm.checkpoints.model_folder import known_scale
+    from ldm_dkdm.config.effects import idle_keys
     from ldm_dkdm.config.schema import DiffusionConfig
 
     contents = read(Source(path))
@@ -82,7 +83,10 @@ def missing_hints(model: "DiffusionModel", path: Path) -> dict[str, str]:
     keys = [key for demand in contents.demands for key in demand.keys]
     found = {key: own[key] for key in keys if own.get(key, -1) not in (None, -1)}
     found |= {key: own[key] for key, value in contents.usual.items() if own.get(key, value) != value}
-    found |= {key: value for key, value in process.items() if value != usual[key]}
+    if "num_head_channels" in found:
+        found.pop("num_heads", None)  # the network does not read it then
+    idle = idle_keys(model.diffusion)
+    found |= {key: value for key, value in process.items() if value != usual[key] and key not in idle}
     if model.null_label is not None and model.null_label != getattr(model.network, "null_label", None):
         found["null_label"] = model.null_label
     if model.first_stage is not None:

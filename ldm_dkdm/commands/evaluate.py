@@ -267,5 +267,5 @@ def run_of(path: Path) -> "DistillRun | None":
     for folder in (path, *path.absolute().parents[:2]):
         file = folder / "config.yaml"
         if file.is_file() and fits(read_yaml(file), DistillRun):
-            return load_config(file)
+            return load_config(file, of_run=True)
     return None

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm_dkdm.config.batches import SECTIONS, divided
 from ldm_dkdm.config.checked import Section, convert, hints_of, is_required, parse, unwrap
+from ldm_dkdm.config.effects import require_effects
 from ldm_dkdm.config.limits import require_plain_numbers
 from ldm_dkdm.config.overrides import NOT_YAML, dotlist, read_overrides, resolved
 from ldm_dkdm.config.recipes import find_config, find_shipped
@@ -54,6 +55,8 @@ def load_config(
     base: str | Path | Sequence[str | Path],
     overrides: Sequence[str] = (),
     schema: type[T] = DistillRun,  # type: ignore[assignment]  # the default of T
+    *,
+    of_run: bool = False,
 ) -> T:
     """Merge YAML files left to right, then `key=value` overrides, and validate.
 
@@ -61,9 +64,11 @@ def load_config(
         base: one path or several, or names of shipped recipes such as `ffhq256`.
         overrides: dotted, such as `distill.batch_size=8`.
         schema: the dataclass of the expected sections; default: a distillation run.
+        of_run: the file is a run's own, which an older version may have written with keys that have no effect.
 
     Raises:
-        UserError: a missing or unreadable file, an unknown key, a value of the wrong type or range.
+        UserError: a missing or unreadable file, an unknown key, a value of the wrong type or range, a key that another
+            one leaves without effect.
     """
     files = [find_config(name) for name in ([base] if isinstance(base, (str, Path)) else base)]
     parts = [_unwrap_sections(part, schema) for part in _parts(files, overrides, schema)]
@@ -82,7 +87,10 @@ def load_config(
     for name in (name for name in SECTIONS if isinstance(tree.get(name), Mapping)):
         trainer = tree.get("trainer")
         tree[name] = divided(tree[name], trainer if isinstance(trainer, Mapping) else {}, f"{name}.")
-    return parse(schema, tree, "")
+    config = parse(schema, tree, "")
+    if schema in RUNS and not of_run:
+        require_effects(tree, config)
+    return config
 
 
 def _parts(files: Sequence[Path], overrides: Sequence[str], schema: Any) -> list[DictConfig]:
@@ -122,7 +130,7 @@ def fits(tree: Mapping[str, Any], run: Any) -> bool:
 
 
 def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
-    """Merge as OmegaConf does, but drop keys that belong to the earlier `target`, without `budget`, or `schedule`."""
+    """Merge as OmegaConf does, but drop keys of the earlier `target`, without `budget`, or of the earlier schedule."""
     before = before.copy()
     for section, node in after.items():
         old = before.get(section)
@@ -132,6 +140,8 @@ def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
             replaced: tuple[str, ...] = ("params", "target", "budget", "init")
         elif "schedule" in node and node.schedule != old.get("schedule", "scaled_linear"):
             replaced = ("beta_start", "beta_end", "betas")
+        elif node.get("betas") is not None:
+            replaced = ("schedule", "num_timesteps", "beta_start", "beta_end")
         else:
             replaced = ("params", "target") if "budget" in node else ()
         for key in replaced:

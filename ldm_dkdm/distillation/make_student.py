@@ -10,7 +10,7 @@ from torch import nn
 from ldm_dkdm.checkpoints import Source, read
 from ldm_dkdm.checkpoints.hints import Hints
 from ldm_dkdm.checkpoints.loading import load_strictly
-from ldm_dkdm.config.schema import LossConfig, NetworkConfig, NewNetworkConfig, StudentConfig
+from ldm_dkdm.config.schema import DiffusionConfig, LossConfig, NetworkConfig, NewNetworkConfig, StudentConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, is_out_of_memory
 from ldm_dkdm.model import DiffusionModel
@@ -143,6 +143,19 @@ def require_variance(loss: LossConfig, where: str = "loss") -> None:
         raise UserError(
             f"{where}.{key}: has no effect, since the student learns no variance (out_channels, learn_sigma); "
             f"remove it or set {default}"
+        )
+
+
+def require_fixed_variance(process: DiffusionConfig | None) -> None:
+    """Refuse a variance of the process where the network to train predicts its own, so that it has no effect.
+
+    Raises:
+        UserError: names the key.
+    """
+    if process is not None and process.variance is not None:
+        raise UserError(
+            "diffusion.variance: has no effect, since the network to train predicts its own (out_channels, "
+            "learn_sigma); remove it"
         )
 
 

@@ -17,6 +17,7 @@ from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource, named_first_stage
 from ldm_dkdm.checkpoints.hashes import verifying
 from ldm_dkdm.checkpoints.loading import build_loaded, load_strictly
+from ldm_dkdm.config.effects import heads_without_effect
 from ldm_dkdm.config.registry import IGNORED
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.errors import UserError
@@ -84,6 +85,7 @@ def open_model(
         else:
             network = build_loaded(node, where, NETWORKS, contents.weights(hints), contents.file)
         require_outputs(network, where)
+        _require_effect(network, hints)
         _mention_rescaling(contents, diffusion, hints)
         return _model_of(contents, hints, network, node, diffusion)
 
@@ -105,6 +107,22 @@ def _require_known(contents: Contents, hints: Hints) -> None:
     ignored = () if target.startswith("ldm_dkdm.") else IGNORED
     if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
         hints.require_known([*parameters, *ignored], target, contents.params if hints.target is None else {})
+
+
+def _require_effect(network: nn.Module, hints: Hints) -> None:
+    """Refuse hints that the network, or another hint, leaves without effect; a config's are checked when read."""
+    if hints.sections:
+        return
+    if hints.diffusion.get("variance") is not None and learns_variance(network):
+        raise UserError(f"variance: has no effect, since the network predicts its own; {hints.drop}")
+    if heads_without_effect(hints.params):
+        raise UserError(f"num_heads: has no effect beside num_head_channels; {hints.drop}")
+
+
+def learns_variance(network: nn.Module) -> bool:
+    """Whether a network has twice as many channels out as in, the others for the variance of a reverse step."""
+    inputs, outputs = getattr(network, "in_channels", None), getattr(network, "out_channels", None)
+    return inputs is not None and outputs == 2 * inputs
 
 
 @contextmanager

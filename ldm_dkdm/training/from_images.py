@@ -23,7 +23,13 @@ from ldm_dkdm.config.schema import (
 from ldm_dkdm.device import compiles, is_first_rank
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.distillation.image_data import EncodedStates, ImageSet, States, encode_sets, open_sets
-from ldm_dkdm.distillation.make_student import check_loss, load_initial, require_call, require_variance
+from ldm_dkdm.distillation.make_student import (
+    check_loss,
+    load_initial,
+    require_call,
+    require_fixed_variance,
+    require_variance,
+)
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.files import content_sha256, expanded
@@ -214,8 +220,11 @@ def require_trainable(model: DiffusionModel, config: DiffusionRun, resumed: bool
         UserError: the key that does not fit.
     """
     check_loss(config.loss, model.schedule)
-    if not require_call(model) and not resumed:
+    learned = require_call(model)
+    if not learned and not resumed:
         require_variance(config.loss)
+    if learned and not resumed:
+        require_fixed_variance(config.diffusion)
     steps_within(config.logging, "sample_steps", model.schedule.num_timesteps)
     network = model.network
     inputs, outputs = model.shape[0], getattr(network, "out_channels", model.shape[0])

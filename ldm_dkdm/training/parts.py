@@ -9,7 +9,13 @@ import torch
 from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import DistillConfig, DistillRun
 from ldm_dkdm.distillation.chains import require_states
-from ldm_dkdm.distillation.make_student import check_loss, require_call, require_fit, require_variance
+from ldm_dkdm.distillation.make_student import (
+    check_loss,
+    require_call,
+    require_fit,
+    require_fixed_variance,
+    require_variance,
+)
 from ldm_dkdm.distillation.module import StudentModule
 from ldm_dkdm.distillation.pool import NoisyPool, pool_slots, slot_bytes
 from ldm_dkdm.distillation.replay import kept_bytes
@@ -133,8 +139,11 @@ def assemble(
         raise UserError(f"warmup.t_cap: has an effect with mode: {modes} only, and this run has {own}; set it to null")
     _require_draws(method)
     require_fit(student, teacher)
-    if not require_call(student) and not resumed:
+    learned = require_call(student)
+    if not learned and not resumed:
         require_variance(method.loss)
+    if learned and not resumed:
+        require_fixed_variance(config.diffusion)
     check_loss(method.loss, teacher.schedule)
     if method.stride > steps:
         raise UserError(f"stride: {method.stride} is more than the {steps} diffusion steps")

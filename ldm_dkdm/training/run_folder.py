@@ -250,7 +250,7 @@ def _short(value: Any) -> str:
 def _made_with(stored: Path, schema: type[RunConfig]) -> str:
     """The config in a run folder; keys that did not exist when it was made have their defaults."""
     try:
-        return config_text(load_config(stored, schema=schema))
+        return config_text(load_config(stored, schema=schema, of_run=True))
     except UserError:  # a config of another script
         return OmegaConf.to_yaml(read_yaml(stored))  # refuses a damaged or endless one
 
