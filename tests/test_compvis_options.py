@@ -36,7 +36,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def config(checkpoint: Path, unet: dict[str, Any] | None = None, target: str = "LatentDiffusion", **model: Any) -> Path:
     own = {"timesteps": STEPS, "linear_start": 0.0015, "linear_end": 0.0195, "image_size": 8, **model}
-    params = {**own, "unet_config": {"params": {**UNET_PARAMS, **(unet or {})}}}
+    params = {"unet_config": {"params": {**UNET_PARAMS, **(unet or {})}}, **own}
     tree = {"model": {"target": f"ldm.models.diffusion.ddpm.{target}", "params": params}}
     checkpoint.with_suffix(".yaml").write_text(yaml.safe_dump(tree))
     return checkpoint
@@ -200,6 +200,43 @@ def test_a_first_stage_of_another_kind_is_refused_by_its_key(checkpoint: Path) -
         model.codec()
     other = {**ddconfig, "ch": 64}  # of another autoencoder than the file's
     load_model(config(checkpoint, first_stage_config={"params": {**VQ_PARAMS, "ddconfig": other}})).codec()
+
+
+@pytest.mark.parametrize(
+    ("keys", "unet", "words"),
+    [
+        ({"scale_factor": 0.9, "scale_by_std": False}, {}, r"scale_factor: 0\.9, but .*model\.ckpt stores 0\.5"),
+        ({"channels": 7}, {}, r"channels: 7, but the UNet of .*model\.ckpt has 3"),
+        ({"conditioning_key": "concat"}, {}, "conditioning_key: 'concat', but the UNet of .* takes no such condition"),
+        ({"conditioning_key": "adm"}, {}, "conditioning_key: 'adm', but the UNet of .* takes no such condition"),
+        ({}, {"num_classes": 10}, r"unet_config\.params\.num_classes: 10, but the UNet of .* has no labels"),
+        ({"unet_config": {"target": "my.own.UNet", "params": UNET_PARAMS}}, {}, "unet_config.target: 'my.own.UNet'"),
+    ],
+)
+def test_a_config_that_contradicts_the_file_is_refused_by_its_key(
+    keys: dict[str, Any], unet: dict[str, Any], words: str, checkpoint: Path
+) -> None:
+    changed(checkpoint, lambda state: state.update(scale_factor=torch.tensor(0.5)))
+    with pytest.raises(UserError, match=rf"model\.yaml: model\.params\.{words}"):
+        load_model(config(checkpoint, unet, **keys))
+
+
+def test_a_config_as_releases_have_it_does_not_contradict_the_file(checkpoint: Path) -> None:
+    changed(checkpoint, lambda state: state.update(scale_factor=torch.tensor(0.5)))
+    keys = {"scale_by_std": True, "scale_factor": 0.18215, "channels": 3, "cond_stage_config": "__is_unconditional__"}
+    target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+    keys |= {"unet_config": {"target": target, "params": UNET_PARAMS}, "conditioning_key": None}
+    stage = {"target": "ldm.models.autoencoder.VQModelInterface", "params": VQ_PARAMS}
+    model = load_model(config(checkpoint, **keys, first_stage_config=stage))
+    assert model.codec().scale_factor == 0.5
+
+
+@pytest.mark.parametrize("key", ["embed_dim", "n_embed", "ddconfig.out_ch"])
+def test_a_first_stage_that_the_tensors_contradict_is_refused_by_its_key(key: str, checkpoint: Path) -> None:
+    params: dict[str, Any] = {**VQ_PARAMS, "ddconfig": dict(VQ_PARAMS["ddconfig"])}
+    (params["ddconfig"] if "." in key else params)[key.rpartition(".")[2]] = 5
+    with pytest.raises(UserError, match=rf"first_stage_config\.params\.{key}: 5, but the tensors of .* say \d+"):
+        load_model(config(checkpoint, first_stage_config={"params": params})).codec()
 
 
 def test_compvis_files_are_written_with_what_its_code_samples_by(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.compvis_agreement import require_agreement
 from ldm_dkdm.checkpoints.compvis_config import CompVisConfig, config_beside
 from ldm_dkdm.checkpoints.config_files import config_path
 from ldm_dkdm.checkpoints.contents import Contents, schedule_of, tolerance
@@ -87,6 +88,7 @@ def read(source: Source) -> Contents:
     diffusion = None if stored is None else name_schedule(stored)
     own: dict[str, Any] = {}
     if config is not None:
+        require_agreement(config, unet["params"], tensors.get("scale_factor"), source.path)
         unet["usual"] = {**unet["usual"], **config.usual}
         diffusion, own = _configured(config, diffusion, stored, source.path)
         if config.use_ema is False and ema:

@@ -1,6 +1,6 @@
 """Find the YAML files that CompVis's code keeps beside a checkpoint, and check what they say of a first stage."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.first_stage.ddconfig import UNREAD
 from ldm_dkdm.reporting import logger
 
+DECIDED = ("in_channels", "out_ch", "double_z")  # further keys of a `ddconfig` that its tensors decide
+BESIDE = ("embed_dim", "n_embed")  # such keys beside a `ddconfig`
 SHOWN = ("ch", "ch_mult", "num_res_blocks", "z_channels")  # keys of a `ddconfig` that tell one autoencoder from another
 WEIGHTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")  # known endings of weight files
 
@@ -52,14 +54,19 @@ def require_first_stage(checkpoint: Path, shown: Mapping[str, Any]) -> None:
 
     Args:
         checkpoint: the file of a first stage, or of a model that holds one.
-        shown: the `ddconfig` that the tensors show; a config of another autoencoder is not read.
+        shown: the parameters that the tensors show; a config of another autoencoder's `ddconfig` is not read.
 
     Raises:
-        UserError: an option that the autoencoders here do not have; names the file and the key.
+        UserError: an option that the autoencoders here do not have, or a value that the tensors contradict; names the
+            file and the key.
     """
+    own = shown["ddconfig"]
     for file in configs_beside(checkpoint):
-        for where, ddconfig in _ddconfigs(model_section(file, warn=False)):
-            if all(key in ddconfig and plain(ddconfig[key]) == plain(shown[key]) for key in SHOWN):
+        for where, params in _first_stages(model_section(file, warn=False)):
+            ddconfig = params["ddconfig"]
+            if all(key in ddconfig and plain(ddconfig[key]) == plain(own[key]) for key in SHOWN):
+                _require_same(ddconfig, own, DECIDED, f"{file}: {where}.ddconfig", checkpoint)
+                _require_same(params, shown, BESIDE, f"{file}: {where}", checkpoint)
                 for key, usual in UNREAD.items():
                     if ddconfig.get(key, usual) != usual:
                         raise UserError(
@@ -68,11 +75,19 @@ def require_first_stage(checkpoint: Path, shown: Mapping[str, Any]) -> None:
                 return
 
 
-def _ddconfigs(model: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The `ddconfig` of a first stage alone, and of a diffusion model's, with the places of their parameters."""
+def _require_same(
+    given: Mapping[str, Any], shown: Mapping[str, Any], keys: Iterable[str], where: str, checkpoint: Path
+) -> None:
+    for key in keys:
+        if key in given and key in shown and given[key] != shown[key]:
+            raise UserError(f"{where}.{key}: {given[key]!r}, but the tensors of {checkpoint} say {shown[key]!r}")
+
+
+def _first_stages(model: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The parameters of a first stage alone, and of a diffusion model's, with their places; they hold a `ddconfig`."""
     for place in ("params", "params.first_stage_config.params"):
         found = model
-        for key in (*place.split("."), "ddconfig"):
+        for key in place.split("."):
             found = found.get(key) if isinstance(found, Mapping) else None
-        if isinstance(found, Mapping):
+        if isinstance(found, Mapping) and isinstance(found.get("ddconfig"), Mapping):
             yield f"model.{place}", found

@@ -117,7 +117,7 @@ class FirstStageSource:
         if latent_size is None:
             raise UserError(f"first_stage: {self.path} is not a first-stage folder; give its target and params")
         target, params = infer_first_stage(tensors, latent_size, self.path)
-        require_first_stage(self.path, params["ddconfig"])
+        require_first_stage(self.path, params)
         return replace(self, target=target, params=params, tensors=tensors)
 
     def codec(self, latent_size: int | None = None, precision: str = "32") -> LatentCodec:
