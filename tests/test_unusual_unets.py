@@ -13,6 +13,7 @@ from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
 from ldm_dkdm.networks import UNet
 from ldm_dkdm.networks.scaling import unet_within_budget
 from ldm_dkdm.networks.unet import level_widths
+from tests.cli import sample
 from tests.parts import DDCONFIG, UNET_PARAMS, VQ_PARAMS, randomised
 
 HINTS: dict[str, Any] = {"use_new_attention_order": False, "schedule": "cosine", "space": "pixel"}
@@ -107,3 +108,33 @@ def test_a_first_stage_with_fractional_widths_is_refused_by_its_widths() -> None
     tensors["encoder.down.2.block.0.conv1.weight"] = torch.zeros(48, 32, 3, 3)
     with pytest.raises(UserError, match=r"channels \[32, 32, 48\] are not multiples"):
         infer_first_stage(tensors, 8, Path("x.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "hint",
+    ["channel_mult=1,2", "attention_resolutions=2", "num_heads_upsample=-1", "channel_mult=", "attention_resolutions="],
+)
+def test_values_in_guided_diffusions_spelling_are_taken(hint: str, tmp_path: Path) -> None:
+    file = saved(UNet(**UNET_PARAMS), tmp_path / "x.pt")
+    hints = ["image_size=8", "num_head_channels=32", "use_new_attention_order=false", "schedule=cosine", "space=pixel"]
+    assert sample("-r", file, "-n", 1, "-c", 1, "-l", tmp_path / "out", *hints, hint) == 0
+
+
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [
+        ("attention_resolutions=4,8", "attention_resolutions: [4, 8], but the tensors of "),
+        ("attention_resolutions=4,8", "say [2]; here they are downsampling factors, not sides of images"),
+        ("num_heads_upsample=4", "num_heads_upsample: is not a hint; only its default -1 works"),
+        ("xstart=true", "xstart: is not a hint; write parameterization=x0 (for true)"),
+        ("channel_mlt=", "channel_mlt: has no value, and is not the name of a hint"),
+        ("num_head_channels=0", "params.num_head_channels: 0 is not at least 1, nor -1 (num_heads decides)"),
+    ],
+)
+def test_other_values_are_refused_by_their_key(
+    hint: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = saved(UNet(**UNET_PARAMS), tmp_path / "x.pt")
+    hints = ["image_size=8", "num_head_channels=32", "use_new_attention_order=false", "schedule=cosine", "space=pixel"]
+    assert sample("-r", file, "-n", 1, "-c", 1, "-l", tmp_path / "out", *hints, hint) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.ema_names import other_kind_beside, said_of_file
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
-from ldm_dkdm.checkpoints.hints import Hints
+from ldm_dkdm.checkpoints.hints import FACTORS, Hints
 from ldm_dkdm.checkpoints.process_keys import SAMPLING, kept_beside
 from ldm_dkdm.checkpoints.shapes import plain
 from ldm_dkdm.config.effects import require_effect
@@ -161,7 +161,8 @@ class Contents:
         for key, value in hints.params.items():
             if key in self.params and plain(value) != plain(self.params[key]):
                 stored = self.params[key]
-                raise UserError(f"{hints.key(key)}: {plain(value)}, but the tensors of {self.path} say {stored}")
+                sides = "; here they are downsampling factors, not sides of images" if key == FACTORS else ""
+                raise UserError(f"{hints.key(key)}: {plain(value)}, but the tensors of {self.path} say {stored}{sides}")
 
     def _refuse_descriptions(self, hints: Hints) -> None:
         own = {"target": self.target, "parameterization": self.parameterization or "eps"}

@@ -1,7 +1,8 @@
 """What the user states of a checkpoint."""
 
+import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ldm_dkdm.checkpoints.shapes import plain
@@ -77,6 +78,22 @@ class Hints:
         stage = {name for name, ours in STAGE_HINTS.items() if getattr(self.first_stage, ours) is not None}
         return {*own, *stage, *self.params, *self.diffusion, *(["verify"] if self.verify is not None else [])}
 
+    def spelled_as(self, shown: Mapping[str, Any]) -> "Hints":
+        """The hints with guided-diffusion's spelling of values as here: `1,2` or a number for a list, its defaults.
+
+        Args:
+            shown: parameters that the file's tensors show.
+        """
+        params = {}
+        for key, value in self.params.items():
+            if is_needless(key, value):
+                continue
+            stored = shown.get(key)
+            listed = _listed(value) if isinstance(stored, (list, tuple)) else value
+            same_sets = key == FACTORS and isinstance(listed, (list, tuple)) and set(listed) == set(stored or ())
+            params[key] = stored if same_sets else listed  # their order has no meaning
+        return replace(self, params=params)
+
     def require_known(self, parameters: Collection[str], target: str, shown: Mapping[str, Any]) -> None:
         """Refuse a parameter that a network does not have, such as a misspelt hint or another code's name of one.
 
@@ -123,5 +140,22 @@ class Hints:
         return f"teacher.{name}" if name in OWN_HINTS else f"teacher.params.{name}"
 
 
+def is_needless(key: str, value: Any) -> bool:
+    """Whether a hint is another code's default, which says nothing that is not so here."""
+    return key in NEEDLESS and value in NEEDLESS[key]
+
+
+def _listed(value: Any) -> Any:
+    """A list of numbers that is written as a number or as `1,2,4`; anything else as it is."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [value]
+    if isinstance(value, str) and NUMBERS.fullmatch(value):
+        return [float(part) if "." in part else int(part) for part in value.split(",")]
+    return value
+
+
+FACTORS = "attention_resolutions"
+NEEDLESS = {"num_heads_upsample": (-1,)}  # guided-diffusion's option -> values at which it is the network here
+NUMBERS = re.compile(r" *\d+(\.\d+)? *(, *\d+(\.\d+)? *)*")
 OWN_HINTS = ("target", "parameterization", "use_ema", "null_label")
 STAGE_HINTS = {"first_stage": "ckpt", "scale_factor": "scale_factor"}  # name in `Hints.of` -> key

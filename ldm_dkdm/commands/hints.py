@@ -1,9 +1,12 @@
 """Hints of commands that open several models: bare ones for every model, scoped ones for one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import HINTS, is_path, read_hints
+from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,19 +54,36 @@ class ScopedHints:
         return Hints.of(**{**self.bare, **self.own[scope]})
 
     def require_used(self, models: Mapping[str, "DiffusionModel"]) -> None:
-        """Refuse a hint that no opened model has used, such as a misspelt one.
+        """Refuse a hint that no opened model has used, such as a misspelt one; one without a value must have a name.
 
         Raises:
             UserError: the hint, and the models that describe themselves.
         """
+        scoped = {f"{scope}.{name}": value for scope, own in self.own.items() for name, value in own.items()}
+        given = {**self.bare, **scoped}
         used = {scope: model.hints.given for scope, model in models.items()}
         unused = [(name, list(models)) for name in self.bare if not any(name in names for names in used.values())]
         for scope, own in self.own.items():
             unused += [(f"{scope}.{name}", [scope]) for name in own if name not in used.get(scope, ())]
         for key, scopes in unused:
+            value = given[key]
+            if _is_needless(key.rpartition(".")[2], value, models.values()):
+                continue
+            if value is None:
+                raise UserError(f"{key}: has no value, and is not the name of a hint; correct it, or leave it out")
             paths = ", ".join(str(models[scope].path) for scope in scopes if scope in models)
             why = f"{paths} describes itself" if paths else "the run's configuration describes this model"
             raise UserError(f"{key}: no model uses this hint ({why}); correct its name, or leave it out")
+
+
+def _is_needless(name: str, value: Any, models: Iterable["DiffusionModel"]) -> bool:
+    """Whether a hint asks for nothing: another code's default, or a name of a hint without a value."""
+    from ldm_dkdm.checkpoints.hints import OWN_HINTS, STAGE_HINTS, is_needless
+
+    if value is not None:
+        return is_needless(name, value)
+    known = {*OWN_HINTS, *STAGE_HINTS, *(field.name for field in fields(DiffusionConfig))}
+    return name in known or any(name in signature(type(model.network)).parameters for model in models)
 
 
 def split_paths(items: Sequence[str]) -> tuple[list[str], list[str]]:

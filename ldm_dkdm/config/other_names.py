@@ -37,12 +37,14 @@ OUR_NAMES = {
     "given_betas": OurName("betas", "[...]", "diffusion.betas"),
     "v_posterior": OurName("variance", "beta (for 1)", "diffusion.variance"),
     "sigma_small": OurName("variance", "beta (for false)", "diffusion.variance"),
+    "xstart": OurName("parameterization", "x0 (for true)", "parameterization"),
     "predict_xstart": OurName("parameterization", "x0 (for true)", "parameterization"),
     "num_channels": OurName("model_channels", "N", PARAMS),
     "class_cond": OurName("num_classes", "N (for true)", PARAMS),
     "learn_sigma": OurName("out_channels", "N (for true twice in_channels)", PARAMS),
 }
 NOT_HERE = {
+    "num_heads_upsample": "only its default -1 works, as many heads as num_heads; leave it out",
     "use_fp16": "precision is --precision bf16, in a config trainer.precision",
     "timestep_respacing": "sampling steps are -c N",
     "rescale_learned_sigmas": "it is an option of guided-diffusion's loss; leave it out",

@@ -67,6 +67,7 @@ def open_model(
     """
     with verifying(hints.verify is not False):
         contents = checkpoints.read(Source(path))
+    hints = hints.spelled_as(contents.params)
     if lenient:
         hints = contents.accepted(hints)
     where = "teacher.params" if hints.sections and not contents.described else "params"

@@ -229,6 +229,8 @@ def _check_widths(widths: Sequence[int], attends: Sequence[bool], heads: int, he
             raise UserError(
                 f"model_channels: channel_mult gives level {level} {channels} channels, no multiple of 32 (GroupNorm)"
             )
+        if head_channels < 1 and head_channels != -1:
+            raise UserError(f"num_head_channels: {head_channels} is not at least 1, nor -1 (num_heads decides)")
         if attends[level] and channels % (heads if head_channels == -1 else head_channels):
             name = "num_heads" if head_channels == -1 else "num_head_channels"
             raise UserError(f"{name}: {channels} channels of level {level} do not divide into the heads asked for")
