@@ -25,6 +25,7 @@ from tests.cli import run_script
 from tests.parts import randomised
 from tests.test_diffusers_format import BASE
 
+PLAIN = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 Tensors = dict[str, torch.Tensor]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LEVELS: dict[str, Any] = {
@@ -78,6 +79,30 @@ def test_a_networks_key_is_refused_by_name(keys: dict[str, Any], words: str, tmp
     edit(file, **keys)
     with pytest.raises(UserError, match=f"unet/config.json: {words}"):
         load_model(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"act_fn": "swish"}, {"time_embedding_dim": 128}, {**PLAIN, "mid_block_type": None, "add_attention": False}],
+)
+def test_a_default_in_another_spelling_is_the_default(options: dict[str, Any], tmp_path: Path) -> None:
+    theirs = network(**options)
+    DDPMPipeline(theirs, DDPMScheduler()).save_pretrained(tmp_path / "pipe")
+    x, t = torch.randn(1, 3, 16, 16), torch.tensor([5])
+    with torch.no_grad():
+        assert torch.allclose(load_model(tmp_path / "pipe").network(x, t), theirs(x, t).sample, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [{"act_fn": "swish"}, {"shift_factor": 0.0}])
+def test_a_first_stages_default_in_another_spelling_is_the_default(keys: dict[str, Any], tmp_path: Path) -> None:
+    folder = latent(tmp_path / "pipe", first_stage=AutoencoderKL(**LEVELS, sample_size=32))
+    z = torch.randn(1, 3, 8, 8)
+    usual = load_model(folder).codec().decode(z)
+    edit(folder / "vqvae" / "config.json", **keys)
+    assert torch.equal(load_model(folder).codec().decode(z), usual)
+    edit(folder / "vqvae" / "config.json", act_fn="relu")
+    with pytest.raises(UserError, match="act_fn relu is not supported"):
+        load_model(folder).codec()
 
 
 def test_a_networks_tensors_are_not_reshaped(tmp_path: Path) -> None:

@@ -79,16 +79,16 @@ def first_stage_config(params: Mapping[str, Any], scale_factor: float) -> dict[s
 
 
 KL_SCALE = 0.18215  # the library's default `scaling_factor`
-WANTED = {  # options at which diffusers' first stages compute the same as ours
-    "norm_num_groups": 32,
-    "norm_type": "group",
-    "act_fn": "silu",
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "lookup_from_codebook": False,
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
+WANTED: dict[str, tuple[Any, ...]] = {  # options at which diffusers' first stages compute the same as ours
+    "norm_num_groups": (32,),
+    "norm_type": ("group",),
+    "act_fn": ("silu", "swish"),  # two names of one function
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
+    "lookup_from_codebook": (False,),
+    "shift_factor": (None, 0),
+    "latents_mean": (None,),
+    "latents_std": (None,),
 }
 
 
@@ -110,7 +110,7 @@ def first_stage_params(config: Mapping[str, Any], latent_size: int | None, sourc
     down, up = list(config["down_block_types"]), list(config["up_block_types"])
     attends = [kind == DOWN[1] for kind in down]
     kinds = {*down, *up} - {*DOWN, *UP}
-    other = [f"{key} {config[key]}" for key, value in WANTED.items() if config.get(key, value) != value]
+    other = [f"{key} {config[key]}" for key, same in WANTED.items() if config.get(key, same[0]) not in same]
     if any(width % widths[0] for width in widths):
         other.append(f"block_out_channels {widths} that are not multiples of the first")
     if not kinds and up != [UP[on] for on in reversed(attends)]:

@@ -44,7 +44,7 @@ UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "time_embedding_dim": (None,),
     "mid_block_type": ("UNetMidBlock2D", None),
     "mid_block_scale_factor": (1,),
-    "act_fn": ("silu",),
+    "act_fn": ("silu", "swish"),  # two names of one function
     "norm_num_groups": (32,),
     "attn_norm_num_groups": (None, 32),
     "add_attention": (True,),
@@ -160,7 +160,7 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
     Raises:
         UserError: an option that our UNet does not have; names the key.
     """
-    for key, allowed in UNET_FIXED.items():
+    for key, allowed in _allowed(config).items():
         if config.get(key, allowed[0]) not in allowed:
             known = " or ".join(map(repr, allowed))
             raise UserError(f"{source}: {key}: {config[key]!r} is not supported, only {known}")
@@ -211,6 +211,16 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
         **classes,
         **constants,
     }
+
+
+def _allowed(config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """`UNET_FIXED` with other spellings: the usual width as a number, no attention where there is no middle block."""
+    widths, found = config.get("block_out_channels"), dict(UNET_FIXED)
+    if isinstance(widths, list) and widths and isinstance(widths[0], int):
+        found["time_embedding_dim"] = None, 4 * widths[0]
+    if config.get("mid_block_type", "") is None:
+        found["add_attention"] = True, False  # of the middle block alone
+    return found
 
 
 def require_known(config: Mapping[str, Any], known: Collection[str], source: Path) -> None:
