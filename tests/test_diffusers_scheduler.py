@@ -15,6 +15,7 @@ from ldm_dkdm.checkpoints.contents import Hints
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, TeacherConfig
 from ldm_dkdm.diffusion.samplers import ddim, ddpm, last
 from ldm_dkdm.model import open_model
+from tests.cli import run_script
 from tests.parts import randomised
 from tests.test_diffusers_format import BASE
 
@@ -149,6 +150,28 @@ def test_solvers_of_the_same_process_are_read(name: str, pipeline: Any, tmp_path
 def test_a_key_that_changes_the_meaning_is_refused_by_name(scheduler: Any, words: str, tmp_path: Path) -> None:
     pixel_pipeline(tmp_path, scheduler)
     refused(tmp_path, f"scheduler_config.json: {words}")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"num_train_timesteps": 20.0}, "num_train_timesteps: expected a whole number, got 20.0"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule: 'sigmoid' is not one of"),
+        ({"trained_betas": [2.0]}, "trained_betas: expected numbers"),
+        ({"variance_type": ["a"]}, "variance_type: ['a'] is not one of"),
+        ({"beta_start": 0.5}, "beta_start, beta_end: must satisfy 0 < beta_start <= beta_end"),
+    ],
+)
+def test_a_bad_value_is_named_once_by_the_files_own_key(
+    keys: dict[str, Any], words: str, tmp_path: Path, capsys
+) -> None:
+    pixel_pipeline(tmp_path, DDPMScheduler(**SHORT))
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+    assert run_script("inspect_checkpoint.py", tmp_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {path}: {words}") and line.count("scheduler_config.json") == 1
+    refused(tmp_path, f"{path}: {words}")
 
 
 def test_an_unknown_key_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

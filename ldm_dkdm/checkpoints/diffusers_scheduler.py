@@ -1,10 +1,11 @@
 """Convert forward processes from and to the configs of diffusers' schedulers; no key is ignored silently."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ldm_dkdm.checkpoints.contents import clipping_of
+from ldm_dkdm.checkpoints.contents import clipping_of, schedule_of
 from ldm_dkdm.checkpoints.source import read_json
 from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.config.schema import DiffusionConfig
@@ -140,15 +141,25 @@ def process(path: Path, space: str, learns_variance: bool) -> tuple[DiffusionCon
         **_clipping(path, config, kind, SPACES[space]),
         **_timesteps(path, config, kind, SPACES[space]),
     }
+    betas = _betas(path, config, kind)
     try:
-        return DiffusionConfig(**_betas(path, config, kind), **own), parameterization
+        found = DiffusionConfig(**betas, **own)
+        schedule_of(found)  # refuses ends that make no schedule
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {_in_their_words(str(error))}") from error
+    return found, parameterization
+
+
+def _in_their_words(message: str) -> str:
+    """A message on one of our keys with the library's name of it."""
+    key = re.match(r"\w+", message)
+    theirs = {"num_timesteps": "num_train_timesteps", "betas": "trained_betas", "schedule": "beta_schedule"}
+    return theirs.get(key[0], key[0]) + message[key.end() :] if key else message
 
 
 def _named(path: Path, config: Mapping[str, Any], key: str, default: str, names: Mapping[str, T]) -> T:
     value = config.get(key, default)
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         raise UserError(f"{path}: {key}: {value!r} is not one of {', '.join(names)}")
     return names[value]
 
