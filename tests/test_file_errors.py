@@ -1,6 +1,8 @@
 """Files that are missing, damaged or do not fit: one line that names the file, exit code 2, nothing written."""
 
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ldm_dkdm import UserError, load_model
 from ldm_dkdm.checkpoints.model_folder import write_folder
 from ldm_dkdm.config.schema import FirstStageCard
 from ldm_dkdm.first_stage import VQModel
+from ldm_dkdm.networks import UNet
 from tests.cli import ROOT, contents, distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, VQ_PARAMS, distill_config
 from tests.test_config_errors import assert_one_error_line
@@ -168,3 +172,87 @@ def test_a_place_for_images_that_is_a_file_is_refused_before_latents_are_read(
         code = run_script("decode_latents.py", *latents, "-o", place)
         assert_one_error_line(capsys, code, ("--out: ", "is a file; name a folder"))
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def state() -> dict[str, torch.Tensor]:
+    return UNet(**UNET_PARAMS).state_dict()
+
+
+def persistent(path: Path) -> None:
+    """Write what NVIDIA's code writes: an object that a function of its own would rebuild from source."""
+    named = b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n"
+    path.write_bytes(b"\x80\x02}X\x03\x00\x00\x00ema" + named + b"}\x85Rs.")
+
+
+PICKLES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "protocol_4": (
+        lambda path: torch.save(state(), path, pickle_protocol=4),
+        r"its pickle has protocol 4, and only torch\.save's default, 2, is read; save it again: torch\.save\(",
+    ),
+    "legacy_protocol_3": (
+        lambda path: torch.save(state(), path, pickle_protocol=3, _use_new_zipfile_serialization=False),
+        r"legacy format with pickle protocol 3, and only the default, 2, is read; save it again: torch\.save\(",
+    ),
+    "pickle_dump": (
+        lambda path: path.write_bytes(pickle.dumps(state())),
+        r"holds PyTorch's tensors, pickled without torch\.save; write it with torch\.save\(",
+    ),
+    "module": (
+        lambda path: torch.save({"model": UNet(**UNET_PARAMS)}, path),
+        r"holds an object of .*UNet under 'model', whose code would have to run; save its state_dict\(\)",
+    ),
+    "edm": (persistent, r"network of NVIDIA's EDM or StyleGAN code .* is not supported either: name a model of"),
+}
+
+
+@pytest.mark.parametrize(("write", "words"), PICKLES.values(), ids=PICKLES)
+def test_a_pickle_that_is_not_read_says_what_to_save(
+    write: Callable[[Path], object], words: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "a.pt")
+    with pytest.raises(UserError, match=f"a.pt: .*{words}"):
+        load_model(tmp_path / "a.pt")
+
+
+PLACES: dict[str, tuple[tuple[str, ...], str]] = {  # files in a folder, and what its message ends with
+    "guided_diffusion": (
+        ("model010000.pt", "ema_0.9999_010000.pt", "opt010000.pt"),
+        r"name a checkpoint in it: ema_0\.9999_010000\.pt, model010000\.pt$",
+    ),
+    "deepspeed": (("latest", "global_step9/mp_rank_00_model_states.pt"), "is a DeepSpeed checkpoint; its zero_to_fp32"),
+    "dcp": ((".metadata", "__0_0.distcp"), "is a checkpoint of torch.distributed.checkpoint; `python -m torch.dist"),
+    "repository": (("README.md", "pipeline/model_index.json"), "but holds a pipeline; name .*place/pipeline$"),
+    "cache": (("snapshots/abc/model_index.json",), "is a folder of the Hub's cache; name .*place/snapshots/abc$"),
+}
+
+
+@pytest.mark.parametrize(("files", "words"), PLACES.values(), ids=PLACES)
+def test_a_folder_of_another_code_says_what_to_name(files: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / "place" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "place" / name).write_text("{}")
+    with pytest.raises(UserError, match=f"place: .*{words}"):
+        load_model(tmp_path / "place")
+
+
+def test_an_address_is_refused_with_how_to_download_it(capsys) -> None:
+    for address, advice in (
+        ("https://huggingface.co/google/ddpm-cifar10-32/tree/main", "`hf download google/ddpm-cifar10-32`, then name"),
+        ("https://example.org/model.ckpt", "download it and name the file"),
+    ):
+        assert_one_error_line(capsys, sample("-r", address, "-n", 1), (f"{address}: is an address", advice))
+        assert_one_error_line(capsys, run_script("inspect_checkpoint.py", address), (address, advice))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xfd7zXZ\0\0\4", "is an xz archive; unpack it first"),
+        (b"\x28\xb5\x2f\xfd", "is a zstd archive; unpack it first"),
+        (b"\xef\xbb\xbf<!DOCTYPE html>", "is a web page saved as a checkpoint"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_bytes(content + bytes(99))
+    with pytest.raises(UserError, match=f"a.ckpt: {words}"):
+        load_model(tmp_path / "a.ckpt")

@@ -41,6 +41,7 @@ def first_stage_name(name: str, levels: int) -> str:
     return name
 
 
+INDEX = "model_index.json"
 CLASSES = ("VQModel", "AutoencoderKL")
 FAMILIES = (
     "VQModel",
@@ -157,6 +158,8 @@ def read_component(folder: Path, latent_size: int | None = None, file: Path | No
         UserError: another model, or an unsupported option.
     """
     with blaming(folder, "a config in it is incomplete or does not fit its weights"):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: is missing; the pipeline's {INDEX} lists this first stage: download it too")
         config = read_json(folder / "config.json")
         if config.get("_class_name") not in CLASSES:
             raise UserError(f"{folder}: is a {config.get('_class_name')}; only {' and '.join(CLASSES)} work")

@@ -21,6 +21,10 @@ from ldm_dkdm.errors import UserError, unreadable
 TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first pickle of torch.save's legacy files
 QUESTION = " (is the download complete?)"
 INCOMPLETE = f"not a readable checkpoint{QUESTION}"
+PROTO = 0x80  # begins a pickle of protocol 2 or above; the protocol follows
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what that pickle holds, in any protocol
+SAVE = "torch.save(model.state_dict(), FILE)"
+PERSISTENCE = "torch_utils.persistence."  # NVIDIA's module that pickles networks with their source
 LEGACY_PICKLES = 5  # magic number, protocol, system, content, keys of the storages
 
 # What trainings store beside their weights: names of the standard library and of torch that become stand-ins.
@@ -149,7 +153,7 @@ def read_torch_file(path: Path) -> Any:
     if refused:
         raise UserError(
             f"{path}: refused, its pickle asks for {', '.join(refused[:8])}, which no weights need; nothing was run; "
-            "if you trust it, save its weights alone: torch.save(model.state_dict(), FILE)"
+            f"if you trust it, save its weights alone: {SAVE}"
         )
     check_parts(path)
     stubs: list[Any] = [(_stub(name), modern_name(name)) for name in asked if _is_stubbed(name)]
@@ -159,7 +163,7 @@ def read_torch_file(path: Path) -> Any:
             warnings.simplefilter("ignore")  # the error below says it in one line
             return _loaded(path)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused, {_cause(error)}") from error
+        raise UserError(f"{path}: refused, {_cause(error, _protocol(path))}") from error
     except Exception as error:  # a damaged pickle can raise anything; nothing of it has run
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise unreadable(path, f"{INCOMPLETE}: {first}", error) from error
@@ -176,13 +180,22 @@ def _loaded(path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _cause(error: pickle.UnpicklingError) -> str:
+def _protocol(path: Path) -> int:
+    """The protocol of the file's pickle of content; 0 where it has none, as the oldest."""
+    with zipfile.ZipFile(path) if is_zip(path) else path.open("rb") as opened:
+        head = opened.open(_pickle_in(opened)).read(2) if isinstance(opened, zipfile.ZipFile) else opened.read(2)
+    return head[1] if len(head) == 2 and head[0] == PROTO else 0
+
+
+def _cause(error: pickle.UnpicklingError, protocol: int) -> str:
     """The cause, without torch's advice to trust the file."""
     asked = re.search(r"GLOBAL (\S+)", str(error))
     if asked:
         return f"it holds an object of {asked[1]}, whose code would have to run; save its state_dict() instead"
     if "persistent_load" in str(error):  # the legacy format stores a module's source
         return "it holds a network with its source; save its state_dict() instead"
+    if "Unsupported operand" in str(error) and protocol > 2:
+        return f"its pickle has protocol {protocol}, and only torch.save's default, 2, is read; save it again: {SAVE}"
     lines = str(error).rpartition("WeightsUnpickler error: ")[2].strip().splitlines() or ["its pickle cannot be read"]
     return f"the file is damaged or asks to run code: {lines[0].split('Please use')[0].strip()}"
 
@@ -232,13 +245,36 @@ def read_array_pickle(path: Path) -> Any:
     """Read a plain pickle of arrays in dictionaries, lists and numbers, such as a reference pool cache.
 
     Raises:
-        UserError: a damaged file, or one that asks for anything but arrays.
+        UserError: a damaged file, one that asks for anything but arrays, or one of torch.save in another protocol.
     """
     try:
         with path.open("rb") as file:
-            PickleShape().read(file)  # refuses what takes more than arrays do
+            (shape := PickleShape()).read(file)  # refuses what takes more than arrays do
+            _refuse_networks(shape.names, path)
             file.seek(0)
-            return _ArrayUnpickler(file).load()
+            content = _ArrayUnpickler(file).load()
+    except UserError:
+        raise
     except Exception as error:  # damage can raise anything
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise unreadable(path, f"refused, not a readable pickle of arrays: {first}", error) from error
+    if content == LEGACY_MAGIC:
+        raise UserError(
+            f"{path}: refused, it is a file of torch.save in its legacy format with pickle protocol {_protocol(path)}, "
+            f"and only the default, 2, is read; save it again: {SAVE}"
+        )
+    return content
+
+
+def _refuse_networks(names: set[str], path: Path) -> None:
+    """Refuse tensors of PyTorch, and a network of NVIDIA's EDM or StyleGAN code, which is pickled with its source."""
+    if any(name.startswith(PERSISTENCE) for name in names):
+        raise UserError(
+            f"{path}: refused, it is a network of NVIDIA's EDM or StyleGAN code with its source (it asks for "
+            f"{PERSISTENCE[:-1]}), which would have to run; EDM's process over sigmas is not supported either: name a "
+            "model of a discrete DDPM process"
+        )
+    if any(name.startswith("torch.") for name in names):
+        raise UserError(
+            f"{path}: refused, it holds PyTorch's tensors, pickled without torch.save; write it with {SAVE}"
+        )

@@ -24,6 +24,8 @@ SIGNATURES = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
     b"\x1f\x8b": "is a gzip archive; unpack it first",
     b"BZh": "is a bzip2 archive; unpack it first",
+    b"\xfd7zXZ\x00": "is an xz archive; unpack it first",
+    b"\x28\xb5\x2f\xfd": "is a zstd archive; unpack it first",
     b"7z\xbc\xaf": "is a 7z archive; unpack it first",
     b"Rar!": "is a RAR archive; unpack it first",
     b"\x89HDF": "is an HDF5 file (Keras?); a PyTorch or safetensors file is needed",
@@ -70,22 +72,36 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
         tree = select_part(content, part, path)
         tensors = tensors_in(tree, path)
         if not tensors:
+            refuse_object(tree, path)
             raise UserError(f"{path}: holds no tensors (keys: {', '.join(map(str, list(tree)[:8]))})")
         return tensors
 
 
 def select_part(content: Any, part: str | None, path: Path) -> Mapping[Any, Any]:
     """The dictionary of tensors within what a file holds."""
-    if isinstance(content, Inert):
-        raise UserError(
-            f"{path}: holds an object of {content.stands_for}, whose code would have to run; save its state_dict()"
-        )
     if not isinstance(content, Mapping):
+        refuse_object(content, path)
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
     if set(content) == {"state", "param_groups"}:
         raise UserError(f"{path}: is an optimizer's state (an optNNNNNN.pt), not weights; take ema_*.pt or model*.pt")
     names = PARTS if part is None else (part,)
     return next((content[name] for name in names if holds_tensors(content.get(name))), content)
+
+
+def refuse_object(content: Any, path: Path) -> None:
+    """Refuse an object of a class that is not rebuilt here, alone or in a dictionary without weights.
+
+    Raises:
+        UserError: names the class, and its key.
+    """
+    items = content.items() if isinstance(content, Mapping) else [(None, content)]
+    for key, value in items:
+        if isinstance(value, Inert):
+            where = "" if key is None else f" under {key!r}"
+            raise UserError(
+                f"{path}: holds an object of {value.stands_for}{where}, whose code would have to run; save its "
+                "state_dict() with torch.save"
+            )
 
 
 def holds_tensors(part: Any) -> bool:
@@ -117,6 +133,10 @@ def file_kind(path: Path) -> str:
         UserError: another kind of file; says which.
     """
     require_file(path)
+    if is_index(path):
+        raise UserError(
+            f"{path}: is an index of shards; name the folder that holds it and the config.json of its network"
+        )
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(512)
@@ -169,8 +189,8 @@ def _is_safetensors(head: bytes, size: int, path: Path) -> bool:
 
 
 def _describe_text(head: bytes) -> str:
-    start = head.lstrip().lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # a mark of the byte order
+    if start.startswith((b"<!doctype", b"<!--", b"<html", b"<?xml", b"<head")):
         return "is a web page saved as a checkpoint; the download needs a browser, a login or another address"
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
         return f"is text, not a checkpoint (it begins with {head[:24].decode()!r})"

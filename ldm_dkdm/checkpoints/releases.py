@@ -1,8 +1,11 @@
 """Where to get the checkpoints that the recipes expect."""
 
+import re
 from pathlib import Path
 
 from ldm_dkdm.config.hub import cache_folder, is_hub_id
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import exists
 
 RELEASES = {
     "ffhq256": "CompVis's LDM-VQ-4 release for FFHQ (ffhq.zip), unpack its model.ckpt",
@@ -12,6 +15,8 @@ RELEASES = {
     "imagenet32": "DDPM-IP's release DDPM_IP_imageNet32.pt",
 }  # checkpoint's folder -> release
 
+ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf):/+")  # a Path keeps one of the slashes
+HUB = re.compile(r"(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)([^/?#]+/[^/?#]+)")
 
 MODEL = "name a CompVis .ckpt, a guided-diffusion .pt, a diffusers folder, or a model folder (config.yaml and weights)"
 
@@ -34,3 +39,18 @@ def how_to_get(path: Path, otherwise: str = MODEL) -> str:
     if is_hub_id(path):
         return f"if it is a Hub id, `hf download {path}` fetches it into {cache_folder()}; else name a file or folder"
     return otherwise
+
+
+def refuse_address(path: str | Path) -> None:
+    """Refuse an address of the network in place of a file; nothing is downloaded here.
+
+    Raises:
+        UserError: says how to download it.
+    """
+    found = ADDRESS.match(str(path))
+    if found is None or exists(str(path)):
+        return
+    rest = str(path)[found.end() :]
+    hub = HUB.match(rest)
+    how = f"`hf download {hub[1]}`, then name {hub[1]}" if hub else "download it and name the file"
+    raise UserError(f"{found[1]}://{rest}: is an address, and nothing is downloaded here; {how}")

@@ -11,15 +11,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.ema_names import is_averaged
-from ldm_dkdm.checkpoints.reading import file_kind, holds_tensors, read_content, select_part, tensors_in
-from ldm_dkdm.checkpoints.releases import how_to_get
+from ldm_dkdm.checkpoints.reading import (
+    file_kind,
+    holds_tensors,
+    read_content,
+    refuse_object,
+    select_part,
+    tensors_in,
+)
+from ldm_dkdm.checkpoints.releases import how_to_get, refuse_address
 from ldm_dkdm.checkpoints.state_dicts import Weights, find_weights, parts_of, unwrapped
+from ldm_dkdm.checkpoints.weight_files import is_index, refuse_shard
 from ldm_dkdm.config.load import card_kind, read_yaml
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.errors import UserError, interruptible, unreadable
 from ldm_dkdm.files import JSON_BYTES, read_text, require_file
 
 OWN_KEYS = {"weights", "network", "diffusion"}  # keys in the config of a model folder
+DESCRIPTIONS = ("model_index.json", "config.json", "config.yaml")  # files beside weights that describe them
 RUN_MODELS = ("model", "first_stage", "student")  # model folders in a run folder
 
 
@@ -34,6 +43,7 @@ class Source:
     """
 
     def __init__(self, path: str | Path) -> None:
+        refuse_address(path)
         self.path = home_of(find_shipped(path))
         self._weights: dict[tuple[str, str], Weights] = {}
 
@@ -44,16 +54,21 @@ class Source:
 
     @cached_property
     def kind(self) -> str:
-        """`folder`, or the kind of the file by its content: `torch`, `safetensors`, `pickle`.
+        """`folder`, `index` (of shards), or the kind of the file by its content: `torch`, `safetensors`, `pickle`.
 
         Raises:
-            UserError: no such file, or one of another kind; says which.
+            UserError: no such file, one of several shards, a description, or a file of another kind; says which.
         """
         if self.is_folder:
             return "folder"
         require_file(self.path)
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such checkpoint file; {how_to_get(self.path)}")
+        if is_index(self.path):
+            return "index"
+        refuse_shard(self.path)
+        if self.path.name in DESCRIPTIONS:
+            raise UserError(f"{self.path}: describes a model and holds no weights; name its folder, {self.path.parent}")
         return file_kind(self.path)
 
     @cached_property
@@ -85,6 +100,7 @@ class Source:
             tree = parts[0][1] if parts else tree
         found = tensors_in(tree, self.path)
         if not found:
+            refuse_object(tree, self.path)
             raise UserError(f"{self.path}: holds no weights (keys: {', '.join(map(str, list(self.content)[:6]))})")
         return unwrapped(found)
 
@@ -123,6 +139,8 @@ def read_json(path: Path) -> dict[str, Any]:
         tree = json.loads(read_text(path, JSON_BYTES))
     except UserError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: is missing" + (f", a link to {path.readlink()}" * path.is_symlink())) from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable JSON: {error}") from error
     if not isinstance(tree, dict):

@@ -1,5 +1,7 @@
 """Describe files and folders without a diffusion model, or with one that is not supported, for messages."""
 
+from pathlib import Path
+
 from ldm_dkdm.checkpoints.adm import NAME as ADM
 from ldm_dkdm.checkpoints.config_files import WEIGHTS
 from ldm_dkdm.checkpoints.contents import Contents
@@ -34,10 +36,34 @@ def what_else(source: Source) -> str:
             return f"the run holds no model; --resume {source.path} goes on, or exports a finished one again"
         if source.holds("model.safetensors") or source.holds("student.safetensors"):
             return "config.yaml is missing; a model folder holds it and the weights"
-        return "is neither a model folder (config.yaml), nor a diffusers folder (model_index.json or config.json)"
+        return (
+            _of_folder(source.path)
+            or "is neither a model folder (config.yaml), nor a diffusers folder (model_index.json or config.json)"
+        )
     if has_their_names(source.tensors):
         is_of_diffusers(source)  # refuses one without its config.json
     return _of_names(set(source.tensors))
+
+
+def _of_folder(folder: Path) -> str | None:
+    """What a folder of another code is, and what to name in its place."""
+    if (folder / ".metadata").is_file() or any(folder.glob("*.distcp")):
+        tool = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+        return f"is a checkpoint of torch.distributed.checkpoint; `{tool} {folder} FILE.pt` writes it as one file"
+    if (folder / "zero_to_fp32.py").is_file() or any(folder.glob("*mp_rank_*")) or any(folder.glob("*/mp_rank_*")):
+        return f"is a DeepSpeed checkpoint; its zero_to_fp32.py ({folder} FILE) writes the weights as one file"
+    if snapshots := sorted(path for path in folder.glob("snapshots/*") if path.is_dir()):
+        return f"is a folder of the Hub's cache; name {snapshots[-1]}"
+    if pipelines := sorted(
+        path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/model_index.json")
+    ):
+        return f"is not a model folder, but holds a pipeline; name {pipelines[0]}"
+    files = [path.name for path in sorted(folder.iterdir()) if path.suffix in WEIGHTS and path.is_file()]
+    weights = [name for name in files if not name.startswith("opt")]  # guided-diffusion's optNNNNNN.pt
+    if weights:
+        weights.sort(key=lambda name: not name.startswith("ema"))
+        return f"is not a model folder; name a checkpoint in it: {', '.join(weights[:4])}"
+    return None
 
 
 def _files_of(source: Source) -> str:

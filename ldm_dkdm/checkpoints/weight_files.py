@@ -22,6 +22,21 @@ def is_index(path: Path) -> bool:
     return INDEX.search(path.name) is not None
 
 
+def refuse_shard(path: Path) -> None:
+    """Refuse one of several shards, by its name, since the others hold the rest of the network.
+
+    Raises:
+        UserError: names the index, or says that it is missing.
+    """
+    found = SHARD.search(path.name)
+    if found is None or found[0] == "-00001-of-00001.":
+        return
+    stem = path.name[: found.start()]
+    index = next((file.name for file in sorted(path.parent.glob(f"{stem}.*.json")) if is_index(file)), None)
+    advice = f"name their index, {path.parent / index}" if index else f"their index ({stem}.*.index.json) is missing"
+    raise UserError(f"{path}: is one of several shards; {advice}")
+
+
 def weights_in(folder: Path) -> Path:
     """The weights file of a folder, or the index of its shards.
 
@@ -57,7 +72,11 @@ def _may_be_weights(path: Path) -> bool:
 
 
 def _why_none(folder: Path) -> str:
-    names = [path.name for path in sorted(folder.iterdir())] if folder.is_dir() else []
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    names = [path.name for path in files]
+    broken = next((path for path in files if path.is_symlink() and not path.exists()), None)
+    if broken:
+        return f"{broken.name} is a link to {broken.readlink()}, which is missing; download it again"
     shards = [name for name in names if SHARD.search(name)]
     if shards:
         return f"holds shards ({shards[0]}, ...) without their index ({SHARD.split(shards[0])[0]}.*.index.json)"

@@ -81,10 +81,14 @@ def _first_stage(source: "Source") -> dict[str, str]:
 def _file(source: "Source") -> dict[str, str]:
     """What kind of file it is, and what a pickle asks for."""
     from ldm_dkdm.checkpoints.pickles import asked_globals
+    from ldm_dkdm.checkpoints.weight_files import files_of
     from ldm_dkdm.reporting import size
 
     if source.is_folder:
         return {}
+    if source.kind == "index":
+        files = files_of(source.path)
+        return {"file": f"index of {len(files)} shards, {size(sum(file.stat().st_size for file in files))}"}
     lines = {"file": f"{KINDS[source.kind]}, {size(source.path.stat().st_size)}"}
     if source.kind != "safetensors":
         lines["pickle asks for"] = ", ".join(sorted(asked_globals(source.path))) or "nothing"
@@ -94,7 +98,7 @@ def _file(source: "Source") -> dict[str, str]:
 def _progress(source: "Source") -> dict[str, str]:
     from torch import Tensor
 
-    content = source.content
+    content = None if source.kind == "index" else source.content
     if not isinstance(content, Mapping):
         return {}
     found = {key: content[key] for key in ("epoch", "global_step") if isinstance(content.get(key), int)}
@@ -181,9 +185,11 @@ def _process(contents: "Contents") -> dict[str, str]:
         name += f" {found.beta_start} ... {found.beta_end}"
     shown = f"{name}, T = {found.num_timesteps}, {found.space} space"
     shown += "".join(f", {key} {str(getattr(found, key)).lower()}" for key in own_sampling(found))
+    with naming(str(contents.path)):
+        schedule = schedule_of(found)  # refuses what no command opens
     if stored is None:
         return {"noise schedule": shown}
-    error = (schedule_of(found).alphas_cumprod - stored.double()).abs().max()
+    error = (schedule.alphas_cumprod - stored.double()).abs().max()
     return {"noise schedule": f"{shown}; alphas_cumprod {stored[0]:.6f} ... {stored[-1]:.6f}, differs by {error:.1e}"}
 
 
