@@ -1,5 +1,6 @@
 """Images as training data: sets, shares, labels, encoding once or when drawn."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,45 @@ def test_a_folder_is_read_when_asked_for_and_its_subfolders_are_classes(folder: 
     images = open_images(folder, 4)
     assert len(images) == 7 and images.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
     assert torch.equal(images.take(torch.tensor([5, 0])), numbered(7)[[5, 0]])
+
+
+def _labels(folder: Path, names: Sequence[str]) -> dict[str, int] | str:
+    """The label of each folder, or why there are none."""
+    for name in names:
+        image(folder / name / "a.png")
+    images = open_images(folder, 8)
+    if images.labels is None:
+        return images.unclear
+    files = [str(file.parent.relative_to(folder)) for file in images.images]
+    return dict(zip(files, images.labels.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"0/images": 0, "1/images": 1, "2/images": 2, "10/images": 10},
+        {"train/2/a": 2, "train/10/b": 10},
+        {"2024/2": 2, "2024/10": 10},  # the same number everywhere
+        {"train/2": 2, "10": 10},
+        {"5/images": 5},
+        {"2/images": 1, "10/images": 0, "owl/images": 2},  # not all are numbers
+    ],
+)
+def test_numbers_at_any_level_of_folders_are_the_classes(names: dict[str, int], tmp_path: Path) -> None:
+    assert _labels(tmp_path, list(names)) == names
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["0/5", "1/6"], "{0}/0/5 may be class 0 or 5"),
+        (["3/a", "3/b"], "{0}/3/a and {0}/3/b are both class 3"),
+        (["12345678901234567890", "2"], "{0}/12345678901234567890 is named by a number that is no class"),
+    ],
+)
+def test_unclear_numbers_of_folders_give_no_labels_and_a_reason(names: list[str], reason: str, tmp_path: Path) -> None:
+    found = _labels(tmp_path, names)
+    assert isinstance(found, str) and found.startswith(reason.format(tmp_path))
 
 
 def test_hidden_folders_are_no_classes(folder: Path) -> None:

@@ -32,7 +32,7 @@ class ImageSet:
         channels: C, 1 (grey) or 3 for files.
         classes: what the labels mean, such as `0 cat` or `7`, where folders name them.
         loose: a file in no class folder although others are in one; then there are no labels.
-        alike: two folders named by one number, such as 1 and 01 or train/1 and val/1; then there are no labels.
+        unclear: why the numbers that name the folders give no labels, such as train/1 and val/1; empty if they do.
     """
 
     images: Tensor | Sequence[Path]
@@ -41,7 +41,7 @@ class ImageSet:
     channels: int = 3
     classes: Sequence[str] = ()
     loose: Path | None = None
-    alike: Sequence[Path] = ()
+    unclear: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -79,8 +79,8 @@ class ImageSet:
 def open_images(path: str | Path, size: int, channels: int = 3) -> ImageSet:
     """A folder of images (a sub-folder is a class) or an ADM-style .npz (`arr_0`, labels in `arr_1`).
 
-    Sub-folders named by whole numbers are the classes of these numbers; other names are numbered in their order. There
-    are no labels where a number names two folders, which may be one class or two.
+    Sub-folders named by whole numbers, at the same level for all images, are the classes of these numbers; other names
+    are numbered in their order. There are no labels where a number names two folders, which may be one class or two.
     """
     path = folder_of_images(expanded(path))
     if is_npz(path):
@@ -91,13 +91,12 @@ def open_images(path: str | Path, size: int, channels: int = 3) -> ImageSet:
     if path in folders:
         loose = next(file for file in files if file.parent == path) if len(folders) > 1 else None
         return ImageSet(files, size, None, channels, loose=loose)
-    numbers = _class_numbers(folders)
-    owners: dict[int, Path] = {}
-    for folder, number in numbers.items():
-        if owners.setdefault(number, folder) != folder:
-            return ImageSet(files, size, None, channels, alike=(owners[number], folder))
-    named = sorted((number, str(folder.relative_to(path))) for folder, number in numbers.items())
-    labels = torch.tensor([numbers[file.parent] for file in files])
+    numbers = _class_numbers(path, folders)
+    if unclear := _unclear(folders, numbers):
+        return ImageSet(files, size, None, channels, unclear=unclear)
+    classes = dict(zip(folders, numbers[0], strict=True))
+    named = sorted((number, str(folder.relative_to(path))) for folder, number in classes.items())
+    labels = torch.tensor([classes[file.parent] for file in files])
     return ImageSet(
         files, size, labels, channels, [name if name == str(number) else f"{number} {name}" for number, name in named]
     )
@@ -111,10 +110,34 @@ def _name_empty(path: Path, folders: Sequence[Path]) -> None:
         logger.warning(f"{path}: {len(empty)} sub-folders hold no images: {', '.join(empty[:8])}")
 
 
-def _class_numbers(folders: Sequence[Path]) -> dict[Path, int]:
-    if all(folder.name.isdecimal() for folder in folders):
-        return {folder: int(folder.name) for folder in folders}
-    return {folder: i for i, folder in enumerate(folders)}
+def _class_numbers(path: Path, folders: Sequence[Path]) -> list[tuple[int, ...]]:
+    """Numbers of the folders: those of each level below `path` at which all are named by one, else their places.
+
+    Levels count from the top and from the images. One that has the same number everywhere tells no classes apart: it
+    counts only where no other level has numbers.
+    """
+    names = [folder.relative_to(path).parts for folder in folders]
+    depth = min(map(len, names))
+    levels = [[parts[level] for parts in names] for level in (*range(depth), *range(-depth, 0))]
+    numbers = [tuple(map(int, level)) for level in levels if all(name.isdecimal() for name in level)]
+    found = list(dict.fromkeys(numbers))
+    return [level for level in found if len(set(level)) > 1] or found[:1] or [tuple(range(len(folders)))]
+
+
+def _unclear(folders: Sequence[Path], numbers: Sequence[tuple[int, ...]]) -> str:
+    """Why the numbers of `_class_numbers` are no labels; empty if they are."""
+    owners: dict[int, Path] = {}
+    for folder, number, *others in zip(folders, *numbers, strict=True):
+        if differing := [other for other in others if other != number]:
+            return f"{folder} may be class {number} or {differing[0]}; rename the folders of the other level"
+        if number >= LABELS:
+            return f"{folder} is named by a number that is no class; name it by its class, from 0 on, or by a word"
+        if owners.setdefault(number, folder) != folder:
+            return (
+                f"{owners[number]} and {folder} are both class {number}; move the images of one class into one folder, "
+                "rename one of two classes"
+            )
+    return ""
 
 
 def _npz_labels(path: Path, count: int) -> Tensor | None:

@@ -256,12 +256,8 @@ def require_fitting_labels(model: DiffusionModel, data: DiffusionDataConfig, set
     if model.num_classes is None:
         return
     for key, images in sets.items():
-        if images.alike:
-            first, second = images.alike
-            raise UserError(
-                f"data.{key}: {first} and {second} are both class {int(second.name)}; move the images of one class "
-                "into one folder, rename one of two classes"
-            )
+        if images.unclear:
+            raise UserError(f"data.{key}: {images.unclear}")
         if images.labels is None:
             loose = f"; {images.loose} is in none" if images.loose else ""
             raise UserError(
