@@ -8,17 +8,21 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from PIL import Image
 
-from ldm_dkdm import load_model
+from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model, train
 from ldm_dkdm.config.schema import EarlyStopConfig
-from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.evaluation.held_out import eps_error_by_quarter, eps_errors, held_out_chains
+from ldm_dkdm.networks import UNet
+from ldm_dkdm.rng import torch_generator
 from ldm_dkdm.training.ema import StudentEMA
 from ldm_dkdm.training.ends import EarlyStop
 from tests.cli import distil, run_script, sample, table, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
 from tests.training_images import LOGGING, TRAINER, training_images
+
+TINY = {"model_channels": 32, "num_res_blocks": 1, "attention_resolutions": [], "channel_mult": [1]}
 
 
 def ldm_config(data: Path, first_stage: Path, logs: Path, name: str) -> dict[str, dict]:
@@ -71,6 +75,39 @@ def test_latents_encoded_in_every_step_give_the_losses_that_latents_encoded_once
         row = table(tmp_path / "logs" / f"cache-{cache}" / "metrics.csv")[-1]
         rows.append([float(row[name]) for name in ("step", "loss", "eps_mse")])
     assert rows[0] == pytest.approx(rows[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_file_that_cannot_be_read_ends_a_training_that_is_saved(accumulate: int, tmp_path: Path) -> None:
+    seed, steps = 3, 6
+    drawn = [int(torch.randint(24, (1,), generator=torch_generator(seed, 0, i, "data"))) for i in range(18)]
+    first = next(i for i in range(accumulate, 18) if drawn[i] > 0 and drawn[i] not in drawn[:i])
+    for i, pixels in enumerate(torch.randint(256, (24, 8, 8, 3), dtype=torch.uint8)):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i:02}.png")
+    file = tmp_path / "images" / f"{drawn[first]:02}.png"
+    whole, found = file.read_bytes(), []
+    numbers = {"batch_size": 1, "steps": steps, "accumulate": accumulate, "cache": False, "seed": seed}
+    options = {**numbers, "progress": False, "save_every": 100, "sample_every": 100, "sample_count": 1}
+
+    def run(folder: Path) -> None:
+        torch.manual_seed(0)
+        network = UNet(image_size=8, in_channels=3, out_channels=3, **TINY)
+        model = DiffusionModel(network, schedule=NoiseSchedule(num_timesteps=20), space="pixel")
+        found.append(train(model, tmp_path / "images", folder, **options).step)
+
+    run(tmp_path / "whole")
+    file.write_bytes(whole[:60])
+    saved = f"repair or replace it; stopped and saved at step {first // accumulate}; call it again"
+    with pytest.raises(UserError, match=rf"{file.name}: not a readable image: .*; {saved}"):
+        run(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"{file.name}: not a readable image: .*; repair or replace it$"):
+        run(tmp_path / "run")
+    assert first // accumulate > 0
+    file.write_bytes(whole)
+    run(tmp_path / "run")
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert found == [steps, steps] and weights[0] == weights[1]
 
 
 def test_a_latent_model_trains_on_a_teachers_samples_alone(

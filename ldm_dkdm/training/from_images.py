@@ -21,6 +21,7 @@ from ldm_dkdm.config.schema import (
     ModelCard,
 )
 from ldm_dkdm.device import compiles, is_first_rank
+from ldm_dkdm.distillation.batches import BatchStream, ReadAhead
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.distillation.image_data import EncodedStates, ImageSet, States, encode_sets, open_sets
 from ldm_dkdm.distillation.make_student import (
@@ -150,8 +151,8 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     states = _states(config, sets, model, run.progress)
     model.network.train()
 
-    def stream_for(trainer: L.Trainer) -> DataStream:
-        return DataStream(
+    def stream_for(trainer: L.Trainer) -> BatchStream:
+        stream = DataStream(
             states,
             model.schedule,
             config.data.batch_size,
@@ -162,6 +163,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
             run.first_batch,
             config.data.t_cap,
         )
+        return stream if config.data.cache else ReadAhead(stream, run.trainer.accumulate, run.stop.on_fault)
 
     samples = run.folder.path / "samples"
     saving = RunCheckpoint(run.folder.checkpoints, config.logging, on_save(export))

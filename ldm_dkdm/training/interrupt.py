@@ -1,4 +1,4 @@
-"""A signal ends a run at the next whole iteration, so that what is saved is exact."""
+"""A signal, or data that cannot be read, ends a run at a whole iteration, so that what is saved is exact."""
 
 import os
 import select
@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.reporting import logger
 from ldm_dkdm.training.ends import StepCallback
 from ldm_dkdm.training.hosts import any_host
@@ -34,6 +35,7 @@ class GracefulStop(StepCallback):
     def __init__(self, signals: Sequence[int]) -> None:
         self.signals = signals
         self.requested = False
+        self.fault: Exception | None = None  # error of a batch to come, which ends the run as a signal does
         self._previous: dict[int, Handler] = {}
         self._terminals: list[int] = []  # outputs that may hang up
         self._pipes: list[int] = []  # outputs whose reader, such as tee, may end
@@ -75,8 +77,19 @@ class GracefulStop(StepCallback):
             signal.signal(number, self._on_signal)
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if any_host(trainer, self.requested):
+        if any_host(trainer, self.requested or self.fault is not None):
             trainer.should_stop = True
+
+    def on_fault(self, error: Exception) -> None:
+        """Ask for a stop because of the error of a batch to come."""
+        self.fault = error
+
+    def raise_fault(self, saved: str) -> None:
+        """Raise the error that has ended the run, if one has; a `UserError` also says what is `saved`."""
+        if isinstance(self.fault, UserError):
+            raise type(self.fault)(f"{self.fault}; {saved}") from self.fault
+        if self.fault is not None:
+            raise self.fault
 
 
 def _is_pipe(output: int) -> bool:

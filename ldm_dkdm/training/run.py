@@ -239,6 +239,7 @@ class Run:
 
         Raises:
             Stopped: a signal ended the run before its end; all is saved.
+            UserError: a file of the data cannot be read; all is saved but where the first step already needs it.
         """
         latest, ends = self.latest, early_ends(self.trainer)
         if self.trainer.strategy in SHARDED:
@@ -265,7 +266,9 @@ class Run:
             report_on(self.folder.path)
         reached = [end.key for end in ends if end.reached]
         if trainer.global_step < self.trainer.max_steps and (self.stop.requested or not reached):
-            raise Stopped(f"stopped and saved at step {trainer.global_step}; {self.go_on}")
+            saved = f"stopped and saved at step {trainer.global_step}; {self.go_on}"
+            self.stop.raise_fault(saved)
+            raise Stopped(saved)
         return Result(module, self.folder.path, trainer.global_step, (reached or ["trainer.max_steps"])[0])
 
     def _lightning(self, callbacks: Sequence[L.Callback]) -> L.Trainer:
