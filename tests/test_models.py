@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
@@ -65,6 +66,64 @@ def test_figures_come_from_eval_mode_and_the_modes_stay(make: Callable[[], dkdm.
 def frozen(model: dkdm.DiffusionModel) -> dkdm.DiffusionModel:
     model.network.eval()
     return model
+
+
+# Weights that can be trained
+
+FEW = {"steps": 1, "batch_size": 2, "progress": False, "sample_every": 9, "sample_count": 1, "sample_steps": 2}
+DISTILLED = {**FEW, "rho": 0.2, "warmup": "noise", "check": False, "evaluate_every": 0}
+
+
+def moved(model: dkdm.DiffusionModel, call: Callable[[], object]) -> set[str]:
+    """Names of the weights that a call changes."""
+    before = {name: weight.detach().clone() for name, weight in model.network.named_parameters()}
+    call()
+    return {name for name, weight in model.network.named_parameters() if not torch.equal(weight, before[name])}
+
+
+def test_an_earlier_teacher_is_trained_and_a_part_that_is_frozen_stays_so(tmp_path: Path) -> None:
+    first, second, third = pixel(), dit(), dit().frozen()
+    second.network.x_embedder.requires_grad_(False)
+    part = {name for name, weight in second.network.named_parameters() if not weight.requires_grad}
+    teacher = dit().frozen()
+    nn.init.normal_(teacher.network.final_layer.linear.weight)
+
+    def distil(teacher: dkdm.DiffusionModel, student: dkdm.DiffusionModel, out: str) -> set[str]:
+        return moved(student, lambda: dkdm.distill(teacher, student, tmp_path / out, **DISTILLED))
+
+    found = distil(teacher, second, "a")
+    assert found and not found & part  # also the positions, which are never trained
+    assert distil(second, first, "b")  # its second use is as a teacher
+    assert part == {name for name, weight in second.network.named_parameters() if not weight.requires_grad}
+    assert "pos_embed" not in (found := distil(teacher, third, "c")) and found
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
+    model = pixel().frozen()
+    assert moved(model, lambda: dkdm.train(model, tmp_path / "images", tmp_path / "d", **FEW))
+
+
+class Fixed(nn.Module):
+    """A network without weights."""
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return x
+
+
+def test_a_network_that_cannot_be_trained_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    teacher = pixel()
+    with torch.inference_mode():
+        inference = pixel()
+    wrapped = pixel(nn.Sequential(teacher.network))
+    wrapped.network.forward = lambda x, t, label=None: teacher.network(x, t, label)
+    for student, words in (
+        (pixel(Fixed()), "student: its network has no weights to train"),
+        (inference, r"student: its weights were made within torch.inference_mode\(\)"),
+        (wrapped, "student: its weights are the teacher's; make a new network"),
+    ):
+        with pytest.raises(dkdm.UserError, match=words):
+            dkdm.distill(teacher, student, tmp_path / "run", **DISTILLED)
+    assert not (tmp_path / "run").exists()
+    assert all(weight.requires_grad for weight in teacher.network.parameters())
 
 
 # Comparable models

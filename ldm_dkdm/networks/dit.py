@@ -41,7 +41,10 @@ class DiT(nn.Module):
     Attributes:
         image_size: `input_size`. out_channels: channels of the output. num_classes: as given.
         null_label: the label for no class, `num_classes`; None without one.
+        fixed: names of the weights that are never trained.
     """
+
+    fixed = ("pos_embed",)
 
     def __init__(
         self,

@@ -8,6 +8,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ldm_dkdm.errors import UserError
+
 CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers whose weights autocast casts in every call
 SHAPES = 64  # that may be compiled: two networks, each with and without gradients, for every size of a batch
 
@@ -23,6 +25,40 @@ def in_eval_mode(network: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def frozen_meanwhile(network: nn.Module) -> Iterator[None]:
+    """Let a block freeze a network's weights; afterwards those that could be trained can be again."""
+    trainable = [weight for weight in network.parameters() if weight.requires_grad]
+    try:
+        yield
+    finally:
+        for weight in trainable:
+            weight.requires_grad_(True)
+
+
+def make_trainable(network: nn.Module, what: str, teacher: nn.Module | None = None) -> None:
+    """Let the weights of a network be trained where all are frozen, as those of an earlier teacher are.
+
+    A network that is frozen in part stays so, and so do the weights that its class names in `fixed`.
+
+    Raises:
+        UserError: no weights, the teacher's, or those that torch.inference_mode() made; `what` is the argument.
+    """
+    weights = dict(network.named_parameters())
+    if not weights:
+        raise UserError(f"{what}: its network has no weights to train")
+    if any(weight.is_inference() for weight in weights.values()):
+        raise UserError(f"{what}: its weights were made within torch.inference_mode(), so none can be trained")
+    if any(weight.requires_grad for weight in weights.values()):
+        return
+    theirs = set() if teacher is None else {id(weight) for weight in teacher.parameters()}
+    if any(id(weight) in theirs for weight in weights.values()):
+        raise UserError(f"{what}: its weights are the teacher's; make a new network")
+    fixed = getattr(network, "fixed", ())
+    for name, weight in weights.items():
+        weight.requires_grad_(name not in fixed)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from ldm_dkdm.images import grid, save_image
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.opening import refuse_in_pixel_space
 from ldm_dkdm.networks import NETWORKS
-from ldm_dkdm.networks.modes import compiled
+from ldm_dkdm.networks.modes import compiled, make_trainable
 from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.calls import refuse_beside, training_of
@@ -75,7 +75,8 @@ def train(
     """Train a model on images (Alg. 2); a second call continues where the first one stopped.
 
     Args:
-        model: the model to train; on latents its first stage encodes the images.
+        model: the model to train; on latents its first stage encodes the images. Where all its weights are frozen, all
+            are trained; where some are, the others.
         data: folder of images (a sub-folder is a class), an ADM-style .npz, or the keys of `DiffusionDataConfig`.
         out: run folder.
         steps: optimizer steps. batch_size: images in a batch, per device.
@@ -147,6 +148,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     export = exporting(model.changed(info=info), run.folder, config.logging.export_dtype)
     if end := run.end(model.network):
         return run.ended(model, end, export)
+    make_trainable(model.network, "model")
     require_disk(run.folder, disk_needed(model.parameters, config.trainer, config.logging))
     states = _states(config, sets, model, run.progress)
     model.network.train()

@@ -21,7 +21,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.guidance import rows_of
-from ldm_dkdm.networks.modes import compiled, replayed, stored_in_bf16
+from ldm_dkdm.networks.modes import compiled, frozen_meanwhile, make_trainable, replayed, stored_in_bf16
 from ldm_dkdm.reporting import Progress, logger, size
 from ldm_dkdm.training.agreement_callback import Agreement
 from ldm_dkdm.training.calls import distillation_of, refuse_beside
@@ -71,8 +71,9 @@ def distill(
     facts of its card (`info`): teacher, recipe, steps.
 
     Args:
-        teacher: it is put in eval mode and frozen.
-        student: on the same states, for example `teacher.narrowed("60M")` or `DiffusionModel(net, like=teacher)`.
+        teacher: it is put in eval mode, and frozen meanwhile.
+        student: on the same states, for example `teacher.narrowed("60M")` or `DiffusionModel(net, like=teacher)`. Where
+            all its weights are frozen, all are trained; where some are, the others.
         out: run folder.
         steps: optimizer steps. batch_size: states in a batch, per device.
         rho: the pool of `dynamic` has round(rho * T) * batch_size slots (the paper: 0.4 in pixel space, 4 on latents).
@@ -101,7 +102,8 @@ def distill(
         given = {"learning_rate": learning_rate, **numbers}
         config = distillation_of(teacher, student, expanded(out), check, warmup, loss, given)
     run = Run(config, RunFolder(expanded(out), config.MODEL), resume, progress, signals, go_on)
-    return _distil_in(run, teacher, student)
+    with frozen_meanwhile(teacher.network):
+        return _distil_in(run, teacher, student)
 
 
 def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Result:
@@ -114,6 +116,7 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
     parts, supply = assemble(teacher, trained, run.config, run.resumed), None
     if end := run.end(student.network):
         return run.ended(student, end, _export(parts, run))
+    make_trainable(student.network, "student", teacher.network)
     refuse_other_teacher(teacher, run)
     parts = going_on(parts, run.folder.checkpoints, run.latest)
     require_room(parts, run.folder)
