@@ -15,6 +15,7 @@ from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, is_out_of_memory
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import DiT
+from ldm_dkdm.networks.modes import tensor_of
 from ldm_dkdm.networks.scaling import slice_teacher
 from ldm_dkdm.reporting import logger
 
@@ -99,8 +100,8 @@ def require_call(student: DiffusionModel) -> bool:
     t = torch.full((1,), student.schedule.num_timesteps - 1, device=student.device)  # the largest timestep
     mode = student.network.training
     try:
-        output = student.network.eval()(x, t, label)
-    except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        output = tensor_of(student.network.eval()(x, t, label))
+    except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
         raise UserError(

@@ -24,6 +24,7 @@ from ldm_dkdm.evaluation.perceptual import Lpips, announced, find_lpips
 from ldm_dkdm.evaluation.reference import cached_reference
 from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.model.arguments import require_model
 from ldm_dkdm.model.facts import whole
 from ldm_dkdm.model.ranks import joined
 from ldm_dkdm.networks import NETWORKS
@@ -72,6 +73,8 @@ def evaluate(
     Raises:
         UserError: models that `require_comparable` refuses, a number out of range, or a cache that cannot be written.
     """
+    require_model(student, "student")
+    require_model(teacher, "teacher")
     require_comparable(student, teacher)
     total = teacher.schedule.num_timesteps
     sizes = Sizes(chains, pairs, steps_within(steps, teacher))

@@ -20,7 +20,7 @@ from ldm_dkdm.evaluation.features import named_features, open_extractor
 from ldm_dkdm.evaluation.gathering import statistics_cache
 from ldm_dkdm.evaluation.metric_figures import MetricFigures, features_of
 from ldm_dkdm.evaluation.metrics import DEFAULTS, METRICS
-from ldm_dkdm.evaluation.opening import Images, open_images
+from ldm_dkdm.evaluation.opening import Images, open_images, taken
 from ldm_dkdm.evaluation.perceptual import LPIPS_FACTS, Lpips, announced, find_lpips
 from ldm_dkdm.evaluation.reconstruction import Reconstructions
 from ldm_dkdm.evaluation.requirements import require_comparable_sets
@@ -64,7 +64,7 @@ def measure(
     samples: Images,
     reference: Images | None = None,
     *,
-    metrics: Sequence[str] | None = None,
+    metrics: str | Sequence[str] | None = None,
     features: str | Path = "inception",
     count: int | None = None,
     steps: int | None = None,
@@ -87,9 +87,9 @@ def measure(
 
     Args:
         samples: a model (it is sampled), a model's path, a folder of images, an .npz of images or statistics, images
-            uint8 (N,H,W,C); or a first stage's path: its reconstructions of the reference.
+            uint8 (N,H,W,C) as a tensor or NumPy array; or a first stage's path: its reconstructions of the reference.
         reference: another such set; not needed by `is`.
-        metrics: names in METRICS; default: those that suit the features and the sets.
+        metrics: names in METRICS, or one; default: those that suit the features and the sets.
         features: a name in FEATURES, or a file with weights of one, for metrics that take any.
         count: samples of each model, by default COUNT. steps, sampler, eta, labels: as in `DiffusionModel.sample`.
         seed: sample i of `samples` depends on seed + i only; of a model as `reference` on `reference_seed` + i, by
@@ -105,7 +105,7 @@ def measure(
     """
     _at_least(1, count=count, batch_size=batch_size, size=size, chains=chains, pairs=pairs, processes=processes)
     named, weights = named_features(features)
-    chosen = chosen_metrics(metrics, named, reference is not None)
+    chosen = chosen_metrics([metrics] if isinstance(metrics, str) else metrics, named, reference is not None)
     where = device or getattr(samples, "device", None) or default_device("auto")
     config = SamplingConfig(COUNT if count is None else count, batch_size, seed, steps, eta, sampler, labels)
     own, other = _opened(samples, reference, config, reference_seed, size, where)
@@ -131,6 +131,7 @@ def _opened(
     where: str | torch.device,
 ) -> tuple[ImageSource, ImageSource | None]:
     """Both sets of images."""
+    samples, reference = taken(samples, "samples"), None if reference is None else taken(reference, "reference")
     second = replace(config, seed=_second(config.seed, config.count, reference_seed))
     other = None if reference is None else open_images(reference, second, size, where)
     return open_images(samples, config, size, where, other), other

@@ -12,6 +12,7 @@ from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.npz import array_names, opened_array, read_npz
 
 IMAGES = "arr_0"
+CHANNELS = (1, 3)  # of grey and RGB images
 
 
 class NpzFile:
@@ -48,6 +49,11 @@ class NpzFile:
             shape = (*shape, 1)
         if kind != np.uint8 or len(shape) != 4 or min(shape) < 1:
             raise UserError(f"{self.path}: arr_0 is {kind} {shape}; images are uint8 (N,H,W,C)")
+        if shape[3] not in CHANNELS and shape[1] in CHANNELS and shape[1] != shape[2]:
+            raise UserError(
+                f"{self.path}: arr_0 is {kind} {shape}, which looks like (N,C,H,W); images are uint8 (N,H,W,C): "
+                "write it with numpy.moveaxis(arr_0, 1, -1)"
+            )
         return shape[0], shape[1], shape[2], shape[3]
 
     def batches(self, first: int, last: int, batch_size: int) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from ldm_dkdm.images import GRID, SAMPLED
 from ldm_dkdm.model import DiffusionModel, load_model
 from ldm_dkdm.npz import is_npz
 
-Images = DiffusionModel | Tensor | str | Path
+Images = DiffusionModel | Tensor | np.ndarray | str | Path
 CONFIGS = ("config.yaml", "model_index.json", "config.json")  # files that make a folder a model's
 
 
@@ -47,6 +48,7 @@ def open_images(
     if isinstance(images, Tensor):
         require_images(images)
         return TensorImages(images.cpu())
+    assert not isinstance(images, np.ndarray)  # `taken` has made a tensor of it
     path = expanded(images)
     require_set(path)
     if _is_first_stage(path):
@@ -58,6 +60,24 @@ def open_images(
     if not is_model(path):
         return image_files(path, size)
     return sampled(load_model(path).to(device), config, str(images))
+
+
+def taken(images: Images, name: str) -> Images:
+    """A set that a user names, a NumPy array as a tensor.
+
+    Raises:
+        UserError: something else than a set; `name` is the argument.
+    """
+    if isinstance(images, np.ndarray):
+        try:
+            return torch.from_numpy(np.ascontiguousarray(images))
+        except TypeError as error:
+            raise UserError(f"{name}: images are uint8 (N,H,W,C); got {images.dtype} {images.shape}") from error
+    known: object = images
+    if isinstance(known, (Tensor, str, Path, DiffusionModel)):
+        return images
+    kind = type(images).__name__
+    raise UserError(f"{name}: expected a DiffusionModel, images uint8 (N,H,W,C) or a path, got a value of type {kind}")
 
 
 def require_set(path: Path, what: str = "the path of a set of images") -> None:

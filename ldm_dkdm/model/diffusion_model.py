@@ -21,6 +21,7 @@ from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec
+from ldm_dkdm.model.arguments import fitting, require_network
 from ldm_dkdm.model.changes import changed, same_codec, stage_of
 from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, require_meaning, shape_of, table_of
 from ldm_dkdm.model.guidance import output_of, require_guidance
@@ -40,11 +41,10 @@ class DiffusionModel:
 
     Args:
         network: nn.Module (x (B,C,H,W), t (B,), label (B,) or None) -> (B,C,H,W), or (B,2C,H,W) with a learned
-            variance (learned-range, Improved DDPM, Eq. 15).
+            variance (learned-range, Improved DDPM, Eq. 15); diffusers' UNet2DModel too, whose record is opened.
         like: another model, which supplies the arguments below that are not given.
         schedule: the forward process; its `steps_offset` and `set_alpha_to_one` follow from the space.
-        parameterization: what the network predicts, one of PARAMETERIZATIONS.
-        space: space of the states, one of SPACES.
+        parameterization: what the network predicts, one of PARAMETERIZATIONS. space: of the states, one of SPACES.
         shape: (C,H,W) of a state; default: the network's (`in_channels`, `image_size`).
         num_classes: size of the label table, null label excluded; None for an unconditional model.
         null_label: the label for no class; default: the network's.
@@ -54,8 +54,7 @@ class DiffusionModel:
         precision: `auto`, `bf16` or `32`, of predictions without gradients.
 
     Attributes:
-        diffusion: the forward process as a config section.
-        schedule: the same as a `NoiseSchedule`.
+        diffusion, schedule: the forward process as a config section, and as a `NoiseSchedule`.
         path, format, file: where the model was read, and the file with its weights; None for a new model.
         hints, described, stores_schedule: the hints when it was read, whether it describes itself, or its process.
 
@@ -80,6 +79,7 @@ class DiffusionModel:
         guidance: float = 1.0,
         precision: str = "32",
     ) -> None:
+        require_network(network, like)
         self.network = network
         self.parameterization: str = parameterization or (like.parameterization if like and not node else "eps")
         pick(PARAMETERIZATIONS, self.parameterization, "parameterization")
@@ -178,7 +178,7 @@ class DiffusionModel:
     def predict(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
         """eps and x_0 at states x (B,C,H,W), timesteps t (B,), labels (B,): one call in eval mode, no gradients."""
         with in_eval_mode(self.network), autocast(resolve_precision(self.precision, x.device), x.device):
-            return self(x, t, label)
+            return self(*fitting(self, x, t, label))
 
     def step(self, batch: NoisyBatch, noise: Tensor, stride: int | Tensor = 1) -> tuple[Prediction, Tensor]:
         """The prediction at x_t and, from the SAME call, x_{t-stride} (DKDM, dynamic iterative distillation)."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ldm_dkdm.config.checked import convert
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.networks.modes import tensor_of
 
 if TYPE_CHECKING:
     from ldm_dkdm.model.diffusion_model import DiffusionModel
@@ -21,12 +22,12 @@ def output_of(model: "DiffusionModel", x: Tensor, t: Tensor, label: Tensor | Non
     if model.diffusion.rescale_timesteps:
         t = t.float() * (1000 / model.schedule.num_timesteps)
     if model.guidance == 1:
-        return model.network(x, t, label)
+        return tensor_of(model.network(x, t, label))
     if label is None:
         raise UserError("label: missing; guidance needs the label of every state")
     assert model.null_label is not None  # ensured by `require_guidance`
     labels = torch.cat([label, torch.full_like(label, model.null_label)])
-    with_label, without = model.network(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
+    with_label, without = tensor_of(model.network(torch.cat([x, x]), torch.cat([t, t]), labels)).chunk(2)
     channels = x.shape[1]
     guided = without[:, :channels] + model.guidance * (with_label[:, :channels] - without[:, :channels])
     return torch.cat([guided, with_label[:, channels:]], 1)

@@ -21,6 +21,7 @@ from ldm_dkdm.config.effects import heads_without_effect
 from ldm_dkdm.config.registry import IGNORED
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.model.arguments import require_path
 from ldm_dkdm.model.diffusion_model import DiffusionModel
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.pixel import SPACES
@@ -54,6 +55,7 @@ def load_model(
     Raises:
         UserError: a missing, unreadable or refused file, a hint that is missing or contradicts the file.
     """
+    require_path(path, "path")
     return open_model(path, Hints.of(**hints), network).changed(precision=precision, guidance=guidance)
 
 

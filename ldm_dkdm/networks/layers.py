@@ -20,7 +20,9 @@ def timestep_embedding(
     The lowest frequency is 1 / max_period ^ ((half - 1) / (half - freq_shift)), half = dim // 2.
     """
     half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device) / (half - freq_shift))
+    freqs = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    )
     args = t[:, None].float() * freqs
     embedding = torch.cat([args.cos(), args.sin()] if cosines_first else [args.sin(), args.cos()], dim=-1)
     return F.pad(embedding, (0, dim % 2))

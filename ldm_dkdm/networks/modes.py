@@ -4,6 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,20 @@ from ldm_dkdm.errors import UserError
 
 CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers whose weights autocast casts in every call
 SHAPES = 64  # that may be compiled: two networks, each with and without gradients, for every size of a batch
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The tensor of a network's output: diffusers' networks hand over a record with `sample`, which may be a tuple.
+
+    Raises:
+        UserError: an output without one.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "sample", output[0] if isinstance(output, tuple) and output else None)
+    if not isinstance(found, Tensor):
+        raise UserError(f"network: its output is of type {type(output).__name__}, expected a tensor (B,C,H,W)")
+    return found
 
 
 @contextmanager
@@ -105,7 +120,7 @@ def _replaying(network: nn.Module, otherwise: Callable[..., Tensor], rows: int, 
     def call(x: Tensor, *rest: Tensor | None) -> Tensor:
         if len(x) != rows or torch.is_grad_enabled() is not trains:
             return otherwise(x, *rest)
-        return recorded(x, *rest).clone()
+        return tensor_of(recorded(x, *rest)).clone()
 
     return call
 

@@ -24,7 +24,7 @@ from ldm_dkdm.reports.texts import blocks_of, differences_of, facts_of, names_of
 REPORT = "report.html"  # file name of the report in a run folder
 
 
-def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
+def write_report(runs: str | Path | Sequence[str | Path], out: str | Path) -> Path:
     """Write one HTML page about run folders, finished or not; it holds all that it shows and loads nothing.
 
     It shows samples of teacher and student by training step, the curves of metrics.csv and pool.csv, the figures that
@@ -32,7 +32,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     read is left out with a warning.
 
     Args:
-        runs: run folders; a folder that is named twice is shown once.
+        runs: a run folder, or several; a folder that is named twice is shown once.
         out: the page.
 
     Returns:
@@ -41,6 +41,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     Raises:
         UserError: no run, a folder that is not a run's, or a damaged table or config in one; nothing is written.
     """
+    runs = [runs] if isinstance(runs, (str, Path)) else runs
     if not runs:
         raise UserError("runs: name at least one run folder")
     paths = list({expanded(run).resolve(): expanded(run) for run in runs}.values())

@@ -162,7 +162,7 @@ def _spread(numbers: Mapping[str, Any], sections: tuple[type, ...], out: Path) -
     given = {WORDS.get(key, key): value for key, value in numbers.items() if value is not None}
     for key, value in given.items():
         if key not in owners:
-            raise UserError(f"{key}: unknown argument{nearest(key, owners)}")
+            raise UserError(f"{key}: unknown argument{nearest(key, dict.fromkeys(NAMED.get(k, k) for k in owners))}")
         spread[owners[key]][key] = value
     spread[0] = divided(spread[0], spread[1])
     for key, word, section in (("max_steps", "steps", 1), ("batch_size", "batch_size", 0)):

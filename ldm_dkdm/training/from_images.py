@@ -37,6 +37,7 @@ from ldm_dkdm.files import content_sha256, expanded
 from ldm_dkdm.first_stage.codec import Codec, LatentCodec
 from ldm_dkdm.images import grid, save_image
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.model.arguments import require_model, require_path
 from ldm_dkdm.model.opening import refuse_in_pixel_space
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.modes import compiled, make_trainable
@@ -89,6 +90,8 @@ def train(
         UserError: images that do not fit the model, a bad value, or a folder that holds another run.
         Stopped: one of the signals; all is saved.
     """
+    require_model(model, "model")
+    require_path(out, "out")
     numbers = {"steps": steps, "batch_size": batch_size, "image_size": image_size, **options}
     refuse_beside(config, numbers)
     if config is None:

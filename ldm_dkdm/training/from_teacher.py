@@ -20,6 +20,7 @@ from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.model.arguments import require_model, require_path
 from ldm_dkdm.model.guidance import rows_of
 from ldm_dkdm.networks.modes import compiled, frozen_meanwhile, make_trainable, replayed, stored_in_bf16
 from ldm_dkdm.reporting import Progress, logger, size
@@ -72,8 +73,8 @@ def distill(
 
     Args:
         teacher: it is put in eval mode, and frozen meanwhile.
-        student: on the same states, for example `teacher.narrowed("60M")` or `DiffusionModel(net, like=teacher)`. Where
-            all its weights are frozen, all are trained; where some are, the others.
+        student: on the same states, for example `teacher.narrowed("60M")` or `DiffusionModel(net, like=teacher)`; made
+            trainable if all its weights are frozen.
         out: run folder.
         steps: optimizer steps. batch_size: states in a batch, per device.
         rho: the pool of `dynamic` has round(rho * T) * batch_size slots (the paper: 0.4 in pixel space, 4 on latents).
@@ -96,6 +97,7 @@ def distill(
         UserError: parts that do not fit, a bad value, or a folder that holds another run.
         Stopped: one of the signals; all is saved.
     """
+    _require_arguments(teacher, student, out)
     numbers = {"steps": steps, "batch_size": batch_size, "rho": rho, **options}
     refuse_beside(config, numbers)
     if config is None:
@@ -104,6 +106,13 @@ def distill(
     run = Run(config, RunFolder(expanded(out), config.MODEL), resume, progress, signals, go_on)
     with frozen_meanwhile(teacher.network):
         return _distil_in(run, teacher, student)
+
+
+def _require_arguments(teacher: object, student: object, out: object) -> None:
+    """Refuse arguments of another kind, by name."""
+    require_model(teacher, "teacher")
+    require_model(student, "student")
+    require_path(out, "out")
 
 
 def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Result:

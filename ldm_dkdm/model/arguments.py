@@ -1,0 +1,100 @@
+"""Arguments of Python calls: taken where it is clear what is meant, else refused by name."""
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ldm_dkdm.errors import UserError
+
+if TYPE_CHECKING:
+    from ldm_dkdm.model.diffusion_model import DiffusionModel
+
+
+def require_model(value: object, name: str) -> None:
+    """Refuse what is not a diffusion model.
+
+    Raises:
+        UserError: names the argument, and how a model is made of the value.
+    """
+    if hasattr(value, "sample_batches"):  # what the package asks of a model
+        return
+    advice = ""
+    if isinstance(value, nn.Module):
+        advice = "; make one with DiffusionModel(network, like=MODEL)"
+    elif isinstance(value, (str, PathLike)):
+        advice = "; open it with load_model(PATH)"
+    raise UserError(f"{name}: expected a DiffusionModel, got {_kind(value)}{advice}")
+
+
+def require_path(value: object, name: str) -> None:
+    """Refuse what is not a path.
+
+    Raises:
+        UserError: names the argument.
+    """
+    if not isinstance(value, (str, PathLike)):
+        raise UserError(f"{name}: expected a path, got {_kind(value)}")
+
+
+def require_network(network: object, like: object) -> None:
+    """Refuse what is not a network with weights of known shapes, and a model to be like that is none.
+
+    Raises:
+        UserError: names the argument.
+    """
+    if not isinstance(network, nn.Module):
+        raise UserError(f"network: expected an nn.Module called as (x, t, label), got {_kind(network)}")
+    if any(map(is_lazy, (*network.parameters(), *network.buffers()))):
+        raise UserError("network: it has lazy layers, whose weights have no shape; call it once on states first")
+    if like is not None:
+        require_model(like, "like")
+
+
+def fitting(
+    model: "DiffusionModel", x: Tensor, t: Tensor | int, label: Tensor | int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x in the number format of the model's network, t and label as tensors (B,).
+
+    Ranges are checked on the CPU only: a device is not waited for.
+
+    Raises:
+        UserError: names the argument that does not fit.
+    """
+    channels = model.shape[0]
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != channels:
+        raise UserError(f"x: expected states (B,{channels},H,W), got {_kind(x)}")
+    if x.dtype == torch.float64 and next(model.network.parameters(), x).dtype != torch.float64:
+        x = x.float()
+    if model.num_classes is not None and label is None:
+        raise UserError("label: missing; the model is class-conditional and needs the label of every state")
+    t = _whole_numbers(t, "t", x, model.schedule.num_timesteps)
+    if label is None or model.num_classes is None:
+        return x, t, label if label is None else _whole_numbers(label, "label", x, None)
+    rows = max(model.num_classes, 0 if model.null_label is None else model.null_label + 1)
+    return x, t, _whole_numbers(label, "label", x, rows)
+
+
+def _whole_numbers(value: object, name: str, x: Tensor, end: int | None) -> Tensor:
+    """A tensor (B,) of whole numbers 0 ... end - 1, one for each state x."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = torch.tensor(value, device=x.device)
+    if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
+        raise UserError(f"{name}: expected whole numbers (B,) as a tensor, got {_kind(value)}")
+    value = value.expand(len(x)) if value.ndim == 0 else value
+    if value.shape != x.shape[:1]:
+        raise UserError(f"{name}: expected one number for each of {len(x)} states, got {_kind(value)}")
+    if end is not None and value.device.type == "cpu" and len(value):
+        least, most = int(value.min()), int(value.max())
+        if least < 0 or most >= end:
+            raise UserError(f"{name}: {least if least < 0 else most} is outside 0 ... {end - 1}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for a message."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return "None" if value is None else f"a value of type {type(value).__name__}"

@@ -1,0 +1,99 @@
+"""Wrong arguments of Python calls end in one `UserError` that names the argument; clear ones are taken."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ldm_dkdm as dkdm
+from ldm_dkdm.networks import DiT
+
+SCHEDULE = dkdm.NoiseSchedule("cosine", 20)
+X, T = torch.zeros(2, 3, 8, 8), torch.tensor([0, 19])
+
+
+def dit() -> DiT:
+    return DiT(8, in_channels=3, hidden_size=32, depth=1, num_heads=2, num_classes=3, learn_sigma=False)
+
+
+def model(network: nn.Module | None = None) -> dkdm.DiffusionModel:
+    return dkdm.DiffusionModel(network or dit(), schedule=SCHEDULE, space="pixel", shape=(3, 8, 8))
+
+
+MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
+    "module": (lambda: dkdm.distill(model(), dit(), "x", steps=1), "student: expected a DiffusionModel.*like="),
+    "path": (lambda: dkdm.distill("x", model(), "x", steps=1), "teacher: expected a DiffusionModel.*load_model"),
+    "out": (lambda: dkdm.distill(model(), model(), None, steps=1), "out: expected a path, got None"),
+    "trained": (lambda: dkdm.train(dit(), "x", "x", steps=1), "model: expected a DiffusionModel"),
+    "evaluated": (lambda: dkdm.evaluate("x", model()), "student: expected a DiffusionModel"),
+    "list": (lambda: dkdm.measure([1], [1], features="pixels"), "samples: expected a DiffusionModel, images"),
+    "load": (lambda: dkdm.load_model(None), "path: expected a path, got None"),
+    "function": (lambda: model(lambda x, t, label=None: x), "network: expected an nn.Module"),
+    "lazy": (lambda: model(nn.LazyConv2d(3, 1)), "network: it has lazy layers"),
+    "stepz": (lambda: dkdm.distill(model(), model(), "x", stepz=3), "stepz: unknown argument; did you mean 'steps'"),
+    "report": (lambda: dkdm.write_report("nowhere/x", "r.html"), "nowhere/x"),
+    "no label": (lambda: model().predict(X, T), "label: missing"),
+    "label": (lambda: model().predict(X, T, torch.tensor([0, 7])), r"label: 7 is outside 0 \.\.\. 3"),
+    "t": (lambda: model().predict(X, torch.tensor([0, -1]), T * 0), r"t: -1 is outside 0 \.\.\. 19"),
+    "t of floats": (lambda: model().predict(X, T.float(), T * 0), "t: expected whole numbers"),
+    "x": (lambda: model().predict(X[:, :2], T, T * 0), r"x: expected states \(B,3,H,W\)"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_wrong_argument_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    call, words = MISTAKES[name]
+    with pytest.raises(dkdm.UserError, match=words):
+        call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_for_all_states_float64_states_and_arrays_are_taken(tmp_path: Path) -> None:
+    own = model()
+    nn.init.normal_(own.network.final_layer.linear.weight)
+    whole = own.predict(X + 1, torch.tensor([3, 3]), torch.tensor([1, 1]))
+    assert torch.equal(own.predict(X.double() + 1, 3, 1).eps, whole.eps)
+    images = np.random.default_rng(0).integers(256, size=(2, 70, 8, 8, 3), dtype=np.uint8)
+    found = [
+        dkdm.measure(*sets, metrics=metrics, features="pixels", cache=tmp_path).figures
+        for sets, metrics in ((images, "kid"), (torch.from_numpy(images), ["kid"]))
+    ]
+    assert found[0] == found[1]
+    np.savez(tmp_path / "x.npz", arr_0=np.moveaxis(images[0], -1, 1))
+    with pytest.raises(dkdm.UserError, match=r"x.npz: arr_0 is uint8 \(70, 3, 8, 8\), which looks like \(N,C,H,W\)"):
+        dkdm.measure(tmp_path / "x.npz", images[1], metrics="kid", features="pixels", cache=tmp_path)
+
+
+class Recording(nn.Module):
+    """A network that hands over a record, as diffusers' do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> object:
+        return type("Output", (), {"sample": self.inner(x)})()
+
+
+def test_the_record_of_a_network_is_opened_in_every_call() -> None:
+    own = model(Recording())
+    with torch.no_grad():
+        assert torch.equal(own.predict(X + 1, T).eps, own.network(X + 1, T).sample)
+
+
+def test_samples_are_the_same_under_another_default_dtype_and_without_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = model()
+    nn.init.normal_(own.network.final_layer.linear.weight)
+    usual = own.sample(2, steps=2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(own.sample(2, steps=2), usual)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert torch.equal(own.sample(2, steps=2, progress=True), usual)
