@@ -275,31 +275,3 @@ def test_a_folder_that_describes_itself_replaces_a_recipe_s_teacher(
     config = load_config("configs/celebahq256.yaml", [f"teacher.ckpt={tmp_path}", "diffusion.num_timesteps=50"])
     with pytest.raises(UserError, match=r"diffusion.num_timesteps: 50"):
         open_teacher(config)
-
-
-def test_shards_and_descriptions_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline(tmp_path / "pipe", max_shard_size="1MB")
-    unet = tmp_path / "pipe" / "unet"
-    index = unet / f"{NAME}.safetensors.index.json"
-    assert run_script("inspect_checkpoint.py", index) == 0 and "index of " in capsys.readouterr().out
-    shard = next(unet.glob("*-00001-of-*"))
-    for path, words in (
-        (shard, f"is one of several shards; name their index, {index}"),
-        (unet / "config.json", f"name its folder, {unet}"),
-        (tmp_path / "pipe" / "model_index.json", f"name its folder, {tmp_path / 'pipe'}"),
-    ):
-        with pytest.raises(UserError, match=f"{path}: .*{words}$"):
-            load_model(path)
-
-
-def test_what_a_pipeline_lacks_is_named(tmp_path: Path) -> None:
-    pipeline(tmp_path / "pipe")
-    weights = tmp_path / "pipe" / "unet" / f"{NAME}.safetensors"
-    weights.unlink()
-    weights.symlink_to("/nonexistent/blob")
-    with pytest.raises(UserError, match=f"unet: {NAME}.safetensors is a link to /nonexistent/blob, which is missing"):
-        load_model(tmp_path / "pipe")
-    index = tmp_path / "pipe" / "model_index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "vqvae": ["diffusers", "VQModel"]}))
-    with pytest.raises(UserError, match=r"vqvae: is missing; the pipeline's model_index\.json lists this first stage"):
-        FirstStageSource(tmp_path / "pipe").codec()

@@ -247,8 +247,7 @@ class Run:
         windows = Windows(self.config.logging.log_every)
         _keep_best(ends, callbacks)
         if measuring is not None:
-            hearing = [windows, *ends, *callbacks]
-            measuring.listeners = [found.measured for found in hearing if hasattr(found, "measured")]
+            measuring.listeners = [c.measured for c in (windows, *ends, *callbacks) if hasattr(c, "measured")]
         first = [measuring] if measuring is not None else []
         if latest is not None and is_first_rank():
             set_aside(self.folder.checkpoints, latest)
