@@ -54,6 +54,13 @@ def test_other_ways_to_a_command(words: tuple[str, ...]) -> None:
     assert done.returncode == 2 and done.stderr.startswith(b"error: nowhere: ")
 
 
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = started("inspect", "x", before=f"import os; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r}); ")
+    assert (done.returncode, done.stderr) == (2, b"error: the working folder was deleted; change to another one (cd)\n")
+
+
 def test_ctrl_c_in_an_import_is_no_traceback() -> None:
     press = (
         "import signal, sys\n"

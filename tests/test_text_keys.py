@@ -187,12 +187,36 @@ def test_home_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.Monk
     assert expanded("~nobody-of-that-name/x") == Path("~nobody-of-that-name/x")
 
 
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("$HOME/runs", "variables of a shell"),
+        ("a/$USER/b", "variables of a shell"),
+        ("~nobody-of-that-name/x", "no such user"),
+    ],
+)
+def test_what_only_a_shell_replaces_in_a_path_is_refused(
+    path: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/of")
+    for key in ("logging.dir", "teacher.ckpt"):
+        with pytest.raises(UserError, match=rf"{key}: .*{words}.*oc\.env:HOME"):
+            config(tmp_path, "", f"{key}={path}")
+    assert config(tmp_path, "", "logging.dir=${oc.env:HOME}/runs").logging.dir == "/home/of/runs"
+    (tmp_path / path).mkdir(parents=True)
+    assert config(tmp_path, "", f"logging.dir={path}").logging.dir == path
+
+
 def test_a_run_folder_that_lightning_reads_otherwise_is_refused() -> None:
     for path in ("logs/a::b", "data:x/run"):
         with pytest.raises(UserError, match=r"logging: .*change logging\.dir or logging\.name"):
             require_plain(RunFolder(Path(path)).path)
     with pytest.raises(UserError, match=r"logging\.name: '~/x' must be a folder below"):
         run_folder(LoggingConfig(name="~/x"), "default", DistillRun)
+    with pytest.raises(UserError, match=r"logging\.name: 'a/ééé.*' is longer than the 255 bytes"):
+        run_folder(LoggingConfig(name="a/" + "é" * 128), "default", DistillRun)
+    run_folder(LoggingConfig(name="é" * 127), "default", DistillRun)
 
 
 def test_an_override_longer_than_a_file_name_is_an_override(tmp_path: Path) -> None:

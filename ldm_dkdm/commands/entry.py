@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -10,12 +11,22 @@ def main(command: str | None = None) -> None:
     """Run the process's command line, as `commands.main.main` does, and exit."""
     try:
         _open_streams()
+        _require_folder()
         from ldm_dkdm.commands.main import main as run
 
         run(command)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _require_folder() -> None:
+    """End where the working folder was deleted: torch's libraries do not load there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        print("error: the working folder was deleted; change to another one (cd)", file=sys.stderr)
+        sys.exit(2)
 
 
 def _open_streams() -> None:

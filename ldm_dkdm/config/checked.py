@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ldm_dkdm.config.other_names import advice
+from ldm_dkdm.config.text_paths import path_of
 from ldm_dkdm.errors import UserError, closest
-from ldm_dkdm.files import expanded
 
 T = TypeVar("T", bound="Section")
 LARGEST = 2**63  # every integer accepted is smaller
@@ -190,7 +190,7 @@ def _field_value(hint: Any, metadata: Mapping[str, Any], value: Any, where: str)
     """The converted value of a field, within the limits of its metadata."""
     value = convert(hint, value, where)
     if isinstance(value, str) and metadata.get("path"):
-        value = str(expanded(value)) if value.startswith("~") else value
+        value = path_of(value, where)
     if value is not None and "table" in metadata:
         for name in value if isinstance(value, tuple) else (value,):
             _require_choice(name, names_of(metadata["table"]), where)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ IN_MEMORY = "a model made in Python"  # begins the name of a teacher without a f
 PLACE = ("logging.name", "logging.dir")  # keys in FREE that say where a run is, which a resume does not move
 POINTERS = ("teacher.ckpt", "first_stage.ckpt", "loss.perceptual_backbone")  # paths; a hash says whether they changed
 IMAGES = ("data.path", "data.synthetic", "data.held_out")  # paths, which a resume neither adds nor leaves out
+LONGEST_NAME = 255  # bytes, on the file systems in use
 PENDING = ".pending"  # end of the name of a checkpoint without its model
 _NAME = re.compile(r"step=(\d+)\.ckpt")
 
@@ -270,8 +272,14 @@ def require_plain(path: Path) -> None:
 
 
 def run_folder(log: LoggingConfig, default_name: str, schema: type[RunConfig]) -> RunFolder:
-    """logs/<name>; the name is that of the --base files, joined by +, unless the config gives one."""
+    """logs/<name>; the name is that of the --base files, joined by +, unless the config gives one.
+
+    Raises:
+        UserError: a name that no folder below logging.dir has.
+    """
     name = log.name or default_name
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(name).parts):
+        raise UserError(f"logging.name: '{legible(name, 40)}' is longer than the {LONGEST_NAME} bytes of a file's name")
     if Path(name).is_absolute() or name.startswith("~") or ".." in Path(name).parts or not Path(name).parts:
         raise UserError(f"logging.name: '{name}' must be a folder below {log.dir}; logging.dir says where that is")
     return RunFolder(Path(log.dir) / name, schema.MODEL)
