@@ -19,7 +19,7 @@ SECONDS_BETWEEN_LINES = 60.0
 
 
 def on_terminal() -> bool:
-    """Whether stderr is a terminal, where a progress bar can redraw itself; a closed stderr is none."""
+    """Whether stderr is a terminal, where a progress bar can redraw itself; a closed stderr is not."""
     return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ldm_dkdm.training.resuming import Choice
 from tests.cli import contents, run_script, write_yaml
 from tests.digits import LOGGING as DIGITS_LOGGING
 from tests.digits import PIXEL, TRAINER, UNET
@@ -89,7 +90,10 @@ def test_what_a_run_would_refuse_is_refused(digits: Path, tmp_path: Path, capsys
     assert not (tmp_path / "planned").exists()
 
 
-def test_a_run_of_an_older_version_goes_on_with_a_key_without_effect(digits: Path, tmp_path: Path, capsys) -> None:
+def test_a_run_of_an_older_version_goes_on_with_a_key_without_effect(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(Choice, "state_dict", lambda choice: {})  # which did not store its configuration
     config = {
         "model": {"target": "ldm_dkdm.networks.UNet", "params": {**UNET, "out_channels": 3}},
         "diffusion": PIXEL,

@@ -39,7 +39,6 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "no label": (lambda: model().predict(X, T), "label: missing"),
     "label": (lambda: model().predict(X, T, torch.tensor([0, 7])), r"label: 7 is outside 0 \.\.\. 3"),
     "t": (lambda: model().predict(X, torch.tensor([0, -1]), T * 0), r"t: -1 is outside 0 \.\.\. 19"),
-    "t of floats": (lambda: model().predict(X, T.float(), T * 0), "t: expected whole numbers"),
     "x": (lambda: model().predict(X[:, :2], T, T * 0), r"x: expected states \(B,3,H,W\)"),
 }
 

@@ -49,7 +49,7 @@ def read(source: Source) -> Contents:
         UserError: a missing or unreadable file, or one without a diffusion model; says what it holds.
     """
     with blaming(source.path):
-        _ = source.kind  # refuses what is no file of weights
+        _ = source.kind  # refuses a file of another kind than weights
         asked = sorted(FORMATS.values(), key=lambda format: format in ANYWHERE)
         found = next((format for format in asked if format.recognises(source)), None)
         if found is None:

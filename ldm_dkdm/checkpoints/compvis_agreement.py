@@ -36,7 +36,7 @@ def require_agreement(
     if classes is not None and plain(classes) != own:
         raise _differs(config, "unet_config.params.num_classes", f"the UNet of {checkpoint} has {own or 'no labels'}")
     channels = config.model.get("channels")
-    if channels is not None and channels != shown["in_channels"]:
+    if channels is not None and str(channels) != str(shown["in_channels"]):
         raise _differs(config, "channels", f"the UNet of {checkpoint} has {shown['in_channels']}")
     _require_conditioning(config, own, checkpoint)
     given, stored = config.scale_factor, _number(stored_scale)  # without scale_by_std CompVis's code stores none
@@ -52,10 +52,10 @@ def _require_target(config: CompVisConfig) -> None:
 
 
 def _require_conditioning(config: CompVisConfig, classes: int | None, checkpoint: Path) -> None:
-    """Refuse a condition that the UNet does not take; CompVis's code reads no key of a cross-attention beside none."""
+    """Refuse a condition that the UNet does not take; CompVis's code drops the key of an unconditional model."""
     own = (None,) if classes is None else (None, "adm")
-    unread = ("crossattn",) if config.model.get("cond_stage_config") == UNCONDITIONAL else ()
-    if config.model.get("conditioning_key") not in (*own, *unread):
+    unconditional = config.model.get("cond_stage_config") == UNCONDITIONAL
+    if not unconditional and config.model.get("conditioning_key") not in own:
         raise _differs(config, "conditioning_key", f"the UNet of {checkpoint} takes no such condition")
 
 

@@ -19,6 +19,7 @@ from ldm_dkdm.diffusion.clipping import Clipping
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.pixel import SPACES
+from ldm_dkdm.reporting import logger
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ class Contents:
             found = self.raw if self.ema is None else self.ema
         else:
             found = self.ema if wanted else self.raw
+        if found is None and hints.sections and not wanted and said_of_file(self.file):  # a run may have begun with it
+            logger.warning(f"{key}: false, but {self.path} holds EMA weights only, as its name says; they are used")
+            return self.ema or self.raw or {}
         if found is None:
             has, value, kind = ("no EMA weights", "false", "the EMA") if wanted else ("EMA weights only", "true", "raw")
             named = ", as its name says" if said_of_file(self.file) is (not wanted) else ""

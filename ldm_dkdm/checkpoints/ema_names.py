@@ -5,8 +5,9 @@ from pathlib import Path
 
 # Words of a name: model_ema, modelEMA, EMAModel, UNetEMA; digits are words, so that `no_3_ema` is not `no ema`.
 WORD = re.compile(r"EMA(?=U?[A-Z][a-z]|[^A-Z]|$)|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-OTHER = "dit|model|net|network|only|params|unet|weights"  # words that are written together with ema: emaonly, netema
-AVERAGED = rf"(?:{OTHER})?emas?(?:{OTHER})?|averag(?:e|ed|es|ing)|avg|shadows?|swa"
+# words that are written together with ema: emaonly, netema
+OTHER = "denoiser|dict|diffusion|dit|helper|model|net|network|only|params|state|unet|weights|wrapper"
+AVERAGED = rf"(?:{OTHER})?emas?(?:{OTHER})*|(?:averag(?:e|ed|es|ing)|avg|shadows?|swa)(?:{OTHER})?"
 NEGATIONS = "no|non|not|without|wo"
 ONLINE = "online"  # lucidrains' name of the raw weights within its EMA
 STEP = re.compile(r"(?P<kind>model|ema_[\d.]+_)(?P<step>\d+)")  # guided-diffusion's files of one step

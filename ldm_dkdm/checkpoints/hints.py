@@ -90,8 +90,9 @@ class Hints:
                 continue
             stored = shown.get(key)
             listed = _listed(value) if isinstance(stored, (list, tuple)) else value
-            same_sets = key == FACTORS and isinstance(listed, (list, tuple)) and set(listed) == set(stored or ())
-            params[key] = stored if same_sets else listed  # their order has no meaning
+            sets = [{*map(str, items)} for items in (listed, stored) if isinstance(items, (list, tuple))]
+            same = key == FACTORS and len(sets) == 2 and sets[0] == sets[1]
+            params[key] = stored if same else listed  # their order has no meaning
         return replace(self, params=params)
 
     def require_known(self, parameters: Collection[str], target: str, shown: Mapping[str, Any]) -> None:

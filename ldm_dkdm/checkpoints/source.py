@@ -79,7 +79,7 @@ class Source:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of a file in its usual part, without what wrappers leave in their names."""
-        return {} if self.kind == "folder" else self.part(None)
+        return {} if self.kind in ("folder", "index") else self.part(None)
 
     def weights(self, signature: tuple[str, str]) -> Weights:
         """The network with two given names anywhere in a file, and its EMA; see `find_weights`."""

@@ -60,7 +60,7 @@ def weights_in(folder: Path) -> Path:
 
 
 def holds_weights(folder: Path, others: Collection[str] = ()) -> bool:
-    """Whether a folder holds any weights file; those named `others` are none."""
+    """Whether a folder holds any weights file but those named `others`."""
     found = (path for pattern in (*STANDARD, *OTHERS) for path in folder.glob(pattern) if path.name not in others)
     return any(map(_may_be_weights, found))
 

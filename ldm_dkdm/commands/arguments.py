@@ -28,7 +28,7 @@ from ldm_dkdm.config.schema import (
     TeacherConfig,
     TrainerConfig,
 )
-from ldm_dkdm.device import started
+from ldm_dkdm.device import is_first_rank, started
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import exists, expanded
 from ldm_dkdm.training.finding import find_run, given_paths
@@ -103,13 +103,17 @@ def read_training_call(options: argparse.Namespace, schema: type[T]) -> Training
         folder = find_run(options.resume, schema, _logs(overrides))
         config = given_paths(load_config(folder.path / "config.yaml", overrides, schema, of_run=True), folder.path)
         check_run(config, folder, resumed=True)
-        folder.require_no_model()
+        if is_first_rank():  # a rank that starts later sees what this one has tidied
+            folder.require_no_model()
         return TrainingCall(config, folder, True)
     if not files:
         names = ", ".join(name for name in recipe_names() if "/" not in name)
         raise UserError(f"--base: name at least one config file or recipe, for example --base quickstart ({names})")
-    config = load_config(files, overrides, schema)
-    return TrainingCall(config, run_folder(config.logging, "+".join(Path(f).stem for f in files), schema), False)
+    config = load_config(files, overrides, schema, of_run=True)
+    folder = run_folder(config.logging, "+".join(Path(f).stem for f in files), schema)
+    if not (folder.path / "config.yaml").is_file():
+        load_config(files, overrides, schema)  # refuses keys without effect; the run of an older version goes on
+    return TrainingCall(config, folder, False)
 
 
 def _logs(overrides: Sequence[str]) -> Path:

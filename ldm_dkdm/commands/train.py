@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ldm_dkdm.commands.arguments import (
     SIGNALS,
@@ -23,6 +24,9 @@ from ldm_dkdm.config.checked import hints_of
 from ldm_dkdm.config.load import read_overrides
 from ldm_dkdm.config.schema import DiffusionRun
 from ldm_dkdm.device import is_first_rank
+
+if TYPE_CHECKING:
+    from ldm_dkdm.model import DiffusionModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +57,7 @@ def run(options: argparse.Namespace) -> None:
     go_on = how_to_go_on("train", out)
     with dotted_keys("trainer", "logging"):
         model = new_model(_located(call), out)
+        _require_effect(call, model)
         result = train(model, config.data, out, config=config, resume=call.resumed, signals=SIGNALS, go_on=go_on)
     if is_first_rank():
         print(f"model: {result.model.path}")
@@ -73,6 +78,15 @@ def _located(call: TrainingCall[DiffusionRun]) -> DiffusionRun:
     return replace(config, model=located_paths(config.model, run), data=located_paths(config.data, run))
 
 
+def _require_effect(call: TrainingCall[DiffusionRun], model: "DiffusionModel") -> None:
+    """Refuse a variance that the network to train replaces by its own; the run of an older version goes on with it."""
+    from ldm_dkdm.distillation.make_student import require_fixed_variance
+    from ldm_dkdm.model.opening import learns_variance
+
+    if learns_variance(model.network) and not (call.folder.path / "config.yaml").is_file():
+        require_fixed_variance(call.config.diffusion)
+
+
 def _plan(call: TrainingCall[DiffusionRun]) -> None:
     from ldm_dkdm.device import default_device, resolve_precision
     from ldm_dkdm.training.from_images import new_model
@@ -80,6 +94,7 @@ def _plan(call: TrainingCall[DiffusionRun]) -> None:
 
     config = _located(call)
     model = new_model(config, call.folder.path)
+    _require_effect(call, model)
     model.precision = resolve_precision(config.trainer.precision, default_device(config.trainer.accelerator))
     parts = plan_training(model, config, call.resumed)
     print_plan(training_costs(parts), lambda: training_time(parts))

@@ -1,4 +1,4 @@
-"""Refuse keys of a configuration, or hints, that another one of the same user leaves without effect."""
+"""Refuse keys of a configuration, or hints, that another key or hint leaves without effect."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -210,9 +210,8 @@ def _shared(path: Path, hint: Any = None) -> DictConfig:
     return node
 
 
-@functools.lru_cache(
-    maxsize=32
-)  # a command reads a model's config several times, and a copy takes a third of a reading
+# a command reads a model's config several times, and a copy takes a third of a reading
+@functools.lru_cache(maxsize=32)
 def _loaded(text: str) -> Any:
     """The content of a YAML text; None where it is a number alone."""
     try:

@@ -97,7 +97,7 @@ def require_set(path: Path, what: str = "the path of a set of images") -> None:
 def is_model(path: Path) -> bool:
     """Whether a path is opened as a diffusion model: any but an .npz, a first stage, and a folder without weights.
 
-    The latents in an output of `dkdm sample` are no weights.
+    The latents in an output of `dkdm sample` do not count as weights.
     """
     if is_npz(path) or _is_first_stage(path):
         return False

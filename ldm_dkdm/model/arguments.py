@@ -3,11 +3,13 @@
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.networks import DiT, UNet
 
 if TYPE_CHECKING:
     from ldm_dkdm.model.diffusion_model import DiffusionModel
@@ -40,7 +42,7 @@ def require_path(value: object, name: str) -> None:
 
 
 def require_network(network: object, like: object) -> None:
-    """Refuse what is not a network with weights of known shapes, and a model to be like that is none.
+    """Refuse what is not a network with weights of known shapes, and a `like` of another kind than a model.
 
     Raises:
         UserError: names the argument.
@@ -58,35 +60,33 @@ def fitting(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x in the number format of the model's network, t and label as tensors (B,).
 
-    Ranges are checked on the CPU only: a device is not waited for.
+    Ranges are checked on the CPU only: a device is not waited for. A label of another package's network may be any.
 
     Raises:
         UserError: names the argument that does not fit.
     """
-    channels = model.shape[0]
-    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != channels:
-        raise UserError(f"x: expected states (B,{channels},H,W), got {_kind(x)}")
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != model.shape[0]:
+        raise UserError(f"x: expected states (B,{model.shape[0]},H,W), got {_kind(x)}")
     if x.dtype == torch.float64 and next(model.network.parameters(), x).dtype != torch.float64:
         x = x.float()
-    if model.num_classes is not None and label is None:
+    t = _one_each(t, "t", x, model.schedule.num_timesteps)
+    if model.num_classes is None or not isinstance(model.network, (DiT, UNet)):
+        return x, t, torch.tensor(label, device=x.device).expand(len(x)) if isinstance(label, int) else label
+    if label is None:
         raise UserError("label: missing; the model is class-conditional and needs the label of every state")
-    t = _whole_numbers(t, "t", x, model.schedule.num_timesteps)
-    if label is None or model.num_classes is None:
-        return x, t, label if label is None else _whole_numbers(label, "label", x, None)
-    rows = max(model.num_classes, 0 if model.null_label is None else model.null_label + 1)
-    return x, t, _whole_numbers(label, "label", x, rows)
+    return x, t, _one_each(label, "label", x, model.num_classes + 1)  # the last one stands for no class
 
 
-def _whole_numbers(value: object, name: str, x: Tensor, end: int | None) -> Tensor:
-    """A tensor (B,) of whole numbers 0 ... end - 1, one for each state x."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = torch.tensor(value, device=x.device)
-    if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
+def _one_each(value: object, name: str, x: Tensor, end: int) -> Tensor:
+    """A tensor (B,) of numbers 0 ... end - 1, one for each state x."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        value = torch.tensor(int(value), device=x.device)
+    if not isinstance(value, Tensor):
         raise UserError(f"{name}: expected whole numbers (B,) as a tensor, got {_kind(value)}")
     value = value.expand(len(x)) if value.ndim == 0 else value
     if value.shape != x.shape[:1]:
         raise UserError(f"{name}: expected one number for each of {len(x)} states, got {_kind(value)}")
-    if end is not None and value.device.type == "cpu" and len(value):
+    if value.device.type == "cpu" and len(value):
         least, most = int(value.min()), int(value.max())
         if least < 0 or most >= end:
             raise UserError(f"{name}: {least if least < 0 else most} is outside 0 ... {end - 1}")

@@ -42,16 +42,13 @@ class DiffusionModel:
     Args:
         network: nn.Module (x (B,C,H,W), t (B,), label (B,) or None) -> (B,C,H,W), or (B,2C,H,W) with a learned
             variance (learned-range, Improved DDPM, Eq. 15); diffusers' UNet2DModel too, whose record is opened.
-        like: another model, which supplies the arguments below that are not given.
+        like: a model that supplies what is not given. node: target and params of the network; default: as it was built.
         schedule: the forward process; its `steps_offset` and `set_alpha_to_one` follow from the space.
         parameterization: what the network predicts, one of PARAMETERIZATIONS. space: of the states, one of SPACES.
         shape: (C,H,W) of a state; default: the network's (`in_channels`, `image_size`).
-        num_classes: size of the label table, null label excluded; None for an unconditional model.
-        null_label: the label for no class; default: the network's.
+        num_classes: size of the label table, null label excluded; None: no labels. null_label: default: the network's.
         first_stage: path of a latent model's first stage. info: facts for the model card.
-        node: target and params that rebuild the network; default: those that it was built from.
-        guidance: weight of classifier-free guidance in every prediction; 1: no guidance.
-        precision: `auto`, `bf16` or `32`, of predictions without gradients.
+        guidance: weight of classifier-free guidance, 1: none. precision: `auto`, `bf16` or `32`, without gradients.
 
     Attributes:
         diffusion, schedule: the forward process as a config section, and as a `NoiseSchedule`.
@@ -174,15 +171,18 @@ class DiffusionModel:
         x_0 = clipping_of(self.diffusion)(means.x_0(self.schedule, x, t, output))
         return Prediction(means.eps(self.schedule, x, t, output), x_0, fraction)
 
-    @torch.no_grad()
     def predict(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
         """eps and x_0 at states x (B,C,H,W), timesteps t (B,), labels (B,): one call in eval mode, no gradients."""
+        return self._call(*fitting(self, x, t, label))
+
+    @torch.no_grad()
+    def _call(self, x: Tensor, t: Tensor, label: Tensor | None) -> Prediction:
         with in_eval_mode(self.network), autocast(resolve_precision(self.precision, x.device), x.device):
-            return self(*fitting(self, x, t, label))
+            return self(x, t, label)
 
     def step(self, batch: NoisyBatch, noise: Tensor, stride: int | Tensor = 1) -> tuple[Prediction, Tensor]:
         """The prediction at x_t and, from the SAME call, x_{t-stride} (DKDM, dynamic iterative distillation)."""
-        prediction = self.predict(batch.x, batch.t, batch.label)
+        prediction = self._call(batch.x, batch.t, batch.label)
         return prediction, reverse_step(self.schedule, batch.x, batch.t, prediction, noise, stride)
 
     def draw_labels(self, count: int, generator: torch.Generator) -> Tensor | None:

@@ -28,7 +28,6 @@ from ldm_dkdm.distillation.make_student import (
     check_loss,
     load_initial,
     require_call,
-    require_fixed_variance,
     require_variance,
 )
 from ldm_dkdm.distillation.module import StudentModule
@@ -227,11 +226,8 @@ def require_trainable(model: DiffusionModel, config: DiffusionRun, resumed: bool
         UserError: the key that does not fit.
     """
     check_loss(config.loss, model.schedule)
-    learned = require_call(model)
-    if not learned and not resumed:
+    if not require_call(model) and not resumed:
         require_variance(config.loss)
-    if learned and not resumed:
-        require_fixed_variance(config.diffusion)
     steps_within(config.logging, "sample_steps", model.schedule.num_timesteps)
     network = model.network
     inputs, outputs = model.shape[0], getattr(network, "out_channels", model.shape[0])

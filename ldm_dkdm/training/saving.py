@@ -70,15 +70,17 @@ class RunCheckpoint(StepCallback):
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs."""
         best = {"best": self.best, "best_step": float(self.best_step), "best_by": self.config.best_by}
-        return {**best, "keep_every": self.config.keep_every}
+        return {**best, "keep_every": self.config.keep_every, "kept": sorted(self.kept_before)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best; a value of another figure says nothing, and the next measurement is the best so far."""
         if state_dict.get("best_by", "agreement") == self.config.best_by:
             self.best, self.best_step = state_dict["best"], int(state_dict["best_step"])
         found, every = [step_of(checkpoint) for checkpoint in checkpoints(self.folder)], state_dict.get("keep_every")
-        kept = {*found[:-KEPT], *(step for step in found if every and step % every == 0), int(state_dict["best_step"])}
-        self.kept_before = kept - ({self.best_step} if self.config.keep_best else set())  # a better one may replace it
+        best, older = int(state_dict["best_step"]), {*found[:-KEPT]} - {self.best_step}  # of versions without "kept"
+        self.kept_before = {*state_dict.get("kept", older), *(step for step in found if every and step % every == 0)}
+        if not self.config.keep_best or best != self.best_step:
+            self.kept_before.add(best)
 
     def save(self, trainer: L.Trainer) -> None:
         """Write this step's checkpoint unless it is there already."""
@@ -153,7 +155,8 @@ def sweep(folder: Path) -> None:
     """Remove what killed writers left in a run's folder, which must be locked; other processes may write there too."""
     for left in folder.glob(".*"):
         if left.name.endswith(PENDING):  # the process that has the lock alone writes it, and not now
-            left.unlink(missing_ok=True)
+            if checkpoints(folder):  # without any it tells a first save that was killed from checkpoints that are gone
+                left.unlink(missing_ok=True)
         elif TEMPORARY.fullmatch(left.name):
             remove_abandoned(left)
 
