@@ -155,7 +155,8 @@ def sweep(folder: Path) -> None:
     """Remove what killed writers left in a run's folder, which must be locked; other processes may write there too."""
     for left in folder.glob(".*"):
         if left.name.endswith(PENDING):  # the process that has the lock alone writes it, and not now
-            if checkpoints(folder):  # without any it tells a first save that was killed from checkpoints that are gone
+            # without checkpoints it tells a first save that was killed from checkpoints that are gone
+            if folder.name != "checkpoints" or checkpoints(folder):
                 left.unlink(missing_ok=True)
         elif TEMPORARY.fullmatch(left.name):
             remove_abandoned(left)
