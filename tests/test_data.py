@@ -81,7 +81,7 @@ def test_numbers_at_any_level_of_folders_are_the_classes(names: dict[str, int], 
     [
         (["0/5", "1/6"], "{0}/0/5 may be class 0 or 5"),
         (["3/a", "3/b"], "{0}/3/a and {0}/3/b are both class 3"),
-        (["12345678901234567890", "2"], "{0}/12345678901234567890 is named by a number that is no class"),
+        (["12345678901234567890", "2"], "{0}/12345678901234567890 is named by a number too large for a class"),
     ],
 )
 def test_unclear_numbers_of_folders_give_no_labels_and_a_reason(names: list[str], reason: str, tmp_path: Path) -> None:

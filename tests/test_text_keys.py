@@ -192,7 +192,7 @@ def test_home_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.Monk
     [
         ("$HOME/runs", "variables of a shell"),
         ("a/$USER/b", "variables of a shell"),
-        ("~nobody-of-that-name/x", "no such user"),
+        ("~nobody-of-that-name/x", "does not exist"),
     ],
 )
 def test_what_only_a_shell_replaces_in_a_path_is_refused(

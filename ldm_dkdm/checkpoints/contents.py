@@ -90,9 +90,9 @@ class Contents:
             found = self.raw if self.ema is None else self.ema
         else:
             found = self.ema if wanted else self.raw
-        if found is None and hints.sections and not wanted and said_of_file(self.file):  # a run may have begun with it
+        if self.ema is not None and found is None and hints.sections and said_of_file(self.file):
             logger.warning(f"{key}: false, but {self.path} holds EMA weights only, as its name says; they are used")
-            return self.ema or self.raw or {}
+            return self.ema  # a run of an older version may have begun with them
         if found is None:
             has, value, kind = ("no EMA weights", "false", "the EMA") if wanted else ("EMA weights only", "true", "raw")
             named = ", as its name says" if said_of_file(self.file) is (not wanted) else ""

@@ -214,12 +214,12 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
 
 
 def _allowed(config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """`UNET_FIXED` with other spellings: the usual width as a number, no attention where there is no middle block."""
+    """`UNET_FIXED` with other spellings of the same: the usual width as a number, attention left out with its block."""
     widths, found = config.get("block_out_channels"), dict(UNET_FIXED)
     if isinstance(widths, list) and widths and isinstance(widths[0], int):
         found["time_embedding_dim"] = None, 4 * widths[0]
     if config.get("mid_block_type", "") is None:
-        found["add_attention"] = True, False  # of the middle block alone
+        found["add_attention"] = True, False  # it concerns the middle block alone
     return found
 
 

@@ -11,7 +11,7 @@ AVERAGED = rf"(?:{OTHER})?emas?(?:{OTHER})*|(?:averag(?:e|ed|es|ing)|avg|shadows
 NEGATIONS = "no|non|not|without|wo"
 ONLINE = "online"  # lucidrains' name of the raw weights within its EMA
 STEP = re.compile(r"(?P<kind>model|ema_[\d.]+_)(?P<step>\d+)")  # guided-diffusion's files of one step
-FOLDER = "unet_ema"  # of the EMA in a diffusers trainer's checkpoint-N, whose file says nothing
+FOLDER = "unet_ema"  # folder of the EMA in a diffusers trainer's checkpoint-N; the file's own name does not say it
 
 
 def said_of(name: str) -> bool | None:

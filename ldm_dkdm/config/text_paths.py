@@ -17,6 +17,6 @@ def path_of(text: str, key: str) -> str:
     """
     path = str(expanded(text)) if text.startswith("~") else text
     if (path.startswith("~") or VARIABLE.search(path)) and not exists(path):
-        what = "there is no such user" if path.startswith("~") else "variables of a shell are not replaced here"
+        what = "this user does not exist" if path.startswith("~") else "variables of a shell are not replaced here"
         raise UserError(f"{key}: {text}: {what}; write ${{oc.env:HOME}}, or the path itself")
     return path

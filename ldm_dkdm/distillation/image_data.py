@@ -131,7 +131,7 @@ def _unclear(folders: Sequence[Path], numbers: Sequence[tuple[int, ...]]) -> str
         if differing := [other for other in others if other != number]:
             return f"{folder} may be class {number} or {differing[0]}; rename the folders of the other level"
         if number >= LABELS:
-            return f"{folder} is named by a number that is no class; name it by its class, from 0 on, or by a word"
+            return f"{folder} is named by a number too large for a class; name it by its class, from 0 on, or by a word"
         if owners.setdefault(number, folder) != folder:
             return (
                 f"{owners[number]} and {folder} are both class {number}; move the images of one class into one folder, "

@@ -12,7 +12,7 @@ from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.npz import array_names, opened_array, read_npz
 
 IMAGES = "arr_0"
-CHANNELS = (1, 3)  # of grey and RGB images
+CHANNELS = (1, 3)  # channel counts of grey and RGB images
 
 
 class NpzFile:

@@ -77,7 +77,7 @@ class RunCheckpoint(StepCallback):
         if state_dict.get("best_by", "agreement") == self.config.best_by:
             self.best, self.best_step = state_dict["best"], int(state_dict["best_step"])
         found, every = [step_of(checkpoint) for checkpoint in checkpoints(self.folder)], state_dict.get("keep_every")
-        best, older = int(state_dict["best_step"]), {*found[:-KEPT]} - {self.best_step}  # of versions without "kept"
+        best, older = int(state_dict["best_step"]), {*found[:-KEPT]} - {self.best_step}  # versions without "kept"
         self.kept_before = {*state_dict.get("kept", older), *(step for step in found if every and step % every == 0)}
         if not self.config.keep_best or best != self.best_step:
             self.kept_before.add(best)
