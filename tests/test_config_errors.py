@@ -79,7 +79,7 @@ EDITS = {
         {
             "distill.variant": "iterative",
             "distill.rho": GONE,
-            "distill.warmup": {"mode": "ddim", "steps": 5, "t_cap": 5.0},
+            "distill.warmup": {"t_cap": 5.0},
         },
         ("distill.warmup.t_cap", "iterative"),
     ),

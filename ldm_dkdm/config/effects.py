@@ -1,13 +1,59 @@
 """Refuse keys of a configuration, or hints, that another key or hint leaves without effect."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
 
 from ldm_dkdm.config.process_section import DiffusionConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.reporting import logger
 
 NETWORKS = ("teacher", "student", "model")  # sections with the parameters of a network
+FROM_SAMPLES = ("ddim", "dpm-solver++")  # warm-ups that add noise to samples
+
+
+class Idle(NamedTuple):
+    """Keys of one section that another key of it can leave without effect.
+
+    Attributes:
+        section: the dotted key of the section. keys: those that may be without effect. cause: the key that decides.
+        why: given the section of the run that has them all, the reason; empty where the keys have an effect.
+    """
+
+    section: str
+    keys: Sequence[str]
+    cause: str
+    why: Callable[[Any], str]
+
+
+def _by_mode(key: str, *honoured: str) -> Idle:
+    """A key of the warm-up that some modes read."""
+
+    def why(method: Any) -> str:
+        return "" if method.warmup.mode in honoured else f"with mode: {method.warmup.mode}"
+
+    return Idle("distill", (f"warmup.{key}",), "warmup.mode", why)
+
+
+def _by_variant(keys: Sequence[str], *honoured: str) -> Idle:
+    """Keys that some variants read."""
+
+    def why(method: Any) -> str:
+        return "" if method.variant in honoured else f"with variant: {method.variant}"
+
+    return Idle("distill", keys, "variant", why)
+
+
+IDLE = (
+    _by_variant(("rho",), "dynamic"),
+    _by_variant(("warmup.mode", "warmup.steps", "warmup.images", "warmup.batch_size"), "dynamic", "shuffled"),
+    _by_mode("steps", *FROM_SAMPLES),
+    _by_mode("images", *FROM_SAMPLES, "harvest"),
+    _by_mode("batch_size", *FROM_SAMPLES, "harvest", "ancestral"),
+    Idle("distill", ("discard_mode",), "discard", lambda method: "" if method.discard else "without discard"),
+    Idle("data", ("fraction",), "path", lambda data: "" if data.path else "without path"),
+)
 
 
 def idle_keys(config: DiffusionConfig) -> dict[str, str]:
@@ -69,6 +115,59 @@ def require_effects(tree: Mapping[str, Any], config: Any) -> None:
         params = getattr(getattr(config, section, None), "params", None) or {}
         if heads_without_effect(params):
             logger.warning(f"{section}.params.num_heads: has no effect beside num_head_channels; remove one of them")
+
+
+def require_heard(parts: Sequence[DictConfig], config: Any) -> None:
+    """Refuse keys that another one leaves without effect, unless that one was given after them.
+
+    So a recipe's warm-up may be replaced by one that needs fewer keys. A file that holds every key of the section is a
+    run's own and says nothing about what its user wanted.
+
+    Args:
+        parts: config files and overrides, each of which goes before those to its left.
+        config: the configuration that they mean.
+
+    Raises:
+        UserError: names the key and what stands in its way.
+    """
+    given_in: list[Any] = [OmegaConf.to_container(part, resolve=False) for part in parts]
+    for rule in IDLE:
+        section = getattr(config, rule.section, None)
+        why = "" if section is None else rule.why(section)
+        if not why:
+            continue
+        cause = _last(given_in, f"{rule.section}.{rule.cause}")
+        for name in rule.keys:
+            key = f"{rule.section}.{name}"
+            given = _last(given_in, key)
+            if given < max(cause, 0) or _is_whole(given_in[given], rule.section, section) or _is_default(section, name):
+                continue
+            raise UserError(f"{key}: has no effect {why}; remove it")
+
+
+def _last(parts: Sequence[Any], key: str) -> int:
+    """The place of the last part that gives a key; -1 where none does."""
+    return max((place for place, part in enumerate(parts) if _in(part, key) is not None), default=-1)
+
+
+def _in(part: Any, key: str) -> Any:
+    """The value of a dotted key; None where it is not given."""
+    for name in key.split("."):
+        part = part.get(name) if isinstance(part, Mapping) else None
+    return part
+
+
+def _is_whole(part: Mapping[str, Any], name: str, section: Any) -> bool:
+    """Whether a part gives every key of a section."""
+    return set(vars(section)) <= set(part[name])
+
+
+def _is_default(section: Any, name: str) -> bool:
+    """Whether a key has its default."""
+    for inner in name.split(".")[:-1]:
+        section = getattr(section, inner)
+    key = name.rpartition(".")[2]
+    return bool(getattr(section, key) == section.__dataclass_fields__[key].default)
 
 
 def heads_without_effect(params: Mapping[str, Any]) -> bool:

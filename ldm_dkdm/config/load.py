@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm_dkdm.config.batches import SECTIONS, divided
 from ldm_dkdm.config.checked import Section, convert, hints_of, is_required, parse, unwrap
-from ldm_dkdm.config.effects import require_effects
+from ldm_dkdm.config.effects import require_effects, require_heard
 from ldm_dkdm.config.limits import require_plain_numbers
 from ldm_dkdm.config.overrides import NOT_YAML, dotlist, read_overrides, resolved
 from ldm_dkdm.config.recipes import find_config, find_shipped
@@ -90,6 +90,7 @@ def load_config(
     config = parse(schema, tree, "")
     if schema in RUNS and not of_run:
         require_effects(tree, config)
+        require_heard(parts, config)
     return config
 
 

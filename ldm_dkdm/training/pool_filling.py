@@ -126,6 +126,8 @@ def prepare_pool(
         pool.updated[pool.updated < 0] = run.first_batch  # a file of an older version
     elif supply is not None:
         pool = parts.new_pool(folder.path, rank, device)
+        if rank == 0:
+            logger.info(f"pool_from: {parts.config.distill.pool_from}; distill.warmup is not used")
         refill(pool, supply, teacher.schedule.num_timesteps, run.trainer.seed, rank)
     else:
         pool = _warmed_pool(parts, run, rank, device)

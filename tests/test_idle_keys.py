@@ -1,0 +1,78 @@
+"""A key that another one leaves without effect is refused by name, unless that one came after it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ldm_dkdm.config.load import load_config, to_yaml
+from ldm_dkdm.config.schema import DiffusionRun
+from ldm_dkdm.errors import UserError
+from tests.cli import distil, write_yaml
+
+REFUSED = {
+    "rho": (["distill.variant=shuffled", "distill.rho=2"], "distill.rho: has no effect with variant: shuffled"),
+    "discard_mode": (["distill.discard_mode=same_slots"], "distill.discard_mode: has no effect without discard"),
+    "steps": (["distill.warmup.steps=9"], "distill.warmup.steps: has no effect with mode: ancestral"),
+    "images": (["distill.warmup.images=9"], "distill.warmup.images: has no effect with mode: ancestral"),
+    "steps of harvest": (
+        ["distill.warmup.mode=harvest", "distill.warmup.steps=9"],
+        "distill.warmup.steps: has no effect with mode: harvest",
+    ),
+    "noise": (
+        ["distill.warmup.mode=noise", "distill.warmup.batch_size=9"],
+        "distill.warmup.batch_size: has no effect with mode: noise",
+    ),
+    "iterative": (
+        ["distill.variant=iterative", "distill.warmup.mode=ddim"],
+        "distill.warmup.mode: has no effect with variant: iterative",
+    ),
+}
+HONOURED = {
+    "another variant": ["distill.variant=shuffled"],
+    "discard": ["distill.discard=0.5", "distill.discard_mode=same_slots"],
+    "samples": ["distill.warmup.mode=ddim", "distill.warmup.steps=9", "distill.warmup.images=9"],
+    "chains": ["distill.warmup.mode=harvest", "distill.warmup.images=9"],
+    "a default": ["distill.discard_mode=redraw", "distill.warmup.steps=50"],
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_key_without_effect_is_refused(case: str) -> None:
+    overrides, words = REFUSED[case]
+    with pytest.raises(UserError, match=words):
+        load_config("ffhq256", overrides)
+
+
+@pytest.mark.parametrize("case", HONOURED)
+def test_what_has_an_effect_or_changes_nothing_passes(case: str) -> None:
+    load_config("ffhq256", HONOURED[case])
+
+
+def test_a_recipe_gives_way_to_what_comes_after_it() -> None:
+    found = load_config("quickstart", ["distill.warmup.mode=ancestral", "distill.warmup.t_cap=null"])
+    assert found.distill.warmup.images == 1024  # the recipe's, for its own mode
+    assert load_config(["quickstart", "improved/latent"], ["distill.variant=iterative"]).distill.rho == 1.6
+
+
+def test_a_share_of_no_images_is_refused() -> None:
+    given = ["data.fraction=0.05", "data.path=null", "data.synthetic=s.npz"]
+    with pytest.raises(UserError, match=r"data.fraction: has no effect without path"):
+        load_config("cifar10_data", given, DiffusionRun)
+    assert load_config("cifar10_data", given[:1], DiffusionRun).data.fraction == 0.05
+
+
+def test_the_config_of_a_run_is_a_recipe_too(tmp_path: Path) -> None:
+    tree = yaml.safe_load(Path("configs/quickstart.yaml").read_text())
+    tree["distill"]["variant"] = "shuffled"
+    with pytest.raises(UserError, match=r"distill.rho: has no effect with variant: shuffled"):
+        load_config(write_yaml(tmp_path / "own.yaml", tree))
+    whole = load_config("quickstart", ["distill.variant=shuffled"])
+    (tmp_path / "config.yaml").write_text(to_yaml(whole))
+    assert load_config(tmp_path / "config.yaml") == whole
+
+
+def test_the_command_refuses_it_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert distil("--base", "quickstart", "distill.discard_mode=same_slots", f"logging.dir={tmp_path / 'logs'}") == 2
+    assert capsys.readouterr().err == "error: distill.discard_mode: has no effect without discard; remove it\n"
+    assert not (tmp_path / "logs").exists()
