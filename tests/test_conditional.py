@@ -178,6 +178,26 @@ def test_the_cards_of_teacher_and_student_name_the_classes_of_the_folders(tmp_pa
         assert "- **classes**: 0 ant, 1 bee\n" in (model.path / "README.md").read_text()
 
 
+def test_a_training_does_not_go_on_with_other_labels_than_it_began_with(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "0.png")
+    numbers = {"batch_size": 2, "precision": "32", "accelerator": "cpu", "progress": False, "sample_count": 2}
+
+    def go_on(steps: int) -> None:
+        network = UNet(**UNET_PARAMS, num_classes=2)
+        model = DiffusionModel(network, schedule=NoiseSchedule("cosine", 20), space="pixel")
+        train(model, tmp_path / "data", tmp_path / "run", steps=steps, resume=steps > 1, **numbers)
+
+    go_on(1)
+    (tmp_path / "data" / "ant").rename(tmp_path / "data" / "wasp")  # bees are label 0 then
+    with pytest.raises(UserError, match=r"label 0 is 0 bee now, and \S+ began with 0 ant; give the folders their names"):
+        go_on(2)
+    (tmp_path / "data" / "wasp").rename(tmp_path / "data" / "ant")
+    go_on(2)
+    assert load_model(tmp_path / "run").info["step"] == 2
+
+
 def test_labels_stay_with_latents_that_are_decoded(first_stage: Path, tmp_path: Path, capsys) -> None:
     teacher, out = model_folder(tmp_path / "teacher", first_stage, num_classes=4), tmp_path / "out"
     asked = ("-n", 3, "-c", 2, "--labels", 3, 1, "--npz", "--latents", "--batch_size", 2, "--no_png")

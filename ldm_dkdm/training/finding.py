@@ -1,10 +1,11 @@
 """Find run folders, and what their configurations name by relative paths."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -17,6 +18,7 @@ from ldm_dkdm.training.run_folder import IMAGES, POINTERS, RunConfig, RunFolder
 
 S = TypeVar("S", bound=Section)
 R = TypeVar("R", bound=RunConfig)
+NEW_RUN = "start a new run (logging.name=NEW, in Python out)"
 WORDS = ("random", "teacher")  # values of path keys that are not paths: those of `init`
 
 
@@ -60,13 +62,31 @@ def require_same_count(folder: RunFolder, fact: str, count: int, path: str | Non
     Raises:
         UserError: both numbers; runs of older versions do not say theirs.
     """
-    card = folder.model / "config.yaml"
-    before = OmegaConf.select(read_yaml(card), f"info.{fact}") if card.is_file() else None
+    before = _fact(folder, fact)
     if before not in (None, count):
         raise UserError(
-            f"{path}: gives {count} images, and {folder.path} began with {before}; name the same images, or start a "
-            "new run (logging.name=NEW, in Python out)"
+            f"{path}: gives {count} images, and {folder.path} began with {before}; name the same images, or {NEW_RUN}"
         )
+
+
+def require_same_classes(folder: RunFolder, names: Sequence[str]) -> None:
+    """Refuse classes in another order than a run began with, as its model's card names them: labels would change.
+
+    Raises:
+        UserError: the first label that differs; runs of older versions may not say theirs.
+    """
+    for label, (before, now) in enumerate(zip_longest(_fact(folder, "classes") or (), names)):
+        if None is not before != now:
+            raise UserError(
+                f"data.path: label {label} is {now or 'no class'} now, and {folder.path} began with {before}; give the "
+                f"folders their names back, or {NEW_RUN}"
+            )
+
+
+def _fact(folder: RunFolder, name: str) -> Any:
+    """A fact in the card of a run's model; None where there is none."""
+    card = folder.model / "config.yaml"
+    return OmegaConf.select(read_yaml(card), f"info.{name}") if card.is_file() else None
 
 
 def find_run(name: str, schema: type[RunConfig], logs: Path = Path("logs")) -> RunFolder:

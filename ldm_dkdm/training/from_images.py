@@ -44,7 +44,7 @@ from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.calls import refuse_beside, training_of
 from ldm_dkdm.training.export import exporting, on_save
-from ldm_dkdm.training.finding import located_paths, require_same_count
+from ldm_dkdm.training.finding import located_paths, require_same_classes, require_same_count
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.room import disk_needed, require_disk
 from ldm_dkdm.training.run import Result, Run
@@ -146,7 +146,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     own = {
         name: fact for name, fact in model.info.items() if name not in COUNTS.values()
     }  # without an earlier training's counts
-    info = {**own, **stage, **counted, **_named_classes(model, config.data, sets[0])}
+    info = {**own, **stage, **counted, **_named_classes(model, config.data, sets[0], run)}
     export = exporting(model.changed(info=info), run.folder, config.logging.export_dtype)
     if end := run.end(model.network):
         return run.ended(model, end, export)
@@ -277,12 +277,16 @@ def require_fitting_labels(model: DiffusionModel, data: DiffusionDataConfig, set
             )
 
 
-def _named_classes(model: DiffusionModel, data: DiffusionDataConfig, images: ImageSet) -> dict[str, list[str]]:
+def _named_classes(
+    model: DiffusionModel, data: DiffusionDataConfig, images: ImageSet, run: Run
+) -> dict[str, list[str]]:
     """What the labels mean, for the model's card: as the configuration says, else as the folders are named."""
     if model.num_classes is None:
         return {}
     given = [name if name == str(label) else f"{label} {name}" for label, name in enumerate(data.classes)]
     names = given or list(images.classes)
+    if run.latest:
+        require_same_classes(run.folder, names)
     return {"classes": names} if names else {}
 
 
