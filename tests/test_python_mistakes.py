@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
+from ldm_dkdm.config.schema import DiffusionRun
 from ldm_dkdm.networks import DiT
 
 SCHEDULE = dkdm.NoiseSchedule("cosine", 20)
+FEW = {"steps": 1, "batch_size": 2, "rho": 0.5}
 X, T = torch.zeros(2, 3, 8, 8), torch.tensor([0, 19])
 
 
@@ -35,6 +37,32 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "function": (lambda: model(lambda x, t, label=None: x), "network: expected an nn.Module"),
     "lazy": (lambda: model(nn.LazyConv2d(3, 1)), "network: it has lazy layers"),
     "stepz": (lambda: dkdm.distill(model(), model(), "x", stepz=3), "stepz: unknown argument; did you mean 'steps'"),
+    "config": (
+        lambda: dkdm.train_first_stage("ffhq256", "x"),
+        "config: expected FirstStageRun, got .* type str",
+    ),
+    "other config": (
+        lambda: dkdm.distill(model(), model(), "x", config=dkdm.load_config("celeba64_data", schema=DiffusionRun)),
+        "config: expected DistillRun, got a value of type DiffusionRun",
+    ),
+    "resume": (lambda: dkdm.distill(model(), model(), "x", resume="yes", **FEW), "resume: expected True or False"),
+    "progress": (lambda: dkdm.distill(model(), model(), "x", progress="bar", **FEW), "progress: expected True, False"),
+    "signals": (
+        lambda: dkdm.train(model(), "x", "x", signals=2, steps=1, batch_size=1),
+        "signals: expected signals",
+    ),
+    "idle rho": (
+        lambda: dkdm.distill(model(), model(), "x", variant="shuffled", **FEW),
+        "^rho: has no effect",
+    ),
+    "idle steps": (
+        lambda: dkdm.distill(model(), model(), "x", warmup={"mode": "harvest", "steps": 3}, **FEW),
+        "^warmup.steps: has no effect with mode: harvest",
+    ),
+    "idle share": (
+        lambda: dkdm.train(model(), {"synthetic": "s.npz", "fraction": 0.5}, "x", steps=1, batch_size=1),
+        "^data.fraction: has no effect without path",
+    ),
     "report": (lambda: dkdm.write_report("nowhere/x", "r.html"), "nowhere/x"),
     "no label": (lambda: model().predict(X, T), "label: missing"),
     "label": (lambda: model().predict(X, T, torch.tensor([0, 7])), r"label: 7 is outside 0 \.\.\. 3"),

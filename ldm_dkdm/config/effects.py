@@ -117,32 +117,35 @@ def require_effects(tree: Mapping[str, Any], config: Any) -> None:
             logger.warning(f"{section}.params.num_heads: has no effect beside num_head_channels; remove one of them")
 
 
-def require_heard(parts: Sequence[DictConfig], config: Any) -> None:
+def require_heard(parts: Sequence[Any], config: Any, unsaid: str = "") -> None:
     """Refuse keys that another one leaves without effect, unless that one was given after them.
 
     So a recipe's warm-up may be replaced by one that needs fewer keys. A file that holds every key of the section is a
     run's own and says nothing about what its user wanted.
 
     Args:
-        parts: config files and overrides, each of which goes before those to its left.
+        parts: trees of config files and of overrides, each of which goes before those to its left.
         config: the configuration that they mean.
+        unsaid: what the user does not write before a key.
 
     Raises:
         UserError: names the key and what stands in its way.
     """
-    given_in: list[Any] = [OmegaConf.to_container(part, resolve=False) for part in parts]
+    trees: list[Any] = [
+        OmegaConf.to_container(part, resolve=False) if isinstance(part, DictConfig) else part for part in parts
+    ]
     for rule in IDLE:
         section = getattr(config, rule.section, None)
         why = "" if section is None else rule.why(section)
         if not why:
             continue
-        cause = _last(given_in, f"{rule.section}.{rule.cause}")
+        cause = _last(trees, f"{rule.section}.{rule.cause}")
         for name in rule.keys:
             key = f"{rule.section}.{name}"
-            given = _last(given_in, key)
-            if given < max(cause, 0) or _is_whole(given_in[given], rule.section, section) or _is_default(section, name):
+            given = _last(trees, key)
+            if given < max(cause, 0) or _is_whole(trees[given], rule.section, section) or _is_default(section, name):
                 continue
-            raise UserError(f"{key}: has no effect {why}; remove it")
+            raise UserError(f"{key.removeprefix(unsaid)}: has no effect {why}; remove it")
 
 
 def _last(parts: Sequence[Any], key: str) -> int:

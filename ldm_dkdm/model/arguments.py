@@ -28,7 +28,7 @@ def require_model(value: object, name: str) -> None:
         advice = "; make one with DiffusionModel(network, like=MODEL)"
     elif isinstance(value, (str, PathLike)):
         advice = "; open it with load_model(PATH)"
-    raise UserError(f"{name}: expected a DiffusionModel, got {_kind(value)}{advice}")
+    raise UserError(f"{name}: expected a DiffusionModel, got {kind_of(value)}{advice}")
 
 
 def require_path(value: object, name: str) -> None:
@@ -38,7 +38,7 @@ def require_path(value: object, name: str) -> None:
         UserError: names the argument.
     """
     if not isinstance(value, (str, PathLike)):
-        raise UserError(f"{name}: expected a path, got {_kind(value)}")
+        raise UserError(f"{name}: expected a path, got {kind_of(value)}")
 
 
 def require_network(network: object, like: object) -> None:
@@ -48,7 +48,7 @@ def require_network(network: object, like: object) -> None:
         UserError: names the argument.
     """
     if not isinstance(network, nn.Module):
-        raise UserError(f"network: expected an nn.Module called as (x, t, label), got {_kind(network)}")
+        raise UserError(f"network: expected an nn.Module called as (x, t, label), got {kind_of(network)}")
     if any(map(is_lazy, (*network.parameters(), *network.buffers()))):
         raise UserError("network: it has lazy layers, whose weights have no shape; call it once on states first")
     if like is not None:
@@ -66,7 +66,7 @@ def fitting(
         UserError: names the argument that does not fit.
     """
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != model.shape[0]:
-        raise UserError(f"x: expected states (B,{model.shape[0]},H,W), got {_kind(x)}")
+        raise UserError(f"x: expected states (B,{model.shape[0]},H,W), got {kind_of(x)}")
     if x.dtype == torch.float64 and next(model.network.parameters(), x).dtype != torch.float64:
         x = x.float()
     t = _one_each(t, "t", x, model.schedule.num_timesteps)
@@ -82,10 +82,10 @@ def _one_each(value: object, name: str, x: Tensor, end: int) -> Tensor:
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         value = torch.tensor(int(value), device=x.device)
     if not isinstance(value, Tensor):
-        raise UserError(f"{name}: expected whole numbers (B,) as a tensor, got {_kind(value)}")
+        raise UserError(f"{name}: expected whole numbers (B,) as a tensor, got {kind_of(value)}")
     value = value.expand(len(x)) if value.ndim == 0 else value
     if value.shape != x.shape[:1]:
-        raise UserError(f"{name}: expected one number for each of {len(x)} states, got {_kind(value)}")
+        raise UserError(f"{name}: expected one number for each of {len(x)} states, got {kind_of(value)}")
     if value.device.type == "cpu" and len(value):
         least, most = int(value.min()), int(value.max())
         if least < 0 or most >= end:
@@ -93,7 +93,7 @@ def _one_each(value: object, name: str, x: Tensor, end: int) -> Tensor:
     return value
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What a value is, for a message."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)}"

@@ -20,12 +20,12 @@ from ldm_dkdm.config.registry import build
 from ldm_dkdm.config.schema import FirstStageCard, FirstStageLoss, FirstStageRun, LoggingConfig, TrainerConfig
 from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.evaluation.perceptual import lpips_loss
-from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
 from ldm_dkdm.first_stage.vqgan import FirstStageModule, held_out_psnr, latent_scale
 from ldm_dkdm.images import load_images
 from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
+from ldm_dkdm.training.calls import run_of
 from ldm_dkdm.training.ema import averaged
 from ldm_dkdm.training.finding import located_paths, require_same_count
 from ldm_dkdm.training.room import disk_needed, require_disk
@@ -73,7 +73,7 @@ def train_first_stage(
         UserError: a bad value, images that do not fit, or a folder that holds another run.
         Stopped: one of the signals; all is saved.
     """
-    return _train_first_stage_in(Run(config, RunFolder(expanded(out), config.MODEL), resume, progress, signals, go_on))
+    return _train_first_stage_in(run_of(FirstStageRun, config, out, resume, progress, signals, go_on))
 
 
 def _train_first_stage_in(run: Run) -> Result:

@@ -1,9 +1,10 @@
 """Make the configuration of a run from the models and arguments of a Python call."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ldm_dkdm.config.batches import divided
 from ldm_dkdm.config.checked import convert
+from ldm_dkdm.config.effects import require_heard
 from ldm_dkdm.config.schema import (
     DiffusionConfig,
     DiffusionDataConfig,
@@ -18,6 +20,7 @@ from ldm_dkdm.config.schema import (
     DistillConfig,
     DistillRun,
     FirstStageConfig,
+    FirstStageRun,
     LoggingConfig,
     LossConfig,
     NewNetworkConfig,
@@ -27,8 +30,12 @@ from ldm_dkdm.config.schema import (
     WarmupConfig,
 )
 from ldm_dkdm.errors import UserError, nearest
+from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
-from ldm_dkdm.training.run_folder import IN_MEMORY
+from ldm_dkdm.model.arguments import kind_of, require_path
+from ldm_dkdm.reporting import Progress
+from ldm_dkdm.training.run import Run
+from ldm_dkdm.training.run_folder import IN_MEMORY, RunFolder
 
 WORDS = {"steps": "max_steps"}  # argument -> config key, where the names differ
 NAMED = {"max_steps": "steps", "dir": "out", "name": "out", "path": "data"}  # config key -> argument that gives it
@@ -46,12 +53,13 @@ def distillation_of(
     """The configuration of a call of `distill`.
 
     Raises:
-        UserError: an unknown, missing or contradictory argument, or a bad value.
+        UserError: an unknown, missing or contradictory argument, a bad value, or one that has no effect; what a run
+            began with may have none.
     """
     _refuse_named(numbers)
     method, trainer, logging = _spread(numbers, (DistillConfig, TrainerConfig, LoggingConfig), out)
     warming = convert(WarmupConfig, {"mode": warmup} if isinstance(warmup, str) else warmup, "warmup")
-    return DistillRun(
+    run = DistillRun(
         teacher=_teacher_section(teacher, check),
         student=StudentConfig(**vars(student.node)),
         distill=DistillConfig(warmup=warming, loss=_loss(loss), **method),
@@ -60,6 +68,9 @@ def distillation_of(
         diffusion=DiffusionConfig(**teacher.hints.diffusion) if teacher.hints.diffusion else None,
         logging=LoggingConfig(**logging),
     )
+    if not (out / "config.yaml").is_file():
+        require_heard([{"distill": {**method, "warmup": vars(warming)}}], run, "distill.")
+    return run
 
 
 def _teacher_section(teacher: DiffusionModel, check: bool) -> TeacherConfig:
@@ -111,6 +122,8 @@ def training_of(
     section = DiffusionDataConfig(**images)
     if "mix" in given:
         section.require_mixture()
+    if not (out / "config.yaml").is_file():
+        require_heard([{"data": images}], SimpleNamespace(data=section))
     stage = FirstStageConfig()
     if model.first_stage is not None:
         found = model.first_stage
@@ -124,6 +137,35 @@ def training_of(
         loss=_loss(loss),
         logging=LoggingConfig(**logging),
     )
+
+
+def run_of(
+    kind: type[DistillRun | DiffusionRun | FirstStageRun],
+    config: Any,
+    out: str | Path,
+    resume: bool,
+    progress: bool | Progress,
+    signals: Sequence[int],
+    go_on: str | None,
+) -> Run:
+    """The run of a call, whose configuration is of a `kind`.
+
+    Raises:
+        UserError: names an argument of another type; else as `Run`.
+    """
+    require_path(out, "out")
+    expected = {
+        "config": (config, kind.__name__, isinstance(config, kind)),
+        "resume": (resume, "True or False", isinstance(resume, bool)),
+        "progress": (progress, "True, False or a function", isinstance(progress, bool) or callable(progress)),
+        "signals": (signals, "signals in a tuple", isinstance(signals, Collection)),
+        "go_on": (go_on, "text", isinstance(go_on, str | None)),
+    }
+    for name, (value, words, fits) in expected.items():
+        if not fits:
+            advice = f"; load_config(FILE, schema={words}) reads one" if name == "config" else ""
+            raise UserError(f"{name}: expected {words}, got {kind_of(value)}{advice}")
+    return Run(config, RunFolder(expanded(out), kind.MODEL), resume, progress, signals, go_on)
 
 
 def refuse_beside(config: Any, numbers: Mapping[str, Any]) -> None:

@@ -42,13 +42,12 @@ from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.modes import compiled, make_trainable
 from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
-from ldm_dkdm.training.calls import refuse_beside, training_of
+from ldm_dkdm.training.calls import refuse_beside, run_of, training_of
 from ldm_dkdm.training.export import exporting, on_save
 from ldm_dkdm.training.finding import located_paths, require_same_classes, require_same_count
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.room import disk_needed, require_disk
 from ldm_dkdm.training.run import Result, Run
-from ldm_dkdm.training.run_folder import RunFolder
 from ldm_dkdm.training.saving import RunCheckpoint
 
 STAGE = "first_stage_sha256"  # fact in a model's card
@@ -95,7 +94,7 @@ def train(
     refuse_beside(config, numbers)
     if config is None:
         config = training_of(model, data, expanded(out), loss, {"learning_rate": learning_rate, **numbers})
-    run = Run(config, RunFolder(expanded(out), config.MODEL), resume, progress, signals, go_on)
+    run = run_of(DiffusionRun, config, out, resume, progress, signals, go_on)
     return _train_in(run, model)
 
 

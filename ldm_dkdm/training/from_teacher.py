@@ -25,7 +25,7 @@ from ldm_dkdm.model.guidance import rows_of
 from ldm_dkdm.networks.modes import compiled, frozen_meanwhile, make_trainable, replayed, stored_in_bf16
 from ldm_dkdm.reporting import Progress, logger, size
 from ldm_dkdm.training.agreement_callback import Agreement
-from ldm_dkdm.training.calls import distillation_of, refuse_beside
+from ldm_dkdm.training.calls import distillation_of, refuse_beside, run_of
 from ldm_dkdm.training.export import Export, exporting, on_save
 from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.parts import Distillation, assemble
@@ -41,7 +41,6 @@ from ldm_dkdm.training.pool_filling import (
 from ldm_dkdm.training.pool_log import PoolLog
 from ldm_dkdm.training.room import require_room
 from ldm_dkdm.training.run import Result, Run
-from ldm_dkdm.training.run_folder import RunFolder
 from ldm_dkdm.training.saving import RunCheckpoint, tidy
 
 BEFORE = "before the training"
@@ -103,7 +102,7 @@ def distill(
     if config is None:
         given = {"learning_rate": learning_rate, **numbers}
         config = distillation_of(teacher, student, expanded(out), check, warmup, loss, given)
-    run = Run(config, RunFolder(expanded(out), config.MODEL), resume, progress, signals, go_on)
+    run = run_of(DistillRun, config, out, resume, progress, signals, go_on)
     with frozen_meanwhile(teacher.network):
         return _distil_in(run, teacher, student)
 
