@@ -121,7 +121,7 @@ def test_ddpm_differs_from_ddim(run: Path, tmp_path: Path) -> None:
 def test_images_of_an_earlier_call_are_counted(run: Path, tmp_path: Path, capsys) -> None:
     for count, words in ((3, False), (2, True), (3, False)):
         assert sample("-r", run, "-n", count, "-c", 2, "-l", tmp_path) == 0
-        assert ("1 images of earlier calls" in capsys.readouterr().out) == words
+        assert ("also holds 1 image of earlier calls" in capsys.readouterr().out) == words
 
 
 def test_npz_holds_the_images_as_uint8_nhwc(run: Path, tmp_path: Path) -> None:

@@ -81,6 +81,9 @@ class Simulated(Ranks):
     def from_first(self, value):
         return value
 
+    def on_first(self, work):
+        return work()
+
     def gather(self, value):
         return [value] * 2
 

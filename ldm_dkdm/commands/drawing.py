@@ -5,16 +5,18 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm_dkdm.checkpoints import read_tensors
+from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.evaluation.samples import sampled
 from ldm_dkdm.files import replacing_in, write_tensors
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 GRID = 64  # most samples in a grid
 PARTS = ".parts-"  # begins the names of folders with the batches of a call
+PNGS = "png_sha256"  # in the metadata of a batch's file: the hash of its PNG files
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Parts:
 
     Attributes:
         folder: its name follows from all that decides the images, so that another call does not find them.
-        outputs: images are kept for the .npz and the grid only.
+        outputs: images are kept for the .npz and the grid only; the PNG files of a batch are in `img` already.
     """
 
     folder: Path
@@ -58,15 +61,28 @@ class Parts:
         """The file of the batch that begins with this image."""
         return self.folder / f"{start:09d}.safetensors"
 
-    def keep(self, start: int, images: Tensor, states: Tensor, labels: Tensor | None) -> None:
-        """Write a batch: images uint8 (B,H,W,C), states (B,C,h,w), labels (B,) if any."""
+    def keep(self, start: int, images: Tensor, states: Tensor, labels: Tensor | None, pngs: str | None = None) -> None:
+        """Write a batch: images uint8 (B,H,W,C), states (B,C,h,w), labels (B,) if any, the hash of its PNG files."""
         used = len(images) if self.outputs.npz else max(0, GRID - start)
         tensors = {"images": images[:used].contiguous()}
         if self.outputs.latents:
             tensors["states"] = states.cpu().contiguous()
         if labels is not None:
             tensors["labels"] = labels.cpu()
-        write_tensors(self.file(start), tensors)
+        write_tensors(self.file(start), tensors, {} if pngs is None else {PNGS: pngs})
+
+    def holds(self, start: int, pngs: Sequence[Path]) -> bool:
+        """Whether a batch is drawn and its PNG files, if there should be any, are those that were written with it."""
+        if not self.file(start).is_file():
+            return False
+        if not self.outputs.png:
+            return True
+        try:
+            with safe_open(self.file(start), framework="pt") as file:
+                written = (file.metadata() or {}).get(PNGS)
+            return written is not None and written == hash_of(pngs)
+        except (OSError, SafetensorError):  # a file is gone, or is damaged
+            return False
 
     def read(self, starts: Sequence[int]) -> Iterator[dict[str, Tensor]]:
         """The batches, in order."""
@@ -95,6 +111,19 @@ def abandoned(out: Path) -> str | None:
     )
 
 
+def earlier(out: Path, flag: str, numbers: Iterable[int]) -> list[str]:
+    """A line about the images of earlier calls in an output folder, if there are any.
+
+    Args:
+        out: the folder.
+        flag: what named it.
+        numbers: those of the PNG files that this call has written.
+    """
+    others = len(set((out / "img").glob("*.png")) - set(pngs_of(out / "img", numbers)))
+    images = f"also holds {counted(others, 'image')} of earlier calls"
+    return [f"{out}/img: {images}; {flag} names another folder"] if others else []
+
+
 def draw(
     model: "DiffusionModel", name: str, config: SamplingConfig, out: Path, outputs: Outputs, ranks: Ranks
 ) -> tuple[float, "Image"] | None:
@@ -104,16 +133,15 @@ def draw(
         Images a second of all ranks and the grid of the first samples; None on other ranks.
     """
     parts, starts, started = parts_of(model, config, out, outputs), starts_of(config), time.monotonic()
-    left = ranks.from_first([start for start in starts if not parts.file(start).is_file()])
+    left = ranks.on_first(lambda: _left(parts, config, out))
     done, own, drawn = len(starts) - len(left), ranks.share(left), 0
     if done:
         logger.info(f"{out}: goes on after {done} of {len(starts)} batches that are drawn")
     each = f"up to {counted(config.batch_size, 'image')}"
     with following(ranks.first, f"sampling {name}", "batch", done + len(own), done, each) as show:
         for number, (start, batch) in enumerate(zip(own, sample_batches(model, config, own), strict=True), 1):
-            if outputs.png:
-                write_pngs(batch.images, out / "img", config.seed + start)
-            parts.keep(start, batch.images, batch.states, batch.labels)
+            pngs = write_pngs(batch.images, out / "img", config.seed + start) if outputs.png else None
+            parts.keep(start, batch.images, batch.states, batch.labels, pngs)
             drawn += len(batch.images)
             show(done + number)
     counts = ranks.gather(drawn)
@@ -123,6 +151,18 @@ def draw(
     sheet = _join(parts, starts, config, out, getattr(model.codec(), "scale_factor", None))
     shutil.rmtree(parts.folder)
     return rate, sheet
+
+
+def _left(parts: Parts, config: SamplingConfig, out: Path) -> list[int]:
+    """The batches that are to be drawn."""
+    ends = {start: min(start + config.batch_size, config.count) for start in starts_of(config)}
+    numbers = {start: range(config.seed + start, config.seed + end) for start, end in ends.items()}
+    left = [start for start, own in numbers.items() if not parts.holds(start, pngs_of(out / "img", own))]
+    again = sum(parts.file(start).is_file() for start in left)
+    if again:
+        batches = counted(again, "batch")
+        logger.info(f"{out}: {batches} of this call must be drawn again: the images in img are gone or another call's")
+    return left
 
 
 def _join(parts: Parts, starts: Sequence[int], config: SamplingConfig, out: Path, scale: float | None) -> "Image":
@@ -152,8 +192,28 @@ def _join(parts: Parts, starts: Sequence[int], config: SamplingConfig, out: Path
     return sheet
 
 
-def write_pngs(images: Tensor, folder: Path, first: int) -> None:
-    """Write images uint8 (N,H,W,C) as 000007.png, ... from the number `first` on; all appear at once."""
+def pngs_of(folder: Path, numbers: Iterable[int]) -> list[Path]:
+    """The PNG files of images with these numbers."""
+    return [folder / f"{number:06d}.png" for number in numbers]
+
+
+def write_pngs(images: Tensor, folder: Path, first: int) -> str:
+    """Write images uint8 (N,H,W,C) as 000007.png, ... from the number `first` on; all appear at once.
+
+    Returns:
+        `hash_of` the files.
+    """
     with replacing_in(folder, "png") as temporary:
-        for number, image in enumerate(images, first):
-            to_image(image).save(temporary / f"{number:06d}.png", format="PNG")
+        files = pngs_of(temporary, range(first, first + len(images)))
+        for file, image in zip(files, images, strict=True):
+            to_image(image).save(file, format="PNG")
+        return hash_of(files)
+
+
+def hash_of(files: Iterable[Path]) -> str:
+    """SHA-256 of the content of files, in order.
+
+    Raises:
+        OSError: one is missing.
+    """
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()

@@ -257,15 +257,14 @@ def _sample(
     model: "DiffusionModel", config: SamplingConfig, name: str, out: Path, outputs: "Outputs", ranks: "Ranks"
 ) -> tuple[str, "Image"] | None:
     """Sample, decode and write; returns a label and the grid of the first samples, on the first rank."""
-    from ldm_dkdm.commands.drawing import abandoned, draw
+    from ldm_dkdm.commands.drawing import abandoned, draw, earlier
 
     found = draw(model, name, config, out, outputs, ranks)
     if found is None:
         return None
     label = f"{name}: {model.parameters / 1e6:.1f}M parameters, {found[0]:.2g} images/s"
-    others = len(list((out / "img").glob("*.png"))) - config.count if outputs.png else 0
-    if others > 0:
-        print(f"{out}/img: also holds {others} images of earlier calls; -l names another folder")
+    for line in earlier(out, "-l", range(config.seed, config.seed + config.count) if outputs.png else ()):
+        print(line)
     if left := abandoned(out):
         print(left)
     print(f"{label}: {out}")
