@@ -76,6 +76,8 @@ def test_statistics_are_reused_if_the_content_is_the_same(tmp_path: Path, caplog
     changed[3, 2, 1, 0] += 1
     toy(TensorImages(changed), cache=tmp_path)
     assert Toy.seen == 50
+    toy(TensorImages(IMAGES.reshape(50, 4, 16, 3)), cache=tmp_path)  # the same bytes are other images
+    assert Toy.seen == 100
 
 
 def test_other_weights_of_an_extractor_are_not_mixed_up(tmp_path: Path) -> None:

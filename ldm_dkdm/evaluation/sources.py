@@ -220,13 +220,18 @@ class TensorImages:
         """Number of images."""
         return len(self.images)
 
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the images' bytes."""
+        return hashlib.sha256(self.images.contiguous().numpy().tobytes()).hexdigest()
+
     def identity(self) -> dict[str, Any]:
-        """Hash of the images."""
-        return {"pixels": hashlib.sha256(self.images.contiguous().numpy().tobytes()).hexdigest(), "n": self.count}
+        """Hash of the images, and their shape: the same bytes may be other images."""
+        return {"pixels": self.digest, "n": self.count, "shape": list(self.images.shape[1:])}
 
     def facts(self) -> dict[str, Any]:
         """Provenance: number and hash."""
-        facts = {"source": self.name, "kind": "tensor", "images": self.count, "sha256": self.identity()["pixels"]}
+        facts = {"source": self.name, "kind": "tensor", "images": self.count, "sha256": self.digest}
         return {**facts, "size": self.images.shape[1], "rounding": None}
 
     def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
