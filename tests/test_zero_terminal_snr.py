@@ -98,6 +98,18 @@ def test_every_sampler_draws_the_data(kind: str, name: str, steps: int) -> None:
     assert x_0.std().item() == pytest.approx(STD, rel=0.04)
 
 
+@pytest.mark.parametrize("steps", [25, 200, 250])
+def test_ancestral_ddim_takes_the_step_whose_noise_is_the_whole_variance(steps: int) -> None:
+    """With these betas 1 - abar_next - sigma^2, 0 at the first step, is negative by rounding."""
+    ends = {"beta_start": 0.00085, "beta_end": 0.012}
+    schedule = NoiseSchedule(**ends, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    model = DiffusionModel(OfGaussian("v", schedule), schedule=schedule, parameterization="v", shape=(1, 2, 2))
+    noise = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    first = next(SAMPLERS["ddim"].walk(schedule, model, noise, lambda: noise, steps, eta=1.0))
+    t = torch.full((2,), SAMPLERS["ddim"].timesteps(schedule, steps)[-2])
+    torch.testing.assert_close(first, q_sample(schedule, torch.full_like(noise, MEAN), t, noise))
+
+
 @pytest.mark.parametrize("mode", ["ancestral", "harvest", "ddim", "dpm-solver++", "noise"])
 def test_every_warm_up_fills_a_pool_of_the_right_spread(mode: str) -> None:
     short = NoiseSchedule(num_timesteps=40, beta_start=0.01, beta_end=0.4, rescale_betas_zero_snr=True)

@@ -79,7 +79,7 @@ def ddim(
         abar = schedule.alphas_cumprod[step].item()
         abar_next = schedule.alphas_cumprod[following].item() if following >= 0 else 1.0
         sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
-        x = abar_next**0.5 * x_0 + (1 - abar_next - sigma**2) ** 0.5 * eps
+        x = abar_next**0.5 * x_0 + max(0.0, 1 - abar_next - sigma**2) ** 0.5 * eps  # below 0 by rounding
         if eta > 0:
             x = x + sigma * noise()
         yield x
