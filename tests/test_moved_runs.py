@@ -17,7 +17,7 @@ from ldm_dkdm.training.finding import located
 from tests.cli import contents, distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, VQ_PARAMS, first_stage_folder, model_folder
 from tests.test_config_errors import assert_one_error_line
-from tests.test_resume import write_config
+from tests.test_resume import result, write_config
 from tests.training_images import TRAINER, training_images
 
 
@@ -170,6 +170,38 @@ def test_images_that_are_not_those_of_the_run_are_refused(
     key = "data.synthetic" if kind == "pixel" else "data.held_out"
     code = run_script(script, "--resume", run, "trainer.max_steps=2", f"{key}={tmp_path / 'other.npz'}")
     assert_one_error_line(capsys, code, (f"{key}: cannot change",))
+
+
+def test_a_run_goes_on_without_the_model_whose_weights_it_began_with(
+    first_stage: Path, teacher_folder: Path, tmp_path: Path, capsys
+) -> None:
+    begin, runs = model_folder(tmp_path / "begin", first_stage, "v"), {}
+    for name in ("whole", "run"):
+        options = {"student": {"init": str(begin)}, "trainer": {"max_steps": 4}, "logging": {"save_every": 2}}
+        base = write_config(teacher_folder, tmp_path, name, **options)
+        steps = 4 if name == "whole" else 2
+        assert distil("--base", base, f"trainer.max_steps={steps}") == 0
+        runs[name] = tmp_path / "logs" / name
+    shutil.rmtree(begin)
+    for plan in (["--plan"], []):
+        assert distil("--resume", runs["run"], "trainer.max_steps=4", *plan) == 0
+    assert result(runs["run"], 4) == result(runs["whole"], 4)
+    assert distil("--base", base) == 0  # it has ended
+    shutil.rmtree(runs["run"])
+    capsys.readouterr()
+    assert_one_error_line(capsys, distil("--base", base), ("student.init: ", "begin' is neither"))
+
+
+def test_a_training_goes_on_without_the_model_whose_weights_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, first = image_run("pixel", tmp_path / "home", monkeypatch)
+    shutil.copytree(first / "model", "begin")
+    keys = ("logging.name=second", "model.init=begin")
+    assert run_script(script, "--base", "base.yaml", *keys) == 0
+    shutil.rmtree("begin")
+    for plan in (["--plan"], []):
+        assert run_script(script, "--resume", "logs/second", "trainer.max_steps=2", *plan) == 0
 
 
 def test_a_resume_stays_in_its_folder(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

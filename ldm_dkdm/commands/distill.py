@@ -54,11 +54,11 @@ def _distil(call: TrainingCall[DistillRun]) -> None:
     from ldm_dkdm.device import default_device, resolve_precision
     from ldm_dkdm.distillation.make_student import make_student
     from ldm_dkdm.networks.modes import stored_in_bf16
-    from ldm_dkdm.training.finding import located_paths
+    from ldm_dkdm.training.finding import network_to_train
 
     config, out = call.config, call.folder.path
     teacher = open_teacher(config, out)
-    student = make_student(located_paths(config.student, call.begun), teacher, config.trainer.seed)
+    student = make_student(network_to_train(config.student, call.folder, call.begun), teacher, config.trainer.seed)
 
     from ldm_dkdm.training.from_teacher import distill  # imports Lightning, after mistakes in the models are known
 
@@ -90,7 +90,7 @@ def _plan(call: TrainingCall[DistillRun]) -> None:
     from ldm_dkdm.device import compiles, default_device, resolve_precision
     from ldm_dkdm.distillation.make_student import make_student
     from ldm_dkdm.networks.modes import stored_in_bf16
-    from ldm_dkdm.training.finding import located_paths
+    from ldm_dkdm.training.finding import network_to_train
     from ldm_dkdm.training.parts import assemble
     from ldm_dkdm.training.plan import costs, time_needed
     from ldm_dkdm.training.pool_filling import going_on
@@ -108,7 +108,7 @@ def _plan(call: TrainingCall[DistillRun]) -> None:
     teacher = untrained_teacher(config, path) if missing else open_teacher(config, call.folder.path)
     device = default_device(config.trainer.accelerator)
     teacher.precision = resolve_precision(config.trainer.precision, device)
-    student = make_student(located_paths(config.student, call.begun), teacher, config.trainer.seed)
+    student = make_student(network_to_train(config.student, call.folder, call.begun), teacher, config.trainer.seed)
     parts = assemble(teacher, student, config, call.resumed)
     if call.resumed:
         parts = going_on(parts, call.folder.checkpoints, begun.latest)

@@ -71,11 +71,12 @@ def _gives_mix(overrides: Sequence[str]) -> bool:
 
 
 def _located(call: TrainingCall[DiffusionRun]) -> DiffusionRun:
-    """The config with the paths of a resumed run where they are now."""
-    from ldm_dkdm.training.finding import located_paths
+    """The config with the paths of a resumed run where they are now, without initial weights that it has no use for."""
+    from ldm_dkdm.training.finding import located_paths, network_to_train
 
     config, run = call.config, call.begun
-    return replace(config, model=located_paths(config.model, run), data=located_paths(config.data, run))
+    model = network_to_train(config.model, call.folder, run)
+    return replace(config, model=model, data=located_paths(config.data, run))
 
 
 def _require_effect(call: TrainingCall[DiffusionRun], model: "DiffusionModel") -> None:

@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 
 from ldm_dkdm.config.checked import Section
 from ldm_dkdm.config.load import RUN_KIND, card_kind, fits, read_yaml
-from ldm_dkdm.config.schema import FirstStageCard, ModelCard
+from ldm_dkdm.config.schema import FirstStageCard, ModelCard, NewNetworkConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import exists, expanded
 from ldm_dkdm.training.run_folder import IMAGES, POINTERS, RunConfig, RunFolder
 
 S = TypeVar("S", bound=Section)
+N = TypeVar("N", bound=NewNetworkConfig)
 R = TypeVar("R", bound=RunConfig)
 NEW_RUN = "start a new run (logging.name=NEW, in Python out)"
 WORDS = ("random", "teacher")  # values of path keys that are not paths: those of `init`
@@ -40,6 +41,12 @@ def located_paths(section: S, run: Path | None) -> S:
     paths = {f.name: getattr(section, f.name) for f in fields(section) if f.metadata.get("path")}
     found = {name: located(path, run) for name, path in paths.items() if run and path and path not in WORDS}
     return replace(section, **found) if found != paths else section
+
+
+def network_to_train(section: N, folder: RunFolder, run: Path | None) -> N:
+    """The section of a run's network with its paths `located`, without `init` where a checkpoint has the weights."""
+    found = located_paths(section, run)
+    return found if folder.latest() is None else replace(found, init="random")
 
 
 def given_paths(config: R, run: Path) -> R:
