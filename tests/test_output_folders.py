@@ -4,9 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ldm_dkdm.commands import drawing
-from tests.cli import contents, sample
+from tests.cli import contents, run_script, sample
 from tests.test_ranks import stopping
 
 FEW = ("-n", 6, "-c", 1, "--batch_size", 2, "--device", "cpu", "-l")
@@ -36,3 +38,32 @@ def test_a_batch_whose_images_are_gone_is_drawn_again(
     lines = capsys.readouterr().out
     assert f"{left} batch{'es' * (left > 1)} of this call must be drawn again" in lines
     assert ("goes on after 1 of 3 batches" in lines) == (left == 1)
+
+
+def earlier(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What is said of earlier calls: the file or folder, and what follows it."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if "earlier call" in line]
+    return [line.partition(";")[0].rpartition("/")[2] for line in lines]
+
+
+def test_a_sampling_names_what_earlier_calls_left(teacher_folder: Path, tmp_path: Path, capsys) -> None:
+    few = ("-r", teacher_folder, "-c", 1, "--device", "cpu", "-l", tmp_path, "-n")
+    assert sample(*few, 2, "--npz", "--latents") == 0
+    assert earlier(capsys) == []
+    for words, said in (
+        ([1, "--npz"], ["img: also holds 1 image", "latents.safetensors: is"]),
+        ([2, "--seed", 7, "--latents"], ["img: also holds 2 images", "samples.npz: is"]),
+        ([2, "--no_png", "--npz", "--latents"], ["img: also holds 4 images"]),
+    ):
+        assert sample(*few, *words) == 0
+        assert [line.partition(" of ")[0] for line in earlier(capsys)] == said
+
+
+def test_a_decoding_names_what_earlier_calls_left(first_stage: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    for file, count in ((tmp_path / "a.safetensors", 3), (out / "latents.safetensors", 1)):
+        save_file({"latents": torch.zeros(count, 3, 8, 8)}, file)
+        assert run_script("decode_latents.py", file, "--first_stage", first_stage, "-o", out) == 0
+        assert earlier(capsys) == (["img: also holds 2 images of earlier calls"] if count == 1 else [])
+    assert run_script("decode_latents.py", tmp_path / "a.safetensors", "--first_stage", first_stage, "-o", out) == 0
+    assert earlier(capsys) == ["latents.safetensors: is of an earlier call"]

@@ -127,7 +127,7 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
     import torch
 
     from ldm_dkdm.checkpoints.first_stages import FirstStageSource
-    from ldm_dkdm.commands.drawing import write_pngs
+    from ldm_dkdm.commands.drawing import earlier, write_pngs
     from ldm_dkdm.device import default_device, resolve_precision
     from ldm_dkdm.images import MODES, grid, save_image
     from ldm_dkdm.npz import save_npz
@@ -154,9 +154,13 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
             done(sum(map(len, parts)))
     images = torch.cat(parts)
     save_npz(images, out / "samples.npz", found.labels)
-    if codec.channels in MODES:
+    png = codec.channels in MODES
+    if png:
         write_pngs(images, out / "img", 0)
     else:
         logger.warning(f"{out}: images of {codec.channels} channels are in samples.npz only, a PNG is grey or RGB")
     save_image(grid(images), out / "grid.png")
+    read = [path.name] if path.resolve().parent == out.resolve() else []
+    for line in earlier(out, "--out", range(len(images) if png else 0), ["samples.npz", *read]):
+        logger.info(line)
     return len(images)

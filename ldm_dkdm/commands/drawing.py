@@ -5,7 +5,7 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.evaluation.samples import sampled
 from ldm_dkdm.files import replacing_in, write_tensors
-from ldm_dkdm.images import grid, save_image, to_image
+from ldm_dkdm.images import SAMPLED, grid, save_image, to_image
 from ldm_dkdm.model.ranks import Ranks
 from ldm_dkdm.model.sampling import sample_batches, starts_of
 from ldm_dkdm.npz import NpzWriter, npz_writer
@@ -111,17 +111,20 @@ def abandoned(out: Path) -> str | None:
     )
 
 
-def earlier(out: Path, flag: str, numbers: Iterable[int]) -> list[str]:
-    """A line about the images of earlier calls in an output folder, if there are any.
+def earlier(out: Path, flag: str, numbers: Iterable[int], written: Container[str]) -> list[str]:
+    """Lines about what earlier calls left in an output folder.
 
     Args:
         out: the folder.
         flag: what named it.
         numbers: those of the PNG files that this call has written.
+        written: names of the other files that it has written, or read.
     """
     others = len(set((out / "img").glob("*.png")) - set(pngs_of(out / "img", numbers)))
-    images = f"also holds {counted(others, 'image')} of earlier calls"
-    return [f"{out}/img: {images}; {flag} names another folder"] if others else []
+    kept = [f"{out}/img: also holds {counted(others, 'image')} of earlier calls"] if others else []
+    files = [name for name in SAMPLED if name not in written and (out / name).is_file()]
+    kept += [f"{out}/{name}: is of an earlier call" for name in files]
+    return [f"{line}; {flag} names another folder" for line in kept]
 
 
 def draw(

@@ -263,7 +263,9 @@ def _sample(
     if found is None:
         return None
     label = f"{name}: {model.parameters / 1e6:.1f}M parameters, {found[0]:.2g} images/s"
-    for line in earlier(out, "-l", range(config.seed, config.seed + config.count) if outputs.png else ()):
+    written = {"samples.npz": outputs.npz, "latents.safetensors": outputs.latents}
+    numbers = range(config.seed, config.seed + config.count) if outputs.png else ()
+    for line in earlier(out, "-l", numbers, [name for name, wanted in written.items() if wanted]):
         print(line)
     if left := abandoned(out):
         print(left)
