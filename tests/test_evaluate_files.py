@@ -1,7 +1,9 @@
 """The files that dkdm evaluate writes: statistics that remember their images, rows of several processes."""
 
 import shutil
+import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -10,7 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm_dkdm import DiffusionModel, NoiseSchedule, load_model
+from ldm_dkdm.evaluation.features import open_extractor
+from ldm_dkdm.evaluation.gathering import gather
+from ldm_dkdm.evaluation.metrics import METRICS
 from ldm_dkdm.evaluation.results import append_row, read_rows
+from ldm_dkdm.evaluation.sources import TensorImages
 from ldm_dkdm.evaluation.statistics import Statistics
 from ldm_dkdm.files import write_tensors
 from ldm_dkdm.images import save_image, to_image
@@ -68,6 +75,38 @@ def test_sets_that_a_metric_cannot_compare_are_refused_before_they_are_read(
     error = capsys.readouterr().err
     assert error.startswith("error: --metrics: pixel-frechet ") and reason in error and error.count("\n") == 1
     assert not Path("cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("reference", "metric", "reason"),
+    [
+        ("mixed", "fd", "--size: mixed/z.png is not 32x32 as the first image; give a size"),
+        ("damaged", "fd", "damaged/z.png: not a readable image"),
+        ("grey", "reconstruction", "SAMPLES: the first stage takes 3 channels"),
+        ("part.npz", "sfid", "--metrics: sfid needs mu_s and sigma_s, which the statistics in part.npz lack; give its"),
+        ("b.npz", "kid", "--metrics: kid needs the package torch_fidelity.metric_kid; pip install"),
+        ("other", "agreement", "noise schedule: "),
+    ],
+)
+def test_what_a_metric_cannot_take_is_refused_before_a_model_is_sampled(
+    reference: str, metric: str, reason: str, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setitem(METRICS, "sfid", replace(METRICS["sfid"], features="toy"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity.metric_kid", None)
+    for name in ("mixed", "damaged"):
+        write_images(name, A[:5])
+    write_images("grey", A[:5, ..., :1])
+    Image.new("RGB", (8, 8)).save("mixed/z.png")
+    Path("damaged/z.png").write_text("no image")
+    statistics = gather(TensorImages(A), {"toy": open_extractor("toy")}, set())["toy"]
+    replace(statistics, mu_s=None, sigma_s=None).write(Path("part.npz"))
+    model = load_model(teacher_folder)
+    model.changed(schedule=NoiseSchedule(num_timesteps=10)).save("other")
+    monkeypatch.setattr(DiffusionModel, "sample_batches", lambda *_: 1 / 0)
+    capsys.readouterr()
+    assert toy(teacher_folder, reference, "--metrics", "fd", metric, "-n", 4, "-c", 1) == 2
+    error = capsys.readouterr().err
+    assert reason in error and len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
 
 
 def append_rows(number: int) -> None:

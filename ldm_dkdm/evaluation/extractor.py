@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ldm_dkdm.errors import UserError
 
 CPU_BATCH = 16  # images in a call on a CPU; larger calls leave its caches
+COLOURS = (1, 3)  # channel counts of images that networks of features take: grey, RGB
 SHORT = 8  # digits of a hash in a name
 
 
@@ -60,7 +61,7 @@ class Extractor:
         if self.forward is None:
             return Features(images.flatten(1))
         channels = images.shape[-1]
-        if channels not in (1, 3):
+        if channels not in COLOURS:
             raise UserError(f"features: {self.name} takes grey or RGB images, these have {channels} channels")
         parts = [self._of(part) for part in images.split(CPU_BATCH if self.device.type == "cpu" else len(images))]
         return Features(*(None if part[0] is None else torch.cat(part) for part in zip(*parts)))  # type: ignore[arg-type]

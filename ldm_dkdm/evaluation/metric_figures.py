@@ -1,13 +1,15 @@
 """Gather the statistics that metrics need, and compute their figures."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.evaluation.comparison import evaluate
+from ldm_dkdm.evaluation.comparison import evaluate, require_comparable
 from ldm_dkdm.evaluation.extractor import Extractor
 from ldm_dkdm.evaluation.gathering import gather, require_images
 from ldm_dkdm.evaluation.metrics import METRICS, Metric, Pair
@@ -58,13 +60,11 @@ class MetricFigures:
         theirs = {} if other is None else self._gather(other, comparing)
         figures: dict[str, Any] = {}
         for name in chosen:
-            try:
+            with _naming_packages(name):
                 if METRICS[name].of is not None:
                     figures |= joined().on_first(partial(self._compared, METRICS[name], found, theirs))
                 elif other is not None:
                     figures |= self._without_features(name, own, other)
-            except ImportError as error:
-                raise UserError(f"metrics: {name} needs the package {error.name}; {INSTALL}") from error
         return figures, found
 
     def _compared(
@@ -84,11 +84,20 @@ class MetricFigures:
     ) -> None:
         """Refuse sets of a kind that a metric cannot take, before any image is read or drawn."""
         for source, metrics in gathered:
+            if source is None:
+                continue
             for name, keep in self._needs(metrics).items():
-                if source is not None:
-                    require_images(source, self.extractors[name], keep)
-        if "agreement" in chosen and not (isinstance(own, ModelImages) and isinstance(other, ModelImages)):
-            raise UserError("metrics: agreement compares two models, not images")
+                require_images(source, self.extractors[name], keep)
+            for name in metrics:
+                _require_fields(source, name)
+        for name in chosen:
+            with _naming_packages(name):
+                for package in METRICS[name].packages:
+                    import_module(package)
+        if "agreement" in chosen:
+            if not (isinstance(own, ModelImages) and isinstance(other, ModelImages)):
+                raise UserError("metrics: agreement compares two models, not images")
+            require_comparable(own.model, other.model)
         if "reconstruction" in chosen and not isinstance(_codec(own), LatentCodec):
             raise UserError("metrics: reconstruction measures a first stage, or a model on latents, on images")
 
@@ -120,6 +129,26 @@ class MetricFigures:
         assert isinstance(codec, LatentCodec)
         images = own.images if isinstance(own, Reconstructions) else other
         return joined().on_first(lambda: reconstruction(codec, images, self.batch_size, self.progress, self.lpips))
+
+
+@contextmanager
+def _naming_packages(metric: str) -> Iterator[None]:
+    """Say which package a metric needs, where it is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"metrics: {metric} needs the package {error.name}; {INSTALL}") from error
+
+
+def _require_fields(source: ImageSource, metric: str) -> None:
+    """Refuse a file of statistics that lacks some that a metric reads."""
+    stored = None if source.count else source.stored()
+    lacking = [name for name in METRICS[metric].fields if stored is not None and getattr(stored, name) is None]
+    if lacking:
+        missing = " and ".join(lacking)
+        raise UserError(
+            f"metrics: {metric} needs {missing}, which the statistics in {source.name} lack; give its images"
+        )
 
 
 def _codec(source: ImageSource) -> Codec | None:

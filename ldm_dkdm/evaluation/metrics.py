@@ -43,6 +43,7 @@ class Metric:
         features: the extractor that defines it; None: any, chosen by the user.
         keep: whether it needs features one by one. reference: whether it compares with a second set.
         fields: of `Statistics` that it reads. least: images that each set must have.
+        packages: modules of optional packages that it imports.
     """
 
     of: Callable[[Pair], Mapping[str, float]] | None
@@ -53,6 +54,7 @@ class Metric:
     reference: bool = True
     fields: tuple[str, ...] = ("mu", "sigma")
     least: int = 2
+    packages: tuple[str, ...] = ()
 
 
 def frechet(pair: Pair) -> dict[str, float]:
@@ -165,13 +167,20 @@ METRICS: dict[str, Metric] = {
     ),
     "fd": Metric(frechet, "Frechet distance on --features", "Heusel et al. 2017"),
     "fd-dinov2": Metric(frechet, "Frechet distance on DINOv2 features", "Stein et al. 2023", "dinov2"),
-    "kid": Metric(kernel_distance, "squared MMD with a cubic kernel on --features", "Binkowski et al. 2018", keep=True),
+    "kid": Metric(
+        kernel_distance,
+        "squared MMD with a cubic kernel on --features",
+        "Binkowski et al. 2018",
+        keep=True,
+        packages=("torch_fidelity.metric_kid",),
+    ),
     "precision-recall": Metric(
         precision_recall,
         "share of samples in the reference's manifold, and the reverse",
         "Kynkaanniemi et al. 2019",
         keep=True,
         least=NEIGHBOURS + 1,
+        packages=("torch_fidelity.metric_prc",),
     ),
     "pixel-frechet": Metric(
         pixel_frechet,
@@ -181,7 +190,9 @@ METRICS: dict[str, Metric] = {
         least=COMPONENTS + 1,
     ),
     "agreement": Metric(None, "errors of a student's eps on its teacher's chains, without data", "this package"),
-    "reconstruction": Metric(None, "PSNR, SSIM, LPIPS and codes in use of a first stage", "Wang et al. 2004"),
+    "reconstruction": Metric(
+        None, "PSNR, SSIM, LPIPS and codes in use of a first stage", "Wang et al. 2004", packages=("kornia.metrics",)
+    ),
 }
 DEFAULTS = {
     "inception": ("fid", "sfid", "is", "precision-recall", "kid"),

@@ -80,6 +80,21 @@ def reconstruction(
     return {name: value / done for name, value in sums.items()} | _usage(codes)
 
 
+def require_encodable(codec: LatentCodec, shape: tuple[int, int, int]) -> None:
+    """Refuse images (H,W,C) of a shape that a first stage does not take.
+
+    Raises:
+        UserError: both shapes.
+    """
+    height, width, channels = shape
+    own, factor = codec.autoencoder.in_channels, codec.downsampling
+    if channels != own or height % factor or width % factor:
+        raise UserError(
+            f"samples: the first stage takes {own} channels and sides that are multiples of {factor}, the images are "
+            f"{height}x{width}x{channels}"
+        )
+
+
 def encoded(codec: LatentCodec, images: Tensor) -> Tensor:
     """Latents (B,c,h,w) of images uint8 (B,H,W,C) that a first stage takes.
 
@@ -87,12 +102,7 @@ def encoded(codec: LatentCodec, images: Tensor) -> Tensor:
         UserError: images whose channels or size it does not take, or latents that are not numbers.
     """
     height, width, channels = images.shape[1:]
-    own, factor = codec.autoencoder.in_channels, codec.downsampling
-    if channels != own or height % factor or width % factor:
-        raise UserError(
-            f"samples: the first stage takes {own} channels and sides that are multiples of {factor}, the images are "
-            f"{height}x{width}x{channels}"
-        )
+    require_encodable(codec, (height, width, channels))
     latents = codec.encode(images)
     if not latents.abs().max() <= LARGEST:  # also refuses NaN
         raise UserError(f"samples: the first stage's latents are not finite, or beyond {LARGEST:g}")

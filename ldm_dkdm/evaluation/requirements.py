@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.evaluation.extractor import COLOURS
+from ldm_dkdm.evaluation.features import FEATURES
 from ldm_dkdm.evaluation.metric_figures import features_of
 from ldm_dkdm.evaluation.metrics import METRICS
-from ldm_dkdm.evaluation.reconstruction import Reconstructions
+from ldm_dkdm.evaluation.reconstruction import Reconstructions, require_encodable
 from ldm_dkdm.evaluation.samples import ModelImages
 from ldm_dkdm.evaluation.sources import FolderImages, ImageSource, NpzImages, TensorImages
+from ldm_dkdm.first_stage.codec import Codec, LatentCodec
 
 Shape = tuple[int, int, int]  # height, width, channels
 
@@ -15,14 +18,14 @@ Shape = tuple[int, int, int]  # height, width, channels
 def require_comparable_sets(
     own: ImageSource, other: ImageSource | None, chosen: Sequence[str], named: str, size: int | None
 ) -> None:
-    """Refuse sets with too few images for a metric, or of different sizes for one on pixels.
+    """Refuse sets with too few images for a metric, of different sizes for one on pixels, or that it cannot read.
 
     Args:
         own, other: the samples and the reference. chosen: the metrics. named: features of metrics that take any.
         size: that of folders' images, if it was given.
 
     Raises:
-        UserError: names the metric, both sets, and their numbers or sizes.
+        UserError: names the metric, both sets, and their numbers or sizes; or the file that cannot be read.
     """
     for name in chosen:
         metric = METRICS[name]
@@ -33,6 +36,12 @@ def require_comparable_sets(
             held = ", ".join(f"{part} has {count}" for part, count in known)
             both = " in both sets" if len(sets) > 1 else ""
             raise UserError(f"metrics: {name} needs {metric.least} images or more{both}; {held}")
+        for part in sets:
+            _require_readable(part)
+            if metric.of is not None:
+                _require_colours(part, features_of(metric, named))
+        if name == "reconstruction" and other is not None and isinstance(own, ModelImages):
+            _require_encodable(own.model.codec(), other)
         if other is not None and metric.of is not None and features_of(metric, named).startswith("pixel"):
             _require_one_shape(name, own, other, size)
 
@@ -45,6 +54,35 @@ def _require_one_shape(metric: str, own: ImageSource, other: ImageSource, size: 
     resizable = size is None and a[:2] != b[:2] and any(map(_is_folder, (own, other)))
     cure = "; --size (in Python size) crops and resizes the images of folders" if resizable else ""
     raise UserError(f"metrics: {metric} compares pixels; {seen}{cure}")
+
+
+def _require_readable(source: ImageSource) -> None:
+    """Refuse files of a folder that cannot be read together, and images that a first stage cannot reconstruct."""
+    images = source
+    if isinstance(source, Reconstructions):
+        images = source.images
+        _require_encodable(source.codec, images)
+    if isinstance(images, FolderImages):
+        images.require_readable()
+
+
+def _require_colours(source: ImageSource, features: str) -> None:
+    """Refuse images that a network of features does not take."""
+    shape = shape_of(source)
+    channels = source.codec.channels if isinstance(source, Reconstructions) else shape[2] if shape else 3
+    if channels not in COLOURS and features in FEATURES and FEATURES[features].build is not None:
+        raise UserError(
+            f"features: {features} takes grey or RGB images, those of {source.name} have {channels} channels"
+        )
+
+
+def _require_encodable(codec: Codec, images: ImageSource) -> None:
+    """Refuse what a first stage does not encode; in pixel space there is none."""
+    shape = shape_of(images)
+    if shape is None:
+        raise UserError(f"metrics: a first stage reconstructs images, {images.name} holds statistics")
+    if isinstance(codec, LatentCodec):
+        require_encodable(codec, shape)
 
 
 def _is_folder(source: ImageSource) -> bool:

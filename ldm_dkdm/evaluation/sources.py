@@ -73,18 +73,27 @@ class FolderImages:
     @cached_property
     def side(self) -> int:
         """Side of the images that `batches` gives."""
-        return self.size or self._square(self.files[0])
+        return self.size or _square(self.files[0], _header(self.files[0]))
+
+    @cached_property
+    def headers(self) -> list["_Header"]:
+        """Size and mode of every file."""
+        return [_header(file) for file in self.files]
 
     @cached_property
     def channels(self) -> int:
         """Channels of the images that `batches` gives."""
-        return 1 if all(_header(file).mode in GREY for file in self.files) else 3
+        return 1 if all(header.mode in GREY for header in self.headers) else 3
 
-    def _square(self, file: Path) -> int:
-        width, height = _header(file).size
-        if width != height:
-            raise UserError(f"size: {file} is {width}x{height}; give a size, to which squares are cropped and resized")
-        return width
+    def require_readable(self) -> None:
+        """Refuse files that are not images, and without a `size` those that are not equal squares, by their headers.
+
+        Raises:
+            UserError: names the file.
+        """
+        for file, header in zip(self.files, self.headers, strict=True):
+            if self.size is None and _square(file, header) != self.side:
+                raise UserError(f"size: {file} is not {self.side}x{self.side} as the first image; give a size")
 
     @cached_property
     def _content(self) -> tuple[str, int]:
@@ -114,18 +123,15 @@ class FolderImages:
     @cached_property
     def resized(self) -> str:
         """What is done to the size of the images."""
-        changed = self.size and any(_header(file).size != (self.size, self.size) for file in self.files)
+        changed = self.size and any(header.size != (self.size, self.size) for header in self.headers)
         return f"centred square to {self.size}, Lanczos" if changed else "none"
 
     def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
         """Images from number `first` on."""
+        self.require_readable()
         for start in range(first, self.count, batch_size):
-            yield torch.stack([self._read(file) for file in self.files[start : start + batch_size]])
-
-    def _read(self, file: Path) -> Tensor:
-        if self.size is None and self._square(file) != self.side:
-            raise UserError(f"size: {file} is not {self.side}x{self.side} as the first image; give a size")
-        return read_image(file, self.side, self.channels)
+            files = self.files[start : start + batch_size]
+            yield torch.stack([read_image(file, self.side, self.channels) for file in files])
 
     def stored(self) -> None:
         """None: a folder has no statistics."""
@@ -141,6 +147,14 @@ def _header(file: Path) -> _Header:
     """Width, height and Pillow's mode of an image file; errors as `opened_image`."""
     with opened_image(file) as image:
         return _Header(image.size, image.mode)
+
+
+def _square(file: Path, header: _Header) -> int:
+    """The side of a square image."""
+    width, height = header.size
+    if width != height:
+        raise UserError(f"size: {file} is {width}x{height}; give a size, to which squares are cropped and resized")
+    return width
 
 
 def _is_lossy(content: bytes) -> bool:
