@@ -51,6 +51,14 @@ def test_other_mistakes_keep_their_line() -> None:
             parser_of(command).parse_args(["--nonsense"])
 
 
+@pytest.mark.parametrize("words", [["--seed", "1", "2"], ["--seed=1", "2"], ["--seed", "2", "2"]])
+def test_a_second_number_after_a_flag_is_no_model(words: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^--seed: takes one value, got [12] and 2$"):
+        parser_of("sample").parse_args(["-r", "model", "-n", "4", *words, "--npz"])
+    given = ["-r", "model", "--labels", "1", "2", "--seed", "1"]
+    assert parser_of("sample").parse_args(given).labels == [1, 2]
+
+
 @pytest.mark.parametrize(
     "tree",
     [

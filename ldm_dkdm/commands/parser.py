@@ -54,6 +54,7 @@ class Parser(argparse.ArgumentParser):
         if items is not None:
             getattr(options, items).extend(self.passed)
             self._gather(options, items)
+            self._require_single(getattr(options, items))
             _mention_repeated([*getattr(options, "base", []), *getattr(options, items)])
         if getattr(options, "stage", None) is not None and items is not None:
             key = "first_stage" if items == "hints" else "first_stage.ckpt"
@@ -75,6 +76,17 @@ class Parser(argparse.ArgumentParser):
         hints = {*moved, *others}.difference(paths)
         setattr(options, items, [*paths, *(item for item in self.given if item in hints)])
 
+    def _require_single(self, others: Sequence[str]) -> None:
+        """Refuse a second number after a flag that takes one: it would be taken for a path."""
+        for item in (item for item in others if _is_number(item) and not exists(item)):
+            for place in (i for i, word in enumerate(self.given) if word == item and i):
+                flag, equals, value = self.given[place - 1].partition("=")
+                if not equals:
+                    flag, value = self.given[max(place - 2, 0)], flag
+                action = self._option_string_actions.get(flag)
+                if action is not None and action.nargs is None and _is_number(value):
+                    raise UserError(f"{flag}: takes one value, got {value} and {item}")
+
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         """The values of an option without the `key=value` that follow them: no number and no choice has a =."""
         if action.option_strings and action.nargs in ("+", "?") and (action.type or action.choices):
@@ -91,6 +103,14 @@ class Parser(argparse.ArgumentParser):
         if line := advice(self.given, set(self._option_string_actions)):
             raise UserError(line)
         raise UserError(f"{message}; {self.hint}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _mention_repeated(items: Sequence[str]) -> None:
