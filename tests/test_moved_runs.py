@@ -116,6 +116,33 @@ def test_commands_take_a_first_stage(built: Path, tmp_path: Path, monkeypatch: p
     assert run_script("evaluate.py", "-r", run, *figures, *stage) == 0
 
 
+@pytest.mark.parametrize("metrics", [[], ["--metrics", "agreement"]])
+def test_an_evaluation_of_a_run_whose_teacher_is_gone_names_the_flag_for_another(
+    metrics: list[str], built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    run = project(built, tmp_path, monkeypatch)
+    (tmp_path / "models" / "teacher").rename(tmp_path / "moved")
+    options = [
+        "-r",
+        run,
+        "--chains",
+        2,
+        "--pairs",
+        1,
+        "-c",
+        2,
+        "--cache",
+        tmp_path / "c",
+        "--results",
+        "r.csv",
+        *metrics,
+    ]
+    options += [] if metrics else ["-n", 0]
+    words = (f"error: --teacher: the teacher of {run}: models/teacher: no such checkpoint file",)
+    assert_one_error_line(capsys, run_script("evaluate.py", *options), words)
+    assert run_script("evaluate.py", *options, "--teacher", "moved") == 0
+
+
 IMAGES = ("pixel", "first stage")
 
 

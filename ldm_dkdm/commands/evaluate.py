@@ -244,19 +244,36 @@ def _require_defaults(options: argparse.Namespace) -> None:
 
 def find_teacher(student: Path, teacher: str | None, hints: ScopedHints) -> "DiffusionModel":
     """The teacher at a path, or the one that the student's run was distilled from, as the run used it."""
-    from ldm_dkdm.commands.distill import open_teacher
     from ldm_dkdm.model import open_model
 
     run = run_of(student)
     if teacher is None:
         if run is None:
             raise UserError(f"--teacher: {student} is not a distillation's run folder or in one; name the teacher")
-        return open_teacher(run, student)
+        return teacher_of(run, student)
     found = open_model(teacher, hints.of("teacher"), lenient=True)
     if run is None:
         return found
     null = run.teacher.null_label if found.null_label is None else found.null_label
     return found.changed(null_label=null, guidance=run.teacher.guidance)
+
+
+def teacher_of(run: "DistillRun", path: Path) -> "DiffusionModel":
+    """The teacher that the config of a run names; where it cannot be opened, the flag that names another is named.
+
+    Args:
+        run: the config.
+        path: the run folder, or what is in it.
+    """
+    from ldm_dkdm.commands.distill import open_teacher
+
+    try:
+        return open_teacher(run, path)
+    except UserError as error:
+        key, _, reason = str(error).partition(": ")
+        if key != "teacher.ckpt":
+            raise
+        raise UserError(f"--teacher: the teacher of {path}: {reason}") from error
 
 
 def run_of(path: Path) -> "DistillRun | None":

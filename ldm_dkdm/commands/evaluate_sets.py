@@ -154,13 +154,12 @@ def _model(path: str, hints: ScopedHints, scope: str, device: "torch.device", pr
 
 def _teacher(path: str, device: "torch.device", precision: str) -> "DiffusionModel | None":
     """The teacher of a distillation's run, which is then the reference; None for another model."""
-    from ldm_dkdm.commands.distill import open_teacher
-    from ldm_dkdm.commands.evaluate import run_of
+    from ldm_dkdm.commands.evaluate import run_of, teacher_of
 
     run = run_of(expanded(path))
     if run is None:
         return None
-    teacher = open_teacher(run, expanded(path)).to(device, precision)
+    teacher = teacher_of(run, expanded(path)).to(device, precision)
     logger.info(f"REFERENCE: {teacher.path}, the teacher of {path}")
     return teacher
 
