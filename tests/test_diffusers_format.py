@@ -152,7 +152,7 @@ def test_a_pipeline_is_a_teacher_with_its_first_stage(first_stage: Path, tmp_pat
         ("unet", "layers_per_block", None, "unet/config.json: params.num_res_blocks: expected a whole number"),
         ("unet", "block_out_channels", [32], "unet/config.json: params.attention_resolutions"),
         ("unet", "block_out_channels", 32, "incomplete or does not fit"),
-        ("scheduler", "beta_schedule", "sigmoid", "beta_schedule: 'sigmoid'"),
+        ("scheduler", "beta_schedule", "exotic", "beta_schedule: 'exotic'"),
         ("scheduler", "prediction_type", "flow_prediction", "prediction_type: 'flow_prediction'"),
         ("scheduler", "clip_sample_range", "wide", "clip_sample_range: expected a number"),
     ],

@@ -135,12 +135,27 @@ def test_solvers_of_the_same_process_are_read(name: str, pipeline: Any, tmp_path
 
 
 @pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(**{**SHORT, "beta_schedule": "sigmoid"}),
+        DDPMScheduler(**{**SHORT, "beta_schedule": "laplace"}),
+        diffusers.HeunDiscreteScheduler(**{**SHORT, "beta_schedule": "exp"}),
+    ],
+)
+def test_a_schedule_without_a_name_here_is_read_by_its_betas(scheduler: Any, tmp_path: Path) -> None:
+    pixel_pipeline(tmp_path / "theirs", scheduler)
+    model = load_model(tmp_path / "theirs")
+    torch.testing.assert_close(model.schedule.betas, scheduler.betas.double(), rtol=1e-5, atol=1e-6)
+    model.save(tmp_path / "ours")
+    assert load_model(tmp_path / "ours").diffusion == model.diffusion
+
+
+@pytest.mark.parametrize(
     ("scheduler", "words"),
     [
         (DDPMScheduler(variance_type="learned_range"), "variance_type: 'learned_range'"),
         (DDPMScheduler(variance_type="learned"), "variance_type: 'learned'"),
         (DDPMScheduler(variance_type="fixed_large_log"), "variance_type: 'fixed_large_log'"),
-        (DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule: 'sigmoid'"),
         (DDPMScheduler(trained_betas=BETAS), "num_train_timesteps: 1000"),
         (diffusers.EulerDiscreteScheduler(timestep_type="continuous", sigma_max=5.0), "timestep_type: 'continuous'"),
         (diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas: True"),
@@ -156,7 +171,8 @@ def test_a_key_that_changes_the_meaning_is_refused_by_name(scheduler: Any, words
     ("keys", "words"),
     [
         ({"num_train_timesteps": 20.0}, "num_train_timesteps: expected a whole number, got 20.0"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule: 'sigmoid' is not one of"),
+        ({"beta_schedule": "exotic"}, "beta_schedule: 'exotic' is not one of"),
+        ({"beta_schedule": "sigmoid", "num_train_timesteps": "20"}, "num_train_timesteps: expected a whole number"),
         ({"trained_betas": [2.0]}, "trained_betas: expected numbers"),
         ({"variance_type": ["a"]}, "variance_type: ['a'] is not one of"),
         ({"beta_start": 0.5}, "beta_start, beta_end: must satisfy 0 < beta_start <= beta_end"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ldm_dkdm.checkpoints.contents import clipping_of, schedule_of
+from ldm_dkdm.checkpoints.diffusers_betas import GIVEN
 from ldm_dkdm.checkpoints.source import read_json
 from ldm_dkdm.checkpoints.writing import SavedModel
 from ldm_dkdm.config.schema import DiffusionConfig
@@ -141,13 +142,17 @@ def process(path: Path, space: str, learns_variance: bool) -> tuple[DiffusionCon
         **_clipping(path, config, kind, SPACES[space]),
         **_timesteps(path, config, kind, SPACES[space]),
     }
-    betas = _betas(path, config, kind)
+    return _checked(path, {**_betas(path, config, kind), **own}), parameterization
+
+
+def _checked(path: Path, keys: Mapping[str, Any]) -> DiffusionConfig:
+    """The section with these keys."""
     try:
-        found = DiffusionConfig(**betas, **own)
+        found = DiffusionConfig(**keys)
         schedule_of(found)  # refuses ends that make no schedule
     except UserError as error:
         raise UserError(f"{path}: {_in_their_words(str(error))}") from error
-    return found, parameterization
+    return found
 
 
 def _in_their_words(message: str) -> str:
@@ -195,12 +200,17 @@ def _betas(path: Path, config: Mapping[str, Any], kind: str) -> dict[str, Any]:
         if len(betas) != steps:
             raise UserError(f"{path}: num_train_timesteps: {steps}, but trained_betas has {len(betas)} values")
         return {"num_timesteps": steps, "betas": betas}
-    schedule = _named(path, config, "beta_schedule", "linear", {b: a for a, b in SCHEDULES.items()})
+    names = {theirs: ours for ours, theirs in SCHEDULES.items()} | {name: name for name in GIVEN}
+    schedule = _named(path, config, "beta_schedule", "linear", names)
     found = {"schedule": schedule, "num_timesteps": steps}
     if schedule == "cosine":
         return found
     start, end = ENDS_OF_WIDE if kind in WIDE_ENDS else ENDS
-    return found | {"beta_start": config.get("beta_start", start), "beta_end": config.get("beta_end", end)}
+    ends = {"beta_start": config.get("beta_start", start), "beta_end": config.get("beta_end", end)}
+    if schedule not in GIVEN:
+        return found | ends
+    known = _checked(path, {**found, "schedule": "linear", **ends})  # refuses what are no numbers of steps or ends
+    return {"num_timesteps": steps, "betas": GIVEN[schedule](steps, known.beta_start, known.beta_end)}
 
 
 def _clipping(path: Path, config: Mapping[str, Any], kind: str, space: Space) -> dict[str, Any]:
