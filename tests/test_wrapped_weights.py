@@ -111,12 +111,20 @@ def lucidrains() -> dict[str, Any]:
     return {"step": 3, "model": raw(), "ema": {**ema, "step": torch.tensor(3)}}
 
 
+MOMENTS = {"state": {0: {"exp_avg": torch.zeros(2), "step": 3}}, "param_groups": [{"params": [0]}]}
+
 HELPERS: dict[str, Callable[[], Any]] = {
     "torch_ema": lambda: {"model": raw(), "ema": {"decay": 0.9, "shadow_params": list(averaged().values())}},
     "diffusers": lambda: {"unet": raw(), "ema_unet": {"decay": 0.9, "shadow_params": list(averaged().values())}},
     "a list": lambda: {"model": raw(), "ema_params": list(averaged().values())},
     "a tuple": lambda: {"model": raw(), "ema": tuple(averaged().values())},
     "shadow": lambda: {"model": raw(), "ema": {"decay": 0.9, "shadow": averaged()}},
+    "its rate": lambda: {"model": raw(), "ema": {0.9999: averaged()}},
+    "a list of one": lambda: {"model": raw(), "ema": [averaged()]},
+    "EDM2": lambda: {"net": raw(), "ema": [{"std": 0.05, "net": averaged()}]},
+    "Polyak": lambda: {"model": raw(), "polyak": averaged()},
+    "an optimizer": lambda: {"model": raw(), "optimizer_states": [{"ema": averaged(), "opt": MOMENTS}]},
+    "NeMo": lambda: {"model": raw(), "optimizer_states": [{"ema": tuple(averaged().values()), "opt": MOMENTS}]},
     "timm": lambda: {"state_dict": raw(), "state_dict_ema": named("module.", averaged())},
     "k-diffusion": lambda: {"model": raw(), "model_ema": averaged(), "opt": {}},
     "BasicSR": lambda: {"params": raw(), "params_ema": averaged()},
@@ -150,6 +158,25 @@ def test_an_ema_of_an_unknown_form_is_said_and_the_raw_weights_are_used(
     assert loads(tmp_path / "x.pt", raw())
     assert "x.pt: the EMA weights in 'ema' have an unknown form; raw ones are used" in caplog.text
     assert loads(tmp_path / "x.pt", raw(), use_ema=False)
+
+
+def test_an_ema_in_an_optimizer_that_does_not_fit_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"model": raw(), "optimizer_states": [{"ema": (torch.zeros(2),), "opt": MOMENTS}]}, tmp_path / "x.pt")
+    assert loads(tmp_path / "x.pt", raw())
+    assert "the EMA weights in 'optimizer_states.0.ema' have an unknown form; raw ones are used" in caplog.text
+
+
+def test_raw_weights_beside_an_ema_of_an_unknown_form_are_not_ema_by_their_files_name(tmp_path: Path) -> None:
+    torch.save({"model": raw(), "ema": {"values": list(raw())}}, tmp_path / "ema_1.pt")
+    model = load_model(tmp_path / "ema_1.pt", **HINTS, **PIXEL)
+    assert model.info["weights_kind"] == "raw"
+
+
+@pytest.mark.parametrize("emas", [[averaged(), raw()], {0.9: raw(), 0.99: averaged()}])
+def test_several_emas_are_refused_by_their_places(emas: object, tmp_path: Path) -> None:
+    torch.save({"model": raw(), "ema": emas}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"holds several networks \(ema\.0(\.9)?, ema\.[01](\.99)?\); save the wanted"):
+        load_model(tmp_path / "x.pt", **HINTS, **PIXEL)
 
 
 def test_an_empty_ema_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

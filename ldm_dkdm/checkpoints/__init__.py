@@ -1,9 +1,11 @@
 """The only readers and writers of checkpoint files: one module per format, listed in FORMATS."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from ldm_dkdm.checkpoints import adm, compvis, described, diffusers, dit, model_folder, run_checkpoint
+from ldm_dkdm.checkpoints.averaging import KIND
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.hints import Hints
 from ldm_dkdm.checkpoints.reading import read_tensors
@@ -54,4 +56,7 @@ def read(source: Source) -> Contents:
         found = next((format for format in asked if format.recognises(source)), None)
         if found is None:
             raise UserError(f"{source.path}: {what_else(source)}")
-        return found.read(source).named()
+        contents = found.read(source)
+        if source.has_unread_ema:  # those that are read are the raw ones, whatever the file is called
+            return replace(contents, info={**contents.info, KIND: "raw"})
+        return contents.named()

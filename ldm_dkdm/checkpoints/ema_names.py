@@ -7,7 +7,7 @@ from pathlib import Path
 WORD = re.compile(r"EMA(?=U?[A-Z][a-z]|[^A-Z]|$)|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 # words that are written together with ema: emaonly, netema
 OTHER = "denoiser|dict|diffusion|dit|helper|model|net|network|only|params|state|unet|weights|wrapper"
-AVERAGED = rf"(?:{OTHER})?emas?(?:{OTHER})*|(?:averag(?:e|ed|es|ing)|avg|shadows?|swa)(?:{OTHER})?"
+AVERAGED = rf"(?:{OTHER})?emas?(?:{OTHER})*|(?:averag(?:e|ed|es|ing)|avg|polyak|shadows?|swa)(?:{OTHER})?"
 NEGATIONS = "no|non|not|without|wo"
 ONLINE = "online"  # lucidrains' name of the raw weights within its EMA
 STEP = re.compile(r"(?P<kind>model|ema_[\d.]+_)(?P<step>\d+)")  # guided-diffusion's files of one step

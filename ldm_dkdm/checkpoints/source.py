@@ -89,6 +89,11 @@ class Source:
             self._weights[signature] = find_weights(self.content, signature, self.path)
         return self._weights[signature]
 
+    @property
+    def has_unread_ema(self) -> bool:
+        """Whether a network that was looked for has an EMA in the file whose form is unknown."""
+        return any(found.unread for found in self._weights.values())
+
     def part(self, name: str | None) -> dict[str, Tensor]:
         """The tensors in a named part of a file, also without that."""
         if isinstance(self.content, Tensor):

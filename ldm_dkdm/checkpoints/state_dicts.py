@@ -29,15 +29,20 @@ USUAL = ("state_dict", "model", "net", "network", "unet", "denoiser")  # the fir
 NO_NETWORK = re.compile(
     r"opts?(_.*)?$|optims?(_.*)?$|.*optimi[sz]er|.*sched|hyper_parameters|.*scaler|(max_)?exp_avg|momentum_buffer"
 )  # parts of a file that hold other tensors
+OPTIMIZER = re.compile(r"opts?(_.*)?$|optims?(_.*)?$|.*optimi[sz]er")  # may hold the EMA too (NeMo)
 DEPTH = 4  # how deep a state dict may lie
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A network's weights under its own names; `raw` also where the file has one kind that is not called EMA."""
+    """A network's weights under its own names; `raw` also where the file has one kind that is not called EMA.
+
+    `unread` is the place of an EMA in the file whose form is unknown.
+    """
 
     raw: dict[str, Tensor] | None = None
     ema: dict[str, Tensor] | None = None
+    unread: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,11 @@ def find_weights(content: Any, signature: tuple[str, str], path: Path) -> Weight
     if beside and raw is not None and ema is not None:
         places = raw.label.rstrip("."), ema.label.rstrip(".") or "the rest"
         logger.warning(f"{path}: '{places[0]}' says that it is not the EMA, so '{places[1]}' is taken for the EMA")
+    unread = ""
     if raw is not None and ema is None:
-        ema = _of_helper(content, raw, path)
+        ema, unread = _of_helper(content, raw, path)
     if raw is None or ema is None:
-        return Weights(None if raw is None else raw.tensors, None if ema is None else ema.tensors)
+        return Weights(None if raw is None else raw.tensors, None if ema is None else ema.tensors, unread)
     return Weights(raw.tensors, completed(ema.tensors, raw.tensors, path))
 
 
@@ -113,13 +119,38 @@ def _is_part(part: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> bool:
 
 def parts_of(content: Any, label: str = "") -> Iterator[tuple[str, Mapping[Any, Any]]]:
     """The dictionaries in a file's content that hold tensors, each with its dotted place."""
-    if not isinstance(content, Mapping) or label.count(".") > DEPTH:
+    if not isinstance(content, (Mapping, list, tuple)) or label.count(".") > DEPTH:
         return
-    if holds_tensors(content):
+    if isinstance(content, Mapping) and holds_tensors(content):
         yield label, content
-    for key, value in content.items():
-        if isinstance(key, str) and not NO_NETWORK.match(key):
-            yield from parts_of(value, f"{label}{key}.")
+    for place, value in _inside(content, label):
+        yield from parts_of(value, place)
+
+
+def _inside(content: Any, label: str) -> Iterator[tuple[str, Any]]:
+    """What a dictionary or list holds, with its dotted place; of an optimizer's state only what is called EMA."""
+    for key, value in _items(content):
+        if not NO_NETWORK.match(key):
+            yield f"{label}{key}.", value
+        elif OPTIMIZER.match(key):
+            yield from _averages(value, f"{label}{key}.")
+
+
+def _averages(content: Any, label: str) -> Iterator[tuple[str, Any]]:
+    """What is called EMA within the state of optimizers, with its dotted place."""
+    for key, value in _items(content) if label.count(".") <= DEPTH else ():
+        if is_averaged(key) and not NO_NETWORK.match(key):
+            yield f"{label}{key}.", value
+        else:
+            yield from _averages(value, f"{label}{key}.")
+
+
+def _items(content: Any) -> Iterator[tuple[str, Any]]:
+    """Values of a dictionary by their names or numbers (the rate of an EMA), and the dictionaries in a list by place."""
+    if isinstance(content, Mapping):
+        yield from ((str(key), value) for key, value in content.items() if isinstance(key, (str, int, float)))
+    elif isinstance(content, (list, tuple)):
+        yield from ((str(place), value) for place, value in enumerate(content) if isinstance(value, Mapping))
 
 
 def _networks(label: str, part: Mapping[Any, Any], signature: tuple[str, str], path: Path) -> Iterator[_Found]:
@@ -155,31 +186,31 @@ def _nested(found: Sequence[_Found]) -> bool:
     )
 
 
-def _of_helper(content: Mapping[Any, Any], raw: _Found, path: Path) -> _Found | None:
-    """The EMA that a helper class saved without the parameters' dots, or as a list in their order.
+def _of_helper(content: Mapping[Any, Any], raw: _Found, path: Path) -> tuple[_Found | None, str]:
+    """The EMA that a helper class saved without the parameters' dots, or as a list in their order; else its place.
 
     LitEma drops the dots; torch_ema and diffusers' EMAModel keep `shadow_params`. One of some layers may lack those by
     which a network is found.
     """
-    for label, part in parts_of(content):
-        dotless = dotless_ema({name: value for name, value in part.items() if isinstance(name, str)}, raw.tensors)
+    for label, whole in parts_of(content):
+        part = {name: value for name, value in whole.items() if isinstance(name, str)}
+        dotless = dotless_ema(part, raw.tensors)
         if dotless:
-            return _Found(label, tensors_in(dotless, path), True)
+            return _Found(label, tensors_in(dotless, path), True), ""
         tensors = unwrapped(tensors_in(part, path)) if is_averaged(label) else {}
         own = {name: value for name, value in tensors.items() if name not in COUNTERS or value.numel() > 1}
         if _is_part(own, raw.tensors):
-            return _Found(label, own, True)
+            return _Found(label, own, True), ""
     unread = [(label, part) for label, part in _everything(content) if is_averaged(label) and len(part)]
     trained = [name for name in raw.tensors if name != "pos_embed"]  # DiT's sinusoids, which some helpers leave out
     for (label, part), names in product(unread, (list(raw.tensors), trained)):
         if _fits(part, [raw.tensors[name] for name in names]):
             values = [as_tensor(value, label, path) for value in part]
-            return _Found(label, {**raw.tensors, **dict(zip(names, values, strict=True))}, True)
+            return _Found(label, {**raw.tensors, **dict(zip(names, values, strict=True))}, True), ""
+    place = unread[0][0].rstrip(".") if unread else ""
     if unread:
-        logger.warning(
-            f"{path}: the EMA weights in '{unread[0][0].rstrip('.')}' have an unknown form; raw ones are used"
-        )
-    return None
+        logger.warning(f"{path}: the EMA weights in '{place}' have an unknown form; raw ones are used")
+    return None, place
 
 
 def dotless_ema(part: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -197,14 +228,13 @@ def dotless_ema(part: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, 
 
 def _everything(content: Any, label: str = "") -> Iterator[tuple[str, Any]]:
     """Dictionaries, lists and tuples in a file's content, with their dotted places."""
-    if isinstance(content, (list, tuple)):
+    if not isinstance(content, (Mapping, list, tuple)):
+        return
+    if label and (label.count(".") <= DEPTH or not isinstance(content, Mapping)):
         yield label, content
-    if isinstance(content, Mapping) and label.count(".") <= DEPTH:
-        if label:
-            yield label, content
-        for key, value in content.items():
-            if isinstance(key, str) and not NO_NETWORK.match(key):
-                yield from _everything(value, f"{label}{key}.")
+    if label.count(".") <= DEPTH:
+        for place, value in _inside(content, label):
+            yield from _everything(value, place)
 
 
 def _fits(values: Any, tensors: Sequence[Tensor]) -> bool:
