@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_dkdm import DiffusionModel, UserError, load_model
+from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model
 from ldm_dkdm.commands.distill import open_teacher
 from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.networks import DiT, UNet
@@ -65,3 +65,17 @@ def test_code_without_it_does_not_get_such_a_model(file: Path, tmp_path: Path) -
             UserError, match=f"format: .*{'CompVis' if kind == 'compvis' else 'diffusers'}.*rescale_times"
         ):
             model.save(tmp_path / "out.ckpt", kind)
+
+
+def test_it_and_the_ends_of_sampling_stay_where_the_schedule_changes(file: Path) -> None:
+    ends = {"steps_offset": 1, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
+    model = load_model(file, **GIVEN, **PROCESS, rescale_timesteps=True, **ends)
+    changed = model.changed(schedule=NoiseSchedule("cosine", 4000, variance="beta"))
+    student = DiffusionModel(model.network, like=model, schedule=model.schedule)
+    for other in (changed, student):
+        assert torch.equal(eps_at(other, 3000), eps_at(model, 3000))
+        assert {key: getattr(other.schedule, key) for key in ends} == ends
+    said = model.changed(schedule=NoiseSchedule("cosine", 4000, steps_offset=0, timestep_spacing="leading")).schedule
+    assert (said.steps_offset, said.set_alpha_to_one, said.timestep_spacing) == (0, True, "leading")
+    alone = DiffusionModel(model.network, space="pixel", schedule=NoiseSchedule("cosine", 20, steps_offset=1))
+    assert alone.schedule.steps_offset == 1 and not alone.schedule.set_alpha_to_one

@@ -228,7 +228,7 @@ class Contents:
 
 def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
     """The forward process that a config section describes."""
-    return NoiseSchedule(
+    found = NoiseSchedule(
         config.schedule,
         config.num_timesteps,
         config.beta_start,
@@ -240,6 +240,8 @@ def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
         timestep_spacing=config.timestep_spacing,
         set_alpha_to_one=config.set_alpha_to_one,
     )
+    found.ends_given["steps_offset"] = config.steps_offset  # not that of the space
+    return found
 
 
 def clipping_of(config: DiffusionConfig) -> Clipping:

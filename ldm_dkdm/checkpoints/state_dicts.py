@@ -146,7 +146,7 @@ def _averages(content: Any, label: str) -> Iterator[tuple[str, Any]]:
 
 
 def _items(content: Any) -> Iterator[tuple[str, Any]]:
-    """Values of a dictionary by their names or numbers (the rate of an EMA), and the dictionaries in a list by place."""
+    """Values of a dictionary by their names or numbers (the rate of an EMA), dictionaries in a list by their place."""
     if isinstance(content, Mapping):
         yield from ((str(key), value) for key, value in content.items() if isinstance(key, (str, int, float)))
     elif isinstance(content, (list, tuple)):

@@ -63,7 +63,8 @@ class NoiseSchedule:
         num_timesteps: T.
         beta_start, beta_end: ends of the two linear schedules; default: BETA_ENDS, for `linear` times 1000 / T.
             `cosine` does not use them.
-        steps_offset: DDIM's lowest timestep: 1 in CompVis's code, 0 in guided-diffusion's. The name is diffusers'.
+        steps_offset: DDIM's lowest timestep: 1 in CompVis's code (default), 0 in guided-diffusion's. A model that is
+            given a schedule without it has that of its space. The name is diffusers'.
         betas: any betas (T,), each strictly between 0 and 1, in place of a named schedule.
         variance: of a reverse step, one of VARIANCES; a network that predicts its own ignores it.
         rescale_betas_zero_snr: abar_{T-1} is set to 0 and the others are shifted (Lin et al. 2023, Alg. 1).
@@ -77,6 +78,7 @@ class NoiseSchedule:
     Attributes:
         betas, alphas_cumprod: float64 tensors (T,) on the CPU.
         unscaled_betas: the same as `betas` before `rescale_betas_zero_snr`.
+        ends_given: `steps_offset` and `set_alpha_to_one` as they were given, None where they were not.
         ends_in_noise: abar_{T-1} is 0: x_{T-1} says nothing about x_0, and its eps is x_{T-1} itself.
     """
 
@@ -86,7 +88,7 @@ class NoiseSchedule:
         num_timesteps: int = 1000,
         beta_start: float | None = None,
         beta_end: float | None = None,
-        steps_offset: int = 1,
+        steps_offset: int | None = None,
         *,
         betas: Tensor | Sequence[float] | None = None,
         variance: str = "posterior",
@@ -101,8 +103,12 @@ class NoiseSchedule:
             raise UserError(f"num_timesteps: must be at least 1, got {num_timesteps}")
         if timestep_spacing is not None:
             pick(SPACINGS, timestep_spacing, "timestep_spacing")
-        self.steps_offset, self.variance, self.timestep_spacing = steps_offset, variance, timestep_spacing
-        self.set_alpha_to_one = steps_offset == 0 if set_alpha_to_one is None else set_alpha_to_one
+        self.ends_given = {"steps_offset": steps_offset, "set_alpha_to_one": set_alpha_to_one}
+        _require_ends(**self.ends_given)
+        self.steps_offset, self.variance, self.timestep_spacing = 1, variance, timestep_spacing
+        if steps_offset is not None:
+            self.steps_offset = int(steps_offset)
+        self.set_alpha_to_one = self.steps_offset == 0 if set_alpha_to_one is None else bool(set_alpha_to_one)
         first, final = beta_ends(name, num_timesteps)
         self.beta_start = first if beta_start is None else beta_start
         self.beta_end = final if beta_end is None else beta_end
@@ -160,6 +166,15 @@ def _require_numbers(what: str, kind: type, **values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(f"{name}: expected {what}, got {value!r}")
+
+
+def _require_ends(steps_offset: object, set_alpha_to_one: object) -> None:
+    if steps_offset is not None:
+        _require_numbers("a whole number", Integral, steps_offset=steps_offset)
+    if steps_offset not in (None, 0, 1):
+        raise UserError(f"steps_offset: must be 0 or 1, got {steps_offset}")
+    if not isinstance(set_alpha_to_one, bool | None | np.bool_):
+        raise UserError(f"set_alpha_to_one: expected true or false, got {set_alpha_to_one!r}")
 
 
 def _require_noise(alphas_cumprod: Tensor, names: str) -> None:

@@ -43,7 +43,7 @@ class DiffusionModel:
         network: nn.Module (x (B,C,H,W), t (B,), label (B,) or None) -> (B,C,H,W), or (B,2C,H,W) with a learned
             variance (learned-range, Improved DDPM, Eq. 15); diffusers' UNet2DModel too, whose record is opened.
         like: a model that supplies what is not given. node: target and params of the network; default: as it was built.
-        schedule: the forward process; its `steps_offset` and `set_alpha_to_one` follow from the space.
+        schedule: the forward process; what it does not say of sampling is that of `like`, else of the space.
         parameterization: what the network predicts, one of PARAMETERIZATIONS. space: of the states, one of SPACES.
         shape: (C,H,W) of a state; default: the network's (`in_channels`, `image_size`).
         num_classes: size of the label table, null label excluded; None: no labels. null_label: default: the network's.

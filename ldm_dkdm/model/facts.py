@@ -12,9 +12,10 @@ from ldm_dkdm.config.checked import convert
 from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
 from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
-from ldm_dkdm.errors import UserError
+from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.networks import NETWORKS
+from ldm_dkdm.pixel import SPACES
 
 if TYPE_CHECKING:
     from ldm_dkdm.model.diffusion_model import DiffusionModel
@@ -24,18 +25,29 @@ CLIPPING = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresho
 
 
 def process_of(schedule: NoiseSchedule | None, space: str | None, like: "DiffusionModel | None") -> DiffusionConfig:
-    """The forward process as a config section."""
+    """The forward process as a config section.
+
+    Of another model it has what belongs to its network (`rescale_timesteps`), and in the same space what belongs to
+    its sampling, as far as the schedule does not say it.
+    """
     if schedule is None:
         base = like.diffusion if like else DiffusionConfig()
         return base if space is None else replace(base, space=space)
     space = space or (like.diffusion.space if like else "latent")
+    usual = pick(SPACES, space, "space").steps_offset
+    any_given = any(value is not None for value in schedule.ends_given.values())
     own: dict[str, Any] = {
         "variance": None if schedule.variance == "posterior" else schedule.variance,
         "rescale_betas_zero_snr": schedule.ends_in_noise,
         "timestep_spacing": schedule.timestep_spacing,
     }
+    own |= {key: value for key, value in schedule.ends_given.items() if not (key == "steps_offset" and value == usual)}
+    if like:
+        own["rescale_timesteps"] = like.diffusion.rescale_timesteps
     if like and like.diffusion.space == space:
-        own |= {key: getattr(like.diffusion, key) for key in CLIPPING}
+        kept = [*CLIPPING] if any_given else [*CLIPPING, *schedule.ends_given]
+        own |= {key: getattr(like.diffusion, key) for key in kept}
+        own["timestep_spacing"] = schedule.timestep_spacing or like.diffusion.timestep_spacing
     if schedule.name == "betas":
         betas = schedule.unscaled_betas.tolist()
         return DiffusionConfig(num_timesteps=len(betas), space=space, betas=betas, **own)
