@@ -67,6 +67,13 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "no label": (lambda: model().predict(X, T), "label: missing"),
     "label": (lambda: model().predict(X, T, torch.tensor([0, 7])), r"label: 7 is outside 0 \.\.\. 3"),
     "t": (lambda: model().predict(X, torch.tensor([0, -1]), T * 0), r"t: -1 is outside 0 \.\.\. 19"),
+    "betas": (lambda: dkdm.NoiseSchedule(betas=[0.1, 0.2], num_timesteps=5), "num_timesteps: 5 is not the number of b"),
+    "idle end": (lambda: dkdm.NoiseSchedule(betas=[0.1, 0.2], beta_start=0.3), "beta_start: has no effect beside bet"),
+    "idle name": (lambda: dkdm.NoiseSchedule("linear", betas=[0.1, 0.2]), "name: has no effect beside betas"),
+    "cosine": (lambda: dkdm.NoiseSchedule("cosine", beta_end=0.1), "beta_end: has no effect with the cosine schedule"),
+    "offset": (lambda: dkdm.NoiseSchedule(steps_offset=7), "steps_offset: must be 0 or 1, got 7"),
+    "offset's kind": (lambda: dkdm.NoiseSchedule(steps_offset="a"), "steps_offset: expected a whole number, got 'a'"),
+    "end": (lambda: dkdm.NoiseSchedule(set_alpha_to_one="yes"), "set_alpha_to_one: expected true or false, got 'yes'"),
     "x": (lambda: model().predict(X[:, :2], T, T * 0), r"x: expected states \(B,3,H,W\)"),
 }
 
@@ -94,6 +101,11 @@ def test_numbers_for_all_states_float64_states_and_arrays_are_taken(tmp_path: Pa
     np.savez(tmp_path / "x.npz", arr_0=np.moveaxis(images[0], -1, 1))
     with pytest.raises(dkdm.UserError, match=r"x.npz: arr_0 is uint8 \(70, 3, 8, 8\), which looks like \(N,C,H,W\)"):
         dkdm.measure(tmp_path / "x.npz", images[1], metrics="kid", features="pixels", cache=tmp_path)
+
+
+def test_a_node_says_what_its_network_predicts() -> None:
+    teacher = model().changed(parameterization="v")
+    assert dkdm.DiffusionModel(dit(), like=teacher, node=teacher.node).parameterization == "v"
 
 
 class Recording(nn.Module):

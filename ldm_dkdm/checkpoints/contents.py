@@ -16,7 +16,7 @@ from ldm_dkdm.checkpoints.shapes import plain
 from ldm_dkdm.config.effects import require_effect
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, NetworkConfig
 from ldm_dkdm.diffusion.clipping import Clipping
-from ldm_dkdm.diffusion.schedule import NoiseSchedule
+from ldm_dkdm.diffusion.schedule import DEFAULT, NoiseSchedule
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.pixel import SPACES
 from ldm_dkdm.reporting import logger
@@ -228,11 +228,13 @@ class Contents:
 
 def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
     """The forward process that a config section describes."""
+    named = config.betas is None
+    ends = named and config.schedule != "cosine"
     found = NoiseSchedule(
-        config.schedule,
+        config.schedule if named else DEFAULT,
         config.num_timesteps,
-        config.beta_start,
-        config.beta_end,
+        config.beta_start if ends else None,
+        config.beta_end if ends else None,
         SPACES[config.space].steps_offset if config.steps_offset is None else config.steps_offset,
         betas=config.betas,
         variance=config.variance or "posterior",

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
     "linear": linear,
     "cosine": cosine,
 }
+DEFAULT, DEFAULT_T = "scaled_linear", 1000
 # name -> default beta_start, beta_end, and the T at which they hold where they are divided by T (guided-diffusion)
 BETA_ENDS = {
     "scaled_linear": (0.0015, 0.0195, None),  # CompVis's
@@ -84,8 +86,8 @@ class NoiseSchedule:
 
     def __init__(
         self,
-        name: str = "scaled_linear",
-        num_timesteps: int = 1000,
+        name: str = DEFAULT,
+        num_timesteps: int = DEFAULT_T,
         beta_start: float | None = None,
         beta_end: float | None = None,
         steps_offset: int | None = None,
@@ -109,6 +111,7 @@ class NoiseSchedule:
         if steps_offset is not None:
             self.steps_offset = int(steps_offset)
         self.set_alpha_to_one = self.steps_offset == 0 if set_alpha_to_one is None else bool(set_alpha_to_one)
+        self._require_effect(name, num_timesteps, beta_start, beta_end, betas)
         first, final = beta_ends(name, num_timesteps)
         self.beta_start = first if beta_start is None else beta_start
         self.beta_end = final if beta_end is None else beta_end
@@ -123,6 +126,23 @@ class NoiseSchedule:
             self.alphas_cumprod = zero_terminal_snr(self.alphas_cumprod)
             self.betas = betas_of(self.alphas_cumprod)
         self._tables: dict[torch.device, Tensor] = {}
+
+    @staticmethod
+    def _require_effect(name: str, num_timesteps: int, beta_start: object, beta_end: object, betas: Any) -> None:
+        """Refuse what is not used beside something else; a name or T that equals its default may not be given."""
+        given = {"name": name if name != DEFAULT else None, "beta_start": beta_start, "beta_end": beta_end}
+        found = [key for key, value in given.items() if value is not None]
+        if betas is not None and found:
+            raise UserError(f"{found[0]}: has no effect beside betas; leave it out")
+        if betas is None and name == "cosine" and found[1:]:
+            raise UserError(f"{found[1]}: has no effect with the cosine schedule; leave it out")
+        if (
+            betas is not None
+            and num_timesteps != DEFAULT_T
+            and hasattr(betas, "__len__")
+            and len(betas) != num_timesteps
+        ):
+            raise UserError(f"num_timesteps: {num_timesteps} is not the number of betas, which is {len(betas)}")
 
     def _named(self, name: str, num_timesteps: int) -> Tensor:
         start, end = self.beta_start, self.beta_end

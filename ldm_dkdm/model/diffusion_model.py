@@ -42,7 +42,7 @@ class DiffusionModel:
     Args:
         network: nn.Module (x (B,C,H,W), t (B,), label (B,) or None) -> (B,C,H,W), or (B,2C,H,W) with a learned
             variance (learned-range, Improved DDPM, Eq. 15); diffusers' UNet2DModel too, whose record is opened.
-        like: a model that supplies what is not given. node: target and params of the network; default: as it was built.
+        like: a model that supplies what is not given. node: target, params and parameterization; default: as built.
         schedule: the forward process; what it does not say of sampling is that of `like`, else of the space.
         parameterization: what the network predicts, one of PARAMETERIZATIONS. space: of the states, one of SPACES.
         shape: (C,H,W) of a state; default: the network's (`in_channels`, `image_size`).
@@ -78,7 +78,7 @@ class DiffusionModel:
     ) -> None:
         require_network(network, like)
         self.network = network
-        self.parameterization: str = parameterization or (like.parameterization if like and not node else "eps")
+        self.parameterization = str(parameterization or getattr(node or like, "parameterization", "eps"))
         pick(PARAMETERIZATIONS, self.parameterization, "parameterization")
         pick(PRECISIONS, precision, "precision")
         self.diffusion = process_of(schedule, space, like)
