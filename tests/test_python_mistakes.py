@@ -23,7 +23,7 @@ def dit() -> DiT:
 
 
 def model(network: nn.Module | None = None) -> dkdm.DiffusionModel:
-    return dkdm.DiffusionModel(network or dit(), schedule=SCHEDULE, space="pixel", shape=(3, 8, 8))
+    return dkdm.DiffusionModel(dit() if network is None else network, schedule=SCHEDULE, space="pixel", shape=(3, 8, 8))
 
 
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
@@ -106,6 +106,37 @@ def test_numbers_for_all_states_float64_states_and_arrays_are_taken(tmp_path: Pa
 def test_a_node_says_what_its_network_predicts() -> None:
     teacher = model().changed(parameterization="v")
     assert dkdm.DiffusionModel(dit(), like=teacher, node=teacher.node).parameterization == "v"
+
+
+WRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compiled": lambda network: torch.compile(network, backend="eager"),  # type: ignore[return-value]
+    "parallel": nn.DataParallel,
+    "both": lambda network: nn.DataParallel(torch.compile(network, backend="eager")),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_wrapped_network_is_taken_without_its_wrapper(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = dit()
+    own = model(WRAPPED[name](network))
+    assert own.network is network and "DiT is taken without the" in caplog.text
+    assert own.changed(network=WRAPPED[name](network)).network is network
+    own.save(tmp_path / "x")
+    for given in (None, WRAPPED[name](dit())):
+        assert torch.equal(dkdm.load_model(tmp_path / "x", network=given).predict(X, T, T * 0).eps, X)
+
+
+def test_a_network_with_a_compiled_block_is_saved_and_opened(tmp_path: Path) -> None:
+    network = dit()
+    nn.init.normal_(network.final_layer.linear.weight)
+    want = model(network).predict(X + 1, T, T * 0).eps
+    network.blocks[0] = torch.compile(network.blocks[0], backend="eager")  # type: ignore[assignment]
+    model(network).save(tmp_path / "x")
+    for given in (None, dit(), network):
+        own = dkdm.load_model(tmp_path / "x", network=given)
+        torch.testing.assert_close(own.predict(X + 1, T, T * 0).eps, want)
 
 
 class Recording(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm_dkdm.checkpoints.state_dicts import unwrapped
 from ldm_dkdm.config.registry import Targets, Unfilled, build, is_own
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.rng import forked_rng
@@ -28,6 +29,7 @@ def build_loaded(node: Any, where: str, targets: Targets, tensors: Mapping[str, 
     if is_own(targets.get(node.target, nn.Module)):
         with torch.device("meta"), Unfilled():
             module = build(node, targets, where)
+        tensors = _named_as_in(module, tensors)
         require_keys(module, tensors, source)
         own = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in module.state_dict().items()}
         module.load_state_dict(own, assign=True)
@@ -45,6 +47,7 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
         UserError: missing, unexpected or mis-shaped keys, of which it lists the first few; values that are not
             finite; integer tensors in place of weights.
     """
+    tensors = _named_as_in(module, tensors)
     require_keys(module, tensors, source)
     for name, parameter in module.named_parameters():
         if parameter.is_floating_point() and not tensors[name].is_floating_point():
@@ -52,6 +55,17 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
         if not torch.isfinite(tensors[name]).all():
             raise UserError(f"{source}: {name} holds values that are not finite; the file is damaged")
     module.load_state_dict(dict(tensors))
+
+
+def _named_as_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors under a module's names where only what wrappers leave in names differs, such as `_orig_mod.`."""
+    names = list(module.state_dict())
+    if tensors.keys() == set(names):
+        return tensors
+    plain, own = unwrapped(tensors), dict[str, str]()
+    for name in names:
+        own |= dict.fromkeys(unwrapped({name: None}), name)
+    return {own[name]: value for name, value in plain.items()} if plain.keys() == own.keys() else tensors
 
 
 def require_keys(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:

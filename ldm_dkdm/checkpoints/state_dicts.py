@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from ldm_dkdm.checkpoints.shapes import under
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.reporting import logger
 
+Value = TypeVar("Value")
 UNET = ("time_embed.0.weight", "input_blocks.0.0.weight")  # names that every network of a layout has
 DIT = ("x_embedder.proj.weight", "final_layer.linear.weight")
 FIRST_STAGE = ("encoder.conv_in.weight", "quant_conv.weight")
@@ -60,7 +61,7 @@ class _Found:
         return [USUAL.index(word) if word in USUAL else len(USUAL) for word in words]
 
 
-def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(tensors: Mapping[str, Value]) -> dict[str, Value]:
     """The tensors without the segments of WRAPPER, and without DistributedDataParallel's leading `module.`."""
     cleaned = {re.sub(r"^(module\.)+", "", WRAPPER.sub("", name)): value for name, value in tensors.items()}
     return cleaned if len(cleaned) == len(tensors) else dict(tensors)

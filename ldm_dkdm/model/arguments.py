@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks import DiT, UNet
+from ldm_dkdm.reporting import logger
 
 if TYPE_CHECKING:
     from ldm_dkdm.model.diffusion_model import DiffusionModel
@@ -41,8 +43,10 @@ def require_path(value: object, name: str) -> None:
         raise UserError(f"{name}: expected a path, got {kind_of(value)}")
 
 
-def require_network(network: object, like: object) -> None:
-    """Refuse what is not a network with weights of known shapes, and a `like` of another kind than a model.
+def network_of(network: object, like: object = None) -> nn.Module:
+    """A network without what wraps it: torch.compile, DataParallel, DistributedDataParallel, also in each other.
+
+    What is not a network with weights of known shapes is refused, and a `like` of another kind than a model.
 
     Raises:
         UserError: names the argument.
@@ -53,6 +57,21 @@ def require_network(network: object, like: object) -> None:
         raise UserError("network: it has lazy layers, whose weights have no shape; call it once on states first")
     if like is not None:
         require_model(like, "like")
+    taken = network
+    while (inner := _wrapped_in(taken)) is not None:
+        taken = inner
+    if taken is not network:
+        logger.warning(
+            f"network: {type(taken).__name__} is taken without the {type(network).__name__} around it; a run compiles "
+            "and distributes its networks itself"
+        )
+    return taken
+
+
+def _wrapped_in(network: nn.Module) -> nn.Module | None:
+    """The module behind torch.compile's wrapper, which has it as `_orig_mod`, or a parallel one; None of any other."""
+    parallel = isinstance(network, (DataParallel, DistributedDataParallel))
+    return network._modules.get("module" if parallel else "_orig_mod")
 
 
 def fitting(

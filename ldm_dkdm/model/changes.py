@@ -16,6 +16,7 @@ from ldm_dkdm.diffusion.process import PARAMETERIZATIONS
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, nearest, pick
 from ldm_dkdm.files import expanded
+from ldm_dkdm.model.arguments import network_of
 from ldm_dkdm.model.facts import labels_of, process_of, remembered, require_meaning, shape_of
 from ldm_dkdm.model.guidance import require_guidance
 
@@ -52,6 +53,7 @@ def changed(model: "DiffusionModel", attributes: Mapping[str, Any]) -> "Diffusio
     own = copy.copy(model)
     for name in ("guidance", "precision", "parameterization", "network", "node", "info", "hints", "described"):
         setattr(own, name, attributes.get(name, getattr(model, name)))
+    own.network = network_of(own.network)
     pick(PRECISIONS, own.precision, "precision")
     pick(PARAMETERIZATIONS, own.parameterization, "parameterization")
     if type(own.network) is not type(model.network) and "node" not in attributes:

@@ -21,7 +21,7 @@ from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec
-from ldm_dkdm.model.arguments import fitting, require_network
+from ldm_dkdm.model.arguments import fitting, network_of
 from ldm_dkdm.model.changes import changed, same_codec, stage_of
 from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, require_meaning, shape_of, table_of
 from ldm_dkdm.model.guidance import output_of, require_guidance
@@ -76,20 +76,19 @@ class DiffusionModel:
         guidance: float = 1.0,
         precision: str = "32",
     ) -> None:
-        require_network(network, like)
-        self.network = network
+        self.network = network_of(network, like)
         self.parameterization = str(parameterization or getattr(node or like, "parameterization", "eps"))
         pick(PARAMETERIZATIONS, self.parameterization, "parameterization")
         pick(PRECISIONS, precision, "precision")
         self.diffusion = process_of(schedule, space, like)
         self.schedule = schedule_of(self.diffusion)
         require_meaning(self.parameterization, self.schedule)
-        self.shape = shape_of(network, shape, like)
-        self.num_classes, self.null_label = labels_of(network, num_classes, null_label, like)
+        self.shape = shape_of(self.network, shape, like)
+        self.num_classes, self.null_label = labels_of(self.network, num_classes, null_label, like)
         stage = like.first_stage if like and first_stage is None else first_stage
         self.first_stage: FirstStageSource | None = stage_of(stage, self.space.encoded)
         self._codec: Codec | None = like._codec if like and same_codec(self, like) else None
-        self.node = replace(node or remembered(network), parameterization=self.parameterization)
+        self.node = replace(node or remembered(self.network), parameterization=self.parameterization)
         self.info: dict[str, Any] = dict(info or {})
         self.path: Path | None = None
         self.format: str | None = None
