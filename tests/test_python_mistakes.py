@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
 from ldm_dkdm.config.schema import DiffusionRun
-from ldm_dkdm.networks import DiT
+from ldm_dkdm.networks import DiT, UNet
+from tests.parts import UNET_PARAMS, randomised
 
 SCHEDULE = dkdm.NoiseSchedule("cosine", 20)
 FEW = {"steps": 1, "batch_size": 2, "rho": 0.5}
@@ -24,6 +25,11 @@ def dit() -> DiT:
 
 def model(network: nn.Module | None = None) -> dkdm.DiffusionModel:
     return dkdm.DiffusionModel(dit() if network is None else network, schedule=SCHEDULE, space="pixel", shape=(3, 8, 8))
+
+
+def conditional() -> dkdm.DiffusionModel:
+    """The null label is a row of the table."""
+    return model(UNet(**UNET_PARAMS, num_classes=4)).changed(null_label=3)
 
 
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
@@ -74,6 +80,11 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "offset": (lambda: dkdm.NoiseSchedule(steps_offset=7), "steps_offset: must be 0 or 1, got 7"),
     "offset's kind": (lambda: dkdm.NoiseSchedule(steps_offset="a"), "steps_offset: expected a whole number, got 'a'"),
     "end": (lambda: dkdm.NoiseSchedule(set_alpha_to_one="yes"), "set_alpha_to_one: expected true or false, got 'yes'"),
+    "uint8": (lambda: model().predict(X.byte(), T, T * 0), r"x: expected states as float32 numbers, got torch.uint8"),
+    "sides": (lambda: model(UNet(**UNET_PARAMS)).predict(X[..., :7], T), "x: its sides must be multiples of 2 for"),
+    "NaN": (lambda: model().predict(X, T * float("nan"), T * 0), "t: expected whole numbers, got nan"),
+    "part": (lambda: model().predict(X, T + 0.7, T * 0), "t: expected whole numbers, got 0.7"),
+    "no row": (lambda: conditional().predict(X, T, 4), r"label: 4 is outside 0 \.\.\. 3"),
     "x": (lambda: model().predict(X[:, :2], T, T * 0), r"x: expected states \(B,3,H,W\)"),
 }
 
@@ -101,6 +112,18 @@ def test_numbers_for_all_states_float64_states_and_arrays_are_taken(tmp_path: Pa
     np.savez(tmp_path / "x.npz", arr_0=np.moveaxis(images[0], -1, 1))
     with pytest.raises(dkdm.UserError, match=r"x.npz: arr_0 is uint8 \(70, 3, 8, 8\), which looks like \(N,C,H,W\)"):
         dkdm.measure(tmp_path / "x.npz", images[1], metrics="kid", features="pixels", cache=tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_and_states_of_another_number_format_are_taken(dtype: torch.dtype) -> None:
+    exact = model(randomised(UNet(**UNET_PARAMS)))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    want = exact.predict(x, 3).eps
+    other = model(randomised(UNet(**UNET_PARAMS)).to(dtype))
+    for found in (exact.predict(x.to(dtype), 3).eps, other.predict(x, torch.tensor([3.0, 3.0])).eps):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, want, rtol=0, atol=0.02 * float(want.abs().max()))
+    assert other.sample(2, steps=2).dtype == torch.uint8
 
 
 def test_a_node_says_what_its_network_predicts() -> None:

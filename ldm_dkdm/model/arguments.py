@@ -1,7 +1,7 @@
 """Arguments of Python calls: taken where it is clear what is meant, else refused by name."""
 
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.reporting import logger
@@ -77,7 +78,7 @@ def _wrapped_in(network: nn.Module) -> nn.Module | None:
 def fitting(
     model: "DiffusionModel", x: Tensor, t: Tensor | int, label: Tensor | int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x in the number format of the model's network, t and label as tensors (B,).
+    """x in the number format of the model's network, t and label as tensors (B,) of whole numbers.
 
     Ranges are checked on the CPU only: a device is not waited for. A label of another package's network may be any.
 
@@ -86,25 +87,46 @@ def fitting(
     """
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != model.shape[0]:
         raise UserError(f"x: expected states (B,{model.shape[0]},H,W), got {kind_of(x)}")
-    if x.dtype == torch.float64 and next(model.network.parameters(), x).dtype != torch.float64:
-        x = x.float()
+    if not x.is_floating_point():
+        raise UserError(f"x: expected states as float32 numbers, got {kind_of(x)}; images are encoded by model.codec()")
+    multiple = model.network.multiple if isinstance(model.network, UNet) else 1
+    if x.shape[2] % multiple or x.shape[3] % multiple:
+        raise UserError(f"x: its sides must be multiples of {multiple} for this network, got {kind_of(x)}")
+    x = x.to(_number_format(model, x.device))
     t = _one_each(t, "t", x, model.schedule.num_timesteps)
     if model.num_classes is None or not isinstance(model.network, (DiT, UNet)):
-        return x, t, torch.tensor(label, device=x.device).expand(len(x)) if isinstance(label, int) else label
+        if isinstance(label, (int, np.integer)) and not isinstance(label, bool):
+            label = torch.tensor(int(label), device=x.device).expand(len(x))
+        return x, t, cast("Tensor | None", label)
     if label is None:
         raise UserError("label: missing; the model is class-conditional and needs the label of every state")
-    return x, t, _one_each(label, "label", x, model.num_classes + 1)  # the last one stands for no class
+    rows = model.num_classes + (getattr(model.network, "null_label", None) is not None)  # the last stands for no class
+    return x, t, _one_each(label, "label", x, rows)
+
+
+def _number_format(model: "DiffusionModel", device: torch.device) -> torch.dtype:
+    """That of all weights; float32 where they differ, as those that autocast reads as bf16, or autocast decides."""
+    formats = (weight.dtype for weight in model.network.parameters() if weight.is_floating_point())
+    first = next(formats, torch.float32)
+    if first == torch.float32 or resolve_precision(model.precision, device) != "32":
+        return torch.float32
+    return first if all(other == first for other in formats) else torch.float32
 
 
 def _one_each(value: object, name: str, x: Tensor, end: int) -> Tensor:
-    """A tensor (B,) of numbers 0 ... end - 1, one for each state x."""
+    """A tensor (B,) of whole numbers 0 ... end - 1, one for each state x; a float tensor may hold whole numbers."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         value = torch.tensor(int(value), device=x.device)
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.dtype == torch.bool or value.is_complex():
         raise UserError(f"{name}: expected whole numbers (B,) as a tensor, got {kind_of(value)}")
     value = value.expand(len(x)) if value.ndim == 0 else value
     if value.shape != x.shape[:1]:
         raise UserError(f"{name}: expected one number for each of {len(x)} states, got {kind_of(value)}")
+    if value.is_floating_point():
+        others = value[value != value.round()]  # NaN among them
+        if len(others) or value.isinf().any():
+            raise UserError(f"{name}: expected whole numbers, got {(others if len(others) else value)[0].item():g}")
+    value = value.long()
     if value.device.type == "cpu" and len(value):
         least, most = int(value.min()), int(value.max())
         if least < 0 or most >= end:

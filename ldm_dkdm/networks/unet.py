@@ -81,6 +81,7 @@ class UNet(nn.Module):
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.num_classes = model_channels, num_classes
         self.use_checkpoint, self.freq_shift, self.cosines_first = use_checkpoint, freq_shift, cosines_first
+        self.multiple = 2 ** (len(widths) - 1)  # sides of x are multiples of it
         emb = 4 * model_channels
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         if num_classes is not None:
@@ -111,7 +112,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """x (B,in_channels,H,W), timesteps t (B,), labels (B,) -> (B,out_channels,H,W)."""
-        emb = self.time_embed(self.embedding(t))
+        emb = self.time_embed(self.embedding(t).to(next(self.time_embed.parameters()).dtype))
         if self.num_classes is not None:
             emb = emb + self.label_emb(label)
         h, skips = x, []
