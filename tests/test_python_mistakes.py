@@ -162,6 +162,19 @@ def test_a_network_with_a_compiled_block_is_saved_and_opened(tmp_path: Path) -> 
         torch.testing.assert_close(own.predict(X + 1, T, T * 0).eps, want)
 
 
+def test_numpys_numbers_are_taken(tmp_path: Path) -> None:
+    two = np.int64(2)
+    own = model(UNet(**{**UNET_PARAMS, "image_size": np.int64(8), "channel_mult": np.array([1, 2])}))
+    assert own.shape == (3, 8, 8) and own.node.params["channel_mult"] == [1, 2]
+    own.save(tmp_path / "x.pt", "adm")
+    hints = {"image_size": np.int64(8), "num_head_channels": np.int64(32), "channel_mult": np.array([1, 2])}
+    process = {"schedule": "cosine", "num_timesteps": np.int64(20), "space": "pixel"}
+    opened = dkdm.load_model(tmp_path / "x.pt", **hints, **process, use_new_attention_order=np.bool_(False))
+    opened.save(tmp_path / "x")
+    sizes = {"images": np.int64(0), "chains": two, "pairs": two, "steps": two, "seed": two, "batch_size": two}
+    assert dkdm.evaluate(own, opened, cache=tmp_path / "c", **sizes)["agreement"] is not None
+
+
 class Recording(nn.Module):
     """A network that hands over a record, as diffusers' do."""
 

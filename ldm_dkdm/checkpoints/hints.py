@@ -10,6 +10,7 @@ from ldm_dkdm.config.checked import convert
 from ldm_dkdm.config.other_names import NOT_HERE, OUR_NAMES
 from ldm_dkdm.config.schema import DiffusionConfig, FirstStageConfig, TeacherConfig
 from ldm_dkdm.errors import UserError, near
+from ldm_dkdm.networks.arguments import native
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Hints:
 
         None means not given.
         """
-        given = {key: value for key, value in given.items() if value is not None}
+        given = {key: native(value) for key, value in given.items() if value is not None}
         diffusion = {f.name: given.pop(f.name) for f in fields(DiffusionConfig) if f.name in given}
         stage = {ours: given.pop(name) for name, ours in STAGE_HINTS.items() if name in given}
         stage = {key: str(value) if key == "ckpt" else value for key, value in stage.items()}

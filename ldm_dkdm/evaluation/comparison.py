@@ -1,6 +1,7 @@
 """Measure a student against its teacher, without data."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,10 @@ def evaluate(
     require_model(teacher, "teacher")
     require_comparable(student, teacher)
     total = teacher.schedule.num_timesteps
-    sizes = Sizes(chains, pairs, steps_within(steps, teacher))
-    _require(sizes, images, seed, batch_size)
+    numbers = {"images": (images, 0), "steps": (steps_within(steps, teacher), 1), "chains": (chains, 1)}
+    numbers |= {"seed": (seed, 0), "batch_size": (batch_size, 1), "pairs": (pairs, 1)}
+    images, steps, chains, seed, batch_size, pairs = _whole_numbers(numbers)
+    sizes = Sizes(chains, pairs, steps)
     SAMPLERS["ddim"].timesteps(teacher.schedule, sizes.steps)  # refuses what does not fit
     for model in (student, teacher):
         model.codec()  # refuses a missing first stage before the chains are walked
@@ -122,12 +125,13 @@ def steps_within(steps: int | None, teacher: DiffusionModel) -> int:
     return min(STEPS, teacher.schedule.num_timesteps) if steps is None else steps
 
 
-def _require(sizes: Sizes, images: int, seed: int, batch_size: int) -> None:
-    numbers = {"images": (images, 0), "steps": (sizes.steps, 1), "chains": (sizes.chains, 1), "seed": (seed, 0)}
-    for name, (value, least) in {**numbers, "batch_size": (batch_size, 1), "pairs": (sizes.images, 1)}.items():
-        whole(value, name, least)
-    if images and images < LEAST:
-        raise UserError(f"images: at least {LEAST}, the distance uses 64 principal components; or 0; got {images}")
+def _whole_numbers(numbers: Mapping[str, tuple[int, int]]) -> list[int]:
+    """Numbers, each given with the least that it may be, as Python's integers; no or enough images."""
+    found = {name: int(whole(value, name, least) or 0) for name, (value, least) in numbers.items()}
+    if found["images"] and found["images"] < LEAST:
+        few = f"at least {LEAST}, the distance uses 64 principal components; or 0; got {found['images']}"
+        raise UserError(f"images: {few}")
+    return list(found.values())
 
 
 def require_comparable(student: DiffusionModel, teacher: DiffusionModel) -> None:

@@ -117,9 +117,15 @@ def measure(
     folder = expanded(cache or statistics_cache())
     if other is not None and any(METRICS[name].features == PIXEL_COMPONENTS for name in chosen):
         extractors[PIXEL_COMPONENTS], other = pixel_components(other, folder, batch_size, progress)
-    agreeing = {"chains": chains or CHAINS, "pairs": pairs or PAIRS, "steps": steps, "seed": seed, "lpips": perceptual}
+    agreeing = _agreeing(config, chains, pairs, lpips=perceptual)
     work = MetricFigures(extractors, named, batch_size, folder, progress, agreeing, perceptual, processes)
     return _measurement(own, other, chosen, extractors.values(), *work.of(chosen, own, other))
+
+
+def _agreeing(config: SamplingConfig, chains: int | None, pairs: int | None, **others: Any) -> dict[str, Any]:
+    """What `agreement` is measured with."""
+    sizes = {"chains": int(chains or CHAINS), "pairs": int(pairs or PAIRS)}
+    return {**sizes, "steps": config.steps, "seed": config.seed, **others}
 
 
 def _opened(
