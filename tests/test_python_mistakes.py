@@ -16,6 +16,7 @@ from tests.parts import UNET_PARAMS, randomised
 
 SCHEDULE = dkdm.NoiseSchedule("cosine", 20)
 FEW = {"steps": 1, "batch_size": 2, "rho": 0.5}
+IMAGES = np.zeros((4, 8, 8, 3), np.uint8)
 X, T = torch.zeros(2, 3, 8, 8), torch.tensor([0, 19])
 
 
@@ -85,6 +86,24 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "NaN": (lambda: model().predict(X, T * float("nan"), T * 0), "t: expected whole numbers, got nan"),
     "part": (lambda: model().predict(X, T + 0.7, T * 0), "t: expected whole numbers, got 0.7"),
     "no row": (lambda: conditional().predict(X, T, 4), r"label: 4 is outside 0 \.\.\. 3"),
+    "array": (lambda: dkdm.train(model(), X, "x", steps=1, batch_size=1), "data: expected a folder.* numpy.savez"),
+    "no data": (lambda: dkdm.train(model(), None, "x", steps=1, batch_size=1), "data: expected a folder.*got None"),
+    "no signal": (
+        lambda: dkdm.distill(model(), model(), "x", signals=[999], **FEW),
+        "signals: 999 is not a signal",
+    ),
+    "metrics": (lambda: dkdm.measure(IMAGES, IMAGES, features="pixels", metrics=3), "metrics: expected names, got 3"),
+    "no metrics": (lambda: dkdm.measure(IMAGES, IMAGES, features="pixels", metrics=[]), r"metrics: expected .*\[\]"),
+    "device": (lambda: dkdm.measure(IMAGES, IMAGES, features="pixels", device="gpu"), "device: 'gpu' cannot be used"),
+    "cache": (
+        lambda: dkdm.measure(IMAGES, IMAGES, features="pixels", metrics="kid", cache=3),
+        "cache: expected a path",
+    ),
+    "schedule": (lambda: dkdm.DiffusionModel(dit(), schedule="cosine"), "schedule: expected a NoiseSchedule"),
+    "info": (lambda: dkdm.DiffusionModel(dit(), space="pixel", info=3), "info: expected facts by name"),
+    "no config": (lambda: dkdm.load_config(None), "base: expected text or a list of texts"),
+    "nowhere": (lambda: model().save(None), "path: expected a path, got None"),
+    "no page": (lambda: dkdm.write_report("nowhere/x", None), "out: expected a path, got None"),
     "x": (lambda: model().predict(X[:, :2], T, T * 0), r"x: expected states \(B,3,H,W\)"),
 }
 
@@ -173,6 +192,10 @@ def test_numpys_numbers_are_taken(tmp_path: Path) -> None:
     opened.save(tmp_path / "x")
     sizes = {"images": np.int64(0), "chains": two, "pairs": two, "steps": two, "seed": two, "batch_size": two}
     assert dkdm.evaluate(own, opened, cache=tmp_path / "c", **sizes)["agreement"] is not None
+
+
+def test_one_override_is_taken_as_text() -> None:
+    assert dkdm.load_config("ffhq256", "trainer.max_steps=7").trainer.max_steps == 7
 
 
 class Recording(nn.Module):

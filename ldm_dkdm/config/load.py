@@ -70,6 +70,10 @@ def load_config(
         UserError: a missing or unreadable file, an unknown key, a value of the wrong type or range, a key that another
             one leaves without effect.
     """
+    overrides = [overrides] if isinstance(overrides, str) else overrides
+    for name, value in (("base", base), ("overrides", overrides)):
+        if not isinstance(value, (str, Path, Sequence)):
+            raise UserError(f"{name}: expected text or a list of texts, got a value of type {type(value).__name__}")
     files = [find_config(name) for name in ([base] if isinstance(base, (str, Path)) else base)]
     parts = [_unwrap_sections(part, schema) for part in _parts(files, overrides, schema)]
     try:

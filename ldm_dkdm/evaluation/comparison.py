@@ -23,9 +23,8 @@ from ldm_dkdm.evaluation.gathering import require_cache, statistics_cache
 from ldm_dkdm.evaluation.held_out import eps_error_by_quarter
 from ldm_dkdm.evaluation.perceptual import Lpips, announced, find_lpips
 from ldm_dkdm.evaluation.reference import cached_reference
-from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
-from ldm_dkdm.model.arguments import require_model
+from ldm_dkdm.model.arguments import path_of, require_model
 from ldm_dkdm.model.facts import whole
 from ldm_dkdm.model.ranks import joined
 from ldm_dkdm.networks import NETWORKS
@@ -85,7 +84,7 @@ def evaluate(
     SAMPLERS["ddim"].timesteps(teacher.schedule, sizes.steps)  # refuses what does not fit
     for model in (student, teacher):
         model.codec()  # refuses a missing first stage before the chains are walked
-    folder = statistics_cache() if cache is None else expanded(cache)
+    folder = path_of(statistics_cache() if cache is None else cache, "cache")
     if images:
         require_cache(folder)
     logger.info(work(sizes, images, total))

@@ -9,7 +9,7 @@ import torch
 
 from ldm_dkdm import __version__
 from ldm_dkdm.config.schema import SamplingConfig
-from ldm_dkdm.device import default_device
+from ldm_dkdm.device import default_device, resolve_device
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.evaluation.comparability import doubts
 from ldm_dkdm.evaluation.comparison import CHAINS, MEASURED_WITH, PAIRS
@@ -28,8 +28,8 @@ from ldm_dkdm.evaluation.results import AGREEMENT_BY
 from ldm_dkdm.evaluation.samples import ModelImages
 from ldm_dkdm.evaluation.sources import FolderImages, ImageSource, NpzImages
 from ldm_dkdm.evaluation.statistics import Statistics
-from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.model.arguments import path_of
 from ldm_dkdm.model.facts import whole
 from ldm_dkdm.reporting import Progress
 
@@ -106,7 +106,7 @@ def measure(
     _at_least(1, count=count, batch_size=batch_size, size=size, chains=chains, pairs=pairs, processes=processes)
     named, weights = named_features(features)
     chosen = chosen_metrics([metrics] if isinstance(metrics, str) else metrics, named, reference is not None)
-    where = device or getattr(samples, "device", None) or default_device("auto")
+    where = (device and resolve_device(str(device))) or getattr(samples, "device", None) or default_device("auto")
     config = SamplingConfig(COUNT if count is None else count, batch_size, seed, steps, eta, sampler, labels)
     own, other = _opened(samples, reference, config, reference_seed, size, where)
     require_effect((draws(own, chosen), draws(other, chosen, True)), config, reference_seed, count, chosen)
@@ -114,7 +114,7 @@ def measure(
     _require_use(chosen, (own, other), size, chains=chains, pairs=pairs)
     require_comparable_sets(own, other, chosen, named, size)
     extractors = _open_extractors(chosen, named, weights, where)
-    folder = expanded(cache or statistics_cache())
+    folder = path_of(cache or statistics_cache(), "cache")
     if other is not None and any(METRICS[name].features == PIXEL_COMPONENTS for name in chosen):
         extractors[PIXEL_COMPONENTS], other = pixel_components(other, folder, batch_size, progress)
     agreeing = _agreeing(config, chains, pairs, lpips=perceptual)
@@ -271,6 +271,8 @@ def chosen_metrics(metrics: Sequence[str] | None, features: str, reference: bool
         metrics = [name for name in usual if reference or not METRICS[name].reference]
         if not metrics:
             raise UserError(f"reference: {', '.join(usual)} compare with a second set of images; name it")
+    if isinstance(metrics, str) or not isinstance(metrics, Iterable) or not (metrics := list(metrics)):
+        raise UserError(f"metrics: expected names, got {metrics!r}; choose from {', '.join(METRICS)}, or leave it out")
     for name in metrics:
         if (features, name) == ("pixels", "fd"):
             raise UserError("metrics: fd needs the features of a network; pixel-frechet is the distance on pixels")

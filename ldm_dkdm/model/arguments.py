@@ -1,6 +1,8 @@
 """Arguments of Python calls: taken where it is clear what is meant, else refused by name."""
 
+from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import expanded
 from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.reporting import logger
 
@@ -42,6 +45,27 @@ def require_path(value: object, name: str) -> None:
     """
     if not isinstance(value, (str, PathLike)):
         raise UserError(f"{name}: expected a path, got {kind_of(value)}")
+
+
+def path_of(value: Any, name: str) -> Path:
+    """A path that a user gives, with `~` replaced.
+
+    Raises:
+        UserError: names the argument, which is something else.
+    """
+    require_path(value, name)
+    return expanded(value)
+
+
+def facts_of(info: object) -> dict[str, Any]:
+    """Facts for a model's card.
+
+    Raises:
+        UserError: something else than a mapping.
+    """
+    if not isinstance(info, Mapping | None):
+        raise UserError(f"info: expected facts by name, got {kind_of(info)}")
+    return dict(info or {})
 
 
 def network_of(network: object, like: object = None) -> nn.Module:

@@ -19,9 +19,8 @@ from ldm_dkdm.device import PRECISIONS, autocast, resolve_device, resolve_precis
 from ldm_dkdm.diffusion.process import PARAMETERIZATIONS, reverse_step
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, pick
-from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec
-from ldm_dkdm.model.arguments import fitting, network_of
+from ldm_dkdm.model.arguments import facts_of, fitting, network_of, path_of
 from ldm_dkdm.model.changes import changed, same_codec, stage_of
 from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, require_meaning, shape_of, table_of
 from ldm_dkdm.model.guidance import output_of, require_guidance
@@ -89,7 +88,7 @@ class DiffusionModel:
         self.first_stage: FirstStageSource | None = stage_of(stage, self.space.encoded)
         self._codec: Codec | None = like._codec if like and same_codec(self, like) else None
         self.node = replace(node or remembered(self.network), parameterization=self.parameterization)
-        self.info: dict[str, Any] = dict(info or {})
+        self.info: dict[str, Any] = facts_of(info)
         self.path: Path | None = None
         self.format: str | None = None
         self.file: Path | None = None
@@ -291,7 +290,7 @@ class DiffusionModel:
         Raises:
             UserError: an unknown format, one that cannot hold this model, or a file that exists.
         """
-        path = expanded(path)
+        path = path_of(path, "path")
         chosen = pick(FORMATS, format, "format")
         if format != "folder":
             refuse_existing(path)

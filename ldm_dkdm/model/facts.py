@@ -33,6 +33,8 @@ def process_of(schedule: NoiseSchedule | None, space: str | None, like: "Diffusi
     if schedule is None:
         base = like.diffusion if like else DiffusionConfig()
         return base if space is None else replace(base, space=space)
+    if not isinstance(schedule, NoiseSchedule):
+        raise UserError(f"schedule: expected a NoiseSchedule, got {schedule!r}; make one with NoiseSchedule(NAME, T)")
     space = space or (like.diffusion.space if like else "latent")
     usual = pick(SPACES, space, "space").steps_offset
     any_given = any(value is not None for value in schedule.ends_given.values())

@@ -41,6 +41,8 @@ def write_report(runs: str | Path | Sequence[str | Path], out: str | Path) -> Pa
     Raises:
         UserError: no run, a folder that is not a run's, or a damaged table or config in one; nothing is written.
     """
+    if not isinstance(out, (str, Path)):
+        raise UserError(f"out: expected a path, got {out!r}")
     runs = [runs] if isinstance(runs, (str, Path)) else runs
     if not runs:
         raise UserError("runs: name at least one run folder")

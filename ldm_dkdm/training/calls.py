@@ -1,6 +1,7 @@
 """Make the configuration of a run from the models and arguments of a Python call."""
 
 import hashlib
+import signal
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -109,8 +110,11 @@ def training_of(
     Raises:
         UserError: an unknown, missing or contradictory argument, or a bad value.
     """
-    named = vars(data) if isinstance(data, DiffusionDataConfig) else data
+    named: Any = vars(data) if isinstance(data, DiffusionDataConfig) else data
     named = {"path": str(named)} if isinstance(named, (str, Path)) else named
+    if not isinstance(named, Mapping):
+        advice = "arrays are saved with numpy.savez(FILE, arr_0=IMAGES)"
+        raise UserError(f"data: expected a folder, an .npz file or keys, got {kind_of(data)}; {advice}")
     numbers = {key: value for key, value in numbers.items() if value is not None}
     _refuse_named(numbers)
     for key, value in named.items():
@@ -165,6 +169,9 @@ def run_of(
         if not fits:
             advice = f"; load_config(FILE, schema={words}) reads one" if name == "config" else ""
             raise UserError(f"{name}: expected {words}, got {kind_of(value)}{advice}")
+    for number in signals:
+        if number not in signal.valid_signals():
+            raise UserError(f"signals: {number!r} is not a signal; take one of the module signal, such as SIGINT")
     return Run(config, RunFolder(expanded(out), kind.MODEL), resume, progress, signals, go_on)
 
 
