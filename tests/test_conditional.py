@@ -198,6 +198,17 @@ def test_a_training_does_not_go_on_with_other_labels_than_it_began_with(tmp_path
     assert load_model(tmp_path / "run").info["step"] == 2
 
 
+def test_images_that_name_no_classes_keep_those_of_the_model(tmp_path: Path) -> None:
+    np.savez(tmp_path / "two.npz", np.zeros((2, 8, 8, 3), dtype=np.uint8), np.arange(2))
+    numbers = {"batch_size": 2, "precision": "32", "accelerator": "cpu", "progress": False, "sample_count": 2}
+    for steps in (1, 2):
+        network, schedule = UNet(**UNET_PARAMS, num_classes=2), NoiseSchedule("cosine", 20)
+        model = DiffusionModel(network, schedule=schedule, space="pixel", info={"classes": ["0 ant", "1 bee"]})
+        train(model, tmp_path / "two.npz", tmp_path / "run", steps=steps, resume=steps > 1, **numbers)
+    info = load_model(tmp_path / "run").info
+    assert (info["step"], info["classes"]) == (2, ["0 ant", "1 bee"])
+
+
 def test_labels_stay_with_latents_that_are_decoded(first_stage: Path, tmp_path: Path, capsys) -> None:
     teacher, out = model_folder(tmp_path / "teacher", first_stage, num_classes=4), tmp_path / "out"
     asked = ("-n", 3, "-c", 2, "--labels", 3, 1, "--npz", "--latents", "--batch_size", 2, "--no_png")

@@ -1,5 +1,6 @@
 """A key that another one leaves without effect is refused by name, unless that one came after it."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from ldm_dkdm.config.load import load_config, to_yaml
 from ldm_dkdm.config.schema import DiffusionRun
+from ldm_dkdm.distillation.warmup import WARMUPS
 from ldm_dkdm.errors import UserError
 from tests.cli import distil, write_yaml
 
@@ -19,9 +21,9 @@ REFUSED = {
         ["distill.warmup.mode=harvest", "distill.warmup.steps=9"],
         "distill.warmup.steps: has no effect with mode: harvest",
     ),
-    "noise": (
-        ["distill.warmup.mode=noise", "distill.warmup.batch_size=9"],
-        "distill.warmup.batch_size: has no effect with mode: noise",
+    "images of noise": (
+        ["distill.warmup.mode=noise", "distill.warmup.images=9"],
+        "distill.warmup.images: has no effect with mode: noise",
     ),
     "iterative": (
         ["distill.variant=iterative", "distill.warmup.mode=ddim"],
@@ -55,6 +57,14 @@ def test_a_recipe_gives_way_to_what_comes_after_it() -> None:
     assert load_config(["quickstart", "improved/latent"], ["distill.variant=iterative"]).distill.rho == 1.6
 
 
+def test_the_modes_that_read_a_key_are_those_of_the_warm_ups() -> None:
+    for key, reads in (("steps", "from_samples"), ("images", "counts_images")):
+        for name, mode in WARMUPS.items():
+            given = [f"distill.warmup.mode={name}", f"distill.warmup.{key}=9"]
+            with nullcontext() if getattr(mode, reads) else pytest.raises(UserError, match=f"{key}: has no effect"):
+                load_config("ffhq256", given)
+
+
 def test_a_share_of_no_images_is_refused() -> None:
     given = ["data.fraction=0.05", "data.path=null", "data.synthetic=s.npz"]
     with pytest.raises(UserError, match=r"data.fraction: has no effect without path"):
@@ -70,6 +80,9 @@ def test_the_config_of_a_run_is_a_recipe_too(tmp_path: Path) -> None:
     whole = load_config("quickstart", ["distill.variant=shuffled"])
     (tmp_path / "config.yaml").write_text(to_yaml(whole))
     assert load_config(tmp_path / "config.yaml") == whole
+    older = yaml.safe_load(to_yaml(whole))
+    del older["distill"]["draws"], older["distill"]["replay"]  # an older version has no such keys
+    assert load_config(write_yaml(tmp_path / "older.yaml", older)) == whole
 
 
 def test_the_command_refuses_it_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

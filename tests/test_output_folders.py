@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ldm_dkdm.commands import drawing
 from tests.cli import contents, run_script, sample
@@ -38,6 +38,21 @@ def test_a_batch_whose_images_are_gone_is_drawn_again(
     lines = capsys.readouterr().out
     assert f"{left} batch{'es' * (left > 1)} of this call must be drawn again" in lines
     assert ("goes on after 1 of 3 batches" in lines) == (left == 1)
+
+
+def test_batches_that_an_older_version_kept_are_not_drawn_again(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    batches = drawing.sample_batches
+    with monkeypatch.context() as patch:
+        patch.setattr(drawing, "sample_batches", lambda *given: stopping(batches(*given), 2))
+        with pytest.raises(ZeroDivisionError):
+            sample("-r", teacher_folder, *FEW, tmp_path / "out")
+    for file in (tmp_path / "out").glob(".parts-*/*.safetensors"):
+        save_file(load_file(file), file)  # without the hash of the PNG files
+    capsys.readouterr()
+    assert sample("-r", teacher_folder, *FEW, tmp_path / "out") == 0
+    assert "goes on after 2 of 3 batches" in capsys.readouterr().out
 
 
 def earlier(capsys: pytest.CaptureFixture[str]) -> list[str]:

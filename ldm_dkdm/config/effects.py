@@ -1,6 +1,7 @@
 """Refuse keys of a configuration, or hints, that another key or hint leaves without effect."""
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,30 +28,21 @@ class Idle(NamedTuple):
     why: Callable[[Any], str]
 
 
-def _by_mode(key: str, *honoured: str) -> Idle:
-    """A key of the warm-up that some modes read."""
+def _read_by(keys: Sequence[str], cause: str, *values: str) -> Idle:
+    """Keys of a distillation that are read where another key has one of these values."""
 
     def why(method: Any) -> str:
-        return "" if method.warmup.mode in honoured else f"with mode: {method.warmup.mode}"
+        value = attrgetter(cause)(method)
+        return "" if value in values else f"with {cause.rpartition('.')[2]}: {value}"
 
-    return Idle("distill", (f"warmup.{key}",), "warmup.mode", why)
-
-
-def _by_variant(keys: Sequence[str], *honoured: str) -> Idle:
-    """Keys that some variants read."""
-
-    def why(method: Any) -> str:
-        return "" if method.variant in honoured else f"with variant: {method.variant}"
-
-    return Idle("distill", keys, "variant", why)
+    return Idle("distill", keys, cause, why)
 
 
 IDLE = (
-    _by_variant(("rho",), "dynamic"),
-    _by_variant(("warmup.mode", "warmup.steps", "warmup.images", "warmup.batch_size"), "dynamic", "shuffled"),
-    _by_mode("steps", *FROM_SAMPLES),
-    _by_mode("images", *FROM_SAMPLES, "harvest"),
-    _by_mode("batch_size", *FROM_SAMPLES, "harvest", "ancestral"),
+    _read_by(("rho",), "variant", "dynamic"),
+    _read_by(("warmup.mode", "warmup.steps", "warmup.images"), "variant", "dynamic", "shuffled"),
+    _read_by(("warmup.steps",), "warmup.mode", *FROM_SAMPLES),
+    _read_by(("warmup.images",), "warmup.mode", *FROM_SAMPLES, "harvest"),
     Idle("distill", ("discard_mode",), "discard", lambda method: "" if method.discard else "without discard"),
     Idle("data", ("fraction",), "path", lambda data: "" if data.path else "without path"),
 )
@@ -117,16 +109,16 @@ def require_effects(tree: Mapping[str, Any], config: Any) -> None:
             logger.warning(f"{section}.params.num_heads: has no effect beside num_head_channels; remove one of them")
 
 
-def require_heard(parts: Sequence[Any], config: Any, unsaid: str = "") -> None:
+def refuse_idle(parts: Sequence[Any], config: Any, prefix: str = "") -> None:
     """Refuse keys that another one leaves without effect, unless that one was given after them.
 
-    So a recipe's warm-up may be replaced by one that needs fewer keys. A file that holds every key of the section is a
-    run's own and says nothing about what its user wanted.
+    So a recipe's warm-up may be replaced by one that needs fewer keys. The config of a run folder holds every section
+    with all keys, and says nothing about what its user wanted.
 
     Args:
         parts: trees of config files and of overrides, each of which goes before those to its left.
         config: the configuration that they mean.
-        unsaid: what the user does not write before a key.
+        prefix: what is left out of the key in a message, since the user does not write it.
 
     Raises:
         UserError: names the key and what stands in its way.
@@ -143,9 +135,9 @@ def require_heard(parts: Sequence[Any], config: Any, unsaid: str = "") -> None:
         for name in rule.keys:
             key = f"{rule.section}.{name}"
             given = _last(trees, key)
-            if given < max(cause, 0) or _is_whole(trees[given], rule.section, section) or _is_default(section, name):
+            if given < max(cause, 0) or _is_of_run(trees[given], config) or _is_default(section, name):
                 continue
-            raise UserError(f"{key.removeprefix(unsaid)}: has no effect {why}; remove it")
+            raise UserError(f"{key.removeprefix(prefix)}: has no effect {why}; remove it")
 
 
 def _last(parts: Sequence[Any], key: str) -> int:
@@ -160,9 +152,9 @@ def _in(part: Any, key: str) -> Any:
     return part
 
 
-def _is_whole(part: Mapping[str, Any], name: str, section: Any) -> bool:
-    """Whether a part gives every key of a section."""
-    return set(vars(section)) <= set(part[name])
+def _is_of_run(part: Mapping[str, Any], config: Any) -> bool:
+    """Whether a part is the config of a run folder: those of older versions lack keys, but no section."""
+    return set(vars(config)) <= set(part) and {"dir", "name"} <= set(part.get("logging") or ())
 
 
 def _is_default(section: Any, name: str) -> bool:

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm_dkdm.config.batches import SECTIONS, divided
 from ldm_dkdm.config.checked import Section, convert, hints_of, is_required, parse, unwrap
-from ldm_dkdm.config.effects import require_effects, require_heard
+from ldm_dkdm.config.effects import refuse_idle, require_effects
 from ldm_dkdm.config.limits import require_plain_numbers
 from ldm_dkdm.config.overrides import NOT_YAML, dotlist, read_overrides, resolved
 from ldm_dkdm.config.recipes import find_config, find_shipped
@@ -64,7 +64,7 @@ def load_config(
         base: one path or several, or names of shipped recipes such as `ffhq256`.
         overrides: dotted, such as `distill.batch_size=8`.
         schema: the dataclass of the expected sections; default: a distillation run.
-        of_run: the file is a run's own, which an older version may have written with keys that have no effect.
+        of_run: the run exists, and an older version may have begun it with keys that have no effect.
 
     Raises:
         UserError: a missing or unreadable file, an unknown key, a value of the wrong type or range, a key that another
@@ -94,7 +94,7 @@ def load_config(
     config = parse(schema, tree, "")
     if schema in RUNS and not of_run:
         require_effects(tree, config)
-        require_heard(parts, config)
+        refuse_idle(parts, config)
     return config
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm_dkdm.config.batches import divided
 from ldm_dkdm.config.checked import convert
-from ldm_dkdm.config.effects import require_heard
+from ldm_dkdm.config.effects import refuse_idle
 from ldm_dkdm.config.schema import (
     DiffusionConfig,
     DiffusionDataConfig,
@@ -70,7 +70,7 @@ def distillation_of(
         logging=LoggingConfig(**logging),
     )
     if not (out / "config.yaml").is_file():
-        require_heard([{"distill": {**method, "warmup": vars(warming)}}], run, "distill.")
+        refuse_idle([{"distill": {**method, "warmup": vars(warming)}}], run, "distill.")
     return run
 
 
@@ -127,7 +127,7 @@ def training_of(
     if "mix" in given:
         section.require_mixture()
     if not (out / "config.yaml").is_file():
-        require_heard([{"data": images}], SimpleNamespace(data=section))
+        refuse_idle([{"data": images}], SimpleNamespace(data=section))
     stage = FirstStageConfig()
     if model.first_stage is not None:
         found = model.first_stage

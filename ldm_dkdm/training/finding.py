@@ -77,13 +77,13 @@ def require_same_count(folder: RunFolder, fact: str, count: int, path: str | Non
 
 
 def require_same_classes(folder: RunFolder, names: Sequence[str]) -> None:
-    """Refuse classes in another order than a run began with, as its model's card names them: labels would change.
+    """Refuse other classes than a run began with, as its model's card names them: labels would change.
 
     Raises:
         UserError: the first label that differs; runs of older versions may not say theirs.
     """
     for label, (before, now) in enumerate(zip_longest(_fact(folder, "classes") or (), names)):
-        if None is not before != now:
+        if before is not None and before != now:
             raise UserError(
                 f"data.path: label {label} is {now or 'no class'} now, and {folder.path} began with {before}; give the "
                 f"folders their names back, or {NEW_RUN}"

@@ -284,7 +284,7 @@ def _named_classes(
         return {}
     given = [name if name == str(label) else f"{label} {name}" for label, name in enumerate(data.classes)]
     names = given or list(images.classes)
-    if run.latest:
+    if run.latest and names:
         require_same_classes(run.folder, names)
     return {"classes": names} if names else {}
 
