@@ -58,13 +58,9 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: dkdm.train(model(), "x", "x", signals=2, steps=1, batch_size=1),
         "signals: expected signals",
     ),
-    "idle rho": (
-        lambda: dkdm.distill(model(), model(), "x", variant="shuffled", **FEW),
-        "^rho: has no effect",
-    ),
-    "idle steps": (
-        lambda: dkdm.distill(model(), model(), "x", warmup={"mode": "harvest", "steps": 3}, **FEW),
-        "^warmup.steps: has no effect with mode: harvest",
+    "idle": (
+        lambda: dkdm.distill(model(), model(), "x", discard_mode="same_slots", **FEW),
+        "^discard_mode: has no effect without discard",
     ),
     "idle share": (
         lambda: dkdm.train(model(), {"synthetic": "s.npz", "fraction": 0.5}, "x", steps=1, batch_size=1),

@@ -11,7 +11,6 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.reporting import logger
 
 NETWORKS = ("teacher", "student", "model")  # sections with the parameters of a network
-FROM_SAMPLES = ("ddim", "dpm-solver++")  # warm-ups that add noise to samples
 
 
 class Idle(NamedTuple):
@@ -28,21 +27,21 @@ class Idle(NamedTuple):
     why: Callable[[Any], str]
 
 
-def _read_by(keys: Sequence[str], cause: str, *values: str) -> Idle:
-    """Keys of a distillation that are read where another key has one of these values."""
+def _unread_with(keys: Sequence[str], cause: str, *values: str) -> Idle:
+    """Keys of a distillation that are not read where another key has one of these values; those that users add may."""
 
     def why(method: Any) -> str:
         value = attrgetter(cause)(method)
-        return "" if value in values else f"with {cause.rpartition('.')[2]}: {value}"
+        return f"with {cause.rpartition('.')[2]}: {value}" if value in values else ""
 
     return Idle("distill", keys, cause, why)
 
 
 IDLE = (
-    _read_by(("rho",), "variant", "dynamic"),
-    _read_by(("warmup.mode", "warmup.steps", "warmup.images"), "variant", "dynamic", "shuffled"),
-    _read_by(("warmup.steps",), "warmup.mode", *FROM_SAMPLES),
-    _read_by(("warmup.images",), "warmup.mode", *FROM_SAMPLES, "harvest"),
+    _unread_with(("rho",), "variant", "iterative", "shuffled"),
+    _unread_with(("warmup.mode", "warmup.steps", "warmup.images"), "variant", "iterative"),
+    _unread_with(("warmup.steps",), "warmup.mode", "ancestral", "harvest", "noise"),
+    _unread_with(("warmup.images",), "warmup.mode", "ancestral", "noise"),
     Idle("distill", ("discard_mode",), "discard", lambda method: "" if method.discard else "without discard"),
     Idle("data", ("fraction",), "path", lambda data: "" if data.path else "without path"),
 )
@@ -110,10 +109,10 @@ def require_effects(tree: Mapping[str, Any], config: Any) -> None:
 
 
 def refuse_idle(parts: Sequence[Any], config: Any, prefix: str = "") -> None:
-    """Refuse keys that another one leaves without effect, unless that one was given after them.
+    """Refuse keys that another one leaves without effect, and warn of those that are given beside that one.
 
-    So a recipe's warm-up may be replaced by one that needs fewer keys. The config of a run folder holds every section
-    with all keys, and says nothing about what its user wanted.
+    Where that one is given after them, as a recipe's warm-up is replaced by one that needs fewer keys, nothing is said.
+    The config of a run folder holds every section with all keys, and says nothing about what its user wanted.
 
     Args:
         parts: trees of config files and of overrides, each of which goes before those to its left.
@@ -137,7 +136,10 @@ def refuse_idle(parts: Sequence[Any], config: Any, prefix: str = "") -> None:
             given = _last(trees, key)
             if given < max(cause, 0) or _is_of_run(trees[given], config) or _is_default(section, name):
                 continue
-            raise UserError(f"{key.removeprefix(prefix)}: has no effect {why}; remove it")
+            line = f"{key.removeprefix(prefix)}: has no effect {why}"
+            if given > cause:
+                raise UserError(f"{line}; remove it")
+            logger.warning(line)
 
 
 def _last(parts: Sequence[Any], key: str) -> int:
