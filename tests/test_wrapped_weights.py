@@ -172,11 +172,24 @@ def test_raw_weights_beside_an_ema_of_an_unknown_form_are_not_ema_by_their_files
     assert model.info["weights_kind"] == "raw"
 
 
-@pytest.mark.parametrize("emas", [[averaged(), raw()], {0.9: raw(), 0.99: averaged()}])
-def test_several_emas_are_refused_by_their_places(emas: object, tmp_path: Path) -> None:
-    torch.save({"model": raw(), "ema": emas}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=r"holds several networks \(ema\.0(\.9)?, ema\.[01](\.99)?\); save the wanted"):
-        load_model(tmp_path / "x.pt", **HINTS, **PIXEL)
+SEVERAL: list[Any] = [[averaged(), averaged()], {0.9: averaged(), 0.99: averaged()}]
+SEVERAL += [{"stds": [0.05, 0.1], "emas": [averaged(), averaged()]}]  # EDM2's training state
+
+
+@pytest.mark.parametrize("emas", SEVERAL)
+def test_several_emas_are_refused_by_their_places_and_the_raw_weights_beside_them_taken(
+    emas: object, tmp_path: Path
+) -> None:
+    torch.save({"model": raw(), "ema": emas}, tmp_path / "ema_1.pt")
+    places = r"holds several networks \(ema(\.emas)?\.0(\.9)?, ema(\.emas)?\.[01](\.99)?\); save the wanted one alone"
+    for wanted in (None, True):
+        with pytest.raises(UserError, match=places + r".*, or set use_ema=false for the raw weights$"):
+            load_model(tmp_path / "ema_1.pt", **HINTS, **PIXEL, use_ema=wanted)
+    assert loads(tmp_path / "ema_1.pt", raw(), use_ema=False)
+    assert load_model(tmp_path / "ema_1.pt", **HINTS, **PIXEL, use_ema=False).info["weights_kind"] == "raw"
+    torch.save({"ema": emas}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=places + r": its state_dict\(\)$"):
+        load_model(tmp_path / "x.pt", **HINTS, **PIXEL, use_ema=False)
 
 
 def test_an_empty_ema_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

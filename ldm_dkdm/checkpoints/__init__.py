@@ -57,6 +57,6 @@ def read(source: Source) -> Contents:
         if found is None:
             raise UserError(f"{source.path}: {what_else(source)}")
         contents = found.read(source)
-        if source.has_unread_ema:  # those that are read are the raw ones, whatever the file is called
-            return replace(contents, info={**contents.info, KIND: "raw"})
+        if source.has_unread_ema or source.several_emas:  # the raw ones are read, whatever the file is called
+            return replace(contents, info={**contents.info, KIND: "raw"}, several_emas=source.several_emas)
         return contents.named()

@@ -41,6 +41,7 @@ class Contents:
         raw_file: holds the raw weights, where `file` holds the EMA weights alone.
         ema, raw: weights under the network's own names; `raw` where the file does not distinguish them.
         use_ema: which weights a config beside the file asks for, where it does.
+        several_emas: refuses a choice among EMAs beside `raw`, where the file holds several.
         demands: parameters that must be given as hints.
         usual: values that tensor shapes do not show, but a config beside the file gives, or nearly all such files have.
         parameterization: None where the format stores none; then it is eps unless a hint says otherwise.
@@ -61,6 +62,7 @@ class Contents:
     raw: Mapping[str, Tensor] | None = None
     raw_file: Path | None = None
     use_ema: bool | None = None
+    several_emas: str = ""
     demands: Sequence[Demand] = ()
     usual: Mapping[str, Any] = field(default_factory=dict)
     parameterization: str | None = None
@@ -81,15 +83,15 @@ class Contents:
         """The network's tensors: EMA unless the hints say raw; the only kind where there is one.
 
         Raises:
-            UserError: the requested kind is missing, or a model that describes itself has one kind only.
+            UserError: the requested kind is missing or several times there, or a model that describes itself has one.
         """
         key = hints.key("use_ema")
         if self.described and hints.use_ema is not None and None in (self.ema, self.raw):
             raise UserError(f"{key}: {self.path} describes itself and holds one set of weights; {hints.drop}")
-        if (wanted := self.wants_ema(hints)) is None:
-            found = self.raw if self.ema is None else self.ema
-        else:
-            found = self.ema if wanted else self.raw
+        wanted = self.wants_ema(hints)
+        if self.several_emas and self.ema is None and wanted is not False:
+            raise UserError(f"{self.several_emas}, or set {key}=false for the raw weights")
+        found = self.raw if wanted is False or (wanted is None and self.ema is None) else self.ema
         if self.ema is not None and found is None and hints.sections and said_of_file(self.file):
             logger.warning(f"{key}: false, but {self.path} holds EMA weights only, as its name says; they are used")
             return self.ema  # a run of an older version may have begun with them

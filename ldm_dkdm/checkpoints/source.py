@@ -94,6 +94,11 @@ class Source:
         """Whether a network that was looked for has an EMA in the file whose form is unknown."""
         return any(found.unread for found in self._weights.values())
 
+    @property
+    def several_emas(self) -> str:
+        """Why no EMA of a network that was looked for is taken, where the file holds several; else empty."""
+        return next((found.several_emas for found in self._weights.values() if found.several_emas), "")
+
     def part(self, name: str | None) -> dict[str, Tensor]:
         """The tensors in a named part of a file, also without that."""
         if isinstance(self.content, Tensor):

@@ -38,12 +38,14 @@ DEPTH = 4  # how deep a state dict may lie
 class Weights:
     """A network's weights under its own names; `raw` also where the file has one kind that is not called EMA.
 
-    `unread` is the place of an EMA in the file whose form is unknown.
+    `unread` is the place of an EMA in the file whose form is unknown; `several_emas` refuses a choice among EMAs beside
+    the raw weights, naming their places.
     """
 
     raw: dict[str, Tensor] | None = None
     ema: dict[str, Tensor] | None = None
     unread: str = ""
+    several_emas: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def find_weights(content: Any, signature: tuple[str, str], path: Path) -> Weight
     Beside a part that is called raw (`no_ema`), one that says nothing is the EMA.
 
     Raises:
-        UserError: several networks, none of which has a usual name.
+        UserError: several networks, none of which has a usual name; of EMAs beside raw weights, the result says it.
     """
     found = [network for label, part in parts_of(content) for network in _networks(label, part, signature, path)]
     averaging = isinstance(content, Mapping) and holds_tensors(content.get(RAW))
@@ -89,7 +91,12 @@ def find_weights(content: Any, signature: tuple[str, str], path: Path) -> Weight
     kinds = {kind: [one for one in found if one.averaged is kind] for kind in (True, False, None)}
     beside = bool(kinds[False]) and not kinds[True]
     raw = _only(kinds[False] or kinds[None], path)
-    ema = _only(kinds[None] if beside else kinds[True], path)
+    try:
+        ema = _only(kinds[None] if beside else kinds[True], path)
+    except UserError as error:
+        if raw is None:
+            raise
+        return Weights(raw.tensors, several_emas=str(error))
     if beside and raw is not None and ema is not None:
         places = raw.label.rstrip("."), ema.label.rstrip(".") or "the rest"
         logger.warning(f"{path}: '{places[0]}' says that it is not the EMA, so '{places[1]}' is taken for the EMA")
