@@ -67,6 +67,15 @@ def test_the_configs_weights_are_taken(checkpoint: Path) -> None:
     assert torch.equal(parameter(load_model(checkpoint, use_ema=True)), parameter(averaged))  # a hint wins
 
 
+@pytest.mark.parametrize("other", [{"history": [{"loss": torch.zeros(1)}]}, {"stats": {0: {"mean": torch.zeros(1)}}}])
+def test_tensors_in_lists_or_under_numbers_are_not_read_in_place_of_the_weights(
+    other: dict[str, Any], checkpoint: Path
+) -> None:
+    torch.save({**other, "weights": torch.load(checkpoint, weights_only=True)["state_dict"]}, checkpoint)
+    found = load_model(checkpoint, **HINTS)
+    assert found.format == "CompVis latent diffusion" and found.schedule.num_timesteps == STEPS
+
+
 def test_ema_weights_of_some_layers_are_completed(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = load_model(config(checkpoint))
     changed(checkpoint, lambda state: state.pop(ema_name("time_embed.0.bias")))

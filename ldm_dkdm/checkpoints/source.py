@@ -106,7 +106,8 @@ class Source:
             raise UserError(f"{self.path}: holds one tensor of shape {shape}, not a network")
         tree = select_part(self.content, name, self.path)
         if not holds_tensors(tree):
-            parts = sorted(parts_of(tree), key=lambda part: is_averaged(part[0]))
+            found_parts = list(parts_of(tree, named=True)) or parts_of(tree)  # in lists may be losses and statistics
+            parts = sorted(found_parts, key=lambda part: is_averaged(part[0]))
             tree = parts[0][1] if parts else tree
         found = tensors_in(tree, self.path)
         if not found:

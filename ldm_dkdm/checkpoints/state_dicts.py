@@ -125,14 +125,24 @@ def _is_part(part: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> bool:
     return bool(part) and all(name in whole and value.shape == whole[name].shape for name, value in part.items())
 
 
-def parts_of(content: Any, label: str = "") -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """The dictionaries in a file's content that hold tensors, each with its dotted place."""
-    if not isinstance(content, (Mapping, list, tuple)) or label.count(".") > DEPTH:
+def parts_of(content: Any, label: str = "", named: bool = False) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """The dictionaries in a file's content that hold tensors, each with its dotted place.
+
+    `named`: only those in dictionaries, by names; none in a list, under a number or in the state of an optimizer.
+    """
+    if not isinstance(content, Mapping if named else (Mapping, list, tuple)) or label.count(".") > DEPTH:
         return
     if isinstance(content, Mapping) and holds_tensors(content):
         yield label, content
-    for place, value in _inside(content, label):
-        yield from parts_of(value, place)
+    for place, value in _named(content, label) if named else _inside(content, label):
+        yield from parts_of(value, place, named)
+
+
+def _named(content: Mapping[Any, Any], label: str) -> Iterator[tuple[str, Any]]:
+    """What a dictionary holds by a name of weights, with its dotted place."""
+    for key, value in content.items():
+        if isinstance(key, str) and not NO_NETWORK.match(key):
+            yield f"{label}{key}.", value
 
 
 def _inside(content: Any, label: str) -> Iterator[tuple[str, Any]]:
