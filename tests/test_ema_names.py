@@ -1,12 +1,15 @@
 """Which weights of a file are averaged (EMA): what names say, and an EMA of some layers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from ldm_dkdm import UserError, load_model
+from ldm_dkdm.checkpoints import Hints
+from ldm_dkdm.model import open_model
 from tests.test_wrapped_weights import HINTS, PIXEL, averaged, loads, raw
 
 
@@ -36,6 +39,19 @@ def test_the_words_of_a_file_s_name_say_which_weights_it_holds(name: str, tmp_pa
     assert loads(tmp_path / f"{name}.pt", raw(), use_ema=True)
     with pytest.raises(UserError, match=r"EMA weights only, as its name says; set use_ema=true, or leave it out$"):
         load_model(tmp_path / f"{name}.pt", **HINTS, **PIXEL, use_ema=False)
+
+
+def test_a_config_that_asks_for_an_ema_of_an_unknown_form_goes_on_with_the_raw_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"model": raw(), "ema": {"decay": 0.9}}, tmp_path / "ema_1.pt")
+    hints = Hints.of(**HINTS, **PIXEL, use_ema=True)
+    found = open_model(tmp_path / "ema_1.pt", replace(hints, sections=True))  # as runs of older versions began
+    assert torch.equal(found.network.state_dict()["out.2.bias"], raw()["out.2.bias"])
+    assert found.info["weights_kind"] == "raw"
+    assert "teacher.use_ema: true, but" in caplog.text and "an EMA of an unknown form; raw weights are" in caplog.text
+    with pytest.raises(UserError, match="holds no EMA weights"):
+        open_model(tmp_path / "ema_1.pt", hints)
 
 
 def test_the_other_weights_of_a_step_are_named_where_they_lie_beside(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +10,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ldm_dkdm import UserError, load_model
+from ldm_dkdm.checkpoints.pools import read_own_pool
 from ldm_dkdm.distillation.pool import NoisyPool
 from ldm_dkdm.distillation.refill import refill
 from ldm_dkdm.records import NoisyBatch
+from ldm_dkdm.training.run_folder import RunFolder
+from ldm_dkdm.training.same_teacher import pool_facts, refuse_other_teacher
+from ldm_dkdm.training.saving import warmup_path
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config, model_folder
+from tests.test_wrapped_weights import HINTS, PIXEL, averaged, raw
 
 POOL = "checkpoints/step=00000006.pool-rank0.safetensors"
 
@@ -74,6 +81,36 @@ def test_the_pool_of_another_teacher_is_refused(
         error = capsys.readouterr().err.strip()
         assert error.startswith("error: distill.pool_from: ") and words in error and "\n" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_the_kind_of_weights_that_it_began_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"model": raw(), "ema": {0.99: averaged()}}, tmp_path / "x.pt")
+    kinds = (None, "EMA"), (False, "raw")
+    facts = {kind: pool_facts(load_model(tmp_path / "x.pt", **HINTS, **PIXEL, use_ema=ema)) for ema, kind in kinds}
+    assert {kind: found["weights_kind"] for kind, found in facts.items()} == {"EMA": "EMA", "raw": "raw"}
+    teacher = load_model(tmp_path / "x.pt", **HINTS, **PIXEL)
+    run: Any = SimpleNamespace(folder=RunFolder(tmp_path), latest=None)
+    file = warmup_path(run.folder.checkpoints, 0)
+    file.parent.mkdir()
+
+    def write(header: dict[str, Any]) -> None:
+        states = {"x": torch.zeros(1, *teacher.shape), "t": torch.zeros(1)}
+        save_file(states, file, {"pool": json.dumps({**header, "filled": 1})})
+
+    write(facts["EMA"])
+    refuse_other_teacher(teacher, run)
+    assert not caplog.text
+    write(facts["raw"])
+    with pytest.raises(UserError, match=r"is not the one that .* began with: its kind of weights was raw and is EMA"):
+        refuse_other_teacher(teacher, run)
+    with pytest.raises(UserError, match="its weights_kind is raw, this run"):
+        read_own_pool(file, teacher.shape, facts["EMA"])
+    write({key: value for key, value in facts["raw"].items() if key != "weights_kind"})  # of an older version
+    refuse_other_teacher(teacher, run)
+    assert "whose pool does not say EMA or raw weights; it goes on with the EMA weights of" in caplog.text
+    assert len(read_own_pool(file, teacher.shape, facts["EMA"]).t) == 1
 
 
 def test_a_larger_pool_than_the_run_has_is_refused(

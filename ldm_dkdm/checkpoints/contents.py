@@ -92,14 +92,15 @@ class Contents:
         if self.several_emas and self.ema is None and wanted is not False:
             raise UserError(f"{self.several_emas}, or set {key}=false for the raw weights")
         found = self.raw if wanted is False or (wanted is None and self.ema is None) else self.ema
-        if self.ema is not None and found is None and hints.sections and said_of_file(self.file):
-            logger.warning(f"{key}: false, but {self.path} holds EMA weights only, as its name says; they are used")
-            return self.ema  # a run of an older version may have begun with them
+        if found is None and hints.sections and said_of_file(self.file) and (other := self.ema or self.raw):
+            has = "EMA weights only, as its name says; they" if self.ema else "an EMA of an unknown form; raw weights"
+            logger.warning(f"{key}: {str(wanted).lower()}, but {self.path} holds {has} are used")
+            return other  # a run of an older version may have begun with them
         if found is None:
             has, value, kind = ("no EMA weights", "false", "the EMA") if wanted else ("EMA weights only", "true", "raw")
             named = ", as its name says" if said_of_file(self.file) is (not wanted) else ""
-            other = other_kind_beside(self.file)
-            beside = f"; {kind} weights of this step are in {other}" if other else ""
+            near = other_kind_beside(self.file)
+            beside = f"; {kind} weights of this step are in {near}" if near else ""
             raise UserError(f"{self.path}: holds {has}{named}; set {key}={value}, or {hints.drop}{beside}")
         return found
 

@@ -20,6 +20,7 @@ from ldm_dkdm.records import NoisyBatch
 
 STEPS, STATES = "total_t", "total_x_t_1"
 WARMUP = "warmup"  # begins the names of the pools before the first checkpoint
+LATER = ("weights_kind",)  # facts that pools of older versions do not say
 IN_CHECKPOINT = "dynamic_batch"  # key of the cache in the reference's latent checkpoints
 
 
@@ -122,6 +123,8 @@ def _read_own(file: Path, shape: tuple[int, int, int], facts: Mapping[str, Any])
     except (SafetensorError, OSError, *MALFORMED) as error:
         raise unreadable(file, f"not a readable pool file ({error})", error) from error
     for name, wanted in json.loads(json.dumps(facts)).items():
+        if name not in known and name in LATER:
+            continue
         if name not in known:
             raise UserError(f"{file}: does not say its {name}; only pools saved by this version can be reused")
         if _completed(header[name]) != wanted:

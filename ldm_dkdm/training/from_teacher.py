@@ -31,16 +31,14 @@ from ldm_dkdm.training.grids import SampleGrid
 from ldm_dkdm.training.parts import Distillation, assemble
 from ldm_dkdm.training.pool_filling import (
     going_on,
-    pool_facts,
     prepare_pool,
-    refuse_other_teacher,
     refuse_overwriting,
     supply_of,
-    teacher_hash,
 )
 from ldm_dkdm.training.pool_log import PoolLog
 from ldm_dkdm.training.room import require_room
 from ldm_dkdm.training.run import Result, Run
+from ldm_dkdm.training.same_teacher import pool_facts, refuse_other_teacher, teacher_hash
 from ldm_dkdm.training.saving import RunCheckpoint, tidy
 
 BEFORE = "before the training"

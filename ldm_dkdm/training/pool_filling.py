@@ -2,20 +2,17 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
-from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.checkpoints.hashes import verifying
 from ldm_dkdm.checkpoints.pools import (
     is_own_pool,
-    other_facts,
     pool_files,
-    pool_header,
     read_own_pool,
     read_reference_pool,
 )
@@ -33,12 +30,11 @@ from ldm_dkdm.reporting import Progress, counted, following, logger
 from ldm_dkdm.training.finding import located
 from ldm_dkdm.training.parts import Distillation
 from ldm_dkdm.training.run import Run
-from ldm_dkdm.training.run_folder import IN_MEMORY, step_of
-from ldm_dkdm.training.saving import pool_path, walk_path, warmup_path
+from ldm_dkdm.training.same_teacher import pool_facts
+from ldm_dkdm.training.saving import walk_path, warmup_path
 from ldm_dkdm.training.warmup_shares import PoolWarmup, are_dealt, warmups_of
 
 SECONDS_BETWEEN_WARMUP_SAVES = 600.0
-WORDS = {"teacher_sha256": "SHA-256", "num_timesteps": "T"}  # facts of a pool -> how messages call them
 
 
 def supply_of(parts: Distillation, run: Path | None = None) -> NoisyBatch | None:
@@ -63,29 +59,6 @@ def supply_of(parts: Distillation, run: Path | None = None) -> NoisyBatch | None
     return states
 
 
-def teacher_hash(teacher: DiffusionModel) -> str:
-    """SHA-256 of the file with the teacher's weights."""
-    return sha256(teacher.file) if teacher.file else IN_MEMORY
-
-
-def refuse_other_teacher(teacher: DiffusionModel, run: Run) -> None:
-    """Refuse to continue a run, or its warm-up, with another teacher than it began with.
-
-    Raises:
-        UserError: names both.
-    """
-    folder = run.folder.checkpoints
-    warmups = sorted(folder.glob(warmup_path(folder, 0).name.replace("rank0", "rank*")))  # any will do
-    pool = pool_path(folder, step_of(run.latest), 0) if run.latest else next(iter(warmups), warmup_path(folder, 0))
-    other = list(other_facts(pool_header(pool), pool_facts(teacher))) if pool.is_file() else []
-    if other:
-        changes = ", ".join(f"its {WORDS.get(name, name)} was {before} and is {now}" for name, before, now in other)
-        raise UserError(
-            f"teacher: {teacher.file or IN_MEMORY} is not the one that {run.folder.path} began with: {changes}; "
-            "put the old file back, or start a new run (logging.name=NEW, in Python out)"
-        )
-
-
 def refuse_overwriting(teacher: DiffusionModel, folder: Path) -> None:
     """Refuse a run folder that the teacher is in, where the student would replace it.
 
@@ -97,16 +70,6 @@ def refuse_overwriting(teacher: DiffusionModel, folder: Path) -> None:
             f"teacher: {teacher.path} is in the run folder {folder}, where the student would replace it; "
             "name another folder (logging.name=NEW, in Python out)"
         )
-
-
-def pool_facts(teacher: DiffusionModel) -> dict[str, Any]:
-    """What the states of a pool follow from, as its file stores it."""
-    return {
-        "teacher_sha256": teacher_hash(teacher),
-        "guidance": teacher.guidance,
-        "num_timesteps": teacher.schedule.num_timesteps,
-        "diffusion": asdict(teacher.diffusion),
-    }
 
 
 def prepare_pool(
