@@ -35,13 +35,21 @@ def changed(folder: RunFolder, **values: tuple[str, object]) -> None:
     write_yaml(stored, tree)
 
 
-@pytest.mark.parametrize("change", ["teacher.guidance=3.0", "teacher.parameterization=v", "teacher.use_ema=false"])
+@pytest.mark.parametrize("change", ["teacher.guidance=3.0", "teacher.parameterization=v", "teacher.null_label=1"])
 def test_a_moved_teacher_hides_no_other_change(change: str, base: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     open_run(load_config(base), folder)
     check_run(load_config(base, ["teacher.ckpt=elsewhere"]), folder, resumed=True)
     with pytest.raises(UserError, match=f"{change.partition('=')[0]}: cannot change"):
         check_run(load_config(base, ["teacher.ckpt=elsewhere", change]), folder, resumed=True)
+
+
+def test_the_kind_of_a_teacher_s_weights_may_be_said_later(base: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    open_run(load_config(base), folder)
+    open_run(load_config(base, ["teacher.use_ema=false"]), folder, resumed=True)
+    with pytest.raises(UserError, match=r"teacher\.use_ema: cannot change"):
+        check_run(load_config(base, ["teacher.use_ema=true"]), folder, resumed=True)
 
 
 def test_a_resume_is_advised_where_it_would_be_taken(base: Path, tmp_path: Path) -> None:

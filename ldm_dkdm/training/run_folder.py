@@ -191,6 +191,8 @@ def _fixed_changes(config: RunConfig, before: Any, now: Any) -> Iterator[tuple[s
 
 def _may_move(key: str, old: Any, new: Any) -> bool:
     """Whether a key that differs names what may lie elsewhere now."""
+    if key == "teacher.use_ema" and old is None:  # what the run's pool says of the weights is compared as well
+        return True
     if key in IMAGES:
         return None not in (old, new)
     return key in POINTERS and IN_MEMORY not in f"{old} {new}"

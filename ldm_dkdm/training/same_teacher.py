@@ -69,5 +69,5 @@ def _warn_of_unsaid_weights(header: Mapping[str, Any], teacher: DiffusionModel, 
         return
     logger.warning(
         f"teacher: {run} is of an older version, whose pool does not say EMA or raw weights; it goes on with the EMA "
-        f"weights of {teacher.file}; if it began with a warning that raw ones are used, start a new run"
+        f"weights of {teacher.file}; if it began with a warning that raw ones are used, add teacher.use_ema=false"
     )
