@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm_dkdm import UserError
-from ldm_dkdm.networks import UNet
+from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.networks.layers import SMALL_CPU_ATTENTION, AttentionBlock, attend
 from tests.parts import LDM, UNET_PARAMS, randomised
 
@@ -127,3 +127,29 @@ def test_use_checkpoint_changes_neither_output_nor_gradients() -> None:
 def test_widths_that_do_not_divide_are_refused(key: str, params: dict[str, object]) -> None:
     with pytest.raises(UserError, match=key):
         UNet(**{**UNET_PARAMS, **params})
+
+
+def _replica(network: nn.Module) -> nn.Module:
+    """What DataParallel calls on each GPU: modules whose weights are plain attributes, not parameters."""
+    copies = {module: module._replicate_for_data_parallel() for module in network.modules()}
+    for module, copy in copies.items():
+        for name, child in module.named_children():
+            setattr(copy, name, copies[child])
+        for name, weight in module._parameters.items():
+            setattr(copy, name, None if weight is None else weight.detach())
+    return copies[network]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["UNet", "DiT"])
+def test_a_replica_and_a_compiled_embedding_give_the_same(kind: str, dtype: torch.dtype) -> None:
+    network = UNet(**UNET_PARAMS) if kind == "UNet" else DiT(8, in_channels=3, hidden_size=32, depth=1, num_heads=2)
+    network = randomised(network).to(dtype).eval()
+    x, t = torch.linspace(-1, 1, 192, dtype=dtype).view(1, 3, 8, 8), torch.tensor([7])
+    with torch.no_grad():
+        want = network(x, t)
+        assert torch.equal(_replica(network)(x, t), want)
+        for name in ("time_embed", "t_embedder"):
+            if hasattr(network, name):
+                setattr(network, name, torch.compile(getattr(network, name), backend="eager"))
+        assert torch.equal(network(x, t), want)

@@ -96,12 +96,12 @@ class DiT(nn.Module):
         """x (B,in_channels,H,W), timesteps t (B,), labels (B,) -> (B,out_channels,H,W), H = W = input_size."""
         if x.shape[-2:] != (self.image_size, self.image_size):
             raise UserError(f"input_size: the network takes {self.image_size}, not states of shape {tuple(x.shape)}")
-        condition = _condition(self, t, label)
+        condition = _condition(self, t, label, x.dtype)
         tokens = self.x_embedder(x) + self.pos_embed
         for i, block in enumerate(self.blocks):
             recompute = self.use_checkpoint and torch.is_grad_enabled()
             own = i and len(self.embedders)
-            args = (tokens, _condition(self.embedders[i - 1], t, label) if own else condition)
+            args = (tokens, _condition(self.embedders[i - 1], t, label, x.dtype) if own else condition)
             tokens = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
         return self._unpatchify(self.final_layer(tokens, condition))
 
@@ -133,9 +133,9 @@ class TimestepEmbedder(nn.Module):
         self.freq_shift = freq_shift
         self.mlp = nn.Sequential(_linear(FREQUENCIES, width, 0.02), nn.SiLU(), _linear(width, width, 0.02))
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         sinusoids = timestep_embedding(t, FREQUENCIES, freq_shift=self.freq_shift)
-        return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
+        return self.mlp(sinusoids.to(dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -248,10 +248,10 @@ def _linear(inputs: int, outputs: int, std: float | None = None) -> nn.Linear:
     return layer
 
 
-def _condition(embedders: nn.Module, t: Tensor, label: Tensor | None) -> Tensor:
+def _condition(embedders: nn.Module, t: Tensor, label: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(B,width): the timestep's embedding, plus the label's where there is one."""
     assert isinstance(embedders, (DiT, Embedders))
-    condition: Tensor = embedders.t_embedder(t)
+    condition: Tensor = embedders.t_embedder(t, dtype)
     return condition + embedders.y_embedder(label) if hasattr(embedders, "y_embedder") else condition
 
 

@@ -112,7 +112,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """x (B,in_channels,H,W), timesteps t (B,), labels (B,) -> (B,out_channels,H,W)."""
-        emb = self.time_embed(self.embedding(t).to(next(self.time_embed.parameters()).dtype))
+        emb = self.time_embed(self.embedding(t).to(x.dtype))
         if self.num_classes is not None:
             emb = emb + self.label_emb(label)
         h, skips = x, []
