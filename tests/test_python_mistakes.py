@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
-from ldm_dkdm.config.schema import DiffusionRun
+from ldm_dkdm.config.schema import DiffusionConfig, DiffusionRun
 from ldm_dkdm.networks import DiT, UNet
 from tests.parts import UNET_PARAMS, randomised
 
@@ -131,13 +131,20 @@ def test_numbers_for_all_states_float64_states_and_arrays_are_taken(tmp_path: Pa
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_networks_and_states_of_another_number_format_are_taken(dtype: torch.dtype) -> None:
-    exact = model(randomised(UNet(**UNET_PARAMS)))
-    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    want = exact.predict(x, 3).eps
-    other = model(randomised(UNet(**UNET_PARAMS)).to(dtype))
-    for found in (exact.predict(x.to(dtype), 3).eps, other.predict(x, torch.tensor([3.0, 3.0])).eps):
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, want, rtol=0, atol=0.02 * float(want.abs().max()))
+    """Only the network computes in its format: x_0 follows from the state and eps in float32, where abar_t is small."""
+    schedule = dkdm.NoiseSchedule("linear", 1000)
+    process = DiffusionConfig("linear", 1000, space="pixel", clip_sample=False)
+    exact, other = (
+        model(randomised(UNet(**UNET_PARAMS)).to(kind)).changed(diffusion=process) for kind in (torch.float32, dtype)
+    )
+    x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0, 999.0])
+    want, abar = exact.predict(x, t), schedule.alpha_bar(t, x)
+    rounded = x.to(dtype).float()
+    for found, state in ((exact.predict(x.to(dtype), t), rounded), (other.predict(x, t), x)):
+        assert found.eps.dtype == found.x_0.dtype == torch.float32
+        torch.testing.assert_close(found.eps, want.eps, rtol=0, atol=0.02 * float(want.eps.abs().max()))
+        x_0 = (state - (1 - abar).sqrt() * found.eps) / abar.sqrt()
+        torch.testing.assert_close(found.x_0, x_0.float(), rtol=1e-4, atol=1e-3)
     assert other.sample(2, steps=2).dtype == torch.uint8
 
 

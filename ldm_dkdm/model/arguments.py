@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.networks import DiT, UNet
@@ -102,7 +101,7 @@ def _wrapped_in(network: nn.Module) -> nn.Module | None:
 def fitting(
     model: "DiffusionModel", x: Tensor, t: Tensor | int, label: Tensor | int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x in the number format of the model's network, t and label as tensors (B,) of whole numbers.
+    """x as float32, t and label as tensors (B,) of whole numbers.
 
     Ranges are checked on the CPU only: a device is not waited for. A label of another package's network may be any.
 
@@ -116,7 +115,7 @@ def fitting(
     multiple = model.network.multiple if isinstance(model.network, UNet) else 1
     if x.shape[2] % multiple or x.shape[3] % multiple:
         raise UserError(f"x: its sides must be multiples of {multiple} for this network, got {kind_of(x)}")
-    x = x.to(_number_format(model, x.device))
+    x = x.float()
     t = _one_each(t, "t", x, model.schedule.num_timesteps)
     if model.num_classes is None or not isinstance(model.network, (DiT, UNet)):
         if isinstance(label, (int, np.integer)) and not isinstance(label, bool):
@@ -126,15 +125,6 @@ def fitting(
         raise UserError("label: missing; the model is class-conditional and needs the label of every state")
     rows = model.num_classes + (getattr(model.network, "null_label", None) is not None)  # the last stands for no class
     return x, t, _one_each(label, "label", x, rows)
-
-
-def _number_format(model: "DiffusionModel", device: torch.device) -> torch.dtype:
-    """That of all weights; float32 where they differ, as those that autocast reads as bf16, or autocast decides."""
-    formats = (weight.dtype for weight in model.network.parameters() if weight.is_floating_point())
-    first = next(formats, torch.float32)
-    if first == torch.float32 or resolve_precision(model.precision, device) != "32":
-        return torch.float32
-    return first if all(other == first for other in formats) else torch.float32
 
 
 def _one_each(value: object, name: str, x: Tensor, end: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.config.checked import convert
+from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks.modes import tensor_of
 
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 def output_of(model: "DiffusionModel", x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
     """The network's output at x (B,C,H,W), guided: u + weight (c - u), in one call of twice the batch.
 
-    c is the output with the label, u the one with the null label; a learned variance stays c's.
+    c is the output with the label, u the one with the null label; a learned variance stays c's. The network takes x in
+    the number format of its weights.
     """
+    x = x.to(_number_format(model, x))
     if model.diffusion.rescale_timesteps:
         t = t.float() * (1000 / model.schedule.num_timesteps)
     if model.guidance == 1:
@@ -31,6 +34,15 @@ def output_of(model: "DiffusionModel", x: Tensor, t: Tensor, label: Tensor | Non
     channels = x.shape[1]
     guided = without[:, :channels] + model.guidance * (with_label[:, :channels] - without[:, :channels])
     return torch.cat([guided, with_label[:, channels:]], 1)
+
+
+def _number_format(model: "DiffusionModel", x: Tensor) -> torch.dtype:
+    """That of all weights; that of x where autocast decides, or they differ, as those that autocast reads as bf16."""
+    formats = (weight.dtype for weight in model.network.parameters() if weight.is_floating_point())
+    first = next(formats, torch.float32)
+    if first == torch.float32 or resolve_precision(model.precision, x.device) != "32":
+        return x.dtype
+    return first if all(other == first for other in formats) else x.dtype
 
 
 def rows_of(model: "DiffusionModel", states: int) -> int:
