@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldm_dkdm import NoiseSchedule, UserError, load_model
+from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model
+from ldm_dkdm.checkpoints import compvis
 from ldm_dkdm.checkpoints.contents import schedule_of
+from ldm_dkdm.checkpoints.pools import other_facts
 from ldm_dkdm.config.load import load_config, to_yaml
 from ldm_dkdm.config.schema import DiffusionConfig, DiffusionRun
 from ldm_dkdm.diffusion.process import (
@@ -27,6 +30,7 @@ from ldm_dkdm.diffusion.process import (
     x0_to_eps,
 )
 from ldm_dkdm.diffusion.schedule import beta_ends
+from ldm_dkdm.distillation.make_student import require_fit
 from ldm_dkdm.networks import UNet
 from ldm_dkdm.records import Prediction
 from tests.parts import UNET_PARAMS
@@ -261,3 +265,21 @@ def test_a_variance_beside_a_learned_one_and_heads_beside_their_width_are_refuse
     with caplog.at_level(logging.WARNING):
         load_config(training(tmp_path, "{}", "{num_heads: 3, num_head_channels: 32}"), schema=DiffusionRun)
     assert "model.params.num_heads: has no effect beside num_head_channels" in caplog.text
+
+
+def test_unused_ends_do_not_tell_two_cosine_processes_apart() -> None:
+    """CompVis's checkpoints store betas, whose ends older model folders and pools hold."""
+    ends = {"beta_start": 4.128e-05, "beta_end": 0.999}
+    old, new = DiffusionConfig("cosine", 1000, **ends), DiffusionConfig("cosine", 1000)
+    assert old == new
+    named = compvis.name_schedule(NoiseSchedule("cosine").alphas_cumprod)
+    teacher = DiffusionModel(UNet(**UNET_PARAMS), schedule=schedule_of(named)).changed(diffusion=named)
+    for student in (
+        DiffusionModel(UNet(**UNET_PARAMS), schedule=teacher.schedule),
+        DiffusionModel(UNet(**UNET_PARAMS), like=teacher, schedule=teacher.schedule),
+        teacher.changed(schedule=teacher.schedule, network=UNet(**UNET_PARAMS)),
+    ):
+        assert student.diffusion == teacher.diffusion
+        require_fit(student, teacher)
+    header = {"diffusion": {**asdict(new), **ends}}
+    assert not list(other_facts(header, {"diffusion": asdict(new)}))

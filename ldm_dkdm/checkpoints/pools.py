@@ -151,8 +151,14 @@ def other_facts(header: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator
 
 
 def _completed(fact: Any) -> Any:
-    """A fact of a pool's header; a forward process has the defaults of keys that are newer than the file."""
-    return {**asdict(DiffusionConfig()), **fact} if isinstance(fact, dict) else fact
+    """A fact of a pool's header; a forward process has the defaults of keys that are newer than the file, or unused."""
+    if not isinstance(fact, dict):
+        return fact
+    found = {**asdict(DiffusionConfig()), **fact}
+    if found["schedule"] == "cosine":
+        ends = DiffusionConfig("cosine")
+        found |= {"beta_start": ends.beta_start, "beta_end": ends.beta_end}
+    return found
 
 
 def read_reference_pool(path: Path, shape: tuple[int, int, int], num_timesteps: int) -> NoisyBatch:

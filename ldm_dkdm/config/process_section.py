@@ -74,11 +74,15 @@ class DiffusionConfig(Section):
     )
 
     def __post_init__(self) -> None:
-        """Set the ends that are not given, and `num_timesteps` to the number of `betas`, where they are given."""
-        for name, value in zip(("beta_start", "beta_end"), _ends(self.schedule, self.num_timesteps), strict=True):
+        """Set the ends that are not given or not used, and `num_timesteps` to the number of `betas`, where given."""
+        ends = dict(zip(("beta_start", "beta_end"), _ends(self.schedule, self.num_timesteps), strict=True))
+        for name, value in ends.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         super().__post_init__()
+        if self.schedule == "cosine":
+            for name, value in ends.items():  # the same process has the same section, whatever a file says
+                object.__setattr__(self, name, value)
         if self.betas is None:
             return
         default = next(f.default for f in fields(self) if f.name == "num_timesteps")
