@@ -194,6 +194,26 @@ def test_another_teacher_without_a_file_does_not_go_on_in_a_run(tmp_path: Path) 
     assert run(new_pixel_model(), 4, resume=True).info["step"] == 4  # the same weights are the same teacher
 
 
+def test_a_run_goes_on_that_an_older_version_began_without_the_ends_of_its_schedule(
+    digits: Path, tmp_path: Path
+) -> None:
+    """They dropped steps_offset and set_alpha_to_one, so that config, pool and name of the teacher were without."""
+    old, new = new_pixel_model(), new_pixel_model()
+    new = new.changed(schedule=dkdm.NoiseSchedule(new.schedule.name, new.schedule.num_timesteps, steps_offset=1))
+    assert old.diffusion.steps_offset is None and new.diffusion.steps_offset == 1
+    for steps, teacher in ((2, old), (4, new)):
+        more = {**SHORT, "steps": steps, "resume": steps == 4}
+        student = dkdm.DiffusionModel(Net(), like=teacher)
+        found = dkdm.distill(teacher, student, tmp_path / "student", **more).model
+        assert found.info["step"] == steps
+        model = dkdm.DiffusionModel(Net(), like=teacher)
+        more = {**TRAINING, "steps": steps, "resume": steps == 4}
+        found = dkdm.train(model, digits, tmp_path / "model", **more).model
+        assert found.info["step"] == steps and found.schedule.steps_offset == teacher.schedule.steps_offset
+    with pytest.raises(dkdm.UserError, match=r"diffusion\.steps_offset: cannot change"):
+        dkdm.train(dkdm.DiffusionModel(Net(), like=old), digits, tmp_path / "model", **TRAINING, resume=True)
+
+
 def test_a_card_is_titled_by_the_run_or_by_its_own_folder(teacher: dkdm.DiffusionModel, tmp_path: Path) -> None:
     student = own_student(teacher)
     dkdm.distill(teacher, student, tmp_path / "first-try", **SHORT)

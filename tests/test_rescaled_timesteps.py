@@ -1,5 +1,6 @@
 """Timesteps of improved-diffusion: the network takes t * 1000 / T."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,6 @@ def test_it_and_the_ends_of_sampling_stay_where_the_schedule_changes(file: Path)
     assert (said.steps_offset, said.set_alpha_to_one, said.timestep_spacing) == (0, True, "leading")
     alone = DiffusionModel(model.network, space="pixel", schedule=NoiseSchedule("cosine", 20, steps_offset=1))
     assert alone.schedule.steps_offset == 1 and not alone.schedule.set_alpha_to_one
+    explicit = model.changed(diffusion=replace(model.diffusion, steps_offset=0, set_alpha_to_one=None))
+    for given in (explicit.schedule, NoiseSchedule("cosine", 4000, steps_offset=0)):
+        assert DiffusionModel(model.network, like=explicit, schedule=given).diffusion == explicit.diffusion

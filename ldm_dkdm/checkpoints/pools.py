@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm_dkdm.checkpoints.arrays import PickledArray
 from ldm_dkdm.checkpoints.hashes import read_safetensors
 from ldm_dkdm.checkpoints.reading import AGAIN, as_tensor, file_kind, read_content
+from ldm_dkdm.config.process_section import ONCE_UNSAID
 from ldm_dkdm.config.schema import DiffusionConfig
 from ldm_dkdm.errors import MALFORMED, UserError, blaming, unreadable
 from ldm_dkdm.records import NoisyBatch
@@ -145,7 +146,8 @@ def other_facts(header: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator
         before = _completed(header.get(name, now))
         if isinstance(before, dict) and isinstance(now, dict):
             named = {f"{name}.{key}": (value, now.get(key)) for key, value in before.items()}
-            yield from ((key, *pair) for key, pair in named.items() if pair[0] != pair[1])
+            unsaid = {f"{name}.{key}" for key in ONCE_UNSAID if before.get(key) is None}  # by older versions
+            yield from ((key, *pair) for key, pair in named.items() if pair[0] != pair[1] and key not in unsaid)
         elif before is not None and before != now:
             yield name, before, now
 

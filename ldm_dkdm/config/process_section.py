@@ -7,6 +7,8 @@ from ldm_dkdm.config.checked import Section, key, literal, one_of
 from ldm_dkdm.errors import UserError
 
 SCHEDULE = "ldm_dkdm.diffusion.schedule"
+# keys of sampling alone, which older versions dropped from the schedule of a model made in Python
+ONCE_UNSAID = ("steps_offset", "set_alpha_to_one", "timestep_spacing")
 
 
 @dataclass(frozen=True)

@@ -36,25 +36,27 @@ def process_of(schedule: NoiseSchedule | None, space: str | None, like: "Diffusi
     if not isinstance(schedule, NoiseSchedule):
         raise UserError(f"schedule: expected a NoiseSchedule, got {schedule!r}; make one with NoiseSchedule(NAME, T)")
     space = space or (like.diffusion.space if like else "latent")
-    usual = pick(SPACES, space, "space").steps_offset
-    any_given = any(value is not None for value in schedule.ends_given.values())
+    ends, usual = schedule.ends_given, pick(SPACES, space, "space").steps_offset
     own: dict[str, Any] = {
         "variance": None if schedule.variance == "posterior" else schedule.variance,
         "rescale_betas_zero_snr": schedule.ends_in_noise,
         "timestep_spacing": schedule.timestep_spacing,
     }
-    own |= {key: value for key, value in schedule.ends_given.items() if not (key == "steps_offset" and value == usual)}
+    own |= {key: value for key, value in ends.items() if not (key == "steps_offset" and value == usual)}
     if like:
         own["rescale_timesteps"] = like.diffusion.rescale_timesteps
     if like and like.diffusion.space == space:
-        kept = [*CLIPPING] if any_given else [*CLIPPING, *schedule.ends_given]
+        offset = usual if ends["steps_offset"] is None else ends["steps_offset"]
+        to_x0 = offset == 0 if ends["set_alpha_to_one"] is None else ends["set_alpha_to_one"]
+        same = (offset, to_x0) == (like.schedule.steps_offset, like.schedule.set_alpha_to_one)
+        kept = [*CLIPPING, *ends] if same or not any(value is not None for value in ends.values()) else CLIPPING
         own |= {key: getattr(like.diffusion, key) for key in kept}
         own["timestep_spacing"] = schedule.timestep_spacing or like.diffusion.timestep_spacing
     if schedule.name == "betas":
         betas = schedule.unscaled_betas.tolist()
         return DiffusionConfig(num_timesteps=len(betas), space=space, betas=betas, **own)
-    ends = schedule.beta_start, schedule.beta_end
-    return DiffusionConfig(schedule.name, schedule.num_timesteps, *ends, space, **own)
+    first, final = schedule.beta_start, schedule.beta_end
+    return DiffusionConfig(schedule.name, schedule.num_timesteps, first, final, space, **own)
 
 
 def require_meaning(parameterization: str, schedule: NoiseSchedule) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import signal
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor
 from ldm_dkdm.config.batches import divided
 from ldm_dkdm.config.checked import convert
 from ldm_dkdm.config.effects import refuse_idle
+from ldm_dkdm.config.load import LONGEST
+from ldm_dkdm.config.process_section import ONCE_UNSAID
 from ldm_dkdm.config.schema import (
     DiffusionConfig,
     DiffusionDataConfig,
@@ -31,7 +33,7 @@ from ldm_dkdm.config.schema import (
     WarmupConfig,
 )
 from ldm_dkdm.errors import UserError, nearest
-from ldm_dkdm.files import expanded
+from ldm_dkdm.files import expanded, read_text
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.arguments import kind_of, require_path
 from ldm_dkdm.reporting import Progress
@@ -61,7 +63,7 @@ def distillation_of(
     method, trainer, logging = _spread(numbers, (DistillConfig, TrainerConfig, LoggingConfig), out)
     warming = convert(WarmupConfig, {"mode": warmup} if isinstance(warmup, str) else warmup, "warmup")
     run = DistillRun(
-        teacher=_teacher_section(teacher, check),
+        teacher=_teacher_section(teacher, check, out),
         student=StudentConfig(**vars(student.node)),
         distill=DistillConfig(warmup=warming, loss=_loss(loss), **method),
         trainer=TrainerConfig(**trainer),
@@ -74,10 +76,10 @@ def distillation_of(
     return run
 
 
-def _teacher_section(teacher: DiffusionModel, check: bool) -> TeacherConfig:
+def _teacher_section(teacher: DiffusionModel, check: bool, out: Path) -> TeacherConfig:
     hints = teacher.hints
     return TeacherConfig(
-        ckpt=str(teacher.path or f"{IN_MEMORY} ({_fingerprint(teacher)})"),
+        ckpt=str(teacher.path or _name_in(out, teacher)),
         target=hints.target,
         params=dict(hints.params),
         parameterization=hints.parameterization,
@@ -88,9 +90,21 @@ def _teacher_section(teacher: DiffusionModel, check: bool) -> TeacherConfig:
     )
 
 
-def _fingerprint(model: DiffusionModel) -> str:
+def _name_in(out: Path, teacher: DiffusionModel) -> str:
+    """The name of a teacher without a file; in a run that began without ONCE_UNSAID, the one that it has there."""
+    process, stored = teacher.diffusion, out / "config.yaml"
+    nothing: dict[str, Any] = dict.fromkeys(ONCE_UNSAID)
+    unsaid = replace(process, **nothing)
+    if unsaid != process and stored.is_file():
+        name = f"{IN_MEMORY} ({_fingerprint(teacher, unsaid)})"
+        if name in read_text(stored, LONGEST):
+            return name
+    return f"{IN_MEMORY} ({_fingerprint(teacher, process)})"
+
+
+def _fingerprint(model: DiffusionModel, process: DiffusionConfig) -> str:
     """Eight bytes, hexadecimal, that tell a model without a file from others: of its weights and their meaning."""
-    digest = hashlib.sha256(f"{model.diffusion} {model.parameterization} {model.null_label}".encode())
+    digest = hashlib.sha256(f"{process} {model.parameterization} {model.null_label}".encode())
     for name, value in model.network.state_dict().items():
         if isinstance(value, Tensor):  # not a module's extra state
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

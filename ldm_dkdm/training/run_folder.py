@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from ldm_dkdm.config.batches import SECTIONS
 from ldm_dkdm.config.load import load_config, parse, read_yaml, to_yaml
+from ldm_dkdm.config.process_section import ONCE_UNSAID
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageRun, LoggingConfig
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError, legible
@@ -25,6 +26,7 @@ FREE = ("trainer", "logging")  # sections that may change when a run is resumed
 FIXED = ("trainer.seed", "trainer.accumulate")  # keys in FREE that may not
 UNSEEN = ("distill.pool_storage",)  # keys that change no batch: any command may change them
 ONE = ("trainer.devices", "trainer.num_nodes")  # keys whose default was 1; null is as many without a launcher
+UNSAID = ("teacher.use_ema", *(f"diffusion.{key}" for key in ONCE_UNSAID))  # a resume may say what the run did not
 NAMED = 3  # keys that a message names, of those that differ
 IN_MEMORY = "a model made in Python"  # begins the name of a teacher without a file, which ends with its hash
 PLACE = ("logging.name", "logging.dir")  # keys in FREE that say where a run is, which a resume does not move
@@ -190,9 +192,12 @@ def _fixed_changes(config: RunConfig, before: Any, now: Any) -> Iterator[tuple[s
 
 
 def _may_move(key: str, old: Any, new: Any) -> bool:
-    """Whether a key that differs names what may lie elsewhere now."""
-    if key == "teacher.use_ema" and old is None:  # what the run's pool says of the weights is compared as well
-        return True
+    """Whether a key that differs names what may lie elsewhere now, or says what was unsaid.
+
+    Of teacher.use_ema the run's pool knows more, and is compared as well.
+    """
+    if key in UNSAID:
+        return old is None
     if key in IMAGES:
         return None not in (old, new)
     return key in POINTERS and IN_MEMORY not in f"{old} {new}"
