@@ -71,6 +71,14 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "label": (lambda: model().predict(X, T, torch.tensor([0, 7])), r"label: 7 is outside 0 \.\.\. 3"),
     "t": (lambda: model().predict(X, torch.tensor([0, -1]), T * 0), r"t: -1 is outside 0 \.\.\. 19"),
     "betas": (lambda: dkdm.NoiseSchedule(betas=[0.1, 0.2], num_timesteps=5), "num_timesteps: 5 is not the number of b"),
+    "one beta": (
+        lambda: dkdm.NoiseSchedule(betas=torch.tensor(0.1), num_timesteps=5),
+        r"betas: \(\) values must be one",
+    ),
+    "zero snr": (
+        lambda: dkdm.NoiseSchedule(rescale_betas_zero_snr="no"),
+        "rescale_betas_zero_snr: expected true or false, got 'no'",
+    ),
     "idle end": (lambda: dkdm.NoiseSchedule(betas=[0.1, 0.2], beta_start=0.3), "beta_start: has no effect beside bet"),
     "idle name": (lambda: dkdm.NoiseSchedule("linear", betas=[0.1, 0.2]), "name: has no effect beside betas"),
     "cosine": (lambda: dkdm.NoiseSchedule("cosine", beta_end=0.1), "beta_end: has no effect with the cosine schedule"),
@@ -195,6 +203,15 @@ def test_numpys_numbers_are_taken(tmp_path: Path) -> None:
     opened.save(tmp_path / "x")
     sizes = {"images": np.int64(0), "chains": two, "pairs": two, "steps": two, "seed": two, "batch_size": two}
     assert dkdm.evaluate(own, opened, cache=tmp_path / "c", **sizes)["agreement"] is not None
+
+
+def test_a_schedule_of_numpys_numbers_makes_a_model() -> None:
+    given = {"steps_offset": np.int64(1), "set_alpha_to_one": np.bool_(True), "rescale_betas_zero_snr": np.bool_(True)}
+    schedule = dkdm.NoiseSchedule("linear", np.int64(20), np.float32(0.01), np.float64(0.02), **given)
+    own = dkdm.DiffusionModel(dit(), schedule=schedule, space="pixel", parameterization="v")
+    assert own.diffusion == DiffusionConfig(
+        "linear", 20, float(np.float32(0.01)), 0.02, "pixel", **{key: value.item() for key, value in given.items()}
+    )
 
 
 def test_one_override_is_taken_as_text() -> None:

@@ -233,20 +233,19 @@ def schedule_of(config: DiffusionConfig) -> NoiseSchedule:
     """The forward process that a config section describes."""
     named = config.betas is None
     ends = named and config.schedule != "cosine"
-    found = NoiseSchedule(
+    return NoiseSchedule(
         config.schedule if named else DEFAULT,
         config.num_timesteps,
         config.beta_start if ends else None,
         config.beta_end if ends else None,
-        SPACES[config.space].steps_offset if config.steps_offset is None else config.steps_offset,
+        config.steps_offset,
         betas=config.betas,
         variance=config.variance or "posterior",
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         timestep_spacing=config.timestep_spacing,
         set_alpha_to_one=config.set_alpha_to_one,
+        usual_offset=SPACES[config.space].steps_offset,
     )
-    found.ends_given["steps_offset"] = config.steps_offset  # not that of the space
-    return found
 
 
 def clipping_of(config: DiffusionConfig) -> Clipping:

@@ -73,9 +73,11 @@ class NoiseSchedule:
         timestep_spacing: of samplers with fewer steps, one of SPACINGS; None: each sampler's own.
         set_alpha_to_one: DDIM's last target is x_0 (abar_{-1} = 1), else abar_0; default: it is the timestep below the
             lowest one, so that samples end at abar_0 in CompVis's code and at x_0 in guided-diffusion's.
+        usual_offset: `steps_offset` where it is not given.
 
     Raises:
-        UserError: an unknown name, or values outside these ranges.
+        UserError: an unknown name, values of another type or outside these ranges, another T than the number of betas,
+            or an argument without effect: a name or ends beside betas, ends of `cosine`.
 
     Attributes:
         betas, alphas_cumprod: float64 tensors (T,) on the CPU.
@@ -97,6 +99,7 @@ class NoiseSchedule:
         rescale_betas_zero_snr: bool = False,
         timestep_spacing: str | None = None,
         set_alpha_to_one: bool | None = None,
+        usual_offset: int = 1,
     ) -> None:
         pick(SCHEDULES, name, "schedule")
         pick(VARIANCES, variance, "variance")
@@ -105,20 +108,24 @@ class NoiseSchedule:
             raise UserError(f"num_timesteps: must be at least 1, got {num_timesteps}")
         if timestep_spacing is not None:
             pick(SPACINGS, timestep_spacing, "timestep_spacing")
-        self.ends_given = {"steps_offset": steps_offset, "set_alpha_to_one": set_alpha_to_one}
-        _require_ends(**self.ends_given)
-        self.steps_offset, self.variance, self.timestep_spacing = 1, variance, timestep_spacing
-        if steps_offset is not None:
-            self.steps_offset = int(steps_offset)
-        self.set_alpha_to_one = self.steps_offset == 0 if set_alpha_to_one is None else bool(set_alpha_to_one)
-        self._require_effect(name, num_timesteps, beta_start, beta_end, betas)
+        _require_ends(steps_offset, set_alpha_to_one)
+        _require_truth(rescale_betas_zero_snr=rescale_betas_zero_snr)
+        offset = None if steps_offset is None else int(steps_offset)
+        to_x0 = None if set_alpha_to_one is None else bool(set_alpha_to_one)
+        self.ends_given: dict[str, Any] = {"steps_offset": offset, "set_alpha_to_one": to_x0}
+        self.steps_offset = usual_offset if offset is None else offset
+        self.set_alpha_to_one = self.steps_offset == 0 if to_x0 is None else to_x0
+        self.variance, self.timestep_spacing = variance, timestep_spacing
+        self._require_effect(name, beta_start, beta_end, betas)
         first, final = beta_ends(name, num_timesteps)
         self.beta_start = first if beta_start is None else beta_start
         self.beta_end = final if beta_end is None else beta_end
         _require_numbers("a number", Real, beta_start=self.beta_start, beta_end=self.beta_end)
         self.unscaled_betas = self._named(name, num_timesteps) if betas is None else _given(betas)
         self.name = name if betas is None else "betas"
-        self.num_timesteps, self.ends_in_noise = len(self.unscaled_betas), rescale_betas_zero_snr
+        self.num_timesteps, self.ends_in_noise = len(self.unscaled_betas), bool(rescale_betas_zero_snr)
+        if num_timesteps not in (self.num_timesteps, DEFAULT_T):  # the default, as if it was not given
+            raise UserError(f"num_timesteps: {num_timesteps} is not the number of betas, which is {self.num_timesteps}")
         self.alphas_cumprod = torch.cumprod(1 - self.unscaled_betas, 0)
         _require_noise(self.alphas_cumprod, "beta_start, beta_end" if betas is None else "betas")
         self.betas = self.unscaled_betas
@@ -128,21 +135,14 @@ class NoiseSchedule:
         self._tables: dict[torch.device, Tensor] = {}
 
     @staticmethod
-    def _require_effect(name: str, num_timesteps: int, beta_start: object, beta_end: object, betas: Any) -> None:
-        """Refuse what is not used beside something else; a name or T that equals its default may not be given."""
+    def _require_effect(name: str, beta_start: object, beta_end: object, betas: object) -> None:
+        """Refuse what is not used beside something else; the default name counts as not given."""
         given = {"name": name if name != DEFAULT else None, "beta_start": beta_start, "beta_end": beta_end}
         found = [key for key, value in given.items() if value is not None]
         if betas is not None and found:
             raise UserError(f"{found[0]}: has no effect beside betas; leave it out")
         if betas is None and name == "cosine" and found[1:]:
             raise UserError(f"{found[1]}: has no effect with the cosine schedule; leave it out")
-        if (
-            betas is not None
-            and num_timesteps != DEFAULT_T
-            and hasattr(betas, "__len__")
-            and len(betas) != num_timesteps
-        ):
-            raise UserError(f"num_timesteps: {num_timesteps} is not the number of betas, which is {len(betas)}")
 
     def _named(self, name: str, num_timesteps: int) -> Tensor:
         start, end = self.beta_start, self.beta_end
@@ -193,8 +193,14 @@ def _require_ends(steps_offset: object, set_alpha_to_one: object) -> None:
         _require_numbers("a whole number", Integral, steps_offset=steps_offset)
     if steps_offset not in (None, 0, 1):
         raise UserError(f"steps_offset: must be 0 or 1, got {steps_offset}")
-    if not isinstance(set_alpha_to_one, bool | None | np.bool_):
-        raise UserError(f"set_alpha_to_one: expected true or false, got {set_alpha_to_one!r}")
+    if set_alpha_to_one is not None:
+        _require_truth(set_alpha_to_one=set_alpha_to_one)
+
+
+def _require_truth(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool | np.bool_):
+            raise UserError(f"{name}: expected true or false, got {value!r}")
 
 
 def _require_noise(alphas_cumprod: Tensor, names: str) -> None:
