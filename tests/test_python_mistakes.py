@@ -173,12 +173,15 @@ def test_a_wrapped_network_is_taken_without_its_wrapper(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     network = dit()
+    nn.init.normal_(network.final_layer.linear.weight)
     own = model(WRAPPED[name](network))
     assert own.network is network and "DiT is taken without the" in caplog.text
     assert own.changed(network=WRAPPED[name](network)).network is network
     own.save(tmp_path / "x")
+    want = model(network).predict(X + 1, T, T * 0).eps
+    assert want.abs().min() > 0
     for given in (None, WRAPPED[name](dit())):
-        assert torch.equal(dkdm.load_model(tmp_path / "x", network=given).predict(X, T, T * 0).eps, X)
+        assert torch.equal(dkdm.load_model(tmp_path / "x", network=given).predict(X + 1, T, T * 0).eps, want)
 
 
 def test_a_network_with_a_compiled_block_is_saved_and_opened(tmp_path: Path) -> None:
@@ -201,8 +204,11 @@ def test_numpys_numbers_are_taken(tmp_path: Path) -> None:
     process = {"schedule": "cosine", "num_timesteps": np.int64(20), "space": "pixel"}
     opened = dkdm.load_model(tmp_path / "x.pt", **hints, **process, use_new_attention_order=np.bool_(False))
     opened.save(tmp_path / "x")
-    sizes = {"images": np.int64(0), "chains": two, "pairs": two, "steps": two, "seed": two, "batch_size": two}
-    assert dkdm.evaluate(own, opened, cache=tmp_path / "c", **sizes)["agreement"] is not None
+    other = own.changed(network=randomised(UNet(**own.node.params)))
+    sizes = {"images": np.int64(0), **dict.fromkeys(("chains", "pairs", "steps", "seed", "batch_size"), two)}
+    plain = {key: int(value) for key, value in sizes.items()}
+    found = dkdm.evaluate(other, opened, cache=tmp_path / "c", **sizes)["agreement"]
+    assert found == dkdm.evaluate(other, opened, cache=tmp_path / "d", **plain)["agreement"] > 0
 
 
 def test_a_schedule_of_numpys_numbers_makes_a_model() -> None:
