@@ -76,7 +76,8 @@ class DiffusionModel:
         precision: str = "32",
     ) -> None:
         self.network = network_of(network, like)
-        self.parameterization = str(parameterization or getattr(node or like, "parameterization", "eps"))
+        usual: str = getattr(node or like, "parameterization", "eps")
+        self.parameterization = parameterization or usual
         pick(PARAMETERIZATIONS, self.parameterization, "parameterization")
         pick(PRECISIONS, precision, "precision")
         self.diffusion = process_of(schedule, space, like)

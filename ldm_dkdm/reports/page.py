@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from ldm_dkdm import __version__
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded, write_text
+from ldm_dkdm.model.arguments import path_of
 from ldm_dkdm.reports.charts import Chart, Points, places_of, points_of, pool_map, sections_of, unit_of
 from ldm_dkdm.reports.images import PageImage
 from ldm_dkdm.reports.run_files import RunFiles, read_run
@@ -41,14 +42,12 @@ def write_report(runs: str | Path | Sequence[str | Path], out: str | Path) -> Pa
     Raises:
         UserError: no run, a folder that is not a run's, or a damaged table or config in one; nothing is written.
     """
-    if not isinstance(out, (str, Path)):
-        raise UserError(f"out: expected a path, got {out!r}")
+    out = path_of(out, "out")
     runs = [runs] if isinstance(runs, (str, Path)) else runs
     if not runs:
         raise UserError("runs: name at least one run folder")
     paths = list({expanded(run).resolve(): expanded(run) for run in runs}.values())
-    page, out = page_of([read_run(path) for path in paths]), expanded(out)
-    write_text(out, page)
+    write_text(out, page_of([read_run(path) for path in paths]))
     return out
 
 
