@@ -105,7 +105,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "schedule": (lambda: dkdm.DiffusionModel(dit(), schedule="cosine"), "schedule: expected a NoiseSchedule"),
     "info": (lambda: dkdm.DiffusionModel(dit(), space="pixel", info=3), "info: expected facts by name"),
-    "no config": (lambda: dkdm.load_config(None), "base: expected text or a list of texts"),
+    "no config": (lambda: dkdm.load_config(None), "base: expected a path or name, or a list of them"),
     "nowhere": (lambda: model().save(None), "path: expected a path, got None"),
     "no page": (lambda: dkdm.write_report("nowhere/x", None), "out: expected a path, got None"),
     "x": (lambda: model().predict(X[:, :2], T, T * 0), r"x: expected states \(B,3,H,W\)"),

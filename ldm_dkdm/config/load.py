@@ -53,7 +53,7 @@ LONGEST = 4_000_000  # bytes of a config
 
 def load_config(
     base: str | Path | Sequence[str | Path],
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     schema: type[T] = DistillRun,  # type: ignore[assignment]  # the default of T
     *,
     of_run: bool = False,
@@ -62,18 +62,21 @@ def load_config(
 
     Args:
         base: one path or several, or names of shipped recipes such as `ffhq256`.
-        overrides: dotted, such as `distill.batch_size=8`.
+        overrides: dotted, such as `distill.batch_size=8`; one may be a text.
         schema: the dataclass of the expected sections; default: a distillation run.
         of_run: the run exists, and an older version may have begun it with keys that have no effect.
 
     Raises:
-        UserError: a missing or unreadable file, an unknown key, a value of the wrong type or range, a key that another
-            one leaves without effect.
+        UserError: an argument of another type, a missing or unreadable file, an unknown key, a value of the wrong type
+            or range, a key that another one leaves without effect.
     """
     overrides = [overrides] if isinstance(overrides, str) else overrides
-    for name, value in (("base", base), ("overrides", overrides)):
+    for name, value, wanted in (
+        ("base", base, "a path or name, or a list of them"),
+        ("overrides", overrides, "text or a list of texts"),
+    ):
         if not isinstance(value, (str, Path, Sequence)):
-            raise UserError(f"{name}: expected text or a list of texts, got a value of type {type(value).__name__}")
+            raise UserError(f"{name}: expected {wanted}, got a value of type {type(value).__name__}")
     files = [find_config(name) for name in ([base] if isinstance(base, (str, Path)) else base)]
     parts = [_unwrap_sections(part, schema) for part in _parts(files, overrides, schema)]
     try:

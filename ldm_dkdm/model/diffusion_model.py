@@ -89,12 +89,11 @@ class DiffusionModel:
         self.first_stage: FirstStageSource | None = stage_of(stage, self.space.encoded)
         self._codec: Codec | None = like._codec if like and same_codec(self, like) else None
         self.node = replace(node or remembered(self.network), parameterization=self.parameterization)
-        self.info: dict[str, Any] = facts_of(info)
         self.path: Path | None = None
         self.format: str | None = None
         self.file: Path | None = None
         self.hints, self.described, self.stores_schedule = Hints(), False, False
-        self.precision, self.guidance = precision, guidance
+        self.info, self.precision, self.guidance = facts_of(info), precision, guidance
         require_guidance(self)
 
     @property
@@ -164,14 +163,17 @@ class DiffusionModel:
 
     def read(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
         """Interpret a network's output at x; eps is never clipped, x_0 as the process says."""
-        channels = x.shape[1]
-        fraction = output[:, channels:] if output.shape[1] > channels else None
-        output, means = output[:, :channels], PARAMETERIZATIONS[self.parameterization]
+        output, fraction = output[:, : x.shape[1]], output[:, x.shape[1] :] if output.shape[1] > x.shape[1] else None
+        means = PARAMETERIZATIONS[self.parameterization]
         x_0 = clipping_of(self.diffusion)(means.x_0(self.schedule, x, t, output))
         return Prediction(means.eps(self.schedule, x, t, output), x_0, fraction)
 
     def predict(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
-        """eps and x_0 at states x (B,C,H,W), timesteps t (B,), labels (B,): one call in eval mode, no gradients."""
+        """eps and x_0, float32, at x (B,C,H,W) of any float format, t (B,), labels (B,); eval mode, no gradients.
+
+        Raises:
+            UserError: names the argument: a wrong type, shape or side, a timestep outside 0 ... T-1, an unknown label.
+        """
         return self._call(*fitting(self, x, t, label))
 
     @torch.no_grad()
@@ -291,8 +293,7 @@ class DiffusionModel:
         Raises:
             UserError: an unknown format, one that cannot hold this model, or a file that exists.
         """
-        path = path_of(path, "path")
-        chosen = pick(FORMATS, format, "format")
+        path, chosen = path_of(path, "path"), pick(FORMATS, format, "format")
         if format != "folder":
             refuse_existing(path)
         chosen.write(self, path)
