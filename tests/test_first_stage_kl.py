@@ -1,6 +1,8 @@
 """KL first stages: equality with diffusers' AutoencoderKL, CompVis's files, latent DiTs with a learned variance."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ GIVEN = {key: UNET_PARAMS[key] for key in ("image_size", "num_head_channels")}
 DIT = {"input_size": 8, "in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2}
 
 
-def write_vae(folder: Path, attends: bool = False) -> Path:
+def write_vae(folder: Path, attends: bool = False, **options: object) -> Path:
     """A folder that diffusers writes: 32x32 images, 8x8x3 latents; attention at side 8 if wanted."""
     theirs = Theirs(
         down_block_types=["DownEncoderBlock2D"] * 2 + [f"{'Attn' * attends}DownEncoderBlock2D"],
@@ -41,6 +43,7 @@ def write_vae(folder: Path, attends: bool = False) -> Path:
         latent_channels=3,
         sample_size=32,
         scaling_factor=0.5,
+        **options,
     )
     randomised(theirs).save_pretrained(folder)
     return folder
@@ -52,9 +55,18 @@ def vae(tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attends", [False, True])
-def test_latents_and_images_equal_diffusers(attends: bool, tmp_path: Path) -> None:
-    vae = write_vae(tmp_path / "vae", attends)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"attends": True},
+        {"use_quant_conv": False, "use_post_quant_conv": False},
+        {"use_post_quant_conv": False},
+        {"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3},
+    ],
+)
+def test_latents_and_images_equal_diffusers(options: dict[str, Any], tmp_path: Path) -> None:
+    vae = write_vae(tmp_path / "vae", **options)
     stage, theirs = FirstStageSource(vae).opened(), Theirs.from_pretrained(vae, low_cpu_mem_usage=False).eval()
     ours = AutoencoderKL(**stage.params).eval()
     ours.load_state_dict(stage.tensors)
@@ -65,10 +77,13 @@ def test_latents_and_images_equal_diffusers(attends: bool, tmp_path: Path) -> No
     torch.testing.assert_close(ours.decode(z), theirs.decode(z).sample, rtol=1e-4, atol=1e-4)
 
 
-def test_a_first_stage_option_that_we_do_not_have_is_refused(vae: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"), [("shift_factor", "0.1"), ("latents_mean", "[0.0, 0.1, 0.0]"), ("latents_std", "[2.0, 2.0, 2.0]")]
+)
+def test_a_first_stage_option_that_we_do_not_have_is_refused(key: str, value: str, vae: Path) -> None:
     config = vae / "config.json"
-    config.write_text(config.read_text().replace('"shift_factor": null', '"shift_factor": 0.1'))
-    with pytest.raises(UserError, match=r"shift_factor 0\.1 is not supported"):
+    config.write_text(config.read_text().replace(f'"{key}": null', f'"{key}": {value}'))
+    with pytest.raises(UserError, match=rf"{key} {re.escape(value)} is not supported"):
         FirstStageSource(vae).opened()
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.diffusers_tensors import modern, require_used, shaped, shapes_of, take
@@ -84,13 +85,14 @@ WANTED: dict[str, tuple[Any, ...]] = {  # options at which diffusers' first stag
     "norm_num_groups": (32,),
     "norm_type": ("group",),
     "act_fn": ("silu", "swish"),  # two names of one function
-    "use_quant_conv": (True,),
-    "use_post_quant_conv": (True,),
+    "use_quant_conv": (True, False),  # without it ours gets an identity
+    "use_post_quant_conv": (True, False),
     "lookup_from_codebook": (False,),
     "shift_factor": (None, 0),
-    "latents_mean": (None,),
-    "latents_std": (None,),
+    "latents_mean": (None,),  # or a list of 0
+    "latents_std": (None,),  # or a list of 1
 }
+NEUTRAL = {"latents_mean": 0, "latents_std": 1}  # entries of a list that changes nothing
 
 
 KNOWN = {
@@ -111,7 +113,7 @@ def first_stage_params(config: Mapping[str, Any], latent_size: int | None, sourc
     down, up = list(config["down_block_types"]), list(config["up_block_types"])
     attends = [kind == DOWN[1] for kind in down]
     kinds = {*down, *up} - {*DOWN, *UP}
-    other = [f"{key} {config[key]}" for key, same in WANTED.items() if config.get(key, same[0]) not in same]
+    other = [f"{key} {config[key]}" for key in WANTED if not _is_ours(key, config)]
     if any(width % widths[0] for width in widths):
         other.append(f"block_out_channels {widths} that are not multiples of the first")
     if not kinds and up != [UP[on] for on in reversed(attends)]:
@@ -137,6 +139,23 @@ def first_stage_params(config: Mapping[str, Any], latent_size: int | None, sourc
         **({} if middle else {"attn_type": "none"}),
     }
     return {"ddconfig": ddconfig, "embed_dim": embed} | ({} if codes is None else {"n_embed": codes})
+
+
+def _is_ours(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a value in a config is one at which our first stage computes the same."""
+    value, same = config.get(key, WANTED[key][0]), WANTED[key]
+    return value in same or (key in NEUTRAL and isinstance(value, list) and set(value) == {NEUTRAL[key]})
+
+
+def _identities(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The 1x1 convolutions around the latents that an AutoencoderKL is without, as ours that change nothing."""
+    channels = {"quant_conv": 2 * config["latent_channels"], "post_quant_conv": config["latent_channels"]}
+    found = {}
+    for name, count in channels.items():
+        if not config.get(f"use_{name}", True):
+            found[f"{name}.weight"] = torch.eye(count)[..., None, None]
+            found[f"{name}.bias"] = torch.zeros(count)
+    return found
 
 
 def first_stage_part(index: Mapping[str, Any]) -> str | None:
@@ -167,6 +186,7 @@ def read_component(folder: Path, latent_size: int | None = None, file: Path | No
         target = f"ldm_dkdm.first_stage.{config['_class_name']}"
         scale, doubt = _scale(config)
         found = {modern(name): tensor for name, tensor in unwrapped(read_tensors(file or folder)).items()}
+        found |= _identities(config)
         levels, tensors, used = len(config["block_out_channels"]), {}, set()
         for name, shape in shapes_of(target, FIRST_STAGES, params, folder).items():
             theirs = first_stage_name(name, levels)
