@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
-from ldm_dkdm.config.schema import DiffusionConfig, DiffusionRun
+from ldm_dkdm.config.schema import DiffusionConfig, DiffusionRun, FirstStageRun
 from ldm_dkdm.networks import DiT, UNet
 from tests.parts import UNET_PARAMS, randomised
 
@@ -47,6 +47,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "config": (
         lambda: dkdm.train_first_stage("ffhq256", "x"),
         "config: expected FirstStageRun, got .* type str",
+    ),
+    "out of a first stage": (
+        lambda: dkdm.train_first_stage(dkdm.load_config("emoji64_first_stage", schema=FirstStageRun), None),
+        "out: expected a path, got None",
     ),
     "other config": (
         lambda: dkdm.distill(model(), model(), "x", config=dkdm.load_config("celeba64_data", schema=DiffusionRun)),

@@ -106,7 +106,8 @@ class Source:
             raise UserError(f"{self.path}: holds one tensor of shape {shape}, not a network")
         tree = select_part(self.content, name, self.path)
         if not holds_tensors(tree):
-            found_parts = list(parts_of(tree, named=True)) or parts_of(tree)  # in lists may be losses and statistics
+            # a list or a number as key often leads to losses and statistics, so named parts go first
+            found_parts = list(parts_of(tree, named=True)) or parts_of(tree)
             parts = sorted(found_parts, key=lambda part: is_averaged(part[0]))
             tree = parts[0][1] if parts else tree
         found = tensors_in(tree, self.path)

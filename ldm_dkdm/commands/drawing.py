@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 GRID = 64  # most samples in a grid
 PARTS = ".parts-"  # begins the names of folders with the batches of a call
-PNGS = "png_sha256"  # in the metadata of a batch's file: the hash of its PNG files
+PNGS = "png_sha256"  # key of the PNG files' hash in the metadata of a batch's file
 
 
 @dataclass(frozen=True)

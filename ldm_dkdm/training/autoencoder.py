@@ -23,6 +23,7 @@ from ldm_dkdm.evaluation.perceptual import lpips_loss
 from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
 from ldm_dkdm.first_stage.vqgan import FirstStageModule, held_out_psnr, latent_scale
 from ldm_dkdm.images import load_images
+from ldm_dkdm.model.arguments import require_path
 from ldm_dkdm.reporting import Progress, decoration, logger
 from ldm_dkdm.rng import forked_rng
 from ldm_dkdm.training.calls import run_of
@@ -73,6 +74,7 @@ def train_first_stage(
         UserError: a bad value, images that do not fit, or a folder that holds another run.
         Stopped: one of the signals; all is saved.
     """
+    require_path(out, "out")
     return _train_first_stage_in(run_of(FirstStageRun, config, out, resume, progress, signals, go_on))
 
 

@@ -35,7 +35,7 @@ from ldm_dkdm.config.schema import (
 from ldm_dkdm.errors import UserError, nearest
 from ldm_dkdm.files import expanded, read_text
 from ldm_dkdm.model import DiffusionModel
-from ldm_dkdm.model.arguments import kind_of, require_path
+from ldm_dkdm.model.arguments import kind_of
 from ldm_dkdm.reporting import Progress
 from ldm_dkdm.training.run import Run
 from ldm_dkdm.training.run_folder import IN_MEMORY, RunFolder
@@ -171,7 +171,6 @@ def run_of(
     Raises:
         UserError: names an argument of another type; else as `Run`.
     """
-    require_path(out, "out")
     expected = {
         "config": (config, kind.__name__, isinstance(config, kind)),
         "resume": (resume, "True or False", isinstance(resume, bool)),
