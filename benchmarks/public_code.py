@@ -50,7 +50,8 @@ ALONE = SimpleNamespace(  # torch.distributed of one process
     get_rank=lambda: 0, get_world_size=lambda: 1, barrier=lambda: None, broadcast=lambda tensor, source: None
 )
 BATCHES = 8  # batches in the pool
-OWN = ("freq_shift", "cosines_first", "downsample_padding", "norm_eps")  # parameters that only our UNet has
+# Parameters that only our UNet has:
+OWN = ("freq_shift", "cosines_first", "downsample_padding", "norm_eps", "norm_groups", "middle_attention")
 
 
 def require_clone(path: Path) -> None:

@@ -22,13 +22,6 @@ from tests.cli import run_script, sample
 from tests.parts import randomised
 from tests.test_diffusers_format import BASE, outputs
 
-GOOGLE = {
-    "downsample_padding": 0,
-    "freq_shift": 1,
-    "flip_sin_to_cos": False,
-    "norm_eps": 1e-6,
-    "attention_head_dim": None,
-}  # options of google/ddpm-cifar10-32 and its family
 NAME = "diffusion_pytorch_model"
 
 
@@ -38,32 +31,6 @@ def pipeline(folder: Path, scale: float = 1.0, **options: Any) -> UNet2DModel:
     network.conv_out.weight.data *= scale
     DDPMPipeline(network, DDPMScheduler(40)).save_pretrained(folder, **options)
     return network
-
-
-@pytest.mark.parametrize("change", [{key: value} for key, value in GOOGLE.items()] + [GOOGLE])
-def test_constants_of_the_first_public_models(change: dict[str, Any], tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    theirs = randomised(UNet2DModel(**{**BASE, **change}))
-    DDPMPipeline(theirs, DDPMScheduler(40)).save_pretrained(tmp_path / "in")
-    model = load_model(tmp_path / "in")
-    assert outputs(model.network, theirs, None) < 1e-4
-    model.save(tmp_path / "out", "diffusers")
-    back = UNet2DModel.from_pretrained(tmp_path / "out" / "unet")
-    assert outputs(model.network, back, None) < 1e-4
-    model.save(tmp_path / "folder")
-    assert outputs(load_model(tmp_path / "folder").network, theirs, None) < 1e-4
-
-
-def test_formats_without_these_constants_refuse_them(tmp_path: Path) -> None:
-    DDPMPipeline(UNet2DModel(**{**BASE, **GOOGLE}), DDPMScheduler(40)).save_pretrained(tmp_path / "in")
-    with pytest.raises(UserError, match="freq_shift, cosines_first, downsample_padding, norm_eps"):
-        load_model(tmp_path / "in").save(tmp_path / "out.pt", "adm")
-
-
-def test_formats_without_such_unets_refuse_one_without_a_middle_block(tmp_path: Path) -> None:
-    DDPMPipeline(UNet2DModel(**{**BASE, "mid_block_type": None}), DDPMScheduler(40)).save_pretrained(tmp_path / "in")
-    with pytest.raises(UserError, match="no UNet without a middle block; choose diffusers or safetensors"):
-        load_model(tmp_path / "in").save(tmp_path / "out.pt", "adm")
 
 
 def test_a_square_sample_size_may_be_a_pair(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_dkdm.checkpoints.diffusers_unet import side_of
+from ldm_dkdm.checkpoints.diffusers_keys import side_of
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks.dit import DiT, grid_positions
 

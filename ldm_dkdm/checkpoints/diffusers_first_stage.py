@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.diffusers_keys import require_known, side_of
 from ldm_dkdm.checkpoints.diffusers_tensors import modern, require_used, shaped, shapes_of, take
-from ldm_dkdm.checkpoints.diffusers_unet import require_known, side_of
 from ldm_dkdm.checkpoints.reading import read_tensors
 from ldm_dkdm.checkpoints.source import read_json
 from ldm_dkdm.checkpoints.state_dicts import unwrapped

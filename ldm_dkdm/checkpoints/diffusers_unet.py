@@ -1,11 +1,12 @@
 """Convert UNets from and to diffusers' UNet2DModel: tensor names, parameters."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.diffusers_keys import require_known, side_of
 from ldm_dkdm.checkpoints.diffusers_tensors import (
     join_qkv,
     modern,
@@ -16,7 +17,7 @@ from ldm_dkdm.checkpoints.diffusers_tensors import (
     take,
 )
 from ldm_dkdm.checkpoints.shapes import multiples, refuse_concatenated
-from ldm_dkdm.errors import UserError, nearest
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.unet import level_widths
 
@@ -45,9 +46,6 @@ UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "mid_block_type": ("UNetMidBlock2D", None),
     "mid_block_scale_factor": (1,),
     "act_fn": ("silu", "swish"),  # two names of one function
-    "norm_num_groups": (32,),
-    "attn_norm_num_groups": (None, 32),
-    "add_attention": (True,),
     "class_embed_type": (None,),
 }
 UNET_DEFAULTS = {
@@ -59,6 +57,8 @@ UNET_DEFAULTS = {
     "resnet_time_scale_shift": "default",
     "num_class_embeds": None,
     "dropout": 0.0,
+    "attn_norm_num_groups": None,
+    "add_attention": True,
 }
 SCALE_SHIFTS = ("default", "scale_shift")
 OF_AVERAGING = (
@@ -76,6 +76,7 @@ CONSTANTS = {
     "flip_sin_to_cos": ("cosines_first", True),
     "downsample_padding": ("downsample_padding", 1),
     "norm_eps": ("norm_eps", 1e-5),
+    "norm_num_groups": ("norm_groups", 32),
 }
 NEEDED = ("in_channels", "out_channels", "block_out_channels", "down_block_types", "up_block_types")
 KNOWN = {*UNET_FIXED, *UNET_DEFAULTS, *CONSTANTS, *NEEDED, *OF_AVERAGING, "num_train_timesteps"}
@@ -125,9 +126,10 @@ def unet_config(params: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError("format: diffusers has no UNet that resamples without weights (conv_resample: false)")
     updown = params.get("resblock_updown", False)
     middle = params.get("middle_block", True)
+    in_middle = middle and params.get("middle_attention", True)
     head = params.get("num_head_channels", -1)
     if head == -1:
-        attending = [width for width, on in zip(widths, attends, strict=True) if on] + [widths[-1]] * middle
+        attending = [width for width, on in zip(widths, attends, strict=True) if on] + [widths[-1]] * in_middle
         per_level = {width // params.get("num_heads", 1) for width in attending}
         if len(per_level) > 1:
             raise UserError(f"format: diffusers has one head width for all levels, this model has {sorted(per_level)}")
@@ -149,7 +151,8 @@ def unet_config(params: Mapping[str, Any]) -> dict[str, Any]:
         "dropout": params.get("dropout", 0.0),
         **{key: allowed[0] for key, allowed in UNET_FIXED.items()},
         **{theirs: params.get(ours, usual) for theirs, (ours, usual) in CONSTANTS.items()},
-        "attn_norm_num_groups": 32 if params.get("use_scale_shift_norm", False) else None,
+        "attn_norm_num_groups": params.get("norm_groups", 32) if params.get("use_scale_shift_norm", False) else None,
+        "add_attention": params.get("middle_attention", True),
         "mid_block_type": UNET_FIXED["mid_block_type"][0 if middle else 1],
     }
 
@@ -170,11 +173,10 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
         value, known = get("resnet_time_scale_shift"), " or ".join(map(repr, SCALE_SHIFTS))
         raise UserError(f"{source}: resnet_time_scale_shift: {value!r} is not supported, only {known}")
     middle = config.get("mid_block_type", "") is not None
+    attends_there = middle and get("add_attention")
     scales = get("resnet_time_scale_shift") == "scale_shift"
-    if scales and middle and config.get("attn_norm_num_groups") is None:
-        raise UserError(
-            f"{source}: attn_norm_num_groups: None leaves the middle attention without its norm; only 32 works"
-        )
+    if attends_there:
+        _require_norm(config, scales, source)
     widths = list(get("block_out_channels"))
     down, up = ([kind.removeprefix("UNetRes") for kind in get(f"{way}_block_types")] for way in ("down", "up"))
     updown = get("downsample_type") == "resnet"
@@ -207,45 +209,29 @@ def unet_params(config: Mapping[str, Any], source: Path) -> dict[str, Any]:
         "resblock_updown": updown,
         **({"dropout": get("dropout")} if get("dropout") else {}),
         **({} if middle else {"middle_block": False}),
+        **({} if attends_there or not middle else {"middle_attention": False}),
         **head,
         **classes,
         **constants,
     }
 
 
+def _require_norm(config: Mapping[str, Any], scales: bool, source: Path) -> None:
+    """Refuse a middle attention whose norm is not that of the other layers, or absent as diffusers leaves it."""
+    usual = config.get("norm_num_groups", 32)
+    allowed = (usual,) if scales else (None, usual)
+    if (found := config.get("attn_norm_num_groups")) not in allowed:
+        known, absent = " or ".join(map(repr, allowed)), ", which leaves the middle attention without its norm,"
+        why = absent if found is None else ""
+        raise UserError(f"{source}: attn_norm_num_groups: {found!r}{why} is not supported, only {known}")
+
+
 def _allowed(config: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """`UNET_FIXED` with other spellings of the same: the usual width as a number, attention left out with its block."""
+    """`UNET_FIXED` with another spelling of the same: the usual width of the timestep's embedding as a number."""
     widths, found = config.get("block_out_channels"), dict(UNET_FIXED)
     if isinstance(widths, list) and widths and isinstance(widths[0], int):
         found["time_embedding_dim"] = None, 4 * widths[0]
-    if config.get("mid_block_type", "") is None:
-        found["add_attention"] = True, False  # it concerns the middle block alone
     return found
-
-
-def require_known(config: Mapping[str, Any], known: Collection[str], source: Path) -> None:
-    """Refuse keys of a network's config that its class does not have: the weights may be of another class.
-
-    Raises:
-        UserError: names the file and the key.
-    """
-    for key in sorted(set(config) - set(known)):
-        if not key.startswith("_"):
-            advice = nearest(key, known) or "; remove it"
-            raise UserError(f"{source}: {key}: not a key of diffusers' {config['_class_name']}{advice}")
-
-
-def side_of(size: object, source: Path) -> int:
-    """The side of square states: a number, or the same number twice.
-
-    Raises:
-        UserError: it is absent, or they are not square.
-    """
-    sides = set(size) if isinstance(size, list) else {size}
-    side = sides.pop() if len(sides) == 1 else None
-    if not isinstance(side, int):
-        raise UserError(f"{source}: sample_size: {size!r} is not the side of square states")
-    return side
 
 
 def to_ours(tensors: Mapping[str, Tensor], params: Mapping[str, Any], source: Path) -> dict[str, Tensor]:

@@ -58,6 +58,8 @@ def require_eps_unet(model: SavedModel, code_base: str) -> None:
         raise UserError(f"format: {code_base} has no {', '.join(constants)}; choose diffusers or safetensors")
     if not model.node.params.get("middle_block", True):
         raise UserError(f"format: {code_base} has no UNet without a middle block; choose diffusers or safetensors")
+    if not model.node.params.get("middle_attention", True):
+        raise UserError(f"format: {code_base} has attention in every middle block; choose diffusers or safetensors")
     kind = model.node.parameterization
     if kind != "eps":
         raise UserError(

@@ -43,9 +43,9 @@ def zero_init(module: Layer) -> Layer:
     return module
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups; its statistics are float32 whatever the input's type."""
-    return nn.GroupNorm(32, channels)
+def group_norm(channels: int, groups: int = 32) -> nn.GroupNorm:
+    """GroupNorm; its statistics are float32 whatever the input's type."""
+    return nn.GroupNorm(groups, channels)
 
 
 class Upsample(nn.Module):
@@ -83,6 +83,7 @@ class ResBlock(nn.Module):
         dropout: probability.
         scale_shift: condition by FiLM after the second norm instead of by addition.
         resample: `up` or `down` for BigGAN's resampling blocks.
+        groups: of the norms.
     """
 
     def __init__(
@@ -93,15 +94,17 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         scale_shift: bool = False,
         resample: str | None = None,
+        groups: int = 32,
     ) -> None:
         super().__init__()
         self.channels, self.out_channels, self.scale_shift = channels, out_channels, scale_shift
-        self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        conv = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.in_layers = nn.Sequential(group_norm(channels, groups), nn.SiLU(), conv)
         resamplers = {"up": Upsample, "down": Downsample}
         self.resample = resamplers[resample](channels, use_conv=False) if resample else nn.Identity()
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels * (1 + scale_shift)))
         self.out_layers = nn.Sequential(
-            group_norm(out_channels),
+            group_norm(out_channels, groups),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -129,12 +132,13 @@ class AttentionBlock(nn.Module):
         heads: number of heads.
         new_order: qkv is laid out [q of all heads, k ..., v ...] instead of CompVis's
             [q, k, v of the first head, ...].
+        groups: of the norm.
     """
 
-    def __init__(self, channels: int, heads: int, new_order: bool = False) -> None:
+    def __init__(self, channels: int, heads: int, new_order: bool = False, groups: int = 32) -> None:
         super().__init__()
         self.heads, self.new_order = heads, new_order
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_init(nn.Conv1d(channels, channels, 1))
 

@@ -64,8 +64,9 @@ def _admissible_widths(params: Mapping[str, Any]) -> list[int]:
     heads = full["num_heads"] if full["num_head_channels"] == -1 else full["num_head_channels"]
     mults = [Fraction(mult).limit_denominator(full["model_channels"]) for mult in full["channel_mult"]]
     attends = [2**level in full["attention_resolutions"] for level in range(len(mults))]
-    attends[-1] = attends[-1] or full["middle_block"]
-    units = [math.lcm(32, heads) if on else 32 for on in attends]
+    attends[-1] = attends[-1] or (full["middle_block"] and full["middle_attention"])
+    groups = full["norm_groups"]
+    units = [math.lcm(groups, heads) if on else groups for on in attends]
     # width * p/q is a multiple of a unit where the width is one of unit * q / gcd(unit * q, p)
     whole = [(unit * mult.denominator, mult.numerator) for unit, mult in zip(units, mults, strict=True)]
     step = math.lcm(*[unit // math.gcd(unit, mult) for unit, mult in whole])

@@ -1,6 +1,6 @@
 """The UNet of latent diffusion and ADM: one class whose state dict fits both code bases' files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,8 @@ class UNet(nn.Module):
             google/ddpm-* models after it, have 1, False, 0 and 1e-6.
         middle_block: two residual blocks with attention between them at the deepest level; without them a student costs
             less and keeps its teacher's other blocks (BK-SDM, ECCV 2024). CompVis's and ADM's always have them.
+        middle_attention: False leaves the two middle blocks without attention (diffusers' `add_attention`).
+        norm_groups: of every GroupNorm; every level's width is a multiple of it. CompVis and ADM have 32.
     """
 
     def __init__(
@@ -71,13 +73,17 @@ class UNet(nn.Module):
         downsample_padding: int = 1,
         norm_eps: float = 1e-5,
         middle_block: bool = True,
+        middle_attention: bool = True,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         _check_levels(image_size, channel_mult, attention_resolutions, num_res_blocks)
-        _check_constants(dropout, downsample_padding, norm_eps, num_heads, fixed=num_head_channels != -1)
+        _check_constants(dropout, downsample_padding, norm_eps, norm_groups)
+        _check_heads(num_heads, num_head_channels)
         widths = level_widths(model_channels, channel_mult)
         attends = [2**level in attention_resolutions for level in range(len(widths))]
-        _check_widths(widths, [*attends[:-1], attends[-1] or middle_block], num_heads, num_head_channels)
+        in_middle = middle_block and middle_attention
+        _check_widths(widths, [*attends[:-1], attends[-1] or in_middle], num_heads, num_head_channels, norm_groups)
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.num_classes = model_channels, num_classes
         self.use_checkpoint, self.freq_shift, self.cosines_first = use_checkpoint, freq_shift, cosines_first
@@ -88,22 +94,20 @@ class UNet(nn.Module):
             self.label_emb = nn.Embedding(num_classes, emb)
 
         def res(channels: int, out: int, resample: str | None = None) -> ResBlock:
-            return ResBlock(channels, emb, out, dropout, use_scale_shift_norm, resample)
+            return ResBlock(channels, emb, out, dropout, use_scale_shift_norm, resample, norm_groups)
 
         def attention(channels: int) -> AttentionBlock:
             heads = num_heads if num_head_channels == -1 else channels // num_head_channels
-            return AttentionBlock(channels, heads, use_new_attention_order)
+            return AttentionBlock(channels, heads, use_new_attention_order, norm_groups)
 
         plain = _resampler(conv_resample, downsample_padding)
         parts = _Parts(res, attention, (lambda c, direction: res(c, c, direction)) if resblock_updown else plain)
         stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.input_blocks, skips = _input_blocks(parts, stem, widths, attends, num_res_blocks)
-        deepest = widths[-1]
-        middle = [res(deepest, deepest), attention(deepest), res(deepest, deepest)] if middle_block else []
-        self.middle_block = nn.ModuleList(middle)
+        self.middle_block = _middle_block(parts, widths[-1], in_middle) if middle_block else nn.ModuleList()
         self.output_blocks = _output_blocks(parts, widths, attends, num_res_blocks, skips)
-        self.out = nn.Sequential(group_norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], out_channels, 3, padding=1))
-        zero_init(self.out[-1])
+        last = zero_init(nn.Conv2d(widths[0], out_channels, 3, padding=1))
+        self.out = nn.Sequential(group_norm(widths[0], norm_groups), nn.SiLU(), last)
         _set_eps(self, norm_eps)
 
     def embedding(self, t: Tensor) -> Tensor:
@@ -203,14 +207,32 @@ def _check_levels(size: int, mults: Sequence[float], attention: Sequence[int], b
         )
 
 
-def _check_constants(dropout: float, downsample_padding: int, norm_eps: float, num_heads: int, fixed: bool) -> None:
-    """Refuse numbers outside their bounds, which a NaN is too; where heads are `fixed`, their number is not used."""
+def _middle_block(parts: _Parts, width: int, attends: bool) -> nn.ModuleList:
+    """Two residual blocks around attention, or around nothing, so that the names stay."""
+    return nn.ModuleList(
+        [parts.res(width, width), parts.attention(width) if attends else nn.Identity(), parts.res(width, width)]
+    )
+
+
+def _check_constants(dropout: float, downsample_padding: int, norm_eps: float, norm_groups: int) -> None:
+    """Refuse numbers outside their bounds, which a NaN is too."""
     bounds = {
         "dropout": (dropout, 0, 1),
         "downsample_padding": (downsample_padding, 0, 1),
         "norm_eps": (norm_eps, 0, 1),
-        "num_heads": (num_heads, -1 if fixed else 1, 4096),
+        "norm_groups": (norm_groups, 1, 4096),
     }
+    _check_bounds(bounds)
+
+
+def _check_heads(num_heads: int, num_head_channels: int) -> None:
+    """Refuse numbers outside their bounds; where a head's width is given, the number of heads is not used."""
+    if num_head_channels < 1 and num_head_channels != -1:
+        raise UserError(f"num_head_channels: {num_head_channels} is not at least 1, nor -1 (num_heads decides)")
+    _check_bounds({"num_heads": (num_heads, 1 if num_head_channels == -1 else -1, 4096)})
+
+
+def _check_bounds(bounds: Mapping[str, tuple[float, float, float]]) -> None:
     for name, (value, least, most) in bounds.items():
         if not least <= value <= most:
             raise UserError(f"{name}: {value} is not between {least} and {most}")
@@ -221,17 +243,16 @@ def level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[int
     return [int(mult * model_channels + 1e-6) for mult in channel_mult]  # 0.29 * 100 is 28.999999999999996
 
 
-def _check_widths(widths: Sequence[int], attends: Sequence[bool], heads: int, head_channels: int) -> None:
+def _check_widths(widths: Sequence[int], attends: Sequence[bool], heads: int, head_channels: int, groups: int) -> None:
     """Refuse widths without whole norm groups, or whole heads where there is attention."""
     for level, channels in enumerate(widths):
         if channels < 1:
             raise UserError(f"model_channels: channel_mult leaves no channels at level {level}")
-        if channels % 32:
+        if channels % groups:
             raise UserError(
-                f"model_channels: channel_mult gives level {level} {channels} channels, no multiple of 32 (GroupNorm)"
+                f"model_channels: channel_mult gives level {level} {channels} channels, no multiple of {groups} "
+                "(GroupNorm); norm_groups sets another number"
             )
-        if head_channels < 1 and head_channels != -1:
-            raise UserError(f"num_head_channels: {head_channels} is not at least 1, nor -1 (num_heads decides)")
         if attends[level] and channels % (heads if head_channels == -1 else head_channels):
             name = "num_heads" if head_channels == -1 else "num_head_channels"
             raise UserError(f"{name}: {channels} channels of level {level} do not divide into the heads asked for")
