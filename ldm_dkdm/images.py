@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from ldm_dkdm.errors import UserError, interruptible, unreadable
 from ldm_dkdm.files import expanded, replacing, require_file
-from ldm_dkdm.npz import is_npz, read_npz
-from ldm_dkdm.reporting import Progress, following, logger
+from ldm_dkdm.npz import is_npz, square_npz
+from ldm_dkdm.reporting import Progress, counted, following, logger
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow's names; it opens no others
@@ -53,8 +54,26 @@ def read_images(files: Sequence[Path], size: int, channels: int, progress: bool 
 
 
 def folder_of_images(path: Path) -> Path:
-    """A folder, or, where `dkdm sample` or `dkdm decode` wrote it, the folder of the images in it."""
-    return path / "img" if (path / GRID).is_file() and (path / "img").is_dir() else path
+    """A folder, or, where `dkdm sample` or `dkdm decode` wrote it, the folder of the images in it.
+
+    A warning counts the images outside the latter.
+    """
+    if not (path / GRID).is_file() or not (path / "img").is_dir():
+        return path
+    if others := sum(1 for _ in images_beside(path)):
+        logger.warning(
+            f"{path}: its images are those in img, since {GRID} beside it says that dkdm wrote them; "
+            f"{counted(others, 'image')} outside img {'is' if others == 1 else 'are'} left out"
+        )
+    return path / "img"
+
+
+def images_beside(path: Path, most: int | None = None) -> Iterator[Path]:
+    """The images below a folder that are not below its `img`, without grids; of the first `most` files."""
+    for file in islice(_files_below(path, ()), most):
+        own = file.relative_to(path)
+        if own.parts[0] != "img" and file.suffix.lower() in SUFFIXES and not (_hidden(own) or _is_grid(file)):
+            yield file
 
 
 def find_images(path: Path, channels: int = 3) -> list[Path]:
@@ -116,17 +135,6 @@ def _is_grid(file: Path) -> bool:
 def _hidden(path: Path) -> bool:
     """Whether a file, or a folder above it, is hidden, such as .ipynb_checkpoints."""
     return any(part.startswith(".") for part in path.parts)
-
-
-def square_npz(path: Path, size: int, channels: int = 3) -> Tensor:
-    """The images uint8 (N,size,size,channels) of an ADM-style .npz; grey ones may be stored as (N,size,size)."""
-    array = read_npz(path)
-    assert array is not None  # `read_npz` has refused a file without arr_0
-    if array.ndim == 3 and channels == 1:
-        array = array[..., None]
-    if array.dtype != np.uint8 or array.shape[1:] != (size, size, channels):
-        raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}, expected uint8 (N,{size},{size},{channels})")
-    return torch.from_numpy(array)
 
 
 def read_image(path: Path, size: int, channels: int = 3) -> Tensor:
@@ -274,7 +282,7 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]], margin: int = 16) ->
     """Set labelled images of one size next to each other; tiny ones are magnified to their labels' width."""
     font = ImageFont.load_default(size=18)
     factor = max(1, min(int(font.getlength(label)) // panel.width for label, panel in panels))
-    panels = [(label, _magnified(panel, factor)) for label, panel in panels]
+    panels = [(label, p.resize((p.width * factor, p.height * factor), Image.Resampling.NEAREST)) for label, p in panels]
     widths = [max(panel.width, math.ceil(font.getlength(label))) for label, panel in panels]
     width = sum(widths) + margin * (len(panels) + 1)
     sheet = Image.new("RGB", (width, max(panel.height for _, panel in panels) + 3 * margin + 8), "white")
@@ -284,11 +292,6 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]], margin: int = 16) ->
         sheet.paste(panel, (left, 2 * margin + 8))
         left += room + margin
     return sheet
-
-
-def _magnified(image: Image.Image, factor: int) -> Image.Image:
-    """Every pixel as a square of factor x factor."""
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def save_image(image: Image.Image, path: Path) -> None:

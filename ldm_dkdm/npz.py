@@ -49,6 +49,19 @@ def read_npz(path: Path, name: str = "arr_0") -> np.ndarray | None:
         raise UserError(f"{path}: not an .npz with an array {name}: {error}") from error
 
 
+def square_npz(path: Path, size: int, channels: int = 3) -> "Tensor":
+    """The images uint8 (N,size,size,channels) of an ADM-style .npz; grey ones may be stored as (N,size,size)."""
+    import torch
+
+    array = read_npz(path)
+    assert array is not None  # `read_npz` has refused a file without arr_0
+    if array.ndim == 3 and channels == 1:
+        array = array[..., None]
+    if array.dtype != np.uint8 or array.shape[1:] != (size, size, channels):
+        raise UserError(f"{path}: arr_0 is {array.dtype} {array.shape}, expected uint8 (N,{size},{size},{channels})")
+    return torch.from_numpy(array)
+
+
 def array_names(path: Path) -> set[str]:
     """The arrays in an .npz.
 

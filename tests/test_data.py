@@ -217,6 +217,16 @@ def test_the_grid_of_samples_is_not_one_of_them(above: bool, tmp_path: Path, cap
     assert ("1 grid.png of samples" in caplog.text) == above
     if not above:
         assert open_images(tmp_path, 8).labels is None  # img is not a class
+    assert "left out" not in caplog.text
+
+
+def test_images_beside_those_of_a_sampling_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("grid.png", "img/000000.png", "mine.png", "cats/other.jpg", ".hidden/a.png"):
+        image(tmp_path / name)
+    for read in (find_images, lambda path: open_images(path, 8), lambda path: open_set(path, SamplingConfig()).count):
+        caplog.clear()
+        read(tmp_path)
+        assert caplog.text.count("2 images outside img are left out") == 1
 
 
 def test_a_grid_beside_an_npz_of_samples_is_no_set_of_images(tmp_path: Path) -> None:

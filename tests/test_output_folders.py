@@ -82,3 +82,16 @@ def test_a_decoding_names_what_earlier_calls_left(first_stage: Path, tmp_path: P
         assert earlier(capsys) == (["img: also holds 2 images of earlier calls"] if count == 1 else [])
     assert run_script("decode_latents.py", tmp_path / "a.safetensors", "--first_stage", first_stage, "-o", out) == 0
     assert earlier(capsys) == ["latents.safetensors: is of an earlier call"]
+
+
+def test_images_of_others_in_an_output_folder_are_named(
+    teacher_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, few = tmp_path / "out", ("-r", teacher_folder, "-n", 2, "-c", 1, "--device", "cpu", "-l")
+    for _ in range(2):  # what the first call wrote is not another's
+        assert sample(*few, out, "--compare", out / "both.png") == 0
+    assert "other images" not in caplog.text
+    (out / "cats").mkdir()
+    shutil.copy(out / "img" / "000000.png", out / "cats" / "mine.png")
+    assert sample(*few, out, "--compare", out / "both.png") == 0
+    assert f"-l: {out} also holds other images, such as cats/mine.png" in caplog.text

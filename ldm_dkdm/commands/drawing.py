@@ -6,7 +6,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.evaluation.samples import sampled
 from ldm_dkdm.files import replacing_in, write_tensors
-from ldm_dkdm.images import SAMPLED, grid, save_image, to_image
+from ldm_dkdm.images import SAMPLED, grid, images_beside, save_image, to_image
 from ldm_dkdm.model.ranks import Ranks
 from ldm_dkdm.model.sampling import sample_batches, starts_of
 from ldm_dkdm.npz import NpzWriter, npz_writer
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 GRID = 64  # most samples in a grid
 PARTS = ".parts-"  # begins the names of folders with the batches of a call
+LOOKED_AT = 10_000  # files in an output folder among which images of others are looked for
 PNGS = "png_sha256"  # key of the PNG files' hash in the metadata of a batch's file
 
 
@@ -127,6 +128,24 @@ def earlier(out: Path, flag: str, numbers: Iterable[int], written: Container[str
     files = [name for name in SAMPLED if name not in written and (out / name).is_file()]
     kept += [f"{out}/{name}: is of an earlier call" for name in files]
     return [f"{line}; {flag} names another folder" for line in kept]
+
+
+def warn_of_strangers(out: Path, flag: str, *own: Path | None) -> None:
+    """Warn of images in an output folder that no call has written; those beside `img` are read no more once it is made.
+
+    Args:
+        out: the folder.
+        flag: what named it.
+        own: files that this call writes.
+    """
+    kept = {path.absolute() for path in own if path is not None}
+    with suppress(OSError):  # a folder below that must not be read
+        found = next((file for file in images_beside(out, LOOKED_AT) if file.absolute() not in kept), None)
+        if found is not None:
+            logger.warning(
+                f"{flag}: {out} also holds other images, such as {found.relative_to(out)}; who names {out} as images "
+                f"or data gets those in {out}/img alone; name another folder to keep both apart"
+            )
 
 
 def draw(

@@ -13,8 +13,8 @@ from ldm_dkdm.config.schema import DiffusionDataConfig
 from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.files import expanded
 from ldm_dkdm.first_stage.codec import Codec
-from ldm_dkdm.images import find_images, folder_of_images, read_image, read_images, square_npz
-from ldm_dkdm.npz import is_npz, read_npz
+from ldm_dkdm.images import find_images, folder_of_images, read_image, read_images
+from ldm_dkdm.npz import is_npz, read_npz, square_npz
 from ldm_dkdm.reporting import Progress, following, logger
 
 ENCODE_BATCH = 64
