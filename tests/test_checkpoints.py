@@ -47,6 +47,32 @@ def test_tensors_come_out_of_safetensors(tmp_path: Path) -> None:
     assert _equal(read_tensors(tmp_path / "model.safetensors"), TENSORS)
 
 
+def test_a_run_folder_means_the_model_in_it(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("trainer: {}\n")
+    save_file({"other": torch.ones(1)}, tmp_path / "agreement.safetensors")
+    with pytest.raises(UserError, match="is a run that has written no model"):
+        read_tensors(tmp_path)
+    student = tmp_path / "student"
+    student.mkdir()
+    (student / "config.yaml").write_text("network: {}\nweights: student.safetensors\n")
+    save_file(TENSORS, student / "student.safetensors")
+    save_file({"other": torch.ones(1)}, student / "other.safetensors")
+    assert _equal(read_tensors(tmp_path), TENSORS) and _equal(read_tensors(student), TENSORS)
+
+
+def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"other": torch.ones(1)}, "ema": TENSORS}, tmp_path / "model.ckpt")
+    assert _equal(read_tensors(tmp_path / "model.ckpt", "ema"), TENSORS) and _equal(
+        read_tensors(tmp_path, "ema"), TENSORS
+    )
+    for path in (tmp_path, tmp_path / "model.ckpt"):
+        with pytest.raises(UserError, match=r"no part 'nonsense' with tensors; it has state_dict, ema"):
+            read_tensors(path, part="nonsense")
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="leave part out"):
+        read_tensors(tmp_path / "x.safetensors", part="ema")
+
+
 def test_callbacks_keyed_by_lightnings_class_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "pytorch_lightning.callbacks.model_checkpoint"
     key = type("ModelCheckpoint", (), {"__module__": name})

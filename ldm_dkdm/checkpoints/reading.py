@@ -14,6 +14,7 @@ from ldm_dkdm.checkpoints.arrays import PickledArray
 from ldm_dkdm.checkpoints.hashes import read_safetensors
 from ldm_dkdm.checkpoints.pickles import TORCH_MAGIC, Inert, read_array_pickle, read_torch_file
 from ldm_dkdm.checkpoints.weight_files import files_of, holds_weights, is_index, shards_of, weights_in
+from ldm_dkdm.config.load import RUN_KIND, card_kind, read_yaml
 from ldm_dkdm.errors import UserError, blaming, interruptible, unreadable
 from ldm_dkdm.files import expanded, require_file
 
@@ -42,7 +43,7 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
     The content decides the format, not the file's ending: torch's zip and legacy formats (CompVis, Lightning,
     guided-diffusion, DDPM-IP, DiT), safetensors, a plain pickle of arrays (a reference pool cache), a diffusers
     component's folder or its whole pipeline (names then begin with the component: `unet.conv_in.weight`), a model
-    folder. A file that is one tensor gives it under the file's name.
+    folder, a run folder, which means the model in it. A file that is one tensor gives it under the file's name.
 
     Args:
         path: file or folder.
@@ -50,23 +51,25 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
             `state_dict` holds the EMA weights; by default `state_dict`, else `ema`, else `model`, else the top level.
 
     Raises:
-        UserError: no such file, an unknown format, or a pickle that asks for more than tensors.
+        UserError: no such file, an unknown format, no such part, or a pickle that asks for more than tensors.
     """
     path = expanded(path)
     if (path / "model_index.json").is_file():
-        return _of_components(path)
+        return _of_components(path, part)
     if path.is_dir():
-        return read_tensors(weights_in(path))
+        return read_tensors(_weights_of(path), part)
     if is_index(path) and path.is_file():
         listed = shards_of(path)
         return {
             name: tensor
             for shard in files_of(path)
-            for name, tensor in read_tensors(shard).items()
+            for name, tensor in read_tensors(shard, part).items()
             if listed.get(name, shard.name) == shard.name  # another shard may hold a copy
         }
     with blaming(path):
         content = read_content(path)
+        if part is not None:
+            _require_part(content, part, path)
         if isinstance(content, Tensor):
             return {path.stem: as_tensor(content, path.stem, path)}
         tree = select_part(content, part, path)
@@ -75,6 +78,37 @@ def read_tensors(path: str | Path, part: str | None = None) -> dict[str, Tensor]
             refuse_object(tree, path)
             raise UserError(f"{path}: holds no tensors (keys: {', '.join(map(str, list(tree)[:8]))})")
         return tensors
+
+
+def _weights_of(folder: Path) -> Path:
+    """The weights file that the readers of models take from a folder.
+
+    Raises:
+        UserError: none, several, or a run without a model.
+    """
+    from ldm_dkdm.checkpoints.source import has_config, home_of  # imports this module
+
+    home = home_of(folder)
+    if home.is_file() or not has_config(home):
+        return home if home.is_file() else weights_in(home)
+    if card_kind(home / "config.yaml") == RUN_KIND:
+        raise UserError(f"{folder}: is a run that has written no model; --resume {folder} goes on with it")
+    named = read_yaml(home / "config.yaml").get("weights")
+    return home / named if isinstance(named, str) and Path(named).name == named else weights_in(home)
+
+
+def _require_part(content: Any, part: str, path: Path) -> None:
+    """Refuse a part that a file does not have.
+
+    Raises:
+        UserError: names those that it has.
+    """
+    parts = (
+        {name: value for name, value in content.items() if holds_tensors(value)} if isinstance(content, dict) else {}
+    )
+    if part not in parts:
+        known = f"it has {', '.join(map(str, parts))}" if parts else "its tensors are in no part; leave part out"
+        raise UserError(f"part: {path} has no part {part!r} with tensors; {known}")
 
 
 def select_part(content: Any, part: str | None, path: Path) -> Mapping[Any, Any]:
@@ -197,14 +231,16 @@ def _describe_text(head: bytes) -> str:
     return f"is not in a known checkpoint format (it begins with {head[:8]!r})"
 
 
-def _of_components(pipeline: Path) -> dict[str, Tensor]:
+def _of_components(pipeline: Path, part: str | None) -> dict[str, Tensor]:
     """The tensors of all components of a diffusers pipeline."""
-    parts = sorted(part for part in pipeline.iterdir() if part.is_dir() and holds_weights(part))
-    if not parts and holds_weights(pipeline):  # the first layout of diffusers, with its parts in the root
-        return read_tensors(weights_in(pipeline))
-    if not parts:
+    folders = sorted(folder for folder in pipeline.iterdir() if folder.is_dir() and holds_weights(folder))
+    if not folders and holds_weights(pipeline):  # the first layout of diffusers, with its parts in the root
+        return read_tensors(weights_in(pipeline), part)
+    if not folders:
         raise UserError(f"{pipeline}: is a diffusers pipeline without weights")
-    return {f"{part.name}.{name}": tensor for part in parts for name, tensor in read_tensors(part).items()}
+    return {
+        f"{folder.name}.{name}": tensor for folder in folders for name, tensor in read_tensors(folder, part).items()
+    }
 
 
 def read_named_weights(folder: Path, name: str) -> dict[str, Tensor]:
