@@ -1,5 +1,6 @@
 """An interrupted warm-up goes on at the step where it was, and its pool is that of an uninterrupted one."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool, UserError
 from ldm_dkdm.config.schema import WarmupConfig
@@ -219,3 +222,33 @@ def test_a_run_removes_what_its_warm_up_left(teacher_folder: Path, tmp_path: Pat
     (folder / WALK).write_bytes(walk)  # as a process leaves it that is killed after the last save of its pool
     assert distil("--resume", folder.parent, "trainer.max_steps=7") == 0
     assert not list(folder.glob("warmup*"))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_warm_up_goes_on_although_its_teacher_has_moved(
+    older: bool, teacher_folder: Path, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    own, moved = Path(shutil.copytree(teacher_folder, tmp_path / "own")), tmp_path / "moved"
+    warmup = {"mode": "harvest", "images": 8, "batch_size": 8}
+    base = write_config(own, tmp_path, "run", distill={"batch_size": 4, "rho": 0.5, "warmup": warmup})
+    run = tmp_path / "logs" / "run"
+    leave = Warmup._leave
+
+    def failing(self: Warmup, batch, x, t: int, label) -> None:
+        if t == 9:
+            raise UserError("stopped here")
+        leave(self, batch, x, t, label)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Warmup, "_leave", failing)
+        assert distil("--base", base) == 2
+    own.rename(moved)
+    if older:  # origins began with the path
+        for name, kind in ((POOL, "pool"), (WALK, "walk")):
+            file = run / "checkpoints" / name
+            with safe_open(file, "pt") as opened:
+                facts = json.loads(opened.metadata()[kind])
+            save_file(load_file(file), file, {kind: json.dumps({**facts, "origin": f"{own}, {facts['origin']}"})})
+    assert distil("--resume", run, f"teacher.ckpt={moved}", "trainer.max_steps=1") == 0
+    assert (run / "student" / "config.yaml").is_file()
+    assert "are not used" not in caplog.text

@@ -169,12 +169,18 @@ def _without_architecture(recipe: DictConfig, overrides: DictConfig) -> DictConf
     keys = {f"teacher.{key}" for key in ("target", "params") if before.get(key)}
     keys |= {key for key in ("diffusion", "first_stage") if recipe.get(key)} if whole else set()
     dropped = sorted(key for key in keys if OmegaConf.select(overrides, key) is None)
+    told = [key for key in dropped if _says_something(OmegaConf.select(recipe, key))]
     for key in dropped:
         section, _, name = key.rpartition(".")
         del (recipe[section] if section else recipe)[name]
-    if dropped:
-        logger.warning("teacher.ckpt: %s describes itself; the recipe's %s are not used", path, ", ".join(dropped))
+    if told:
+        logger.warning("teacher.ckpt: %s describes itself; the recipe's %s are not used", path, ", ".join(told))
     return recipe
+
+
+def _says_something(node: Any) -> bool:
+    """Whether a part of a config holds more than nulls, as a section without a key does in the config of a run."""
+    return any(map(_says_something, node.values())) if isinstance(node, DictConfig) else node is not None
 
 
 def _unwrap_sections(part: DictConfig, schema: type) -> DictConfig:

@@ -167,7 +167,7 @@ class NoisyPool:
             raise unreadable(path, f"not a readable pool file ({error})", error) from error
         if layouts[0] != layouts[1]:
             raise UserError(f"{path}: holds a pool {_shown(found)}, this configuration wants {_shown(own)}")
-        if origin is not None and found_origin != origin:
+        if origin is not None and not same_origin(found_origin, origin):
             raise UserError(f"{path}: was filled with other settings ({found_origin})")
         if outside:
             raise UserError(f"{path}: its timesteps do not fit its states")
@@ -176,6 +176,11 @@ class NoisyPool:
         self.beside = {name.removeprefix(BESIDE): tensor for name, tensor in beside.items()}
         self.filled = filled
         return step
+
+
+def same_origin(found: str, origin: str) -> bool:
+    """Whether two origins are one; those of older versions begin with the path of the teacher, which may have moved."""
+    return found == origin or (origin != "" and found.endswith(f", {origin}"))
 
 
 def _shown(tensors: dict[str, Tensor]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.hashes import read_safetensors
 from ldm_dkdm.checkpoints.reading import file_kind
+from ldm_dkdm.distillation.pool import same_origin
 from ldm_dkdm.errors import MALFORMED, UserError, interruptible
 from ldm_dkdm.files import write_tensors
 
@@ -49,7 +50,7 @@ def read_walk(path: Path, origin: str, device: torch.device | str) -> Walk | Non
             tensors, text = read_safetensors(path)
         facts = json.loads(text["walk"])
         walk = Walk(int(facts["first"]), int(facts["t"]), tensors["x"], tensors["noise"])
-        if facts["origin"] != origin or facts["device"] != kind:
+        if not same_origin(facts["origin"], origin) or facts["device"] != kind:
             return None
         torch.Generator(device).set_state(walk.noise)
         if walk.x.ndim != 4:

@@ -204,7 +204,7 @@ def _fill(pool: NoisyPool, one: PoolWarmup, parts: Distillation, run: Run, rank:
     """Fill an empty pool by its warm-up."""
     mode, seed = warmup_of(run.config.distill, one.ranks), run.trainer.seed
     pool.facts = _facts(parts, one.ranks)
-    origin = f"{run.config.teacher.ckpt}, seed {seed}, {mode}"
+    origin = f"seed {seed}, {mode}" if parts.teacher.file else f"{run.config.teacher.ckpt}, seed {seed}, {mode}"
     warmup = Warmup(pool, parts.teacher, mode, seed, one.number, device, lambda: run.check_stop("in the warm-up"))
     warm_up(warmup, run.folder.checkpoints, origin, run.progress if rank == 0 else False)
 
