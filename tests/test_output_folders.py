@@ -7,8 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.commands import drawing
+from ldm_dkdm.first_stage import VQModel
+from ldm_dkdm.networks import UNet
 from tests.cli import contents, run_script, sample
+from tests.parts import DIFFUSION, UNET_PARAMS, VQ_PARAMS, write_compvis_checkpoint
 from tests.test_ranks import stopping
 
 FEW = ("-n", 6, "-c", 1, "--batch_size", 2, "--device", "cpu", "-l")
@@ -95,3 +99,27 @@ def test_images_of_others_in_an_output_folder_are_named(
     shutil.copy(out / "img" / "000000.png", out / "cats" / "mine.png")
     assert sample(*few, out, "--compare", out / "both.png") == 0
     assert f"-l: {out} also holds other images, such as cats/mine.png" in caplog.text
+
+
+def test_the_same_call_is_not_made_twice_at_once(teacher_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    few, batches, codes = ("-r", teacher_folder, *FEW, tmp_path / "out"), drawing.sample_batches, []
+
+    def meanwhile(*given: object) -> object:
+        if not codes:
+            codes.append(sample(*few))
+        return batches(*given)
+
+    monkeypatch.setattr(drawing, "sample_batches", meanwhile)
+    assert sample(*few) == 0
+    assert codes == [2] and "another process draws the same images there" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_latents_are_decoded_by_a_first_stage_in_a_file(tmp_path: Path, capsys) -> None:
+    unet, vq = UNet(**UNET_PARAMS), VQModel(**VQ_PARAMS)
+    file = write_compvis_checkpoint(tmp_path / "model.ckpt", unet, vq, schedule_of(DIFFUSION))
+    save_file({"latents": torch.zeros(1, 3, 8, 8)}, tmp_path / "latents.safetensors")
+    out = tmp_path / "out"
+    words = (tmp_path / "latents.safetensors", "--first_stage", file, "-o", out)
+    assert run_script("decode_latents.py", *words) == 0
+    assert [path.name for path in sorted(out.iterdir())] == ["grid.png", "img", "samples.npz"]

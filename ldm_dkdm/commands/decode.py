@@ -23,7 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     shown = "(N,C,h,w): arr_0 of an .npz (labels: arr_1), or the one tensor of a .pt or .safetensors (and labels)"
     add("latents", type=expanded, help=shown)
-    add("--first_stage", type=expanded, required=True, metavar="DIR", help="first-stage folder")
+    add(
+        "--first_stage",
+        type=expanded,
+        required=True,
+        metavar="DIR",
+        help="first-stage folder, or a file that holds one",
+    )
     add("-o", "--out", type=expanded, required=True)
     add("--scale_factor", type=float, help="default: that of LATENTS, else the folder's own")
     add("--batch_size", type=int, default=16)
@@ -129,6 +135,7 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
     """Decode a file of latents into `out`: grid.png, img/*.png, samples.npz; returns how many images."""
     import torch
 
+    from ldm_dkdm.checkpoints import Source
     from ldm_dkdm.checkpoints.first_stages import FirstStageSource
     from ldm_dkdm.commands.drawing import earlier, write_pngs
     from ldm_dkdm.device import default_device, resolve_precision
@@ -139,9 +146,9 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
     found, device = read_latents(path, scale_factor), default_device("auto")
     latents = found.states
     _require_kept(out / "samples.npz", path, found.labels is not None)
-    codec = (
-        FirstStageSource(first_stage, found.scale_factor).codec(precision=resolve_precision("auto", device)).to(device)
-    )
+    stage, precision = FirstStageSource(first_stage, found.scale_factor), resolve_precision("auto", device)
+    side = None if Source(first_stage).is_folder else latents.shape[-1]  # a file does not say its images' size
+    codec = stage.codec(side, precision).to(device)
     if latents.shape[1] != codec.latent_channels:
         raise UserError(f"{path}: {latents.shape[1]} channels, but {first_stage} decodes {codec.latent_channels}")
     positions, most = latents[0, 0].numel(), LARGER * codec.latent_size**2

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +18,9 @@ from torch import Tensor
 from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.config.schema import SamplingConfig
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.samples import sampled
-from ldm_dkdm.files import replacing_in, write_tensors
+from ldm_dkdm.files import make_folder, replacing_in, write_tensors
 from ldm_dkdm.images import SAMPLED, grid, images_beside, save_image, to_image
 from ldm_dkdm.model.ranks import Ranks
 from ldm_dkdm.model.sampling import sample_batches, starts_of
@@ -155,9 +156,53 @@ def draw(
 
     Returns:
         Images a second of all ranks and the grid of the first samples; None on other ranks.
+
+    Raises:
+        UserError: another process draws the same images there.
     """
-    parts, starts, started = parts_of(model, config, out, outputs), starts_of(config), time.monotonic()
-    left = ranks.on_first(lambda: _left(parts, config, out))
+    parts = parts_of(model, config, out, outputs)
+    with ExitStack() as held:
+        left = ranks.on_first(lambda: held.enter_context(_alone(parts.folder, out)) or _left(parts, config, out))
+        return _drawn(model, name, config, out, parts, left, ranks)
+
+
+@contextmanager
+def _alone(folder: Path, out: Path) -> Iterator[None]:
+    """Lock the folder of a call's batches against the same call in another process; the lock ends with the process.
+
+    Raises:
+        UserError: another process draws them.
+    """
+    make_folder(folder)
+    lock = folder / ".lock"
+    with lock.open("a") as file:
+        with suppress(ImportError, OSError):  # some systems and file systems have no locks
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"{out}: another process draws the same images there; wait, or name another folder"
+                ) from error
+        try:
+            yield
+        finally:
+            if folder.is_dir() and [*folder.iterdir()] == [lock]:  # nothing is drawn
+                shutil.rmtree(folder)
+
+
+def _drawn(
+    model: "DiffusionModel",
+    name: str,
+    config: SamplingConfig,
+    out: Path,
+    parts: Parts,
+    left: Sequence[int],
+    ranks: Ranks,
+) -> tuple[float, "Image"] | None:
+    """Draw this rank's share of the batches that are left, and join all, as `draw` says."""
+    starts, started, outputs = starts_of(config), time.monotonic(), parts.outputs
     done, own, drawn = len(starts) - len(left), ranks.share(left), 0
     if done:
         logger.info(f"{out}: goes on after {done} of {len(starts)} batches that are drawn")
