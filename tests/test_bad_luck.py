@@ -111,6 +111,11 @@ def test_without_a_whole_checkpoint_the_message_says_what_to_delete(run: Path) -
     for checkpoint in (run / "checkpoints").glob("*.ckpt"):
         flip_in_the_middle(checkpoint)
     with pytest.raises(
+        UserError, match=r"begin again under another name \(--base \S+/run/config.yaml logging.name=NEW"
+    ):
+        Choice(run / "checkpoints", pools=True)  # a run never replaces the model of one without checkpoints
+    shutil.rmtree(run / "student")
+    with pytest.raises(
         UserError, match=r"no earlier checkpoint is intact: delete \S+checkpoints to begin the run again"
     ):
         Choice(run / "checkpoints", pools=True)

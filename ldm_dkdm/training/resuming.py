@@ -14,6 +14,7 @@ from ldm_dkdm.checkpoints.hashes import ADVICE, check_file, hash_file, read_safe
 from ldm_dkdm.checkpoints.pickles import QUESTION, asked_globals
 from ldm_dkdm.checkpoints.pools import pool_files
 from ldm_dkdm.checkpoints.reading import AGAIN
+from ldm_dkdm.checkpoints.source import home_of
 from ldm_dkdm.config.schema import TrainerConfig
 from ldm_dkdm.errors import OutOfMemory, UserError, blaming, unreadable
 from ldm_dkdm.files import sync
@@ -64,7 +65,7 @@ class Choice(L.Callback):
                 self.latest = checkpoint
                 break
         if found and self.latest is None:
-            raise UserError(f"{self.damage}; no earlier checkpoint is intact: delete {folder} to begin the run again")
+            raise UserError(f"{self.damage}; no earlier checkpoint is intact: {_how_to_begin(folder)}")
         if self.damage and self.latest:
             logger.warning(f"{self.damage}; continuing from {self.latest.name} in its place")
 
@@ -93,6 +94,17 @@ class Choice(L.Callback):
             f"{damage or f'{self.folder}: the processes see different checkpoints'}; the processes would continue from "
             f"different ones ({shown}); start the run again{f': it continues from step {min(steps)}' * bool(damage)}"
         )
+
+
+def _how_to_begin(folder: Path) -> str:
+    """What to do where no checkpoint in this folder can be resumed; without them a run's model is never replaced."""
+    run = folder.parent
+    if home_of(run) == run:
+        return f"delete {folder} to begin the run again"
+    return (
+        f"begin again under another name (--base {run}/config.yaml logging.name=NEW, in Python out); "
+        f"`dkdm convert {run} OUT --to folder` keeps the weights of this run"
+    )
 
 
 def require_trained_alike(saved: Mapping[str, Any], config: RunConfig, folder: RunFolder, checkpoint: Path) -> None:
