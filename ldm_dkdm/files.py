@@ -39,7 +39,8 @@ def exists(text: str) -> bool:
 JSON_BYTES = 20_000_000  # longest accepted JSON file
 NAME = 150  # characters of a file's name in that of its temporary folder; a file system takes 255 bytes
 SHA256 = "sha256"  # key of `content_sha256` in the metadata of a safetensors file
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # errors of a disk, not of a name
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, None)  # errors of a disk; None: unsaid
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # the name is another writer's by now
 ABANDONED = 86_400.0  # seconds after which another machine's temporary files are no longer being written
 
 
@@ -142,7 +143,7 @@ def replacing_in(folder: Path, name: str) -> Iterator[Path]:
         yield temporary
         _move(temporary, folder)
     except OSError as error:
-        if error.errno in DISK and str(error.filename or temporary).startswith(str(temporary)):
+        if error.errno in (*DISK, *TAKEN) and str(error.filename or temporary).startswith(str(temporary)):
             raise OSError(error.errno, error.strerror, str(folder / name)) from error
         raise
     finally:

@@ -115,6 +115,10 @@ def test_saving_overwrites_nothing(teacher: dkdm.DiffusionModel, tmp_path: Path,
         with pytest.raises(dkdm.UserError, match=f"{path}: exists; choose another name or delete it"):
             teacher.save(path, format)
     assert contents(tmp_path) == before
+    for name, target in (("nowhere", "missing"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        with pytest.raises(dkdm.UserError, match=f"{tmp_path / name}: is a link to {tmp_path / target}, where nothing"):
+            teacher.save(tmp_path / name, format)
 
 
 def test_a_model_is_saved_into_an_empty_folder(teacher: dkdm.DiffusionModel, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from ldm_dkdm.checkpoints.shapes import UPSAMPLER
 from ldm_dkdm.config.schema import DiffusionConfig, NetworkConfig
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.files import exists
 from ldm_dkdm.networks import UNet
 from ldm_dkdm.pixel import Space
 
@@ -96,7 +97,9 @@ def refuse_existing(path: Path, reason: str = "") -> None:
     """Refuse to overwrite a file or folder.
 
     Raises:
-        UserError: it exists.
+        UserError: it exists, or is a link to nothing.
     """
-    if path.exists():
+    if path.is_symlink() and not exists(str(path)):
+        raise UserError(f"{path}: is a link to {path.readlink()}, where nothing is; choose another name or delete it")
+    if exists(str(path)):
         raise UserError(f"{path}: exists; {reason}choose another name or delete it")
