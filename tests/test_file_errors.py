@@ -219,6 +219,7 @@ PLACES: dict[str, tuple[tuple[str, ...], str]] = {  # files in a folder, and wha
         ("model010000.pt", "ema_0.9999_010000.pt", "opt010000.pt"),
         r"name a checkpoint in it: ema_0\.9999_010000\.pt, model010000\.pt$",
     ),
+    "checkpoints": (("step=00000008.ckpt", "step=00000008.pool-rank0.safetensors"), "one of them: step=00000008.ckpt$"),
     "deepspeed": (("latest", "global_step9/mp_rank_00_model_states.pt"), "is a DeepSpeed checkpoint; its zero_to_fp32"),
     "dcp": ((".metadata", "__0_0.distcp"), "is a checkpoint of torch.distributed.checkpoint; `python -m torch.dist"),
     "repository": (("README.md", "pipeline/model_index.json"), "but holds a pipeline; name .*place/pipeline$"),

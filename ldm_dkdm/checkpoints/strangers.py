@@ -58,6 +58,9 @@ def _of_folder(folder: Path) -> str | None:
         path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/model_index.json")
     ):
         return f"is not a model folder, but holds a pipeline; name {pipelines[0]}"
+    if saved := sorted(path.name for path in folder.glob("step=*.ckpt")):
+        whole = f"the run, {folder.absolute().parent}, or " if folder.absolute().name == "checkpoints" else ""
+        return f"holds the checkpoints of a run; name {whole}one of them: {', '.join(saved[-4:])}"
     files = [path.name for path in sorted(folder.iterdir()) if path.suffix in WEIGHTS and path.is_file()]
     weights = [name for name in files if not name.startswith("opt")]  # guided-diffusion's optNNNNNN.pt
     if weights:
@@ -83,6 +86,6 @@ def _of_names(names: set[str]) -> str:
         return "is a first stage, not a diffusion model; it belongs in first_stage.ckpt"
     if holds("down_blocks."):
         return "is a diffusers network without its config.json; name the folder that holds both"
-    if holds("total_t", "total_x_t_1"):
+    if holds("total_t", "total_x_t_1") or {"x", "t", "updated"} <= names:
         return "is a pool of noisy states, not a network; it belongs in distill.pool_from"
     return f"holds no known diffusion network (keys: {', '.join(sorted(names)[:4])})"
