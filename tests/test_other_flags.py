@@ -118,3 +118,19 @@ def test_a_hint_of_another_name_is_answered_by_ours(name: str, tmp_path: Path) -
 def test_a_key_of_another_code_is_answered_by_ours(key: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert distil("-b", "quickstart", key, "--plan") == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("trainer.ema_rate", "trainer.ema_decay"),
+        ("distill.prob", "distill.discard"),
+        ("iter_choice", "distill.variant"),
+        ("distill.cache_path", "distill.pool_from"),
+        ("teacher.teacher_ckp", "teacher.ckpt"),
+        ("logging.every_n_train_steps", "logging.save_every"),
+    ],
+)
+def test_a_key_of_the_public_code_is_answered_with_ours(key: str, ours: str, capsys) -> None:
+    assert distil("--base", "quickstart", f"{key}=1") == 2
+    assert f"{key}: unknown key; here it is {ours}" in capsys.readouterr().err

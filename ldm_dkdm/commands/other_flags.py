@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ldm_dkdm.config.other_names import OUR_NAMES
+from ldm_dkdm.config.other_names import OUR_NAMES, TRAINING_KEYS
 
 LEFT_OUT = "leave it out"
 OTHER_FLAGS = {
@@ -32,25 +32,14 @@ OTHER_FLAGS = {
     "--accelerator": "write trainer.accelerator=gpu",
     "--precision": "write trainer.precision=32 or bf16",
     "--max_steps": "write trainer.max_steps=N",
-    "--max_epochs": "write trainer.max_steps=N",
-    "--accumulate_grad_batches": "write trainer.accumulate=N",
     # the public DKDM code's image_kd.py, image_train.py and dynamic_prepare.py; guided-diffusion
     "--config": "write --base FILE",
-    "--exp_dir": "write logging.dir=FOLDER",
     "--resume_checkpoint": "write --resume RUN",
     "--resume_step": f"{LEFT_OUT}, --resume RUN knows its step",
     "--wandb": "write logging.loggers=[csv,wandb]",
-    "--BATCH": "write distill.rho=X",
-    "--stu_batch_size": "write distill.batch_size=N",
     "--batch_size": "write distill.batch_size=N, or data.batch_size=N for a training on images",
     "--microbatch": "write trainer.accumulate=N with a smaller batch_size",
     "--save_to": f"{LEFT_OUT}, a run keeps its pool, and distill.pool_from=PATH takes another's",
-    "--data_dir": "write data.path=FOLDER",
-    "--lr": "write trainer.learning_rate=X",
-    "--ema_rate": "write trainer.ema_decay=X",
-    "--weight_decay": "write trainer.weight_decay=X",
-    "--lr_anneal_steps": "write trainer.max_steps=N",
-    "--save_interval": "write logging.save_every=N",
     "--use_fp16": "write trainer.precision=bf16, or for a sampling --precision bf16",
     "--model_path": "write -r MODEL, or teacher.ckpt=MODEL for a distillation",
     "--num_samples": "write -n N",
@@ -58,6 +47,7 @@ OTHER_FLAGS = {
     "--use_ddim": "write --sampler ddim, or --sampler ddpm for False",
     "--clip_denoised": f"{LEFT_OUT}, pixel space clips x_0 and latent space does not",
 }
+OTHER_FLAGS = {f"--{name}": f"write {ours}" for name, ours in TRAINING_KEYS.items()} | OTHER_FLAGS
 OTHER_FLAGS |= {f"--{name}": own.flag for name, own in OUR_NAMES.items()}
 OTHER_FLAGS |= {  # the other parameters of a network have our names
     f"--{name}": f"write {name}=VALUE, in a config a key of params"

@@ -51,6 +51,29 @@ NOT_HERE = {
     "use_kl": "it is an option of guided-diffusion's loss; leave it out",
 }  # options that neither hints nor the keys of a model have
 
+TRAINING_KEYS = {
+    "lr": "trainer.learning_rate=X",
+    "base_learning_rate": "trainer.learning_rate=X",
+    "ema_rate": "trainer.ema_decay=X",
+    "weight_decay": "trainer.weight_decay=X",
+    "lr_anneal_steps": "trainer.max_steps=N",
+    "max_epochs": "trainer.max_steps=N",
+    "accumulate_grad_batches": "trainer.accumulate=N",
+    "save_interval": "logging.save_every=N",
+    "every_n_train_steps": "logging.save_every=N",
+    "data_dir": "data.path=FOLDER",
+    "exp_dir": "logging.dir=FOLDER",
+    "BATCH": "distill.rho=X",
+    "stu_batch_size": "distill.batch_size=N",
+    "iter_choice": "distill.variant=NAME",
+    "tempfile": "distill.pool_from=PATH",
+    "cache_path": "distill.pool_from=PATH",
+    "prob": "distill.discard=X",
+    "input_perturb": "distill.input_perturbation=X",
+    "teacher_ckp": "teacher.ckpt=PATH",
+    "model_path": "teacher.ckpt=PATH",
+}  # keys of the trainings of the public DKDM code, guided-diffusion and CompVis -> what to write
+
 
 def advice(key: str, valid: Collection[str]) -> str:
     """The end of a message on an unknown key: our name for another code's, else the nearest valid key, or all."""
@@ -58,4 +81,6 @@ def advice(key: str, valid: Collection[str]) -> str:
         own = OUR_NAMES[key]
         found = f"'{own.hint}'" if own.hint in valid or own.place == PARAMS else own.place
         return f"; here it is {found}"
+    if key in TRAINING_KEYS:
+        return f"; here it is {TRAINING_KEYS[key].partition('=')[0]}"
     return f"; {NOT_HERE[key]}" if key in NOT_HERE else nearest(key, valid)
