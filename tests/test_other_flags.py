@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ldm_dkdm import load_model
+from ldm_dkdm.checkpoints import Hints
 from ldm_dkdm.commands.distill import open_teacher
+from ldm_dkdm.commands.hints import ScopedHints
 from ldm_dkdm.commands.main import parser_of
 from ldm_dkdm.commands.other_flags import OTHER_FLAGS
 from ldm_dkdm.config.load import load_config
@@ -134,3 +136,23 @@ def test_a_key_of_another_code_is_answered_by_ours(key: str, words: str, capsys:
 def test_a_key_of_the_public_code_is_answered_with_ours(key: str, ours: str, capsys) -> None:
     assert distil("--base", "quickstart", f"{key}=1") == 2
     assert f"{key}: unknown key; here it is {ours}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("first_stage.ckpt=a/b", "first_stage=a/b"),
+        ("teacher.params.image_size=8", "image_size=8"),
+        ("diffusion.schedule=cosine", "schedule=cosine"),
+        ("first_stage.scale_factor=2", "scale_factor=2"),
+        ("image_size=8", "image_size=8"),
+    ],
+)
+def test_hints_may_be_written_as_in_a_config(written: str, read: str) -> None:
+    assert ScopedHints([written], ["1"]).bare == ScopedHints([read], ["1"]).bare
+
+
+def test_a_hint_for_a_model_that_is_not_named_is_refused() -> None:
+    with pytest.raises(UserError, match=r"2\.image_size=8: there is no model 2, -r names 1"):
+        ScopedHints(["2.image_size=8"], ["1"])
+    assert Hints.of(channel_mult="(1, 2)").spelled_as({"channel_mult": [1, 2]}).params["channel_mult"] == [1, 2]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import add_hints, flags, load_plugins, read_hints
+from ldm_dkdm.commands.hints import flat
 from ldm_dkdm.commands.places import require_writable
 from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.errors import UserError
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Convert; a diffusers folder is compared with that library, if it is installed."""
-    hints = read_hints(options.hints)
+    hints = read_hints([flat(item) for item in options.hints])
     load_plugins(options.plugin)
     convert(options.source, options.out, options.to, hints)
     print(options.out)

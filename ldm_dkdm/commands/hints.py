@@ -1,5 +1,6 @@
 """Hints of commands that open several models: bare ones for every model, scoped ones for one."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from inspect import signature
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
     from ldm_dkdm.model import DiffusionModel
 
 FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".npz")  # endings that no value of a parameter has
+
+
+DOTTED = re.compile(r"(?:teacher\.)?(?:params|diffusion)\.(?=\w+=)|first_stage\.(?:ckpt(?==)|(?=scale_factor=))")
+
+
+def flat(item: str) -> str:
+    """A hint as commands read it, where it is written as in a config, such as `teacher.params.KEY=VALUE`."""
+    found = DOTTED.match(item)
+    return item if found is None else ("first_stage" if found[0].endswith("ckpt") else "") + item[found.end() :]
 
 
 class ScopedHints:
@@ -33,7 +43,11 @@ class ScopedHints:
         for item in items:
             scope, dot, rest = item.partition(".")
             scoped = dot and scope in scopes
-            found[scope if scoped else ""].append(rest if scoped else item)
+            if dot and scope.isdecimal() and not scoped and "1" in scopes and "=" in rest:
+                raise UserError(
+                    f"{item}: there is no model {scope}, -r names {len(scopes)}; write {rest} for every model"
+                )
+            found[scope if scoped else ""].append(flat(rest if scoped else item))
         given = {scope: read_hints(own) for scope, own in found.items()}
         flagged = {name: value for name, value in (flags or {}).items() if value is not None}
         self.bare = given.pop("")
