@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from ldm_dkdm.training.sharding import ShardedStrategy, full_state, load_full_state, local
 
 Module = TypeVar("Module", bound=L.LightningModule)
+BufferPair = tuple[dict[str, Tensor | None], dict[str, Tensor | None], str]  # of the average, of the training; a name
 
 
 class StudentEMA(WeightAveraging):
     """Lightning's weight averaging with decay d, or min(d, (1 + n) / (10 + n)) in update n = 1, 2, ... (CompVis).
 
     The initial weights are the first average. Lightning's own `EMAWeightAveraging` keeps d from the first step, so that
-    they dominate a short run's average.
+    they dominate a short run's average. Buffers, such as the statistics of batch norms, are those of the training, as
+    in torch's `AveragedModel(use_buffers=False)`.
 
     Args:
         decay: d in [0,1).
@@ -29,6 +31,7 @@ class StudentEMA(WeightAveraging):
         self.decay, self.ramp = decay, ramp
         self._averages: list[Tensor] = []
         self._currents: list[Tensor] = []
+        self._buffers: list[BufferPair] = []
         self.sharded = False
         self.whole: nn.Module | None = None  # on rank 0, where the average is sharded; in host memory unless it is lent
         self._lent = False
@@ -45,6 +48,7 @@ class StudentEMA(WeightAveraging):
             self._average.to(module.device)  # Lightning copied the module before it was moved
         self._averages = [local(weight.detach()) for weight in self._average.parameters()]
         self._currents = [local(weight.detach()) for weight in module.parameters()]
+        self._buffers = _buffer_pairs(self._average, module)
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
@@ -53,6 +57,7 @@ class StudentEMA(WeightAveraging):
             n = self._latest_update_step = trainer.global_step
             kept = min(self.decay, (1 + n) / (10 + n)) if self.ramp else self.decay
             torch._foreach_lerp_(self._averages, self._currents, 1 - kept)
+            _copy_buffers(self._buffers)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(trainer.strategy, ShardedStrategy):
@@ -73,6 +78,7 @@ class StudentEMA(WeightAveraging):
         with torch.no_grad():  # the strategy has read the average into the module
             for average, current in zip(self._average.parameters(), pl_module.parameters(), strict=True):
                 local(average).copy_(local(current))
+            _copy_buffers(_buffer_pairs(self._average, pl_module))
         self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
         load_full_state(pl_module, checkpoint["current_model_state"])
 
@@ -82,6 +88,8 @@ class StudentEMA(WeightAveraging):
             state = full_state(self._average)
             if self.whole is not None:
                 self.whole.load_state_dict(state)
+                with torch.no_grad():
+                    _copy_buffers(_buffer_pairs(self.whole, self._average))  # those too that no state_dict has
 
     def lend(self, device: torch.device) -> None:
         """Bring a sharded average that was gathered to a device, until the next batch."""
@@ -104,6 +112,28 @@ class StudentEMA(WeightAveraging):
     def module(self) -> nn.Module:
         """The averaged LightningModule; of a sharded one, on rank 0, as it was last gathered."""
         return self._average if self.whole is None else self.whole
+
+
+def _buffer_pairs(average: nn.Module, current: nn.Module) -> list[BufferPair]:
+    """The buffers of an averaged module and of the module it averages, except those that are views of parameters.
+
+    They are kept as places, since a module may put another tensor in a buffer's place.
+    """
+    owned = {local(weight).untyped_storage().data_ptr() for weight in average.parameters()}
+    return [
+        (theirs._buffers, ours._buffers, name)
+        for theirs, ours in zip(average.modules(), current.modules(), strict=True)
+        for name, buffer in theirs._buffers.items()
+        if buffer is not None and buffer.numel() and buffer.untyped_storage().data_ptr() not in owned
+    ]
+
+
+def _copy_buffers(pairs: list[BufferPair]) -> None:
+    """Copy the buffers of the training into the average, without waiting for a device."""
+    found = [(average[name], current[name]) for average, current, name in pairs]
+    both = [(a, b) for a, b in found if a is not None and b is not None]
+    if both:
+        torch._foreach_copy_([a for a, _ in both], [b for _, b in both])
 
 
 def averaged(trainer: L.Trainer, kind: type[Module], called: bool = False) -> Module:
