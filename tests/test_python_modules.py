@@ -1,5 +1,6 @@
 """Runs from Python with modules of unusual kinds."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
+from ldm_dkdm.networks import DiT, UNet
+from ldm_dkdm.networks.modes import compiled, replayed, stored_in_bf16
+from tests.cli import contents
+from tests.parts import UNET_PARAMS
 from tests.test_python_api import NUMBERS, Net, same, weights
 
 SHORT = {**NUMBERS, "steps": 2, "save_every": 2, "warmup": "noise"}
@@ -34,9 +39,7 @@ class Normed(Net):
         return self.outer(torch.tanh(self.norm(self.inner(x))))
 
 
-def test_a_saved_student_has_the_batch_statistics_of_the_training(
-    teacher: dkdm.DiffusionModel, tmp_path: Path
-) -> None:
+def test_a_saved_student_has_the_batch_statistics_of_the_training(teacher: dkdm.DiffusionModel, tmp_path: Path) -> None:
     whole, parts = (dkdm.DiffusionModel(Normed(), like=teacher) for _ in range(2))
     parts.network.load_state_dict(whole.network.state_dict())
     dkdm.distill(teacher, whole, tmp_path / "whole", **SHORT | {"steps": 4})
@@ -53,3 +56,89 @@ def test_a_saved_student_has_the_batch_statistics_of_the_training(
         assert saved["norm.num_batches_tracked"] == saved["seen"] == 4
         assert not torch.equal(average["network.inner.weight"], current["network.inner.weight"])
         assert torch.equal(saved["view"], saved["inner.weight"])  # not the weight of the training
+
+
+class Scaled(UNet):
+    """A UNet whose output is doubled."""
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return 2 * super().forward(x, t, label)
+
+
+class ScaledDiT(DiT):
+    """A DiT whose output is doubled."""
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return 2 * super().forward(x, t, label)
+
+
+SAVED = ("folder", "safetensors", "diffusers", "compvis", "adm", "dit")
+DIT = {"input_size": 8, "in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2, "learn_sigma": False}
+
+
+@pytest.mark.parametrize("network", [Scaled(**UNET_PARAMS), ScaledDiT(**DIT)], ids=["UNet", "DiT"])
+def test_a_subclass_is_not_saved_as_the_plain_network(
+    network: nn.Module, teacher: dkdm.DiffusionModel, tmp_path: Path
+) -> None:
+    model, kind = dkdm.DiffusionModel(network, like=teacher), type(network)
+    for format in SAVED[2:]:
+        with pytest.raises(dkdm.UserError, match=f"format: .* no {kind.__name__}; choose|holds a DiT .* choose"):
+            model.save(tmp_path / "out", format)
+    assert contents(tmp_path) == {}
+    model.save(tmp_path / "model.safetensors", "safetensors")
+    plain, stage = kind(**(UNET_PARAMS if isinstance(network, UNet) else DIT)), teacher.first_stage.path
+    again = dkdm.load_model(tmp_path / "model.safetensors", network=plain, first_stage=stage)
+    states = torch.randn(1, *model.shape)
+    assert torch.equal(again.predict(states, 3).eps, model.predict(states, 3).eps)
+
+
+def _hooked(network: UNet) -> None:
+    network.out[1].register_forward_hook(lambda module, given, output: 2 * output)
+
+
+def _replaced(network: UNet) -> None:
+    network.out[1] = nn.ReLU()
+
+
+def _patched(network: UNet) -> None:
+    network.out.forward = network.out[2]
+
+
+def _another_eps(network: UNet) -> None:
+    network.out[0].eps = 1e-3
+
+
+def _parametrized(network: UNet) -> None:
+    torch.nn.utils.parametrizations.spectral_norm(network.out[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (_hooked, "its out.1 has a forward hook"),
+        (_replaced, "its out.1 is a ReLU instead of a SiLU"),
+        (_patched, "its out has another forward"),
+        (_another_eps, "its out.0 has eps 0.001 instead of 1e-05"),
+        (_parametrized, "its out.2 is a ParametrizedConv2d instead of a Conv2d"),
+    ],
+)
+def test_a_network_that_was_changed_is_not_saved_as_the_plain_one(
+    change: Callable[[UNet], None], fault: str, teacher: dkdm.DiffusionModel, tmp_path: Path
+) -> None:
+    model = dkdm.DiffusionModel(UNet(**UNET_PARAMS), like=teacher)
+    change(model.network)
+    for format in SAVED[:-1]:
+        with pytest.raises(dkdm.UserError, match=f"network: {fault}.* class Mine.UNet"):
+            model.save(tmp_path / "out", format)
+    with pytest.raises(dkdm.UserError, match=f"network: {fault}"):
+        dkdm.distill(teacher, model, tmp_path / "run", **SHORT)
+    assert contents(tmp_path) == {}
+
+
+def test_what_the_package_does_to_networks_is_saved(teacher: dkdm.DiffusionModel, tmp_path: Path) -> None:
+    network = stored_in_bf16(UNet(**UNET_PARAMS)).train()
+    network.use_checkpoint = True
+    network.out[2].weight = nn.Parameter(network.out[2].weight.clone(), requires_grad=False)
+    with compiled([network], True), replayed(network, 2):
+        for format in SAVED[:2]:
+            dkdm.DiffusionModel(network, like=teacher).save(tmp_path / format, format)

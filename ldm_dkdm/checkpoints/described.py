@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from ldm_dkdm.checkpoints.as_built import require_as_built
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.model_folder import known_scale
 from ldm_dkdm.checkpoints.shapes import detached, plain
@@ -57,7 +58,12 @@ def read(source: Source) -> Contents:
 
 
 def write(model: SavedModel, path: Path) -> None:
-    """Write the file atomically, with the scale of the latents where their first stage is at hand."""
+    """Write the file atomically, with the scale of the latents where their first stage is at hand.
+
+    Raises:
+        UserError: a network of this package that was changed after it was built.
+    """
+    require_as_built(model.network, model.node)
     from_card = {"null_label": model.null_label, "info": plain(model.info)}
     from_card |= {"shape": list(model.shape), "num_classes": model.num_classes}
     described = {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_dkdm.checkpoints import diffusers_dit
+from ldm_dkdm.checkpoints.as_built import require_as_built
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.diffusers_first_stage import component, first_stage_part
 from ldm_dkdm.checkpoints.diffusers_scheduler import process, require_process, scheduler_config
@@ -197,6 +198,9 @@ def write(model: SavedModel, path: Path) -> None:
 
 def _network_part(model: SavedModel) -> tuple[dict[str, Any], dict[str, Any]]:
     """The beginning of model_index.json, and the network's part: its config and tensors."""
+    if type(model.network) not in (DiT, UNet):  # a subclass may compute something else
+        raise UserError(f"format: diffusers has no {type(model.network).__name__}; choose safetensors")
+    require_as_built(model.network, model.node)
     tensors = model.network.state_dict()
     if isinstance(model.network, DiT):
         if not model.space.encoded:
@@ -205,8 +209,6 @@ def _network_part(model: SavedModel) -> tuple[dict[str, Any], dict[str, Any]]:
         named = [str(name).partition(" ") for name in model.info.get("classes") or []]
         labels = {key: name for label, (key, _, name) in enumerate(named) if key == str(label) and name}
         return {"_class_name": "DiTPipeline", **({"id2label": labels} if labels else {})}, {PARTS[1]: part}
-    if not isinstance(model.network, UNet):
-        raise UserError(f"format: diffusers has no {type(model.network).__name__}; choose safetensors")
     index = {"_class_name": "LDMPipeline" if model.space.encoded else "DDPMPipeline"}
     return index, {PARTS[0]: (unet_config(model.node.params), to_theirs(tensors, model.node.params))}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.as_built import require_as_built
 from ldm_dkdm.checkpoints.contents import Contents, Demand
 from ldm_dkdm.checkpoints.diffusers_dit import dit_config
 from ldm_dkdm.checkpoints.shapes import TOO_FEW, count_blocks, detached
@@ -94,8 +95,9 @@ def write(model: SavedModel, path: Path) -> None:
             ends in .safetensors.
     """
     require_name(path, "dit")
-    if not isinstance(model.network, DiT) or model.node.parameterization != "eps":
+    if type(model.network) is not DiT or model.node.parameterization != "eps":
         raise UserError("format: dit holds a DiT that predicts eps; choose safetensors")
+    require_as_built(model.network, model.node)
     known = inspect.signature(DiT).parameters
     other = [key for key in FIXED if model.node.params.get(key, known[key].default) != known[key].default]
     if other:

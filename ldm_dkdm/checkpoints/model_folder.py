@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm_dkdm.checkpoints.as_built import require_as_built
 from ldm_dkdm.checkpoints.card import write_readme
 from ldm_dkdm.checkpoints.contents import Contents
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource, is_first_stage_folder
@@ -78,16 +79,22 @@ def write(model: SavedModel, path: Path) -> None:
     """Write a model into a new or empty folder, which is there whole or not at all.
 
     Raises:
-        UserError: the folder holds files, or is a file.
+        UserError: the folder holds files, or is a file; else as `card_of`.
     """
     if not path.is_dir() or any(path.iterdir()):
         refuse_existing(path)
+    card = card_of(model, path)
     with replacing_in(path.parent, path.name) as temporary:
-        write_model(temporary / path.name, card_of(model, path), model.network.state_dict())
+        write_model(temporary / path.name, card, model.network.state_dict())
 
 
 def card_of(model: SavedModel, folder: Path, weights: str = WEIGHTS, **info: Any) -> ModelCard:
-    """The config.yaml of a model in `folder`; `info` is added to the model's own."""
+    """The config.yaml of a model in `folder`; `info` is added to the model's own.
+
+    Raises:
+        UserError: a network of this package that was changed after it was built.
+    """
+    require_as_built(model.network, model.node)
     known = hasattr(model.network, "image_size")
     return ModelCard(
         weights,

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ldm_dkdm.checkpoints.as_built import require_as_built
 from ldm_dkdm.checkpoints.diffusers_unet import CONSTANTS
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource
 from ldm_dkdm.checkpoints.shapes import UPSAMPLER
@@ -50,8 +51,9 @@ def require_eps_unet(model: SavedModel, code_base: str) -> None:
     Raises:
         UserError: another architecture, a network that predicts v, or one that would be taken for super-resolution.
     """
-    if not isinstance(model.network, UNet):
+    if type(model.network) is not UNet:  # a subclass may compute something else
         raise UserError(f"format: {code_base} has no {type(model.network).__name__}; choose safetensors")
+    require_as_built(model.network, model.node)
     if not model.space.encoded and all(model.node.params.get(key) == count for key, count in UPSAMPLER.items()):
         raise UserError(f"format: in {code_base} 6 channels in and out are super-resolution; choose safetensors")
     constants = [key for key, usual in CONSTANTS.values() if model.node.params.get(key, usual) != usual]

@@ -125,13 +125,14 @@ def _distil_in(run: Run, teacher: DiffusionModel, student: DiffusionModel) -> Re
     make_trainable(student.network, "student", teacher.network)
     refuse_other_teacher(teacher, run)
     parts = going_on(parts, run.folder.checkpoints, run.latest)
+    export = _export(parts, run)
     require_room(parts, run.folder)
     if not run.latest:
         supply = supply_of(parts, run.folder.path if run.resumed else None)
         _check_teacher(parts, run)
     student.network.train()
     log, seed = run.config.logging, run.trainer.seed
-    saving = RunCheckpoint(run.folder.checkpoints, log, on_save(_export(parts, run)))
+    saving = RunCheckpoint(run.folder.checkpoints, log, on_save(export))
     grids = SampleGrid(run.folder.path / "samples", log, seed, teacher)
     every = log.measure_every or log.save_every
     pools = PoolLog(run.folder.path / "pool.csv", every, teacher.schedule.num_timesteps, run.step)

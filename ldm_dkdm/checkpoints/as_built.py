@@ -1,0 +1,53 @@
+"""Refuse a network whose file would be opened as another one: replaced layers, changed constants, forward hooks."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ldm_dkdm.config.registry import Unfilled, build, is_own
+from ldm_dkdm.config.schema import NetworkConfig
+from ldm_dkdm.errors import UserError
+from ldm_dkdm.networks import NETWORKS
+
+FREE = ("training", "use_checkpoint", "inplace", "p")  # attributes that change no output of a trained network
+PLAIN = (bool, int, float, str, tuple)  # types of the constants of layers
+
+
+def require_as_built(network: nn.Module, node: NetworkConfig) -> None:
+    """Refuse a network of this package that is not as its target and params make it.
+
+    Raises:
+        UserError: names what differs.
+    """
+    factory = NETWORKS.get(node.target)
+    if factory is None or not is_own(factory):
+        return  # a user's class, which is opened by its code
+    kind = factory.__name__
+    found = next(_differences(network, node, kind), None)
+    if found is not None:
+        raise UserError(
+            f"network: {found}, and a file of a {kind} does not say so; make the change in a class of your own, "
+            f"class Mine({kind}), which the formats folder and safetensors name and network=Mine(...) opens"
+        )
+
+
+def _differences(network: nn.Module, node: NetworkConfig, kind: str) -> Iterator[str]:
+    if type(network) is not NETWORKS[node.target]:
+        yield f"it is a {type(network).__name__} instead of a {kind}"
+    with torch.device("meta"), Unfilled():
+        built = dict(build(node, NETWORKS).named_modules(remove_duplicate=False))
+    for name, own in network.named_modules(remove_duplicate=False):
+        layer = f"its {name}" if name else "it"
+        if name not in built:
+            yield f"{layer} is a layer that a {kind} lacks"
+        usual = built.pop(name)
+        if type(own) is not type(usual):
+            yield f"{layer} is a {type(own).__name__} instead of a {type(usual).__name__}"
+        if own._forward_hooks or own._forward_pre_hooks or "forward" in vars(own):
+            yield f"{layer} has a forward hook" if "forward" not in vars(own) else f"{layer} has another forward"
+        for key, value in vars(usual).items():
+            if isinstance(value, PLAIN) and key not in FREE and not key.startswith("_") and vars(own).get(key) != value:
+                yield f"{layer} has {key} {vars(own).get(key)} instead of {value}"
+    for name in built:
+        yield f"it lacks {name}"
