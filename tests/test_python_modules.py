@@ -101,7 +101,7 @@ def _replaced(network: UNet) -> None:
 
 
 def _patched(network: UNet) -> None:
-    network.out.forward = network.out[2]
+    network.out.forward = network.out[2].forward
 
 
 def _another_eps(network: UNet) -> None:
@@ -142,3 +142,13 @@ def test_what_the_package_does_to_networks_is_saved(teacher: dkdm.DiffusionModel
     with compiled([network], True), replayed(network, 2):
         for format in SAVED[:2]:
             dkdm.DiffusionModel(network, like=teacher).save(tmp_path / format, format)
+
+
+def test_torchscript_is_refused(teacher: dkdm.DiffusionModel) -> None:
+    traced = torch.jit.trace(Net(), (torch.zeros(1, 3, 8, 8), torch.zeros(1)))
+    scripted = torch.jit.script(nn.Conv2d(3, 3, 1))
+    for network in (traced, scripted):
+        with pytest.raises(dkdm.UserError, match="network: is TorchScript; give the module that was traced"):
+            dkdm.DiffusionModel(network, like=teacher)
+        with pytest.raises(dkdm.UserError, match="network: is TorchScript"):
+            teacher.changed(network=network)

@@ -70,13 +70,15 @@ def facts_of(info: object) -> dict[str, Any]:
 def network_of(network: object, like: object = None) -> nn.Module:
     """A network without what wraps it: torch.compile, DataParallel, DistributedDataParallel, also in each other.
 
-    What is not a network with weights of known shapes is refused, and a `like` of another kind than a model.
+    What is not a network with weights of known shapes is refused, TorchScript too, and a `like` of another kind than a model.
 
     Raises:
         UserError: names the argument.
     """
     if not isinstance(network, nn.Module):
         raise UserError(f"network: expected an nn.Module called as (x, t, label), got {kind_of(network)}")
+    if isinstance(network, torch.jit.ScriptModule):  # its arguments, and whether it trains, may be fixed
+        raise UserError("network: is TorchScript; give the module that was traced or scripted, which a run can compile")
     if any(map(is_lazy, (*network.parameters(), *network.buffers()))):
         raise UserError("network: it has lazy layers, whose weights have no shape; call it once on states first")
     if like is not None:
