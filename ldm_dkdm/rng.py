@@ -33,7 +33,7 @@ def torch_generator(
 
 @contextmanager
 def forked_rng(seed: int) -> Iterator[None]:
-    """Seed torch's global generators inside the block; they are restored after it."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    """Seed torch's global generators inside the block, and let it make tensors on the CPU; both end with it."""
+    with torch.device("cpu"), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

@@ -186,7 +186,7 @@ def name_schedule(alphas_cumprod: Tensor) -> DiffusionConfig | None:
 def schedule_buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
     """The schedule buffers (T,), float32, that CompVis's DDPM class registers."""
     betas, abar = schedule.betas, schedule.alphas_cumprod
-    before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    before = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), abar[:-1]])
     variance = betas if schedule.variance == "beta" else betas * (1 - before) / (1 - abar)
     buffers = {
         "betas": betas,
@@ -224,12 +224,15 @@ def write(model: SavedModel, path: Path) -> None:
     weights, codec = detached(model.network.state_dict()), model.codec()
     state = {f"{UNET}{name}": value for name, value in weights.items()}
     state |= {ema_name(name): value for name, value in weights.items()}
-    steps = torch.tensor(int(model.info.get("step", 0)), dtype=torch.int)
-    state |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": steps}
+    steps = torch.tensor(int(model.info.get("step", 0)), dtype=torch.int, device="cpu")
+    state |= {
+        "model_ema.decay": torch.tensor(0.9999, dtype=torch.float32, device="cpu"),
+        "model_ema.num_updates": steps,
+    }
     state |= schedule_buffers(model.schedule)
     state |= {f"{PREFIX}{name}": value for name, value in detached(codec.autoencoder.state_dict()).items()}
     if codec.scale_factor != 1:
-        state["scale_factor"] = torch.tensor(codec.scale_factor)
+        state["scale_factor"] = torch.tensor(codec.scale_factor, dtype=torch.float32, device="cpu")
     content = {"epoch": 0, "global_step": int(steps), "pytorch-lightning_version": "1.4.2", "state_dict": state}
     write_torch(path, content)
     write_text(config, json.dumps(config_of(model), indent=2) + "\n")  # JSON is YAML

@@ -153,8 +153,8 @@ def _identities(config: Mapping[str, Any]) -> dict[str, Tensor]:
     found = {}
     for name, count in channels.items():
         if not config.get(f"use_{name}", True):
-            found[f"{name}.weight"] = torch.eye(count)[..., None, None]
-            found[f"{name}.bias"] = torch.zeros(count)
+            found[f"{name}.weight"] = torch.eye(count, device="cpu")[..., None, None]
+            found[f"{name}.bias"] = torch.zeros(count, device="cpu")
     return found
 
 

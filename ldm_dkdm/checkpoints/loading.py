@@ -31,7 +31,10 @@ def build_loaded(node: Any, where: str, targets: Targets, tensors: Mapping[str, 
             module = build(node, targets, where)
         tensors = _named_as_in(module, tensors)
         require_keys(module, tensors, source)
-        own = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in module.state_dict().items()}
+        own = {
+            name: torch.empty(value.shape, dtype=value.dtype, device="cpu")
+            for name, value in module.state_dict().items()
+        }
         module.load_state_dict(own, assign=True)
     else:
         with forked_rng(0):

@@ -31,7 +31,7 @@ class ImageNoise:
 
     def __call__(self) -> Tensor:
         """The next draw (B,C,H,W), float32."""
-        draws = [torch.randn(self.shape, generator=generator, dtype=torch.float32) for generator in self.generators]
+        draws = [torch.randn(self.shape, generator=g, dtype=torch.float32, device=g.device) for g in self.generators]
         return torch.stack(draws).to(self.device)
 
 

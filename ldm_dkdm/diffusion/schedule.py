@@ -15,12 +15,12 @@ from ldm_dkdm.errors import UserError, pick
 
 def scaled_linear(num_timesteps: int, start: float, end: float) -> Tensor:
     """Betas that are linear in sqrt(beta); CompVis calls this "linear"."""
-    return torch.linspace(start**0.5, end**0.5, num_timesteps, dtype=torch.float64) ** 2
+    return torch.linspace(start**0.5, end**0.5, num_timesteps, dtype=torch.float64, device="cpu") ** 2
 
 
 def linear(num_timesteps: int, start: float, end: float) -> Tensor:
     """Linear betas (Ho et al. 2020)."""
-    return torch.linspace(start, end, num_timesteps, dtype=torch.float64)
+    return torch.linspace(start, end, num_timesteps, dtype=torch.float64, device="cpu")
 
 
 def cosine(num_timesteps: int, start: float, end: float) -> Tensor:
@@ -177,8 +177,9 @@ class NoiseSchedule:
     def _table(self, device: torch.device) -> Tensor:
         """abar_{-1} ... abar_{T-1} on a device, copied there once."""
         if device not in self._tables:
-            table = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
-            self._tables[device] = table.to(device, torch.float32 if device.type == "mps" else torch.float64)
+            with torch.inference_mode(False):  # a later training needs it too
+                table = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), self.alphas_cumprod])
+                self._tables[device] = table.to(device, torch.float32 if device.type == "mps" else torch.float64)
         return self._tables[device]
 
 
@@ -212,7 +213,7 @@ def _require_noise(alphas_cumprod: Tensor, names: str) -> None:
 
 def _given(betas: Tensor | Sequence[float]) -> Tensor:
     try:
-        values = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
+        values = torch.as_tensor(betas, dtype=torch.float64, device="cpu").detach().cpu().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"betas: expected a row of numbers, got {betas!r}") from error
     if values.ndim != 1 or not len(values) or not bool(((values > 0) & (values < 1)).all()):
@@ -236,4 +237,4 @@ def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
 def betas_of(alphas_cumprod: Tensor) -> Tensor:
     """The betas (T,) whose cumulative product of 1 - beta is alphas_cumprod (T,), float64."""
     abar = alphas_cumprod.double()
-    return 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    return 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), abar[:-1]])

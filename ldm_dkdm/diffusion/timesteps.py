@@ -101,7 +101,7 @@ def log_snr_timesteps(schedule: "NoiseSchedule", steps: int) -> list[int]:
     abar = schedule.alphas_cumprod
     log_snr = (abar / (1 - abar)).log()
     lowest = log_snr[log_snr.isfinite()].min().item()
-    wanted = torch.linspace(lowest, log_snr[0].item(), steps, dtype=torch.float64)
+    wanted = torch.linspace(lowest, log_snr[0].item(), steps, dtype=torch.float64, device="cpu")
     first = {schedule.num_timesteps - 1} if schedule.ends_in_noise else set()
     return sorted({int((log_snr - value).abs().argmin()) for value in wanted[len(first) :]} | first)
 

@@ -71,7 +71,7 @@ class Chains:
         owner = np.repeat(np.arange(len(copies)), copies)
         number = np.arange(len(owner)) - (np.cumsum(copies) - copies)[owner]
         t = (number * self.num_timesteps + offsets[owner]) // copies[owner]
-        slots = first + torch.arange(len(owner))
+        slots = first + torch.arange(len(owner), device="cpu")
         return ChainBatch(len(copies), int(t.min()), slots, torch.from_numpy(t), torch.from_numpy(owner))
 
     def calls(self, size: int, slots: int) -> int:

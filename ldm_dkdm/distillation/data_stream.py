@@ -43,7 +43,7 @@ class DataStream(BatchStream):
         generator = torch_generator(self.seed, self.rank, self.step, "data")
         x_0, label = self.states.draw(self.batch_size, generator)
         t = self._timesteps(generator)
-        noise = torch.randn(x_0.shape, generator=generator)
+        noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float32, device=generator.device)
         x_t = q_sample(self.schedule, x_0, t, noise)
         self.step += 1
         x_t, t, noise, x_0 = (tensor.to(self.device) for tensor in (x_t, t, noise, x_0))
@@ -51,6 +51,6 @@ class DataStream(BatchStream):
 
     def _timesteps(self, generator: torch.Generator) -> Tensor:
         """Stratified t (B,): each has the density of `timesteps_at`, a batch covers it evenly (VDM, App. I.1)."""
-        offsets = torch.rand(self.batch_size, generator=generator, dtype=torch.float64)
-        quantiles = (torch.arange(self.batch_size) + offsets) / self.batch_size
+        offsets = torch.rand(self.batch_size, generator=generator, dtype=torch.float64, device=generator.device)
+        quantiles = (torch.arange(self.batch_size, device=offsets.device) + offsets) / self.batch_size
         return self.schedule.timesteps_at(quantiles, self.t_cap)

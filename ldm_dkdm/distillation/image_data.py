@@ -96,7 +96,7 @@ def open_images(path: str | Path, size: int, channels: int = 3) -> ImageSet:
         return ImageSet(files, size, None, channels, unclear=unclear)
     classes = dict(zip(folders, numbers[0], strict=True))
     named = sorted((number, str(folder.relative_to(path))) for folder, number in classes.items())
-    labels = torch.tensor([classes[file.parent] for file in files])
+    labels = torch.tensor([classes[file.parent] for file in files], device="cpu")
     return ImageSet(
         files, size, labels, channels, [name if name == str(number) else f"{number} {name}" for number, name in named]
     )
@@ -197,7 +197,7 @@ class CachedStates:
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Uniformly at random."""
-        chosen = torch.randint(len(self.x_0), (count,), generator=generator)
+        chosen = torch.randint(len(self.x_0), (count,), generator=generator, device=generator.device)
         return self.x_0[chosen], None if self.labels is None else self.labels[chosen]
 
 
@@ -212,8 +212,8 @@ class EncodedStates:
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Uniformly at random over all sets."""
-        ends = torch.tensor([len(images) for images in self.sets]).cumsum(0)
-        chosen = torch.randint(int(ends[-1]), (count,), generator=generator)
+        ends = torch.tensor([len(images) for images in self.sets], device="cpu").cumsum(0)
+        chosen = torch.randint(int(ends[-1]), (count,), generator=generator, device=generator.device)
         owner = torch.searchsorted(ends, chosen, right=True)
         inside = chosen - torch.cat([ends.new_zeros(1), ends])[owner]
         places = [(owner == k).nonzero().flatten() for k in range(len(self.sets))]
@@ -221,7 +221,7 @@ class EncodedStates:
         parts = list(zip(self.sets, places, strict=True))
         drawn = torch.cat([images.take(inside[place]) for images, place in parts if len(place)])[order]
         if self.flip:
-            mirrored = torch.rand(count, generator=generator) < 0.5
+            mirrored = torch.rand(count, generator=generator, dtype=torch.float32, device=generator.device) < 0.5
             drawn = torch.where(mirrored.view(-1, 1, 1, 1), drawn.flip(2), drawn)
         states = self.codec.encode(drawn).cpu()
         if not self.labeled:
@@ -239,7 +239,7 @@ def encode_sets(
     with following(progress, "encoding", "image", total) as done:
         for mirrored in (False, True)[: 1 + flip]:
             for images in sets:
-                for indices in torch.arange(len(images)).split(ENCODE_BATCH):
+                for indices in torch.arange(len(images), device="cpu").split(ENCODE_BATCH):
                     batch = images.take(indices)
                     parts.append(codec.encode(batch.flip(2) if mirrored else batch).cpu())
                     labels += [images.labels_of(indices)] if labeled else []

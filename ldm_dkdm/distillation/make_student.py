@@ -15,7 +15,7 @@ from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, is_out_of_memory
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.networks import DiT
-from ldm_dkdm.networks.modes import tensor_of
+from ldm_dkdm.networks.modes import in_eval_mode, tensor_of
 from ldm_dkdm.networks.scaling import slice_teacher
 from ldm_dkdm.reporting import logger
 
@@ -92,27 +92,36 @@ def require_call(student: DiffusionModel) -> bool:
     """Refuse a module that cannot be called as a network; one sample is tried -> whether it learns a variance.
 
     Raises:
-        UserError: the call's error, or the shape of its output.
+        UserError: weights that are not float32, the call's error, or the shape of its output.
     """
     channels, *sides = student.shape
     label = None if student.classes is None else torch.tensor(student.classes[:1], device=student.device)
-    x = torch.zeros(1, *student.shape, device=student.device)
+    x = torch.zeros(1, *student.shape, dtype=torch.float32, device=student.device)
     t = torch.full((1,), student.schedule.num_timesteps - 1, device=student.device)  # the largest timestep
-    mode = student.network.training
     try:
-        output = tensor_of(student.network.eval()(x, t, label))
+        with in_eval_mode(student.network):
+            output = tensor_of(student.network(x, t, label))
     except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
+        if (found := _other_format(student.network)) is not None:
+            raise UserError(
+                f"student: its network has {found} weights, and students are trained in float32: call network.float(); "
+                "precision=bf16 computes in bf16"
+            ) from error
         raise UserError(
             f"student: its network cannot be called as network(x {tuple(x.shape)}, t (1,), label): {error}"
         ) from error
-    finally:
-        student.network.train(mode)
     allowed = [(1, count * channels, *sides) for count in (1, 2)]
     if tuple(output.shape) not in allowed:
         raise UserError(f"student: its network gives {tuple(output.shape)} for states {tuple(x.shape)}")
     return output.shape[1] == 2 * channels
+
+
+def _other_format(network: nn.Module) -> str | None:
+    """The number format of a network's weights that is not float32."""
+    formats = (weight.dtype for weight in network.parameters() if weight.is_floating_point())
+    return next((str(one).removeprefix("torch.") for one in formats if one != torch.float32), None)
 
 
 def load_initial(network: nn.Module, node: NewNetworkConfig, where: str, words: str = "random") -> None:

@@ -27,7 +27,7 @@ def noised_samples(warmup: "Warmup", generator: torch.Generator) -> Iterator[int
     """
     pool, teacher, config = warmup.pool, warmup.teacher, warmup.config
     images, schedule = min(config.images, len(pool)), teacher.schedule
-    starts = torch.arange(images + 1) * len(pool) // images
+    starts = torch.arange(images + 1, device="cpu") * len(pool) // images
     first = int(torch.searchsorted(starts, pool.filled))
     copies = starts.diff()[first : first + config.batch_size].to(warmup.device)
     noise, label = warmup.randn(len(copies), generator), teacher.draw_labels(len(copies), generator)
@@ -43,9 +43,9 @@ def noised_samples(warmup: "Warmup", generator: torch.Generator) -> Iterator[int
         x_0 = state  # the last one is the sample
         yield len(copies)
     owner = torch.arange(len(copies), device=warmup.device).repeat_interleave(copies)
-    quantiles = torch.rand(len(owner), generator=generator, device=generator.device)
+    quantiles = torch.rand(len(owner), generator=generator, dtype=torch.float32, device=generator.device)
     t = schedule.timesteps_at(quantiles, config.t_cap)
-    x = torch.empty((len(owner), *x_0.shape[1:]), dtype=pool.x.dtype)
+    x = torch.empty((len(owner), *x_0.shape[1:]), dtype=pool.x.dtype, device="cpu")
     for part in torch.arange(len(owner), device=warmup.device).split(NOISED):
         noise = warmup.randn(len(part), generator)
         x[part.cpu()] = q_sample(schedule, x_0[owner[part]], t[part], noise).to("cpu", x.dtype)

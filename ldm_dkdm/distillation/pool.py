@@ -59,9 +59,9 @@ class NoisyPool:
         if slots < 1:
             raise UserError(f"rho: a pool of {slots} slots; rho * T must round to at least 1")
         self.x = _allocate((slots, *shape), dtype, storage, device)
-        self.t = torch.zeros(slots, dtype=torch.int32)
+        self.t = torch.zeros(slots, dtype=torch.int32, device="cpu")
         self.label = torch.zeros(slots, dtype=torch.int32, device=device) if labeled else None
-        self.updated = torch.zeros(slots, dtype=torch.int32)
+        self.updated = torch.zeros(slots, dtype=torch.int32, device="cpu")
         self.filled, self.mapped = 0, storage is not None
         self.facts: dict[str, Any] = {}
         self.beside: dict[str, Tensor] = {}
@@ -77,7 +77,7 @@ class NoisyPool:
 
     def fill(self, batch: NoisyBatch) -> None:
         """Append prepared states (n,C,H,W) at timesteps (n,), as many as there is room for."""
-        room = torch.arange(self.filled, min(self.filled + len(batch.x), len(self)))
+        room = torch.arange(self.filled, min(self.filled + len(batch.x), len(self)), device="cpu")
         count = len(room)
         label = None if batch.label is None else batch.label[:count]
         self.put_back(room, NoisyBatch(batch.x[:count], batch.t[:count], label))

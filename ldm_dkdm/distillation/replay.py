@@ -53,7 +53,7 @@ class ReplayStream(DistillStream):
         older = self.kept or {name: tensor[:0] for name, tensor in fresh.items()}
         self.kept = {name: torch.cat([older[name][-room:], tensor]) for name, tensor in fresh.items()}
         self.hand = self._dealt(called)
-        self.pool.beside = {**self.kept, CALLED: torch.tensor(called)}
+        self.pool.beside = {**self.kept, CALLED: torch.tensor(called, device="cpu")}
 
     def _dealt(self, called: int) -> list[Tensor]:
         """The batches after the teacher call of a step: each kept prediction once, in random order."""
@@ -71,7 +71,7 @@ class ReplayStream(DistillStream):
     def _restore(self, saved: Mapping[str, Tensor]) -> None:
         """Go on in the middle of what was dealt."""
         kept = {name: tensor.to(self.device) for name, tensor in saved.items() if name != CALLED}
-        called = int(saved[CALLED]) if saved.get(CALLED, torch.zeros(0)).numel() == 1 else -1
+        called = int(saved[CALLED]) if saved.get(CALLED, torch.zeros(0, device="cpu")).numel() == 1 else -1
         self._require_fit(kept, called)
         self.kept = kept
         self.hand = self._dealt(called)[self.step - called :]

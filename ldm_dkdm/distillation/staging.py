@@ -74,7 +74,7 @@ class CudaLane:
 
     def upload(self, tensor: Tensor, indices: Tensor) -> Tensor:
         """Begin to copy rows."""
-        pinned = torch.empty((len(indices), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
+        pinned = torch.empty((len(indices), *tensor.shape[1:]), dtype=tensor.dtype, device="cpu", pin_memory=True)
         torch.index_select(tensor, 0, indices, out=pinned)
         with torch.cuda.stream(self.stream):
             copied = pinned.to(self.device, non_blocking=True)
@@ -87,7 +87,7 @@ class CudaLane:
 
     def download(self, tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """Begin to copy a tensor, once the work queued so far has made it."""
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             pinned.copy_(tensor, non_blocking=True)
@@ -181,6 +181,6 @@ def _shared(indices: Tensor, others: Tensor, device: torch.device) -> tuple[Tens
     """Positions of the slots that are in both sets of distinct indices, in each of them, on the device."""
     where = {slot: position for position, slot in enumerate(others.tolist())}
     pairs = [(here, where[slot]) for here, slot in enumerate(indices.tolist()) if slot in where]
-    positions = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T.contiguous()
+    positions = torch.tensor(pairs, dtype=torch.long, device="cpu").view(-1, 2).T.contiguous()
     here, there = to_device(positions, device)
     return here, there

@@ -22,7 +22,7 @@ from ldm_dkdm.rng import numpy_generator, torch_generator
 
 def draw_all(pool: NoisyPool, batch_size: int, rng: np.random.Generator) -> Tensor:
     """Every slot, every time: the batch stays together (iterative and shuffled iterative distillation)."""
-    return torch.arange(len(pool))
+    return torch.arange(len(pool), device="cpu")
 
 
 @dataclass(frozen=True)
@@ -169,4 +169,4 @@ class DistillStream(BatchStream):
         return DistillBatch(batch.x + self.config.input_perturbation * noise, batch.t, batch.target, batch.label)
 
     def _randn(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.randn(like.shape, generator=generator, device=like.device)
+        return torch.randn(like.shape, generator=generator, dtype=torch.float32, device=like.device)

@@ -125,7 +125,8 @@ class Warmup:
 
     def randn(self, count: int, generator: torch.Generator) -> Tensor:
         """Gaussian noise (count,C,H,W), where the teacher computes."""
-        return torch.randn((count, *self.pool.x.shape[1:]), generator=generator, device=generator.device)
+        shape, device = (count, *self.pool.x.shape[1:]), generator.device
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)

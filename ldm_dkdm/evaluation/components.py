@@ -140,7 +140,7 @@ def _some(source: ImageSource, batch_size: int, progress: bool | Progress) -> Te
     """Images uint8 (N,H,W,C) that components are computed from."""
     numbers = spread(source.count)
     if isinstance(source, ModelImages):
-        numbers = torch.arange(len(numbers))
+        numbers = torch.arange(len(numbers), device="cpu")
     found: Tensor | None = None
     done = 0
     with following(progress, f"components of {source.name}", "image", len(numbers)) as show:

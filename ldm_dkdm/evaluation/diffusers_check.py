@@ -24,9 +24,11 @@ def largest_difference(folder: Path, model: DiffusionModel) -> float | None:
         from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
     except ImportError:
         return None
-    noise = torch.randn((2, *model.shape), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(
+        (2, *model.shape), generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    )
     classes, model = model.classes, model.changed(guidance=1.0, precision="32")
-    label = None if classes is None else torch.tensor([classes[0], classes[-1]])
+    label = None if classes is None else torch.tensor([classes[0], classes[-1]], device="cpu")
     steps = min(STEPS, model.schedule.num_timesteps)
     # the library's DDIM agrees with its own timesteps for this spacing only
     model = model.changed(diffusion=replace(model.diffusion, timestep_spacing="leading"))

@@ -97,5 +97,5 @@ class DinoV2:
     def __call__(self, images: Tensor) -> Features:
         """Images uint8 (B,3,H,W) -> features."""
         x = F.interpolate(images.float(), (SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True)
-        mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
+        mean, std = (torch.tensor(values, dtype=torch.float32, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
         return Features(self.network((x / 255 - mean) / std))

@@ -50,7 +50,7 @@ def pixel_frechet_distance(reference: Tensor, images: Tensor, components: int = 
 def spread(count: int) -> Tensor:
     """Numbers of at most IMAGES of `count` images, at even distances, from the first on."""
     most = min(count, IMAGES)
-    return torch.arange(most) * count // most
+    return torch.arange(most, device="cpu") * count // most
 
 
 class PixelBasis:
@@ -79,7 +79,7 @@ class PixelBasis:
             for part in x.split(ROWS):
                 moments.add(_pixels(part).numpy())
             return cls(mean, _leading(torch.from_numpy(moments.scatter), most)[1])
-        products = torch.zeros(count, count, dtype=torch.float64)
+        products = torch.zeros(count, count, dtype=torch.float64, device="cpu")
         for block in blocks:
             centred = _pixels(block)
             centred -= centred.mean(0)

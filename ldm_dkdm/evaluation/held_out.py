@@ -35,13 +35,13 @@ def held_out_chains(
     the number of the teacher's calls after each.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    x = torch.randn((chains, *teacher.shape), generator=generator, device=device)
+    x = torch.randn((chains, *teacher.shape), generator=generator, dtype=torch.float32, device=device)
     label = teacher.draw_labels(chains, generator)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     every = max(1, min(every, teacher.schedule.num_timesteps // 4))
     for step in reversed(range(teacher.schedule.num_timesteps)):
         t = torch.full((chains,), step, device=device)
-        noise = torch.randn(x.shape, generator=generator, device=device)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=device)
         prediction, x_next = teacher.step(NoisyBatch(x, t, label), noise)
         if step % every == every // 2:
             kept.append((x, t, prediction.eps))

@@ -13,6 +13,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.weights import INSTALL, VGG16, cache_folder
 from ldm_dkdm.files import expanded
 from ldm_dkdm.reporting import in_home, logger
+from ldm_dkdm.rng import forked_rng
 
 LPIPS_FACTS: dict[str, str | None] = {"features": "vgg16 of LPIPS", "weights_sha256": VGG16.sha256, "resize": "none"}
 
@@ -72,7 +73,8 @@ def find_lpips(file: str | Path | None = None) -> Lpips:
     if (found := sha256(path)) != VGG16.sha256:
         raise UserError(f"lpips: {path} is damaged or another file: its SHA-256 is {found}, not {VGG16.sha256}")
     try:
-        return Lpips(lpips_loss(str(path)))
+        with forked_rng(0):  # its random weights are replaced
+            return Lpips(lpips_loss(str(path)))
     except ImportError as error:
         return Lpips(missing=f"no LPIPS: it needs the package {error.name}; {INSTALL}")
 

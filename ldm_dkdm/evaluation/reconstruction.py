@@ -66,7 +66,7 @@ def reconstruction(
         UserError: images whose channels or size the first stage does not take.
     """
     sums: dict[str, float] = {}
-    codes = torch.zeros(codec.autoencoder.codes or 0, dtype=torch.float64)
+    codes = torch.zeros(codec.autoencoder.codes or 0, dtype=torch.float64, device="cpu")
     done = 0
     with following(progress, "reconstructing", "image", images.count) as show:
         for batch in images.batches(0, batch_size):
@@ -112,7 +112,7 @@ def encoded(codec: LatentCodec, images: Tensor) -> Tensor:
 def _codes(codec: LatentCodec, latents: Tensor) -> Tensor:
     """How often each code is the nearest of latents (B,c,h,w)."""
     if not isinstance(codec.autoencoder, VQModel):
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
     indices = codec.autoencoder.quantise(latents / codec.scale_factor)[2]
     return torch.bincount(indices.flatten().cpu(), minlength=codec.autoencoder.codes).double()
 

@@ -70,7 +70,7 @@ class CheckFigures:
     linear: float
     log_errors: Tensor
     biases: Tensor
-    samples: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    samples: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"), repr=False)
 
     @property
     def bias(self) -> float:
@@ -103,7 +103,7 @@ def measure(teacher: DiffusionModel, images: int = IMAGES) -> CheckFigures:
     """Sample, noise, predict: 20 calls of `images` states, always from the same noise, on the model's device."""
     device = teacher.device
     generator = torch_generator(0, 0, 0, "warmup", device)
-    noise = torch.randn((images, *teacher.shape), generator=generator, device=device)
+    noise = torch.randn((images, *teacher.shape), generator=generator, dtype=torch.float32, device=device)
     label = teacher.draw_labels(images, generator)
     schedule, final = teacher.schedule, teacher.schedule.num_timesteps - 1
     at_T = teacher.predict(noise, torch.full((images,), final, device=device), label).eps
@@ -111,7 +111,7 @@ def measure(teacher: DiffusionModel, images: int = IMAGES) -> CheckFigures:
     rows, linear = [], math.nan
     for quantile in QUANTILES:
         t = torch.full((images,), round(quantile * final), device=device)
-        eps = torch.randn(x_0.shape, generator=generator, device=device)
+        eps = torch.randn(x_0.shape, generator=generator, dtype=torch.float32, device=device)
         prediction = teacher.predict(q_sample(schedule, x_0, t, eps), t, label)
         error = (prediction.eps - eps).square().mean().item()
         x0_error = ((prediction.x_0 - x_0).square().mean() / x_0.var()).item()
@@ -130,7 +130,7 @@ def _of_images(
     for abar in dict.fromkeys((*LEVELS, *NOISY)):
         step = int((teacher.schedule.alphas_cumprod - abar).abs().argmin())
         t = torch.full((len(x_0),), step, device=x_0.device)
-        eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+        eps = torch.randn(x_0.shape, generator=generator, dtype=torch.float32, device=x_0.device)
         found = teacher.predict(q_sample(teacher.schedule, x_0, t, eps), t, label).eps
         if abar in LEVELS:
             errors.append((found - eps).square().flatten(1).mean(1).log())

@@ -147,7 +147,7 @@ class FirstStageModule(L.LightningModule):
         if len(dead):
             chosen = torch.multinomial(squared_error + 1e-12, len(dead), replacement=True)
             self.vq.quantize.embedding.weight[dead] = vectors[chosen]
-        self.figures["dead_codes"] = torch.tensor(float(len(dead)))
+        self.figures["dead_codes"] = torch.tensor(float(len(dead)), device="cpu")
         self.code_uses.zero_()
 
 

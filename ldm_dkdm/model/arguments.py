@@ -70,7 +70,7 @@ def facts_of(info: object) -> dict[str, Any]:
 def network_of(network: object, like: object = None) -> nn.Module:
     """A network without what wraps it: torch.compile, DataParallel, DistributedDataParallel, also in each other.
 
-    What is not a network with weights of known shapes is refused, TorchScript too, and a `like` of another kind than a model.
+    What is not a network with weights of known shapes is refused, and TorchScript, and a `like` that is not a model.
 
     Raises:
         UserError: names the argument.

@@ -170,4 +170,5 @@ def open_codec(model: "DiffusionModel") -> LatentCodec:
 @cache
 def table_of(labels: tuple[int, ...], device: torch.device) -> Tensor:
     """Labels as a tensor on a device, copied there once."""
-    return torch.tensor(labels, device=device)
+    with torch.inference_mode(False):  # a training needs it too
+        return torch.tensor(labels, device=device)

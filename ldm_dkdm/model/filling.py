@@ -84,7 +84,7 @@ def fitting(few: int, more: int, free: int) -> int:
 
 def _predict(model: "DiffusionModel", count: int) -> None:
     """One prediction of `count` images."""
-    x = torch.zeros(count, *model.shape, device=model.device)
+    x = torch.zeros(count, *model.shape, dtype=torch.float32, device=model.device)
     t = torch.zeros(count, dtype=torch.long, device=model.device)
     label = None if model.classes is None else torch.full_like(t, model.classes[0])
     model.predict(x, t, label)
@@ -93,4 +93,4 @@ def _predict(model: "DiffusionModel", count: int) -> None:
 def _decode(model: "DiffusionModel", count: int) -> None:
     """One decoding of `count` images."""
     codec = model.codec().to(model.device, resolve_precision(model.precision, model.device))
-    codec.decode(torch.zeros(count, *model.shape, device=model.device))
+    codec.decode(torch.zeros(count, *model.shape, dtype=torch.float32, device=model.device))

@@ -122,6 +122,6 @@ def labels_of(model: "DiffusionModel", config: SamplingConfig, first: int, count
     if classes is None:
         return None
     if config.labels:
-        return torch.tensor([config.labels[i % len(config.labels)] for i in numbers])
+        return torch.tensor([config.labels[i % len(config.labels)] for i in numbers], device="cpu")
     draws = [numpy_generator(config.seed + i, 0, 0, "label").integers(len(classes)) for i in numbers]
-    return torch.tensor([classes[draw] for draw in draws])
+    return torch.tensor([classes[draw] for draw in draws], device="cpu")

@@ -158,7 +158,7 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, label: Tensor) -> Tensor:
         if self.training and self.null_label is not None:
-            dropped = torch.rand(label.shape, device=label.device) < self.dropout
+            dropped = torch.rand(label.shape, dtype=torch.float32, device=label.device) < self.dropout
             label = torch.where(dropped, self.null_label, label)
         return self.embedding_table(label)
 

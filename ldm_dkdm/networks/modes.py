@@ -44,8 +44,11 @@ def in_eval_mode(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_meanwhile(network: nn.Module) -> Iterator[None]:
-    """Let a block freeze a network's weights; afterwards those that could be trained can be again."""
-    trainable = [weight for weight in network.parameters() if weight.requires_grad]
+    """Let a block freeze a network's weights; afterwards those that could be trained can be again.
+
+    Those that torch.inference_mode() made stay frozen: they cannot be trained.
+    """
+    trainable = [weight for weight in network.parameters() if weight.requires_grad and not weight.is_inference()]
     try:
         yield
     finally:

@@ -125,13 +125,13 @@ class _Axis:
 
     def index_into(self, teacher: "_Axis") -> Tensor | None:
         """The teacher's position (n,) for each own position; None if the teacher lacks one."""
-        index = torch.empty(sum(part.numel() for part in self.parts), dtype=torch.long)
+        index = torch.empty(sum(part.numel() for part in self.parts), dtype=torch.long, device="cpu")
         for own, theirs in zip(self.parts, teacher.parts, strict=True):
             if own.ndim != theirs.ndim or any(n > m for n, m in zip(own.shape, theirs.shape)):
                 return None
             taken = theirs
             for dim, (n, m) in enumerate(zip(own.shape, theirs.shape)):
-                places = torch.arange(n) * (m / n if self.spread and n else 1)
+                places = torch.arange(n, dtype=torch.float32, device="cpu") * (m / n if self.spread and n else 1)
                 taken = taken.index_select(dim, places.round().long())
             index[own] = taken
         return index
@@ -145,7 +145,7 @@ class _Slot:
     axes: Mapping[int, _Axis] = field(default_factory=dict)
 
     def axis(self, dim: int) -> _Axis:
-        return self.axes.get(dim) or _Axis((torch.arange(self.value.shape[dim]),))
+        return self.axes.get(dim) or _Axis((torch.arange(self.value.shape[dim], device="cpu"),))
 
 
 def _inherit(own: _Slot, theirs: _Slot | None) -> str:
@@ -215,8 +215,8 @@ def _resamples(layer: nn.Module) -> bool:
 def _axes(layer: nn.Module, skip: int) -> dict[str, dict[int, _Axis]]:
     """The axes of a layer's parameters whose channels are of several kinds, by name and dimension."""
     if isinstance(layer, ResBlock):
-        channels, rows = layer.channels, torch.arange(layer.out_channels * (1 + layer.scale_shift))
-        joined = _Axis(torch.arange(channels).split([channels - skip, skip]))
+        channels, rows = layer.channels, torch.arange(layer.out_channels * (1 + layer.scale_shift), device="cpu")
+        joined = _Axis(torch.arange(channels, device="cpu").split([channels - skip, skip]))
         film = _Axis((rows.view(2, -1) if layer.scale_shift else rows,))
         return {
             "in_layers.0.weight": {0: joined},
@@ -228,11 +228,15 @@ def _axes(layer: nn.Module, skip: int) -> dict[str, dict[int, _Axis]]:
         }
     if isinstance(layer, AttentionBlock):
         heads, channels = layer.heads, layer.proj_out.in_channels
-        rows = torch.arange(3 * channels)
+        rows = torch.arange(3 * channels, device="cpu")
         rows = rows.view(3, heads, -1).transpose(0, 1) if layer.new_order else rows.view(heads, 3, -1)
-        qkv, joined = _Axis((rows,)), _Axis((torch.arange(channels).view(heads, -1),))
+        qkv, joined = _Axis((rows,)), _Axis((torch.arange(channels, device="cpu").view(heads, -1),))
         return {"qkv.weight": {0: qkv}, "qkv.bias": {0: qkv}, "proj_out.weight": {1: joined}}
     if isinstance(layer, nn.Sequential) and isinstance(layer[0], nn.Linear):
         width = layer[0].in_features
-        return {"0.weight": {1: _Axis(torch.arange(width).split([width // 2, width // 2, width % 2]), spread=True)}}
+        return {
+            "0.weight": {
+                1: _Axis(torch.arange(width, device="cpu").split([width // 2, width // 2, width % 2]), spread=True)
+            }
+        }
     return {}

@@ -51,6 +51,7 @@ class _ImageStream(IterableDataset[Tensor]):
         return _endless_batches(*self.arguments)
 
 
+@torch.inference_mode(False)
 def train_first_stage(
     config: FirstStageRun,
     out: str | Path,

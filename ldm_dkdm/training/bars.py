@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
@@ -40,8 +39,9 @@ class Glance:
     def at(self, figures: Mapping[str, Tensor | float]) -> dict[str, float]:
         """The newest figures that are on the host."""
         arrived = self._coming
-        self._coming = {name: torch.as_tensor(value).to("cpu", non_blocking=True) for name, value in figures.items()}
-        waits = any(torch.as_tensor(value).device.type != "cpu" for value in figures.values())
+        tensors = {name: value for name, value in figures.items() if isinstance(value, Tensor)}
+        self._coming = {**figures, **{name: value.to("cpu", non_blocking=True) for name, value in tensors.items()}}
+        waits = any(value.device.type != "cpu" for value in tensors.values())
         return {name: float(value) for name, value in (arrived if waits else self._coming).items()}
 
 

@@ -54,6 +54,7 @@ STAGE = "first_stage_sha256"  # fact in a model's card
 COUNTS = {"path": "real_images", "synthetic": "synthetic_images"}  # key of a set -> fact in a model's card
 
 
+@torch.inference_mode(False)
 def train(
     model: DiffusionModel,
     data: str | Path | Mapping[str, Any] | DiffusionDataConfig,
@@ -137,7 +138,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     by_key = open_sets(config.data, run.trainer.seed, codec.channels)
     require_fitting_labels(model, config.data, by_key)
     sets = list(by_key.values())
-    found = tuple(codec.encode(sets[0].take(torch.zeros(1, dtype=torch.long))).shape[1:])
+    found = tuple(codec.encode(sets[0].take(torch.zeros(1, dtype=torch.long, device="cpu"))).shape[1:])
     if found != model.shape:
         raise UserError(f"model.params: states of {model.shape}, but the images make {found}")
     stage = _first_stage_facts(codec, model, run)
@@ -173,7 +174,7 @@ def _train_in(run: Run, model: DiffusionModel) -> Result:
     with run.open(), compiled([trained.network], compiles(run.trainer.compile, run.device)):
         if is_first_rank():
             count = min(config.logging.sample_count, len(sets[0]))
-            shown = sets[0].take(torch.arange(count))
+            shown = sets[0].take(torch.arange(count, device="cpu"))
             with decoration(str(samples / "data.png")):
                 save_image(grid(shown), samples / "data.png")
         grids = SampleGrid(samples, config.logging, run.trainer.seed)

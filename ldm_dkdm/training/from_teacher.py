@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from ldm_dkdm.config.schema import (
     DistillRun,
@@ -44,6 +45,7 @@ from ldm_dkdm.training.saving import RunCheckpoint, tidy
 BEFORE = "before the training"
 
 
+@torch.inference_mode(False)
 def distill(
     teacher: DiffusionModel,
     student: DiffusionModel,

@@ -27,7 +27,7 @@ def mean_of_hosts(trainer: L.Trainer, values: Sequence[float]) -> list[float]:
     """Means of numbers over all ranks, the same on each; all ranks must ask, for equally many."""
     if trainer.world_size == 1 or not values:
         return list(values)
-    numbers = torch.tensor(values, dtype=torch.float64)
+    numbers = torch.tensor(values, dtype=torch.float64, device="cpu")
     distributed.all_reduce(numbers, group=_group(trainer))
     return (numbers / trainer.world_size).tolist()
 

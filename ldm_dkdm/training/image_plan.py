@@ -140,8 +140,8 @@ def _time(parts: ImageTraining, batch: int, iterations: int) -> Times:
     """Times of iterations on random states."""
     model, config = parts.model, parts.config
     device = default_device(config.trainer.accelerator)
-    labels = None if model.num_classes is None else torch.zeros(batch, dtype=torch.long)
-    states = CachedStates(torch.randn(batch, *model.shape), labels)
+    labels = None if model.num_classes is None else torch.zeros(batch, dtype=torch.long, device="cpu")
+    states = CachedStates(torch.randn(batch, *model.shape, dtype=torch.float32, device="cpu"), labels)
     stream = DataStream(states, model.schedule, batch, iterations, device=device, t_cap=config.data.t_cap)
     return time_iterations(model, config.loss, stream.next_batch, device, iterations)
 
@@ -149,7 +149,7 @@ def _time(parts: ImageTraining, batch: int, iterations: int) -> Times:
 def _encoding_seconds(model: DiffusionModel) -> float:
     """Seconds in which the first stage encodes one image."""
     codec, side = model.codec(), model.shape[-1] * model.codec().downsampling
-    images = torch.zeros(ENCODED, side, side, codec.channels, dtype=torch.uint8)
+    images = torch.zeros(ENCODED, side, side, codec.channels, dtype=torch.uint8, device="cpu")
     codec.encode(images[:1])
     started = time.perf_counter()
     codec.encode(images).cpu()  # the copy waits for the device

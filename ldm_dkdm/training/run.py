@@ -205,7 +205,7 @@ class Run:
         Raises:
             UserError: another process trains in the folder.
         """
-        with undisturbed(), alone_in(self.folder), self.stop:
+        with undisturbed(self.device), alone_in(self.folder), self.stop:
             if is_first_rank():
                 tidy(self.folder)
                 if self.device.type == "cpu":

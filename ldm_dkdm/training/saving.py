@@ -164,8 +164,9 @@ def sweep(folder: Path) -> None:
 
 def refuse_divergence(trainer: L.Trainer, weights: Iterable[Tensor] = ()) -> None:
     """End a run whose loss is infinite or NaN, or whose weights' norms overflow."""
+    loss = figures_of(trainer.lightning_module)["loss"]
     figures = [
-        torch.as_tensor(figures_of(trainer.lightning_module)["loss"]),
+        torch.as_tensor(loss, device=getattr(loss, "device", "cpu")),
         *(local(weight.detach()).norm() for weight in weights),
     ]
     bad = not all(map(torch.isfinite, figures))

@@ -5,7 +5,7 @@ import os
 import random
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -26,13 +26,17 @@ IRRELEVANT = (
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Let a run change what it needs inside the block, and undo it afterwards; hide irrelevant warnings."""
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Let a run change what it needs inside the block, and undo it afterwards; hide irrelevant warnings.
+
+    Where torch's default device is another than the CPU, it is the run's meanwhile: Lightning makes tensors there.
+    """
+    default = nullcontext() if torch.get_default_device().type == "cpu" else device
     lightning = logging.getLogger("lightning.pytorch")
     level, environment = lightning.level, dict(os.environ)
     python, numpy = random.getstate(), np.random.get_state()
     flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with default, warnings.catch_warnings(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         for message in IRRELEVANT:
             warnings.filterwarnings("ignore", message=message)
         lightning.setLevel(logging.ERROR)
