@@ -151,14 +151,28 @@ def test_contradictory_arguments_are_refused(
         dkdm.distill(teacher, own_student(teacher), tmp_path / "run", **more)
 
     for key, argument in (("max_steps", "steps"), ("name", "out"), ("dir", "out")):
-        with pytest.raises(dkdm.UserError, match=f"{key}: given by the argument {argument}; leave it out"):
-            distil(**SHORT, **{key: 3})
+        value = "3" if argument == "steps" else "FOLDER"
+        for given in (key, f"trainer.{key}" if argument == "steps" else f"logging.{key}"):
+            with pytest.raises(
+                dkdm.UserError, match=f"{given}: is the argument {argument} here; write {argument}={value}"
+            ):
+                distil(**SHORT, **{given: 3})
+    with pytest.raises(dkdm.UserError, match=r"distill\.rho: is the argument rho here; write rho=3"):
+        distil(**SHORT, **{"distill.rho": 3})
+    for steps in (0, 2.5, "many"):
+        with pytest.raises(dkdm.UserError, match=f"^steps: .* got '?{steps}"):
+            distil(**SHORT | {"steps": steps})
+        with pytest.raises(dkdm.UserError, match=f"^steps: .* got '?{steps}"):
+            dkdm.train(new_pixel_model(), digits, tmp_path / "run", **TRAINING | {"steps": steps})
+    for empty in ("", " "):
+        with pytest.raises(dkdm.UserError, match="out: is empty; give a path"):
+            dkdm.distill(teacher, own_student(teacher), empty, **SHORT)
     config = dkdm.load_config(write_yaml(tmp_path / "c.yaml", distill_config(teacher_folder, tmp_path)))
     for key in ("steps", "rho", "seed"):
         with pytest.raises(dkdm.UserError, match=f"{key}: given by config already"):
             distil(config=config, **{key: 1})
     model = new_pixel_model()
-    with pytest.raises(dkdm.UserError, match="path: given by the argument data"):
+    with pytest.raises(dkdm.UserError, match="path: is the argument data here; write data=FOLDER"):
         dkdm.train(model, digits, tmp_path / "run", path="elsewhere", **TRAINING)
     with pytest.raises(dkdm.UserError, match=r"data\.batch_size: 4, but 8 is given by the argument batch_size"):
         dkdm.train(model, {"path": str(digits), "batch_size": 4}, tmp_path / "run", **TRAINING)

@@ -225,10 +225,8 @@ def write(model: SavedModel, path: Path) -> None:
     state = {f"{UNET}{name}": value for name, value in weights.items()}
     state |= {ema_name(name): value for name, value in weights.items()}
     steps = torch.tensor(int(model.info.get("step", 0)), dtype=torch.int, device="cpu")
-    state |= {
-        "model_ema.decay": torch.tensor(0.9999, dtype=torch.float32, device="cpu"),
-        "model_ema.num_updates": steps,
-    }
+    decay = torch.tensor(0.9999, dtype=torch.float32, device="cpu")
+    state |= {"model_ema.decay": decay, "model_ema.num_updates": steps}
     state |= schedule_buffers(model.schedule)
     state |= {f"{PREFIX}{name}": value for name, value in detached(codec.autoencoder.state_dict()).items()}
     if codec.scale_factor != 1:

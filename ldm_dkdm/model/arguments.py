@@ -37,11 +37,13 @@ def require_model(value: object, name: str) -> None:
 
 
 def require_path(value: object, name: str) -> None:
-    """Refuse what is not a path.
+    """Refuse what is not a path, or is empty: pathlib takes that for the working folder.
 
     Raises:
         UserError: names the argument.
     """
+    if isinstance(value, str) and not value.strip():
+        raise UserError(f"{name}: is empty; give a path ('.' is the working folder)")
     if not isinstance(value, (str, PathLike)):
         raise UserError(f"{name}: expected a path, got {kind_of(value)}")
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import signal
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,8 @@ from ldm_dkdm.training.run import Run
 from ldm_dkdm.training.run_folder import IN_MEMORY, RunFolder
 
 WORDS = {"steps": "max_steps"}  # argument -> config key, where the names differ
+GIVEN = {"out": "FOLDER", "data": "FOLDER"}  # what stands for the value of such an argument in a message
+SECTIONS = ("distill", "data", "trainer", "logging")  # of a config, whose keys are arguments
 NAMED = {"max_steps": "steps", "dir": "out", "name": "out", "path": "data"}  # config key -> argument that gives it
 
 
@@ -62,14 +65,16 @@ def distillation_of(
     _refuse_named(numbers)
     method, trainer, logging = _spread(numbers, (DistillConfig, TrainerConfig, LoggingConfig), out)
     warming = convert(WarmupConfig, {"mode": warmup} if isinstance(warmup, str) else warmup, "warmup")
+    with _in_arguments():
+        sections = TrainerConfig(**trainer), LoggingConfig(**logging)
     run = DistillRun(
         teacher=_teacher_section(teacher, check, out),
         student=StudentConfig(**vars(student.node)),
         distill=DistillConfig(warmup=warming, loss=_loss(loss), **method),
-        trainer=TrainerConfig(**trainer),
+        trainer=sections[0],
         first_stage=teacher.hints.first_stage if teacher.space.encoded else FirstStageConfig(),
         diffusion=DiffusionConfig(**teacher.hints.diffusion) if teacher.hints.diffusion else None,
-        logging=LoggingConfig(**logging),
+        logging=sections[1],
     )
     if not (out / "config.yaml").is_file():
         refuse_idle([{"distill": {**method, "warmup": vars(warming)}}], run, "distill.")
@@ -137,7 +142,8 @@ def training_of(
             raise UserError(f"data.{key}: {both}; leave one of them out")
     given = {"image_size": _image_size(model), **numbers, **named}
     images, trainer, logging = _spread(given, (DiffusionDataConfig, TrainerConfig, LoggingConfig), out)
-    section = DiffusionDataConfig(**images)
+    with _in_arguments():
+        section, training, log = DiffusionDataConfig(**images), TrainerConfig(**trainer), LoggingConfig(**logging)
     if "mix" in given:
         section.require_mixture()
     if not (out / "config.yaml").is_file():
@@ -150,10 +156,10 @@ def training_of(
         model=NewNetworkConfig(**vars(model.node)),
         diffusion=model.diffusion,
         data=section,
-        trainer=TrainerConfig(**trainer),
+        trainer=training,
         first_stage=stage,
         loss=_loss(loss),
-        logging=LoggingConfig(**logging),
+        logging=log,
     )
 
 
@@ -200,10 +206,24 @@ def refuse_beside(config: Any, numbers: Mapping[str, Any]) -> None:
 
 
 def _refuse_named(numbers: Mapping[str, Any]) -> None:
-    """Refuse config keys that an argument of another name gives."""
-    for key in numbers:
-        if key in NAMED:
-            raise UserError(f"{key}: given by the argument {NAMED[key]}; leave it out")
+    """Refuse config keys that an argument of another name gives, also with their section."""
+    for key, value in numbers.items():
+        section, _, bare = key.rpartition(".")
+        if bare in NAMED and section in ("", *SECTIONS):
+            word = NAMED[bare]
+            raise UserError(f"{key}: is the argument {word} here; write {word}={GIVEN.get(word, repr(value))}")
+
+
+@contextmanager
+def _in_arguments() -> Iterator[None]:
+    """Name the argument in a message that begins with the config key which it gives."""
+    try:
+        yield
+    except UserError as error:
+        key, colon, rest = str(error).partition(":")
+        if key not in NAMED:
+            raise
+        raise UserError(f"{NAMED[key]}{colon}{rest}") from error
 
 
 def _image_size(model: DiffusionModel) -> int:
@@ -223,6 +243,9 @@ def _spread(numbers: Mapping[str, Any], sections: tuple[type, ...], out: Path) -
     spread[-1] = {"dir": str(out.parent), "name": out.name}
     given = {WORDS.get(key, key): value for key, value in numbers.items() if value is not None}
     for key, value in given.items():
+        named, _, bare = key.rpartition(".")
+        if named in SECTIONS and bare in owners:
+            raise UserError(f"{key}: is the argument {bare} here; write {bare}={value!r}")
         if key not in owners:
             raise UserError(f"{key}: unknown argument{nearest(key, dict.fromkeys(NAMED.get(k, k) for k in owners))}")
         spread[owners[key]][key] = value
