@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 from zipfile import BadZipFile
 
 T = TypeVar("T")
@@ -30,6 +30,20 @@ class UserError(ValueError):
 
     def __init__(self, message: object) -> None:
         super().__init__(legible(str(message)))
+
+
+class OtherRun(UserError):
+    """A config of another kind of run than is asked for, for a caller from Python.
+
+    Attributes:
+        of_command, of_script: the message for the command line, of `dkdm` or of a script.
+    """
+
+    def __init__(self, files: str, found: Any, expected: Any) -> None:
+        kind = found.__name__
+        super().__init__(f"{files}: is a {kind}, not a {expected.__name__}; load_config(FILE, schema={kind}) reads it")
+        self.of_command = f"{files}: made for dkdm {found.COMMAND}, not for dkdm {expected.COMMAND}"
+        self.of_script = f"{files}: made for scripts/{found.SCRIPT}, not for {expected.SCRIPT}"
 
 
 def legible(text: str, most: int = LONGEST) -> str:

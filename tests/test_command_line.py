@@ -49,7 +49,7 @@ REFUSED = {
     "quickstrt: no such config file or recipe; did you mean 'quickstart'?": ["distill", "--base", "quickstrt"],
     "--keys: 'trainr' is not a section; did you mean 'trainer'?": ["distill", "--keys", "trainr"],
     "--resume: nowhere is not a run folder": ["train", "--resume", "nowhere"],
-    "made for scripts/dkdm_ldm.py, not for train_first_stage.py": ["train-first-stage", "--base", "quickstart"],
+    "made for dkdm distill, not for dkdm train-first-stage": ["train-first-stage", "--base", "quickstart"],
     "the following arguments are required: -r/--resume": ["sample"],
     "--n_samples: must be at least 1, got 0": ["sample", "-r", "nowhere", "-n", "0"],
     "argument --sampler: invalid choice: 'dance'": ["sample", "-r", "nowhere", "--sampler", "dance"],

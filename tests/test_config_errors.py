@@ -9,6 +9,9 @@ import torch
 
 from ldm_dkdm.commands.arguments import split_base
 from ldm_dkdm.commands.main import parser_of
+from ldm_dkdm.config.load import load_config
+from ldm_dkdm.config.schema import DiffusionRun
+from ldm_dkdm.errors import UserError
 from tests.cli import distil, run_script, write_yaml
 from tests.parts import distill_config
 
@@ -213,6 +216,8 @@ def test_a_config_of_another_script_is_named_as_that(teacher_folder: Path, tmp_p
     for script in ("train_ldm.py", "train_first_stage.py"):
         code = run_script(script, "--base", base)
         assert_one_error_line(capsys, code, (str(base), "made for scripts/dkdm_ldm.py", script))
+    with pytest.raises(UserError, match=r"is a DistillRun, not a DiffusionRun; load_config\(FILE, schema=DistillRun\)"):
+        load_config(base, schema=DiffusionRun)
 
 
 def test_a_model_s_folder_is_no_run_to_resume(teacher_folder: Path, capsys) -> None:

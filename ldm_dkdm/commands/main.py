@@ -12,7 +12,16 @@ from typing import Protocol, cast
 from ldm_dkdm import __version__
 from ldm_dkdm.commands.parser import Parser
 from ldm_dkdm.device import is_first_rank
-from ldm_dkdm.errors import Stopped, UserError, interruptible, is_out_of_memory, legible, memory_asked, nearest
+from ldm_dkdm.errors import (
+    OtherRun,
+    Stopped,
+    UserError,
+    interruptible,
+    is_out_of_memory,
+    legible,
+    memory_asked,
+    nearest,
+)
 
 COMMANDS = {
     "distill": "turn a diffusion model into a smaller one without data (Alg. 1)",
@@ -106,6 +115,7 @@ def _told(error: Exception, smaller: str) -> str:
 
 
 def _dispatch(command: str | None, arguments: list[str]) -> None:
+    by_script = command is not None
     if command is None:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(usage())
@@ -114,8 +124,11 @@ def _dispatch(command: str | None, arguments: list[str]) -> None:
             print(f"ldm_dkdm {__version__}")
             return
         command, arguments = arguments[0], arguments[1:]
-    parser = parser_of(command)
-    _module(command).run(parser.parse_args(arguments))
+    options = parser_of(command).parse_args(arguments)
+    try:
+        _module(command).run(options)
+    except OtherRun as error:
+        raise UserError(error.of_script if by_script else error.of_command) from error
 
 
 def usage() -> str:

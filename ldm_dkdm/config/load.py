@@ -20,7 +20,7 @@ from ldm_dkdm.config.recipes import find_config, find_shipped
 from ldm_dkdm.config.references import bad_reference
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard, NewNetworkConfig
 from ldm_dkdm.config.text import quoted
-from ldm_dkdm.errors import UserError, legible, nearest
+from ldm_dkdm.errors import OtherRun, UserError, legible, nearest
 from ldm_dkdm.files import read_text
 from ldm_dkdm.reporting import logger
 
@@ -108,7 +108,7 @@ def _parts(files: Sequence[Path], overrides: Sequence[str], schema: Any) -> list
 
 
 def _refuse_other_scripts(tree: Mapping[str, Any], schema: Any, files: Sequence[Path]) -> None:
-    """Refuse a config of another script as a whole, before its keys are refused one by one."""
+    """Refuse a config of another kind of run as a whole, before its keys are refused one by one."""
     for file in files:
         if _is_of_other_code(_shared(file)):
             raise UserError(
@@ -117,7 +117,7 @@ def _refuse_other_scripts(tree: Mapping[str, Any], schema: Any, files: Sequence[
             )
     fitting = [run for run in RUNS if fits(tree, run)]
     if schema in RUNS and fitting and schema not in fitting:
-        raise UserError(f"{' '.join(map(str, files))}: made for scripts/{fitting[0].SCRIPT}, not for {schema.SCRIPT}")
+        raise OtherRun(" ".join(map(str, files)), fitting[0], schema)
 
 
 def _is_of_other_code(tree: Mapping[str, Any]) -> bool:
