@@ -92,10 +92,6 @@ def test_a_subclass_is_not_saved_as_the_plain_network(
     assert torch.equal(again.predict(states, 3).eps, model.predict(states, 3).eps)
 
 
-def _hooked(network: UNet) -> None:
-    network.out[1].register_forward_hook(lambda module, given, output: 2 * output)
-
-
 def _replaced(network: UNet) -> None:
     network.out[1] = nn.ReLU()
 
@@ -112,14 +108,18 @@ def _parametrized(network: UNet) -> None:
     torch.nn.utils.parametrizations.spectral_norm(network.out[2])
 
 
+def _normed(network: UNet) -> None:
+    torch.nn.utils.spectral_norm(network.out[2])
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (_hooked, "its out.1 has a forward hook"),
         (_replaced, "its out.1 is a ReLU instead of a SiLU"),
         (_patched, "its out has another forward"),
         (_another_eps, "its out.0 has eps 0.001 instead of 1e-05"),
         (_parametrized, "its out.2 is a ParametrizedConv2d instead of a Conv2d"),
+        (_normed, "it lacks the tensor out.2.weight"),
     ],
 )
 def test_a_network_that_was_changed_is_not_saved_as_the_plain_one(
@@ -133,6 +133,16 @@ def test_a_network_that_was_changed_is_not_saved_as_the_plain_one(
     with pytest.raises(dkdm.UserError, match=f"network: {fault}"):
         dkdm.distill(teacher, model, tmp_path / "run", **SHORT)
     assert contents(tmp_path) == {}
+
+
+def test_a_hook_is_named_and_hinders_nothing(
+    teacher: dkdm.DiffusionModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = dkdm.DiffusionModel(UNet(**UNET_PARAMS), like=teacher)
+    model.network.out[1].register_forward_hook(lambda module, given, output: None)
+    model.save(tmp_path / "out")
+    assert "network: its out.1 has a forward hook, which no file holds" in caplog.text
+    assert dkdm.load_model(tmp_path / "out").network.arguments == model.network.arguments
 
 
 def test_what_the_package_does_to_networks_is_saved(teacher: dkdm.DiffusionModel, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Refuse a network whose file would be opened as another one: replaced layers, changed constants, forward hooks."""
+"""Refuse a network whose file would be opened as another one: replaced layers, changed constants."""
 
 from collections.abc import Iterator
 
@@ -9,13 +9,16 @@ from ldm_dkdm.config.registry import Unfilled, build, is_own
 from ldm_dkdm.config.schema import NetworkConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks import NETWORKS
+from ldm_dkdm.reporting import logger
 
 FREE = ("training", "use_checkpoint", "inplace", "p")  # attributes that change no output of a trained network
 PLAIN = (bool, int, float, str, tuple)  # types of the constants of layers
 
 
 def require_as_built(network: nn.Module, node: NetworkConfig) -> None:
-    """Refuse a network of this package that is not as its target and params make it.
+    """Refuse a network of this package that is not as its target and params make it; warn of forward hooks.
+
+    Hooks may only watch, as those of profilers do, so that they are no reason to refuse.
 
     Raises:
         UserError: names what differs.
@@ -30,13 +33,18 @@ def require_as_built(network: nn.Module, node: NetworkConfig) -> None:
             f"network: {found}, and a file of a {kind} does not say so; make the change in a class of your own, "
             f"class Mine({kind}), which the formats folder and safetensors name and network=Mine(...) opens"
         )
+    hooked = [name for name, own in network.named_modules() if own._forward_hooks or own._forward_pre_hooks]
+    if hooked:
+        where = f"its {hooked[0]}" if hooked[0] else "it"
+        logger.warning(f"network: {where} has a forward hook, which no file holds")
 
 
 def _differences(network: nn.Module, node: NetworkConfig, kind: str) -> Iterator[str]:
     if type(network) is not NETWORKS[node.target]:
         yield f"it is a {type(network).__name__} instead of a {kind}"
     with torch.device("meta"), Unfilled():
-        built = dict(build(node, NETWORKS).named_modules(remove_duplicate=False))
+        plain = build(node, NETWORKS)
+    built = dict(plain.named_modules(remove_duplicate=False))
     for name, own in network.named_modules(remove_duplicate=False):
         layer = f"its {name}" if name else "it"
         if name not in built:
@@ -44,10 +52,12 @@ def _differences(network: nn.Module, node: NetworkConfig, kind: str) -> Iterator
         usual = built.pop(name)
         if type(own) is not type(usual):
             yield f"{layer} is a {type(own).__name__} instead of a {type(usual).__name__}"
-        if own._forward_hooks or own._forward_pre_hooks or "forward" in vars(own):
-            yield f"{layer} has a forward hook" if "forward" not in vars(own) else f"{layer} has another forward"
+        if "forward" in vars(own):
+            yield f"{layer} has another forward"
         for key, value in vars(usual).items():
             if isinstance(value, PLAIN) and key not in FREE and not key.startswith("_") and vars(own).get(key) != value:
                 yield f"{layer} has {key} {vars(own).get(key)} instead of {value}"
     for name in built:
         yield f"it lacks {name}"
+    for name in sorted(plain.state_dict().keys() ^ network.state_dict().keys()):  # weights behind a norm of their own
+        yield f"it {'lacks' if name in plain.state_dict() else 'also has'} the tensor {name}"
