@@ -107,6 +107,7 @@ EDITS = {
     "student_without_width": ({"student.params.model_channels": 0}, ("student.params.model_channels", "no channels")),
     "student_width": ({"student.params.model_channels": 40}, ("student.params.model_channels", "40", "32")),
     "student_mults": ({"student.params.channel_mult": 3}, ("student.params.channel_mult: expected a list", "3")),
+    "student_mults_as_text": ({"student.params.channel_mult": "1,2"}, ("got '1,2'; write [1,2]",)),
     "student_mult_of_a_half": (
         {"student.params.channel_mult": [1, 1.5]},
         ("student.params.model_channels", "48", "32"),

@@ -29,6 +29,16 @@ def test_the_inspector_tells_a_folder(teacher_folder: Path, tmp_path: Path, caps
     assert run_script("inspect_checkpoint.py", tmp_path / "absent") == 2
 
 
+@pytest.mark.parametrize(
+    ("other", "words"), [("image_size=8", "hints are for the commands that open it"), ("b.pt", "one PATH a call")]
+)
+def test_the_inspector_takes_a_path_alone(
+    other: str, words: str, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script("inspect_checkpoint.py", teacher_folder, other) == 2
+    assert f"{other}: not an argument of inspect; " in (line := capsys.readouterr().err) and words in line
+
+
 def test_the_inspector_tells_a_run_by_its_student_and_a_first_stage(
     teacher_folder: Path, first_stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,10 +2,11 @@
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_dkdm.commands.arguments import add_plugin_argument, load_plugins
-from ldm_dkdm.errors import blaming, legible, naming
+from ldm_dkdm.errors import UserError, blaming, legible, naming
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,12 +19,17 @@ KINDS = {"torch": "PyTorch pickle", "safetensors": "safetensors", "pickle": "pla
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The path, and whether a config is wanted."""
     parser.add_argument("file", metavar="PATH", help="anything that opens as a model, or a first stage")
+    parser.add_argument("others", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--config", action="store_true", help="print its config sections instead")
     add_plugin_argument(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the report of a path, or its config."""
+    for other in options.others:
+        hint = "=" in other and not Path(other).exists()
+        why = "it reports what the file says; hints are for the commands that open it" if hint else "one PATH a call"
+        raise UserError(f"{other}: not an argument of inspect; {why}")
     load_plugins(options.plugin)
     with blaming(options.file):
         if options.config:

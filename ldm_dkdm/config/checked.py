@@ -257,7 +257,8 @@ def _plain(kind: Any, value: Any, where: str) -> Any:
 def _sequence(item: type, value: Any, where: str) -> tuple[Any, ...]:
     value = value.tolist() if hasattr(value, "tolist") else value  # an array or a tensor
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise UserError(f"{where}: expected a list, every entry {article(KINDS[item])}, got {value!r}")
+        advice = f"; write [{value}]" if isinstance(value, str) and "," in value and value[0] not in "[({" else ""
+        raise UserError(f"{where}: expected a list, every entry {article(KINDS[item])}, got {value!r}{advice}")
     return tuple(convert(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
 
 
