@@ -223,6 +223,9 @@ def test_the_grid_of_samples_is_not_one_of_them(above: bool, tmp_path: Path, cap
 def test_images_beside_those_of_a_sampling_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("grid.png", "img/000000.png", "mine.png", "cats/other.jpg", ".hidden/a.png"):
         image(tmp_path / name)
+    for name in ("NAME/grid.png", "NAME/img/000000.png", "run/samples/step=00000002.png"):  # the package's own
+        image(tmp_path / name)
+    (tmp_path / "run" / "config.yaml").touch()
     for read in (find_images, lambda path: open_images(path, 8), lambda path: open_set(path, SamplingConfig()).count):
         caplog.clear()
         read(tmp_path)

@@ -95,6 +95,7 @@ def test_images_of_others_in_an_output_folder_are_named(
     for _ in range(2):  # what the first call wrote is not another's
         assert sample(*few, out, "--compare", out / "both.png") == 0
     assert "other images" not in caplog.text
+    assert not [*out.glob(".parts-*")]
     (out / "cats").mkdir()
     shutil.copy(out / "img" / "000000.png", out / "cats" / "mine.png")
     assert sample(*few, out, "--compare", out / "both.png") == 0

@@ -23,19 +23,24 @@ def teacher(teacher_folder: Path) -> dkdm.DiffusionModel:
 
 
 class Normed(Net):
-    """A network with batch norms, with a buffer that every call replaces, and one that is a view of a weight."""
+    """A network with batch norms, with buffers that calls replace or fill, and one that is a view of a weight."""
 
     seen: Tensor
+    last: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(16)
         self.register_buffer("seen", torch.zeros(()))
         self.register_buffer("view", self.inner.weight.data)
+        self.register_buffer("last", torch.zeros(0), persistent=False)
+        self.register_buffer("first", None, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         if self.training:
             self.seen = self.seen + 1
+            self.last = x.detach()  # of another shape where the batch is another
+            self.first = x.detach() if self.first is None else self.first
         return self.outer(torch.tanh(self.norm(self.inner(x))))
 
 
@@ -142,6 +147,17 @@ def test_a_hook_is_named_and_hinders_nothing(
     model.network.out[1].register_forward_hook(lambda module, given, output: None)
     model.save(tmp_path / "out")
     assert "network: its out.1 has a forward hook, which no file holds" in caplog.text
+    assert dkdm.load_model(tmp_path / "out").network.arguments == model.network.arguments
+
+
+def test_wrapped_forwards_and_parts_without_weights_hinder_nothing(
+    teacher: dkdm.DiffusionModel, tmp_path: Path
+) -> None:
+    model = dkdm.DiffusionModel(UNet(**UNET_PARAMS), like=teacher)
+    model.network.criterion = nn.MSELoss()
+    model.network.out.forward = torch.compile(model.network.out.forward)
+    model.network.forward = torch.no_grad()(model.network.forward)
+    model.save(tmp_path / "out")
     assert dkdm.load_model(tmp_path / "out").network.arguments == model.network.arguments
 
 

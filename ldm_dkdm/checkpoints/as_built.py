@@ -1,6 +1,7 @@
 """Refuse a network whose file would be opened as another one: replaced layers, changed constants."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,12 +48,14 @@ def _differences(network: nn.Module, node: NetworkConfig, kind: str) -> Iterator
     built = dict(plain.named_modules(remove_duplicate=False))
     for name, own in network.named_modules(remove_duplicate=False):
         layer = f"its {name}" if name else "it"
-        if name not in built:
-            yield f"{layer} is a layer that a {kind} lacks"
-        usual = built.pop(name)
+        usual = built.pop(name, None)
+        if usual is None:
+            if any(True for _ in own.parameters()):
+                yield f"{layer} is a layer that a {kind} lacks"
+            continue  # a loss, or another part without weights that the network's own forward does not call
         if type(own) is not type(usual):
             yield f"{layer} is a {type(own).__name__} instead of a {type(usual).__name__}"
-        if "forward" in vars(own):
+        if _is_replaced(vars(own).get("forward"), type(own)):
             yield f"{layer} has another forward"
         for key, value in vars(usual).items():
             if isinstance(value, PLAIN) and key not in FREE and not key.startswith("_") and vars(own).get(key) != value:
@@ -61,3 +64,14 @@ def _differences(network: nn.Module, node: NetworkConfig, kind: str) -> Iterator
         yield f"it lacks {name}"
     for name in sorted(plain.state_dict().keys() ^ network.state_dict().keys()):  # weights behind a norm of their own
         yield f"it {'lacks' if name in plain.state_dict() else 'also has'} the tensor {name}"
+
+
+def _is_replaced(forward: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module's own `forward` is another function than its class has, behind wrappers of libraries."""
+    while forward is not None:
+        inner = getattr(forward, "_torchdynamo_orig_callable", None) or getattr(forward, "__wrapped__", None)
+        inner = inner or getattr(forward, "__func__", None)
+        if inner is None:
+            return forward is not kind.forward
+        forward = inner
+    return False

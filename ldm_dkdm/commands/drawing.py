@@ -131,8 +131,8 @@ def earlier(out: Path, flag: str, numbers: Iterable[int], written: Container[str
     return [f"{line}; {flag} names another folder" for line in kept]
 
 
-def warn_of_strangers(out: Path, flag: str, *own: Path | None) -> None:
-    """Warn of images in an output folder that no call has written; those beside `img` are read no more once it is made.
+def warn_of_others(out: Path, flag: str, *own: Path | None) -> None:
+    """Warn of other images in an output folder, which are not read beside its `img`.
 
     Args:
         out: the folder.
@@ -144,8 +144,8 @@ def warn_of_strangers(out: Path, flag: str, *own: Path | None) -> None:
         found = next((file for file in images_beside(out, LOOKED_AT) if file.absolute() not in kept), None)
         if found is not None:
             logger.warning(
-                f"{flag}: {out} also holds other images, such as {found.relative_to(out)}; who names {out} as images "
-                f"or data gets those in {out}/img alone; name another folder to keep both apart"
+                f"{flag}: {out} also holds other images, such as {found.relative_to(out)}; where {out} is named as a "
+                f"set of images or data, those in {out}/img alone are read; name another folder to keep both apart"
             )
 
 
@@ -173,8 +173,8 @@ def _alone(folder: Path, out: Path) -> Iterator[None]:
     Raises:
         UserError: another process draws them.
     """
-    make_folder(folder)
-    lock = folder / ".lock"
+    make_folder(out)
+    lock = folder.with_name(f"{folder.name}.lock")
     with lock.open("a") as file:
         with suppress(ImportError, OSError):  # some systems and file systems have no locks
             import fcntl
@@ -188,8 +188,8 @@ def _alone(folder: Path, out: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if folder.is_dir() and [*folder.iterdir()] == [lock]:  # nothing is drawn
-                shutil.rmtree(folder)
+            with suppress(OSError):
+                lock.unlink()
 
 
 def _drawn(

@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--guidance: must be at least 0, got {min(weights)}")
     if options.compare and options.compare.suffix.lower() != ".png":
         raise UserError(f"--compare: {options.compare} must be a .png")
-    from ldm_dkdm.commands.drawing import warn_of_strangers
+    from ldm_dkdm.commands.drawing import warn_of_others
 
     require_writable(options.compare, "--compare")
     require_replaceable(options.compare, "--compare", "a PNG image")
@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
         require_outputs(folder, "-l", "grid.png", *(name for name, wanted in written.items() if wanted))
         _require_apart(options.compare, folder)
         if not options.no_png:
-            warn_of_strangers(folder, "-l", options.compare)
+            warn_of_others(folder, "-l", options.compare)
     _sample_all(models, config, options)
 
 

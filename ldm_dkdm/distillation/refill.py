@@ -31,7 +31,7 @@ def refill(pool: NoisyPool, states: NoisyBatch, num_timesteps: int, seed: int, r
     for share in order[rank * len(pool) : (rank + 1) * len(pool)].split(CHUNK):
         x, t = states.x[share], states.t[share]
         finished = t < 0
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=generator.device)
         pool.fill(
             NoisyBatch(
                 torch.where(finished.view(-1, 1, 1, 1), noise, x),

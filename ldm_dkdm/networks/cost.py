@@ -20,7 +20,8 @@ def gflops(network: nn.Module, shape: tuple[int, int, int], labeled: bool = Fals
 def _counted(network: nn.Module, tensors: dict[str, Tensor], shape: tuple[int, int, int], labeled: bool) -> float:
     """The GFLOPs with these tensors; on the meta device nothing is computed."""
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-    dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+    formats = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()] or [torch.float32]
+    dtype = torch.float32 if torch.float32 in formats else formats[0]
     label = torch.zeros(1, dtype=torch.long, device=device) if labeled else None
     inputs = torch.zeros(1, *shape, dtype=dtype, device=device), torch.zeros(1, dtype=torch.long, device=device), label
     with torch.no_grad(), in_eval_mode(network), FlopCounterMode(display=False) as counter:

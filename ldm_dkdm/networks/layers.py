@@ -83,7 +83,7 @@ class ResBlock(nn.Module):
         dropout: probability.
         scale_shift: condition by FiLM after the second norm instead of by addition.
         resample: `up` or `down` for BigGAN's resampling blocks.
-        groups: of the norms.
+        groups: number of groups of a norm.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class AttentionBlock(nn.Module):
         heads: number of heads.
         new_order: qkv is laid out [q of all heads, k ..., v ...] instead of CompVis's
             [q, k, v of the first head, ...].
-        groups: of the norm.
+        groups: number of groups of the norm.
     """
 
     def __init__(self, channels: int, heads: int, new_order: bool = False, groups: int = 32) -> None:

@@ -47,7 +47,7 @@ class UNet(nn.Module):
         middle_block: two residual blocks with attention between them at the deepest level; without them a student costs
             less and keeps its teacher's other blocks (BK-SDM, ECCV 2024). CompVis's and ADM's always have them.
         middle_attention: False leaves the two middle blocks without attention (diffusers' `add_attention`).
-        norm_groups: of every GroupNorm; every level's width is a multiple of it. CompVis and ADM have 32.
+        norm_groups: groups of every GroupNorm; every level's width is a multiple of it. CompVis and ADM have 32.
     """
 
     def __init__(

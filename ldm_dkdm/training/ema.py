@@ -124,16 +124,27 @@ def _buffer_pairs(average: nn.Module, current: nn.Module) -> list[BufferPair]:
         (theirs._buffers, ours._buffers, name)
         for theirs, ours in zip(average.modules(), current.modules(), strict=True)
         for name, buffer in theirs._buffers.items()
-        if buffer is not None and buffer.numel() and buffer.untyped_storage().data_ptr() not in owned
+        if buffer is None or buffer.layout != torch.strided or buffer.untyped_storage().data_ptr() not in owned
     ]
 
 
 def _copy_buffers(pairs: list[BufferPair]) -> None:
     """Copy the buffers of the training into the average, without waiting for a device."""
-    found = [(average[name], current[name]) for average, current, name in pairs]
-    both = [(a, b) for a, b in found if a is not None and b is not None]
+    both = []
+    for average, current, name in pairs:
+        own, found = average[name], current.get(name)
+        if found is not None and own is not None and _alike(own, found):
+            both.append((own, found))
+        else:  # filled, emptied or of another shape since
+            average[name] = None if found is None else found.detach().clone()
     if both:
-        torch._foreach_copy_([a for a, _ in both], [b for _, b in both])
+        torch._foreach_copy_([own for own, _ in both], [found for _, found in both])
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether one dense tensor can be copied into the other, element by element."""
+    dense = one.layout == other.layout == torch.strided
+    return dense and (one.shape, one.dtype) == (other.shape, other.dtype) and 0 not in one.stride()
 
 
 def averaged(trainer: L.Trainer, kind: type[Module], called: bool = False) -> Module:

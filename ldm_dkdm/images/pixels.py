@@ -1,24 +1,19 @@
-"""Read folders of images and ADM-style .npz; write PNG and labelled grids."""
+"""Image files as arrays of pixels, and these as the states of networks."""
 
-import math
-import os
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError, interruptible, unreadable
-from ldm_dkdm.files import expanded, replacing, require_file
-from ldm_dkdm.npz import is_npz, square_npz
-from ldm_dkdm.reporting import Progress, counted, following, logger
+from ldm_dkdm.files import require_file
+from ldm_dkdm.reporting import Progress, following
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # Pillow's names; it opens no others
@@ -32,17 +27,6 @@ SAMPLED = ("img", "samples.npz", "latents.safetensors")  # what these commands w
 MODES = {1: "L", 3: "RGB"}  # channels of an image file -> Pillow's mode
 
 
-def load_images(path: str | Path, size: int, channels: int = 3, progress: bool | Progress = False) -> Tensor:
-    """Read a folder of images or an ADM-style .npz (`arr_0`) -> uint8 (N,size,size,channels).
-
-    Folder images are turned as their EXIF data say, composited on white, cropped to a centred square and resized.
-    """
-    path = expanded(path)
-    if is_npz(path):
-        return square_npz(path, size, channels)
-    return read_images(find_images(path, channels), size, channels, progress)
-
-
 def read_images(files: Sequence[Path], size: int, channels: int, progress: bool | Progress) -> Tensor:
     """Image files -> uint8 (N,size,size,channels); errors as `read_image`."""
     images = []
@@ -51,90 +35,6 @@ def read_images(files: Sequence[Path], size: int, channels: int, progress: bool 
             images.append(read_image(file, size, channels))
             done(len(images))
     return torch.stack(images)
-
-
-def folder_of_images(path: Path) -> Path:
-    """A folder, or, where `dkdm sample` or `dkdm decode` wrote it, the folder of the images in it.
-
-    A warning counts the images outside the latter.
-    """
-    if not (path / GRID).is_file() or not (path / "img").is_dir():
-        return path
-    if others := sum(1 for _ in images_beside(path)):
-        logger.warning(
-            f"{path}: its images are those in img, since {GRID} beside it says that dkdm wrote them; "
-            f"{counted(others, 'image')} outside img {'is' if others == 1 else 'are'} left out"
-        )
-    return path / "img"
-
-
-def images_beside(path: Path, most: int | None = None) -> Iterator[Path]:
-    """The images below a folder that are not below its `img`, without grids; of the first `most` files."""
-    for file in islice(_files_below(path, ()), most):
-        own = file.relative_to(path)
-        if own.parts[0] != "img" and file.suffix.lower() in SUFFIXES and not (_hidden(own) or _is_grid(file)):
-            yield file
-
-
-def find_images(path: Path, channels: int = 3) -> list[Path]:
-    """The image files below a folder, sorted, linked folders included; a warning counts the other files.
-
-    Grids of samples, which `dkdm sample` and `dkdm decode` write beside the images, are other files.
-
-    Raises:
-        UserError: no such folder, a file, no images in it, or `channels` that image files do not have.
-    """
-    if not path.is_dir():
-        fault = (
-            "is neither a folder of images nor an .npz" if path.exists() else "no such folder of images or .npz file"
-        )
-        raise UserError(f"{path}: {fault}")
-    path = folder_of_images(path)
-    if channels not in MODES:
-        raise UserError(
-            f"{path}: image files are grey or RGB; images of {channels} channels are read from an .npz "
-            f"with arr_0 uint8 (N,H,W,{channels})"
-        )
-    files: list[Path] = []
-    others: Counter[str] = Counter()
-    for file in _files_below(path, ()):
-        image, hidden = file.suffix.lower() in SUFFIXES, _hidden(file.relative_to(path))
-        if image and not hidden and _is_grid(file):
-            others[f"{GRID} of samples"] += 1
-        elif image and not hidden:
-            files.append(file)
-        elif image or not hidden:
-            others["hidden" if hidden else file.suffix or "without a suffix"] += 1
-    rest = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
-    kinds = ", ".join(sorted(SUFFIXES))
-    if not files:
-        raise UserError(f"{path}: the folder holds no images ({kinds})" + (f", but {rest}" if rest else ""))
-    if others:
-        logger.warning(f"{path}: {len(files)} images; {others.total()} other files are not read ({rest})")
-    return sorted(files)
-
-
-def _files_below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """All files below a folder; links to folders are followed, except to those `above`, which would never end."""
-    here = folder.resolve()
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _files_below(Path(entry.path), (*above, here))
-            else:
-                yield Path(entry.path)
-
-
-def _is_grid(file: Path) -> bool:
-    """Whether an image is the grid of what lies beside it."""
-    return file.name == GRID and any((file.parent / name).exists() for name in SAMPLED)
-
-
-def _hidden(path: Path) -> bool:
-    """Whether a file, or a folder above it, is hidden, such as .ipynb_checkpoints."""
-    return any(part.startswith(".") for part in path.parts)
 
 
 def read_image(path: Path, size: int, channels: int = 3) -> Tensor:
@@ -258,43 +158,3 @@ def to_uint8(images: Tensor, nearest: bool = False) -> Tensor:
     """
     levels = (images.float() + 1) * 127.5
     return (levels.round() if nearest else levels).clamp(0, 255).to(torch.uint8).movedim(1, -1)
-
-
-def to_image(image: Tensor) -> Image.Image:
-    """An image uint8 (H,W,C): RGB for C = 3, grey for 1; of other numbers every channel in grey, side by side."""
-    shown = image if image.shape[-1] == 3 else image.movedim(-1, 1).flatten(1)
-    return Image.fromarray(shown.contiguous().numpy())
-
-
-def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Lay images uint8 (N,H,W,C) out in rows, on white; nearly square unless `columns` is given."""
-    panels = [to_image(image) for image in images]
-    count, (width, height) = len(panels), panels[0].size
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (i % columns * (width + gap), i // columns * (height + gap)))
-    return sheet
-
-
-def side_by_side(panels: Sequence[tuple[str, Image.Image]], margin: int = 16) -> Image.Image:
-    """Set labelled images of one size next to each other; tiny ones are magnified to their labels' width."""
-    font = ImageFont.load_default(size=18)
-    factor = max(1, min(int(font.getlength(label)) // panel.width for label, panel in panels))
-    panels = [(label, p.resize((p.width * factor, p.height * factor), Image.Resampling.NEAREST)) for label, p in panels]
-    widths = [max(panel.width, math.ceil(font.getlength(label))) for label, panel in panels]
-    width = sum(widths) + margin * (len(panels) + 1)
-    sheet = Image.new("RGB", (width, max(panel.height for _, panel in panels) + 3 * margin + 8), "white")
-    draw, left = ImageDraw.Draw(sheet), margin
-    for (label, panel), room in zip(panels, widths, strict=True):
-        draw.text((left, margin // 2), label, fill="black", font=font)
-        sheet.paste(panel, (left, 2 * margin + 8))
-        left += room + margin
-    return sheet
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG atomically."""
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
