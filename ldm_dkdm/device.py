@@ -4,7 +4,8 @@ Functions import torch themselves, so that a command can query its rank without 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,20 @@ def require_graphs(choice: str, device: "torch.device") -> None:
     kind = "an AMD GPU" if device.type == "cuda" and torch.version.hip else device.type
     if choice == "graphs" and kind != "cuda":
         raise UserError(f"compile: graphs are those of CUDA, on an NVIDIA GPU, and this run trains on {kind}; use auto")
+
+
+@contextmanager
+def usual_tensors() -> Iterator[None]:
+    """Within such a block new tensors are float32 and on the CPU, whatever torch's defaults are in this process."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def to_device(tensor: "torch.Tensor", device: "torch.device | str") -> "torch.Tensor":

@@ -1,5 +1,6 @@
 """Runs and samples from Python where the process has torch settings of its own."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 import ldm_dkdm as dkdm
+from ldm_dkdm.networks import DiT
 from tests.cli import contents
 from tests.test_python_api import NUMBERS, own_student, same, unet_student, weights
 
@@ -58,6 +60,28 @@ def test_defaults_of_torch_change_no_result(
         assert torch.equal(one, other)
     if torch.get_default_device().type == "meta":
         assert dkdm.load_model(tmp_path / "usual" / "noise").device.type == unet_student(teacher).device.type == "cpu"
+
+
+def test_what_is_read_under_other_defaults_is_the_same(
+    setting: Callable[[], None], teacher: dkdm.DiffusionModel, tmp_path: Path
+) -> None:
+    sizes = {"input_size": 8, "in_channels": 3, "hidden_size": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
+    dit = DiT(**sizes, learn_sigma=False, freq_shift=1, own_embedders=True)
+    for format in ("folder", "diffusers"):
+        dkdm.DiffusionModel(dit, like=teacher).save(tmp_path / format, format)
+    images = torch.arange(8 * 48, device="cpu").view(8, 4, 4, 3).to(torch.uint8)
+
+    def found() -> list[object]:
+        samples = [dkdm.load_model(tmp_path / name).sample(2, steps=2) for name in ("folder", "diffusers")]
+        dkdm.load_model(tmp_path / "diffusers").save(tmp_path / "again", "diffusers")
+        shutil.rmtree(tmp_path / "again")
+        distances = dkdm.measure(images, images.flip(1), metrics=["fd"], features="efficientnet-lite0")
+        return [*samples, dkdm.load_model(teacher.path).sample(1, steps=1), distances.figures["FD-efficientnet"]]
+
+    usual = found()
+    setting()
+    for one, other in zip(usual, found(), strict=True):
+        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
 def test_a_student_in_another_number_format_is_refused_in_one_line(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.checkpoints.diffusers_keys import side_of
+from ldm_dkdm.device import usual_tensors
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks.dit import DiT, grid_positions
 
@@ -113,7 +114,8 @@ def dit_to_ours(
     if same:
         found = {name: tensor for name, tensor in found.items() if not name.startswith("embedders.")}
     side = params["input_size"] // params["patch_size"]
-    positions = grid_positions(side, params["hidden_size"]).float()[None]
+    with usual_tensors():
+        positions = grid_positions(side, params["hidden_size"]).float()[None]
     return {**params, "own_embedders": not same}, {**found, "pos_embed": positions}
 
 
@@ -179,7 +181,8 @@ def dit_to_theirs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         UserError: the embeddings of the positions are not the fixed ones.
     """
     positions = tensors["pos_embed"]
-    fixed = grid_positions(math.isqrt(positions.shape[1]), positions.shape[2])[None]
+    with usual_tensors():
+        fixed = grid_positions(math.isqrt(positions.shape[1]), positions.shape[2])[None]
     if not torch.allclose(positions.double().cpu(), fixed, atol=1e-6):
         raise UserError("format: diffusers' DiT has fixed embeddings of positions (pos_embed); choose safetensors")
     blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}

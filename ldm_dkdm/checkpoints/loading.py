@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm_dkdm.checkpoints.state_dicts import unwrapped
 from ldm_dkdm.config.registry import Targets, Unfilled, build, is_own
+from ldm_dkdm.device import usual_tensors
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.rng import forked_rng
 
@@ -27,7 +28,7 @@ def build_loaded(node: Any, where: str, targets: Targets, tensors: Mapping[str, 
         UserError: what `build` and `load_strictly` refuse.
     """
     if is_own(targets.get(node.target, nn.Module)):
-        with torch.device("meta"), Unfilled():
+        with usual_tensors(), torch.device("meta"), Unfilled():
             module = build(node, targets, where)
         tensors = _named_as_in(module, tensors)
         require_keys(module, tensors, source)
@@ -37,7 +38,7 @@ def build_loaded(node: Any, where: str, targets: Targets, tensors: Mapping[str, 
         }
         module.load_state_dict(own, assign=True)
     else:
-        with forked_rng(0):
+        with forked_rng(0), usual_tensors():
             module = build(node, targets, where)
     load_strictly(module, tensors, source)
     return module

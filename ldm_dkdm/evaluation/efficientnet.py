@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ldm_dkdm.checkpoints import read_tensors
 from ldm_dkdm.checkpoints.loading import load_strictly
+from ldm_dkdm.device import usual_tensors
 from ldm_dkdm.evaluation.extractor import Features
 
 SIDE = 224
@@ -29,7 +30,8 @@ class EfficientNetLite0:
     def __init__(self, path: Path) -> None:
         from efficientnet_lite_pytorch import EfficientNet
 
-        self.network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+        with usual_tensors():
+            self.network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
         load_strictly(self.network, read_tensors(path), path)
         self.network.eval().requires_grad_(False)
 
