@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm_dkdm.checkpoints.state_dicts import WRAPPER, unwrapped
 from ldm_dkdm.config.registry import Unfilled, build, is_own
 from ldm_dkdm.config.schema import NetworkConfig
 from ldm_dkdm.errors import UserError
@@ -46,7 +47,10 @@ def _differences(network: nn.Module, node: NetworkConfig, kind: str) -> Iterator
     with torch.device("meta"), Unfilled():
         plain = build(node, NETWORKS)
     built = dict(plain.named_modules(remove_duplicate=False))
-    for name, own in network.named_modules(remove_duplicate=False):
+    own_modules = {  # behind wrappers, which come before what they hold
+        WRAPPER.sub("", f"{name}.").rstrip("."): own for name, own in network.named_modules(remove_duplicate=False)
+    }
+    for name, own in own_modules.items():
         layer = f"its {name}" if name else "it"
         usual = built.pop(name, None)
         if usual is None:
@@ -62,8 +66,9 @@ def _differences(network: nn.Module, node: NetworkConfig, kind: str) -> Iterator
                 yield f"{layer} has {key} {vars(own).get(key)} instead of {value}"
     for name in built:
         yield f"it lacks {name}"
-    for name in sorted(plain.state_dict().keys() ^ network.state_dict().keys()):  # weights behind a norm of their own
-        yield f"it {'lacks' if name in plain.state_dict() else 'also has'} the tensor {name}"
+    usual_names, names = plain.state_dict().keys(), unwrapped(network.state_dict()).keys()
+    for name in sorted(usual_names ^ names):  # weights behind a norm of their own
+        yield f"it {'lacks' if name in usual_names else 'also has'} the tensor {name}"
 
 
 def _is_replaced(forward: Any, kind: type[nn.Module]) -> bool:
