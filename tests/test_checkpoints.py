@@ -49,6 +49,10 @@ def test_tensors_come_out_of_safetensors(tmp_path: Path) -> None:
 
 def test_a_run_folder_means_the_model_in_it(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("trainer: {}\n")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="is a run that has written no model"):
+        read_tensors(tmp_path)
+    (tmp_path / "checkpoints" / "step=000001.ckpt").touch()
     save_file({"other": torch.ones(1)}, tmp_path / "agreement.safetensors")
     with pytest.raises(UserError, match="is a run that has written no model"):
         read_tensors(tmp_path)
@@ -58,6 +62,24 @@ def test_a_run_folder_means_the_model_in_it(tmp_path: Path) -> None:
     save_file(TENSORS, student / "student.safetensors")
     save_file({"other": torch.ones(1)}, student / "other.safetensors")
     assert _equal(read_tensors(tmp_path), TENSORS) and _equal(read_tensors(student), TENSORS)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "trainer: {}\nmodel: {}\n",
+        "- 1\n",
+        "a: [\n",
+        "weights: ${foo}\n",
+        "weights: imagenet\nnetwork: resnet\n",
+        "weights: other.pt\n",
+    ],
+)
+def test_the_config_of_another_code_beside_weights_does_no_harm(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.yaml").write_text(config)
+    torch.save({"other": torch.ones(1)}, tmp_path / "other.pt")
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    assert _equal(read_tensors(tmp_path), TENSORS)
 
 
 def test_a_part_that_is_not_there_is_refused(tmp_path: Path) -> None:

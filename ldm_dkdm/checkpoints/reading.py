@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -86,15 +87,20 @@ def _weights_of(folder: Path) -> Path:
     Raises:
         UserError: none, several, or a run without a model.
     """
-    from ldm_dkdm.checkpoints.source import has_config, home_of  # imports this module
+    from ldm_dkdm.checkpoints.source import home_of  # imports this module
 
     home = home_of(folder)
-    if home.is_file() or not has_config(home):
-        return home if home.is_file() else weights_in(home)
-    if card_kind(home / "config.yaml") == RUN_KIND:
+    if home.is_file():
+        return home
+    try:
+        kind, named = card_kind(home / "config.yaml"), read_yaml(home / "config.yaml").get("weights")
+    except (UserError, OmegaConfBaseException):  # no config, or a third-party file
+        kind, named = None, None
+    begun = (home / "checkpoints").is_dir() and (any(home.glob("checkpoints/step=*.ckpt")) or not holds_weights(home))
+    if kind == RUN_KIND and begun:
         raise UserError(f"{folder}: is a run that has written no model; --resume {folder} goes on with it")
-    named = read_yaml(home / "config.yaml").get("weights")
-    return home / named if isinstance(named, str) and Path(named).name == named else weights_in(home)
+    plain = kind not in (None, RUN_KIND) and isinstance(named, str) and Path(named).name == named
+    return home / named if plain and (home / named).is_file() else weights_in(home)
 
 
 def _require_part(content: Any, part: str, path: Path) -> None:
