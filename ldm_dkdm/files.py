@@ -144,7 +144,7 @@ def replacing_in(folder: Path, name: str) -> Iterator[Path]:
         _move(temporary, folder)
     except OSError as error:
         if error.errno in (*DISK, *TAKEN) and str(error.filename or temporary).startswith(str(temporary)):
-            raise OSError(error.errno, error.strerror, str(folder / name)) from error
+            raise OSError(error.errno, error.strerror or str(error), str(folder / name)) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -289,7 +289,8 @@ def write_torch(path: Path, content: object) -> None:
 def _disk_error(error: Exception, path: Path) -> OSError:
     """What kept a library from writing a file."""
     if isinstance(error.__context__, OSError):
-        return OSError(error.__context__.errno, error.__context__.strerror, str(path))
+        hidden = error.__context__
+        return OSError(hidden.errno, hidden.strerror or str(hidden), str(path))
     return OSError(None, f"cannot be written ({error})", str(path))
 
 

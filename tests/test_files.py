@@ -111,3 +111,22 @@ def test_a_run_that_its_disk_cannot_hold_is_refused_before_the_first_call_of_the
     assert distil("--base", base) == 0  # it has ended, and takes no more
     written = sum(file.stat().st_size for file in (tmp_path / "logs").rglob("*") if file.is_file())
     assert written < room["enough"]
+
+
+@pytest.mark.parametrize("library", [False, True])
+def test_an_error_that_has_only_a_text_keeps_it(tmp_path: Path, library: bool, monkeypatch) -> None:
+    """Image encoders and numpy raise such ones."""
+
+    def fail(*args: object) -> None:
+        try:
+            raise OSError("100 requested and 50 written")
+        except OSError:
+            if library:
+                raise RuntimeError("unexpected pos")  # noqa: B904  # torch's writer hides the first error so
+            raise
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="100 requested and 50 written") as error:
+        write_torch(tmp_path / "out.pt", WEIGHTS)
+    assert error.value.filename == str(tmp_path / "out.pt")
+    assert error.value.strerror == "100 requested and 50 written" and not list(tmp_path.iterdir())
