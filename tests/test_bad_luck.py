@@ -114,7 +114,10 @@ def test_without_a_whole_checkpoint_the_message_says_what_to_delete(run: Path) -
         UserError, match=r"begin again under another name \(--base \S+/run/config.yaml logging.name=NEW"
     ):
         Choice(run / "checkpoints", pools=True)  # a run never replaces the model of one without checkpoints
-    shutil.rmtree(run / "student")
+    (run / "student").rename(run / "first_stage")
+    with pytest.raises(UserError, match=r"; a copy of \S+/run/first_stage keeps the weights of this run"):
+        Choice(run / "checkpoints", pools=True)
+    shutil.rmtree(run / "first_stage")
     with pytest.raises(
         UserError, match=r"no earlier checkpoint is intact: delete \S+checkpoints to begin the run again"
     ):

@@ -15,7 +15,7 @@ from ldm_dkdm.checkpoints.pickles import QUESTION, asked_globals
 from ldm_dkdm.checkpoints.pools import pool_files
 from ldm_dkdm.checkpoints.reading import AGAIN
 from ldm_dkdm.checkpoints.source import home_of
-from ldm_dkdm.config.schema import TrainerConfig
+from ldm_dkdm.config.schema import FirstStageRun, TrainerConfig
 from ldm_dkdm.errors import OutOfMemory, UserError, blaming, unreadable
 from ldm_dkdm.files import sync
 from ldm_dkdm.reporting import logger
@@ -99,11 +99,14 @@ class Choice(L.Callback):
 def _how_to_begin(folder: Path) -> str:
     """What to do where no checkpoint in this folder can be resumed; without them a run's model is never replaced."""
     run = folder.parent
-    if home_of(run) == run:
+    model = home_of(run)
+    if model == run:
         return f"delete {folder} to begin the run again"
+    first_stage = model.name == FirstStageRun.MODEL  # `dkdm convert` takes diffusion models
+    keep = f"a copy of {model}" if first_stage else f"`dkdm convert {run} OUT --to folder`"
     return (
         f"begin again under another name (--base {run}/config.yaml logging.name=NEW, in Python out); "
-        f"`dkdm convert {run} OUT --to folder` keeps the weights of this run"
+        f"{keep} keeps the weights of this run"
     )
 
 
