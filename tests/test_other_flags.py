@@ -1,5 +1,6 @@
 """Options and configs of other codes get a line with ours."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from ldm_dkdm.commands.hints import ScopedHints
 from ldm_dkdm.commands.main import parser_of
 from ldm_dkdm.commands.other_flags import OTHER_FLAGS
 from ldm_dkdm.config.load import load_config
+from ldm_dkdm.config.registry import build
+from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageRun
 from ldm_dkdm.errors import UserError
-from ldm_dkdm.networks import UNet
+from ldm_dkdm.networks import NETWORKS, UNet
 from tests.cli import distil, sample, write_yaml
 from tests.parts import UNET_PARAMS
 from tests.test_foreign import PIXEL, run_with
@@ -139,17 +142,38 @@ def test_a_key_of_the_public_code_is_answered_with_ours(key: str, ours: str, cap
 
 
 @pytest.mark.parametrize(
+    ("schema", "key"),
+    [
+        (DistillRun, "data_dir"),
+        (DiffusionRun, "model_path"),
+        (FirstStageRun, "stu_batch_size"),
+        (FirstStageRun, "data.noise_schedule"),
+    ],
+)
+def test_no_key_is_answered_with_a_section_that_the_run_lacks(schema: type, key: str, tmp_path: Path) -> None:
+    sections = {field.name: {} for field in fields(schema)}
+    file = write_yaml(tmp_path / "run.yaml", {name: node for name, node in sections.items() if name != "hue"})
+    with pytest.raises(UserError, match=rf"^{key}: unknown key; (?!here it is)"):
+        load_config(file, f"{key}=1", schema)
+
+
+def test_a_parameter_of_a_network_is_not_answered_with_a_training_key() -> None:
+    with pytest.raises(UserError, match=r"params\.prob: unknown key of UNet; (?!here it is)"):
+        build({"target": "ldm_dkdm.networks.UNet", "params": {**UNET_PARAMS, "prob": 1}}, NETWORKS)
+
+
+@pytest.mark.parametrize(
     ("written", "read"),
     [
         ("first_stage.ckpt=a/b", "first_stage=a/b"),
         ("teacher.params.image_size=8", "image_size=8"),
         ("diffusion.schedule=cosine", "schedule=cosine"),
         ("first_stage.scale_factor=2", "scale_factor=2"),
-        ("image_size=8", "image_size=8"),
     ],
 )
 def test_hints_may_be_written_as_in_a_config(written: str, read: str) -> None:
     assert ScopedHints([written], ["1"]).bare == ScopedHints([read], ["1"]).bare
+    assert ScopedHints(["image_size=8"], ["1"]).bare == {"image_size": 8}
 
 
 def test_a_hint_for_a_model_that_is_not_named_is_refused() -> None:

@@ -14,7 +14,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from ldm_dkdm.config.other_names import advice
+from ldm_dkdm.config.other_names import UnknownKey
 from ldm_dkdm.config.text_paths import path_of
 from ldm_dkdm.errors import UserError, closest
 
@@ -140,7 +140,7 @@ def parse(schema: type[T], node: Any, where: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(schema)}
     for name in node:
         if name not in fields:
-            raise UserError(f"{_join(where, name)}: unknown key{advice(str(name), fields)}")
+            raise UnknownKey(_join(where, name), str(name), fields)
     values = {}
     for name, field in fields.items():
         if name in node:

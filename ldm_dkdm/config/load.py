@@ -15,6 +15,7 @@ from ldm_dkdm.config.batches import SECTIONS, divided
 from ldm_dkdm.config.checked import Section, convert, hints_of, is_required, parse, unwrap
 from ldm_dkdm.config.effects import refuse_idle, require_effects
 from ldm_dkdm.config.limits import require_plain_numbers
+from ldm_dkdm.config.other_names import UnknownKey
 from ldm_dkdm.config.overrides import NOT_YAML, dotlist, read_overrides, resolved
 from ldm_dkdm.config.recipes import find_config, find_shipped
 from ldm_dkdm.config.references import bad_reference
@@ -94,7 +95,10 @@ def load_config(
     for name in (name for name in SECTIONS if isinstance(tree.get(name), Mapping)):
         trainer = tree.get("trainer")
         tree[name] = divided(tree[name], trainer if isinstance(trainer, Mapping) else {}, f"{name}.")
-    config = parse(schema, tree, "")
+    try:
+        config = parse(schema, tree, "")
+    except UnknownKey as error:
+        raise error.within(schema) from error
     if schema in RUNS and not of_run:
         require_effects(tree, config)
         refuse_idle(parts, config)

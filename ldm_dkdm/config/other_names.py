@@ -1,9 +1,11 @@
 """Names that guided-diffusion, improved-diffusion and CompVis have for what has another name here."""
 
+import typing
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
-from ldm_dkdm.errors import nearest
+from ldm_dkdm.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,46 @@ TRAINING_KEYS = {
 }  # keys of the trainings of the public DKDM code, guided-diffusion and CompVis -> what to write
 
 
-def advice(key: str, valid: Collection[str]) -> str:
-    """The end of a message on an unknown key: our name for another code's, else the nearest valid key, or all."""
+class UnknownKey(UserError):
+    """A key that a section does not have.
+
+    Args:
+        place: the dotted key, for the message.
+        key: its last part.
+        valid: the section's keys.
+    """
+
+    def __init__(self, place: str, key: str, valid: Collection[str]) -> None:
+        self.place, self.key, self.valid = place, key, valid
+        super().__init__(f"{place}: unknown key{advice(key, valid)}")
+
+    def within(self, schema: Any) -> UserError:
+        """The error in a config of a schema, where a key of another section may be the right one."""
+        return UserError(f"{self.place}: unknown key{advice(self.key, self.valid, _places(schema))}")
+
+
+def _places(schema: Any) -> set[str]:
+    """The dotted keys of a config: section.key."""
+    hints = typing.get_type_hints(schema).items()
+    options = [(name, option) for name, hint in hints for option in (hint, *typing.get_args(hint))]
+    return {f"{name}.{f.name}" for name, option in options if is_dataclass(option) for f in fields(option)}
+
+
+def advice(key: str, valid: Collection[str], places: Collection[str] | None = None) -> str:
+    """The end of a message on an unknown key: our name for another code's, else the nearest valid key, or all.
+
+    Args:
+        key: as the user wrote it.
+        valid: the keys where it stands.
+        places: the dotted keys of the whole config; None: unknown, as for the parameters of a network.
+    """
     if key in OUR_NAMES:
         own = OUR_NAMES[key]
-        found = f"'{own.hint}'" if own.hint in valid or own.place == PARAMS else own.place
-        return f"; here it is {found}"
-    if key in TRAINING_KEYS:
-        return f"; here it is {TRAINING_KEYS[key].partition('=')[0]}"
+        if own.hint in valid or own.place == PARAMS:
+            return f"; here it is '{own.hint}'"
+        if places is None or own.place in places:
+            return f"; here it is {own.place}"
+    ours = TRAINING_KEYS.get(key, "").partition("=")[0]
+    if ours in (places or ()):
+        return f"; here it is {ours}"
     return f"; {NOT_HERE[key]}" if key in NOT_HERE else nearest(key, valid)
