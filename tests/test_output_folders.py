@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from ldm_dkdm.checkpoints.contents import schedule_of
 from ldm_dkdm.commands import drawing
 from ldm_dkdm.first_stage import VQModel
+from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.networks import UNet
+from ldm_dkdm.npz import read_npz
 from tests.cli import contents, run_script, sample
-from tests.parts import DIFFUSION, UNET_PARAMS, VQ_PARAMS, write_compvis_checkpoint
+from tests.parts import DIFFUSION, UNET_PARAMS, VQ_PARAMS, randomised, write_compvis_checkpoint
 from tests.test_ranks import stopping
 
 FEW = ("-n", 6, "-c", 1, "--batch_size", 2, "--device", "cpu", "-l")
@@ -116,11 +118,32 @@ def test_the_same_call_is_not_made_twice_at_once(teacher_folder: Path, tmp_path:
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_latents_are_decoded_by_a_first_stage_in_a_file(tmp_path: Path, capsys) -> None:
-    unet, vq = UNet(**UNET_PARAMS), VQModel(**VQ_PARAMS)
-    file = write_compvis_checkpoint(tmp_path / "model.ckpt", unet, vq, schedule_of(DIFFUSION))
-    save_file({"latents": torch.zeros(1, 3, 8, 8)}, tmp_path / "latents.safetensors")
+@pytest.fixture
+def in_a_file(tmp_path: Path) -> tuple[Path, VQModel]:
+    """A first stage in a file of CompVis's layout, and its network; 4 x 4 pixels are one position."""
+    unet, vq = UNet(**UNET_PARAMS), randomised(VQModel(**VQ_PARAMS))
+    return write_compvis_checkpoint(tmp_path / "model.ckpt", unet, vq, schedule_of(DIFFUSION)), vq
+
+
+@pytest.mark.parametrize("sides", [(8, 8), (80, 1)])
+def test_latents_are_decoded_by_a_first_stage_in_a_file(
+    sides: tuple[int, int], in_a_file: tuple[Path, VQModel], tmp_path: Path
+) -> None:
+    latents = torch.randn(1, 3, *sides, generator=torch.Generator().manual_seed(0))
+    save_file({"latents": latents}, tmp_path / "latents.safetensors")
     out = tmp_path / "out"
-    words = (tmp_path / "latents.safetensors", "--first_stage", file, "-o", out)
+    words = (tmp_path / "latents.safetensors", "--first_stage", in_a_file[0], "-o", out, "--scale_factor", 0.5)
     assert run_script("decode_latents.py", *words) == 0
     assert [path.name for path in sorted(out.iterdir())] == ["grid.png", "img", "samples.npz"]
+    images = LatentCodec(in_a_file[1], 0.5).decode(latents)
+    assert images.unique().numel() > 10 and torch.equal(torch.from_numpy(read_npz(out / "samples.npz")), images)
+
+
+def test_latents_far_too_large_for_a_first_stage_in_a_file_are_refused(
+    in_a_file: tuple[Path, VQModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"latents": torch.zeros(1, 3, 513, 512)}, tmp_path / "latents.safetensors")
+    words = (tmp_path / "latents.safetensors", "--first_stage", in_a_file[0], "-o", tmp_path / "out")
+    assert run_script("decode_latents.py", *words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "latents of 513 x 512, but" in line and "images of 256 x 256, latents of 64 x 64; at most 64 times" in line

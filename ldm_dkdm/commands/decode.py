@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST = 1e6  # magnitude of a latent
+ASSUMED = 256  # side in pixels of the images of a first stage in a file, which does not say it
 LARGER = 64  # most positions of latents, in units of the first stage's own; attention takes the square
 
 
@@ -147,16 +148,15 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
     latents = found.states
     _require_kept(out / "samples.npz", path, found.labels is not None)
     stage, precision = FirstStageSource(first_stage, found.scale_factor), resolve_precision("auto", device)
-    side = None if Source(first_stage).is_folder else latents.shape[-1]  # a file does not say its images' size
-    codec = stage.codec(side, precision).to(device)
+    alone = not Source(first_stage).is_folder
+    codec = stage.codec(latents.shape[-1] if alone else None, precision).to(device)  # the side changes no parameter
+    own = max(ASSUMED // codec.downsampling, 1) if alone else codec.latent_size
     if latents.shape[1] != codec.latent_channels:
         raise UserError(f"{path}: {latents.shape[1]} channels, but {first_stage} decodes {codec.latent_channels}")
-    positions, most = latents[0, 0].numel(), LARGER * codec.latent_size**2
-    if positions > most:
-        sides = f"{latents.shape[2]} x {latents.shape[3]}, but {first_stage} is made for {codec.latent_size} x"
-        raise UserError(
-            f"{path}: latents of {sides} {codec.latent_size}; at most {LARGER} times as many positions work"
-        )
+    if latents[0, 0].numel() > LARGER * own**2:
+        made = f"is taken to be made for images of {ASSUMED} x {ASSUMED}, latents of" if alone else "is made for"
+        sides = f"{latents.shape[2]} x {latents.shape[3]}, but {first_stage} {made} {own} x {own}"
+        raise UserError(f"{path}: latents of {sides}; at most {LARGER} times as many positions work")
     parts = []
     with following(True, "decoding", "image", len(latents)) as done:
         for batch in latents.split(batch_size):
