@@ -180,3 +180,8 @@ def test_a_hint_for_a_model_that_is_not_named_is_refused() -> None:
     with pytest.raises(UserError, match=r"2\.image_size=8: there is no model 2, -r names 1"):
         ScopedHints(["2.image_size=8"], ["1"])
     assert Hints.of(channel_mult="(1, 2)").spelled_as({"channel_mult": [1, 2]}).params["channel_mult"] == [1, 2]
+
+
+@pytest.mark.parametrize("text", ["(a, b)", "(1, x)", "()", "1,x"])
+def test_a_hint_that_is_not_a_list_stays_as_typed(text: str) -> None:
+    assert Hints.of(channel_mult=text).spelled_as({"channel_mult": [1, 2]}).params["channel_mult"] == text

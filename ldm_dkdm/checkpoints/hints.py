@@ -151,11 +151,10 @@ def _listed(value: Any) -> Any:
     """A list of numbers that is written as a number or as `1,2,4`; anything else as it is."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return [value]
-    if isinstance(value, str) and value[:1] + value[-1:] == "()":  # a tuple of Python
-        value = value[1:-1].rstrip(", ")
-    if isinstance(value, str) and NUMBERS.fullmatch(value):
-        return [float(part) if "." in part else int(part) for part in value.split(",")]
-    return value
+    if not isinstance(value, str):
+        return value
+    text = value[1:-1].rstrip(", ") if value[:1] + value[-1:] == "()" else value  # a tuple of Python
+    return [float(n) if "." in n else int(n) for n in text.split(",")] if NUMBERS.fullmatch(text) else value
 
 
 FACTORS = "attention_resolutions"
