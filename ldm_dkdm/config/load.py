@@ -173,12 +173,12 @@ def _without_architecture(recipe: DictConfig, overrides: DictConfig) -> DictConf
     keys = {f"teacher.{key}" for key in ("target", "params") if before.get(key)}
     keys |= {key for key in ("diffusion", "first_stage") if recipe.get(key)} if whole else set()
     dropped = sorted(key for key in keys if OmegaConf.select(overrides, key) is None)
-    told = [key for key in dropped if _says_something(OmegaConf.select(recipe, key))]
+    unused_keys = [key for key in dropped if _says_something(OmegaConf.select(recipe, key))]
     for key in dropped:
         section, _, name = key.rpartition(".")
         del (recipe[section] if section else recipe)[name]
-    if told:
-        logger.warning("teacher.ckpt: %s describes itself; the recipe's %s are not used", path, ", ".join(told))
+    if unused_keys:
+        logger.warning("teacher.ckpt: %s describes itself; the recipe's %s are not used", path, ", ".join(unused_keys))
     return recipe
 
 

@@ -210,8 +210,12 @@ def _refuse_named(numbers: Mapping[str, Any]) -> None:
     for key, value in numbers.items():
         section, _, bare = key.rpartition(".")
         if bare in NAMED and section in ("", *SECTIONS):
-            word = NAMED[bare]
-            raise UserError(f"{key}: is the argument {word} here; write {word}={GIVEN.get(word, repr(value))}")
+            raise _of_argument(key, NAMED[bare], value)
+
+
+def _of_argument(key: str, word: str, value: Any) -> UserError:
+    """The error of a config key in place of the argument that gives it."""
+    return UserError(f"{key}: is the argument {word} here; write {word}={GIVEN.get(word, repr(value))}")
 
 
 @contextmanager
@@ -245,7 +249,7 @@ def _spread(numbers: Mapping[str, Any], sections: tuple[type, ...], out: Path) -
     for key, value in given.items():
         named, _, bare = key.rpartition(".")
         if named in SECTIONS and bare in owners:
-            raise UserError(f"{key}: is the argument {bare} here; write {bare}={value!r}")
+            raise _of_argument(key, bare, value)
         if key not in owners:
             raise UserError(f"{key}: unknown argument{nearest(key, dict.fromkeys(NAMED.get(k, k) for k in owners))}")
         spread[owners[key]][key] = value
