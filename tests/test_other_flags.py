@@ -43,6 +43,12 @@ def test_the_line_comes_before_missing_options(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.startswith("error: -t: is not an option here; leave it out")
 
 
+def test_a_key_that_not_every_run_has_is_named_with_its_run() -> None:
+    assert OTHER_FLAGS["--data_dir"] == "write data.path=FOLDER for a training on images"
+    assert OTHER_FLAGS["--stu_batch_size"] == "write distill.batch_size=N for a distillation"
+    assert OTHER_FLAGS["--lr"] == "write trainer.learning_rate=X"
+
+
 def test_b_is_base() -> None:
     assert parser_of("distill").parse_args(["-b", "quickstart", "trainer.max_steps=1"]).base == [
         "quickstart",

@@ -47,7 +47,10 @@ OTHER_FLAGS = {
     "--use_ddim": "write --sampler ddim, or --sampler ddpm for False",
     "--clip_denoised": f"{LEFT_OUT}, pixel space clips x_0 and latent space does not",
 }
-OTHER_FLAGS = {f"--{name}": f"write {ours}" for name, ours in TRAINING_KEYS.items()} | OTHER_FLAGS
+RUNS = {"distill": " for a distillation", "teacher": " for a distillation", "data": " for a training on images"}
+OTHER_FLAGS = {
+    f"--{name}": f"write {ours}{RUNS.get(ours.partition('.')[0], '')}" for name, ours in TRAINING_KEYS.items()
+} | OTHER_FLAGS
 OTHER_FLAGS |= {f"--{name}": own.flag for name, own in OUR_NAMES.items()}
 OTHER_FLAGS |= {  # the other parameters of a network have our names
     f"--{name}": f"write {name}=VALUE, in a config a key of params"
