@@ -194,7 +194,7 @@ def test_models_of_images_are_in_pixel_space(
         ({"num_head_channels": -1, "num_heads": 2, "num_heads_upsample": 4}, "num_heads_upsample: 4 is not supported"),
         ({"dims": 3}, "dims: 3 is not supported, only 2"),
         ({"n_embed": 8}, "n_embed: 8 is not supported, only None"),
-        ({"norm_groups": 8}, "norm_groups: not a key of CompVis's UNetModel"),
+        ({"groups": 8}, "groups: not a key of CompVis's UNetModel"),
     ],
 )
 def test_a_unet_of_another_kind_is_refused_by_its_key(unet: dict[str, Any], words: str, checkpoint: Path) -> None:

@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Decode, write a grid, PNG files and an ADM-style .npz."""
-    from ldm_dkdm.commands.drawing import warn_of_others
-
     require_apart({"--out": options.out / "samples.npz"}, [options.latents])
     require_outputs(options.out, "--out", "grid.png", "samples.npz", "img")
     with flags(scale_factor="--scale_factor", batch_size="--batch_size"):
         SamplingConfig(batch_size=options.batch_size)
         FirstStageConfig(scale_factor=options.scale_factor)  # refuses what no latents have
+    from ldm_dkdm.commands.drawing import warn_of_others  # imports torch
+
     warn_of_others(options.out, "--out")
     count = decode_file(options.latents, options.first_stage, options.out, options.scale_factor, options.batch_size)
     print(f"{count} images: {options.out}")

@@ -101,8 +101,6 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--guidance: must be at least 0, got {min(weights)}")
     if options.compare and options.compare.suffix.lower() != ".png":
         raise UserError(f"--compare: {options.compare} must be a .png")
-    from ldm_dkdm.commands.drawing import warn_of_others
-
     require_writable(options.compare, "--compare")
     require_replaceable(options.compare, "--compare", "a PNG image")
     require_writable(options.logdir, "-l", folder=True)
@@ -118,6 +116,8 @@ def run(options: argparse.Namespace) -> None:
         hints.require_used(dict(zip(names, models, strict=True)))
     for model in () if options.no_png else models:
         require_png(model)
+    from ldm_dkdm.commands.drawing import warn_of_others  # imports torch
+
     written = {"img": not options.no_png, "samples.npz": options.npz, "latents.safetensors": options.latents}
     for name in names_of_models(models):
         folder = _folder(name, options.logdir, len(models))
