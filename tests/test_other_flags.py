@@ -183,7 +183,7 @@ def test_hints_may_be_written_as_in_a_config(written: str, read: str) -> None:
 
 
 def test_a_hint_for_a_model_that_is_not_named_is_refused() -> None:
-    with pytest.raises(UserError, match=r"2\.image_size=8: there is no model 2, -r names 1"):
+    with pytest.raises(UserError, match=r"2\.image_size=8: no model has the number 2, -r names 1"):
         ScopedHints(["2.image_size=8"], ["1"])
     assert Hints.of(channel_mult="(1, 2)").spelled_as({"channel_mult": [1, 2]}).params["channel_mult"] == [1, 2]
 

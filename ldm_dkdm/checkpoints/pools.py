@@ -146,7 +146,8 @@ def other_facts(header: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator
         before = _completed(header.get(name, now))
         if isinstance(before, dict) and isinstance(now, dict):
             named = {f"{name}.{key}": (value, now.get(key)) for key, value in before.items()}
-            unsaid = {f"{name}.{key}" for key in ONCE_UNSAID if before.get(key) is None}  # in pools of older versions
+            # Older versions did not say these:
+            unsaid = {f"{name}.{key}" for key in ONCE_UNSAID if before.get(key) is None}
             yield from ((key, *pair) for key, pair in named.items() if pair[0] != pair[1] and key not in unsaid)
         elif before is not None and before != now:
             yield name, before, now

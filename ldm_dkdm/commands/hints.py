@@ -45,7 +45,7 @@ class ScopedHints:
             scoped = dot and scope in scopes
             if dot and scope.isdecimal() and not scoped and "1" in scopes and "=" in rest:
                 raise UserError(
-                    f"{item}: there is no model {scope}, -r names {len(scopes)}; write {rest} for every model"
+                    f"{item}: no model has the number {scope}, -r names {len(scopes)}; write {rest} for every model"
                 )
             found[scope if scoped else ""].append(flat(rest if scoped else item))
         given = {scope: read_hints(own) for scope, own in found.items()}

@@ -43,7 +43,7 @@ from ldm_dkdm.training.run_folder import IN_MEMORY, RunFolder
 
 WORDS = {"steps": "max_steps"}  # argument -> config key, where the names differ
 GIVEN = {"out": "FOLDER", "data": "FOLDER"}  # what stands for the value of such an argument in a message
-SECTIONS = ("distill", "data", "trainer", "logging")  # of a config, whose keys are arguments
+SECTIONS = ("distill", "data", "trainer", "logging")  # sections of a config whose keys are arguments
 NAMED = {"max_steps": "steps", "dir": "out", "name": "out", "path": "data"}  # config key -> argument that gives it
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ldm_dkdm.training.sharding import ShardedStrategy, full_state, load_full_state, local
 
 Module = TypeVar("Module", bound=L.LightningModule)
-BufferPair = tuple[dict[str, Tensor | None], dict[str, Tensor | None], str]  # of the average, of the training; a name
+# Buffers of the average and of the training, and a name in both.
+BufferPair = tuple[dict[str, Tensor | None], dict[str, Tensor | None], str]
 
 
 class StudentEMA(WeightAveraging):
