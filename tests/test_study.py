@@ -170,3 +170,24 @@ def test_the_committed_page_is_that_of_the_committed_results(monkeypatch: pytest
     monkeypatch.setattr(page, "plot", lambda *words: None)
     page.main()
     assert (tmp_path / "evidence.md").read_text() == (ROOT / "docs" / "evidence.md").read_text()
+
+
+def test_what_another_machine_has_measured_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, results = module("plan", monkeypatch), importlib.import_module("results")
+    known = plan.read_plan()
+    own = dict(plan.arms_of(known)["digits/rho0.03"].overrides)
+    rows = [
+        {**row("digits/rho0.03", 0, 3.0), "overrides": own},
+        {**row("digits/rho0.03", 1, 3.0), "overrides": {**own, "distill.rho": 0.5}},  # the plan has another one now
+        row("digits/improved-long", 0, 3.0),  # not measured by many samples
+        row("digits/improved-long", 1, 3.0),
+        row("digits/left-the-plan", 0, 3.0),
+    ]
+    rows[3]["figures"]["FD-efficientnet' (many)"] = 2.0
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"runs": rows}))
+    measured = results.measured_runs(known, file)
+    assert measured == {("digits/rho0.03", 0), ("digits/improved-long", 1)}
+    names = {task.name for task in plan.tasks_of(known, ["digits/rho0.03", "many"], without=measured)}
+    assert {"digits/rho0.03-1", "digits/improved-long-0.many", "digits"} < names
+    assert not {"digits/rho0.03-0", "digits/rho0.03-0.measured", "digits/improved-long-1.many"} & names

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,13 +104,19 @@ def arms_in(comparison: Mapping[str, Any]) -> list[str]:
     return [arm for group in comparison["groups"] for arm in group]
 
 
-def tasks_of(plan: Mapping[str, Any], wanted: list[str]) -> list[Task]:
-    """Every task of some comparisons or arms: one after the other, seed by seed, each task after what it needs."""
+def tasks_of(plan: Mapping[str, Any], wanted: list[str], without: Collection[tuple[str, int]] = ()) -> list[Task]:
+    """Every task of some comparisons or arms: one after the other, seed by seed, each task after what it needs.
+
+    Args:
+        plan: as `read_plan` gives it.
+        wanted: names of comparisons and of arms.
+        without: arms and seeds whose runs are not made.
+    """
     arms, prepared = arms_of(plan), {task.name: task for task in _preparations(plan)}
     needed: dict[str, Task] = {}
     for own, seed in itertools.product(wanted, plan["seeds"]):
         for name in [own] if own in arms else arms_in(plan["comparisons"][own]):
-            for task in _runs(arms[name], seed, plan):
+            for task in _runs(arms[name], seed, plan) if (name, seed) not in without else ():
                 for before in [*_before(task, prepared), task]:
                     needed.setdefault(before.name, before)
     return list(needed.values())

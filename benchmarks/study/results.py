@@ -45,6 +45,21 @@ def read_results(path: Path = RESULTS) -> dict[str, Any]:
     return {"teachers": {}, "runs": [], "failed": {}, **found}
 
 
+def measured_runs(plan: Mapping[str, Any], path: Path = RESULTS) -> set[tuple[str, int]]:
+    """Arms and seeds whose runs have been measured, on any machine, and whose settings the plan has not changed since.
+
+    A setting that only the plan or only the run names is no change: the plan may name a default, or leave one out.
+    """
+    arms, many = arms_of(plan), f"{DECIDES} (many)"
+    found = [row for row in read_results(path)["runs"] if row["arm"] in arms]
+    complete = [row for row in found if row["arm"] not in plan["many"]["arms"] or many in row["figures"]]
+    return {(row["arm"], row["seed"]) for row in complete if _agrees(row["overrides"], arms[row["arm"]].overrides)}
+
+
+def _agrees(made: Mapping[str, Any], planned: Mapping[str, Any]) -> bool:
+    return all(made[key] == planned[key] for key in made.keys() & planned.keys())
+
+
 def row_of(arm: Arm, seed: int) -> dict[str, Any]:
     """One run that has been measured."""
     run = arm.run(seed)

@@ -1,7 +1,8 @@
 """Make the runs of the study that are missing: python benchmarks/study/run.py [COMPARISON | ARM ...] [--workers 2]
 
 Each run is a folder in logs/study with its config, metrics and figures. What was interrupted goes on; what failed is
-tried again and is reported until it succeeds. results.json beside this file gets the figures of all runs.
+tried again and is reported until it succeeds. results.json beside this file gets the figures of all runs; a run that it
+has already, by this machine or another, is not made again without --again.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from plan import STUDY, Task, read_plan, tasks_of
-from results import FAILURES, write_results
+from results import FAILURES, measured_runs, write_results
 
 MARKS = STUDY / "done"  # commands that have ended well
 BEGUN = STUDY / "begun"
@@ -26,11 +27,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wanted", nargs="*", metavar="COMPARISON", help=f"or an arm; {', '.join(plan['comparisons'])}")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--again", action="store_true", help="make runs too that results.json has")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no task after so many minutes")
     options = parser.parse_args()
     if unknown := set(options.wanted) - {*plan["comparisons"], *plan["arms"]}:
         parser.error(f"no comparison or arm of that name: {', '.join(sorted(unknown))}")
-    tasks = tasks_of(plan, options.wanted or list(plan["comparisons"]))
+    measured = set() if options.again else measured_runs(plan)
+    tasks = tasks_of(plan, options.wanted or list(plan["comparisons"]), without=measured)
     for task in tasks:
         refuse_other_plan(task)
     failed = carry_out(tasks, options.workers, time.monotonic() + 60 * options.minutes)
