@@ -134,10 +134,12 @@ def test_npz_holds_the_images_as_uint8_nhwc(run: Path, tmp_path: Path) -> None:
 def test_latents_decode_to_the_images_that_were_sampled(run: Path, first_stage: Path, tmp_path: Path) -> None:
     latents(run, tmp_path / "sampled", "-n", 3)
     file, out = tmp_path / "sampled" / "latents.safetensors", tmp_path / "decoded"
-    code = run_script("decode_latents.py", file, "--first_stage", first_stage, "-o", out, "--batch_size", 3)
-    assert code == 0
-    difference = pixels(out).astype(int) - pixels(tmp_path / "sampled")
-    assert abs(difference).max() <= 2  # decoding may be in bf16, sampling was not
+    decoding = ("decode_latents.py", file, "--first_stage", first_stage, "--batch_size", 3)
+    assert run_script(*decoding, "-o", out) == 0
+    assert np.array_equal(pixels(out), pixels(tmp_path / "sampled"))
+    assert run_script(*decoding, "-o", tmp_path / "bf16", "--precision", "bf16") == 0
+    difference = pixels(tmp_path / "bf16").astype(int) - pixels(out)
+    assert 0 < abs(difference).max() <= 3
 
 
 def test_a_scale_that_is_given_replaces_a_wrong_one_of_the_latents(first_stage: Path, tmp_path: Path, capsys) -> None:

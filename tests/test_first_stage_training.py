@@ -96,6 +96,39 @@ def test_the_codebook_starts_at_centres_of_the_latents(tmp_path: Path) -> None:
     assert distance() < 0.1 < before
 
 
+def test_a_large_codebook_starts_from_more_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sections = {"codebook": {"continuous_steps": 22}, "trainer": {"max_steps": 23}}
+    base = write_yaml(
+        tmp_path / "vq.yaml", first_stage_config(training_images(tmp_path), tmp_path / "logs", **sections)
+    )
+    sizes = ("data.batch_size=1", "data.held_out=null")  # 64 latents in a batch
+    codes = "first_stage.params.n_embed="
+    code = run_script("train_first_stage.py", "--base", base, *sizes, f"{codes}1409")
+    assert_one_error_line(capsys, code, ("error: first_stage.params.n_embed: 1409", "have 1408", "to 23 or more"))
+    assert run_script("train_first_stage.py", "--base", base, *sizes, f"{codes}1408") == 0  # 16 batches have 1024
+
+
+def test_what_does_not_begin_within_the_steps_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loss = {"adversarial": 0.1, "adversarial_start": 3}
+    codebook, steps = {"continuous_steps": 3, "restart_every": 8}, {**TRAINER, "max_steps": 3}
+    config = first_stage_config(
+        training_images(tmp_path), tmp_path / "logs", loss=loss, codebook=codebook, trainer=steps
+    )
+    base = write_yaml(tmp_path / "vq.yaml", config)
+    assert run_script("train_first_stage.py", "--base", base) == 0
+    said = capsys.readouterr().err
+    for key in ("codebook.continuous_steps: 3 leave none", "loss.adversarial_start: 3 is", "codebook.restart_every: "):
+        assert said.count(key) == 1
+    card = (tmp_path / "logs" / "vq" / "first_stage" / "config.yaml").read_text()
+    assert "codebook: not trained" in card
+    longer = ("trainer.max_steps=12", "logging.name=longer")
+    assert run_script("train_first_stage.py", "--base", base, *longer) == 0
+    said = capsys.readouterr().err
+    assert "has no effect" not in said and "leave none" not in said and "restart_every" not in said
+    card = (tmp_path / "logs" / "longer" / "first_stage" / "config.yaml").read_text()
+    assert "not trained" not in card
+
+
 def test_unused_codes_move_to_latents_and_used_ones_stay(tmp_path: Path) -> None:
     module, latents = first_stage_module(tmp_path), torch.randn(1, 3, 8, 8)
     codes = module.vq.quantize.embedding.weight

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ldm_dkdm.commands.arguments import flags
 from ldm_dkdm.commands.places import arrays_of_images, require_apart, require_outputs
+from ldm_dkdm.config.checked import names_of
 from ldm_dkdm.config.schema import FirstStageConfig, SamplingConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
@@ -34,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--out", type=expanded, required=True)
     add("--scale_factor", type=float, help="default: that of LATENTS, else the folder's own")
     add("--batch_size", type=int, default=16)
+    add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32", help="as of dkdm sample")
+    add("--device", default="auto", help="cpu, cuda, ...")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -46,8 +49,7 @@ def run(options: argparse.Namespace) -> None:
     from ldm_dkdm.commands.drawing import warn_of_others  # imports torch
 
     warn_of_others(options.out, "--out")
-    count = decode_file(options.latents, options.first_stage, options.out, options.scale_factor, options.batch_size)
-    print(f"{count} images: {options.out}")
+    print(f"{decode_file(options)} images: {options.out}")
 
 
 @dataclass(frozen=True)
@@ -132,22 +134,25 @@ def _require_kept(place: Path, path: Path, labeled: bool) -> None:
         raise UserError(f"--out: {place} exists and holds labels (arr_1), which {path} does not; name another folder")
 
 
-def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | None, batch_size: int) -> int:
-    """Decode a file of latents into `out`: grid.png, img/*.png, samples.npz; returns how many images."""
+def decode_file(options: argparse.Namespace) -> int:
+    """Decode a file of latents into its folder: grid.png, img/*.png, samples.npz; returns how many images."""
     import torch
 
     from ldm_dkdm.checkpoints import Source
     from ldm_dkdm.checkpoints.first_stages import FirstStageSource
     from ldm_dkdm.commands.drawing import earlier, write_pngs
-    from ldm_dkdm.device import default_device, resolve_precision
+    from ldm_dkdm.device import resolve_device, resolve_precision
     from ldm_dkdm.images import MODES, grid, save_image
     from ldm_dkdm.npz import save_npz
     from ldm_dkdm.reporting import following, logger
 
-    found, device = read_latents(path, scale_factor), default_device("auto")
+    path, first_stage, out = options.latents, options.first_stage, options.out
+    with flags(device="--device"):
+        device = resolve_device(options.device)
+    found = read_latents(path, options.scale_factor)
     latents = found.states
     _require_kept(out / "samples.npz", path, found.labels is not None)
-    stage, precision = FirstStageSource(first_stage, found.scale_factor), resolve_precision("auto", device)
+    stage, precision = FirstStageSource(first_stage, found.scale_factor), resolve_precision(options.precision, device)
     alone = not Source(first_stage).is_folder
     codec = stage.codec(latents.shape[-1] if alone else None, precision).to(device)  # the side changes no parameter
     own = max(ASSUMED // codec.downsampling, 1) if alone else codec.latent_size
@@ -159,7 +164,7 @@ def decode_file(path: Path, first_stage: Path, out: Path, scale_factor: float | 
         raise UserError(f"{path}: latents of {sides}; at most {LARGER} times as many positions work")
     parts = []
     with following(True, "decoding", "image", len(latents)) as done:
-        for batch in latents.split(batch_size):
+        for batch in latents.split(options.batch_size):
             parts.append(codec.decode(batch.to(device)).cpu())
             done(sum(map(len, parts)))
     images = torch.cat(parts)

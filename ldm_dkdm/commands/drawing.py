@@ -125,7 +125,9 @@ def earlier(out: Path, flag: str, numbers: Iterable[int], written: Container[str
         written: names of the other files that it has written, or read.
     """
     others = len(set((out / "img").glob("*.png")) - set(pngs_of(out / "img", numbers)))
-    kept = [f"{out}/img: also holds {counted(others, 'image')} of earlier calls"] if others else []
+    new = [name for name in SAMPLED if name in written and (out / name).is_file()]
+    lacking = f", not in {' and '.join(new)}" if new else ""
+    kept = [f"{out}/img: also holds {counted(others, 'image')} of earlier calls{lacking}"] if others else []
     files = [name for name in SAMPLED if name not in written and (out / name).is_file()]
     kept += [f"{out}/{name}: is of an earlier call" for name in files]
     return [f"{line}; {flag} names another folder" for line in kept]

@@ -16,14 +16,16 @@ from ldm_dkdm.first_stage.discriminator import Discriminator
 from ldm_dkdm.first_stage.vq import VQModel
 from ldm_dkdm.rng import seed_of
 
-KMEANS_BATCHES = 16
+KMEANS_BATCHES = 16  # more where their latents are fewer than the codes
+RESTARTING = 0.7  # share of the steps in which unused codes restart
 
 
 class FirstStageModule(L.LightningModule):
     """Trains a `VQModel` on images uint8 (B,H,W,C).
 
     The first `codebook.continuous_steps` steps pass latents unquantised; the codebook then starts as the k-means
-    centres of the last 16 batches, and codes that went unused since the last check restart as encoder outputs.
+    centres of the last 16 batches (of as many more as give a latent for each code), and codes that went unused since
+    the last check restart as encoder outputs.
 
     Args:
         vq: the autoencoder.
@@ -41,6 +43,7 @@ class FirstStageModule(L.LightningModule):
         self.seed = config.trainer.seed
         self.figures: dict[str, Tensor] = {}  # the last batch's losses
         self.recent_latents: list[Tensor] = []
+        self.kmeans_batches = max(KMEANS_BATCHES, math.ceil(vq.quantize.n_e / latents_of_a_batch(vq, config)))
         self.register_buffer("code_uses", torch.zeros(vq.quantize.n_e, dtype=torch.long))
         self.discriminator = Discriminator(vq.in_channels) if self.loss.adversarial else None
         self.perceptual = perceptual
@@ -126,7 +129,7 @@ class FirstStageModule(L.LightningModule):
     @torch.no_grad()
     def _start_codebook(self, latents: Tensor, steps_left: int) -> None:
         """Collect the last batches before quantisation begins; their k-means centres are the codes."""
-        if steps_left < KMEANS_BATCHES:
+        if steps_left < self.kmeans_batches:
             self.recent_latents.append(as_vectors(latents).cpu())
         if steps_left == 0:
             codes = self.vq.quantize.embedding.weight
@@ -139,7 +142,7 @@ class FirstStageModule(L.LightningModule):
     def _restart_dead_codes(self, latents: Tensor, quantised: Tensor, indices: Tensor, step: int) -> None:
         """Move codes unused since the last check to latents (B,C,h,w) that the codebook represents worst."""
         self.code_uses += torch.bincount(indices.flatten(), minlength=len(self.code_uses))
-        if step % self.codebook.restart_every or step > 0.7 * self.max_steps:
+        if step % self.codebook.restart_every or step > RESTARTING * self.max_steps:
             return
         dead = (self.code_uses == 0).nonzero().flatten()
         vectors = as_vectors(latents)
@@ -169,6 +172,11 @@ def latent_scale(vq: VQModel, images: Tensor, batch_size: int = 64) -> float:
     device = next(vq.parameters()).device
     latents = [vq.encode(to_unit(batch.to(device)) * 2 - 1) for batch in images.split(batch_size)]
     return 1 / torch.cat(latents).std().item()
+
+
+def latents_of_a_batch(vq: VQModel, config: FirstStageRun) -> int:
+    """Latent vectors of a training batch."""
+    return int(config.data.batch_size * (config.data.image_size // vq.downsampling) ** 2)
 
 
 def as_vectors(latents: Tensor) -> Tensor:

@@ -17,11 +17,18 @@ from ldm_dkdm.checkpoints.model_folder import write_folder
 from ldm_dkdm.checkpoints.reading import read_named_weights
 from ldm_dkdm.config.checked import Section
 from ldm_dkdm.config.registry import build
-from ldm_dkdm.config.schema import FirstStageCard, FirstStageLoss, FirstStageRun, LoggingConfig, TrainerConfig
+from ldm_dkdm.config.schema import (
+    CodebookConfig,
+    FirstStageCard,
+    FirstStageLoss,
+    FirstStageRun,
+    LoggingConfig,
+    TrainerConfig,
+)
 from ldm_dkdm.errors import UserError, naming
 from ldm_dkdm.evaluation.perceptual import lpips_loss
 from ldm_dkdm.first_stage import FIRST_STAGES, VQModel
-from ldm_dkdm.first_stage.vqgan import FirstStageModule, held_out_psnr, latent_scale
+from ldm_dkdm.first_stage.vqgan import RESTARTING, FirstStageModule, held_out_psnr, latent_scale, latents_of_a_batch
 from ldm_dkdm.images import load_images
 from ldm_dkdm.model.arguments import require_path
 from ldm_dkdm.reporting import Progress, decoration, logger
@@ -87,16 +94,19 @@ def _train_first_stage_in(run: Run) -> Result:
     with forked_rng(config.trainer.seed):
         vq = build(config.first_stage, VQ_MODELS, "first_stage.params")
         assert isinstance(vq, VQModel)
+        _refuse_unused(config, run.resumed)
+        _require_channels(vq, config)
+        _require_side(vq, config)
         module = FirstStageModule(vq, config, lpips_loss(loss.perceptual_backbone) if loss.perceptual else None)
-    _refuse_unused(config, run.resumed)
-    _require_channels(vq, config)
-    _require_side(vq, config)
     if end := run.end():
         logger.info(f"{run.folder.path}: {end}")
         weights = run.folder.model / WEIGHTS
         load_strictly(vq.eval(), read_named_weights(run.folder.model, WEIGHTS), weights)
         return Result(vq, run.folder.path, run.step, end)
     trained = sum(parameter.numel() for parameter in module.parameters())
+    _require_latents(vq, config, run.step)
+    for line in _idle(config):
+        logger.warning(line)
     require_disk(run.folder, disk_needed(trained, config.trainer, config.logging))
     size, held_out = config.data.image_size, None  # which is read first, since it is the smaller set
     if data.held_out:
@@ -157,6 +167,35 @@ def _require_side(vq: VQModel, config: FirstStageRun) -> None:
     for term, smallest in SMALLEST.items():
         if getattr(config.loss, term) and side < smallest:
             raise UserError(f"data.image_size: {side} is too small for loss.{term}, which takes {smallest} or more")
+
+
+def _require_latents(vq: VQModel, config: FirstStageRun, step: int) -> None:
+    """Refuse a codebook that is larger than what it starts from, the latents before the quantisation begins."""
+    codes, each, steps = vq.quantize.n_e, latents_of_a_batch(vq, config), config.codebook.continuous_steps
+    if step < steps and steps * each < codes:
+        raise UserError(
+            f"first_stage.params.n_embed: {codes} entries start as centres of latents, and the "
+            f"codebook.continuous_steps, {steps}, have {steps * each}; set those to {-(-codes // each)} or more"
+        )
+
+
+def _idle(config: FirstStageRun) -> Iterator[str]:
+    """Lines about what does not begin within the steps of the training."""
+    steps, begins = config.trainer.max_steps, config.codebook.continuous_steps
+    if begins >= steps:
+        yield (
+            f"codebook.continuous_steps: {begins} leave none of the {steps} steps (trainer.max_steps) to the codebook, "
+            "which stays random: a try, and no first stage to use"
+        )
+    if config.loss.adversarial and config.loss.adversarial_start >= steps:
+        yield f"loss.adversarial_start: {config.loss.adversarial_start} is not within the {steps} steps; has no effect"
+    every = config.codebook.restart_every
+    if every != CodebookConfig().restart_every and -(-begins // every) * every > RESTARTING * steps:
+        last = int(RESTARTING * steps)
+        yield (
+            f"codebook.restart_every: {every} has no effect: codes restart at multiples of it from step {begins} (the "
+            f"codebook's first) to {last} ({RESTARTING:.0%} of the steps)"
+        )
 
 
 COUNT = "images"  # fact in the folder's config: how many images trained the first stage
@@ -220,6 +259,9 @@ def _export_on_save(
     def export(trainer: L.Trainer) -> None:
         vq = averaged(trainer, FirstStageModule).vq.eval()
         info: dict[str, Any] = {"step": trainer.global_step, COUNT: len(images)}
+        if trainer.global_step <= config.codebook.continuous_steps:
+            info["codebook"] = "not trained"
+            logger.warning(f"step {trainer.global_step}: the codebook is not trained yet (codebook.continuous_steps)")
         if held_out is not None:
             with decoration("held-out PSNR"):
                 info["held_out_psnr_db"] = round(held_out_psnr(vq, held_out), 2)
