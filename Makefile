@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 export NO_MKDOCS_2_WARNING := 1
+unexport PYTHONDONTWRITEBYTECODE # each process would compile its libraries anew: 23 s of CPU in place of 8 for Lightning
 
 .PHONY: demo demo-pixel docs study test setup quickstart-teacher
 

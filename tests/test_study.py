@@ -9,10 +9,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from ldm_dkdm.config.load import load_config
-from ldm_dkdm.config.schema import DiffusionRun, DistillRun
+from ldm_dkdm.config.registry import build
+from ldm_dkdm.config.schema import DiffusionRun, DistillRun, NetworkConfig
 from ldm_dkdm.evaluation.features import open_extractor
+from ldm_dkdm.networks import NETWORKS
 from tests.cli import ROOT
 
 STUDY = ROOT / "benchmarks" / "study"
@@ -31,7 +34,7 @@ def test_every_planned_run_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -
     assert {arm for entry in known["comparisons"].values() for arm in plan.arms_in(entry)} == set(known["arms"])
     monkeypatch.chdir(ROOT)
     tasks = plan.tasks_of(known, list(known["comparisons"]))
-    seen: set[str] = set()
+    seen, networks = set[str](), dict[str, NetworkConfig]()
     for task in tasks:
         assert set(task.after) <= seen, task.name
         seen.add(task.name)
@@ -41,6 +44,11 @@ def test_every_planned_run_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -
             overrides = [word for word in words[1:] if "=" in word]
             config = load_config(base, overrides, schema=DistillRun if task.command[2] == "distill" else DiffusionRun)
             assert Path(config.logging.dir) / str(config.logging.name) == task.run
+            node = config.student if isinstance(config, DistillRun) else config.model
+            networks[repr(node)] = node
+    with torch.device("meta"):
+        for node in networks.values():
+            build(node, NETWORKS)
 
 
 def test_runs_that_differ_in_their_student_share_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
