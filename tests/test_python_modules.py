@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import ldm_dkdm as dkdm
+from ldm_dkdm.config.schema import SamplingConfig
+from ldm_dkdm.evaluation.samples import sampled
+from ldm_dkdm.evaluation.sources import key_of
 from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.networks.modes import compiled, replayed, stored_in_bf16
 from tests.cli import contents
@@ -75,6 +78,37 @@ class ScaledDiT(DiT):
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         return 2 * super().forward(x, t, label)
+
+
+class Told(Net):
+    """A network of which the weights tell a part: it has an attribute, and a buffer that is not saved."""
+
+    def __init__(self, scale: float = 1.0, shift: float = 0.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("shift", torch.tensor(shift), persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.scale * super().forward(x, t, label) + self.shift
+
+
+def test_the_cache_tells_networks_of_the_same_weights_apart(teacher: dkdm.DiffusionModel, tmp_path: Path) -> None:
+    hooked, plain = Told(), Told()
+    hooked.register_forward_hook(lambda module, given, output: 2 * output)
+    networks: list[nn.Module] = [plain, Told(scale=0.2), Told(shift=0.5), hooked]
+    for network in networks:
+        network.load_state_dict(plain.state_dict())
+    changed = UNet(**UNET_PARAMS)
+    changed.out[0].eps = 1.0
+    changed.load_state_dict(teacher.network.state_dict())
+    models = [teacher, *(dkdm.DiffusionModel(network, like=teacher) for network in (changed, *networks))]
+
+    keys = [key_of(sampled(model, SamplingConfig(count=2)).identity()) for model in models]
+    assert len(set(keys)) == len(models)
+    assert [key_of(sampled(model, SamplingConfig(count=2)).identity()) for model in models] == keys
+    told, scaled = models[2:4]
+    own = [dkdm.evaluate(told, model, images=0, chains=1, pairs=1, steps=1, cache=tmp_path) for model in (told, scaled)]
+    assert own[0]["agreement"] < 1e-9 < own[1]["agreement"]
 
 
 SAVED = ("folder", "safetensors", "diffusers", "compvis", "adm", "dit")

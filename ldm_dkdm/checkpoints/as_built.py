@@ -1,4 +1,4 @@
-"""Refuse a network whose file would be opened as another one: replaced layers, changed constants."""
+"""Tell networks that are as their target and params make them from those with replaced layers or changed constants."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -35,10 +35,26 @@ def require_as_built(network: nn.Module, node: NetworkConfig) -> None:
             f"network: {found}, and a file of a {kind} does not say so; make the change in a class of your own, "
             f"class Mine({kind}), which the formats folder and safetensors name and network=Mine(...) opens"
         )
-    hooked = [name for name, own in network.named_modules() if own._forward_hooks or own._forward_pre_hooks]
+    hooked = _hooked(network)
     if hooked:
         where = f"its {hooked[0]}" if hooked[0] else "it"
         logger.warning(f"network: {where} has a forward hook, which no file holds")
+
+
+def is_as_built(network: nn.Module, node: NetworkConfig) -> bool:
+    """Whether target, params and weights say all that a network computes: a class of this package, nothing changed."""
+    factory = NETWORKS.get(node.target)
+    if factory is None or not is_own(factory) or _hooked(network):
+        return False
+    try:
+        return next(_differences(network, node, factory.__name__), None) is None
+    except UserError:  # a node of the user's that does not build
+        return False
+
+
+def _hooked(network: nn.Module) -> list[str]:
+    """Names of the modules with forward hooks."""
+    return [name for name, own in network.named_modules() if own._forward_hooks or own._forward_pre_hooks]
 
 
 def _differences(network: nn.Module, node: NetworkConfig, kind: str) -> Iterator[str]:

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ldm_dkdm import __version__
+from ldm_dkdm.checkpoints.as_built import is_as_built
 from ldm_dkdm.checkpoints.averaging import KIND, UNSAID
 from ldm_dkdm.checkpoints.card import FILE_SHA256, sha256
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.sampling import require_sampling, settle, steps_of
+
+PROBED = 4  # states at which a user's network is told from others
 
 
 @dataclass
@@ -69,7 +72,10 @@ class ModelImages:
         return weights_of(codec.autoencoder) if isinstance(codec, LatentCodec) else None
 
     def identity(self) -> dict[str, Any]:
-        """Weights, process, sampling; settles a doubtful scale of the latents first, by the images 0 and 1."""
+        """Weights, process, sampling, of a user's network predictions too, since its code may be other code tomorrow.
+
+        A doubtful scale of the latents is settled first, by the images 0 and 1.
+        """
         return self._identity
 
     @cached_property
@@ -83,6 +89,7 @@ class ModelImages:
             "node": repr(model.node),
             "guidance": [model.guidance, model.null_label],
             "scale_factor": model.codec().scale_factor,
+            **({} if is_as_built(model.network, model.node) else {"predictions": predictions_of(model)}),
             **self.sampling(),
         }
 
@@ -169,4 +176,22 @@ def weights_of(*modules: nn.Module) -> str:
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def predictions_of(model: DiffusionModel) -> str:
+    """A hash of a model's predictions at a few fixed states, timesteps and labels.
+
+    It follows the code of a network, its plain attributes, buffers and hooks, of which weights say nothing.
+    """
+    generator, digest = torch.Generator("cpu").manual_seed(0), hashlib.sha256()
+    classes = model.classes or []
+    for number in range(PROBED):
+        x = torch.randn((1, *model.shape), generator=generator, device="cpu").to(model.device)
+        t = torch.full((1,), number * (model.schedule.num_timesteps - 1) // (PROBED - 1), device=model.device)
+        own = [classes[number * (len(classes) - 1) // (PROBED - 1)]] if classes else []
+        label = torch.tensor(own, device=model.device) if own else None
+        found = model.predict(x, t, label)
+        for tensor in (found.eps, found.x_0):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
