@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from ldm_dkdm import DiffusionModel, UserError, load_model
 from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.evaluation import perceptual
 from ldm_dkdm.evaluation.agreement import FIGURES
+from ldm_dkdm.evaluation.json_files import write_json
 from ldm_dkdm.evaluation.likeness import likeness
 from ldm_dkdm.evaluation.results import append_row
 from ldm_dkdm.reports.model_figures import read_figures
@@ -127,6 +129,23 @@ def printed_table(capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     head, _, *cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     return [dict(zip(head, own, strict=True)) for own in cells]
+
+
+def test_figures_of_predictions_that_overflow_are_not_written(
+    run: Path, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = load_model(run)
+    torch.nn.init.constant_(student.network.out[2].bias, 3e38)
+    student.save("wild")
+    assert evaluate("-r", "wild", "--teacher", teacher_folder, "-n", 0, *SMALL) == 2
+    assert "wild: its predictions are not finite (t = " in capsys.readouterr().err
+    assert not Path("wild/evaluation.json").exists() and not Path("results.csv").exists()
+
+
+def test_figures_in_json_are_numbers(tmp_path: Path) -> None:
+    """Figures of older versions may be NaN, which is not JSON."""
+    write_json(tmp_path / "a.json", {"figures": {"FD": math.nan, "IS": 2.0}, "list": [1, math.inf], "n": None})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"figures": {"IS": 2.0}, "list": [1], "n": None}
 
 
 def test_a_table_shows_what_r_alone_has_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

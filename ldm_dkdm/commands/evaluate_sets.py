@@ -51,8 +51,9 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
     load_plugins(options.plugin)
 
     from ldm_dkdm.device import resolve_device
+    from ldm_dkdm.evaluation.json_files import write_json
     from ldm_dkdm.evaluation.measurement import measure
-    from ldm_dkdm.evaluation.results import read_rows, record_in_run, records_of, write_record
+    from ldm_dkdm.evaluation.results import read_rows, record_in_run, records_of
     from ldm_dkdm.model.ranks import joined
 
     if options.processes > 1 and joined().ranks > 1:
@@ -96,7 +97,7 @@ def measure_sets(options: argparse.Namespace, paths: Sequence[str], items: Seque
     add_row(options.results, found)
     kept = record_in_run(getattr(samples, "path", None), record) if options.out is None else None
     if options.out is not None:
-        write_record(options.out, record)
+        write_json(options.out, record)
     if place := options.out or kept:
         print(f"{place}: the figures and what they were measured on")
     if options.save_statistics:

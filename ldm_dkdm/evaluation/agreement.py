@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm_dkdm.device import resolve_precision
 from ldm_dkdm.diffusion.samplers import SAMPLERS, ImageNoise, last
+from ldm_dkdm.errors import UserError
 from ldm_dkdm.evaluation.held_out import (
     HeldOutStates,
     eps_error_by_quarter,
@@ -22,12 +23,14 @@ from ldm_dkdm.evaluation.held_out import (
 from ldm_dkdm.evaluation.likeness import likeness
 from ldm_dkdm.evaluation.perceptual import Lpips
 from ldm_dkdm.model import DiffusionModel
+from ldm_dkdm.model.sampling import OVERFLOW, CheckedCalls
 from ldm_dkdm.records import Prediction
 from ldm_dkdm.reporting import Progress, counted, following
 from ldm_dkdm.rng import seed_of, torch_generator
 
 KEPT_STATES = 20  # timesteps of a chain at which the eps error is measured
 BATCH = 16  # states in a call of the student, so that a measurement fits beside a training
+STUDENT, TEACHER = "the student", "the teacher"  # without a path
 FIGURES = ("agreement", *(f"agreement_q{quarter}" for quarter in range(1, 5)), "x0_drift", "psnr", "ssim", "lpips")
 
 
@@ -115,7 +118,7 @@ def new_reference(
 
         states = held_out_chains(teacher, sizes.chains, own, teacher.device, max(1, total // KEPT_STATES), done)
     label = teacher.draw_labels(sizes.images, torch_generator(seed, 0, 1, "evaluation"))
-    drift, images = _walked(teacher, own, label, sizes.images, sizes.steps, batch_size, progress, "the teacher")
+    drift, images = _walked(teacher, own, label, sizes.images, sizes.steps, batch_size, progress, TEACHER)
     labels = None if states.label is None else states.label.cpu()
     states = HeldOutStates(states.x.cpu(), states.t.cpu(), states.eps.cpu(), labels)
     return Reference(states, drift, images, label, own, sizes.steps)
@@ -135,24 +138,29 @@ def compare(
     batch_size: int = BATCH,
     progress: bool | Progress = False,
 ) -> Comparison:
-    """Figures of a student against its teacher; those that cannot be measured are left out.
+    """Figures of a student against its teacher; those of quarters without states are left out.
 
     - agreement: squared eps error, mean over elements, held-out states and timesteps; 0 is the teacher.
       agreement_q1 ... q4: the same for t in the quarters of [0, T), ascending.
     - x0_drift: both models walk their own DDIM chain from the same noise; squared difference of the x_0 that they
       predict, mean over elements, images and steps. It also shows the errors that add up along a chain.
     - psnr, ssim and lpips (`likeness`) of the images at the ends of these chains, against the teacher's.
+
+    Raises:
+        UserError: predictions, or their squared errors, that are not finite.
     """
     states, total = reference.states, student.schedule.num_timesteps
     errors = errors_of(student, states, batch_size, progress)
     count, label = len(reference.images), reference.label
-    drift, images = _walked(student, reference.seed, label, count, reference.steps, batch_size, progress, "the student")
+    drift, images = _walked(student, reference.seed, label, count, reference.steps, batch_size, progress, STUDENT)
     figures = {"agreement": errors.mean().item()}
     figures |= {f"agreement_q{n}": error for n, error in enumerate(eps_error_by_quarter(errors, states, total), 1)}
     figures["x0_drift"] = (drift - reference.drift).square().mean().item()
+    if not (math.isfinite(figures["agreement"]) and math.isfinite(figures["x0_drift"])):
+        raise UserError(f"{_name(student, STUDENT)}: the squares of its errors overflow; {OVERFLOW}")
     pairs = likeness(images, reference.images, None if lpips is None else lpips.metric)
     figures |= {name: values.mean().item() for name, values in pairs.items()}
-    known = {name: value for name, value in figures.items() if not math.isnan(value)}  # T below 4: empty quarters
+    known = {name: value for name, value in figures.items() if not math.isnan(value)}  # quarters without states
     return Comparison(known, eps_error_by_t(errors, states))
 
 
@@ -163,15 +171,26 @@ def errors_of(
     progress: bool | Progress = False,
     what: str = "eps errors of the student",
 ) -> Tensor:
-    """Squared eps errors (N,) of a model on states on the CPU; `what` names the work for a bar."""
+    """Squared eps errors (N,) of a model on states on the CPU; `what` names the work for a bar.
+
+    Raises:
+        UserError: predictions that are not finite.
+    """
+    calls, device = CheckedCalls(model, _name(model, STUDENT)), model.device
 
     def denoise(x: Tensor, t: Tensor, label: Tensor | None) -> Prediction:
-        device = model.device
-        found = model.predict(x.to(device), t.to(device), None if label is None else label.to(device))
+        found = calls(x.to(device), t.to(device), None if label is None else label.to(device))
         return Prediction(found.eps.cpu(), found.x_0.cpu())
 
     with following(progress, what, "state", len(states.t)) as show:
-        return eps_errors(denoise, states, batch_size, show)
+        errors = eps_errors(denoise, states, batch_size, show)
+    calls.require_finite()
+    return errors
+
+
+def _name(model: DiffusionModel, whose: str) -> str:
+    """What messages call a model."""
+    return str(model.path or whose)
 
 
 def _walked(
@@ -190,7 +209,8 @@ def _walked(
         for start in range(0, count, batch_size):
             numbers = range(start, min(start + batch_size, count))
             own = None if label is None else label[start : numbers.stop].to(model.device)
-            *drift, states = _chain(model, [seed + i for i in numbers], own, min(steps, model.schedule.num_timesteps))
+            calls = CheckedCalls(model, _name(model, whose))
+            *drift, states = _chain(calls, [seed + i for i in numbers], own, min(steps, model.schedule.num_timesteps))
             codec = model.codec().to(model.device, resolve_precision(model.precision, model.device))
             drifts.append(torch.stack(drift))
             images.append(codec.decode(states).cpu().contiguous())
@@ -198,15 +218,16 @@ def _walked(
     return torch.cat(drifts, 1), torch.cat(images)
 
 
-def _chain(model: DiffusionModel, seeds: list[int], label: Tensor | None, steps: int) -> Iterator[Tensor]:
+def _chain(calls: CheckedCalls, seeds: list[int], label: Tensor | None, steps: int) -> Iterator[Tensor]:
     """The x_0 (B,C,H,W) that a model predicts at every DDIM step, and then the chain's end."""
-    kept: list[Tensor] = []
+    model, kept = calls.model, list[Tensor]()
 
     def denoise(x: Tensor, t: Tensor, label: Tensor | None) -> Prediction:
-        prediction = model.predict(x, t, label)
+        prediction = calls(x, t, label)
         kept.append(prediction.x_0.cpu())
         return prediction
 
     noise = ImageNoise(seeds, model.shape, model.device)
     states = last(SAMPLERS["ddim"].walk(model.schedule, denoise, noise(), noise, steps, label))
+    calls.require_finite(states)
     yield from (*kept, states)

@@ -13,6 +13,7 @@ from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.config.load import RUN_KIND, card_kind
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.evaluation.json_files import write_json
 from ldm_dkdm.evaluation.sources import key_of
 from ldm_dkdm.files import JSON_BYTES, locked, read_text, require_file, write_text
 from ldm_dkdm.reporting import names_apart
@@ -113,11 +114,6 @@ def _same(old: Mapping[str, str], row: Mapping[str, Any]) -> bool:
     return all((old.get(name) or "") == ("" if row.get(name) is None else str(row[name])) for name in names)
 
 
-def write_record(path: Path, record: Record) -> None:
-    """Write a record as JSON."""
-    write_text(path, json.dumps(record, indent=2) + "\n")
-
-
 def records_of(model: Path | None) -> Path | None:
     """The folder of the records beside a run's model; None outside runs."""
     return model / RECORDS if model is not None and model.is_dir() and _in_run(model) else None
@@ -132,7 +128,7 @@ def record_in_run(model: Path | None, record: Record) -> Path | None:
     name = Path(str((record["reference"] or {}).get("source") or "alone")).stem
     path = records / f"{name}-{key}.json"
     with locked(path):
-        write_record(path, _joined(_read(path), record) if path.is_file() else record)
+        write_json(path, _joined(_read(path), record) if path.is_file() else record)
     return path
 
 

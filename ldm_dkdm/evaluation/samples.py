@@ -193,5 +193,5 @@ def predictions_of(model: DiffusionModel) -> str:
         label = torch.tensor(own, device=model.device) if own else None
         found = model.predict(x, t, label)
         for tensor in (found.eps, found.x_0):
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

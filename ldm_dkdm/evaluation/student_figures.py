@@ -8,9 +8,10 @@ from typing import Any
 
 from ldm_dkdm.checkpoints.card import EARLIER
 from ldm_dkdm.errors import MALFORMED, UserError
+from ldm_dkdm.evaluation.json_files import write_json
 from ldm_dkdm.evaluation.results import SPEED
 from ldm_dkdm.evaluation.sources import key_of
-from ldm_dkdm.files import JSON_BYTES, read_text, write_text
+from ldm_dkdm.files import JSON_BYTES, read_text
 
 SETTINGS = {  # what figures depend on -> how a line says that it differs
     "measured_with": "",
@@ -37,14 +38,10 @@ def write_figures(path: Path, figures: Mapping[str, Any], keep: bool = True) -> 
         figures = {**figures, **{n: v for n, v in known.items() if n.endswith(SPEED) and n not in figures}}
     elif known:
         place = path.parent / EARLIER / f"{path.stem}-{key_of(_settings(known))[:8]}.json"
-        _write(place, known)
+        write_json(place, known)
         line = f"{place}: the figures that were there before ({_differing(known, figures)})"
-    _write(path, figures)
+    write_json(path, figures)
     return line
-
-
-def _write(path: Path, figures: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(figures, indent=2) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

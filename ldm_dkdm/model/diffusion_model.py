@@ -212,7 +212,7 @@ class DiffusionModel:
             labels: in turn, of a class-conditional model; default: by the seeds. progress: a bar, or a function.
 
         Raises:
-            UserError: an unknown sampler, steps outside 1 ... T, labels that the model does not have.
+            UserError: an unknown sampler, steps outside 1 ... T, unknown labels, or predictions that are not finite.
         """
         config = SamplingConfig(count, batch_size, seed, steps, eta, sampler, labels)
         with following(progress, "sampling", "image", count) as done:

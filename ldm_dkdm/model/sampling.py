@@ -1,7 +1,7 @@
 """From seeds to images: noise -> sampler -> first stage -> batches of uint8 images."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -14,11 +14,14 @@ from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.first_stage.codec import Codec, LatentCodec
 from ldm_dkdm.first_stage.scale import IMAGES, scale_figures
 from ldm_dkdm.networks.modes import in_eval_mode
+from ldm_dkdm.records import Prediction
 from ldm_dkdm.reporting import logger
 from ldm_dkdm.rng import numpy_generator
 
 if TYPE_CHECKING:
     from ldm_dkdm.model.diffusion_model import DiffusionModel
+
+OVERFLOW = "the weights are damaged, a training diverged, or they overflow in this precision"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,39 @@ class SampleBatch:
     states: Tensor
     images: Tensor
     labels: Tensor | None
+
+
+@dataclass
+class CheckedCalls:
+    """A model's `predict`, which notes whether eps (B,C,H,W) is finite; it does not wait for the device.
+
+    Attributes:
+        model: it predicts. name: of the model in messages.
+        seen: timesteps (B,) of every call, and whether eps was finite there.
+    """
+
+    model: "DiffusionModel"
+    name: str
+    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def __call__(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Prediction:
+        """The model's prediction."""
+        found = self.model.predict(x, t, label)
+        self.seen.append((t, found.eps.isfinite().flatten(1).all(1)))
+        return found
+
+    def require_finite(self, states: Tensor | None = None) -> None:
+        """Refuse predictions of these calls, or states that they led to, which are not finite.
+
+        Raises:
+            UserError: names the model, and the largest timestep.
+        """
+        t, is_finite = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
+        if not is_finite.all():
+            where = f"(t = {int(t[~is_finite].max())})"
+            raise UserError(f"{self.name}: its predictions are not finite {where}; {OVERFLOW}")
+        if states is not None and not states.isfinite().all():
+            raise UserError(f"{self.name}: its samples are not finite; {OVERFLOW}")
 
 
 def starts_of(config: SamplingConfig) -> range:
@@ -64,7 +100,10 @@ def _drawn(model: "DiffusionModel", config: SamplingConfig, start: int, count: i
     noise = ImageNoise([config.seed + start + i for i in range(count)], model.shape, device)
     label = labels_of(model, config, start, count)
     label = None if label is None else label.to(device)
-    return last(sampler.walk(model.schedule, model.predict, noise(), noise, steps, label, config.eta)), label
+    calls = CheckedCalls(model, str(model.path or "model"))
+    states = last(sampler.walk(model.schedule, calls, noise(), noise, steps, label, config.eta))
+    calls.require_finite(states)
+    return states, label
 
 
 def settle(model: "DiffusionModel", config: SamplingConfig) -> None:
