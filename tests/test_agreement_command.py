@@ -119,7 +119,7 @@ def test_figures_of_other_settings_are_kept_and_named(run: Path, capsys: pytest.
     assert json.loads(kept.read_text()) == first
     now = json.loads((student / "evaluation.json").read_text())
     assert "frechet_student_to_teacher" not in now and now["agreement"] == first["agreement"]
-    assert read_figures(student).values["agreement"] == f"{now['agreement']:.6g}"  # a report shows the new ones
+    assert read_figures([student])[0].values["agreement"] == f"{now['agreement']:.6g}"  # a report shows the new ones
     assert evaluate("-r", run, "-n", 0, *few, "--seed", 9, "-o", student / "evaluation.json") == 0
     assert "before" not in capsys.readouterr().out  # a file of one's own choice
 

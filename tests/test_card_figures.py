@@ -31,10 +31,10 @@ def test_figures_of_other_weights_are_kept_elsewhere(teacher_folder: Path, tmp_p
 
     write(own)
     write_readme(folder, card)
-    assert "- agreement: 0.25" in (folder / "README.md").read_text() and read_figures(folder).values
+    assert "- agreement: 0.25" in (folder / "README.md").read_text() and read_figures([folder])[0].values
     write(other)
     write_readme(folder, card)
-    assert "agreement" not in (folder / "README.md").read_text() and not read_figures(folder).values
+    assert "agreement" not in (folder / "README.md").read_text() and not read_figures([folder])[0].values
     with pytest.raises(UserError, match="has not been evaluated"):
         table([folder])
     kept = folder / "evaluations" / "of-01234567"

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import logging
-import math
 import re
 from pathlib import Path
 
@@ -18,11 +17,11 @@ from ldm_dkdm.config.load import to_yaml
 from ldm_dkdm.reports import tables
 from ldm_dkdm.reports.charts import points_of, pool_map, sections_of, time_left
 from ldm_dkdm.reports.images import MAX_SIDE, page_image
-from ldm_dkdm.reports.run_files import MAX_GRIDS, read_run
+from ldm_dkdm.reports.run_files import MAX_GRIDS, RunFiles, read_runs
 from ldm_dkdm.reports.tables import MAX_POINTS, read_series
 from ldm_dkdm.reports.texts import blocks_of, differences_of, facts_of, names_of
 from tests.cli import contents, write_yaml
-from tests.run_folders import CARD, RECORD, begun, finished, pool_to, rows_to, write_json, write_png, write_table
+from tests.run_folders import CARD, begun, finished, pool_to, rows_to, write_png, write_table
 from tests.test_tables import NUMBERS, pixel_model
 
 
@@ -31,6 +30,11 @@ def data_in(page: Path) -> dict[str, object]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)
     assert found
     return json.loads(found[1])
+
+
+def read_run(run: Path) -> RunFiles:
+    """A run without others beside it."""
+    return read_runs([run])[0]
 
 
 def points(series: dict[str, object], name: str) -> tuple[list[int], list[float]]:
@@ -201,32 +205,6 @@ def test_columns_that_no_chart_names_get_one(tmp_path: Path) -> None:
         "Speed": ["Training time"],
         "Other columns": ["dead_codes"],
     }
-
-
-def test_records_of_one_reference_are_told_apart(tmp_path: Path) -> None:
-    run = finished(tmp_path / "run")
-    write_json(run / "student" / "evaluations" / "emoji-zz.json", {**RECORD, "figures": {"FID": 3}})
-    assert read_run(run).figures.values["emoji · FID"] == "12.5"
-    assert read_run(run).figures.values["emoji-zz · FID"] == "3"
-
-
-def test_hashes_and_settings_are_provenance_and_no_figures(tmp_path: Path) -> None:
-    run = finished(tmp_path / "run")
-    texts = {"measured_with": "dkdm evaluate -n 65", "student_sha256": "ab12", "warnings": ["few", "JPEG"]}
-    write_json(run / "student" / "evaluation.json", {"agreement": 0.25, **texts})
-    found = read_run(run).figures
-    own = {name: value for name, value in found.values.items() if not name.startswith("emoji")}
-    assert own == {"agreement": "0.25"}
-    shown = {"measured with": "dkdm evaluate -n 65", "student sha256": "ab12", "warnings": "few, JPEG"}
-    assert shown.items() <= found.provenance.items()
-
-
-def test_a_figure_that_is_not_a_number_is_no_point(tmp_path: Path) -> None:
-    run = finished(tmp_path / "run")
-    write_json(run / "student" / "evaluation.json", {"FID": math.nan, "by_t": {"0": 1, "1": math.nan, "2": 3, "3": 4}})
-    page = write_report([run], tmp_path / "report.html")
-    assert data_in(page)["runs"][0]["points"]["by_t"] == {"x": [0, 2, 3], "y": [1, 3, 4]}
-    assert read_run(run).figures.values["FID"] == "nan"
 
 
 def test_an_early_end_counts_the_steps_of_the_saved_model(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 from ldm_dkdm.checkpoints.card import FIGURES, RECORDS
 from ldm_dkdm.errors import UserError, blaming
 from ldm_dkdm.files import JSON_BYTES, read_text
+from ldm_dkdm.reports.figure_labels import MARK, labels_of, settings_of
 from ldm_dkdm.reports.tables import Series
 
 MIN_CURVE = 4  # values of a mapping from numbers to numbers that is a curve
-MARK = " · "  # between the keys of nested mappings
+OF_NETWORKS = ("_parameters", "_gflops")  # ends of the names of figures that no setting changes
 
 
 @dataclass
@@ -34,35 +35,56 @@ class ModelFigures:
         is_record = isinstance(tree, Mapping) and isinstance(tree.get("figures"), Mapping)
         values = tree["figures"] if is_record else tree
         others = {key: value for key, value in tree.items() if key != "figures"} if is_record else {}
-        for name, value in flat(values, MARK, prefix):
-            if isinstance(value, Mapping) and value:
-                points = {int(key): number for key, number in value.items() if math.isfinite(number)}
-                self.curves[name] = Series(list(points), list(points.values()))
-            else:
-                place = self.values if is_record or not _has_text(value) else self.provenance
-                place[name.replace("_", " ")] = shown(value)
+        for key, own in values.items():
+            for name, value in flat({key: own}, MARK, "" if key.endswith(OF_NETWORKS) else prefix):
+                if isinstance(value, Mapping) and value:
+                    points = {int(key): number for key, number in value.items() if math.isfinite(number)}
+                    self.curves[name] = Series(list(points), list(points.values()))
+                else:
+                    place = self.values if is_record or not _has_text(value) else self.provenance
+                    place[name.replace("_", " ")] = shown(value)
         for name, value in flat(others, MARK, prefix) if others else []:
             self.provenance[name.replace("_", " ")] = shown(value)
 
 
-def read_figures(model: Path | None) -> ModelFigures:
-    """The figures in a model folder; none without one.
+def read_figures(models: Sequence[Path | None]) -> list[ModelFigures]:
+    """The figures in model folders that are shown side by side; none without a folder.
+
+    Figures of one reference have one name in all of them where they were measured with the same settings; otherwise
+    what differs is in the name.
 
     Raises:
         UserError: a damaged file.
     """
-    found, used = ModelFigures(), set[str]()
-    for file in [] if model is None else [model / FIGURES, *sorted((model / RECORDS).glob("*.json"))]:
+    files = [[] if model is None else _files(model) for model in models]
+    labels = labels_of([[(_name(file), settings_of(tree)) for file, tree in own] for own in files])
+    found = []
+    for own, names in zip(files, labels, strict=True):
+        figures, used = ModelFigures(), set[str]()
+        for (file, tree), label in zip(own, names, strict=True):
+            figures.add(tree, file.stem if label in used else label)
+            used.add(label)
+        found.append(figures)
+    return found
+
+
+def _files(model: Path) -> list[tuple[Path, Mapping[str, Any]]]:
+    """The files of figures in a model folder, and their content."""
+    found = []
+    for file in [model / FIGURES, *sorted((model / RECORDS).glob("*.json"))]:
         if not file.is_file():
             continue
         with blaming(file):
             tree = json.loads(read_text(file, JSON_BYTES))
             if not isinstance(tree, Mapping):
                 raise UserError(f"{file}: is not a file of figures")
-            prefix = "" if file.name == FIGURES else file.stem.rpartition("-")[0] or file.stem  # the same for all runs
-            found.add(tree, file.stem if prefix in used else prefix)
-            used.add(prefix)
+            found.append((file, tree))
     return found
+
+
+def _name(file: Path) -> str:
+    """The reference of a file's figures: its name without the hash; evaluation.json has none."""
+    return "" if file.name == FIGURES else file.stem.rpartition("-")[0] or file.stem
 
 
 def flat(tree: Any, mark: str, name: str = "") -> list[tuple[str, Any]]:

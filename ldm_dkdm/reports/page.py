@@ -18,7 +18,7 @@ from ldm_dkdm.files import expanded, write_text
 from ldm_dkdm.model.arguments import path_of
 from ldm_dkdm.reports.charts import Chart, Points, places_of, points_of, pool_map, sections_of, unit_of
 from ldm_dkdm.reports.images import PageImage
-from ldm_dkdm.reports.run_files import RunFiles, read_run
+from ldm_dkdm.reports.run_files import RunFiles, read_runs
 from ldm_dkdm.reports.tables import Series, thinned
 from ldm_dkdm.reports.texts import blocks_of, differences_of, facts_of, names_of, rows_of
 
@@ -47,7 +47,7 @@ def write_report(runs: str | Path | Sequence[str | Path], out: str | Path) -> Pa
     if not runs:
         raise UserError("runs: name at least one run folder")
     paths = list({expanded(run).resolve(): expanded(run) for run in runs}.values())
-    write_text(out, page_of([read_run(path) for path in paths]))
+    write_text(out, page_of(read_runs(paths)))
     return out
 
 

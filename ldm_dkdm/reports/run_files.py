@@ -38,7 +38,7 @@ class RunFiles:
         path: the folder. saved_step: training step of its model, 0 without one. config: its config.yaml as text.
         keys: dotted key of the config -> value.
         series: column -> points by training step, of metrics.csv and pool.csv.
-        figures: of its model.
+        figures: of its model, named as beside the runs that were read with it.
         card: README.md of the model folder; empty without one.
         grids: samples, by step. grid_count: how many the folder holds.
         teacher: the teacher's samples from the same noise.
@@ -56,12 +56,19 @@ class RunFiles:
     teacher: PageImage | None
 
 
-def read_run(path: Path) -> RunFiles:
-    """Read a run folder, finished or not; an image that cannot be read is logged and left out.
+def read_runs(paths: Sequence[Path]) -> list[RunFiles]:
+    """Read run folders, finished or not; an image that cannot be read is logged and left out.
 
     Raises:
         UserError: not a run folder, or a damaged table or config.
     """
+    for path in paths:
+        _require_run(path)
+    models = [_model_folder(path) for path in paths]
+    return [_read(*own) for own in zip(paths, models, read_figures(models), strict=True)]
+
+
+def _require_run(path: Path) -> None:
     file = path / "config.yaml"
     if not file.is_file():
         raise UserError(f"{path}: not a run folder (it has no config.yaml)")
@@ -69,7 +76,10 @@ def read_run(path: Path) -> RunFiles:
         raise UserError(f"{path}: is {kind}; name the run folder that it is in")
     if kind != RUN_KIND:
         raise UserError(f"{path}: its config.yaml is not a run's")
-    model = _model_folder(path)
+
+
+def _read(path: Path, model: Path | None, figures: ModelFigures) -> RunFiles:
+    file = path / "config.yaml"
     found = sorted((int(m[1]), f) for f in (path / "samples").glob("step=*.png") if (m := _GRID.fullmatch(f.name)))
     images = [(found[i][0], _image(found[i][1])) for i in spread(len(found), MAX_GRIDS)]
     return RunFiles(
@@ -78,7 +88,7 @@ def read_run(path: Path) -> RunFiles:
         config=file.read_text(encoding="utf-8-sig"),
         keys=_keys(file),
         series={**read_series(metrics_files(path)), **_optional(path / "pool.csv")},
-        figures=read_figures(model),
+        figures=figures,
         card=_card(model),
         grids=[Grid(step, image) for step, image in images if image],
         grid_count=len(found),
