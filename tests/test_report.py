@@ -105,6 +105,11 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         with pytest.raises(SystemExit) as end:
             main("report", [str(path)])
         assert (end.value.code, capsys.readouterr().err) == (2, f"error: {path}: {words}\n")
+    begun(tmp_path / "logs" / "first")
+    begun(tmp_path / "logs" / "second")
+    write_yaml(tmp_path / "logs" / "model" / "config.yaml", CARD)
+    with pytest.raises(UserError, match=r"logs: not a run folder .*; it holds the runs \S+/(first|second), \S+: name"):
+        write_report(tmp_path / "logs", tmp_path / "report.html")
     with pytest.raises(UserError, match=r"^runs: name at least one"):
         write_report([], tmp_path / "report.html")
     damaged = finished(tmp_path / "damaged")

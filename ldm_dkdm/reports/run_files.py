@@ -17,6 +17,7 @@ from ldm_dkdm.reports.model_figures import ModelFigures, flat, read_figures
 from ldm_dkdm.reports.tables import Series, read_series, spread
 
 MAX_GRIDS = 24  # grids of a run in the page
+MAX_NAMES = 8  # runs that a message names
 CARD, TEACHER = "README.md", "teacher.png"
 _GRID = re.compile(r"step=(\d+)\.png")
 _OLD_METRICS = re.compile(r"metrics(?:-from-(\d+))?")
@@ -71,11 +72,26 @@ def read_runs(paths: Sequence[Path]) -> list[RunFiles]:
 def _require_run(path: Path) -> None:
     file = path / "config.yaml"
     if not file.is_file():
-        raise UserError(f"{path}: not a run folder (it has no config.yaml)")
+        raise UserError(f"{path}: not a run folder (it has no config.yaml){_runs_in(path)}")
     if (kind := card_kind(file)) in (ModelCard.KIND, FirstStageCard.KIND):
         raise UserError(f"{path}: is {kind}; name the run folder that it is in")
     if kind != RUN_KIND:
         raise UserError(f"{path}: its config.yaml is not a run's")
+
+
+def _runs_in(path: Path) -> str:
+    """Advice that names the runs in a folder, the newest first; empty where it holds none."""
+    runs = [file.parent for file in path.glob("*/config.yaml") if file.is_file() and _is_run(file)]
+    names = [str(run) for run in sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)]
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"; it holds the runs {', '.join(names[:MAX_NAMES])}{more}: name one or several of them" if names else ""
+
+
+def _is_run(config: Path) -> bool:
+    try:
+        return card_kind(config) == RUN_KIND
+    except UserError:  # a damaged file
+        return False
 
 
 def _read(path: Path, model: Path | None, figures: ModelFigures) -> RunFiles:
