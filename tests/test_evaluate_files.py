@@ -16,6 +16,7 @@ from ldm_dkdm import DiffusionModel, NoiseSchedule, load_model
 from ldm_dkdm.evaluation.features import open_extractor
 from ldm_dkdm.evaluation.gathering import gather
 from ldm_dkdm.evaluation.metrics import METRICS
+from ldm_dkdm.evaluation.opening import is_model
 from ldm_dkdm.evaluation.results import append_row, read_rows
 from ldm_dkdm.evaluation.sources import TensorImages
 from ldm_dkdm.evaluation.statistics import Statistics
@@ -156,3 +157,23 @@ def test_latents_beside_samples_do_not_make_them_a_model(capsys: pytest.CaptureF
     shutil.rmtree("out/img")
     assert toy("out", "b.npz", "--metrics", "fd") == 2
     assert "out: " in (error := capsys.readouterr().err.splitlines()[-1]) and "model" not in error
+
+
+def test_files_beside_images_do_not_make_them_a_model(teacher_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_images("folder/class", A)
+    torch.save({"labels": torch.zeros(2)}, "folder/labels.pt")
+    Path("folder/config.json").write_text('{"dataset": "x"}')
+    Path("folder/config.yaml").write_text("name: x\n")
+    assert toy("folder", "b.npz", "--metrics", "fd") == 0
+    assert "folder: 70 images; 3 other files are not read (" in capsys.readouterr().err
+    torch.save({"labels": torch.zeros(2)}, "folder/model.ckpt")
+    assert toy("folder", "b.npz", "--metrics", "fd") == 2
+    both = "folder: holds images and model.ckpt, without a config that describes a model; name a folder with the images"
+    assert both in capsys.readouterr().err
+    shutil.copytree(teacher_folder, "model")
+    write_images("model/previews", A[:2])
+    assert is_model(Path("model")) and not is_model(Path("folder/class"))
+    Path("pipeline").mkdir()
+    Path("pipeline/model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    write_images("pipeline", A[:2])
+    assert is_model(Path("pipeline"))

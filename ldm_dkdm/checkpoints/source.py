@@ -28,6 +28,7 @@ from ldm_dkdm.errors import UserError, interruptible, unreadable
 from ldm_dkdm.files import JSON_BYTES, read_text, require_file
 
 OWN_KEYS = {"weights", "network", "diffusion"}  # keys in the config of a model folder
+MODEL_KEYS = OWN_KEYS | {"model"}  # the last is CompVis's
 DESCRIPTIONS = ("model_index.json", "config.json", "config.yaml")  # files beside weights that describe them
 RUN_MODELS = ("model", "first_stage", "student")  # model folders in a run folder
 
@@ -183,6 +184,30 @@ def is_foreign(folder: Path) -> bool:
     try:
         return card_kind(folder / "config.yaml") is None and not OWN_KEYS & set(read_yaml(folder / "config.yaml"))
     except (UserError, OmegaConfBaseException):  # damaged, which the reader says
+        return False
+
+
+def describes_model(folder: Path) -> bool:
+    """Whether files in a folder, or in one of its folders, describe a model, by their content.
+
+    A damaged file describes none.
+    """
+    if any(has_config(folder / name) for name in RUN_MODELS):
+        return True
+    for file in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
+        if file.name in DESCRIPTIONS and _has_class(file):
+            return True
+    try:
+        config = folder / "config.yaml"
+        return has_config(folder) and (card_kind(config) is not None or bool(MODEL_KEYS & set(read_yaml(config))))
+    except (UserError, OmegaConfBaseException):
+        return False
+
+
+def _has_class(file: Path) -> bool:
+    try:
+        return "_class_name" in read_json(file)
+    except UserError:
         return False
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource, is_first_stage_folder
 from ldm_dkdm.checkpoints.releases import how_to_get
-from ldm_dkdm.checkpoints.source import home_of
-from ldm_dkdm.checkpoints.weight_files import holds_weights
+from ldm_dkdm.checkpoints.source import describes_model, home_of
+from ldm_dkdm.checkpoints.weight_files import STANDARD, holds_weights
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.errors import UserError
@@ -17,12 +17,13 @@ from ldm_dkdm.evaluation.reconstruction import Reconstructions
 from ldm_dkdm.evaluation.samples import sampled
 from ldm_dkdm.evaluation.sources import ImageSource, TensorImages, image_files, require_images
 from ldm_dkdm.files import expanded
-from ldm_dkdm.images import GRID, SAMPLED
+from ldm_dkdm.images import GRID, SAMPLED, holds_images
 from ldm_dkdm.model import DiffusionModel, load_model
 from ldm_dkdm.npz import is_npz
 
 Images = DiffusionModel | Tensor | np.ndarray | str | Path
-CONFIGS = ("config.yaml", "model_index.json", "config.json")  # files that make a folder a model's
+CONFIGS = ("config.yaml", "model_index.json", "config.json")  # files that may describe a folder's model
+WEIGHTS = ("student.safetensors", "model.safetensors", "model.ckpt", *STANDARD)  # usual names of models' files
 
 
 def open_images(
@@ -95,15 +96,30 @@ def require_set(path: Path, what: str = "the path of a set of images") -> None:
 
 
 def is_model(path: Path) -> bool:
-    """Whether a path is opened as a diffusion model: any but an .npz, a first stage, and a folder without weights.
+    """Whether a path is opened as a diffusion model: any but an .npz, a first stage, and a folder of images.
 
-    The latents in an output of `dkdm sample` do not count as weights.
+    Files beside the images of a folder make it a model's if they describe one by their content. The latents in an
+    output of `dkdm sample` do not count as weights.
+
+    Raises:
+        UserError: a folder that may be either.
     """
     if is_npz(path) or _is_first_stage(path):
         return False
-    if not path.is_dir() or any((path / name).exists() for name in CONFIGS):
+    if not path.is_dir() or describes_model(path):
         return True
-    return holds_weights(path, SAMPLED if (path / GRID).is_file() else ())
+    described = any((path / name).exists() for name in CONFIGS)
+    if not described and not holds_weights(path, SAMPLED if (path / GRID).is_file() else ()):
+        return False
+    if not holds_images(path):
+        return True
+    weights = next((name for name in WEIGHTS if (path / name).is_file()), None)
+    if weights is not None:
+        raise UserError(
+            f"{path}: holds images and {weights}, without a config that describes a model; name a folder with the "
+            f"images alone, or {path / weights} for the model"
+        )
+    return False
 
 
 def _is_first_stage(path: Path) -> bool:

@@ -110,6 +110,12 @@ def find_images(path: Path, channels: int = 3) -> list[Path]:
     return sorted(files)
 
 
+def holds_images(path: Path) -> bool:
+    """Whether there is an image file below a folder, by its suffix; hidden ones do not count."""
+    files = (file for file in _files_below(path, ()) if file.suffix.lower() in SUFFIXES)
+    return any(not _hidden(file.relative_to(path)) for file in files)
+
+
 def _files_below(
     folder: Path, above: tuple[Path, ...], passed: Callable[[Path], bool] = lambda _: False
 ) -> Iterator[Path]:
