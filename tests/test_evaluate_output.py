@@ -3,14 +3,17 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from ldm_dkdm.checkpoints.averaging import UNSAID
 from ldm_dkdm.commands.evaluate_output import measured_on
 from ldm_dkdm.evaluation.comparability import doubts
 from ldm_dkdm.evaluation.results import table
+from ldm_dkdm.evaluation.sources import TensorImages
 from ldm_dkdm.reporting import in_home
-from tests.evaluate_sets import evaluation_home, record, toy  # noqa: F401 (a fixture)
+from tests.evaluate_sets import A, evaluation_home, record, toy  # noqa: F401 (a fixture)
 
 STUDENT = {
     "source": "logs/quickstart/student",
@@ -104,6 +107,20 @@ def test_warnings_of_two_sets_are_one() -> None:
     (few_references,) = doubts({"images": 20_000}, {"images": 9}, ["fid", "is"])
     assert few_references.endswith("; fid depends on their number, kid does not")
     assert few.startswith("reference: 9 images are fewer") and lossy.startswith("reference: 9 files are JPEG")
+
+
+def test_sets_of_another_width_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("wide.npz", np.concatenate([A, A], 2))
+    asked = ("--metrics", "fd", "-o", "out.json")
+    assert toy("wide.npz", "a.npz", *asked, "--save_statistics", "statistics.npz") == 0
+    found = record()
+    assert (found["samples"]["size"], found["reference"]["size"]) == ("64x32", 32)
+    assert "the samples are 64x32, the reference 32x32; features see the resize" in capsys.readouterr().err
+    assert toy("a.npz", "statistics.npz", *asked) == 0
+    assert "the samples are 32x32, the reference 64x32; features see the resize" in capsys.readouterr().err
+    assert toy("wide.npz", "a.npz", *asked, "--size", 32) == 2
+    assert "--size: wide.npz holds images 64x32; an .npz is not resized" in capsys.readouterr().err
+    assert TensorImages(torch.cat([A, A], 1)).facts()["size"] == "32x64"
 
 
 def test_a_path_in_the_home_folder_is_short(monkeypatch: pytest.MonkeyPatch) -> None:

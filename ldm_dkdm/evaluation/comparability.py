@@ -10,6 +10,11 @@ BIASED = {"fid", "sfid", "is", "fd", "fd-dinov2", "precision-recall", "pixel-fre
 ALONE = {"is"}  # those that measure the samples alone
 
 
+def size_fact(height: int, width: int) -> int | str:
+    """The size of images as provenance says it: the side of squares, else width x height, such as 64x32."""
+    return height if height == width else f"{width}x{height}"
+
+
 def doubts(samples: Mapping[str, Any], reference: Mapping[str, Any] | None, metrics: Iterable[str]) -> list[str]:
     """Sentences about two sets of images, from their facts; empty where nothing stands against a comparison."""
     sets = {"samples": samples} | ({} if reference is None else {"reference": reference})
@@ -50,7 +55,8 @@ def _differences(samples: Mapping[str, Any], reference: Mapping[str, Any]) -> li
     found = []
     own, other = samples.get("size"), reference.get("size")
     if own and other and own != other:
-        found.append(f"the samples are {own}x{own}, the reference {other}x{other}; features see the resize")
+        sizes = [f"{size}x{size}" if isinstance(size, int) else size for size in (own, other)]
+        found.append(f"the samples are {sizes[0]}, the reference {sizes[1]}; features see the resize")
     own, other = (facts.get("resized") or "none" for facts in (samples, reference))
     if own != other:
         found.append(f"resize of the files: samples {own}; reference {other}; features see it")

@@ -15,6 +15,7 @@ from ldm_dkdm.checkpoints.as_built import is_as_built
 from ldm_dkdm.checkpoints.averaging import KIND, UNSAID
 from ldm_dkdm.checkpoints.card import FILE_SHA256, sha256
 from ldm_dkdm.config.schema import SamplingConfig
+from ldm_dkdm.evaluation.comparability import size_fact
 from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.sampling import require_sampling, settle, steps_of
@@ -125,7 +126,7 @@ class ModelImages:
             "sha256": self.weights,
             "first_stage_sha256": self.first_stage,
             "opened_from_sha256": sha256(file) if file is not None and opened else None,
-            "size": self.model.shape[1] * self.model.codec().downsampling,
+            "size": size_fact(*(side * self.model.codec().downsampling for side in self.model.shape[1:])),
             "rounding": self.model.codec().rounding,
         }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.card import sha256
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.evaluation.comparability import size_fact
 from ldm_dkdm.evaluation.npz import NpzFile
 from ldm_dkdm.evaluation.statistics import Statistics
 from ldm_dkdm.files import require_file
@@ -207,7 +208,7 @@ class NpzImages:
         own = found.facts.get("source", {}) if found else {}
         facts |= {name: own.get(name) for name in INHERITED}
         facts["lossy"] = own.get("lossy", own.get("jpeg"))  # its name before
-        return facts | ({"size": self.file.shape[1]} if self.count else {})
+        return facts | ({"size": size_fact(*self.file.shape[1:3])} if self.count else {})
 
     def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
         """Images from number `first` on."""
@@ -246,7 +247,7 @@ class TensorImages:
     def facts(self) -> dict[str, Any]:
         """Provenance: number and hash."""
         facts = {"source": self.name, "kind": "tensor", "images": self.count, "sha256": self.digest}
-        return {**facts, "size": self.images.shape[1], "rounding": None}
+        return {**facts, "size": size_fact(*self.images.shape[1:3]), "rounding": None}
 
     def batches(self, first: int, batch_size: int) -> Iterator[Tensor]:
         """Images from number `first` on."""
@@ -270,8 +271,10 @@ def image_files(path: Path, size: int | None = None) -> FolderImages | NpzImages
     """
     if is_npz(path):
         images = NpzImages(path, str(path))
-        if size is not None and images.count and images.file.shape[1] != size:
-            raise UserError(f"size: {path} holds images of side {images.file.shape[1]}; an .npz is not resized")
+        if size is not None and images.count and images.file.shape[1:3] != (size, size):
+            own = size_fact(*images.file.shape[1:3])
+            what = f"of side {own}" if isinstance(own, int) else own
+            raise UserError(f"size: {path} holds images {what}; an .npz is not resized")
         return images
     path = folder_of_images(path)
     return FolderImages(path, str(path), size)
