@@ -1,6 +1,7 @@
 """Models with few diffusion steps: defaults that were made for T = 1000 fit them, or the key is named."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import ldm_dkdm as dkdm
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError
 from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import LoggingConfig, WarmupConfig
-from ldm_dkdm.evaluation.held_out import eps_error_by_quarter, eps_errors, held_out_chains
+from ldm_dkdm.evaluation.agreement import KEPT_STATES, Sizes, new_reference
+from ldm_dkdm.evaluation.held_out import eps_error_by_quarter, eps_errors, held_out_chains, kept_timesteps
 from ldm_dkdm.networks import UNet
 from tests.parts import UNET_PARAMS, randomised
 
@@ -26,6 +28,21 @@ def test_every_quarter_of_t_has_states(steps: int) -> None:
     errors = eps_error_by_quarter(eps_errors(model(steps).predict, states), states, steps)
     assert all(map(math.isfinite, errors))
     assert set(((states.t * 4) // steps).tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("steps", [1, 3, 19, 20, 21, 25, 30, 39, 50, 99, 1000])
+def test_the_states_of_20_timesteps_or_all_are_kept_at_even_distances(steps: int) -> None:
+    kept = kept_timesteps(steps, KEPT_STATES)
+    assert len(set(kept)) == len(kept) == min(20, steps) and kept[0] >= 0 and kept[-1] < steps
+    gaps = {after - before for before, after in pairwise(kept)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    if steps in (20, 1000):  # as versions before
+        assert kept == list(range(steps // 40, steps, steps // 20))
+
+
+def test_an_evaluation_at_30_timesteps_says_the_error_at_20() -> None:
+    teacher = model(30).frozen()
+    assert len(new_reference(teacher, 0, Sizes(chains=1, images=1, steps=1)).states.t) == 20
 
 
 def test_an_evaluation_takes_all_steps_where_there_are_few() -> None:

@@ -145,7 +145,7 @@ def test_a_distilled_student_agrees_with_its_teacher(teacher_folder: Path, tmp_p
     config["distill"]["batch_size"] = 16
     assert distil("--base", write_yaml(tmp_path / "c.yaml", config)) == 0
     teacher = load_model(teacher_folder)
-    states = held_out_chains(teacher, chains=16, seed=99, device="cpu", every=2)
+    states = held_out_chains(teacher, chains=16, seed=99, device="cpu", kept=10)
     student = load_model(tmp_path / "logs" / "run" / "student")
     before, after = (
         eps_error_by_quarter(eps_errors(model.predict, states), states, 20)

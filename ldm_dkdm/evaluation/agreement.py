@@ -116,7 +116,7 @@ def new_reference(
             show(calls)
             check()
 
-        states = held_out_chains(teacher, sizes.chains, own, teacher.device, max(1, total // KEPT_STATES), done)
+        states = held_out_chains(teacher, sizes.chains, own, teacher.device, KEPT_STATES, done)
     label = teacher.draw_labels(sizes.images, torch_generator(seed, 0, 1, "evaluation"))
     drift, images = _walked(teacher, own, label, sizes.images, sizes.steps, batch_size, progress, TEACHER)
     labels = None if states.label is None else states.label.cpu()

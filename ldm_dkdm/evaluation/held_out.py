@@ -26,30 +26,35 @@ def held_out_chains(
     chains: int,
     seed: int,
     device: torch.device | str = "cpu",
-    every: int = 25,
+    kept: int = 20,
     done: Callable[[int], object] = lambda calls: None,
 ) -> HeldOutStates:
-    """Walk `chains` fresh ancestral chains through all T steps and keep every `every`-th state.
+    """Walk `chains` fresh ancestral chains through all T steps and keep the states at `kept_timesteps`.
 
-    Where T is below 4 * `every`, more states are kept, so that each quarter of [0, T) has some. `done` is called with
-    the number of the teacher's calls after each.
+    `done` is called with the number of the teacher's calls after each.
     """
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn((chains, *teacher.shape), generator=generator, dtype=torch.float32, device=device)
     label = teacher.draw_labels(chains, generator)
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    every = max(1, min(every, teacher.schedule.num_timesteps // 4))
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    wanted = set(kept_timesteps(teacher.schedule.num_timesteps, kept))
     for step in reversed(range(teacher.schedule.num_timesteps)):
         t = torch.full((chains,), step, device=device)
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device=device)
         prediction, x_next = teacher.step(NoisyBatch(x, t, label), noise)
-        if step % every == every // 2:
-            kept.append((x, t, prediction.eps))
+        if step in wanted:
+            found.append((x, t, prediction.eps))
         x = x_next
         done(teacher.schedule.num_timesteps - step)
-    labels = None if label is None else label.repeat(len(kept))
-    x, t, eps = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    labels = None if label is None else label.repeat(len(found))
+    x, t, eps = (torch.cat(parts) for parts in zip(*found, strict=True))
     return HeldOutStates(x, t, eps, labels)
+
+
+def kept_timesteps(num_timesteps: int, kept: int) -> list[int]:
+    """The middles of `kept` equal parts of [0, T), ascending; all T timesteps where there are fewer."""
+    count = min(kept, num_timesteps)
+    return [(2 * k + 1) * num_timesteps // (2 * count) for k in range(count)]
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from ldm_dkdm.files import write_tensors
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, in_home, logger
 
-LAYOUT = 1  # version of what is cached; raise it when the chains, their seeds or the kept states change
+LAYOUT = 2  # version of what is cached; raise it when the chains, their seeds or the kept states change
 
 
 def save_reference(reference: Reference, path: Path, facts: Mapping[str, Any]) -> None:
