@@ -8,6 +8,7 @@ from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +23,7 @@ from ldm_dkdm.evaluation.sources import TensorImages
 from ldm_dkdm.evaluation.statistics import Statistics
 from ldm_dkdm.files import write_tensors
 from ldm_dkdm.images import save_image, to_image
-from tests.evaluate_sets import A, evaluate, evaluation_home, results, toy, write_images  # noqa: F401 (a fixture)
+from tests.evaluate_sets import A, evaluate, evaluation_home, record, results, toy, write_images  # noqa: F401 (a fixture)
 
 
 def test_saved_statistics_remember_that_files_were_jpeg_and_resized(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +60,7 @@ def test_saved_statistics_are_written_over_by_statistics_only() -> None:
             "the images of large are 32x32 RGB, those of small 16x16 RGB; --size (in Python",
         ),
         (("a.npz", "small"), "the images of a.npz are 32x32 RGB, those of small 16x16 RGB; --size"),
-        (("large", "grey"), "the images of large are 32x32 RGB, those of grey 32x32 grey\n"),
+        (("large", "four.npz"), "the images of large are 32x32 RGB, those of four.npz 32x32 of 4 channels\n"),
         (("few", "large"), "pixel-frechet needs 65 images or more in both sets; few has 3, large has 66"),
         (("large", "few"), "pixel-frechet needs 65 images or more in both sets; large has 66, few has 3"),
         (("model", "small", "-n", 66, "-c", 2), "the images of model are 32x32 RGB, those of small 16x16 RGB; --size"),
@@ -69,8 +70,9 @@ def test_saved_statistics_are_written_over_by_statistics_only() -> None:
 def test_sets_that_a_metric_cannot_compare_are_refused_before_they_are_read(
     sets: tuple, reason: str, teacher_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, images in {"large": A[:66], "small": A[:66, :16, :16], "grey": A[:66, ..., :1], "few": A[:3]}.items():
+    for name, images in {"large": A[:66], "small": A[:66, :16, :16], "few": A[:3]}.items():
         write_images(name, images)
+    np.savez("four.npz", A[:66][..., [0, 1, 2, 0]].numpy())
     Path("model").symlink_to(teacher_folder)
     assert evaluate(*sets, "--features", "pixels") == 2
     error = capsys.readouterr().err
@@ -108,6 +110,30 @@ def test_what_a_metric_cannot_take_is_refused_before_a_model_is_sampled(
     assert toy(teacher_folder, reference, "--metrics", "fd", metric, "-n", 4, "-c", 1) == 2
     error = capsys.readouterr().err
     assert reason in error and len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_pixels_of_grey_images_are_repeated_to_rgb_where_the_others_are(capsys: pytest.CaptureFixture[str]) -> None:
+    grey, others = A[..., :1].contiguous(), torch.flip(A, [0]) // 2
+    write_images("grey", grey)
+    np.savez("rgb.npz", grey.expand(-1, -1, -1, 3).numpy())
+    np.savez("others.npz", others.numpy())
+    asked = ("--features", "pixels", "--metrics", "pixel-frechet", "kid", "-o", "out.json")
+    found = {}
+    for samples, reference in (
+        ("grey", "others.npz"),
+        ("rgb.npz", "others.npz"),
+        ("others.npz", "grey"),
+        ("others.npz", "rgb.npz"),
+    ):
+        assert evaluate(samples, reference, *asked) == 0
+        figures = {name: value for name, value in record()["figures"].items() if not name.endswith("std")}
+        found[samples, reference] = figures
+        said = "the grey images are repeated to RGB" in capsys.readouterr().out
+        assert said == ("grey" in (samples, reference))
+    assert found["grey", "others.npz"] == pytest.approx(found["rgb.npz", "others.npz"])
+    assert found["others.npz", "grey"] == pytest.approx(found["others.npz", "rgb.npz"])
+    assert evaluate("grey", "rgb.npz", *asked) == 0
+    assert record()["figures"]["pixel Frechet"] == pytest.approx(0, abs=1e-6)
 
 
 def append_rows(number: int) -> None:

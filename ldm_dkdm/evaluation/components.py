@@ -32,7 +32,7 @@ class PixelComponents(Extractor):
     def __call__(self, images: Tensor) -> Features:
         """Images uint8 (B,H,W,C) of any number of channels -> (B,K), float64."""
         assert self.basis is not None  # set by `pixel_components`
-        return Features(torch.from_numpy(self.basis.project(images)))
+        return Features(torch.from_numpy(self.basis.project(self.coloured(images))))
 
     @property
     def moments(self) -> bool:
@@ -62,13 +62,13 @@ class DrawnImages(ModelImages):
 
 
 def pixel_components(
-    reference: ImageSource, cache: Path | None, batch_size: int, progress: bool | Progress = False
+    reference: ImageSource, cache: Path | None, batch_size: int, progress: bool | Progress = False, rgb: bool = False
 ) -> tuple[PixelComponents, ImageSource]:
     """Features of the components of a reference's pixels, and the reference.
 
     The components are those of at most IMAGES images: of a model, whose samples are independent, the first, and these
     stay in memory so that they are not drawn twice; of others images at even distances. They are kept in the cache.
-    Of several ranks the first computes them.
+    Of several ranks the first computes them. With `rgb`, grey images are repeated to RGB.
 
     Raises:
         UserError: fewer images than the components need, or images that are all the same.
@@ -77,10 +77,11 @@ def pixel_components(
         raise UserError(f"{reference.name}: holds no images, whose pixels pixel-frechet needs")
     require_enough(reference.count)
     used: list[Tensor] = []
-    basis = joined().on_first(lambda: _basis(reference, cache, batch_size, progress, used.append))
+    basis = joined().on_first(lambda: _basis(reference, cache, batch_size, progress, used.append, rgb))
     reference = _kept(reference, used[0]) if used else reference
     digest = key_of(*(array.numpy().tobytes().hex() for array in (basis.mean, basis.components)))
-    return PixelComponents(NAME, "pixels", None, digest, "none", torch.device("cpu"), basis=basis), reference
+    components = PixelComponents(NAME, "pixels", None, digest, "none", torch.device("cpu"), basis=basis)
+    return components.repeating_grey() if rgb else components, reference
 
 
 def _basis(
@@ -89,15 +90,17 @@ def _basis(
     batch_size: int,
     progress: bool | Progress,
     keep: Callable[[Tensor], None],
+    rgb: bool,
 ) -> PixelBasis:
     """Components from their file of the cache, or from images, which `keep` gets."""
-    file = cache / f"{key_of(LAYOUT, reference.identity(), IMAGES, COMPONENTS)}.components.npz" if cache else None
+    key = key_of(LAYOUT, reference.identity(), IMAGES, COMPONENTS, *(["RGB"] if rgb else []))
+    file = cache / f"{key}.components.npz" if cache else None
     known = _cached(file) if file is not None and file.is_file() else None
     if known is not None:
         return known
     require_cache(cache)
     images = _some(reference, batch_size, progress)
-    basis = PixelBasis.of(images)
+    basis = PixelBasis.of(images.expand(-1, -1, -1, 3) if rgb else images)
     if file is not None:
         with replacing(file) as temporary, temporary.open("wb") as opened:
             np.savez(opened, mean=basis.mean.numpy(), components=basis.components.numpy())

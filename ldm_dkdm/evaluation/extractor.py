@@ -1,8 +1,8 @@
 """The interface of feature extractors: uint8 images in, features out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class Extractor:
         forward: the network; None for pixels.
         sha256: hash of the weights' file. resize: how images become its input.
         path: the weights' file, where it is not the pinned one.
+        rgb: of pixels, whether grey images are repeated to RGB, as networks take them.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Extractor:
     resize: str
     device: torch.device
     path: Path | None = None
+    rgb: bool = False
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
@@ -59,12 +61,20 @@ class Extractor:
             UserError: images that are neither grey nor RGB.
         """
         if self.forward is None:
-            return Features(images.flatten(1))
+            return Features(self.coloured(images).flatten(1))
         channels = images.shape[-1]
         if channels not in COLOURS:
             raise UserError(f"features: {self.name} takes grey or RGB images, these have {channels} channels")
         parts = [self._of(part) for part in images.split(CPU_BATCH if self.device.type == "cpu" else len(images))]
         return Features(*(None if part[0] is None else torch.cat(part) for part in zip(*parts)))  # type: ignore[arg-type]
+
+    def coloured(self, images: Tensor) -> Tensor:
+        """Images (B,H,W,C), of one channel repeated to three with `rgb`."""
+        return images.expand(-1, -1, -1, 3) if self.rgb else images
+
+    def repeating_grey(self) -> Self:
+        """The same with `rgb`, which its facts say."""
+        return replace(self, rgb=True, resize=f"{self.resize}; grey repeated to RGB")
 
     def _of(self, images: Tensor) -> tuple[Tensor | None, ...]:
         assert self.forward is not None  # `__call__` has returned the pixels
@@ -80,7 +90,7 @@ class Extractor:
     @property
     def opener(self) -> "str | Path | Extractor":
         """What another process opens this extractor by."""
-        return self.path or self.name
+        return self if self.rgb else self.path or self.name
 
     def titled(self, figure: str) -> str:
         """The name of a figure on these features, such as FD-efficientnet-lite0."""

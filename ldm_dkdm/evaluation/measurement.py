@@ -23,7 +23,7 @@ from ldm_dkdm.evaluation.metrics import DEFAULTS, METRICS
 from ldm_dkdm.evaluation.opening import Images, open_images, taken
 from ldm_dkdm.evaluation.perceptual import LPIPS_FACTS, Lpips, announced, find_lpips
 from ldm_dkdm.evaluation.reconstruction import Reconstructions
-from ldm_dkdm.evaluation.requirements import require_comparable_sets
+from ldm_dkdm.evaluation.requirements import repeats_grey, require_comparable_sets
 from ldm_dkdm.evaluation.results import AGREEMENT_BY
 from ldm_dkdm.evaluation.samples import ModelImages
 from ldm_dkdm.evaluation.sources import FolderImages, ImageSource, NpzImages
@@ -31,7 +31,7 @@ from ldm_dkdm.evaluation.statistics import Statistics
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.arguments import path_of
 from ldm_dkdm.model.facts import whole
-from ldm_dkdm.reporting import Progress
+from ldm_dkdm.reporting import Progress, logger
 
 COUNT = 10_000  # samples of a model
 
@@ -115,8 +115,8 @@ def measure(
     require_comparable_sets(own, other, chosen, named, size)
     extractors = _open_extractors(chosen, named, weights, where)
     folder = path_of(cache or statistics_cache(), "cache")
-    if other is not None and any(METRICS[name].features == PIXEL_COMPONENTS for name in chosen):
-        extractors[PIXEL_COMPONENTS], other = pixel_components(other, folder, batch_size, progress)
+    options = {"cache": folder, "batch_size": batch_size, "progress": progress}
+    other = _with_pixels(extractors, chosen, own, other, **options)
     agreeing = _agreeing(config, chains, pairs, lpips=perceptual)
     work = MetricFigures(extractors, named, batch_size, folder, progress, agreeing, perceptual, processes)
     return _measurement(own, other, chosen, extractors.values(), *work.of(chosen, own, other))
@@ -150,6 +150,22 @@ def _open_extractors(
     names = dict.fromkeys(features_of(METRICS[name], named) for name in chosen if METRICS[name].of)
     opened = [name for name in names if name != PIXEL_COMPONENTS]
     return {name: open_extractor((name == named and weights) or name, where) for name in opened}
+
+
+def _with_pixels(
+    extractors: dict[str, Extractor], chosen: Sequence[str], own: ImageSource, other: ImageSource | None, **options: Any
+) -> ImageSource | None:
+    """Complete the extractors of pixels by what follows from both sets; the reference, whose first samples may stay."""
+    components = any(METRICS[name].features == PIXEL_COMPONENTS for name in chosen)
+    if other is None or not (components or "pixels" in extractors):
+        return other
+    rgb = repeats_grey(own, other)
+    if rgb:
+        logger.info(f"pixels of {own.name} and {other.name}: the grey images are repeated to RGB, as the others are")
+        extractors |= {name: own.repeating_grey() for name, own in extractors.items() if name == "pixels"}
+    if components:
+        extractors[PIXEL_COMPONENTS], other = pixel_components(other, rgb=rgb, **options)
+    return other
 
 
 def _at_least(least: int, **numbers: int | None) -> None:

@@ -48,12 +48,18 @@ def require_comparable_sets(
 
 def _require_one_shape(metric: str, own: ImageSource, other: ImageSource, size: int | None) -> None:
     a, b = shape_of(own), shape_of(other)
-    if a is None or b is None or a == b:
+    if a is None or b is None or a == b or repeats_grey(own, other):
         return
     seen = f"the images of {own.name} are {_shown(a)}, those of {other.name} {_shown(b)}"
     resizable = size is None and a[:2] != b[:2] and any(map(_is_folder, (own, other)))
     cure = "; --size (in Python size) crops and resizes the images of folders" if resizable else ""
     raise UserError(f"metrics: {metric} compares pixels; {seen}{cure}")
+
+
+def repeats_grey(own: ImageSource, other: ImageSource) -> bool:
+    """Whether the images of one set are grey and those of the other RGB, of one size."""
+    a, b = shape_of(own), shape_of(other)
+    return a is not None and b is not None and a[:2] == b[:2] and {a[2], b[2]} == set(COLOURS)
 
 
 def _require_readable(source: ImageSource) -> None:
