@@ -1,5 +1,6 @@
 """Sets of images: folders, .npz files of images and statistics, models, first stages."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,47 @@ def test_other_npz_files_are_refused(arrays: dict[str, np.ndarray], reason: str,
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(UserError, match=reason):
         image_files(tmp_path / "a.npz").facts()
+
+
+NESTED = np.moveaxis(IMAGES.numpy(), -1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "how"),
+    [
+        ("images", IMAGES.numpy(), "images"),
+        ("arr_0", IMAGES.numpy().astype(int), "images.astype('uint8')"),
+        ("arr_0", IMAGES.numpy().astype(np.float32), "images.round().astype('uint8')"),
+        ("arr_0", IMAGES.numpy() / 255, "(255 * images).round().astype('uint8')"),
+        ("x", (NESTED / 127.5 - 1).astype(np.float32), "(127.5 * (numpy.moveaxis(images, 1, -1) + 1)).round()"),
+        ("arr_0", IMAGES.numpy() > 127, "255 * images.astype('uint8')"),
+        ("arr_0", 9.0 * IMAGES.numpy(), None),
+        ("arr_0", np.full((2, 3, 3, 3), np.nan), None),
+        ("labels", np.zeros(9, int), None),
+    ],
+)
+def test_arrays_that_are_no_images_are_answered_with_what_makes_them_some(
+    name: str, array: np.ndarray, how: str | None, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "a.npz", **{name: array})
+    np.save(tmp_path / "a.npy", array)
+    told = [refusal(tmp_path / "a.npz"), refusal(tmp_path / "a.npy")]
+    assert [" writes one" in text for text in told] == [how is not None] * 2
+    if how is None:
+        return
+    given = [re.search(r"with images = (.*), numpy.savez\('FILE.npz', (.*)\) writes one$", text) for text in told]
+    assert given[0][2].startswith(how) and given[1][2] == given[0][2]
+    for match in given:
+        images = eval(match[1], {"numpy": np})  # what the line says, as a user would type it
+        np.savez(tmp_path / "b.npz", eval(match[2], {"numpy": np, "images": images}))
+        made = all_of(image_files(tmp_path / "b.npz"))
+        assert torch.equal(made, IMAGES if array.dtype != bool else 255 * (IMAGES > 127).byte())
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as refused:
+        open_images(path, CONFIG).facts()
+    return str(refused.value)
 
 
 @pytest.mark.parametrize("grey", [False, True])

@@ -2,17 +2,19 @@
 
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError, blaming
+from ldm_dkdm.evaluation.conversions import conversion, first_values, is_channels_first
 from ldm_dkdm.npz import array_names, opened_array, read_npz
 
 IMAGES = "arr_0"
-CHANNELS = (1, 3)  # channel counts of grey and RGB images
 
 
 class NpzFile:
@@ -33,9 +35,8 @@ class NpzFile:
         with blaming(path, "is not an .npz of images in arr_0"), zipfile.ZipFile(path) as archive:
             self.shape = self._shape(archive) if IMAGES in self.names else (0, 0, 0, 0)
         if not self.names & {IMAGES, "mu"}:
-            raise UserError(
-                f"{path}: holds {', '.join(sorted(self.names))}; images are in arr_0, statistics in mu, sigma"
-            )
+            named = f"{path}: holds {', '.join(sorted(self.names))}; images are in arr_0, statistics in mu, sigma"
+            raise UserError(f"{named}{self._renamed()}")
 
     @property
     def count(self) -> int:
@@ -43,18 +44,36 @@ class NpzFile:
         return self.shape[0]
 
     def _shape(self, archive: zipfile.ZipFile) -> tuple[int, int, int, int]:
-        with opened_array(archive, IMAGES) as (_, shape, fortran, kind):
+        with opened_array(archive, IMAGES) as (member, shape, fortran, kind):
             self.fortran = fortran
+            if kind != np.uint8 or len(shape) not in (3, 4) or min(shape) < 1:
+                how = "" if kind == np.uint8 else conversion(self._loading(IMAGES), shape, first_values(member, kind))
+                raise UserError(f"{self.path}: arr_0 is {kind} {shape}; images are uint8 (N,H,W,C){how}")
         if len(shape) == 3:
             shape = (*shape, 1)
-        if kind != np.uint8 or len(shape) != 4 or min(shape) < 1:
-            raise UserError(f"{self.path}: arr_0 is {kind} {shape}; images are uint8 (N,H,W,C)")
-        if shape[3] not in CHANNELS and shape[1] in CHANNELS and shape[1] != shape[2]:
+        if is_channels_first(shape):
             raise UserError(
                 f"{self.path}: arr_0 is {kind} {shape}, which looks like (N,C,H,W); images are uint8 (N,H,W,C): "
                 "write it with numpy.moveaxis(arr_0, 1, -1)"
             )
         return shape[0], shape[1], shape[2], shape[3]
+
+    def _loading(self, name: str) -> str:
+        return f"numpy.load({str(self.path)!r})[{name!r}]"
+
+    def _renamed(self) -> str:
+        """How the one array that may be images becomes arr_0; empty where there is none, or several."""
+        found = []
+        with zipfile.ZipFile(self.path) as archive:
+            for name in sorted(self.names):
+                with (
+                    suppress(UserError, SyntaxError, TokenError),
+                    blaming(self.path),
+                    opened_array(archive, name) as (member, shape, _, kind),
+                ):
+                    found.append(conversion(self._loading(name), shape, first_values(member, kind)))
+        told = list(filter(None, found))
+        return told[0] if len(told) == 1 else ""
 
     def batches(self, first: int, last: int, batch_size: int) -> Iterator[Tensor]:
         """Images uint8 (B,H,W,C), numbers `first` ... `last` - 1.

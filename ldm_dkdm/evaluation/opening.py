@@ -13,6 +13,7 @@ from ldm_dkdm.checkpoints.weight_files import STANDARD, holds_weights
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.errors import UserError
+from ldm_dkdm.evaluation.conversions import refuse_npy
 from ldm_dkdm.evaluation.reconstruction import Reconstructions
 from ldm_dkdm.evaluation.samples import sampled
 from ldm_dkdm.evaluation.sources import ImageSource, TensorImages, image_files, require_images
@@ -82,7 +83,7 @@ def taken(images: Images, name: str) -> Images:
 
 
 def require_set(path: Path, what: str = "the path of a set of images") -> None:
-    """Refuse a path that does not exist.
+    """Refuse a path that does not exist, and a file of one array.
 
     Raises:
         UserError: says what `what` may be.
@@ -93,6 +94,7 @@ def require_set(path: Path, what: str = "the path of a set of images") -> None:
             f"{path}: no such file or folder; {what} is a model, a folder of images, an .npz of images, or statistics "
             f"(.npz); {advice}"
         )
+    refuse_npy(path)
 
 
 def is_model(path: Path) -> bool:
