@@ -80,6 +80,15 @@ def test_a_sampling_names_what_earlier_calls_left(teacher_folder: Path, tmp_path
         assert [line.partition(" of ")[0] for line in earlier(capsys)] == said
 
 
+@pytest.mark.parametrize(("seed", "code"), [(-1, 2), (2**32 - 1, 2), (2**32 - 2, 0)])
+def test_seeds_of_all_images_are_below_two_to_the_32(
+    seed: int, code: int, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("-r", teacher_folder, "-n", 2, "-c", 1, "--device", "cpu", "-l", tmp_path / "out")
+    assert sample(*few, "--seed", seed) == code
+    assert ("error: --seed: must be at least 0" in capsys.readouterr().err) == bool(code)
+
+
 def test_a_decoding_names_what_earlier_calls_left(first_stage: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     for file, count in ((tmp_path / "a.safetensors", 3), (out / "latents.safetensors", 1)):

@@ -83,19 +83,20 @@ class ScaledDiT(DiT):
 class Told(Net):
     """A network of which the weights tell a part: it has an attribute, and a buffer that is not saved."""
 
-    def __init__(self, scale: float = 1.0, shift: float = 0.0) -> None:
+    def __init__(self, scale: float = 1.0, shift: float = 0.0, doubled: int = -1) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.doubled = scale, doubled
         self.register_buffer("shift", torch.tensor(shift), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        return self.scale * super().forward(x, t, label) + self.shift
+        scale = torch.where(t == self.doubled, 2 * self.scale, self.scale)[:, None, None, None]
+        return scale * super().forward(x, t, label) + self.shift
 
 
 def test_the_cache_tells_networks_of_the_same_weights_apart(teacher: dkdm.DiffusionModel, tmp_path: Path) -> None:
     hooked, plain = Told(), Told()
     hooked.register_forward_hook(lambda module, given, output: 2 * output)
-    networks: list[nn.Module] = [plain, Told(scale=0.2), Told(shift=0.5), hooked]
+    networks: list[nn.Module] = [plain, Told(scale=0.2), Told(shift=0.5), Told(doubled=3), hooked]
     for network in networks:
         network.load_state_dict(plain.state_dict())
     changed = UNet(**UNET_PARAMS)

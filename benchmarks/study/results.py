@@ -48,7 +48,7 @@ def read_results(path: Path = RESULTS) -> dict[str, Any]:
 def measured_runs(plan: Mapping[str, Any], path: Path = RESULTS) -> set[tuple[str, int]]:
     """Arms and seeds whose runs have been measured, on any machine, and whose settings the plan has not changed since.
 
-    A setting that only the plan or only the run names is no change: the plan may name a default, or leave one out.
+    A setting that only one of both names does not count: the plan may name what was a default, or leave one out.
     """
     arms, many = arms_of(plan), f"{DECIDES} (many)"
     found = [row for row in read_results(path)["runs"] if row["arm"] in arms]

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--out", type=expanded, required=True)
     add("--scale_factor", type=float, help="default: that of LATENTS, else the folder's own")
     add("--batch_size", type=int, default=16)
-    add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32", help="as of dkdm sample")
+    add("--precision", choices=names_of("ldm_dkdm.device:PRECISIONS"), default="32", help="as in dkdm sample")
     add("--device", default="auto", help="cpu, cuda, ...")
 
 
@@ -49,7 +49,9 @@ def run(options: argparse.Namespace) -> None:
     from ldm_dkdm.commands.drawing import warn_of_others  # imports torch
 
     warn_of_others(options.out, "--out")
-    print(f"{decode_file(options)} images: {options.out}")
+    numbers = {name: getattr(options, name) for name in ("scale_factor", "batch_size", "precision", "device")}
+    count = decode_file(options.latents, options.first_stage, options.out, **numbers)
+    print(f"{count} images: {options.out}")
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,17 @@ def _require_kept(place: Path, path: Path, labeled: bool) -> None:
         raise UserError(f"--out: {place} exists and holds labels (arr_1), which {path} does not; name another folder")
 
 
-def decode_file(options: argparse.Namespace) -> int:
-    """Decode a file of latents into its folder: grid.png, img/*.png, samples.npz; returns how many images."""
+def decode_file(
+    path: Path,
+    first_stage: Path,
+    out: Path,
+    *,
+    scale_factor: float | None,
+    batch_size: int,
+    precision: str,
+    device: str,
+) -> int:
+    """Decode a file of latents into `out`: grid.png, img/*.png, samples.npz; returns how many images."""
     import torch
 
     from ldm_dkdm.checkpoints import Source
@@ -146,15 +157,14 @@ def decode_file(options: argparse.Namespace) -> int:
     from ldm_dkdm.npz import save_npz
     from ldm_dkdm.reporting import following, logger
 
-    path, first_stage, out = options.latents, options.first_stage, options.out
     with flags(device="--device"):
-        device = resolve_device(options.device)
-    found = read_latents(path, options.scale_factor)
+        place = resolve_device(device)
+    found = read_latents(path, scale_factor)
     latents = found.states
     _require_kept(out / "samples.npz", path, found.labels is not None)
-    stage, precision = FirstStageSource(first_stage, found.scale_factor), resolve_precision(options.precision, device)
+    stage, arithmetic = FirstStageSource(first_stage, found.scale_factor), resolve_precision(precision, place)
     alone = not Source(first_stage).is_folder
-    codec = stage.codec(latents.shape[-1] if alone else None, precision).to(device)  # the side changes no parameter
+    codec = stage.codec(latents.shape[-1] if alone else None, arithmetic).to(place)  # the side changes no parameter
     own = max(ASSUMED // codec.downsampling, 1) if alone else codec.latent_size
     if latents.shape[1] != codec.latent_channels:
         raise UserError(f"{path}: {latents.shape[1]} channels, but {first_stage} decodes {codec.latent_channels}")
@@ -164,8 +174,8 @@ def decode_file(options: argparse.Namespace) -> int:
         raise UserError(f"{path}: latents of {sides}; at most {LARGER} times as many positions work")
     parts = []
     with following(True, "decoding", "image", len(latents)) as done:
-        for batch in latents.split(options.batch_size):
-            parts.append(codec.decode(batch.to(device)).cpu())
+        for batch in latents.split(batch_size):
+            parts.append(codec.decode(batch.to(place)).cpu())
             done(sum(map(len, parts)))
     images = torch.cat(parts)
     save_npz(images, out / "samples.npz", found.labels)

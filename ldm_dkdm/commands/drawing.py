@@ -162,7 +162,7 @@ def draw(
     Raises:
         UserError: another process draws the same images there.
     """
-    parts = parts_of(model, config, out, outputs)
+    parts = ranks.from_first(parts_of(model, config, out, outputs))  # predictions of ranks may differ by rounding
     with ExitStack() as held:
         left = ranks.on_first(lambda: held.enter_context(_alone(parts.folder, out)) or _left(parts, config, out))
         return _drawn(model, name, config, out, parts, left, ranks)

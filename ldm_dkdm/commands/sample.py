@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ldm_dkdm.model.ranks import Ranks
 
 DEFAULT_BATCH = SamplingConfig().batch_size
+SEEDS = 2**32  # that torch's generator on a CPU tells apart
 FLAGS = {
     "count": "--n_samples",
     "steps": "--custom_steps",
@@ -178,6 +179,8 @@ def _sampling(options: argparse.Namespace) -> SamplingConfig:
         if steps is not None:
             logger.warning("-v takes every timestep; -c is ignored")
         sampler, steps = "ddpm", None
+    if not 0 <= options.seed <= SEEDS - max(options.n_samples, 0):
+        raise UserError(f"seed: must be at least 0, and below 2^32 for all images, got {options.seed}")
     if steps is not None and steps < 1:
         raise UserError(f"steps: must be at least 1, got {steps}")
     count, batch_size = options.n_samples, DEFAULT_BATCH if options.batch_size == "auto" else options.batch_size

@@ -8,8 +8,6 @@ from ldm_dkdm.config.checked import Section, key, one_of
 from ldm_dkdm.config.sections import SAMPLERS
 from ldm_dkdm.errors import UserError
 
-SEEDS = 2**32  # of images: torch's generator on the CPU takes seeds of 32 bits
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
@@ -93,8 +91,3 @@ class SamplingConfig(Section):
     eta: float = key(0.0, min=0, max=1, help="Share of DDPM's noise that DDIM adds in each step.")
     sampler: str = one_of(SAMPLERS, "ddim", help="How a step is taken.")
     labels: Sequence[int] = key((), min=0, help="Labels of a class-conditional model, repeated over the images.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.seed + self.count > SEEDS:
-            raise UserError(f"seed: {self.seed} is too large for {self.count} images; their seeds are below 2^32")

@@ -30,6 +30,7 @@ class Part:
     whole: ImageSource
     first: int
     last: int
+    of: Mapping[str, Any] | None = None  # identity of the whole that another process has found
 
     @property
     def name(self) -> str:
@@ -43,7 +44,7 @@ class Part:
 
     def identity(self) -> dict[str, Any]:
         """The set's, and the numbers."""
-        return {**self.whole.identity(), "part": [self.first, self.last]}
+        return {**(self.of or self.whole.identity()), "part": [self.first, self.last]}
 
     def facts(self) -> dict[str, Any]:
         """The set's."""
@@ -125,7 +126,7 @@ def _jobs(
     ends = np.linspace(0, source.count, min(processes, source.count) + 1).astype(int).tolist()
     return [
         _Job(
-            Part(source, first, last),
+            Part(source, first, last, source.identity()),
             opened,
             f"cuda:{number % gpus}" if gpus else str(own),
             threads,

@@ -15,7 +15,7 @@ def part_of(source: ImageSource, ranks: Ranks, batch_size: int) -> Part:
     """A rank's images: the batches are those of one process, so that the images are bitwise the same."""
     batches = -(-source.count // batch_size)
     first, last = (batches * rank // ranks.ranks * batch_size for rank in (ranks.rank, ranks.rank + 1))
-    return Part(source, first, min(last, source.count))
+    return Part(source, first, min(last, source.count), ranks.from_first(source.identity()))
 
 
 def gather_over_ranks(

@@ -20,7 +20,7 @@ from ldm_dkdm.first_stage.codec import LatentCodec
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.sampling import require_sampling, settle, steps_of
 
-PROBED = 4  # states at which a user's network is told from others
+PROBED, PROBED_AT_ONCE = 64, 8  # states, timesteps and labels at which a user's network is told from others
 
 
 @dataclass
@@ -181,18 +181,20 @@ def weights_of(*modules: nn.Module) -> str:
 
 
 def predictions_of(model: DiffusionModel) -> str:
-    """A hash of a model's predictions at a few fixed states, timesteps and labels.
+    """A hash of a model's predictions at fixed states, timesteps from 0 to T-1 and labels, all evenly spread.
 
     It follows the code of a network, its plain attributes, buffers and hooks, of which weights say nothing.
     """
     generator, digest = torch.Generator("cpu").manual_seed(0), hashlib.sha256()
-    classes = model.classes or []
-    for number in range(PROBED):
-        x = torch.randn((1, *model.shape), generator=generator, device="cpu").to(model.device)
-        t = torch.full((1,), number * (model.schedule.num_timesteps - 1) // (PROBED - 1), device=model.device)
-        own = [classes[number * (len(classes) - 1) // (PROBED - 1)]] if classes else []
-        label = torch.tensor(own, device=model.device) if own else None
-        found = model.predict(x, t, label)
+    x = torch.randn((PROBED, *model.shape), generator=generator, device="cpu")
+    t = torch.linspace(0, model.schedule.num_timesteps - 1, PROBED, device="cpu").long()
+    label = None
+    if model.classes is not None:
+        labels = torch.tensor(model.classes or [model.null_label], device="cpu")
+        label = labels[torch.linspace(0, len(labels) - 1, PROBED, device="cpu").long()]
+    for start in range(0, PROBED, PROBED_AT_ONCE):
+        own, device = slice(start, start + PROBED_AT_ONCE), model.device
+        found = model.predict(x[own].to(device), t[own].to(device), None if label is None else label[own].to(device))
         for tensor in (found.eps, found.x_0):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -205,7 +205,7 @@ class DiffusionModel:
         batch_size: int = 64,
         progress: bool | Progress = False,
     ) -> Tensor:
-        """Draw images uint8 (count,H,W,C); image i depends on seed + i only (and on its label).
+        """Draw images uint8 (count,H,W,C); image i depends on seed + i modulo 2^32 only (and on its label).
 
         Args:
             sampler: one of SAMPLERS. steps: default 200, with `ddpm` all T. eta: DDIM's.

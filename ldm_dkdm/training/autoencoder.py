@@ -105,8 +105,6 @@ def _train_first_stage_in(run: Run) -> Result:
         return Result(vq, run.folder.path, run.step, end)
     trained = sum(parameter.numel() for parameter in module.parameters())
     _require_latents(vq, config, run.step)
-    for line in _idle(config):
-        logger.warning(line)
     require_disk(run.folder, disk_needed(trained, config.trainer, config.logging))
     size, held_out = config.data.image_size, None  # which is read first, since it is the smaller set
     if data.held_out:
@@ -124,6 +122,8 @@ def _train_first_stage_in(run: Run) -> Result:
         return _ImageStream(images, config.data.batch_size, steps, seed, run.first_batch)
 
     export = _export_on_save(config, run.folder, images, held_out)
+    for line in _idle(config):
+        logger.warning(line)
     with run.open():
         result = run.fit(module, stream_for, [RunCheckpoint(run.folder.checkpoints, config.logging, export)])
     return replace(result, model=vq.eval())
@@ -184,8 +184,8 @@ def _idle(config: FirstStageRun) -> Iterator[str]:
     steps, begins = config.trainer.max_steps, config.codebook.continuous_steps
     if begins >= steps:
         yield (
-            f"codebook.continuous_steps: {begins} leave none of the {steps} steps (trainer.max_steps) to the codebook, "
-            "which stays random: a try, and no first stage to use"
+            f"codebook.continuous_steps: the first {begins} steps do not quantise, and the training ends after {steps} "
+            "(trainer.max_steps): its codebook is not trained"
         )
     if config.loss.adversarial and config.loss.adversarial_start >= steps:
         yield f"loss.adversarial_start: {config.loss.adversarial_start} is not within the {steps} steps; has no effect"
