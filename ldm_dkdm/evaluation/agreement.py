@@ -107,6 +107,9 @@ def new_reference(
         seed: of a run; the noise differs from all that the run trains on.
         sizes: default: TRAINING. batch_size: images at once.
         progress: a bar, or a function. check: called after every step of the chains; what it raises ends the work.
+
+    Raises:
+        UserError: a teacher whose chains or predictions are not finite.
     """
     own, sizes = seed_of(seed, 0, 0, "evaluation"), sizes or TRAINING
     total = teacher.schedule.num_timesteps
@@ -117,6 +120,9 @@ def new_reference(
             check()
 
         states = held_out_chains(teacher, sizes.chains, own, teacher.device, KEPT_STATES, done)
+    if not (is_finite := states.is_finite()).all():
+        where = f"(t = {int(states.t[~is_finite].max())})"
+        raise UserError(f"{_name(teacher, TEACHER)}: its held-out chains are not finite {where}; {OVERFLOW}")
     label = teacher.draw_labels(sizes.images, torch_generator(seed, 0, 1, "evaluation"))
     drift, images = _walked(teacher, own, label, sizes.images, sizes.steps, batch_size, progress, TEACHER)
     labels = None if states.label is None else states.label.cpu()
@@ -150,7 +156,9 @@ def compare(
         UserError: predictions, or their squared errors, that are not finite.
     """
     states, total = reference.states, student.schedule.num_timesteps
-    errors = errors_of(student, states, batch_size, progress)
+    calls = CheckedCalls(student, _name(student, STUDENT))
+    errors = errors_of(calls, states, batch_size, progress, STUDENT)
+    calls.require_finite()
     count, label = len(reference.images), reference.label
     drift, images = _walked(student, reference.seed, label, count, reference.steps, batch_size, progress, STUDENT)
     figures = {"agreement": errors.mean().item()}
@@ -165,27 +173,17 @@ def compare(
 
 
 def errors_of(
-    model: DiffusionModel,
-    states: HeldOutStates,
-    batch_size: int = BATCH,
-    progress: bool | Progress = False,
-    what: str = "eps errors of the student",
+    calls: CheckedCalls, states: HeldOutStates, batch_size: int, progress: bool | Progress, whose: str
 ) -> Tensor:
-    """Squared eps errors (N,) of a model on states on the CPU; `what` names the work for a bar.
-
-    Raises:
-        UserError: predictions that are not finite.
-    """
-    calls, device = CheckedCalls(model, _name(model, STUDENT)), model.device
+    """Squared eps errors (N,) of a model's calls on states on the CPU; a bar says whose."""
+    device = calls.model.device
 
     def denoise(x: Tensor, t: Tensor, label: Tensor | None) -> Prediction:
         found = calls(x.to(device), t.to(device), None if label is None else label.to(device))
         return Prediction(found.eps.cpu(), found.x_0.cpu())
 
-    with following(progress, what, "state", len(states.t)) as show:
-        errors = eps_errors(denoise, states, batch_size, show)
-    calls.require_finite()
-    return errors
+    with following(progress, f"eps errors of {whose}", "state", len(states.t)) as show:
+        return eps_errors(denoise, states, batch_size, show)
 
 
 def _name(model: DiffusionModel, whose: str) -> str:

@@ -27,6 +27,7 @@ from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.arguments import path_of, require_model
 from ldm_dkdm.model.facts import whole
 from ldm_dkdm.model.ranks import joined
+from ldm_dkdm.model.sampling import CheckedCalls
 from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.networks.cost import gflops
 from ldm_dkdm.reporting import Progress, counted, logger
@@ -34,6 +35,7 @@ from ldm_dkdm.reporting import Progress, counted, logger
 STEPS = 20  # DDIM steps of images, or all T where there are fewer
 MEASURED_WITH = "measured_with"
 CHAINS, PAIRS = 32, 16  # default numbers of the teacher's chains, and of images from the same noise
+RANDOM = "random weights"  # name of the untrained network in lines
 LEAST = 65  # images; the distance uses 64 principal components
 
 
@@ -183,10 +185,17 @@ def measured_with(sizes: Sizes, images: int, seed: int) -> str:
 def _untrained_errors(
     model: DiffusionModel, reference: Reference, batch_size: int, progress: bool | Progress
 ) -> dict[str, float]:
-    """Eps errors of the architecture with random weights; none for a user's own module, which cannot be rebuilt."""
+    """Eps errors of the architecture with random weights.
+
+    There are none of a user's own module, which cannot be rebuilt, and of predictions that are not finite.
+    """
     if model.node.target not in NETWORKS:
         return {}
     untrained = model.student(model.node).to(model.device, model.precision)
-    errors = errors_of(untrained, reference.states, batch_size, progress, "eps errors of random weights")
+    calls = CheckedCalls(untrained, RANDOM)
+    errors = errors_of(calls, reference.states, batch_size, progress, RANDOM)
+    if not errors.isfinite().all():
+        logger.info(f"no untrained_q1 ... untrained_q4: predictions of {RANDOM} are not finite")
+        return {}
     quarters = eps_error_by_quarter(errors, reference.states, model.schedule.num_timesteps)
     return {f"untrained_q{n}": error for n, error in enumerate(quarters, 1) if not math.isnan(error)}

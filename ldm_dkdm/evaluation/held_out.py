@@ -20,6 +20,10 @@ class HeldOutStates:
     eps: Tensor  # (N,C,H,W)
     label: Tensor | None = None  # (N,)
 
+    def is_finite(self) -> Tensor:
+        """Whether a state and the teacher's eps there are finite, bool (N,)."""
+        return (self.x.isfinite() & self.eps.isfinite()).flatten(1).all(1)
+
 
 def held_out_chains(
     teacher: DiffusionModel,

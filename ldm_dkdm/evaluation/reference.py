@@ -36,7 +36,7 @@ def save_reference(reference: Reference, path: Path, facts: Mapping[str, Any]) -
 
 
 def read_reference(path: Path, facts: Mapping[str, Any]) -> Reference | None:
-    """Read what `save_reference` wrote; None if there is none, or one that follows from other facts."""
+    """Read what `save_reference` wrote; None if there is none, one of other facts, or one that is not finite."""
     if not path.is_file():
         return None
     try:
@@ -48,6 +48,8 @@ def read_reference(path: Path, facts: Mapping[str, Any]) -> Reference | None:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             check_content(path, found, file.metadata())
         states = HeldOutStates(found["x"], found["t"], found["eps"], found.get("states_label"))
+        if not (states.is_finite().all() and found["drift"].isfinite().all()):
+            return None
         steps = header.get("steps") or header["facts"]["steps"]  # as older versions wrote it
         return Reference(states, found["drift"], found["images"], found.get("label"), header["seed"], steps)
     except (SafetensorError, OSError, *MALFORMED, UserError):  # it is computed again
