@@ -53,6 +53,27 @@ def test_figures_of_other_settings_are_not_in_one_row(tmp_path: Path) -> None:
     assert "data · FID" in read_runs([tmp_path / "c"])[0].figures.values
 
 
+def test_figures_of_images_of_another_size_are_not_in_one_row(tmp_path: Path) -> None:
+    sizes = {
+        "a": {"size": 32},
+        "b": {"size": 64},
+        "c": {"size": 32, "resized": "bicubic"},
+        "d": {"rounding": "nearest"},
+    }
+    for name, facts in sizes.items():
+        run = begun(tmp_path / name)
+        write_yaml(run / "student" / "config.yaml", CARD)
+        tree = {**RECORD, "figures": {"FID": 1}, "samples": facts, "reference": facts}
+        write_json(run / "student" / "evaluations" / "data-1.json", tree)
+    rows = dict(rows_of([run.figures.values for run in read_runs([tmp_path / name for name in sizes])]))
+    assert rows == {
+        "data · size 32 · FID": ["1", "", "", ""],
+        "data · size 64 · FID": ["", "1", "", ""],
+        "data · size 32 · resized bicubic · FID": ["", "", "1", ""],
+        "data · rounding nearest · FID": ["", "", "", "1"],
+    }
+
+
 def test_figures_of_other_weights_of_a_model_are_told_apart(tmp_path: Path) -> None:
     run = finished(tmp_path / "run")
     for number, digest in enumerate(("abc", "def"), 1):

@@ -14,6 +14,8 @@ from ldm_dkdm.files import JSON_BYTES, read_text, write_text
 FIGURES, RECORDS = "evaluation.json", "evaluations"  # file and folder inside a model folder
 EARLIER = f"{RECORDS}/earlier"  # folder with figures that FIGURES held before, of other settings
 FILE_SHA256 = "student_file_sha256"  # key: hash of the measured weights
+MEASURED_WITH = "measured_with"  # key: the call that gave the figures
+AGREEMENT_BY = "agreement by"  # the same of the agreement, in a record of two sets
 PER_T = "eps_mse_by_t"  # a long list; evaluation.json has it, cards do not
 NOT_MEASURED = "Not measured yet; `dkdm evaluate -r RUN` does it."
 

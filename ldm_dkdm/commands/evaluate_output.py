@@ -38,7 +38,7 @@ def show(found: "Measurement") -> None:
 
 def measured_on(samples: Mapping[str, Any], reference: Mapping[str, Any] | None, width: int) -> list[str]:
     """A table of the facts in which two sets differ, and a paragraph of those that both share; lines of a width."""
-    from ldm_dkdm.evaluation.results import AGREEMENT_BY
+    from ldm_dkdm.checkpoints.card import AGREEMENT_BY
 
     sets = {"samples": _brief(samples), **({} if reference is None else {"reference": _brief(reference)})}
     by = {name: own.pop(AGREEMENT_BY) for name, own in sets.items() if AGREEMENT_BY in own}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_dkdm import __version__
+from ldm_dkdm.checkpoints.card import MEASURED_WITH
 from ldm_dkdm.checkpoints.contents import described, same_process
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.diffusion.samplers import SAMPLERS
@@ -33,7 +34,6 @@ from ldm_dkdm.networks.cost import gflops
 from ldm_dkdm.reporting import Progress, counted, logger
 
 STEPS = 20  # DDIM steps of images, or all T where there are fewer
-MEASURED_WITH = "measured_with"
 CHAINS, PAIRS = 32, 16  # default numbers of the teacher's chains, and of images from the same noise
 RANDOM = "random weights"  # name of the untrained network in lines
 LEAST = 65  # images; the distance uses 64 principal components

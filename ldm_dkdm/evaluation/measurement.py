@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from ldm_dkdm import __version__
+from ldm_dkdm.checkpoints.card import AGREEMENT_BY, MEASURED_WITH
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.device import default_device, resolve_device
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.evaluation.comparability import doubts
-from ldm_dkdm.evaluation.comparison import CHAINS, MEASURED_WITH, PAIRS
+from ldm_dkdm.evaluation.comparison import CHAINS, PAIRS
 from ldm_dkdm.evaluation.components import NAME as PIXEL_COMPONENTS
 from ldm_dkdm.evaluation.components import pixel_components
 from ldm_dkdm.evaluation.extractor import Extractor
@@ -24,7 +25,6 @@ from ldm_dkdm.evaluation.opening import Images, open_images, taken
 from ldm_dkdm.evaluation.perceptual import LPIPS_FACTS, Lpips, announced, find_lpips
 from ldm_dkdm.evaluation.reconstruction import Reconstructions
 from ldm_dkdm.evaluation.requirements import repeats_grey, require_comparable_sets
-from ldm_dkdm.evaluation.results import AGREEMENT_BY
 from ldm_dkdm.evaluation.samples import ModelImages
 from ldm_dkdm.evaluation.sources import FolderImages, ImageSource, NpzImages
 from ldm_dkdm.evaluation.statistics import Statistics
@@ -162,7 +162,7 @@ def _with_pixels(
     rgb = repeats_grey(own, other)
     if rgb:
         logger.info(f"pixels of {own.name} and {other.name}: the grey images are repeated to RGB, as the others are")
-        extractors |= {name: own.repeating_grey() for name, own in extractors.items() if name == "pixels"}
+        extractors |= {name: one.repeating_grey() for name, one in extractors.items() if name == "pixels"}
     if components:
         extractors[PIXEL_COMPONENTS], other = pixel_components(other, rgb=rgb, **options)
     return other

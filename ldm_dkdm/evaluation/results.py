@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_dkdm.checkpoints.card import FIGURES, RECORDS
+from ldm_dkdm.checkpoints.card import AGREEMENT_BY, FIGURES, MEASURED_WITH, RECORDS
 from ldm_dkdm.checkpoints.source import Source
 from ldm_dkdm.config.load import RUN_KIND, card_kind
 from ldm_dkdm.config.recipes import find_shipped
@@ -19,7 +19,6 @@ from ldm_dkdm.files import JSON_BYTES, locked, read_text, require_file, write_te
 from ldm_dkdm.reporting import names_apart
 
 Record = Mapping[str, Any]  # as `Measurement.record` makes it
-AGREEMENT_BY = "agreement by"  # the options of its measurement
 SAMPLING = (
     "images",
     "seeds",
@@ -256,7 +255,7 @@ def _without_data(path: Path) -> dict[str, Any]:
     with blaming(path, "is not a file of figures"):
         figures = json.loads(read_text(path, JSON_BYTES))
         own = {"parameters": _millions(figures["student_parameters"]), "GFLOPs": figures["student_gflops"]}
-        by = _options(figures.get("measured_with"))
+        by = _options(figures.get(MEASURED_WITH))
         return {**own, **_quarters(figures), **_main(figures), **({AGREEMENT_BY: by} if by else {})}
 
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ldm_dkdm.checkpoints.card import EARLIER
+from ldm_dkdm.checkpoints.card import EARLIER, MEASURED_WITH
 from ldm_dkdm.errors import MALFORMED, UserError
 from ldm_dkdm.evaluation.json_files import write_json
 from ldm_dkdm.evaluation.results import SPEED
@@ -14,7 +14,7 @@ from ldm_dkdm.evaluation.sources import key_of
 from ldm_dkdm.files import JSON_BYTES, read_text
 
 SETTINGS = {  # what figures depend on -> how a line says that it differs
-    "measured_with": "",
+    MEASURED_WITH: "",
     "student_sha256": "other weights",
     "teacher_sha256": "another teacher",
     "precision": "another precision",
@@ -58,4 +58,4 @@ def _settings(figures: Mapping[str, Any]) -> dict[str, Any]:
 def _differing(known: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     """The options of earlier figures, and what else was different."""
     others = [text for name, text in SETTINGS.items() if text and known.get(name) != figures.get(name)]
-    return ", ".join([str(known.get("measured_with", "of an older version")), *others])
+    return ", ".join([str(known.get(MEASURED_WITH, "of an older version")), *others])

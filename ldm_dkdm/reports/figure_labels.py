@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_dkdm.checkpoints.averaging import UNSAID
+from ldm_dkdm.checkpoints.card import AGREEMENT_BY, MEASURED_WITH
 
 MARK = " · "  # between the parts of a figure's name
 DIGITS = 8  # digits of a hash in a name
@@ -47,7 +48,7 @@ def settings_of(tree: Mapping[str, Any]) -> Settings:
     """What the figures in a file depend on: evaluation.json of a student, or a record of two sets."""
     if isinstance(tree.get("figures"), Mapping):
         return _of_record(_mapping(tree, "samples"), _mapping(tree, "reference"))
-    options = _options(tree.get("measured_with"))
+    options = _options(tree.get(MEASURED_WITH))
     others = {"teacher": _hash("teacher", tree.get("teacher_sha256")), "precision": _text("precision", tree)}
     return {**options, **others, WEIGHTS: _hash("weights", tree.get("student_sha256"))}
 
@@ -68,12 +69,13 @@ def _of_record(samples: Mapping[str, Any], reference: Mapping[str, Any]) -> Sett
         "arithmetic": _text("arithmetic", samples),
         "weights": "weights unsaid" if weights == UNSAID else str(weights or ""),
         "checkpoint": file.stem if file.parent.name == "checkpoints" else "",
-        **_options(samples.get("agreement by")),
+        **{key: _text(key, samples) for key in ("size", "resized", "rounding")},
+        **_options(samples.get(AGREEMENT_BY)),
         "reference": _hash("reference", reference.get("sha256")),
         "reference images": "" if theirs in (None, images) else f"reference of {theirs} images",
         "reference seed": "" if second is None or usual else f"reference seed {second}",
     }
-    for key in ("sampler", "steps", "eta", "labels", "guidance", "size", "resized"):
+    for key in ("sampler", "steps", "eta", "labels", "guidance", "size", "resized", "rounding"):
         own = reference.get(key)
         found[f"reference {key}"] = "" if own in (None, samples.get(key)) else _text(f"reference {key}", reference, key)
     return {**found, WEIGHTS: _hash("weights", samples.get("sha256"))}
