@@ -143,23 +143,30 @@ NESTED = np.moveaxis(IMAGES.numpy(), -1, 1)
         ("arr_0", 9.0 * IMAGES.numpy(), None),
         ("arr_0", np.full((2, 3, 3, 3), np.nan), None),
         ("labels", np.zeros(9, int), None),
+        ("arr_0", np.repeat(np.float32([[[[0]]], [[[255]]]]), 1 << 20, axis=2), "images.round().astype('uint8')"),
+        ("masks", np.arange(27).reshape(3, 3, 3) % 2, None),
+        ("arr_0", (IMAGES.numpy() > 127).astype(np.float32), None),
+        ("latents", (NESTED / 127.5 - 1) * 0.8, None),
     ],
 )
-def test_arrays_that_are_no_images_are_answered_with_what_makes_them_some(
+def test_arrays_of_other_types_are_answered_with_what_makes_them_some(
     name: str, array: np.ndarray, how: str | None, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "a.npz", **{name: array})
     np.save(tmp_path / "a.npy", array)
-    told = [refusal(tmp_path / "a.npz"), refusal(tmp_path / "a.npy")]
-    assert [" writes one" in text for text in told] == [how is not None] * 2
+    lines = [refusal(tmp_path / "a.npz"), refusal(tmp_path / "a.npy")]
+    assert [" writes one" in text for text in lines] == [how is not None] * 2
     if how is None:
         return
-    given = [re.search(r"with images = (.*), numpy.savez\('FILE.npz', (.*)\) writes one$", text) for text in told]
+    given = [re.search(r"with images = (.*), numpy.savez\('FILE.npz', (.*)\) writes one$", text) for text in lines]
     assert given[0][2].startswith(how) and given[1][2] == given[0][2]
     for match in given:
         images = eval(match[1], {"numpy": np})  # what the line says, as a user would type it
         np.savez(tmp_path / "b.npz", eval(match[2], {"numpy": np, "images": images}))
         made = all_of(image_files(tmp_path / "b.npz"))
+        if len(array) == 2:
+            assert made[0].max() == 0 and made[1].min() == 255
+            continue
         assert torch.equal(made, IMAGES if array.dtype != bool else 255 * (IMAGES > 127).byte())
 
 
@@ -279,6 +286,7 @@ def test_paths_are_opened_as_what_they_are(teacher_folder: Path, first_stage: Pa
     assert open_images(teacher_folder, CONFIG).facts()["kind"] == "model"
     assert open_images(IMAGES, CONFIG).facts()["kind"] == "tensor"
     assert open_images(first_stage, CONFIG, reconstructed=images).facts()["kind"] == "reconstructions"
+    assert open_images(folder(tmp_path / "named.npy"), CONFIG).facts()["kind"] == "folder"
     with pytest.raises(UserError, match="is a first stage; name the images"):
         open_images(first_stage, CONFIG)
     with pytest.raises(UserError, match="nowhere: no such file or folder; the path of a set of images is a model"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm_dkdm.errors import UserError, blaming
-from ldm_dkdm.evaluation.conversions import conversion, first_values, is_channels_first
+from ldm_dkdm.evaluation.conversions import blocks_of, conversion, is_channels_first
 from ldm_dkdm.npz import array_names, opened_array, read_npz
 
 IMAGES = "arr_0"
@@ -47,7 +47,8 @@ class NpzFile:
         with opened_array(archive, IMAGES) as (member, shape, fortran, kind):
             self.fortran = fortran
             if kind != np.uint8 or len(shape) not in (3, 4) or min(shape) < 1:
-                how = "" if kind == np.uint8 else conversion(self._loading(IMAGES), shape, first_values(member, kind))
+                load, values = self._loading(IMAGES), blocks_of(member, kind)
+                how = "" if kind == np.uint8 else conversion(load, shape, kind, values)
                 raise UserError(f"{self.path}: arr_0 is {kind} {shape}; images are uint8 (N,H,W,C){how}")
         if len(shape) == 3:
             shape = (*shape, 1)
@@ -71,9 +72,9 @@ class NpzFile:
                     blaming(self.path),
                     opened_array(archive, name) as (member, shape, _, kind),
                 ):
-                    found.append(conversion(self._loading(name), shape, first_values(member, kind)))
-        told = list(filter(None, found))
-        return told[0] if len(told) == 1 else ""
+                    found.append(conversion(self._loading(name), shape, kind, blocks_of(member, kind)))
+        lines = list(filter(None, found))
+        return lines[0] if len(lines) == 1 else ""
 
     def batches(self, first: int, last: int, batch_size: int) -> Iterator[Tensor]:
         """Images uint8 (B,H,W,C), numbers `first` ... `last` - 1.
