@@ -1,10 +1,12 @@
 """Models with few diffusion steps: defaults that were made for T = 1000 fit them, or the key is named."""
 
+import json
 import math
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 import ldm_dkdm as dkdm
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError
@@ -12,6 +14,8 @@ from ldm_dkdm.config.checked import steps_within
 from ldm_dkdm.config.schema import LoggingConfig, WarmupConfig
 from ldm_dkdm.evaluation.agreement import KEPT_STATES, Sizes, new_reference
 from ldm_dkdm.evaluation.held_out import eps_error_by_quarter, eps_errors, held_out_chains, kept_timesteps
+from ldm_dkdm.evaluation.reference import cached_reference
+from ldm_dkdm.evaluation.sources import key_of
 from ldm_dkdm.networks import UNet
 from tests.parts import UNET_PARAMS, randomised
 
@@ -43,6 +47,17 @@ def test_the_states_of_20_timesteps_or_all_are_kept_at_even_distances(steps: int
 def test_an_evaluation_at_30_timesteps_says_the_error_at_20() -> None:
     teacher = model(30).frozen()
     assert len(new_reference(teacher, 0, Sizes(chains=1, images=1, steps=1)).states.t) == 20
+
+
+@pytest.mark.parametrize(("steps", "others"), [(12, False), (20, False), (30, True), (40, False)])
+def test_chains_that_older_versions_cached_serve_where_their_timesteps_are_the_same(
+    steps: int, others: bool, tmp_path: Path
+) -> None:
+    cached_reference(model(steps).frozen(), 0, Sizes(chains=1, images=1, steps=1), tmp_path, 1, False)
+    (file,) = tmp_path.iterdir()
+    with safe_open(file, "pt") as opened:
+        facts = json.loads(opened.metadata()["reference"])["facts"]
+    assert file.stem == key_of("agreement", 1, facts) and ("kept_timesteps" in facts) == others
 
 
 def test_an_evaluation_takes_all_steps_where_there_are_few() -> None:

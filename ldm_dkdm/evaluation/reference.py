@@ -15,14 +15,14 @@ from ldm_dkdm.errors import MALFORMED, UserError
 from ldm_dkdm.evaluation import agreement
 from ldm_dkdm.evaluation.agreement import Reference, Sizes, new_reference
 from ldm_dkdm.evaluation.extractor import SHORT
-from ldm_dkdm.evaluation.held_out import HeldOutStates
+from ldm_dkdm.evaluation.held_out import HeldOutStates, kept_timesteps
 from ldm_dkdm.evaluation.samples import sampled
 from ldm_dkdm.evaluation.sources import key_of
 from ldm_dkdm.files import write_tensors
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.reporting import Progress, in_home, logger
 
-LAYOUT = 2  # version of what is cached; raise it when the chains, their seeds or the kept states change
+LAYOUT = 1  # version of what is cached; raise it when the chains or their seeds change
 
 
 def save_reference(reference: Reference, path: Path, facts: Mapping[str, Any]) -> None:
@@ -62,6 +62,9 @@ def cached_reference(
     """The reference of `new_reference`; in `cache`, a folder, from the second call with this teacher on."""
     identity = sampled(teacher, SamplingConfig(sizes.images, batch_size, seed, sizes.steps)).identity()
     facts = {**identity, **asdict(sizes), "seed": seed, "kept_states": agreement.KEPT_STATES}
+    total, count = teacher.schedule.num_timesteps, agreement.KEPT_STATES
+    if total > count and total % count:  # other timesteps than older versions kept, which did not say which
+        facts["kept_timesteps"] = kept_timesteps(total, count)
     key = key_of("agreement", LAYOUT, facts)
     file = cache / f"{key}.safetensors"
     known = read_reference(file, facts)
