@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_dkdm import DiffusionModel, NoiseSchedule, load_model
+from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model
 from ldm_dkdm.evaluation.features import open_extractor
 from ldm_dkdm.evaluation.gathering import gather
 from ldm_dkdm.evaluation.metrics import METRICS
@@ -199,6 +199,23 @@ def test_files_beside_images_do_not_make_them_a_model(teacher_folder: Path, caps
     shutil.copytree(teacher_folder, "model")
     write_images("model/previews", A[:2])
     assert is_model(Path("model")) and not is_model(Path("folder/class"))
+    Path("folder/model.ckpt").unlink()
+    for text in ("model:\n  name: unet\n", "weights: imagenet\n", "trainer: {}\n"):  # as other programs write them
+        Path("folder/config.yaml").write_text(text)
+        Path("folder/labels.pt").unlink(missing_ok=True)
+        assert not is_model(Path("folder"))
+    for text in ("model:\n  target: a.B\n", "trainer: {}\nlogging: {}\n"):
+        Path("folder/config.yaml").write_text(text)
+        assert is_model(Path("folder"))
+    write_images("few", A[:2])
+    for name, size in {"256x256_diffusion.safetensors": 9, "mine.ckpt": (1 << 20) + 1}.items():
+        Path("few", name).write_bytes(bytes(size))
+        with pytest.raises(UserError, match=f"^few: holds images and {name}, .* or few/{name} for the model"):
+            is_model(Path("few"))
+        Path("few", name).unlink()
+    Path("folder/config.yaml").unlink()
+    Path("folder/clip.pt").write_bytes(bytes((1 << 20) + 1))
+    assert not is_model(Path("folder"))  # 70 images
     Path("pipeline").mkdir()
     Path("pipeline/model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
     write_images("pipeline", A[:2])

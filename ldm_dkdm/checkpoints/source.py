@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -21,13 +22,14 @@ from ldm_dkdm.checkpoints.reading import (
 )
 from ldm_dkdm.checkpoints.releases import how_to_get, refuse_address
 from ldm_dkdm.checkpoints.state_dicts import Weights, find_weights, parts_of, unwrapped
-from ldm_dkdm.checkpoints.weight_files import is_index, refuse_shard
+from ldm_dkdm.checkpoints.weight_files import holds_weights, is_index, refuse_shard
 from ldm_dkdm.config.load import card_kind, read_yaml
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.errors import UserError, interruptible, unreadable
 from ldm_dkdm.files import JSON_BYTES, read_text, require_file
 
 OWN_KEYS = {"weights", "network", "diffusion"}  # keys in the config of a model folder
+RUN_KEYS = {"trainer", "logging"}  # keys in the config of a run folder
 MODEL_KEYS = OWN_KEYS | {"model"}  # the last is CompVis's
 DESCRIPTIONS = ("model_index.json", "config.json", "config.yaml")  # files beside weights that describe them
 RUN_MODELS = ("model", "first_stage", "student")  # model folders in a run folder
@@ -194,14 +196,28 @@ def describes_model(folder: Path) -> bool:
     """
     if any(has_config(folder / name) for name in RUN_MODELS):
         return True
-    for file in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
-        if file.name in DESCRIPTIONS and _has_class(file):
-            return True
+    descriptions = [folder / name for name in DESCRIPTIONS if name.endswith(".json")]
+    if any(file.is_file() and _has_class(file) for file in [*descriptions, *folder.glob("*/config.json")]):
+        return True
     try:
-        config = folder / "config.yaml"
-        return has_config(folder) and (card_kind(config) is not None or bool(MODEL_KEYS & set(read_yaml(config))))
+        return has_config(folder) and _names_model(folder)
     except (UserError, OmegaConfBaseException):
         return False
+
+
+def _names_model(folder: Path) -> bool:
+    """Whether a folder's config.yaml is a model's or a run's: other programs use some of the same keys."""
+    tree = OmegaConf.to_container(read_yaml(folder / "config.yaml"))
+    keys = set(tree) if isinstance(tree, dict) else set()
+    if keys >= OWN_KEYS or keys >= RUN_KEYS:
+        return True
+    if card_kind(folder / "config.yaml") is None and not MODEL_KEYS & keys:
+        return False
+    if isinstance(tree.get("model"), dict) and "target" in tree["model"]:
+        return True
+    named = tree.get("weights")
+    inside = any(map(holds_weights, (folder, folder / "checkpoints")))
+    return inside or (isinstance(named, str) and (folder / named).is_file())
 
 
 def _has_class(file: Path) -> bool:

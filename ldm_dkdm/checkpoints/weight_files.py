@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ldm_dkdm.checkpoints.ema_names import said_of
@@ -61,8 +61,13 @@ def weights_in(folder: Path) -> Path:
 
 def holds_weights(folder: Path, others: Collection[str] = ()) -> bool:
     """Whether a folder holds any weights file but those named `others`."""
-    found = (path for pattern in (*STANDARD, *OTHERS) for path in folder.glob(pattern) if path.name not in others)
-    return any(map(_may_be_weights, found))
+    return any(True for _ in all_weights(folder, others))
+
+
+def all_weights(folder: Path, others: Collection[str] = ()) -> Iterator[Path]:
+    """The weights files of a folder but those named `others`."""
+    found = (path for pattern in OTHERS for path in sorted(folder.glob(pattern)) if path.name not in others)
+    return filter(_may_be_weights, found)
 
 
 def _may_be_weights(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """Open what a user names as a set of images: a model, a folder, an .npz, a first stage, a tensor."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,8 @@ from torch import Tensor
 
 from ldm_dkdm.checkpoints.first_stages import FirstStageSource, is_first_stage_folder
 from ldm_dkdm.checkpoints.releases import how_to_get
-from ldm_dkdm.checkpoints.source import describes_model, home_of
-from ldm_dkdm.checkpoints.weight_files import STANDARD, holds_weights
+from ldm_dkdm.checkpoints.source import DESCRIPTIONS, describes_model, home_of
+from ldm_dkdm.checkpoints.weight_files import all_weights
 from ldm_dkdm.config.recipes import find_shipped
 from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.errors import UserError
@@ -18,13 +19,14 @@ from ldm_dkdm.evaluation.reconstruction import Reconstructions
 from ldm_dkdm.evaluation.samples import sampled
 from ldm_dkdm.evaluation.sources import ImageSource, TensorImages, image_files, require_images
 from ldm_dkdm.files import expanded
-from ldm_dkdm.images import GRID, SAMPLED, holds_images
+from ldm_dkdm.images import GRID, SAMPLED, count_images
 from ldm_dkdm.model import DiffusionModel, load_model
 from ldm_dkdm.npz import is_npz
 
 Images = DiffusionModel | Tensor | np.ndarray | str | Path
-CONFIGS = ("config.yaml", "model_index.json", "config.json")  # files that may describe a folder's model
-WEIGHTS = ("student.safetensors", "model.safetensors", "model.ckpt", *STANDARD)  # usual names of models' files
+USUAL = re.compile(r"((student|model|last)\.|(pytorch|diffusion_pytorch)_model|\d+x\d+_diffusion)")  # names of weights
+FEW = 10  # images that may be previews of a model
+LARGE = 1 << 20  # bytes of a file that may be a model, where the images are few
 
 
 def open_images(
@@ -110,16 +112,19 @@ def is_model(path: Path) -> bool:
         return False
     if not path.is_dir() or describes_model(path):
         return True
-    described = any((path / name).exists() for name in CONFIGS)
-    if not described and not holds_weights(path, SAMPLED if (path / GRID).is_file() else ()):
+    described = any((path / name).exists() for name in DESCRIPTIONS)
+    files = list(all_weights(path, SAMPLED if (path / GRID).is_file() else ()))
+    if not described and not files:
         return False
-    if not holds_images(path):
+    images = count_images(path, FEW)
+    if not images:
         return True
-    weights = next((name for name in WEIGHTS if (path / name).is_file()), None)
+    large = [file for file in files if images < FEW and file.stat().st_size > LARGE]
+    weights = next((file for file in files if USUAL.match(file.name)), large[0] if large else None)
     if weights is not None:
         raise UserError(
-            f"{path}: holds images and {weights}, without a config that describes a model; name a folder with the "
-            f"images alone, or {path / weights} for the model"
+            f"{path}: holds images and {weights.name}, without a config that describes a model; name a folder with the "
+            f"images alone, or {weights} for the model"
         )
     return False
 

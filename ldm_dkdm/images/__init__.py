@@ -1,6 +1,6 @@
 """Images as files, arrays and pictures."""
 
-from ldm_dkdm.images.folders import find_images, folder_of_images, holds_images, images_beside, load_images
+from ldm_dkdm.images.folders import count_images, find_images, folder_of_images, images_beside, load_images
 from ldm_dkdm.images.pixels import (
     FORMATS,
     GRID,
@@ -21,10 +21,10 @@ __all__ = [
     "MODES",
     "SAMPLED",
     "SUFFIXES",
+    "count_images",
     "find_images",
     "folder_of_images",
     "grid",
-    "holds_images",
     "images_beside",
     "load_images",
     "opened_image",

@@ -110,10 +110,10 @@ def find_images(path: Path, channels: int = 3) -> list[Path]:
     return sorted(files)
 
 
-def holds_images(path: Path) -> bool:
-    """Whether there is an image file below a folder, by its suffix; hidden ones do not count."""
+def count_images(path: Path, most: int) -> int:
+    """Number of image files below a folder, up to `most`, by their suffixes; hidden ones do not count."""
     files = (file for file in _files_below(path, ()) if file.suffix.lower() in SUFFIXES)
-    return any(not _hidden(file.relative_to(path)) for file in files)
+    return sum(1 for _ in islice((file for file in files if not _hidden(file.relative_to(path))), most))
 
 
 def _files_below(
