@@ -112,6 +112,7 @@ def test_a_stopped_call_goes_on_with_its_sums(
 ) -> None:
     wanted = evaluate(pixel(0), pixel(1), cache=tmp_path / "whole", **SIZES)
     _, teacher = models
+    teachers = counted(teacher)
     agreeing = len(_calls(lambda model: evaluate(model, teacher, **{**SIZES, "images": 0})))
     stopping = pixel(0)
     monkeypatch.setattr(partial, "time", _Later())
@@ -119,7 +120,9 @@ def test_a_stopped_call_goes_on_with_its_sums(
     with pytest.raises(KeyboardInterrupt):
         evaluate(stopping, teacher, cache=tmp_path / "parts", **SIZES)
     assert sum(seen[agreeing:-1]) == 3 * 32
-    going_on, teachers = pixel(0), counted(teacher)
+    assert max(teachers) == 32  # batches of the teacher's images
+    teachers.clear()
+    going_on = pixel(0)
     seen = counted(going_on)
     found = evaluate(going_on, teacher, cache=tmp_path / "parts", **SIZES)
     assert sum(seen[agreeing:]) == COUNT - 3 * 32 and max(teachers, default=0) < 32  # no image of the teacher
