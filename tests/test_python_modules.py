@@ -80,8 +80,8 @@ class ScaledDiT(DiT):
         return 2 * super().forward(x, t, label)
 
 
-class Told(Net):
-    """A network of which the weights tell a part: it has an attribute, and a buffer that is not saved."""
+class Scaling(Net):
+    """A network of which the weights are only a part: it has an attribute, and a buffer that is not saved."""
 
     def __init__(self, scale: float = 1.0, shift: float = 0.0, doubled: int = -1) -> None:
         super().__init__()
@@ -94,9 +94,9 @@ class Told(Net):
 
 
 def test_the_cache_tells_networks_of_the_same_weights_apart(teacher: dkdm.DiffusionModel, tmp_path: Path) -> None:
-    hooked, plain = Told(), Told()
+    hooked, plain = Scaling(), Scaling()
     hooked.register_forward_hook(lambda module, given, output: 2 * output)
-    networks: list[nn.Module] = [plain, Told(scale=0.2), Told(shift=0.5), Told(doubled=3), hooked]
+    networks: list[nn.Module] = [plain, Scaling(scale=0.2), Scaling(shift=0.5), Scaling(doubled=3), hooked]
     for network in networks:
         network.load_state_dict(plain.state_dict())
     changed = UNet(**UNET_PARAMS)
@@ -107,8 +107,8 @@ def test_the_cache_tells_networks_of_the_same_weights_apart(teacher: dkdm.Diffus
     keys = [key_of(sampled(model, SamplingConfig(count=2)).identity()) for model in models]
     assert len(set(keys)) == len(models)
     assert [key_of(sampled(model, SamplingConfig(count=2)).identity()) for model in models] == keys
-    told, scaled = models[2:4]
-    own = [dkdm.evaluate(told, model, images=0, chains=1, pairs=1, steps=1, cache=tmp_path) for model in (told, scaled)]
+    one, scaled = models[2:4]
+    own = [dkdm.evaluate(one, model, images=0, chains=1, pairs=1, steps=1, cache=tmp_path) for model in (one, scaled)]
     assert own[0]["agreement"] < 1e-9 < own[1]["agreement"]
 
 
