@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -207,8 +207,8 @@ def describes_model(folder: Path) -> bool:
 
 def _names_model(folder: Path) -> bool:
     """Whether a folder's config.yaml is a model's or a run's: other programs use some of the same keys."""
-    tree = OmegaConf.to_container(read_yaml(folder / "config.yaml"))
-    keys = set(tree) if isinstance(tree, dict) else set()
+    tree = cast(dict[str, Any], OmegaConf.to_container(read_yaml(folder / "config.yaml")))
+    keys = set(tree)
     if keys >= OWN_KEYS or keys >= RUN_KEYS:
         return True
     if card_kind(folder / "config.yaml") is None and not MODEL_KEYS & keys:
