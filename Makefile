@@ -30,8 +30,8 @@ study: setup
 test: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/mypy & types=$$!; \
+	  OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder && wait $$types
 	$(VENV)/bin/mkdocs build --quiet --strict
 
 # docs/options.md from the schema of the configuration, then the site.
