@@ -170,7 +170,7 @@ def _training(arm: Arm, run: Path, overrides: Mapping[str, Any], needs: list[str
     quiet = ["logging.save_every=500", "logging.sample_every=1000000", "logging.loggers=[csv]"]
     if not arm.trains and "logging.evaluate_every" not in overrides:
         quiet.append("logging.evaluate_every=100")
-    bases = [arm.pair["base"], *([arm.overrides["base"]] if "base" in arm.overrides else [])]
+    bases = [*arm.pair["base"].split(), *([arm.overrides["base"]] if "base" in arm.overrides else [])]
     program = (str(HERE / "tried.py"), arm.overrides["tried"]) if "tried" in overrides else ("-m", "ldm_dkdm")
     command = (*program, "train" if arm.trains else "distill", "--base", *bases, *words, *quiet)
     return Task(_name(run), (*command, *_place(run)), None, tuple(needs), run)
