@@ -10,7 +10,6 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.images import FORMATS, read_image
 from ldm_dkdm.npz import read_npz
 from ldm_dkdm.training.warmup_shares import warmups_of
-from tests.limited import limited
+from tests.limited import Outcome, limited
 
 EXAMPLES = 60
 Property = Callable[[Path], Callable[[], None]]
@@ -250,8 +249,12 @@ def holds(reader: str, folder: Path, examples: int) -> None:
     readable_or_refused()
 
 
+def readers(folder: Path, examples: int = EXAMPLES) -> list[Outcome]:
+    """How the checks of all readers end, each in a process of its own."""
+    return [limited(lambda reader=reader: holds(reader, folder, examples), folder / "printed") for reader in READERS]
+
+
 if __name__ == "__main__":
-    folder, examples = Path(sys.argv[1]), int([*sys.argv, EXAMPLES][2])
     torch.set_num_threads(1)
-    found = [limited(lambda reader=reader: holds(reader, folder, examples), folder / "printed") for reader in READERS]
-    print(json.dumps([asdict(outcome) for outcome in found]))
+    for reader, outcome in zip(READERS, readers(Path(sys.argv[1]), int([*sys.argv, EXAMPLES][2])), strict=True):
+        print(reader, outcome)

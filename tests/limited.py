@@ -1,16 +1,16 @@
 """Work in a process of its own with limits, so that a hang, a crash or a flood of memory is an outcome like others."""
 
-import json
 import os
+import pickle
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from subprocess import run
 
-ROOT = Path(__file__).parents[1]
+from tests.prepared import begin, ended
+
 SECONDS, MEGABYTES = 10, 2000  # what no file may take: time of the processor, memory in use
 STILL = 20.0  # seconds without work after which a process waits for something that never comes
 
@@ -82,30 +82,28 @@ def _wait(process: int) -> tuple[int, resource.struct_rusage]:
         time.sleep(0.01)
 
 
-def outcomes(module: str, folder: Path, tasks: Sequence[Sequence[str]] = ()) -> list[Outcome]:
-    """Run `python -m MODULE FOLDER`, which reads tasks as JSON and prints outcomes as JSON."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", module, str(folder)]
-    done = run(command, input=json.dumps(tasks), capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
-    return [Outcome(**found) for found in json.loads(done.stdout.splitlines()[-1])]
+def outcomes(work: Callable[..., list[Outcome]], folder: Path, *arguments: object) -> list[Outcome]:
+    """What work finds in a process that has no threads."""
+    found = folder / "outcomes"
+    process = begin(_report, work, folder, arguments, found, printed=folder / "printed by all")
+    assert ended(process) == 0, (folder / "printed by all").read_text()
+    return pickle.loads(found.read_bytes())
 
 
-def commands(folder: Path, lines: Sequence[Sequence[str]]) -> None:
-    """Run command lines of `dkdm`, each in a process of its own, and print their outcomes.
+def _report(work: Callable[..., list[Outcome]], folder: Path, arguments: Sequence[object], found: Path) -> None:
+    found.write_bytes(pickle.dumps(work(folder, *arguments)))
+
+
+def commands(folder: Path, lines: Sequence[Sequence[str]]) -> list[Outcome]:
+    """Run command lines of `dkdm` in a folder, each in a process of its own.
 
     A line that begins with a number has so many MB of memory more than the imports take.
     """
-    from ldm_dkdm.commands import convert, decode, distill, evaluate, inspect, report, sample, train  # noqa: F401
     from ldm_dkdm.commands.main import main
-    from ldm_dkdm.training import autoencoder, from_images, from_teacher  # noqa: F401
 
     os.chdir(folder)
     found = []
     for line in lines:
         room, words = (int(line[0]), line[1:]) if line[0].isdigit() else (2 * MEGABYTES, line)
         found.append(limited(lambda words=words: main(words[0], words[1:]), folder / "printed", room))
-    print(json.dumps([asdict(outcome) for outcome in found]))
-
-
-if __name__ == "__main__":
-    commands(Path(sys.argv[1]), json.load(sys.stdin))
+    return found

@@ -1,9 +1,8 @@
-"""What each process of tests/test_rank_measurements.py does: python tests/rank_measurements.py FOLDER"""
+"""What each process of tests/test_rank_measurements.py does."""
 
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -77,7 +76,3 @@ def main(folder: Path) -> None:
             ranks.gather(0)
     except UserError as error:
         write_text(folder / "lost.txt", str(error))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,18 +1,20 @@
-"""What each process of tests/test_ranks.py does: python tests/rank_worker.py FOLDER SCENARIO [SCENARIO ...]"""
+"""What each process of tests/test_ranks.py does, and torchrun's agent, which starts it."""
 
 import contextlib
 import hashlib
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import elastic_launch
 
 from ldm_dkdm import load_config, load_model
 from ldm_dkdm.commands.main import main
@@ -32,6 +34,8 @@ from ldm_dkdm.training.run_folder import RunFolder
 from ldm_dkdm.training.saving import RunCheckpoint
 
 STEPS, GLOBAL_BATCH = 6, 4
+EARLY = [f"trainer.early_stop.{key}" for key in ("window=2", "patience=1", "min_delta=1e9")]
+NO_SAMPLES = ["logging.sample_every=1000"]
 KILLED_AT = 4  # the last checkpoint before it is that of step 3
 
 
@@ -106,7 +110,7 @@ class FixedBatches(BatchStream):
 def train_on_fixed_batches(folder: Path, name: str, strategy: str = "auto", accumulate: int = 1) -> None:
     """Train a student on `FixedBatches` and leave the checkpoint."""
     trainer = [f"trainer.strategy={strategy}", f"trainer.accumulate={accumulate}"]
-    tree = vars(load_config(folder / "base.yaml", [f"logging.name={name}", *trainer]))
+    tree = vars(load_config(folder / "base.yaml", [f"logging.name={name}", f"logging.save_every={STEPS}", *trainer]))
     config = parse(DistillRun, {key: value for key, value in tree.items() if value is not None})
     teacher = load_model(config.teacher.ckpt)
     parts = assemble(teacher, make_student(config.student, teacher, 0), config)
@@ -160,7 +164,7 @@ def resume_with_a_damaged_pool(folder: Path) -> None:
         time.sleep(0.1)
     for number in range(2):
         with (folder / f"flipped-{number}-{world.rank}.txt").open("w") as file, contextlib.redirect_stderr(file):
-            command("distill", "--resume", home, f"trainer.max_steps={STEPS + 1}", "logging.sample_every=1000")
+            command("distill", "--resume", home, f"trainer.max_steps={STEPS + 1}", *NO_SAMPLES)
 
 
 def resume_a_warm_up(folder: Path) -> None:
@@ -181,7 +185,8 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "evaluate": differing_predictions()(evaluate),
     "ddp": lambda folder: run(folder, "ddp"),
     "fsdp": lambda folder: run(folder, "fsdp", "fsdp"),
-    "best": lambda folder: run(folder, "best", "fsdp", extra=[f"trainer.early_stop.window={STEPS}"]),
+    "best": lambda folder: run(folder, "best", "fsdp", extra=[f"trainer.early_stop.window={STEPS}", *NO_SAMPLES]),
+    "early": lambda folder: run(folder, "early", extra=["trainer.max_steps=40", *EARLY, *NO_SAMPLES]),
     "split": lambda folder: train_on_fixed_batches(folder, "split"),
     "shards": lambda folder: train_on_fixed_batches(folder, "shards", "fsdp"),
     "split-parts": lambda folder: train_on_fixed_batches(folder, "split-parts", accumulate=2),
@@ -192,6 +197,14 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
     "resumed": lambda folder: run(folder, "killed", extra=["logging.log_every=2"]),
 }
 
-if __name__ == "__main__":
-    for scenario in sys.argv[2:]:
-        SCENARIOS[scenario](Path(sys.argv[1]))
+
+def work(folder: Path, *scenarios: str) -> None:
+    """Go through scenarios."""
+    for scenario in scenarios:
+        SCENARIOS[scenario](folder)
+
+
+def agent(arguments: Sequence[str], folder: Path, *scenarios: str) -> None:
+    """Do as torchrun with these arguments, but fork the processes from this one, which has imported the package."""
+    config, _, _ = torchrun.config_from_args(torchrun.parse_args([*arguments, "worker"]))
+    elastic_launch(replace(config, start_method="fork"), work)(folder, *scenarios)

@@ -1,6 +1,6 @@
 """A device that does not exist: its tensors are computed on the host, and every wait for it is recorded.
 
-`python -m tests.simulated_device` makes a few batches on it, for pools on the device and in host memory, and trains a
+`main` makes a few batches on it, for pools on the device and in host memory, and trains a
 student; it prints what the host waited for and how far batches, losses and weights are from those of the host. It runs
 in a process of its own, since a device is registered for good.
 """
@@ -212,7 +212,3 @@ def trained(device: str, after_first: Callable[[], None] = lambda: None, read_gr
     paths = [now - before for now, before in zip(average._averages, initial, strict=True)]
     path = torch.cat([path.flatten() for path in paths])
     return [*losses, path / path.norm()]
-
-
-if __name__ == "__main__":
-    main()

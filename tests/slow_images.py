@@ -1,6 +1,5 @@
-"""Images that are read slowly, batch by batch, and a process that gathers their statistics: what a test can kill."""
+"""Images that are read slowly, batch by batch, and work on them that a test can kill."""
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,7 +46,3 @@ def gathered(folder: Path, processes: int, pause: float = 0.0, batch_size: int =
     source = SlowImages(images(), "slow", folder / "log", pause)
     options = {"cache": folder / "cache", "batch_size": batch_size, "save_seconds": 0.0, "processes": processes}
     return gather(source, extractors, {"pixels"}, **options)
-
-
-if __name__ == "__main__":
-    gathered(Path(sys.argv[1]), int(sys.argv[2]), pause=0.3)

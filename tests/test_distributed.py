@@ -58,14 +58,3 @@ def test_two_ranks_distil_one_student_from_their_own_pools_and_resume_exactly(
     assert not torch.equal(pools[0][0]["x"], pools[0][1]["x"])
     for rank in (0, 1):
         assert torch.equal(pools[0][rank]["x"], pools[1][rank]["x"])
-
-
-@pytest.mark.timeout(900)
-def test_an_early_stop_ends_both_ranks_at_one_step(teacher_folder: Path, tmp_path: Path) -> None:
-    stop = {"window": 2, "patience": 1, "min_delta": 1e9}
-    trainer = {"devices": 2, "max_steps": 40, "early_stop": stop}
-    config = distill_config(teacher_folder, tmp_path, trainer=trainer, logging={"name": "early"})
-    done = distil_in_two_processes(write_yaml(tmp_path / "early.yaml", config))
-    assert done.returncode == 0, done.stderr
-    saved = [f.name for f in sorted((tmp_path / "early" / "checkpoints").iterdir())][-4:]
-    assert saved == [f"step=00000004.{end}" for end in PARTS]

@@ -2,9 +2,7 @@
 
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from ldm_dkdm.evaluation.statistics import Statistics
 from ldm_dkdm.files import write_tensors
 from ldm_dkdm.images import save_image, to_image
 from tests.evaluate_sets import A, evaluate, evaluation_home, record, results, toy, write_images  # noqa: F401 (a fixture)
+from tests.prepared import FORKS, begin, ended
 
 
 def test_saved_statistics_remember_that_files_were_jpeg_and_resized(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,21 +135,17 @@ def test_pixels_of_grey_images_are_repeated_to_rgb_where_the_others_are(capsys: 
     assert record()["figures"]["pixel Frechet"] == pytest.approx(0, abs=1e-6)
 
 
-def append_rows(number: int) -> None:
-    """Ten rows of a process, with a figure of its own."""
+def append_rows(number: int, both: Barrier) -> None:
+    """Ten rows of a process, with a figure of its own, once the other has begun."""
+    both.wait(60)
     for i in range(10):
         append_row(Path("rows.csv"), {"samples": f"{number}.{i}", f"figure {number}": i})
 
 
-def wait_for_others(barrier: Barrier) -> None:
-    barrier.wait(60)
-
-
 def test_processes_that_append_rows_at_once_lose_none() -> None:
-    spawn = get_context("spawn")
-    options = {"mp_context": spawn, "initializer": wait_for_others, "initargs": (spawn.Barrier(2),)}
-    with ProcessPoolExecutor(2, **options) as pool:
-        list(pool.map(append_rows, range(2)))
+    both = FORKS.Barrier(2)
+    processes = [begin(append_rows, number, both) for number in range(2)]
+    assert [ended(process, 60) for process in processes] == [0, 0]
     rows = read_rows(Path("rows.csv"))
     assert sorted(row["samples"] for row in rows) == sorted(f"{n}.{i}" for n in range(2) for i in range(10))
     assert all(row[f"figure {row['samples'][0]}"] == row["samples"][2] for row in rows)

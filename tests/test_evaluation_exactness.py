@@ -2,9 +2,8 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,9 @@ from ldm_dkdm.evaluation.gathering import gather
 from ldm_dkdm.evaluation.samples import sampled
 from ldm_dkdm.evaluation.sources import TensorImages
 from ldm_dkdm.evaluation.statistics import Statistics
+from tests.prepared import begin
 from tests.slow_images import BATCH, gathered, images
 
-ROOT = Path(__file__).parent.parent
 A, B = (torch.randint(0, 250, (90, 32, 32, 3), dtype=torch.uint8).clamp(min=low) for low in (0, 60))
 
 
@@ -56,7 +55,7 @@ def test_what_was_killed_goes_on_and_ends_in_the_same_sums(processes: int, tmp_p
         (tmp_path / name).mkdir()
     whole = gathered(tmp_path / "whole", 1, batch_size=64)
     killed = tmp_path / "killed"
-    saved = kill_when_saved([sys.executable, "-m", "tests.slow_images", killed, processes], killed, processes)
+    saved = kill_when_saved(begin(gathered, killed, processes, 0.3), killed, processes)
     (killed / "log").unlink()
     found = gathered(killed, processes)
     read = sorted(map(int, (killed / "log").read_text().split()))
@@ -70,18 +69,16 @@ def test_what_was_killed_goes_on_and_ends_in_the_same_sums(processes: int, tmp_p
     assert not list(killed.rglob("*.partial.npz"))
 
 
-def kill_when_saved(command: list[object], folder: Path, processes: int) -> dict[int, int]:
+def kill_when_saved(running: BaseProcess, folder: Path, processes: int) -> dict[int, int]:
     """Kill a process and its children once every part is partly saved; number of a part's first image -> of images."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, start_new_session=True)
     try:
         end = time.monotonic() + 120
         while len(files := list((folder / "cache").glob("[!.]*.partial.npz"))) < processes:
-            assert running.poll() is None and time.monotonic() < end
+            assert running.is_alive() and time.monotonic() < end
             time.sleep(0.05)
     finally:
         os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
+        running.join()
     found = {}
     for file in files:
         with np.load(file) as archive:

@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.fuzzing import READERS
+from tests.fuzzing import READERS, readers
 from tests.limited import Outcome, outcomes
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    return dict(zip(READERS, outcomes("tests.fuzzing", tmp_path_factory.mktemp("fuzz")), strict=True))
+    return dict(zip(READERS, outcomes(readers, tmp_path_factory.mktemp("fuzz")), strict=True))
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -8,7 +8,7 @@ import pytest
 from ldm_dkdm import UserError, npz
 from tests import hostile_arrays, hostile_content
 from tests.hostile_content import Place
-from tests.limited import Outcome, outcomes
+from tests.limited import Outcome, commands, outcomes
 
 CASES = {**hostile_content.CASES, **hostile_arrays.CASES}
 
@@ -17,7 +17,7 @@ CASES = {**hostile_content.CASES, **hostile_arrays.CASES}
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     place = Place(tmp_path_factory.mktemp("hostile"))
     lines = [write(place) for write, _ in CASES.values()]
-    ended = outcomes("tests.limited", place.path, lines)
+    ended = outcomes(commands, place.path, lines)
     assert not place.marker.exists()
     return dict(zip(CASES, ended, strict=True))
 

@@ -1,7 +1,5 @@
 """Hostile content in a run's own files: the checkpoint, its pool, the config in the folder."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,19 +7,20 @@ import torch
 from safetensors.torch import save_file
 
 from ldm_dkdm import NoisyPool, UserError
+from ldm_dkdm.training.resuming import read_checkpoint
 from tests.cli import distil, write_yaml
 from tests.hostile_content import in_legacy, in_zip, shared_key
 from tests.parts import distill_config
-
-READ = "import pathlib, sys, ldm_dkdm.training.resuming as s; s.read_checkpoint(pathlib.Path(sys.argv[1]))"
+from tests.prepared import begin, ended
 
 
 @pytest.mark.parametrize("form", [in_zip, in_legacy])
 def test_a_checkpoint_that_would_be_hashed_for_ever_is_refused(form: object, tmp_path: Path) -> None:
     (tmp_path / "step=00000001.ckpt").write_bytes(form(shared_key()))
-    words = [sys.executable, "-c", READ, str(tmp_path / "step=00000001.ckpt")]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
-    assert "UserError" in ended.stderr and "share their content" in ended.stderr
+    reading = begin(read_checkpoint, tmp_path / "step=00000001.ckpt", printed=tmp_path / "printed")
+    assert ended(reading, 120) == 1
+    printed = (tmp_path / "printed").read_text()
+    assert "UserError" in printed and "share their content" in printed
 
 
 def test_a_pool_with_deep_metadata_is_refused(tmp_path: Path) -> None:

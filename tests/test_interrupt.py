@@ -1,19 +1,24 @@
 """Ctrl-C in a distillation that was called from Python, and a terminal that is closed."""
 
+import fcntl
 import os
 import signal
-import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 import ldm_dkdm as dkdm
+from ldm_dkdm.commands.entry import main
 from tests.cli import write_yaml
 from tests.parts import distill_config
+from tests.prepared import FORKS, begin, ended
 from tests.process import changes, process_state
 from tests.test_python_api import NUMBERS, assert_equal_runs, own_student, same, weights
 
@@ -66,14 +71,18 @@ def test_a_second_ctrl_c_stops_at_once(teacher: dkdm.DiffusionModel, tmp_path: P
     assert changes(before) == {} and not list((tmp_path / "run" / "checkpoints").glob("step=*.ckpt"))
 
 
-IN_A_TERMINAL = """
-import fcntl, signal, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal that is closed sends its signal here
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-sys.argv = ["dkdm", *sys.argv[1:]]
-from ldm_dkdm.commands.entry import main
-main()
-"""
+def in_a_terminal(terminal: str, errors: Connection, base: Path) -> None:
+    """Distil as from a terminal that begins a session; stderr goes elsewhere."""
+    opened = os.open(terminal, os.O_RDWR)
+    for stream, file in ((0, opened), (1, opened), (2, errors.fileno())):
+        os.dup2(file, stream)
+    os.close(opened)
+    errors.close()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal that is closed sends its signal here
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    sys.stdout.reconfigure(line_buffering=True)
+    with patch.object(sys, "argv", ["dkdm", "distill", "--base", str(base)]):
+        main()
 
 
 @pytest.fixture
@@ -114,19 +123,18 @@ def test_a_closed_terminal_saves_the_run_though_the_reader_of_its_lines_ends_too
     often = {"log_every": 1, "save_every": 10**6, "sample_every": 10**6}
     config = distill_config(teacher_folder, tmp_path, trainer={"max_steps": 10**6}, logging=often)
     base, rows = write_yaml(tmp_path / "base.yaml", config), tmp_path / "run" / "metrics.csv"
-    (terminal, its_end), (reader, errors) = os.openpty(), os.pipe()
-    command = [sys.executable, "-c", IN_A_TERMINAL, "distill", "--base", str(base)]
-    with subprocess.Popen(command, stdin=its_end, stdout=its_end, stderr=errors, start_new_session=True) as process:
-        os.close(its_end)
-        os.close(errors)
-        waiting = time.monotonic() + 120
-        while time.monotonic() < waiting and not (rows.is_file() and rows.read_text().count("\n") > 3):
-            time.sleep(0.1)
-            for output in (terminal, reader):
-                os.set_blocking(output, False)
-                with suppress(BlockingIOError):
-                    os.read(output, 65536)  # else it is full, and the process waits
-        os.close(reader)
-        os.close(terminal)
-        assert process.wait(120) == 130
+    (terminal, its_end), (reader, errors) = os.openpty(), FORKS.Pipe(duplex=False)
+    process = begin(in_a_terminal, os.ttyname(its_end), errors, base)
+    errors.close()
+    waiting = time.monotonic() + 120
+    while time.monotonic() < waiting and not (rows.is_file() and rows.read_text().count("\n") > 3):
+        time.sleep(0.1)
+        for output in (terminal, reader.fileno()):
+            os.set_blocking(output, False)
+            with suppress(BlockingIOError):
+                os.read(output, 65536)  # else it is full, and the process waits
+    for end in (its_end, terminal):
+        os.close(end)
+    reader.close()
+    assert ended(process, 120) == 130
     assert len(list((tmp_path / "run" / "checkpoints").glob("step=*.ckpt"))) == 1

@@ -14,7 +14,7 @@ from ldm_dkdm.training import resuming
 from ldm_dkdm.training.resuming import Choice
 from tests.cli import contents, distil
 from tests.hostile_content import Place
-from tests.limited import Outcome, outcomes
+from tests.limited import Outcome, commands, outcomes
 from tests.parts import VQ_PARAMS
 from tests.test_resume import write_config
 from tests.training_images import training_images
@@ -71,7 +71,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     place = Place(tmp_path_factory.mktemp("memory"))
     lines = [[ROOM, *write(place)] for write, _ in WORK.values()]
     lines.append(["5", "convert", str(place.model), "copy", "--to", "folder"])
-    return dict(zip([*WORK, "convert"], outcomes("tests.limited", place.path, lines), strict=True))
+    return dict(zip([*WORK, "convert"], outcomes(commands, place.path, lines), strict=True))
 
 
 @pytest.mark.parametrize("name", WORK)

@@ -4,11 +4,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,9 @@ from ldm_dkdm.config.load import load_config
 from ldm_dkdm.config.schema import DistillRun
 from ldm_dkdm.training.resuming import Choice
 from ldm_dkdm.training.run_folder import checkpoints, step_of
-from tests.cli import ROOT, distil
+from tests.cli import distil
 from tests.loop_disk import copied, missing, mounted, new_image
+from tests.prepared import begin
 from tests.test_resume import write_config
 
 CUTS = 20
@@ -34,19 +35,19 @@ class Cut:
     step: int
 
 
-def cuts(image: Path, run: Path, process: subprocess.Popen[bytes], seed: int) -> Iterator[Cut]:
+def cuts(image: Path, run: Path, process: BaseProcess, seed: int) -> Iterator[Cut]:
     """Copies at random moments after the first save; the run stands still while it is copied."""
     moments = random.Random(seed)
     while not checkpoints(run / "checkpoints"):
-        assert process.poll() is None, "the run ended before its first save"
+        assert process.is_alive(), "the run ended before its first save"
         time.sleep(0.05)
     for number in range(CUTS):
         time.sleep(moments.uniform(*PAUSES))
-        assert process.poll() is None, f"the run ended before cut {number}"
-        process.send_signal(signal.SIGSTOP)
+        assert process.is_alive(), f"the run ended before cut {number}"
+        os.kill(process.pid, signal.SIGSTOP)
         step = max(map(step_of, checkpoints(run / "checkpoints")))
         yield Cut(copied(image, image.with_name(f"cut{number}.img")), step)
-        process.send_signal(signal.SIGCONT)
+        os.kill(process.pid, signal.SIGCONT)
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +64,12 @@ def cut_runs(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             pytest.skip(f"no disk can be mounted here: {error.stderr}")
         changes = {"trainer": {"max_steps": 100_000}, "logging": {"save_every": 1, "sample_every": 2}}
         base = write_config(teacher_folder, disk, "run", **changes)
-        words = [sys.executable, ROOT / "scripts" / "dkdm_ldm.py", "--base", base]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with (folder / "said").open("wb") as said:
-            process = subprocess.Popen(words, env=environment, stdout=said, stderr=said)
-            try:
-                return list(cuts(image, disk / "logs" / "run", process, seed=0))
-            finally:
-                process.kill()
-                process.wait()
+        process = begin(distil, "--base", base, printed=folder / "said")
+        try:
+            return list(cuts(image, disk / "logs" / "run", process, seed=0))
+        finally:
+            process.kill()
+            process.join()
 
 
 def test_after_a_power_cut_a_run_has_lost_one_save_at_most(cut_runs: list[Cut]) -> None:

@@ -15,17 +15,21 @@ from ldm_dkdm.config.schema import SamplingConfig
 from ldm_dkdm.evaluation import components, frechet, gathering, partial
 from ldm_dkdm.model import ranks as together
 from ldm_dkdm.model.ranks import Ranks
-from tests.cli import ROOT, sample
+from tests import rank_measurements
+from tests.cli import sample
+from tests.prepared import begin
 from tests.rank_measurements import SIZES, pixel
-from tests.test_ranks import ended, free_port, start
-
-WORKER = str(ROOT / "tests" / "rank_measurements.py")
+from tests.test_ranks import all_ended, free_port, variables
 
 
 @pytest.mark.timeout(300)
 def test_the_first_rank_computes_once_what_all_ranks_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    codes = ended([start([WORKER, str(tmp_path)], **world, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)])
+    started = []
+    for rank in (0, 1):
+        own, printed = variables(**world, RANK=rank, LOCAL_RANK=rank), tmp_path / f"{rank}.log"
+        started.append((begin(rank_measurements.main, tmp_path, printed=printed, environment=own), printed))
+    codes = all_ended(started)
     assert [code for code, _ in codes] == [0, -9], codes
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     distances = ["frechet_distance", "frechet_distance"]

@@ -3,9 +3,8 @@
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,12 +17,12 @@ from ldm_dkdm.checkpoints.pools import pool_header
 from ldm_dkdm.commands import drawing
 from ldm_dkdm.distillation.pool import NoisyPool
 from tests import rank_worker
-from tests.cli import ROOT, contents, sample, table, write_yaml
+from tests.cli import contents, sample, table, write_yaml
 from tests.cli import run_script as script
 from tests.parts import distill_config, first_stage_folder, model_folder
+from tests.prepared import begin, ended
 from tests.test_warmup_dealt import run_of
 
-WORKER = str(ROOT / "tests" / "rank_worker.py")
 CLEARED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_")
 
 
@@ -33,34 +32,39 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def start(command: Sequence[str], **variables: object) -> subprocess.Popen:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(CLEARED)}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in variables.items()}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
+def variables(**own: object) -> dict[str, str]:
+    """Those of this process without a launcher's, and `own`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(CLEARED)}
+    return kept | {name: str(value) for name, value in own.items()}
 
 
-def ended(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
-    """Exit codes and stderr of all."""
-    outputs = [process.communicate(timeout=250) for process in processes]
-    return [(process.returncode, error) for process, (_, error) in zip(processes, outputs, strict=True)]
+def all_ended(processes: Sequence[tuple[BaseProcess, Path]]) -> list[tuple[int, str]]:
+    """Exit codes of all, and what they have printed."""
+    return [(ended(process), printed.read_text()) for process, printed in processes]
 
 
 def agents(folder: Path, *scenarios: str, nodes: int = 2, each: int = 1) -> list[tuple[int, str]]:
     """torchrun, once on every machine; here they are all on this one."""
-    port = free_port()
     where = ["--nnodes", str(nodes), "--nproc_per_node", str(each), "--master_addr", "127.0.0.1"]
-    torchrun = ["-m", "torch.distributed.run", *where, "--master_port", str(port)]
-    work = [WORKER, str(folder), *scenarios]
-    return ended([start([*torchrun, "--node_rank", str(node), *work]) for node in range(nodes)])
+    where += ["--master_port", str(free_port())]
+    started = []
+    for node in range(nodes):
+        given, printed = [*where, "--node_rank", str(node)], folder / f"agent-{scenarios[0]}-{node}.log"
+        work = (rank_worker.agent, given, folder, *scenarios)
+        started.append((begin(*work, printed=printed, environment=variables()), printed))
+    return all_ended(started)
 
 
 def srun(folder: Path, *scenarios: str, tasks: int = 2) -> list[tuple[int, str]]:
     """Processes with the variables that srun gives to its tasks."""
     shared = {"SLURM_NTASKS": tasks, "SLURM_NNODES": 1, "SLURM_NODEID": 0, "SLURM_JOB_ID": 71, "SLURM_JOB_NAME": "x"}
     shared |= {"SLURM_STEP_ID": 0, "SLURM_NODELIST": "localhost", "MASTER_PORT": free_port()}
-    work = [WORKER, str(folder), *scenarios]
-    return ended([start(work, **shared, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in range(tasks)])
+    started = []
+    for rank in range(tasks):
+        printed = folder / f"task-{scenarios[0]}-{rank}.log"
+        own = variables(**shared, SLURM_PROCID=rank, SLURM_LOCALID=rank)
+        started.append((begin(rank_worker.work, folder, *scenarios, printed=printed, environment=own), printed))
+    return all_ended(started)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = model_folder(home / "teacher", first_stage_folder(home / "vq"))
     logging = {"evaluate_every": 0, "sample_every": 3, "log_every": 1}
     trainer = {"max_steps": rank_worker.STEPS, "grad_clip": 1.0}
-    write_yaml(home / "base.yaml", distill_config(teacher, home, trainer=trainer, logging=logging))
+    config = distill_config(teacher, home, trainer=trainer, logging=logging)
+    config["student"]["params"] |= {"channel_mult": [1], "attention_resolutions": [1]}  # shards take long by the tensor
+    write_yaml(home / "base.yaml", config)
     images = np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), dtype=np.uint8)
     np.savez(home / "reference.npz", arr_0=images)
     file = run_of(3, teacher, home / "three") / "checkpoints/warmup.pool-rank2.safetensors"
@@ -78,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     emptied.facts = {"ranks": 3}
     emptied.save(file, 0, pool_header(file)["origin"])
     fixed = ("split", "shards", "split-parts", "shards-parts")
-    runs = ("ddp", "fsdp", "halves", "best", *fixed, "flipped", "three")
+    runs = ("ddp", "fsdp", "halves", "best", "early", *fixed, "flipped", "three")
     stop_sampling(home / "teacher", home / "samples-rest", 3)
     for code, error in agents(home, "sample", "sample-rest", "evaluate", *runs):
         assert code == 0, error
@@ -148,6 +154,12 @@ def test_shards_that_stop_and_go_on_are_those_that_do_not(folder: Path) -> None:
 def test_the_best_window_of_shards_exports_the_weights_of_its_end(folder: Path) -> None:
     best, last = student(folder / "best"), student(folder / "fsdp")  # the only window ends with the run
     assert all(torch.equal(best[name], last[name]) for name in last)
+
+
+def test_an_early_stop_ends_both_ranks_at_one_step(folder: Path) -> None:
+    saved = [file.name for file in sorted((folder / "early" / "checkpoints").iterdir())][-4:]
+    ends = ("ckpt", "ckpt.sha256", "pool-rank0.safetensors", "pool-rank1.safetensors")
+    assert saved == [f"step=00000004.{end}" for end in ends]
 
 
 @pytest.mark.timeout(600)

@@ -1,8 +1,6 @@
 """Where slots are kept changes no batch, and no step waits for the device."""
 
 import json
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,20 +11,18 @@ from torch.overrides import TorchFunctionMode
 from ldm_dkdm.device import autocast
 from ldm_dkdm.distillation import staging, stream
 from ldm_dkdm.networks.modes import compiled, stored_in_bf16
+from tests import simulated_device
 from tests.cli import distil, write_yaml
 from tests.parts import distill_config
+from tests.prepared import begin, ended
 from tests.simulated_device import LateLane
 from tests.streams import batches, new_pool, new_teacher
 
-REPOSITORY = Path(__file__).parents[1]
 
-
-def test_the_host_waits_for_no_simulated_device() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.simulated_device"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+def test_the_host_waits_for_no_simulated_device(tmp_path: Path) -> None:
+    simulation = begin(simulated_device.main, printed=tmp_path / "printed")
+    assert ended(simulation) == 0, (tmp_path / "printed").read_text()[-2000:]
+    found = json.loads((tmp_path / "printed").read_text().splitlines()[-1])
     training, reading = found.pop("training"), found.pop("training that reads gradients")
     assert training["waits"] == [] and training["compared"] == 6 and training["furthest"] < 1e-3
     assert training["cosine"] > 0.99  # of the ways that the averages of all weights have moved

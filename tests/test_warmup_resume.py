@@ -1,9 +1,9 @@
 """An interrupted warm-up goes on at the step where it was, and its pool is that of an uninterrupted one."""
 
 import json
+import os
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -20,7 +20,8 @@ from ldm_dkdm.distillation.walk import Walk
 from ldm_dkdm.distillation.warmup import Warmup
 from ldm_dkdm.training import pool_filling
 from tests.analytic import GaussianNetwork
-from tests.cli import ROOT, distil
+from tests.cli import distil
+from tests.prepared import begin, ended
 from tests.test_resume import result, whole_run, write_config
 
 SCHEDULE, SHAPE, SLOTS = NoiseSchedule(num_timesteps=20), (2, 2, 2), 50
@@ -180,19 +181,14 @@ def test_progress_moves_at_every_call_and_begins_where_the_warm_up_was(mode: str
     assert done[-1] == whole and done[:-1] == sorted(set(done))
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from ldm_dkdm.training import pool_filling
-from tests.test_warmup_resume import a_warmup, run
-pool_filling.SECONDS_BETWEEN_WARMUP_SAVES = -1.0
-run(a_warmup(sys.argv[1]), Path(sys.argv[2]), lambda what, done, total: done > 300 and os.kill(os.getpid(), 9))
-"""
+def killed(mode: str, folder: Path) -> None:
+    """Warm up in a process that ends in the middle of a chain."""
+    pool_filling.SECONDS_BETWEEN_WARMUP_SAVES = -1.0
+    run(a_warmup(mode), folder, lambda what, done, total: done > 300 and os.kill(os.getpid(), signal.SIGKILL))
 
 
 def test_a_warm_up_that_was_killed_goes_on_in_the_middle_of_a_chain(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", KILLED, "ancestral", str(tmp_path / "run")]
-    assert subprocess.run(words, cwd=ROOT, timeout=120, check=False).returncode == -9
+    assert ended(begin(killed, "ancestral", tmp_path / "run"), 120) == -9
     assert (tmp_path / "run" / WALK).is_file()
     whole, later = run(a_warmup("ancestral"), tmp_path / "whole"), run(a_warmup("ancestral"), tmp_path / "run")
     assert same_pools(later, whole)

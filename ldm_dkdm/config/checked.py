@@ -118,6 +118,7 @@ def _in_source(module: str, name: str) -> ast.Dict:
     raise LookupError(f"{path}: {name} is not a literal dict")
 
 
+@functools.cache
 def hints_of(schema: Any) -> dict[str, Any]:
     """The resolved type hints of a dataclass."""
     return typing.get_type_hints(schema)
