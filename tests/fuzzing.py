@@ -250,7 +250,8 @@ def holds(reader: str, folder: Path, examples: int) -> None:
 
 
 def readers(folder: Path, examples: int = EXAMPLES) -> list[Outcome]:
-    """How the checks of all readers end, each in a process of its own."""
+    """How the checks of all readers end, each in a process of its own, forked from one where Hypothesis is set up."""
+    given(st.binary())(settings(database=None, max_examples=1)(lambda content: None))()
     return [limited(lambda reader=reader: holds(reader, folder, examples), folder / "printed") for reader in READERS]
 
 

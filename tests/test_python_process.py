@@ -1,6 +1,5 @@
 """Runs and samples from Python where the process has torch settings of its own."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,6 +40,13 @@ def setting(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture(scope="module")
+def usual(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Tensor], Path]:
+    """What the calls give under torch's own defaults, and their folder."""
+    teacher, folder = dkdm.load_model(teacher_folder), tmp_path_factory.mktemp("usual")
+    return _calls(teacher, unet_student(teacher), folder), folder
+
+
 def _calls(teacher: dkdm.DiffusionModel, student: dkdm.DiffusionModel, folder: Path) -> list[Tensor]:
     states = torch.linspace(-1, 1, 192, dtype=torch.float32, device="cpu").view(1, 3, 8, 8)
     found = [teacher.predict(states, 3).eps]
@@ -51,36 +57,46 @@ def _calls(teacher: dkdm.DiffusionModel, student: dkdm.DiffusionModel, folder: P
 
 
 def test_defaults_of_torch_change_no_result(
-    setting: Callable[[], None], teacher: dkdm.DiffusionModel, tmp_path: Path
+    setting: Callable[[], None], usual: tuple[list[Tensor], Path], teacher: dkdm.DiffusionModel, tmp_path: Path
 ) -> None:
-    students = unet_student(teacher), unet_student(teacher)
-    usual = _calls(teacher, students[0], tmp_path / "usual")
+    student, (wanted, folder) = unet_student(teacher), usual
     setting()
-    for one, other in zip(usual, _calls(teacher, students[1], tmp_path / "other"), strict=True):
+    for one, other in zip(wanted, _calls(teacher, student, tmp_path / "other"), strict=True):
         assert torch.equal(one, other)
     if torch.get_default_device().type == "meta":
-        assert dkdm.load_model(tmp_path / "usual" / "noise").device.type == unet_student(teacher).device.type == "cpu"
+        assert dkdm.load_model(folder / "noise").device.type == unet_student(teacher).device.type == "cpu"
 
 
-def test_what_is_read_under_other_defaults_is_the_same(
-    setting: Callable[[], None], teacher: dkdm.DiffusionModel, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def models(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in two formats, and the teacher."""
+    teacher, folder = dkdm.load_model(teacher_folder), tmp_path_factory.mktemp("models")
     sizes = {"input_size": 8, "in_channels": 3, "hidden_size": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
     dit = DiT(**sizes, learn_sigma=False, freq_shift=1, own_embedders=True)
     for format in ("folder", "diffusers"):
-        dkdm.DiffusionModel(dit, like=teacher).save(tmp_path / format, format)
+        dkdm.DiffusionModel(dit, like=teacher).save(folder / format, format)
+    (folder / "teacher").symlink_to(teacher_folder)
+    return folder
+
+
+def _found(models: Path, again: Path) -> list[object]:
+    samples = [dkdm.load_model(models / name).sample(2, steps=2) for name in ("folder", "diffusers")]
+    dkdm.load_model(models / "diffusers").save(again, "diffusers")
     images = torch.arange(8 * 48, device="cpu").view(8, 4, 4, 3).to(torch.uint8)
+    distances = dkdm.measure(images, images.flip(1), metrics=["fd"], features="efficientnet-lite0")
+    return [*samples, dkdm.load_model(models / "teacher").sample(1, steps=1), distances.figures["FD-efficientnet"]]
 
-    def found() -> list[object]:
-        samples = [dkdm.load_model(tmp_path / name).sample(2, steps=2) for name in ("folder", "diffusers")]
-        dkdm.load_model(tmp_path / "diffusers").save(tmp_path / "again", "diffusers")
-        shutil.rmtree(tmp_path / "again")
-        distances = dkdm.measure(images, images.flip(1), metrics=["fd"], features="efficientnet-lite0")
-        return [*samples, dkdm.load_model(teacher.path).sample(1, steps=1), distances.figures["FD-efficientnet"]]
 
-    usual = found()
+@pytest.fixture(scope="module")
+def usually_found(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    return _found(models, tmp_path_factory.mktemp("usual") / "again")
+
+
+def test_what_is_read_under_other_defaults_is_the_same(
+    setting: Callable[[], None], models: Path, usually_found: list[object], tmp_path: Path
+) -> None:
     setting()
-    for one, other in zip(usual, found(), strict=True):
+    for one, other in zip(usually_found, _found(models, tmp_path / "again"), strict=True):
         assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
