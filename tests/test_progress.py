@@ -62,7 +62,7 @@ def test_a_terminal_gets_bars_on_stderr(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 20}, logging={"evaluate_every": 5}) == 0
+    assert run(teacher_folder, tmp_path, "run", logging={"evaluate_every": 3}) == 0
     shown = capsys.readouterr()
     assert "training: 100%" in shown.err and "agreement=" in shown.err and "warm-up: 100%" in shown.err
     assert "training" not in shown.out and shown.out.endswith(f"student: {tmp_path / 'run' / 'student'}\n")
