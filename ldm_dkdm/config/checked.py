@@ -118,10 +118,12 @@ def _in_source(module: str, name: str) -> ast.Dict:
     raise LookupError(f"{path}: {name} is not a literal dict")
 
 
-@functools.cache
 def hints_of(schema: Any) -> dict[str, Any]:
-    """The resolved type hints of a dataclass."""
-    return typing.get_type_hints(schema)
+    """The resolved type hints of a dataclass; nobody may change them."""
+    return _resolved(schema)
+
+
+_resolved: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def parse(schema: type[T], node: Any, where: str = "") -> T:
