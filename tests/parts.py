@@ -1,10 +1,13 @@
 """Small real parts for the tests: networks, model folders, checkpoints in foreign layouts."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ldm_dkdm import DiffusionModel
 from ldm_dkdm.checkpoints.compvis import UNET, ema_name
 from ldm_dkdm.checkpoints.first_stages import PREFIX as FIRST_STAGE
 from ldm_dkdm.checkpoints.model_folder import write_folder
@@ -73,6 +76,28 @@ def model_folder(folder: Path, first_stage: Path, parameterization: str = "eps",
     network = randomised(UNet(**node.params), seed=1)
     write_folder(folder, ModelCard("model.safetensors", node, DIFFUSION, pointer), network.state_dict())
     return folder
+
+
+@torch.no_grad()
+def of_few_timesteps(model: DiffusionModel, count: int) -> DiffusionModel:
+    """A model of a UNet with `count` of its timesteps, at even distances; its predictions are those of the model there.
+
+    Its time embedding has new weights: the first layer's are random, the last layer's map them to what the model's own
+    embedding gives at those timesteps.
+    """
+    network, t = copy.deepcopy(model.network), torch.arange(count)
+    every = model.schedule.num_timesteps // count
+    wanted = network.time_embed(network.embedding(every * t))
+    first, activation, last = network.time_embed
+    first.weight.normal_(generator=torch.Generator().manual_seed(0))
+    hidden = activation(first(network.embedding(t)))
+    last.weight.copy_(torch.linalg.lstsq(hidden.double(), (wanted - last.bias).double()).solution.T)
+    kept = model.schedule.alphas_cumprod[::every]
+    betas = 1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
+    few = model.changed(network=network, diffusion=replace(model.diffusion, num_timesteps=count, betas=betas.tolist()))
+    x = torch.randn(count, *model.shape)
+    torch.testing.assert_close(few.predict(x, t).eps, model.predict(x, every * t).eps, rtol=0, atol=1e-4)
+    return few
 
 
 def write_compvis_checkpoint(path: Path, unet: nn.Module, first_stage: nn.Module, schedule: NoiseSchedule) -> Path:

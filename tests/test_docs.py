@@ -7,7 +7,8 @@ A fenced block says by its language how far it is checked:
 - `text`: schematic; only commands and option names are checked, as in inline code.
 
 `<!-- run -->` on the line before a bash or python block: it is run, in a folder that holds the repository's configs/,
-models/ and scripts/. `<!-- run: A -> B; C -> D -->` replaces texts first, so that it takes seconds.
+scripts/, and its models/ with a teacher of fewer timesteps. `<!-- run: A -> B; C -> D -->` replaces texts first, so
+that it takes seconds.
 """
 
 import os
@@ -24,13 +25,17 @@ from textwrap import dedent
 import pytest
 import yaml
 
+from ldm_dkdm import load_model
 from ldm_dkdm.commands.arguments import split_base
 from ldm_dkdm.commands.main import parser_of
 from ldm_dkdm.commands.world import world_overrides
 from ldm_dkdm.config.keys import RUNS
 from ldm_dkdm.config.load import load_config
+from tests.parts import of_few_timesteps
 
 ROOT = Path(__file__).parents[1]
+TEACHER = Path("models", "teachers", "emoji64")
+TIMESTEPS = 25  # of the teacher of marked blocks
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = {
     "dkdm_ldm.py": "distill",
@@ -193,11 +198,22 @@ def _script(page: Path, language: str) -> str:
     return "\n".join(b.edited() for b in blocks(page) if b.language == language and b.edits is not None)
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository's models/, the teacher with few of its timesteps, so that its chains take few calls."""
+    folder = tmp_path_factory.mktemp("pages") / "models"
+    (folder / "teachers").mkdir(parents=True)
+    (folder / "first_stage").symlink_to(ROOT / "models" / "first_stage")
+    of_few_timesteps(load_model(ROOT / TEACHER), TIMESTEPS).save(folder / "teachers" / TEACHER.name)
+    return folder
+
+
 @pytest.mark.parametrize("language", ["bash", "python"])
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_marked_blocks_run(
     page: Path,
     language: str,
+    models: Path,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
@@ -205,8 +221,8 @@ def test_marked_blocks_run(
     script = _script(page, language)
     if not script:
         return
-    for name in ("configs", "models", "scripts"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    for name, folder in {"configs": ROOT / "configs", "models": models, "scripts": ROOT / "scripts"}.items():
+        (tmp_path / name).symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LDM_DKDM_CACHE", str(tmp_path_factory.getbasetemp() / "cache-of-pages"))
     if language == "python":

@@ -17,20 +17,21 @@ ROWS = 256  # images that are projected at once
 def frechet_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
     """||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, Eq. 6), in float64.
 
-    The last trace is the sum of the singular values of C_a^(1/2) C_b^(1/2). Unlike the square root of C_a C_b it is
-    exact for covariances without full rank, such as those of fewer images than features.
+    The last trace is the sum of the singular values of A^T B for any factors with C_a = A A^T and C_b = B B^T. Unlike
+    the square root of C_a C_b it is exact for covariances without full rank, such as those of fewer images than
+    features, and of these the factors are small.
     """
     difference = np.asarray(mean_a, np.float64) - np.asarray(mean_b, np.float64)
-    overlap = np.linalg.svd(_root(cov_a) @ _root(cov_b), compute_uv=False).sum()
+    overlap = np.linalg.svd(_factor(cov_a).T @ _factor(cov_b), compute_uv=False).sum()
     distance = difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap
     return 0.0 if distance < 0 else float(distance)  # equal sets leave a rounding error of either sign
 
 
-def _root(covariance: np.ndarray) -> np.ndarray:
-    """The square root (D,D) of a covariance; eigenvalues that are rounding errors are 0."""
+def _factor(covariance: np.ndarray) -> np.ndarray:
+    """A (D,K) with A A^T = covariance (D,D) of rank K; eigenvalues that are rounding errors are 0."""
     values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
-    values[values < values[-1] * len(values) * np.finfo(np.float64).eps] = 0
-    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    found = values > max(0, values[-1] * len(values) * np.finfo(np.float64).eps)
+    return vectors[:, found] * np.sqrt(values[found])
 
 
 def pixel_frechet_distance(reference: Tensor, images: Tensor, components: int = COMPONENTS) -> float:
