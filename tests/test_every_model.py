@@ -20,6 +20,7 @@ HEADS = {"image_size": 8, "num_head_channels": 32}
 COSINE = {"schedule": "cosine", "num_timesteps": 20}
 LATENT = {"schedule": "scaled_linear", "num_timesteps": 20, "space": "latent", "scale_factor": 0.5}
 DIT = {"input_size": 8, "in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2, "learn_sigma": False}
+FEW = ("-n", 0, "-c", 4, "--chains", 2, "--pairs", 2)  # of an evaluation
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def quarters(figures: Mapping[str, float], name: str = "agreement") -> list[floa
 
 def test_evaluate(case: Case, home: Path, first_stage: Path, tmp_path: Path) -> None:
     hints = {**hints_of(case, first_stage), **({"use_ema": False} if case.raw else {})}
-    asked = ("-n", 0, "-c", 4, "--chains", 2, "-o", tmp_path / "figures.json")
+    asked = (*FEW, "-o", tmp_path / "figures.json")
     path = home / case.path
     assert run_script("evaluate.py", "-r", path, "--teacher", path, *asked, *words(hints)) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -122,7 +123,7 @@ def test_evaluate(case: Case, home: Path, first_stage: Path, tmp_path: Path) -> 
 
 def test_evaluate_a_run_against_a_teacher_of_another_layout(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
-    asked = ("-r", home / "run", "-n", 0, "--chains", 2, "-o", out)
+    asked = ("-r", home / "run", *FEW, "-o", out)
     errors = []
     for teacher in ([], ["--teacher", home / "model.ckpt", *words(HEADS)]):
         assert run_script("evaluate.py", *asked, *teacher) == 0
@@ -164,7 +165,7 @@ def test_hints_are_for_one_model_or_for_all_that_need_them(home: Path, tmp_path:
     figures = []
     for heads in (2, 4):
         scoped = ("student.num_heads=2", f"teacher.num_heads={heads}", *words(COSINE))
-        asked = ("-r", home / "dit.pt", "--teacher", home / "dit.pt", "-n", 0, "-c", 4, "--chains", 2)
+        asked = ("-r", home / "dit.pt", "--teacher", home / "dit.pt", *FEW)
         assert run_script("evaluate.py", *asked, "-o", tmp_path / "out.json", *scoped) == 0
         figures.append(max(quarters(json.loads((tmp_path / "out.json").read_text()))))
     assert figures[0] < 1e-6 < figures[1]
@@ -206,7 +207,7 @@ def test_raw_weights_of_models_that_have_none_are_refused(home: Path, capsys: py
 def test_a_runs_parts_know_its_teacher_and_a_checkpoint_keeps_its_own_figures(home: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(home / "run", run)
-    asked, student = ("-n", 0, "-c", 4, "--chains", 2), run / "student"
+    asked, student = FEW, run / "student"
     for part in (run, student, student / "student.safetensors"):
         (student / "evaluation.json").unlink(missing_ok=True)
         assert evaluate("-r", part, *asked) == 0

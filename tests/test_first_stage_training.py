@@ -25,7 +25,7 @@ from tests.training_images import TRAINER, training_images
 def first_stage_config(data: Path, logs: Path, **sections: dict[str, object]) -> dict[str, dict]:
     config = {
         "first_stage": {"target": "ldm_dkdm.first_stage.VQModel", "params": VQ_PARAMS},
-        "data": {"path": str(data), "held_out": str(data), "image_size": 32, "batch_size": 8},
+        "data": {"path": str(data), "held_out": str(data), "image_size": 32, "batch_size": 4},
         "trainer": TRAINER,
         "codebook": {"continuous_steps": 3, "restart_every": 2},
         "logging": {"dir": str(logs), "name": "vq", "save_every": 4},

@@ -36,8 +36,8 @@ def assert_kept(model: DiffusionModel, folder: Path) -> None:
     """A saved model, as a folder of this package or of diffusers, samples as before; so does a student."""
     for form in ("diffusers", "folder"):
         model.save(folder / form, form)
-        assert load_model(folder / form).diffusion == model.diffusion
-        assert load_model(folder / form).parameterization == model.parameterization
+        saved = load_model(folder / form)
+        assert (saved.diffusion, saved.parameterization) == (model.diffusion, model.parameterization)
     assert DiffusionModel(model.network, like=model).diffusion == model.diffusion
     again = model.changed(schedule=model.schedule)  # set_alpha_to_one and steps_offset follow from the space
     assert again.diffusion.timestep_spacing == model.diffusion.timestep_spacing

@@ -1,5 +1,8 @@
 """The law of a pool on a Gaussian teacher, whose chain is known: variance and share of slots in every tenth of t."""
 
+import copy
+import functools
+
 import pytest
 import torch
 
@@ -20,6 +23,12 @@ def teacher() -> DiffusionModel:
 
 
 def filled(config: WarmupConfig) -> NoisyPool:
+    """A pool that a warm-up has filled, for a test to change."""
+    return copy.deepcopy(_filled(config))
+
+
+@functools.cache
+def _filled(config: WarmupConfig) -> NoisyPool:
     pool = NoisyPool(SLOTS, (3, 8, 8), torch.float32)
     for _ in Warmup(pool, teacher(), config).run():
         pass

@@ -159,6 +159,7 @@ def test_the_page_marks_what_is_beyond_the_spread(tmp_path: Path, monkeypatch: p
     assert "| teacher of `digits` to itself | | | | | 15.2 |" in text
     others = [{**found, "overrides": {"teacher.ckpt": found["arm"]}} for found in rows]  # each arm has its own teacher
     results.write_text(json.dumps({"teachers": teachers, "runs": others}))
+    monkeypatch.setattr(page, "plot", lambda *words: None)  # the plots above stay
     page.main()
     assert "to itself |" in text.partition("(Fig. 4a)")[2].partition("\n## ")[0]
     assert "to itself |" not in (tmp_path / "evidence.md").read_text().partition("(Fig. 4a)")[2].partition("\n## ")[0]

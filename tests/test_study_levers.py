@@ -94,7 +94,9 @@ def test_features_of_student_and_teacher_are_in_the_loss(tried: ModuleType, tmp_
     folder = model_folder(tmp_path / "teacher", first_stage_folder(tmp_path / "stage"), model_channels=64)
     losses, whole = {}, [(owner, name, vars(owner)[name]) for owner, name in REPLACED]
     for weight in (None, 0.0, 0.1):
-        base = write_yaml(tmp_path / "base.yaml", distill_config(folder, tmp_path / str(weight)))
+        base = write_yaml(
+            tmp_path / "base.yaml", distill_config(folder, tmp_path / str(weight), trainer={"max_steps": 2})
+        )
         for owner, name, value in whole:
             setattr(owner, name, value)
         if weight is not None:

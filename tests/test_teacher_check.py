@@ -14,7 +14,6 @@ from ldm_dkdm.checkpoints import Hints
 from ldm_dkdm.commands.arguments import read_hints
 from ldm_dkdm.evaluation.interpretations import other_interpretations, reinterpreted
 from ldm_dkdm.evaluation.teacher_check import (
-    COMPARED,
     CheckFigures,
     Row,
     best_of,
@@ -27,12 +26,18 @@ from tests.analytic import GaussianNetwork
 from tests.cli import distil, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
 
+FEW = 16  # images for comparing configurations, half of what the check takes
 SHIPPED = Path(__file__).parents[1] / "models" / "teachers" / "emoji64"
 
 
 @pytest.fixture(scope="module")
 def good() -> DiffusionModel:
     return load_model(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def figures_of_good(good: DiffusionModel) -> CheckFigures:
+    return measure(good, images=FEW)
 
 
 def with_weights(model: DiffusionModel, change: Callable[[nn.Parameter], torch.Tensor]) -> DiffusionModel:
@@ -100,26 +105,30 @@ def test_another_schedule_is_refused(good: DiffusionModel) -> None:
         good.changed(diffusion=diffusion).check()
 
 
-def test_the_right_schedule_is_preferred_where_the_wrong_one_passes(good: DiffusionModel) -> None:
+def test_the_right_schedule_is_preferred_where_the_wrong_one_passes(
+    good: DiffusionModel, figures_of_good: CheckFigures
+) -> None:
     wrong = bare(good).changed(diffusion=replace(good.diffusion, beta_start=0.00085, beta_end=0.012))
     interpretations = dict(other_interpretations(wrong))
     right = interpretations["schedule=scaled_linear num_timesteps=1000 beta_start=0.0015 beta_end=0.0195"]
-    figures = [measure(model, images=COMPARED) for model in (wrong, right)]
-    assert fault(figures[0]) is None
-    assert preferred(figures[0], figures[1])
-    assert not preferred(figures[1], figures[0])
+    assert right.diffusion == good.diffusion and right.network is good.network
+    figures = measure(wrong, images=FEW)
+    assert fault(figures) is None
+    assert preferred(figures, figures_of_good)
+    assert not preferred(figures_of_good, figures)
 
 
-def test_the_right_attention_order_is_preferred(good: DiffusionModel) -> None:
+def test_the_right_attention_order_is_preferred(good: DiffusionModel, figures_of_good: CheckFigures) -> None:
     wrong = reinterpreted(good, use_new_attention_order=True)
     right = dict(other_interpretations(wrong))["use_new_attention_order=false"]
+    assert right.diffusion == good.diffusion
     x, t = torch.randn(2, *good.shape), torch.tensor([5, 500])
     with torch.no_grad():
         assert torch.equal(right.network.eval()(x, t), good.network.eval()(x, t))
         assert not torch.allclose(wrong.network.eval()(x, t), good.network(x, t), atol=1e-2)
-    figures = [measure(model, images=COMPARED) for model in (wrong, right)]
-    assert preferred(figures[0], figures[1])
-    assert not preferred(figures[1], figures[0])
+    figures = measure(wrong, images=FEW)
+    assert preferred(figures, figures_of_good)
+    assert not preferred(figures_of_good, figures)
 
 
 def test_an_interpretation_is_named_as_the_user_would_write_it(good: DiffusionModel) -> None:

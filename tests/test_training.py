@@ -138,11 +138,11 @@ def test_the_average_is_the_closed_form(ramp: bool) -> None:
 
 def test_a_distilled_student_agrees_with_its_teacher(teacher_folder: Path, tmp_path: Path) -> None:
     sections = {
-        "trainer": {"max_steps": 150, "learning_rate": 3e-3, "ema_decay": 0.9},
-        "logging": {"save_every": 150, "sample_every": 150},
+        "trainer": {"max_steps": 60, "learning_rate": 4e-3, "ema_decay": 0.9},
+        "logging": {"save_every": 60, "sample_every": 60},
     }
     config = distill_config(teacher_folder, tmp_path / "logs", **sections)
-    config["distill"]["batch_size"] = 16
+    config["distill"]["batch_size"] = 8
     assert distil("--base", write_yaml(tmp_path / "c.yaml", config)) == 0
     teacher = load_model(teacher_folder)
     states = held_out_chains(teacher, chains=16, seed=99, device="cpu", kept=10)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from plan import HERE, ROOT, arms_in, arms_of, read_plan
+from plan import HERE, LOADER, ROOT, arms_in, arms_of, read_plan
 from relations import cell, draw_fit, equal_time, fitted, ranks, teacher_points
 from results import DECIDES, read_results, spread
 
@@ -118,7 +118,7 @@ def made(comparison: Mapping[str, Any], rows: Rows) -> list[str]:
 
 def findings() -> dict[str, str]:
     """What was found, by comparison; written when its runs are there."""
-    return yaml.safe_load(FINDINGS.read_text()) or {}
+    return yaml.load(FINDINGS.read_text(), LOADER) or {}
 
 
 def fit_section(name: str, comparison: Mapping[str, Any], rows: Rows, floors: Mapping[str, Mapping[str, float]]) -> str:
