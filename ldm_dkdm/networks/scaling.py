@@ -38,8 +38,8 @@ def parse_budget(text: str | int) -> int:
 def unet_within_budget(params: Mapping[str, Any], budget: int) -> dict[str, Any]:
     """UNet parameters with the largest `model_channels`, at most the given one, that keep within a budget.
 
-    Where a level would be normalised channel by channel and none of the teacher's is, the norms have half of the groups:
-    a channel that is normalised alone loses its mean over the image (docs/evidence.md, "Two channels of the first level").
+    Where a level would be normalised channel by channel and none of the teacher's is, the norms have half of the
+    groups: a channel that is normalised alone loses its mean over the image (docs/evidence.md, "Two channels ...").
 
     Args:
         params: keyword arguments of the teacher's UNet; other keys are left out of the result.
