@@ -118,12 +118,14 @@ def _in_source(module: str, name: str) -> ast.Dict:
     raise LookupError(f"{path}: {name} is not a literal dict")
 
 
-def hints_of(schema: Any) -> dict[str, Any]:
-    """The resolved type hints of a dataclass; nobody may change them."""
-    return _resolved(schema)
+def hints_of(schema: Any) -> Mapping[str, Any]:
+    """The resolved type hints of a dataclass."""
+    return _hints_of(schema)
 
 
-_resolved: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+@functools.cache
+def _hints_of(schema: Any) -> Mapping[str, Any]:
+    return types.MappingProxyType(typing.get_type_hints(schema))
 
 
 def parse(schema: type[T], node: Any, where: str = "") -> T:

@@ -198,7 +198,7 @@ def _unwrap_sections(part: DictConfig, schema: type) -> DictConfig:
     return OmegaConf.create({k: unwrap(v) if isinstance(v, Mapping) else v for k, v in tree.items()})
 
 
-def read_yaml(path: Path, hint: Any = None) -> DictConfig:
+def read_yaml(path: Path, hint: Mapping[str, Any] | None = None) -> DictConfig:
     """The mapping in a YAML file; the values of text keys in `hint` (`text.quoted`) are kept as typed.
 
     Without a `hint` nobody knows which values are texts, and numbers may look like anything.
@@ -209,16 +209,12 @@ def read_yaml(path: Path, hint: Any = None) -> DictConfig:
     return copy.deepcopy(_shared(path, hint))
 
 
-def _shared(path: Path, hint: Any = None) -> DictConfig:
+def _shared(path: Path, hint: Mapping[str, Any] | None = None) -> DictConfig:
     """What `read_yaml` gives, the same object for all who ask for it, so that nobody may change it."""
     if not path.is_file():
         raise UserError(f"{path}: " + ("is a folder; name a file in it" if path.is_dir() else "no such config file"))
     try:
-        text = read_text(path, LONGEST)
-        text = quoted(text, hint)
-        if hint is not None:
-            require_plain_numbers(text)
-        node = _loaded(text)
+        node = _loaded(read_text(path, LONGEST), None if hint is None else tuple(hint.items()))
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except NOT_YAML as error:
@@ -230,8 +226,11 @@ def _shared(path: Path, hint: Any = None) -> DictConfig:
 
 # a command reads a model's config several times, and a copy takes a third of a reading
 @functools.lru_cache(maxsize=32)
-def _loaded(text: str) -> Any:
+def _loaded(text: str, hint: tuple[tuple[str, Any], ...] | None) -> Any:
     """The content of a YAML text; None where it is a number alone."""
+    text = quoted(text, None if hint is None else dict(hint))
+    if hint is not None:
+        require_plain_numbers(text)
     try:
         return OmegaConf.load(io.StringIO(text))
     except OSError:

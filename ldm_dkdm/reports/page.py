@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from ldm_dkdm import __version__
 from ldm_dkdm.errors import UserError
@@ -57,9 +57,7 @@ def page_of(runs: Sequence[RunFiles]) -> str:
     points = [points_of(run, unit) for run in runs]
     sections = sections_of(runs, points)
     script, plotly = _resource("page.js"), _plotly()
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment.from_string(_resource("page.html")).render(
+    return _template().render(
         names=names,
         runs=runs,
         sections=sections,
@@ -111,6 +109,13 @@ def _run(name: str, run: RunFiles, points: Points) -> dict[str, Any]:
 def _points(series: Series) -> dict[str, list[float]]:
     few = thinned(series)
     return {"x": list(few.steps), "y": [float(f"{value:.6g}") for value in few.values]}
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment.from_string(_resource("page.html"))
 
 
 def _resource(name: str) -> str:

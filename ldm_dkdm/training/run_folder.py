@@ -135,8 +135,10 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
         resumed: the user asked to resume the run.
     """
     stored = folder.path / "config.yaml"
+    if not stored.is_file():
+        return
     text = config_text(config)
-    if not stored.is_file() or stored.read_bytes() == text.encode():
+    if stored.read_bytes() == text.encode():
         return
     before, now = _seen(_made_with(stored, type(config))), _seen(text)
     if before != now:
