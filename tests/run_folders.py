@@ -1,7 +1,8 @@
-"""Run folders as trainings leave them, without a training."""
+"""Run folders as trainings leave them, without a training; copies of those of a training."""
 
 import csv
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -96,3 +97,11 @@ def finished(path: Path, steps: int = 100, teacher: int | None = 0, **config: ob
     write_json(path / "student" / "evaluations" / f"emoji-{steps}.json", RECORD)
     (path / "student" / "README.md").write_text(TEXT)
     return path
+
+
+def copied(run: Path, logs: Path) -> Path:
+    """A copy of a run as logs/<its name>, whose config names that folder."""
+    copy = Path(shutil.copytree(run, logs / run.name))
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace(f"dir: {run.parent}\n", f"dir: {logs}\n"))
+    return copy

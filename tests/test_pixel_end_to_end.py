@@ -13,6 +13,8 @@ from ldm_dkdm.training import ends
 from tests.cli import contents, distil, run_script, sample, table
 from tests.digits import DIT, TRAINER, distil_config, train
 
+QUIET = {"save_every": 99, "sample_every": 99}  # one save, at the end; no grids
+
 
 @pytest.fixture
 def teacher(digits_teacher: Path) -> Path:
@@ -35,7 +37,7 @@ def test_every_variant_distils_and_resumes_bit_for_bit(variant: str, teacher: Pa
     options = {"variant": variant, "discard": 0.3, "input_perturbation": 0.1}
     for name in ("whole", "halves"):
         steps = 6 if name == "whole" else 3
-        base = distil_config(teacher, tmp_path, name, distill=options, trainer={"max_steps": steps})
+        base = distil_config(teacher, tmp_path, name, distill=options, trainer={"max_steps": steps}, logging=QUIET)
         assert distil("--base", base) == 0
     assert distil("--resume", tmp_path / "halves", "trainer.max_steps=6") == 0
     whole, halves = (load_file(tmp_path / name / "student" / "student.safetensors") for name in ("whole", "halves"))
@@ -44,7 +46,8 @@ def test_every_variant_distils_and_resumes_bit_for_bit(variant: str, teacher: Pa
 
 def test_a_cnn_teaches_a_vit(teacher: Path, tmp_path: Path) -> None:
     student = {"target": "ldm_dkdm.networks.DiT", "params": DIT, "parameterization": "v"}
-    assert distil("--base", distil_config(teacher, tmp_path, "vit", student=student)) == 0
+    base = distil_config(teacher, tmp_path, "vit", student=student, trainer={"max_steps": 1})
+    assert distil("--base", base) == 0
     model = load_model(tmp_path / "vit" / "student")
     assert type(model.network).__name__ == "DiT" and model.diffusion.space == "pixel"
     assert sample("-r", tmp_path / "vit", "-n", 2, "-c", 3, "--labels", 7, "-l", tmp_path / "out") == 0
@@ -58,14 +61,14 @@ def test_a_class_conditional_run_can_be_planned(teacher: Path, tmp_path: Path, c
 
 def test_a_guided_vit_teaches_a_cnn_and_is_what_the_student_is_measured_against(digits: Path, tmp_path: Path) -> None:
     dit = {"target": "ldm_dkdm.networks.DiT", "params": {**DIT, "class_dropout_prob": 0.5}}
-    assert train(tmp_path, "vit", {"path": str(digits)}, model=dit, trainer={"max_steps": 30}) == 0
+    assert train(tmp_path, "vit", {"path": str(digits)}, model=dit, trainer={"max_steps": 10}) == 0
     found = []
     for guidance in (1.0, 4.0):
         name = f"guided-{guidance:g}"
         teacher = {"guidance": guidance}
-        base = distil_config(tmp_path / "vit" / "model", tmp_path, name, teacher=teacher, trainer={"max_steps": 2})
+        base = distil_config(tmp_path / "vit" / "model", tmp_path, name, teacher=teacher, trainer={"max_steps": 1})
         assert distil("--base", base) == 0
-        assert run_script("evaluate.py", "-r", tmp_path / name, "-n", 0, "-c", 4, "--chains", 2) == 0
+        assert run_script("evaluate.py", "-r", tmp_path / name, "-n", 0, "-c", 1, "--chains", 1, "--pairs", 1) == 0
         figures = json.loads((tmp_path / name / "student" / "evaluation.json").read_text())
         found.append([figures[f"untrained_q{n}"] for n in range(1, 5)])
     assert load_model(tmp_path / "guided-4" / "student").null_label is None  # its table ends at 9
@@ -95,9 +98,10 @@ def test_the_baselines_train_on_synthetic_data_alone_and_with_a_part_of_the_real
     out = tmp_path / "synthetic"
     assert sample("-r", teacher, "-n", 20, "-c", 4, "--npz", "--no_png", "-l", out) == 0
     synthetic = {"synthetic": str(out / "samples.npz")}
-    assert train(tmp_path, "free", synthetic) == 0
-    assert train(tmp_path, "limited", {**synthetic, "path": str(digits), "fraction": 0.05}) == 0
-    assert train(tmp_path, "based", {"path": str(digits)}) == 0
+    few = {"max_steps": 2}
+    assert train(tmp_path, "free", synthetic, trainer=few) == 0
+    assert train(tmp_path, "limited", {**synthetic, "path": str(digits), "fraction": 0.05}, trainer=few) == 0
+    assert train(tmp_path, "based", {"path": str(digits)}, trainer=few) == 0
     models = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("free", "limited", "based")]
     assert not torch.equal(models[0]["out.2.weight"], models[1]["out.2.weight"])
     assert not torch.equal(models[1]["out.2.weight"], models[2]["out.2.weight"])
@@ -115,13 +119,13 @@ def test_early_stop_ends_a_run_that_no_longer_improves_and_still_saves(digits: P
 
 def test_an_early_stop_that_gets_more_patience_goes_on(teacher: Path, tmp_path: Path) -> None:
     stop = {"monitor": "loss", "window": 2, "patience": 2, "min_delta": 1e9}
-    base = distil_config(teacher, tmp_path, "early", trainer={"max_steps": 12, "early_stop": stop})
+    base = distil_config(teacher, tmp_path, "early", trainer={"max_steps": 10, "early_stop": stop}, logging=QUIET)
     assert distil("--base", base) == 0
     for step, change in ((6, "trainer.early_stop.patience=3"), (8, "trainer.early_stop=null")):
         assert sorted((tmp_path / "early" / "checkpoints").glob("*.ckpt"))[-1].name == f"step={step:08d}.ckpt"
         assert load_model(tmp_path / "early" / "student").info["step"] == 2  # the best window's weights
         assert distil("--resume", tmp_path / "early", change) == 0
-    assert load_model(tmp_path / "early" / "student").info["step"] == 12
+    assert load_model(tmp_path / "early" / "student").info["step"] == 10
 
 
 class Clock:
@@ -140,7 +144,7 @@ def test_a_time_limit_ends_a_run_with_the_learning_rate_and_more_time_goes_on(
 ) -> None:
     monkeypatch.setattr(ends, "time", Clock())
     trainer = {"max_steps": 50, "max_minutes": 1.0, "lr_schedule": "cosine"}
-    base = distil_config(teacher, tmp_path, "short", trainer=trainer, logging={"save_every": 3})
+    base = distil_config(teacher, tmp_path, "short", trainer=trainer, logging=QUIET)
     run = tmp_path / "short"
     assert distil("--base", base) == 0
     assert "trainer.max_minutes (1) ends the training at about step 6 of 50" in capsys.readouterr().out
@@ -169,7 +173,7 @@ def test_a_run_that_improves_ends_at_max_steps(digits: Path, tmp_path: Path) -> 
 def test_accumulated_batches_are_one_step_and_resume_exactly(teacher: Path, tmp_path: Path) -> None:
     for name, count in (("whole", 4), ("halves", 2)):
         trainer = {"max_steps": count, "accumulate": 3}
-        base = distil_config(teacher, tmp_path, name, trainer=trainer, logging={"save_every": 2})
+        base = distil_config(teacher, tmp_path, name, trainer=trainer, logging=QUIET)
         assert distil("--base", base) == 0
     assert distil("--resume", tmp_path / "halves", "trainer.max_steps=4") == 0
     whole, halves = (contents(tmp_path / name / "student")["student.safetensors"] for name in ("whole", "halves"))

@@ -16,8 +16,13 @@ from ldm_dkdm.distillation.warmup import Warmup
 from ldm_dkdm.files import machine
 from ldm_dkdm.records import DistillBatch
 from ldm_dkdm.training.run_folder import RunFolder, alone_in
-from tests.cli import distil, table, write_yaml
+from tests.cli import contents, distil, table, write_yaml
 from tests.parts import distill_config
+from tests.run_folders import copied
+
+QUIET = {"logging": {"save_every": 99, "sample_every": 99}}  # one save, at the end; no grids
+Made = tuple[bytes, dict[str, bytes]]  # the student's file, and the pool's tensors
+SHORT = {**QUIET, "trainer": {"max_steps": 2}}
 
 
 def write_config(teacher: Path, folder: Path, name: str, **sections: dict[str, object]) -> Path:
@@ -27,20 +32,48 @@ def write_config(teacher: Path, folder: Path, name: str, **sections: dict[str, o
     return write_yaml(folder / f"{name}.yaml", config)
 
 
-def result(folder: Path, step: int = 6) -> tuple[bytes, dict[str, bytes]]:
+def result(folder: Path, step: int = 6) -> Made:
     """The student's file, and what is in the pool's, whose header is in no fixed order."""
     pool = load_file(folder / "checkpoints" / f"step={step:08d}.pool-rank0.safetensors")
     student = folder / "student" / "student.safetensors"
     return student.read_bytes(), {name: tensor.numpy().tobytes() for name, tensor in pool.items()}
 
 
-def whole_run(teacher: Path, folder: Path, name: str = "whole", **sections: dict[str, object]) -> tuple[bytes, dict]:
+def whole_run(teacher: Path, folder: Path, name: str = "whole", **sections: dict[str, object]) -> Made:
     assert distil("--base", write_config(teacher, folder, name, **sections)) == 0
     return result(folder / "logs" / name, sections.get("trainer", {}).get("max_steps", 6))
 
 
+@pytest.fixture(scope="module")
+def finished(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps, to be copied."""
+    home = tmp_path_factory.mktemp("finished")
+    whole_run(teacher_folder, home)
+    return home / "logs" / "whole"
+
+
+@pytest.fixture(scope="module")
+def whole(finished: Path) -> Made:
+    """The result of the run of 6 steps."""
+    return result(finished)
+
+
+@pytest.fixture(scope="module")
+def stopped(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, which Ctrl-C has stopped at step 3, to be copied."""
+    home = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        signalled(patch).append(signal.SIGINT)
+        assert distil("--base", write_config(teacher_folder, home, "stopped")) == 130
+    return home / "logs" / "stopped"
+
+
 @pytest.fixture
-def signal_in_training(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def signal_in_training(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    return signalled(monkeypatch)
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers put in the list are sent to this process when the third batch of a stream is made."""
     numbers: list[int] = []
     next_batch = DistillStream.next_batch
@@ -56,9 +89,13 @@ def signal_in_training(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_a_signal_stopped_resumes_exactly(
-    number: int, teacher_folder: Path, tmp_path: Path, signal_in_training: list[int], capsys
+    number: int,
+    teacher_folder: Path,
+    tmp_path: Path,
+    signal_in_training: list[int],
+    capsys: pytest.CaptureFixture[str],
+    whole: Made,
 ) -> None:
-    whole = whole_run(teacher_folder, tmp_path, logging={"save_every": 100})
     base = write_config(teacher_folder, tmp_path, "stopped", logging={"save_every": 100})
     run = tmp_path / "logs" / "stopped"
     signal_in_training.append(number)
@@ -70,22 +107,19 @@ def test_a_run_that_a_signal_stopped_resumes_exactly(
     assert result(run) == whole
 
 
-def test_the_same_command_goes_on_too(teacher_folder: Path, tmp_path: Path, signal_in_training: list[int]) -> None:
-    whole = whole_run(teacher_folder, tmp_path)
-    base = write_config(teacher_folder, tmp_path, "stopped")
-    signal_in_training.append(signal.SIGINT)
-    assert distil("--base", base) == 130
-    assert distil("--base", base) == 0
-    assert result(tmp_path / "logs" / "stopped") == whole
+def test_the_same_command_goes_on_too(teacher_folder: Path, stopped: Path, whole: Made, tmp_path: Path) -> None:
+    run = copied(stopped, tmp_path / "logs")
+    assert distil("--base", write_config(teacher_folder, tmp_path, "stopped")) == 0
+    assert result(run) == whole
 
 
 def test_schedule_clipping_and_a_mapped_pool_resume_exactly(
-    teacher_folder: Path, tmp_path: Path, signal_in_training: list[int]
+    teacher_folder: Path, tmp_path: Path, signal_in_training: list[int], whole: Made
 ) -> None:
     trainer = {"lr_schedule": "cosine", "lr_warmup": 2, "grad_clip": 0.01}
-    sections = {"trainer": trainer, "distill": {"pool_storage": "mmap", "stride": 3}}
-    whole = whole_run(teacher_folder, tmp_path, **sections)
-    assert whole != whole_run(teacher_folder, tmp_path, "plain")
+    sections = {"trainer": trainer, "distill": {"pool_storage": "mmap", "stride": 3}, **QUIET}
+    plain, whole = whole, whole_run(teacher_folder, tmp_path, **sections)
+    assert whole != plain
     base = write_config(teacher_folder, tmp_path, "stopped", **sections)
     signal_in_training.append(signal.SIGINT)
     assert distil("--base", base) == 130
@@ -95,22 +129,22 @@ def test_schedule_clipping_and_a_mapped_pool_resume_exactly(
 
 @pytest.mark.parametrize("change", ["distill.batch_size=2", "student.params.model_channels=64", "trainer.seed=9"])
 def test_a_resume_with_other_parts_is_refused_and_the_run_stays_whole(
-    change: str, teacher_folder: Path, tmp_path: Path, signal_in_training: list[int], capsys
+    change: str, stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = write_config(teacher_folder, tmp_path, "stopped")
-    signal_in_training.append(signal.SIGINT)
-    assert distil("--base", base) == 130
-    assert distil("--resume", tmp_path / "logs" / "stopped", change) == 2
+    kept = contents(stopped)
+    assert distil("--resume", stopped, change) == 2
     assert f"error: {change.split('=', maxsplit=1)[0]}: cannot change" in capsys.readouterr().err
-    assert distil("--resume", tmp_path / "logs" / "stopped") == 0
+    assert contents(stopped) == kept  # which other tests resume
 
 
-def test_dropout_resumes_exactly(teacher_folder: Path, tmp_path: Path, signal_in_training: list[int]) -> None:
+def test_dropout_resumes_exactly(
+    teacher_folder: Path, tmp_path: Path, signal_in_training: list[int], whole: Made
+) -> None:
     student = distill_config(teacher_folder, tmp_path)["student"]
     student["params"]["dropout"] = 0.1
-    whole = whole_run(teacher_folder, tmp_path, student=student)
-    assert whole != whole_run(teacher_folder, tmp_path, "without")
-    base = write_config(teacher_folder, tmp_path, "stopped", student=student)
+    without, whole = whole, whole_run(teacher_folder, tmp_path, student=student, **QUIET)
+    assert whole != without
+    base = write_config(teacher_folder, tmp_path, "stopped", student=student, **QUIET)
     signal_in_training.append(signal.SIGINT)
     assert distil("--base", base) == 130
     assert distil("--resume", tmp_path / "logs" / "stopped") == 0
@@ -124,7 +158,7 @@ def test_a_warm_up_that_was_stopped_resumes_exactly(
     mode: str, number: int, teacher_folder: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     warmup = {"mode": mode, "steps": 5, "images": 8, "batch_size": 4}
-    distill = {"distill": {"batch_size": 4, "rho": 0.5, "warmup": warmup}}
+    distill = {"distill": {"batch_size": 4, "rho": 0.5, "warmup": warmup}, **SHORT}
     whole = whole_run(teacher_folder, tmp_path, **distill)
     base = write_config(teacher_folder, tmp_path, "stopped", **distill)
     run = tmp_path / "logs" / "stopped"
@@ -141,38 +175,34 @@ def test_a_warm_up_that_was_stopped_resumes_exactly(
     assert f"in the warm-up; continue with: dkdm distill --resume {run}" in capsys.readouterr().err
     assert not list(run.glob("checkpoints/*.ckpt"))
     assert distil("--resume", run) == 0
-    assert result(run) == whole
+    assert result(run, 2) == whole
 
 
 def test_resume_last_finds_the_run_that_was_written_to_last(
-    teacher_folder: Path, tmp_path: Path, signal_in_training: list[int], monkeypatch, capsys
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    base = write_config(teacher_folder, tmp_path, "stopped")
-    signal_in_training.append(signal.SIGINT)
-    assert distil("--base", base) == 130
+    copied(stopped, tmp_path / "logs")
     write_yaml(tmp_path / "logs" / "older" / "config.yaml", {})
     os.utime(tmp_path / "logs" / "older" / "config.yaml", (1, 1))
-    assert distil("--resume", "last") == 0
+    assert distil("--resume", "last", "trainer.max_steps=4") == 0
     assert "student: logs/stopped/student" in capsys.readouterr().out
-    assert len(result(tmp_path / "logs" / "stopped")) == 2
+    assert len(result(tmp_path / "logs" / "stopped", 4)) == 2
 
 
-def test_a_finished_run_goes_on_to_more_steps_exactly(teacher_folder: Path, tmp_path: Path) -> None:
-    whole = whole_run(teacher_folder, tmp_path, trainer={"max_steps": 9})
-    whole_run(teacher_folder, tmp_path, "short")
-    run = tmp_path / "logs" / "short"
+def test_a_finished_run_goes_on_to_more_steps_exactly(teacher_folder: Path, finished: Path, tmp_path: Path) -> None:
+    more = whole_run(teacher_folder, tmp_path, "more", trainer={"max_steps": 9}, **QUIET)
+    run = copied(finished, tmp_path / "logs")
     assert distil("--resume", run, "trainer.max_steps=9", "distill.pool_storage=mmap") == 0  # changes no batch
-    assert result(run, 9) == whole
+    assert result(run, 9) == more
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_a_resume_trains_with_the_numbers_that_it_is_given(schedule: str, teacher_folder: Path, tmp_path: Path) -> None:
-    whole_run(teacher_folder, tmp_path, "run", trainer={"max_steps": 3, "lr_warmup": 1})
+def test_a_resume_trains_with_the_numbers_that_it_is_given(schedule: str, stopped: Path, tmp_path: Path) -> None:
+    run = copied(stopped, tmp_path / "logs")
     given = ("learning_rate=2e-4", "weight_decay=0.5", f"lr_schedule={schedule}", "lr_warmup=9", "max_steps=6")
     words = [f"trainer.{item}" for item in given]
-    run = tmp_path / "logs" / "run"
-    assert distil("--resume", run, "logging.log_every=1", *words) == 0
+    assert distil("--resume", run, "logging.log_every=1", "logging.sample_every=99", *words) == 0
     rows = {int(row["step"]): float(row["learning_rate"]) for row in table(run / "metrics.csv")}
     for done in (3, 4, 5):
         fall = 0.5 * (1 + math.cos(math.pi * done / 6)) if schedule == "cosine" else 1.0
@@ -184,36 +214,33 @@ def test_a_resume_trains_with_the_numbers_that_it_is_given(schedule: str, teache
 
 def test_a_resume_with_a_shorter_window_stops_early(teacher_folder: Path, tmp_path: Path, capsys) -> None:
     stop = {"window": 100, "patience": 1, "min_delta": 1e9}
-    whole_run(teacher_folder, tmp_path, "run", trainer={"max_steps": 3, "early_stop": stop})
+    whole_run(teacher_folder, tmp_path, "run", trainer={"max_steps": 1, "early_stop": stop}, **QUIET)
     words = ("trainer.early_stop.window=2", "trainer.max_steps=20")
     assert distil("--resume", tmp_path / "logs" / "run", *words) == 0
-    assert "early stop at step 6" in capsys.readouterr().out
+    assert "early stop at step 4" in capsys.readouterr().out
 
 
-def test_a_resume_keeps_what_was_logged_before(teacher_folder: Path, tmp_path: Path) -> None:
-    whole_run(teacher_folder, tmp_path, "short", trainer={"max_steps": 12})
-    run = tmp_path / "logs" / "short"
+def test_a_resume_keeps_what_was_logged_before(finished: Path, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path / "logs")
     older = run / "metrics" / "metrics.csv"  # as earlier versions wrote it
     older.parent.mkdir()
     older.write_text("loss,step\n1,9\n")
     before = (run / "metrics.csv").read_text()
-    assert distil("--resume", run, "trainer.max_steps=21") == 0
+    assert distil("--resume", run, "trainer.max_steps=7") == 0
     after = (run / "metrics.csv").read_text()
     assert after.startswith(before) and after != before
     assert older.read_text() == "loss,step\n1,9\n"
 
 
-def test_one_seed_gives_equal_runs_and_another_does_not(teacher_folder: Path, tmp_path: Path) -> None:
-    first = whole_run(teacher_folder, tmp_path, "first")
-    torch.rand(1)  # the state of torch's own generator must not matter
-    assert whole_run(teacher_folder, tmp_path, "second") == first
-    other = whole_run(teacher_folder, tmp_path, "other", trainer={"seed": 1})
-    assert other[0] != first[0] and other[1] != first[1]
+def test_one_seed_gives_equal_runs_and_another_does_not(teacher_folder: Path, whole: Made, tmp_path: Path) -> None:
+    torch.manual_seed(1)  # the state of torch's own generator must not matter
+    assert whole_run(teacher_folder, tmp_path, "second", **QUIET) == whole
+    other = whole_run(teacher_folder, tmp_path, "other", trainer={"seed": 1}, **QUIET)
+    assert other[0] != whole[0] and other[1] != whole[1]
 
 
-def test_a_memory_mapped_pool_gives_the_same_run(teacher_folder: Path, tmp_path: Path) -> None:
-    mapped = whole_run(teacher_folder, tmp_path, "mapped", distill={"pool_storage": "mmap"})
-    assert mapped == whole_run(teacher_folder, tmp_path, "memory")
+def test_a_memory_mapped_pool_gives_the_same_run(teacher_folder: Path, whole: Made, tmp_path: Path) -> None:
+    assert whole_run(teacher_folder, tmp_path, "mapped", distill={"pool_storage": "mmap"}, **QUIET) == whole
 
 
 @pytest.mark.usefixtures("few_images")
@@ -230,7 +257,7 @@ def test_weights_that_diverged_are_not_saved(every: int, teacher_folder: Path, t
 
 
 def test_two_processes_do_not_train_in_one_folder(teacher_folder: Path, tmp_path: Path, capsys) -> None:
-    base = write_config(teacher_folder, tmp_path, "shared")
+    base = write_config(teacher_folder, tmp_path, "shared", **SHORT)
     run = tmp_path / "logs" / "shared"
     run.mkdir(parents=True)
     with alone_in(RunFolder(run)):
@@ -240,7 +267,7 @@ def test_two_processes_do_not_train_in_one_folder(teacher_folder: Path, tmp_path
 
 
 def test_what_a_killed_process_left_behind_goes_with_the_next_save(teacher_folder: Path, tmp_path: Path) -> None:
-    base = write_config(teacher_folder, tmp_path, "killed")
+    base = write_config(teacher_folder, tmp_path, "killed", **SHORT)
     student = tmp_path / "logs" / "killed" / "student"
     student.mkdir(parents=True)
     for name in (f".student.safetensors.{machine()}-999999999.tmp", ".step=00000003.ckpt.pending"):
@@ -258,14 +285,12 @@ def test_what_a_killed_process_left_behind_goes_with_the_next_save(teacher_folde
     assert not list(student.parent.glob("pool-rank*"))
 
 
-def test_a_run_that_an_older_version_began_goes_on(teacher_folder: Path, tmp_path: Path) -> None:
-    whole = whole_run(teacher_folder, tmp_path)
-    assert distil("--base", write_config(teacher_folder, tmp_path, "old", trainer={"max_steps": 4})) == 0
-    run = tmp_path / "logs" / "old"
+def test_a_run_that_an_older_version_began_goes_on(stopped: Path, whole: Made, tmp_path: Path) -> None:
+    run = copied(stopped, tmp_path / "logs")
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["teacher"].pop("licence", "absent") is None and config["trainer"].pop("max_minutes") is None
     write_yaml(run / "config.yaml", config)
-    assert distil("--resume", run, "trainer.max_steps=6") == 0
+    assert distil("--resume", run) == 0
     assert result(run) == whole
     write_yaml(run / "config.yaml", {**config, "trainer": {**config["trainer"], "seed": 1}})
     assert distil("--resume", run, "trainer.seed=2") == 2
