@@ -23,6 +23,8 @@ from tests.cli import contents, distil, table, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
 from tests.training_images import LOGGING, TRAINER, training_images
 
+FEW = Sizes(chains=1, images=2, steps=1)
+
 
 class Constant(nn.Module):
     """Predicts one eps everywhere."""
@@ -80,9 +82,9 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 def test_psnr_and_ssim_are_those_of_the_images_that_sampling_gives(teacher_folder: Path) -> None:
     teacher = load_model(teacher_folder)
     student = teacher.student(teacher.node, seed=5)
-    known = new_reference(teacher, seed=1)
+    known = new_reference(teacher, 1, Sizes(chains=1, images=5, steps=4))
     figures = agreement(student, known)
-    ours, theirs = (m.sample(16, steps=20, seed=known.seed).double().numpy() / 255 for m in (student, teacher))
+    ours, theirs = (m.sample(5, steps=4, seed=known.seed).double().numpy() / 255 for m in (student, teacher))
     psnr = [min(100, -10 * math.log10(1e-20 + np.mean((a - b) ** 2))) for a, b in zip(ours, theirs, strict=True)]
     assert figures["psnr"] == pytest.approx(np.mean(psnr), rel=1e-4)
     pairs = [(a[..., c], b[..., c]) for a, b in zip(ours, theirs, strict=True) for c in range(3)]
@@ -91,7 +93,7 @@ def test_psnr_and_ssim_are_those_of_the_images_that_sampling_gives(teacher_folde
 
 def test_a_reference_is_read_for_the_same_facts_only(teacher_folder: Path, tmp_path: Path) -> None:
     teacher, file = load_model(teacher_folder), tmp_path / "a.safetensors"
-    known = new_reference(teacher, seed=1)
+    known = new_reference(teacher, 1, FEW)
     save_reference(known, file, {"teacher_sha256": "a"})
     again = read_reference(file, {"teacher_sha256": "a"})
     assert again is not None and torch.equal(again.states.eps, known.states.eps) and again.seed == known.seed
@@ -111,14 +113,14 @@ def test_the_next_student_of_a_teacher_takes_no_chains(
     teacher, walks = load_model(teacher_folder), []
     walk = reference.new_reference
     monkeypatch.setattr(reference, "new_reference", lambda *given, **named: (walks.append(1), walk(*given, **named))[1])
-    options = {"images": 0, "chains": 2, "pairs": 2, "steps": 5}
+    options = {"images": 0, "chains": 1, "pairs": 1, "steps": 1}
     students = [teacher.student(teacher.node, seed=seed) for seed in (5, 6)]
     fresh = [evaluate(student, teacher, cache=tmp_path / str(i), **options) for i, student in enumerate(students)]
     assert len(walks) == 2
     caplog.set_level("INFO", logger="ldm_dkdm")
     assert evaluate(students[1], teacher, cache=tmp_path / "0", **options) == fresh[1]
     assert len(walks) == 2 and "chains and images of the teacher are reused: " in caplog.text
-    for other in ({"seed": 1}, {"chains": 3}, {"pairs": 3}, {"steps": 4}):
+    for other in ({"seed": 1}, {"chains": 2}, {"pairs": 2}, {"steps": 2}):
         evaluate(students[1], teacher, cache=tmp_path / "0", **options | other)
     evaluate(students[1], students[0], cache=tmp_path / "0", **options)  # another teacher
     assert len(walks) == 7
@@ -144,11 +146,11 @@ def test_measuring_changes_nothing_in_the_training_and_a_resume_asks_the_teacher
     student = distill_config(teacher_folder, tmp_path)["student"]
     student["params"]["dropout"] = 0.1
     for name, every in (("off", 0), ("on", 2), ("halves", 2)):
-        steps = 2 if name == "halves" else 6
-        log = {"evaluate_every": every, "log_every": 1}
+        steps = 2 if name == "halves" else 4
+        log = {"evaluate_every": every, "log_every": 1, "sample_every": 99}
         assert run(teacher_folder, tmp_path, name, student=student, trainer={"max_steps": steps}, logging=log) == 0
     monkeypatch.setattr(agreement_callback, "new_reference", lambda *args, **options: pytest.fail("called again"))
-    assert distil("--resume", tmp_path / "halves", "trainer.max_steps=6") == 0
+    assert distil("--resume", tmp_path / "halves", "trainer.max_steps=4") == 0
     off, on, halves = (contents(tmp_path / name) for name in ("off", "on", "halves"))
     assert off["student/student.safetensors"] == on["student/student.safetensors"]
     assert on["student/student.safetensors"] == halves["student/student.safetensors"]
@@ -158,7 +160,7 @@ def test_measuring_changes_nothing_in_the_training_and_a_resume_asks_the_teacher
     plain = [[{k: v for k, v in row.items() if k not in timed} for row in rows[name]] for name in ("on", "halves")]
     assert plain[0] == plain[1]
     assert [row["loss"] for row in rows["off"]] == [row["loss"] for row in rows["on"]]
-    assert [row["step"] for row in rows["on"] if row["agreement"]] == ["2", "4", "6"]
+    assert [row["step"] for row in rows["on"] if row["agreement"]] == ["2", "4"]
     final = agreement(load_model(tmp_path / "on"), new_reference(load_model(teacher_folder), seed=0))
     assert {name: float(rows["on"][-1][name]) for name in final} == pytest.approx(final, rel=1e-4)
 
@@ -180,26 +182,26 @@ def files(folder: Path, suffix: str) -> list[int]:
 
 def test_the_best_checkpoint_stays_and_is_the_student(teacher_folder: Path, tmp_path: Path, given: list) -> None:
     given += [3.0, 1.0, 2.0, 4.0]
-    log = {"evaluate_every": 2, "save_every": 3, "keep_best": True, "sample_every": 99}
-    assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 8}, logging=log) == 0
+    log = {"evaluate_every": 1, "save_every": 3, "keep_best": True, "sample_every": 99}
+    assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 4}, logging=log) == 0
     folder = tmp_path / "run"
-    assert files(folder, ".ckpt") == [4, 6, 8] and files(folder, ".pool-rank0.safetensors") == [6, 8]
-    best = load_model(folder / "checkpoints" / "step=00000004.ckpt")
+    assert files(folder, ".ckpt") == [2, 3, 4] and files(folder, ".pool-rank0.safetensors") == [3, 4]
+    best = load_model(folder / "checkpoints" / "step=00000002.ckpt")
     student = load_model(folder)
-    assert student.info["step"] == 4
+    assert student.info["step"] == 2
     names = student.network.state_dict().keys()
     assert all(torch.equal(student.network.state_dict()[n], best.network.state_dict()[n]) for n in names)
     given += [0.5, 0.7]
-    assert distil("--resume", folder, "trainer.max_steps=12") == 0
-    assert load_model(folder).info["step"] == 10 and files(folder, ".ckpt") == [10, 12]
+    assert distil("--resume", folder, "trainer.max_steps=6") == 0
+    assert load_model(folder).info["step"] == 5 and files(folder, ".ckpt") == [5, 6]
 
 
 def test_an_early_stop_by_the_loss_leaves_the_best_agreement(teacher_folder: Path, tmp_path: Path, given: list) -> None:
     given += [1.0, 2.0, 3.0]
-    log = {"evaluate_every": 2, "save_every": 3, "keep_best": True, "sample_every": 99}
+    log = {"evaluate_every": 1, "save_every": 2, "keep_best": True, "sample_every": 99}
     stop = {"monitor": "loss", "window": 1, "patience": 100}
-    assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 6, "early_stop": stop}, logging=log) == 0
-    assert load_model(tmp_path / "run").info["step"] == 2
+    assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 3, "early_stop": stop}, logging=log) == 0
+    assert load_model(tmp_path / "run").info["step"] == 1
 
 
 def test_checkpoints_at_multiples_stay(teacher_folder: Path, tmp_path: Path) -> None:
@@ -212,9 +214,10 @@ def test_checkpoints_at_multiples_stay(teacher_folder: Path, tmp_path: Path) -> 
 def test_a_run_stops_when_the_agreement_no_longer_improves(teacher_folder: Path, tmp_path: Path, given: list) -> None:
     given += [3.0, 2.0, 2.5, 2.1]
     trainer = {"max_steps": 40, "early_stop": {"monitor": "agreement", "patience": 2}}
-    assert run(teacher_folder, tmp_path, "run", trainer=trainer, logging={"evaluate_every": 2}) == 0
-    assert files(tmp_path / "run", ".ckpt")[-1] == 8
-    assert load_model(tmp_path / "run").info["step"] == 4
+    log = {"evaluate_every": 1, "sample_every": 99}
+    assert run(teacher_folder, tmp_path, "run", trainer=trainer, logging=log) == 0
+    assert files(tmp_path / "run", ".ckpt")[-1] == 4
+    assert load_model(tmp_path / "run").info["step"] == 2
 
 
 def test_the_drift_of_x_0_judges_where_it_is_asked_to(
@@ -223,15 +226,16 @@ def test_the_drift_of_x_0_judges_where_it_is_asked_to(
     found = [(4.0, 1.0), (3.0, 0.5), (2.0, 0.7), (1.0, 0.8)]  # agreement, drift
     measured = iter([{"agreement": a, "x0_drift": drift} for a, drift in found * 2 + found[3:]])
     monkeypatch.setattr(agreement_callback, "agreement", lambda *args: next(measured))
-    log = {"evaluate_every": 2, "save_every": 99, "keep_best": True, "best_by": "x0_drift", "sample_every": 99}
-    assert run(teacher_folder, tmp_path, "best", trainer={"max_steps": 8}, logging=log) == 0
-    assert load_model(tmp_path / "best").info["step"] == 4
+    quiet = {"evaluate_every": 1, "save_every": 99, "sample_every": 99}
+    log = {**quiet, "keep_best": True, "best_by": "x0_drift"}
+    assert run(teacher_folder, tmp_path, "best", trainer={"max_steps": 4}, logging=log) == 0
+    assert load_model(tmp_path / "best").info["step"] == 2
     stop = {"max_steps": 40, "early_stop": {"monitor": "x0_drift", "patience": 2}}
-    assert run(teacher_folder, tmp_path, "stop", trainer=stop, logging={"evaluate_every": 2}) == 0
-    assert files(tmp_path / "stop", ".ckpt")[-1] == 8 and load_model(tmp_path / "stop").info["step"] == 4
-    changes = ("trainer.max_steps=10", "logging.best_by=agreement")  # 0.5, of the drift, says nothing of agreements
+    assert run(teacher_folder, tmp_path, "stop", trainer=stop, logging=quiet) == 0
+    assert files(tmp_path / "stop", ".ckpt")[-1] == 4 and load_model(tmp_path / "stop").info["step"] == 2
+    changes = ("trainer.max_steps=5", "logging.best_by=agreement")  # 0.5, of the drift, says nothing of agreements
     assert distil("--resume", tmp_path / "best", *changes) == 0
-    assert load_model(tmp_path / "best").info["step"] == 10
+    assert load_model(tmp_path / "best").info["step"] == 5
     stopped = EarlyStop(EarlyStopConfig(monitor="x0_drift"))
     stopped.load_state_dict({**EarlyStop(EarlyStopConfig(monitor="agreement")).state_dict(), "best": 0.01})
     assert stopped.best == math.inf
@@ -241,9 +245,10 @@ def test_a_measurement_that_fails_does_not_end_the_run(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(agreement_callback, "agreement", lambda *args: 1 / 0)
-    assert run(teacher_folder, tmp_path, "run", logging={"evaluate_every": 3}) == 0
+    log = {"evaluate_every": 1, "sample_every": 99}
+    assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 2}, logging=log) == 0
     assert "agreement: left out (ZeroDivisionError" in capsys.readouterr().err
-    assert load_model(tmp_path / "run").info["step"] == 6
+    assert load_model(tmp_path / "run").info["step"] == 2
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from tests.cli import distil, run_script, table, write_yaml
 from tests.parts import distill_config
 
 SMALL = ("--chains", 4, "--pairs", 3, "-c", 2)  # the sizes of `few_images`
+LEAST = ("--chains", 1, "--pairs", 1, "-c", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -94,25 +95,24 @@ def test_a_run_alone_has_a_row_of_results_with_the_facts_of_any_other(
 
 def test_the_same_row_is_not_added_twice(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
-        assert evaluate("-r", run, "-n", 0, *SMALL) == 0
+        assert evaluate("-r", run, "-n", 0, *LEAST) == 0
     assert len(rows()) == 1 and "results.csv: holds this row already" in capsys.readouterr().out
-    assert evaluate("-r", run, "-n", 0, *SMALL, "--seed", 1) == 0
+    assert evaluate("-r", run, "-n", 0, *LEAST, "--seed", 1) == 0
     assert len(rows()) == 2
 
 
 def test_figures_of_other_settings_are_kept_and_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     student = run / "student"
-    few = ("--chains", 1, "--pairs", 1, "-c", 1)
-    assert evaluate("-r", run, "-n", 65, *few) == 0
+    assert evaluate("-r", run, "-n", 65, *LEAST) == 0
     first = json.loads((student / "evaluation.json").read_text())
     assert first["student_images_per_second"] > 0
     capsys.readouterr()
-    assert evaluate("-r", run, "-n", 65, *few) == 0  # reuses the statistics: no speeds
+    assert evaluate("-r", run, "-n", 65, *LEAST) == 0  # reuses the statistics: no speeds
     assert "before" not in capsys.readouterr().out and len(rows()) == 1
     assert json.loads((student / "evaluation.json").read_text()) == first
     earlier = student / "evaluations" / "earlier"
     before = set(earlier.glob("*")) if earlier.exists() else set()
-    assert evaluate("-r", run, "-n", 0, *few) == 0
+    assert evaluate("-r", run, "-n", 0, *LEAST) == 0
     (kept,) = set(earlier.glob("*")) - before
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "before" in line]
     assert line == f"{kept}: the figures that were there before ({first['measured_with']})"
@@ -120,7 +120,7 @@ def test_figures_of_other_settings_are_kept_and_named(run: Path, capsys: pytest.
     now = json.loads((student / "evaluation.json").read_text())
     assert "frechet_student_to_teacher" not in now and now["agreement"] == first["agreement"]
     assert read_figures([student])[0].values["agreement"] == f"{now['agreement']:.6g}"  # a report shows the new ones
-    assert evaluate("-r", run, "-n", 0, *few, "--seed", 9, "-o", student / "evaluation.json") == 0
+    assert evaluate("-r", run, "-n", 0, *LEAST, "--seed", 9, "-o", student / "evaluation.json") == 0
     assert "before" not in capsys.readouterr().out  # a file of one's own choice
 
 
@@ -149,7 +149,7 @@ def test_figures_in_json_are_numbers(tmp_path: Path) -> None:
 
 
 def test_a_table_shows_what_r_alone_has_measured(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate("-r", run, "-n", 65, "--chains", 1, "--pairs", 1, "-c", 1) == 0
+    assert evaluate("-r", run, "-n", 65, *LEAST) == 0
     figures = json.loads((run / "student" / "evaluation.json").read_text())
     capsys.readouterr()
     assert evaluate(run, "--table") == 0
@@ -182,7 +182,7 @@ def test_every_long_part_shows_its_progress(teacher_folder: Path) -> None:
     teacher = load_model(teacher_folder)
     student = teacher.student(teacher.node)
     dkdm.evaluate(
-        student, teacher, images=65, chains=2, pairs=3, steps=2, progress=lambda w, d, t: seen.update({w: (d, t)})
+        student, teacher, images=65, chains=2, pairs=3, steps=1, progress=lambda w, d, t: seen.update({w: (d, t)})
     )
     chains, pairs, states, random = list(seen)[:4]
     assert ("chains" in chains, "same noise" in pairs, "student" in states, "random" in random) == (True,) * 4
@@ -252,18 +252,18 @@ def test_lpips_is_measured_where_its_weights_are(
 def test_a_line_says_where_the_weights_of_lpips_belong(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate("-r", run, "-n", 0, *SMALL) == 0
+    assert evaluate("-r", run, "-n", 0, *LEAST) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "LPIPS" in line]
     file = f"vgg16-397923af.pth (553.4 MB, SHA-256 {perceptual.VGG16.sha256})"
     place = tmp_path / "torch" / "hub" / "checkpoints"
     assert lines == [f"no LPIPS: put {file} in {place}, or give its path"] and not rows()[0].get("lpips")
-    both = ("--metrics", "agreement", "reconstruction", "-n", 2, *SMALL)
+    both = ("--metrics", "agreement", "reconstruction", "-n", 2, *LEAST)
     assert evaluate(run, *both) == 0
     assert capsys.readouterr().out.count("no LPIPS: ") == 1
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert evaluate("-r", run, "-n", 0, *SMALL) == 0
+    assert evaluate("-r", run, "-n", 0, *LEAST) == 0
     assert " in ~/torch/hub/checkpoints, or" in capsys.readouterr().out
-    assert evaluate("-r", run, "-n", 0, *SMALL, "--lpips", "nowhere") == 2
+    assert evaluate("-r", run, "-n", 0, *LEAST, "--lpips", "nowhere") == 2
     assert "--lpips: nowhere: no such file; it should hold vgg16-397923af.pth" in capsys.readouterr().err
     image = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
     with pytest.raises(UserError, match="lpips: has no effect; agreement and reconstruction measure LPIPS"):

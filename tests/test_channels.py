@@ -25,7 +25,7 @@ from tests.parts import DDCONFIG, UNET_PARAMS, VQ_PARAMS, randomised
 from tests.test_first_stage_training import first_stage_config
 
 CHANNELS = [1, 2, 4, 5]
-STEPS = {"steps": 2, "batch_size": 2, "save_every": 1, "sample_every": 1, "sample_count": 2, "sample_steps": 2}
+STEPS = {"steps": 1, "batch_size": 2, "save_every": 1, "sample_every": 1, "sample_count": 2, "sample_steps": 2}
 DISTIL = {**STEPS, "rho": 0.2, "warmup": "noise", "check": False, "progress": False, "accelerator": "cpu"}
 
 
@@ -74,19 +74,19 @@ def test_pixel_teachers_are_sampled_and_distilled(
         with Image.open(tmp_path / "out/img/000001.png") as stored:
             assert stored.mode == "L" and np.array_equal(np.asarray(stored), images[1, ..., 0])
     result = distill(teacher, pixel_model(channels), tmp_path / "run", **DISTIL)
-    assert result.step == 2 and len(list((tmp_path / "run/samples").glob("step=*.png"))) == 2
+    assert result.step == 1 and len(list((tmp_path / "run/samples").glob("step=*.png"))) == 1
     assert load_model(tmp_path / "run").sample(2, steps=2).shape == (2, 8, 8, channels)
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_pixel_models_train_on_an_npz_and_grey_ones_on_files(channels: int, tmp_path: Path) -> None:
     save_npz(torch.randint(256, (4, 8, 8, channels), dtype=torch.uint8), tmp_path / "x.npz")
-    assert train(pixel_model(channels), tmp_path / "x.npz", tmp_path / "run", progress=False, **STEPS).step == 2
+    assert train(pixel_model(channels), tmp_path / "x.npz", tmp_path / "run", progress=False, **STEPS).step == 1
     assert (tmp_path / "run/samples/data.png").is_file()
     (tmp_path / "files").mkdir()
     Image.new("RGB", (9, 9), "red").save(tmp_path / "files/a.png")
     if channels == 1:
-        assert train(pixel_model(1), tmp_path / "files", tmp_path / "files-run", progress=False, **STEPS).step == 2
+        assert train(pixel_model(1), tmp_path / "files", tmp_path / "files-run", progress=False, **STEPS).step == 1
         return
     with pytest.raises(UserError, match=f"images of {channels} channels are read from an .npz"):
         train(pixel_model(channels), tmp_path / "files", tmp_path / "files-run", progress=False, **STEPS)
@@ -102,7 +102,7 @@ def test_a_conditional_training_prints_its_classes_and_refuses_what_has_none(
     network = UNet(**{**UNET_PARAMS, "in_channels": 1, "out_channels": 1, "num_classes": 11})
     model = DiffusionModel(network, schedule=NoiseSchedule("linear", 20), space="pixel")
     with caplog.at_level(logging.INFO, "ldm_dkdm"):
-        assert train(model, tmp_path / "data", tmp_path / "run", progress=False, **STEPS).step == 2
+        assert train(model, tmp_path / "data", tmp_path / "run", progress=False, **STEPS).step == 1
     assert "data.path: 2 classes: 2, 10" in caplog.text
     Image.new("L", (8, 8)).save(tmp_path / "data/stray.png")
     with pytest.raises(UserError, match=r"a sub-folder for every class; .*data/stray\.png is in none"):
@@ -124,8 +124,8 @@ def test_first_stages_of_other_channels_are_sampled_decoded_and_distilled(
     assert len(list(tmp_path.glob("out/img/*.png"))) == (2 if images == 1 else 0)
     assert ("in samples.npz only" in capsys.readouterr().err) == (images != 1)
     student = DiffusionModel(randomised(UNet(**network.arguments), 1), like=teacher)
-    assert distill(teacher, student, tmp_path / "run", **DISTIL).step == 2
-    assert len(list((tmp_path / "run/samples").glob("step=*.png"))) == 2
+    assert distill(teacher, student, tmp_path / "run", **DISTIL).step == 1
+    assert len(list((tmp_path / "run/samples").glob("step=*.png"))) == 1
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -187,8 +187,8 @@ def test_decorations_that_fail_are_logged_and_cost_nothing(
     with caplog.at_level(logging.WARNING, "ldm_dkdm"):
         result = distill(teacher, pixel_model(3), tmp_path / "run", **DISTIL)
         save_npz(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), tmp_path / "x.npz")
-        assert train(pixel_model(3), tmp_path / "x.npz", tmp_path / "trained", progress=False, **STEPS).step == 2
-    assert result.step == 2
+        assert train(pixel_model(3), tmp_path / "x.npz", tmp_path / "trained", progress=False, **STEPS).step == 1
+    assert result.step == 1
     for name in ("samples/step=00000001.png", "student/README.md"):
         assert f"{tmp_path}/run/{name}: left out (TypeError: no such colour)" in caplog.text
     assert f"{tmp_path}/trained/samples/data.png: left out" in caplog.text

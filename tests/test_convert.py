@@ -46,7 +46,7 @@ def test_a_model_comes_back_from_compvis_bit_for_bit(teacher_folder: Path, tmp_p
     assert all(
         map(torch.equal, codecs[0].autoencoder.state_dict().values(), codecs[1].autoencoder.state_dict().values())
     )
-    run = distill_config(files[0], tmp_path / "logs", student={"parameterization": "eps"})
+    run = distill_config(files[0], tmp_path / "logs", student={"parameterization": "eps"}, trainer={"max_steps": 1})
     run["teacher"] |= {"params": GIVEN}
     assert distil("--base", write_yaml(tmp_path / "run.yaml", run)) == 0  # a teacher that is named and little more
     assert convert(tmp_path / "logs" / "run", files[1], "--to", "compvis") == 0
@@ -269,17 +269,18 @@ def test_a_distillation_starts_from_such_a_pool_and_refuses_a_wrong_one(
     changes: dict[str, object], words: str, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = write_cache(tmp_path / "good.pkl", 50), write_cache(tmp_path / "bad.pkl", 50, **changes)
-    base = write_yaml(tmp_path / "run.yaml", distill_config(teacher_folder, tmp_path / "logs"))
+    config = distill_config(teacher_folder, tmp_path / "logs", trainer={"max_steps": 1})
+    base = write_yaml(tmp_path / "run.yaml", config)
     assert distil("--base", base, f"distill.pool_from={bad}") == 2
     error = capsys.readouterr().err
     assert words in error and len(error.strip().splitlines()) == 1
     assert not (tmp_path / "logs").exists()
     assert distil("--base", base, f"distill.pool_from={good}") == 0
-    assert load_model(tmp_path / "logs" / "run" / "student").info["step"] == 6
+    assert load_model(tmp_path / "logs" / "run" / "student").info["step"] == 1
 
 
 def test_a_student_s_card_names_its_teacher_by_hash_and_licence(teacher_folder: Path, tmp_path: Path) -> None:
-    run = distill_config(teacher_folder, tmp_path / "logs")
+    run = distill_config(teacher_folder, tmp_path / "logs", trainer={"max_steps": 1})
     run["teacher"]["licence"] = "CC-BY-4.0"
     assert distil("--base", write_yaml(tmp_path / "run.yaml", run)) == 0
     folder = tmp_path / "logs" / "run"
@@ -290,9 +291,9 @@ def test_a_student_s_card_names_its_teacher_by_hash_and_licence(teacher_folder: 
         "CC-BY-4.0",
         str(teacher_folder),
         "dynamic iterative distillation",
-        "**step**: 6",
+        "**step**: 1",
         "Not measured yet; `dkdm evaluate",
     ):
         assert words in card
-    assert run_script("evaluate.py", "-r", folder, "-n", 0, "-c", 4, "--chains", 2) == 0
+    assert run_script("evaluate.py", "-r", folder, "-n", 0, "-c", 1, "--chains", 1, "--pairs", 1) == 0
     assert "agreement_q4" in (folder / "student" / "README.md").read_text()

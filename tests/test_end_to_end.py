@@ -231,7 +231,7 @@ def test_a_plan_of_a_run_that_goes_on_takes_the_used_minutes_off_its_time_limit(
     monkeypatch.setattr(ends, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     trainer = {"max_steps": 4, "max_minutes": 60}
     base = write_yaml(tmp_path / "base.yaml", distill_config(teacher_folder, tmp_path, trainer=trainer))
-    assert distil("--base", base) == 0
+    assert distil("--base", base, "logging.sample_every=99", "logging.save_every=99") == 0
     monkeypatch.setattr(plan, "time_iteration", lambda parts, batch, iterations: (10.0, 0.0))
     capsys.readouterr()
 

@@ -48,7 +48,7 @@ def test_the_work_is_done_where_a_stream_is_closed(closed: str, teacher_folder: 
     assert b"Error" not in done.stderr and (b"out" in done.stdout) == (closed == "2>&-")
 
 
-@pytest.mark.parametrize("words", [("-m", "ldm_dkdm", "report"), ("scripts/report.py",)])
+@pytest.mark.parametrize("words", [("-m", "ldm_dkdm", "distill", "--base"), ("scripts/dkdm_ldm.py", "--base")])
 def test_other_ways_to_a_command(words: tuple[str, ...]) -> None:
     done = subprocess.run([sys.executable, *words, "nowhere"], capture_output=True, cwd=ROOT, check=False)
     assert done.returncode == 2 and done.stderr.startswith(b"error: nowhere: ")

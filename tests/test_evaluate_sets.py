@@ -128,7 +128,7 @@ def test_a_runs_reference_is_its_teacher_and_its_figures_stay_with_it(
     assert {"FD-toy", "KID-toy", "recall-toy"} <= set(found["figures"])
     assert found["reference"]["source"] == str(teacher_folder) and found["samples"]["parameters"] > 0
     assert toy(run, "b.npz", *asked, "--metrics", "fd") == 0
-    assert evaluate("-r", run, "-n", 0, "--chains", 1) == 0
+    assert evaluate("-r", run, "-n", 0, "--chains", 1, "--pairs", 1, "-c", 1) == 0
     capsys.readouterr()
     assert evaluate(run, "--table") == 0
     head, line, *rows, _, same, blank, prime = capsys.readouterr().out.splitlines()
@@ -138,7 +138,7 @@ def test_a_runs_reference_is_its_teacher_and_its_figures_stay_with_it(
     assert set(line) <= set("|- ")
     assert {"FD-toy'", "FD-toy", "KID-toy'", "eps error by quarter of t"} <= set(columns) and len(rows) == 2
     assert all("run/student" in row for row in rows)
-    assert same == "images 12, sampler ddim 2, agreement by -n 0 -c 20 --chains 1 --pairs 16 --seed 0"
+    assert same == "images 12, sampler ddim 2, agreement by -n 0 -c 1 --chains 1 --pairs 1 --seed 0"
 
 
 def test_a_table_of_runs_names_those_without_figures(
@@ -146,7 +146,7 @@ def test_a_table_of_runs_names_those_without_figures(
 ) -> None:
     new = tmp_path / "new"  # another test may have evaluated the teacher
     shutil.copytree(teacher_folder, new, ignore=shutil.ignore_patterns("evaluation*"))
-    assert evaluate("-r", run, "-n", 0, "--chains", 1) == 0
+    assert evaluate("-r", run, "-n", 0, "--chains", 1, "--pairs", 1, "-c", 1) == 0
     capsys.readouterr()
     assert evaluate(run, new, "--table") == 0
     assert f"{new}: has not been evaluated; dkdm evaluate {new} REFERENCE" in capsys.readouterr().out

@@ -29,6 +29,7 @@ from tests.process import changes, process_state
 
 pytestmark = pytest.mark.usefixtures("few_images")
 TIMED = ("seconds", "steps_per_second")
+QUIET = {"save_every": 99, "sample_every": 99}  # one save, at the end; no grids
 
 
 def run(teacher: Path, folder: Path, name: str, **sections: dict[str, object]) -> int:
@@ -44,7 +45,9 @@ def figures(folder: Path) -> list[dict[str, str]]:
 
 def test_a_row_has_the_means_of_its_steps(teacher_folder: Path, tmp_path: Path) -> None:
     for name, every in (("each", 1), ("windows", 4)):
-        assert run(teacher_folder, tmp_path, name, trainer={"max_steps": 10}, logging={"log_every": every}) == 0
+        assert (
+            run(teacher_folder, tmp_path, name, trainer={"max_steps": 10}, logging={**QUIET, "log_every": every}) == 0
+        )
     each, windows = (table(tmp_path / name / "metrics.csv") for name in ("each", "windows"))
     assert list(each[0])[:6] == ["step", "seconds", "steps_per_second", "loss", "eps_mse", "learning_rate"]
     assert [row["step"] for row in windows] == ["4", "8", "10"]
@@ -72,7 +75,7 @@ def test_which_row_counts_a_measurement_and_which_a_grid(
 
     monkeypatch.setattr(SampleGrid, "_write", taking(50.0))  # twice at step 4: the student's and the teacher's
     monkeypatch.setattr(agreement_callback, "agreement", taking(7.0, {"agreement": 0.5}))
-    log = {"log_every": 4, "evaluate_every": 4, "sample_every": 4}
+    log = {"log_every": 4, "evaluate_every": 4, "sample_every": 4, "save_every": 99}
     assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 10}, logging=log) == 0
     rows = [(row["step"], float(row["seconds"])) for row in table(tmp_path / "run" / "metrics.csv")]
     assert rows == [("4", 7.0), ("8", 7.0 + 100.0 + 7.0), ("10", 7.0 + 100.0 + 7.0 + 50.0 + 7.0)]
@@ -81,22 +84,22 @@ def test_which_row_counts_a_measurement_and_which_a_grid(
 @pytest.mark.parametrize(
     ("log", "steps"),
     [
-        ({"evaluate_every": 3}, ["3", "6", "8"]),
-        ({"evaluate_every": None, "sample_every": 5}, ["5", "8"]),
-        ({"evaluate_every": 0, "save_every": 4}, ["4", "8"]),
+        ({"evaluate_every": 2}, ["2", "4", "5"]),
+        ({"evaluate_every": None, "sample_every": 4}, ["4", "5"]),
+        ({"evaluate_every": 0, "save_every": 2}, ["2", "4", "5"]),
     ],
 )
 def test_when_the_pool_gets_a_row(
     log: dict[str, object], steps: list[str], teacher_folder: Path, tmp_path: Path
 ) -> None:
-    assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 8}, logging=log) == 0
+    assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 5}, logging={**QUIET, **log}) == 0
     assert [row["step"] for row in table(tmp_path / "run" / "pool.csv")] == steps
 
 
 def test_an_early_end_leaves_its_window_to_a_resume(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit, log = {"max_steps": 8, "max_minutes": 0.01}, {"log_every": 3}
+    limit, log = {"max_steps": 8, "max_minutes": 0.01}, {**QUIET, "log_every": 3}
     with monkeypatch.context() as patch:
         seconds = itertools.count(step=0.4)
         patch.setattr(ends, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
@@ -109,7 +112,7 @@ def test_an_early_end_leaves_its_window_to_a_resume(
 def test_a_stop_within_a_window_leaves_no_trace(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = {"log_every": 4, "evaluate_every": 3}
+    log = {**QUIET, "log_every": 4, "evaluate_every": 3}
     assert run(teacher_folder, tmp_path, "whole", trainer={"max_steps": 8}, logging=log) == 0
     next_batch = DistillStream.next_batch
 
@@ -130,7 +133,7 @@ def test_a_stop_within_a_window_leaves_no_trace(
 
 
 def test_a_resume_from_an_older_checkpoint_takes_back_the_rows_after_it(teacher_folder: Path, tmp_path: Path) -> None:
-    log = {"log_every": 1, "save_every": 4}
+    log = {**QUIET, "log_every": 1, "save_every": 4}
     assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 6}, logging=log) == 0
     folder = tmp_path / "run"
     whole, pools = figures(folder), (folder / "pool.csv").read_bytes()
@@ -171,20 +174,20 @@ def test_damaged_rows_do_not_keep_a_run_from_its_resume(
 
 
 def test_a_resume_reads_a_huge_table_line_by_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file, rows = tmp_path / "metrics.csv", "".join(f"{step},0.5\n" for step in range(1, 40_001))
+    file, rows = tmp_path / "metrics.csv", "".join(f"{step},0.5\n" for step in range(1, 20_001))
     file.write_text(f"step,loss\n{rows}{'7' * 5_000_000}\n" + "damaged\n" * 3_000)
     tracemalloc.start()
     try:
-        line = resuming.continues(tmp_path, 30_000)
-        Table(file, ("step", "loss"), resumed_at=30_000).add({"step": 30_001, "loss": 1.0})
+        line = resuming.continues(tmp_path, 15_000)
+        Table(file, ("step", "loss"), resumed_at=15_000).add({"step": 15_001, "loss": 1.0})
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert "continues from the checkpoint of step 30000; the steps after it are trained again (10000 at least)" in line
-    assert file.read_text() == "step,loss\n" + "".join(rows.splitlines(True)[:30_000]) + "30001,1\n"
+    assert "continues from the checkpoint of step 15000; the steps after it are trained again (5000 at least)" in line
+    assert file.read_text() == "step,loss\n" + "".join(rows.splitlines(True)[:15_000]) + "15001,1\n"
     assert peak < 1_000_000  # the file has 6 MB
     warned = [record.message for record in caplog.records]
-    assert "line 40002 is longer than 100,000 bytes; it is left out" in warned[0] and len(warned) == 11
+    assert "line 20002 is longer than 100,000 bytes; it is left out" in warned[0] and len(warned) == 11
 
 
 def test_the_pools_rows_follow_every_slot(teacher_folder: Path) -> None:
@@ -213,13 +216,13 @@ def test_the_pools_rows_follow_every_slot(teacher_folder: Path) -> None:
 
 
 def test_a_pool_of_an_older_version_is_as_old_as_its_checkpoint(teacher_folder: Path, tmp_path: Path) -> None:
-    assert run(teacher_folder, tmp_path, "run", trainer={"accumulate": 2}) == 0
+    assert run(teacher_folder, tmp_path, "run", trainer={"accumulate": 2, "max_steps": 2}, logging=QUIET) == 0
     folder = tmp_path / "run"
-    file = folder / "checkpoints" / "step=00000006.pool-rank0.safetensors"
+    file = folder / "checkpoints" / "step=00000002.pool-rank0.safetensors"
     tensors = load_file(file)
     header = {"pool": read_header(file)}
     save_file({name: tensor for name, tensor in tensors.items() if name != "updated"}, file, header)
-    assert distil("--resume", folder, "trainer.max_steps=8") == 0
+    assert distil("--resume", folder, "trainer.max_steps=4") == 0
     assert table(folder / "pool.csv")[-1]["age_max"] == "2"
 
 
@@ -253,10 +256,10 @@ def test_wandb_offline_continues_one_run_and_leaves_the_process_as_it_was(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    log = {"log_every": 2, "loggers": ["csv", "wandb"], "sample_every": 2}
-    assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 4}, logging=log) == 0
+    log = {"log_every": 1, "loggers": ["csv", "wandb"], "sample_every": 1}
+    assert run(teacher_folder, tmp_path, "run", trainer={"max_steps": 2}, logging=log) == 0
     before = process_state()
-    assert distil("--resume", tmp_path / "run", "trainer.max_steps=6") == 0
+    assert distil("--resume", tmp_path / "run", "trainer.max_steps=3") == 0
     assert changes(before) == {}
     runs = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len(runs) == 2 and len({folder.name.rpartition("-")[2] for folder in runs}) == 1

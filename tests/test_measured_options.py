@@ -29,8 +29,9 @@ def changed(folder: Path) -> DiffusionModel:
 
 def test_agreement_follows_its_seed_and_says_that_no_images_were_drawn(teacher_folder: Path) -> None:
     teacher, student = load_model(teacher_folder), changed(teacher_folder)
-    found = [measure(student, teacher, metrics=["agreement"], chains=1, seed=seed) for seed in (3, 4)]
-    wanted = [evaluate(student, teacher, images=0, chains=1, seed=seed) for seed in (3, 4)]
+    asked = ({"seed": 3}, {"seed": 4, "pairs": 1, "steps": 1})
+    found = [measure(student, teacher, metrics=["agreement"], chains=1, **options) for options in asked]
+    wanted = [evaluate(student, teacher, images=0, chains=1, **options) for options in asked]
     assert [one.figures["eps_mse_by_t"] for one in found] == [one["eps_mse_by_t"] for one in wanted]
     assert found[0].figures["eps_mse_by_t"] != found[1].figures["eps_mse_by_t"]
     facts = found[0].samples

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,8 @@ from ldm_dkdm.training.finding import located
 from tests.cli import contents, distil, run_script, sample, write_yaml
 from tests.parts import UNET_PARAMS, VQ_PARAMS, first_stage_folder, model_folder
 from tests.test_config_errors import assert_one_error_line
-from tests.test_resume import result, write_config
-from tests.training_images import TRAINER, training_images
+from tests.test_resume import QUIET, result, write_config
+from tests.training_images import LOGGING, TRAINER, training_images
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +108,13 @@ def test_commands_take_a_first_stage(built: Path, tmp_path: Path, monkeypatch: p
     stage = ["--first_stage", tmp_path / "vq"]
     assert sample("-r", run, "-n", 1, "-c", 2, "-l", tmp_path / "out") == 2
     assert run_script("convert.py", run, tmp_path / "copy", "--to", "folder") == 2
-    assert run_script("evaluate.py", "-r", run, "-n", 0, "--chains", 2) == 2
+    assert run_script("evaluate.py", "-r", run, "-n", 0, "--chains", 1) == 2
     assert [line[:22] for line in capsys.readouterr().err.splitlines()] == ["error: --first_stage: "] * 3
     assert sample("-r", run, "-n", 1, "-c", 2, "-l", tmp_path / "out", *stage) == 0
     assert run_script("convert.py", run, tmp_path / "copy", "--to", "folder", *stage) == 0
     assert load_model(tmp_path / "copy").codec().latent_size == 8
     assert distil("--resume", run, *stage, "trainer.max_steps=3") == 0
-    figures = ["-n", 0, "--chains", 2]
+    figures = ["-n", 0, "--chains", 1, "--pairs", 1, "-c", 1]
     assert run_script("evaluate.py", "-r", run, *figures, *stage) == 0
 
 
@@ -126,11 +128,11 @@ def test_an_evaluation_of_a_run_whose_teacher_is_gone_names_the_flag_for_another
         "-r",
         run,
         "--chains",
-        2,
+        1,
         "--pairs",
         1,
         "-c",
-        2,
+        1,
         "--cache",
         tmp_path / "c",
         "--results",
@@ -146,14 +148,21 @@ def test_an_evaluation_of_a_run_whose_teacher_is_gone_names_the_flag_for_another
 IMAGES = ("pixel", "first stage")
 
 
-def image_run(kind: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
-    """A training on images.npz, by a relative path, in <home>/logs/run; returns its script and the run."""
-    home.mkdir()
+SCRIPTS = {"pixel": "train_ldm.py", "first stage": "train_first_stage.py"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that makes a training on images.npz, by a relative path, once; returns the folder of logs/run."""
+    return cache(lambda kind: train_on_images(kind, tmp_path_factory.mktemp("trained")))
+
+
+def train_on_images(kind: str, home: Path) -> Path:
     training_images(home)
     config = {
         "data": {"path": "images.npz", "image_size": 32, "batch_size": 4},
         "trainer": {**TRAINER, "max_steps": 1},
-        "logging": {"name": "run"},
+        "logging": {**(LOGGING if kind == "pixel" else {}), "name": "run"},
     }
     config |= (
         {
@@ -163,20 +172,27 @@ def image_run(kind: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[s
         if kind == "pixel"
         else {"first_stage": {"target": "ldm_dkdm.first_stage.VQModel", "params": VQ_PARAMS}}
     )
-    script = "train_ldm.py" if kind == "pixel" else "train_first_stage.py"
-    monkeypatch.chdir(home)
-    assert run_script(script, "--base", write_yaml(home / "base.yaml", config)) == 0
-    return script, home / "logs" / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        assert run_script(SCRIPTS[kind], "--base", write_yaml(home / "base.yaml", config)) == 0
+    return home
+
+
+@pytest.fixture
+def home(trained: Callable[[str], Path], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of its folder, to work in."""
+    monkeypatch.chdir(shutil.copytree(trained(kind), tmp_path / "home"))
+    return tmp_path / "home"
 
 
 @pytest.mark.parametrize("kind", IMAGES)
 def test_a_run_finds_its_images_from_another_folder_and_where_they_moved(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    kind: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    script, run = image_run(kind, tmp_path / "home", monkeypatch)
+    script, run = SCRIPTS[kind], home / "logs" / "run"
     monkeypatch.chdir(tmp_path)
     assert run_script(script, "--resume", run, "trainer.max_steps=2") == 0
-    (tmp_path / "home" / "images.npz").rename(tmp_path / "moved.npz")
+    (home / "images.npz").rename(tmp_path / "moved.npz")
     capsys.readouterr()
     code = run_script(script, "--resume", run, "trainer.max_steps=3")
     assert_one_error_line(capsys, code, ("data.path: ", "images.npz"))
@@ -186,10 +202,8 @@ def test_a_run_finds_its_images_from_another_folder_and_where_they_moved(
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_images_that_are_not_those_of_the_run_are_refused(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    script, run = image_run(kind, tmp_path / "home", monkeypatch)
+def test_images_that_are_not_those_of_the_run_are_refused(kind: str, home: Path, tmp_path: Path, capsys) -> None:
+    script, run = SCRIPTS[kind], home / "logs" / "run"
     save_npz(torch.zeros(20, 32, 32, 3, dtype=torch.uint8), tmp_path / "other.npz")
     capsys.readouterr()
     code = run_script(script, "--resume", run, "trainer.max_steps=2", f"data.path={tmp_path / 'other.npz'}")
@@ -204,26 +218,25 @@ def test_a_run_goes_on_without_the_model_whose_weights_it_began_with(
 ) -> None:
     begin, runs = model_folder(tmp_path / "begin", first_stage, "v"), {}
     for name in ("whole", "run"):
-        options = {"student": {"init": str(begin)}, "trainer": {"max_steps": 4}, "logging": {"save_every": 2}}
+        options = {"student": {"init": str(begin)}, "trainer": {"max_steps": 2}, **QUIET}
         base = write_config(teacher_folder, tmp_path, name, **options)
-        steps = 4 if name == "whole" else 2
+        steps = 2 if name == "whole" else 1
         assert distil("--base", base, f"trainer.max_steps={steps}") == 0
         runs[name] = tmp_path / "logs" / name
     shutil.rmtree(begin)
     for plan in (["--plan"], []):
-        assert distil("--resume", runs["run"], "trainer.max_steps=4", *plan) == 0
-    assert result(runs["run"], 4) == result(runs["whole"], 4)
+        assert distil("--resume", runs["run"], "trainer.max_steps=2", *plan) == 0
+    assert result(runs["run"], 2) == result(runs["whole"], 2)
     assert distil("--base", base) == 0  # it has ended
     shutil.rmtree(runs["run"])
     capsys.readouterr()
     assert_one_error_line(capsys, distil("--base", base), ("student.init: ", "begin' is neither"))
 
 
-def test_a_training_goes_on_without_the_model_whose_weights_it_began_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script, first = image_run("pixel", tmp_path / "home", monkeypatch)
-    shutil.copytree(first / "model", "begin")
+@pytest.mark.parametrize("kind", ["pixel"])
+def test_a_training_goes_on_without_the_model_whose_weights_it_began_with(kind: str, home: Path) -> None:
+    script = SCRIPTS[kind]
+    shutil.copytree(home / "logs" / "run" / "model", "begin")
     keys = ("logging.name=second", "model.init=begin")
     assert run_script(script, "--base", "base.yaml", *keys) == 0
     shutil.rmtree("begin")

@@ -17,6 +17,7 @@ from ldm_dkdm.training.room import require_disk
 from ldm_dkdm.training.run_folder import RunFolder, check_run, checkpoints, open_run, step_of
 from tests.cli import contents, distil, run_script, write_yaml
 from tests.parts import UNET_PARAMS, distill_config, first_stage_folder
+from tests.run_folders import copied
 from tests.test_config_errors import assert_one_error_line
 from tests.training_images import LOGGING, TRAINER, training_images
 
@@ -24,6 +25,21 @@ from tests.training_images import LOGGING, TRAINER, training_images
 @pytest.fixture
 def base(teacher_folder: Path, tmp_path: Path) -> Path:
     return write_yaml(tmp_path / "base.yaml", distill_config(teacher_folder, tmp_path))
+
+
+@pytest.fixture(scope="module")
+def of_one_step(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one step, to be copied."""
+    home = tmp_path_factory.mktemp("finished")
+    base = write_yaml(home / "base.yaml", distill_config(teacher_folder, home))
+    assert distil("--base", base, "trainer.max_steps=1") == 0
+    return home / "run"
+
+
+@pytest.fixture
+def run(of_one_step: Path, tmp_path: Path) -> Path:
+    """A copy of it, which is that of `base` and one step."""
+    return copied(of_one_step, tmp_path)
 
 
 def changed(folder: RunFolder, **values: tuple[str, object]) -> None:
@@ -159,9 +175,7 @@ def test_the_size_of_a_run_is_known_although_another_rank_removes_a_file(
 
 
 @pytest.mark.parametrize("harm", ["missing", "damaged"])
-def test_a_finished_run_exports_its_model_again(harm: str, base: Path, tmp_path: Path, capsys) -> None:
-    assert distil("--base", base, "trainer.max_steps=2") == 0
-    run = tmp_path / "run"
+def test_a_finished_run_exports_its_model_again(harm: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = run / "student" / "student.safetensors"
     before = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # the file is mapped
     if harm == "missing":
@@ -178,8 +192,9 @@ def test_a_finished_run_exports_its_model_again(harm: str, base: Path, tmp_path:
     assert distil("--resume", run) == 0 and not capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("few_images")
 def test_a_finished_run_keeps_its_best_model_and_what_a_user_wrote(base: Path, tmp_path: Path, capsys) -> None:
-    words = ("trainer.max_steps=4", "logging.save_every=2", "logging.evaluate_every=2", "logging.keep_best=true")
+    words = ("trainer.max_steps=2", "logging.save_every=1", "logging.evaluate_every=1", "logging.keep_best=true")
     assert distil("--base", base, *words) == 0
     run = tmp_path / "run"
     card = run / "student" / "config.yaml"
@@ -209,39 +224,34 @@ def test_a_run_that_has_ended_has_no_plan(base: Path, tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize("harm", ["missing", "old"])
-def test_a_run_that_was_killed_before_its_report_gets_it_from_the_same_call(
-    harm: str, base: Path, tmp_path: Path
-) -> None:
-    assert distil("--base", base, "trainer.max_steps=2") == 0
-    page = tmp_path / "run" / "report.html"
+def test_a_run_that_was_killed_before_its_report_gets_it_from_the_same_call(harm: str, run: Path, base: Path) -> None:
+    page = run / "report.html"
     end = page.read_text().partition('id="data">')[2]  # without the time of day above it
     if harm == "missing":
         page.unlink()
     else:
         page.write_text("of an earlier stop")
         os.utime(page, (1, 1))
-    assert distil("--base", base, "trainer.max_steps=2") == 0
+    assert distil("--base", base, "trainer.max_steps=1") == 0
     assert end and page.read_text().partition('id="data">')[2] == end
     page.write_text("mine")
-    assert distil("--base", base, "trainer.max_steps=2") == 0 and page.read_text() == "mine"
+    assert distil("--base", base, "trainer.max_steps=1") == 0 and page.read_text() == "mine"
 
 
 def test_a_run_that_was_killed_between_its_save_and_its_grid_draws_it_when_it_goes_on(
     base: Path, tmp_path: Path
 ) -> None:
-    assert distil("--base", base, "trainer.max_steps=3") == 0
-    grid = tmp_path / "run" / "samples" / "step=00000003.png"
+    assert distil("--base", base, "trainer.max_steps=1", "logging.sample_every=1") == 0
+    grid = tmp_path / "run" / "samples" / "step=00000001.png"
     whole = grid.read_bytes()
     grid.unlink()
-    assert distil("--resume", tmp_path / "run", "trainer.max_steps=4") == 0
+    assert distil("--resume", tmp_path / "run", "trainer.max_steps=2") == 0
     assert grid.read_bytes() == whole
 
 
 def test_a_configuration_that_was_edited_in_the_folder_is_that_of_the_checkpoint(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert distil("--base", base, "trainer.max_steps=1") == 0
-    run = tmp_path / "run"
     stored = run / "config.yaml"
     before = stored.read_text()
     for section, key, value in (("student", "parameterization", "x0"), ("distill", "rho", 3.0), ("trainer", "seed", 1)):
@@ -257,11 +267,9 @@ def test_a_configuration_that_was_edited_in_the_folder_is_that_of_the_checkpoint
 
 
 def test_a_model_whose_checkpoints_are_gone_is_not_trained_over(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun = ("--base", base, "trainer.max_steps=1")
-    assert distil(*begun) == 0
-    run = tmp_path / "run"
     (run / "checkpoints").rename(tmp_path / "elsewhere")
     kept = contents(run)
     for words in (("--resume", run, "trainer.max_steps=2"), ("--resume", run, "--plan"), begun):
@@ -275,7 +283,7 @@ def test_a_model_whose_checkpoints_are_gone_is_not_trained_over(
 
 
 def test_checkpoints_that_were_to_stay_do_so_when_a_resume_keeps_others(base: Path, tmp_path: Path) -> None:
-    words = ("logging.keep_every=2", "logging.save_every=1")
+    words = ("logging.keep_every=2", "logging.save_every=1", "logging.sample_every=99")
     assert distil("--base", base, "trainer.max_steps=5", *words) == 0
     folder = tmp_path / "run" / "checkpoints"
 

@@ -1,7 +1,9 @@
 """Where a training leaves its weights: wrappers' prefixes, unusual keys, every EMA helper's form."""
 
+import copy
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,22 @@ from tests.parts import UNET_PARAMS, VQ_PARAMS, randomised, write_compvis_checkp
 
 HINTS: dict[str, Any] = {"image_size": 8, "num_head_channels": 32, "use_new_attention_order": False}
 PIXEL = {"schedule": "cosine", "space": "pixel"}
+PARAMS = {**UNET_PARAMS, "attention_resolutions": [1], "channel_mult": [1]}
 State = dict[str, Tensor]
+Parts = tuple[UNet, VQModel, State]  # a network, a first stage, and both by CompVis's names
+
+
+@cache
+def network(seed: int) -> UNet:
+    return randomised(UNet(**PARAMS), seed)
 
 
 def raw() -> State:
-    return dict(randomised(UNet(**UNET_PARAMS), seed=0).state_dict())
+    return copy.deepcopy(network(0).state_dict())
 
 
 def averaged() -> State:
-    return dict(randomised(UNet(**UNET_PARAMS), seed=1).state_dict())
+    return copy.deepcopy(network(1).state_dict())
 
 
 def named(prefix: str, state: Mapping[str, Tensor]) -> State:
@@ -48,13 +57,8 @@ def loads(path: Path, state: Mapping[str, Tensor], **hints: Any) -> bool:
 
 PREFIXES = ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "model.", "net.", "network.", "unet."]
 PREFIXES += ["_forward_module.", "_forward_module.model.", "_fsdp_wrapped_module.", "model._fsdp_wrapped_module."]
-PREFIXES += [
-    "model._orig_mod.",
-    "denoise_fn.",
-    "system.anything.net._orig_mod.module.",
-    "module.module.",
-    "diffusion_model.",
-]
+PREFIXES += ["model._orig_mod.", "denoise_fn.", "system.anything.net._orig_mod.module."]
+PREFIXES += ["module.module.", "diffusion_model."]
 
 
 @pytest.mark.parametrize("key", [None, "state_dict"])
@@ -91,15 +95,6 @@ def test_the_moments_of_an_optimizer_are_no_weights(key: str, tmp_path: Path) ->
     assert loads(tmp_path / "x.pt", raw()) and read(Source(tmp_path / "x.pt")).ema is None
 
 
-def averaged_model() -> State:
-    network = randomised(UNet(**UNET_PARAMS), seed=1)
-    return dict(AveragedModel(network).state_dict())
-
-
-def lightning_averaging() -> dict[str, Any]:
-    return {"state_dict": named("model.", averaged()), "current_model_state": named("model.", raw())}
-
-
 def litema() -> dict[str, Any]:
     ema = {"model_ema." + name.replace(".", ""): value for name, value in averaged().items()}
     counters = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
@@ -128,11 +123,11 @@ HELPERS: dict[str, Callable[[], Any]] = {
     "timm": lambda: {"state_dict": raw(), "state_dict_ema": named("module.", averaged())},
     "k-diffusion": lambda: {"model": raw(), "model_ema": averaged(), "opt": {}},
     "BasicSR": lambda: {"params": raw(), "params_ema": averaged()},
-    "AveragedModel": lambda: {"model": raw(), "ema": averaged_model()},
+    "AveragedModel": lambda: {"model": raw(), "ema": dict(AveragedModel(network(1)).state_dict())},
     "lucidrains": lucidrains,
     "one state dict": lambda: {"state_dict": {**named("model.", raw()), **named("ema_model.", averaged())}},
     "LitEma": litema,
-    "Lightning": lightning_averaging,
+    "Lightning": lambda: {"state_dict": named("m.", averaged()), "current_model_state": named("m.", raw())},
 }
 
 
@@ -145,7 +140,8 @@ def test_the_ema_of_a_helper_is_the_model_and_the_raw_weights_are_a_hint(name: s
 
 
 def test_a_file_of_averaged_weights_alone_is_read(tmp_path: Path) -> None:
-    for content in (averaged_model(), {"ema": averaged()}, {"model_ema": averaged(), "opt": {"a": torch.zeros(1)}}):
+    averaging = dict(AveragedModel(network(1)).state_dict())
+    for content in (averaging, {"ema": averaged()}, {"model_ema": averaged(), "opt": {"a": torch.zeros(1)}}):
         torch.save(content, tmp_path / "x.pt")
         assert loads(tmp_path / "x.pt", averaged())
 
@@ -168,8 +164,7 @@ def test_an_ema_in_an_optimizer_that_does_not_fit_is_said(tmp_path: Path, caplog
 
 def test_raw_weights_beside_an_ema_of_an_unknown_form_are_not_ema_by_their_files_name(tmp_path: Path) -> None:
     torch.save({"model": raw(), "ema": {"values": list(raw())}}, tmp_path / "ema_1.pt")
-    model = load_model(tmp_path / "ema_1.pt", **HINTS, **PIXEL)
-    assert model.info["weights_kind"] == "raw"
+    assert load_model(tmp_path / "ema_1.pt", **HINTS, **PIXEL).info["weights_kind"] == "raw"
 
 
 SEVERAL: list[Any] = [[averaged(), averaged()], {0.9: averaged(), 0.99: averaged()}]
@@ -204,38 +199,34 @@ def test_a_tensor_is_that_of_the_shard_that_the_index_names(tmp_path: Path) -> N
     save_file(state, tmp_path / "model-00001-of-00002.safetensors")
     save_file({**last, **copy}, tmp_path / "model-00002-of-00002.safetensors")
     listed = dict.fromkeys(state, "model-00001-of-00002.safetensors")
-    index = {"weight_map": listed | dict.fromkeys(last, "model-00002-of-00002.safetensors")}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    listed |= dict.fromkeys(last, "model-00002-of-00002.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
     found = read_tensors(tmp_path / "model.safetensors.index.json")
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
 
 
 def test_several_networks_are_refused_by_their_places(tmp_path: Path) -> None:
     torch.save({"state_dict": {**named("first.", raw()), **named("second.", averaged())}}, tmp_path / "x.pt")
-    with pytest.raises(
-        UserError, match=r"several networks \(state_dict.first, state_dict.second\); save the wanted one"
-    ):
+    places = r"several networks \(state_dict.first, state_dict.second\); save the wanted one"
+    with pytest.raises(UserError, match=places):
         load_model(tmp_path / "x.pt", **HINTS, **PIXEL)
     torch.save({"state_dict": {**named("model.", raw()), **named("teacher.", averaged())}}, tmp_path / "y.pt")
     assert loads(tmp_path / "y.pt", raw())
 
 
 def test_a_module_that_is_registered_twice_is_one_network(tmp_path: Path) -> None:
-    network = randomised(UNet(**UNET_PARAMS))
-    both = nn.ModuleDict({"first": network, "second": network})
+    both = nn.ModuleDict({"first": network(0), "second": network(0)})
     torch.save(both.state_dict(), tmp_path / "x.pt")
     assert loads(tmp_path / "x.pt", raw())
 
 
-@pytest.mark.parametrize(
-    "content", [lambda dit, ema: {"model": dit, "ema": ema}, lambda dit, ema: {"net": dit, "e": 1}]
-)
-def test_a_dit_is_found_likewise(content: Callable[[State, State], Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", [("model", "ema"), ("net",)])
+def test_a_dit_is_found_likewise(keys: tuple[str, ...], tmp_path: Path) -> None:
     nets = [randomised(DiT(input_size=8, hidden_size=32, depth=1, num_heads=2), seed) for seed in (0, 1)]
     states = [named("_orig_mod.module.", net.state_dict()) for net in nets]
-    torch.save(content(*states), tmp_path / "x.pt")
+    torch.save({"e": 1, **dict(zip(keys, states, strict=False))}, tmp_path / "x.pt")
     found = load_model(tmp_path / "x.pt", num_heads=2, **PIXEL)
-    wanted = nets["ema" in content(*states)].state_dict()
+    wanted = nets["ema" in keys].state_dict()
     assert all(torch.equal(found.network.state_dict()[name], value) for name, value in wanted.items())
     trained = {name: value for name, value in nets[1].state_dict().items() if name != "pos_embed"}
     torch.save({"model": states[0], "ema": {"shadow_params": list(trained.values())}}, tmp_path / "y.pt")
@@ -243,11 +234,19 @@ def test_a_dit_is_found_likewise(content: Callable[[State, State], Any], tmp_pat
     assert all(torch.equal(found.network.state_dict()[name], value) for name, value in trained.items())
 
 
+@pytest.fixture(scope="module")
+def compvis(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    unet, vq = network(0), randomised(VQModel(**VQ_PARAMS))
+    file = tmp_path_factory.mktemp("compvis") / "plain.ckpt"
+    write_compvis_checkpoint(file, unet, vq, NoiseSchedule(num_timesteps=20))
+    return unet, vq, torch.load(file, weights_only=True)["state_dict"]
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_forward_module.", "_orig_mod.", "system."])
-def test_compvis_s_names_behind_a_prefix_keep_their_schedule_ema_and_first_stage(prefix: str, tmp_path: Path) -> None:
-    unet, vq = randomised(UNet(**UNET_PARAMS)), randomised(VQModel(**VQ_PARAMS))
-    plain = write_compvis_checkpoint(tmp_path / "plain.ckpt", unet, vq, NoiseSchedule(num_timesteps=20))
-    state = torch.load(plain, weights_only=True)["state_dict"]
+def test_compvis_s_names_behind_a_prefix_keep_their_schedule_ema_and_first_stage(
+    prefix: str, compvis: Parts, tmp_path: Path
+) -> None:
+    unet, vq, state = compvis
     torch.save({"state_dict": named(prefix, state)}, tmp_path / "x.ckpt")
     inner = {k.replace("model.diffusion_model.", "model._orig_mod.diffusion_model."): v for k, v in state.items()}
     torch.save({"model_state_dict": inner}, tmp_path / "y.ckpt")
@@ -267,10 +266,10 @@ PLACES += ["_orig_mod.module.diffusion_model._orig_mod."]
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("outer", ["", "system."])
-def test_a_unet_that_was_wrapped_within_compvis_s_names_keeps_its_ema(outer: str, place: str, tmp_path: Path) -> None:
-    unet, vq = randomised(UNet(**UNET_PARAMS)), randomised(VQModel(**VQ_PARAMS))
-    plain = write_compvis_checkpoint(tmp_path / "plain.ckpt", unet, vq, NoiseSchedule(num_timesteps=20))
-    state, dotless = torch.load(plain, weights_only=True)["state_dict"], place.replace(".", "")
+def test_a_unet_that_was_wrapped_within_compvis_s_names_keeps_its_ema(
+    outer: str, place: str, compvis: Parts, tmp_path: Path
+) -> None:
+    (unet, vq, state), dotless = compvis, place.replace(".", "")
     names = {k: k.replace("model_ema.diffusion_model", f"model_ema.{dotless}") for k in state}
     names = {k: v.replace("model.diffusion_model.", f"model.{place}") for k, v in names.items()}
     torch.save({"state_dict": {outer + names[k]: value for k, value in state.items()}}, tmp_path / "x.ckpt")
