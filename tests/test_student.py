@@ -29,9 +29,9 @@ def test_a_budget_narrows_the_teachers_unet_and_says_so(
     wide_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     student = distilled(wide_teacher, tmp_path, {"budget": "1M", "parameterization": "v"})
-    assert "student.budget 1M: model_channels 32" in capsys.readouterr().out
+    assert "student.budget 1M: model_channels 32, norm_groups 16, " in capsys.readouterr().out
     model = load_model(student)
-    assert model.node.params == {**UNET_PARAMS, "model_channels": 32}
+    assert model.node.params == {**UNET_PARAMS, "model_channels": 32, "norm_groups": 16}
     assert model.parameterization == "v"
     assert sum(p.numel() for p in model.network.parameters()) <= 1_000_000
 

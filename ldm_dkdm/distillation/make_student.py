@@ -49,8 +49,11 @@ def _narrowed(config: StudentConfig, budget: str | int, teacher: DiffusionModel,
         raise UserError("student.budget: chooses target and params itself; remove them or the budget")
     with _of_student():
         student = teacher.narrowed(budget, parameterization=config.parameterization, seed=seed)
-    width = student.node.params["model_channels"]
-    logger.info(f"student.budget {budget}: model_channels {width}, {student.parameters / 1e6:.3g} M parameters")
+    params = student.node.params
+    shape = f"model_channels {params['model_channels']}"
+    if "norm_groups" in params:
+        shape += f", norm_groups {params['norm_groups']}"
+    logger.info(f"student.budget {budget}: {shape}, {student.parameters / 1e6:.3g} M parameters")
     return student
 
 
