@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_dkdm import load_model
+from ldm_dkdm.model import diffusion_model
 from tests.cli import distil, write_yaml
 from tests.parts import UNET_PARAMS, distill_config, model_folder
 
@@ -34,6 +35,17 @@ def test_a_budget_narrows_the_teachers_unet_and_says_so(
     assert model.node.params == {**UNET_PARAMS, "model_channels": 32, "norm_groups": 16}
     assert model.parameterization == "v"
     assert sum(p.numel() for p in model.network.parameters()) <= 1_000_000
+
+
+def test_a_run_keeps_the_network_that_its_budget_meant_when_it_began(
+    wide_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = distilled(wide_teacher, tmp_path, {"budget": "1M"}, max_steps=3)
+    now = {**UNET_PARAMS, "model_channels": 32, "norm_groups": 8}
+    monkeypatch.setattr(diffusion_model, "unet_within_budget", lambda params, budget: now)
+    assert distil("--resume", student.parent, "trainer.max_steps=4") == 0
+    assert load_model(student).node.params["norm_groups"] == 16
+    assert load_model(student).info["step"] == 4
 
 
 def test_init_teacher_begins_with_the_teachers_tensors(
