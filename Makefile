@@ -31,7 +31,7 @@ test: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy & types=$$!; \
-	  OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder && wait $$types
+	  OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder; tests=$$?; wait $$types && exit $$tests
 	$(VENV)/bin/mkdocs build --quiet --strict
 
 # docs/options.md from the schema of the configuration, then the site.

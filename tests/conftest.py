@@ -1,6 +1,6 @@
 """Fixtures: model folders that are made once a session."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,6 +14,7 @@ from ldm_dkdm.evaluation import agreement
 from tests.cli import run_script
 from tests.digits import train
 from tests.parts import first_stage_folder, model_folder
+from tests.prepared import end_what_is_left
 
 LONGEST = {
     "test_benchmarks",
@@ -62,6 +63,20 @@ def digits_teacher(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make measurements of the agreement quick: 3 images of 2 steps."""
     monkeypatch.setattr(agreement, "TRAINING", agreement.Sizes(chains=4, images=3, steps=2))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fixtures that are made before a test's own cache is set keep out of the user's too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LDM_DKDM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    yield
+    end_what_is_left()
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,9 @@
 """Processes that are forked from one that has imported the package: an import takes longer than most of their work."""
 
 import os
+import signal
 from collections.abc import Callable, Mapping
-from contextlib import chdir
+from contextlib import chdir, suppress
 from multiprocessing import forkserver, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +22,7 @@ MODULES = [
 FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(MODULES)
 SECONDS = 250.0
+BEGUN: list[BaseProcess] = []
 
 
 def begin(
@@ -40,6 +42,7 @@ def begin(
     variables = {**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1"}
     process = FORKS.Process(target=_run, args=(work, arguments, printed, variables, Path.cwd()))
     process.start()
+    BEGUN.append(process)
     return process
 
 
@@ -47,9 +50,26 @@ def ended(process: BaseProcess, seconds: float = SECONDS) -> int:
     """The exit code of a process that ends by itself; negative: the number of the signal that ended it."""
     process.join(seconds)
     if process.exitcode is None:
-        process.kill()
+        _kill(process)
         raise AssertionError(f"{process.name} does not end within {seconds} s")
     return process.exitcode
+
+
+def end_what_is_left() -> None:
+    """Kill what a test that failed has left at work: this process would wait for it at its end."""
+    for process in BEGUN:
+        if process.exitcode is None:
+            _kill(process)
+    BEGUN.clear()
+
+
+def _kill(process: BaseProcess) -> None:
+    """Kill a process and those that it has begun."""
+    assert process.pid is not None
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # where it has no session of its own yet
+    process.join()
 
 
 def _run(

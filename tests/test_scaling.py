@@ -214,15 +214,6 @@ def test_the_ldm_teacher_is_narrowed_to_the_largest_width_within_the_budget(budg
         assert _count({**TEACHER, "model_channels": width + 32}) > budget
 
 
-def test_no_channel_of_a_narrowed_copy_is_normalised_alone_unless_the_teachers_are() -> None:
-    params = unet_within_budget(TEACHER, _count({**TEACHER, "model_channels": 32}))
-    assert (params["model_channels"], params["norm_groups"]) == (32, 16)
-    norms = [layer for layer in UNet(**params).modules() if isinstance(layer, nn.GroupNorm)]
-    assert min(norm.num_channels // norm.num_groups for norm in norms) == 2
-    alone = {**TEACHER, "model_channels": 32}
-    assert unet_within_budget(alone, 10**9) == alone
-
-
 def test_a_budget_below_the_narrowest_is_refused_with_its_size() -> None:
     smallest = _count({**TEACHER, "model_channels": 32}) / 1e6
     with pytest.raises(UserError, match=rf"narrowest UNet of the teacher's shape has {smallest:.3g}M"):

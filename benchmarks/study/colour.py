@@ -1,7 +1,7 @@
-"""How much colour samples of grey images have: python benchmarks/study/colour.py MODEL ... [--sampler S] [-c STEPS]
+"""Print the colour of samples of grey images: python benchmarks/study/colour.py MODEL ... [--sampler S] [-c N] [-n N]
 
-The digits are grey, and what their teacher and its students draw is nearly so. Printed is the root mean square of what
-is left of the channels, of 0 to 255, without their mean.
+The digits are grey, and what their teacher and its students draw is nearly so. A model's figure is the root mean square
+of what is left of the channels, of 0 to 255, without their mean.
 """
 
 import argparse

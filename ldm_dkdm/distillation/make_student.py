@@ -14,7 +14,7 @@ from ldm_dkdm.config.schema import DiffusionConfig, LossConfig, NetworkConfig, N
 from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, is_out_of_memory
 from ldm_dkdm.model import DiffusionModel
-from ldm_dkdm.networks import DiT
+from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.networks.modes import in_eval_mode, tensor_of
 from ldm_dkdm.networks.scaling import slice_teacher
 from ldm_dkdm.reporting import logger
@@ -49,11 +49,8 @@ def _narrowed(config: StudentConfig, budget: str | int, teacher: DiffusionModel,
         raise UserError("student.budget: chooses target and params itself; remove them or the budget")
     with _of_student():
         student = teacher.narrowed(budget, parameterization=config.parameterization, seed=seed)
-    params = student.node.params
-    shape = f"model_channels {params['model_channels']}"
-    if "norm_groups" in params:
-        shape += f", norm_groups {params['norm_groups']}"
-    logger.info(f"student.budget {budget}: {shape}, {student.parameters / 1e6:.3g} M parameters")
+    width = student.node.params["model_channels"]
+    logger.info(f"student.budget {budget}: model_channels {width}, {student.parameters / 1e6:.3g} M parameters")
     return student
 
 
@@ -88,6 +85,26 @@ def require_fit(student: DiffusionModel, teacher: DiffusionModel) -> None:
             f"{own}.out_channels: {outputs}, but the teacher has no variance to teach; "
             + ("set learn_sigma: false" if isinstance(network, DiT) else f"set it to {channels}")
         )
+
+
+def name_lone_channels(student: DiffusionModel, teacher: DiffusionModel) -> None:
+    """Say that the student's UNet normalises channels one by one, where the teacher does not.
+
+    Such a channel loses its mean over the image (docs/evidence.md, "Two channels of the first level ...").
+    """
+    own, theirs = (_fewest_in_a_group(model.network) for model in (student, teacher))
+    if isinstance(student.network, UNet) and own == 1 < theirs:
+        groups = next(layer.num_groups for layer in student.network.modules() if isinstance(layer, nn.GroupNorm))
+        logger.info(
+            f"student.params.norm_groups: with {groups} some channels are normalised one by one and lose their mean "
+            f"over the image; {max(1, groups // 2)} has made better students of so few channels (docs/evidence.md)"
+        )
+
+
+def _fewest_in_a_group(network: nn.Module) -> int:
+    """The smallest number of channels that a norm of a network takes together; 2 without such norms."""
+    norms = (layer for layer in network.modules() if isinstance(layer, nn.GroupNorm))
+    return min((norm.num_channels // norm.num_groups for norm in norms), default=2)
 
 
 @torch.no_grad()

@@ -38,9 +38,6 @@ def parse_budget(text: str | int) -> int:
 def unet_within_budget(params: Mapping[str, Any], budget: int) -> dict[str, Any]:
     """UNet parameters with the largest `model_channels`, at most the given one, that keep within a budget.
 
-    Where a level would be normalised channel by channel and none of the teacher's is, the norms have half of the
-    groups: a channel that is normalised alone loses its mean over the image (docs/evidence.md, "Two channels ...").
-
     Args:
         params: keyword arguments of the teacher's UNet; other keys are left out of the result.
         budget: largest number of parameters of the student.
@@ -56,23 +53,14 @@ def unet_within_budget(params: Mapping[str, Any], budget: int) -> dict[str, Any]
         raise UserError(
             f"budget: {_millions(budget)} is too small; the narrowest UNet of the teacher's shape has {narrowest}"
         )
-    width, full = widths[fitting - 1], _every_argument(params)
-    groups, mult = full["norm_groups"], min(full["channel_mult"])
-    if groups % 2 == 0 and width * mult < 2 * groups <= full["model_channels"] * mult:
-        params["norm_groups"] = groups // 2
-    return {**params, "model_channels": width}
-
-
-def _every_argument(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The given arguments of a UNet and its defaults."""
-    arguments = inspect.signature(UNet).bind(**params)
-    arguments.apply_defaults()
-    return arguments.arguments
+    return {**params, "model_channels": widths[fitting - 1]}
 
 
 def _admissible_widths(params: Mapping[str, Any]) -> list[int]:
     """The widths up to that of `params`, ascending, at which every level divides into norm groups and heads."""
-    full = _every_argument(params)
+    arguments = inspect.signature(UNet).bind(**params)
+    arguments.apply_defaults()
+    full = arguments.arguments
     heads = full["num_heads"] if full["num_head_channels"] == -1 else full["num_head_channels"]
     mults = [Fraction(mult).limit_denominator(full["model_channels"]) for mult in full["channel_mult"]]
     attends = [2**level in full["attention_resolutions"] for level in range(len(mults))]

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from ldm_dkdm.config.checked import Section
-from ldm_dkdm.config.load import RUN_KIND, card_kind, fits, read_card, read_yaml
-from ldm_dkdm.config.schema import FirstStageCard, ModelCard, NewNetworkConfig, StudentConfig
+from ldm_dkdm.config.load import RUN_KIND, card_kind, fits, read_yaml
+from ldm_dkdm.config.schema import FirstStageCard, ModelCard, NewNetworkConfig
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import exists, expanded
 from ldm_dkdm.training.run_folder import IMAGES, POINTERS, RunConfig, RunFolder
@@ -44,19 +44,9 @@ def located_paths(section: S, run: Path | None) -> S:
 
 
 def network_to_train(section: N, folder: RunFolder, run: Path | None) -> N:
-    """The section of a run's network with its paths `located`, without `init` where a checkpoint has the weights.
-
-    A `budget` is then the network that the run has trained so far, whatever budgets have come to mean since.
-    """
+    """The section of a run's network with its paths `located`, without `init` where a checkpoint has the weights."""
     found = located_paths(section, run)
-    if folder.latest() is None:
-        return found
-    found = replace(found, init="random")
-    card = folder.model / "config.yaml"
-    if isinstance(found, StudentConfig) and found.budget is not None and card.is_file():
-        node = read_card(card, ModelCard).network
-        found = replace(found, target=node.target, params=node.params, budget=None)
-    return found
+    return found if folder.latest() is None else replace(found, init="random")
 
 
 def given_paths(config: R, run: Path) -> R:

@@ -11,6 +11,7 @@ from ldm_dkdm.config.schema import DistillConfig, DistillRun
 from ldm_dkdm.distillation.chains import require_states
 from ldm_dkdm.distillation.make_student import (
     check_loss,
+    name_lone_channels,
     require_call,
     require_fit,
     require_fixed_variance,
@@ -139,6 +140,7 @@ def assemble(
         raise UserError(f"warmup.t_cap: has an effect with mode: {modes} only, and this run has {own}; set it to null")
     _require_draws(method)
     require_fit(student, teacher)
+    name_lone_channels(student, teacher)
     learned = require_call(student)
     if not learned and not resumed:
         require_variance(method.loss)
