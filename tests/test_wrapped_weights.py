@@ -127,7 +127,7 @@ HELPERS: dict[str, Callable[[], Any]] = {
     "lucidrains": lucidrains,
     "one state dict": lambda: {"state_dict": {**named("model.", raw()), **named("ema_model.", averaged())}},
     "LitEma": litema,
-    "Lightning": lambda: {"state_dict": named("m.", averaged()), "current_model_state": named("m.", raw())},
+    "Lightning": lambda: {"state_dict": named("net.", averaged()), "current_model_state": named("net.", raw())},
 }
 
 
