@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from ldm_dkdm.commands.arguments import read_hints, split_base
 from ldm_dkdm.commands.hints import split_paths
-from ldm_dkdm.config.load import load_config, read_yaml, to_yaml
+from ldm_dkdm.config.load import load_config, plain_values, read_yaml, to_yaml
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, LoggingConfig
-from ldm_dkdm.config.text import quoted
+from ldm_dkdm.config.text import quoted, written
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.networks.scaling import parse_budget
@@ -59,6 +60,26 @@ def test_what_is_done_to_a_config_changes_no_later_reading(tmp_path: Path) -> No
     file.write_text(BASE)
     read_yaml(file).teacher.ckpt = "other.ckpt"
     assert read_yaml(file).teacher.ckpt == "x.ckpt"
+
+
+def test_a_merge_changes_no_later_reading(tmp_path: Path) -> None:
+    file, second = tmp_path / "config.yaml", tmp_path / "second.yaml"
+    file.write_text(BASE.replace("{ckpt: x.ckpt}", "{ckpt: x.ckpt, target: UNet, params: {model_channels: 32}}"))
+    second.write_text("student: {target: ldm_dkdm.networks.DiT, unet_config: {params: {depth: 2}}}\n")
+    alone, described = load_config(file), Path("models/teachers/emoji64").resolve()
+    both = load_config([file, second], ["teacher.ckpt=x.ckpt", f"teacher.ckpt={described}"])
+    assert (both.student.params, both.teacher.target, both.teacher.params) == ({"depth": 2}, None, {})
+    assert load_config(file, [f"teacher.ckpt={described}"]).teacher.params == {}
+    assert load_config(file) == alone
+    assert (alone.teacher.target, alone.teacher.params) == ("UNet", {"model_channels": 32})
+
+
+def test_every_text_is_written_so_that_it_is_read_again(tmp_path: Path) -> None:
+    odd = ["", "null", "~", "y", "1e-3", "a: b", "x # y", "*a", "&a", "?", "a\nb", "\N{GRINNING FACE}", "\x7f", "${a}"]
+    listed = ("2", 2, 1e-05, None, True)
+    tree = {text: [text, {"twice": listed, "again": listed}] for text in (*NAMES, *odd)}
+    assert OmegaConf.to_container(OmegaConf.create(written(tree))) == plain_values(tree)
+    assert written(tree) == OmegaConf.to_yaml(OmegaConf.create(tree))
 
 
 @pytest.mark.parametrize("name", NAMES)

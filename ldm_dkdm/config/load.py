@@ -20,7 +20,7 @@ from ldm_dkdm.config.overrides import NOT_YAML, dotlist, read_overrides, resolve
 from ldm_dkdm.config.recipes import find_config, find_shipped
 from ldm_dkdm.config.references import bad_reference
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard, NewNetworkConfig
-from ldm_dkdm.config.text import quoted
+from ldm_dkdm.config.text import quoted, written
 from ldm_dkdm.errors import OtherRun, UserError, legible, nearest
 from ldm_dkdm.files import read_text
 from ldm_dkdm.reporting import logger
@@ -33,6 +33,7 @@ __all__ = [
     "load_config",
     "nearest",
     "parse",
+    "plain_values",
     "read_card",
     "read_overrides",
     "read_yaml",
@@ -143,7 +144,9 @@ def fits(tree: Mapping[str, Any], run: Any) -> bool:
 
 def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
     """Merge as OmegaConf does, but drop keys of the earlier `target`, without `budget`, or of the earlier schedule."""
-    before = before.copy()
+    if not after:
+        return before
+    replaced_keys = []
     for section, node in after.items():
         old = before.get(section)
         if not (isinstance(node, DictConfig) and isinstance(old, DictConfig)):
@@ -156,8 +159,10 @@ def _merge(before: DictConfig, after: DictConfig) -> DictConfig:
             replaced = ("schedule", "num_timesteps", "beta_start", "beta_end")
         else:
             replaced = ("params", "target") if "budget" in node else ()
-        for key in replaced:
-            old.pop(key, None)
+        replaced_keys += [(section, key) for key in replaced if key in old]
+    before = before.copy() if replaced_keys else before
+    for section, key in replaced_keys:
+        del before[section][key]
     return cast(DictConfig, OmegaConf.merge(before, after))
 
 
@@ -172,6 +177,7 @@ def _without_architecture(recipe: DictConfig, overrides: DictConfig) -> DictConf
         return recipe
     keys = {f"teacher.{key}" for key in ("target", "params") if before.get(key)}
     keys |= {key for key in ("diffusion", "first_stage") if recipe.get(key)} if whole else set()
+    recipe = recipe.copy()
     dropped = sorted(key for key in keys if OmegaConf.select(overrides, key) is None)
     unused_keys = [key for key in dropped if _says_something(OmegaConf.select(recipe, key))]
     for key in dropped:
@@ -195,7 +201,9 @@ def _unwrap_sections(part: DictConfig, schema: type) -> DictConfig:
     tree: Any = OmegaConf.to_container(part)
     if schema is DiffusionRun and set(tree) == {"student"}:
         tree = {"model": tree["student"]}
-    return OmegaConf.create({k: unwrap(v) if isinstance(v, Mapping) else v for k, v in tree.items()})
+    plain = {k: unwrap(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+    changed = part.keys() != plain.keys() or any(plain[key] is not tree[key] for key in tree)
+    return OmegaConf.create(plain) if changed else part
 
 
 def read_yaml(path: Path, hint: Mapping[str, Any] | None = None) -> DictConfig:
@@ -276,5 +284,15 @@ def _kind(tree: DictConfig) -> str | None:
 
 
 def to_yaml(config: Any) -> str:
-    """A validated config as YAML text."""
-    return OmegaConf.to_yaml(dataclasses.asdict(config))
+    """A validated config, or its plain values, as YAML text."""
+    return written(plain_values(config))
+
+
+def plain_values(node: Any) -> Any:
+    """A validated config, or a part of it, as mappings, lists and scalars."""
+    if isinstance(node, Section):
+        return {field.name: plain_values(getattr(node, field.name)) for field in dataclasses.fields(node)}
+    if isinstance(node, Mapping):
+        return {key: plain_values(value) for key, value in node.items()}
+    is_list = isinstance(node, Sequence) and not isinstance(node, (str, bytes))
+    return [*map(plain_values, node)] if is_list else node

@@ -6,14 +6,16 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import yaml
 
 from ldm_dkdm.config.checked import hints_of
-from ldm_dkdm.config.limits import LOADER, require_modest
+from ldm_dkdm.config.limits import LOADER, TEXT, require_modest
 
 NULL = "tag:yaml.org,2002:null"
+SWITCHES = ("y", "Y", "n", "N")  # flags to some readers of YAML 1.1
 SIMPLE = re.compile(r"[\w.:+-]+")  # a scalar that may stand without quotes wherever an alias may
 
 
@@ -135,3 +137,31 @@ def _keys(hint: Any) -> Mapping[str, Any]:
 
 def _options(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else ()
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Quotes also the texts that OmegaConf reads as numbers, such as 1e-3."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write out a value that stands in two places at both."""
+        return True
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """A scalar, in quotes where it looks like a number."""
+        return self.represent_scalar(TEXT, text, style="'" if text in SWITCHES or _is_number(text) else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def written(tree: Any) -> str:
+    """Plain values as a YAML text, every text such that a reader gets it back, as `OmegaConf.to_yaml` writes them."""
+    return str(yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False))
+
+
+def _is_number(text: str) -> bool:
+    for kind in (int, float):
+        with suppress(ValueError):
+            kind(text)
+            return True
+    return False

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ldm_dkdm.config.batches import SECTIONS
-from ldm_dkdm.config.load import load_config, parse, read_yaml, to_yaml
+from ldm_dkdm.config.load import load_config, parse, plain_values, read_yaml, to_yaml
 from ldm_dkdm.config.process_section import ONCE_UNSAID
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageRun, LoggingConfig
 from ldm_dkdm.device import is_first_rank
@@ -137,10 +137,9 @@ def check_run(config: RunConfig, folder: RunFolder, resumed: bool) -> None:
     stored = folder.path / "config.yaml"
     if not stored.is_file():
         return
-    text = config_text(config)
-    if stored.read_bytes() == text.encode():
+    if stored.read_bytes() == config_text(config).encode():
         return
-    before, now = _seen(_made_with(stored, type(config))), _seen(text)
+    before, now = _seen(_made_with(stored, type(config))), _seen(_tree(config))
     if before != now:
         fixed = next((key for key, _, _ in _fixed_changes(config, before, now)), None)
         if not resumed:
@@ -172,12 +171,12 @@ def check_trained(config: RunConfig, folder: RunFolder, text: str, checkpoint: P
     Raises:
         UserError: the key and both values.
     """
-    now = config_text(config)
-    if text == now:
+    if text == config_text(config):
         return
+    then: Any = OmegaConf.to_container(OmegaConf.create(text))
     with suppress(UserError):  # keys that did not exist then get their defaults; others are compared as they are
-        text = config_text(parse(type(config), OmegaConf.to_container(OmegaConf.create(text)), ""))
-    for key, old, new in _fixed_changes(config, _seen(text), _seen(now)):
+        then = _tree(parse(type(config), then, ""))
+    for key, old, new in _fixed_changes(config, _seen(then), _seen(_tree(config))):
         raise UserError(
             f"{key}: is {_short(new)} in {folder.path / 'config.yaml'}, but {checkpoint.name} was trained with "
             f"{_short(old)}; put that back, or start a new run for the change"
@@ -212,22 +211,25 @@ def _place(tree: Any, folder: RunFolder) -> Path:
 
 def config_text(config: RunConfig) -> str:
     """A config as YAML; a batch size per device is left to the global one, since the devices may change."""
+    return to_yaml(_tree(config))
+
+
+def _tree(config: RunConfig) -> dict[str, Any]:
+    """The plain values of `config_text`."""
+    tree = plain_values(config)
     for name in SECTIONS:
-        section = getattr(config, name, None)
-        if getattr(section, "global_batch_size", None) is not None:
-            tree = OmegaConf.create(to_yaml(config))
-            OmegaConf.update(tree, f"{name}.batch_size", None)
-            return OmegaConf.to_yaml(tree)
-    return to_yaml(config)
+        if name in tree and tree[name].get("global_batch_size") is not None:
+            tree[name]["batch_size"] = None
+    return tree
 
 
-def _seen(text: str) -> Any:
-    """What tells a config from another run's, as plain values, so that the order of keys does not matter."""
-    tree = OmegaConf.create(text)
+def _seen(tree: Any) -> Any:
+    """What tells a config from another run's."""
     for key in (*UNSEEN, *ONE):
-        if OmegaConf.select(tree, key) is not None and (key in UNSEEN or OmegaConf.select(tree, key) == 1):
-            OmegaConf.update(tree, key, None)
-    return OmegaConf.to_container(tree)
+        section, _, name = key.rpartition(".")
+        if (value := _at(tree, key)) is not None and (key in UNSEEN or value == 1):
+            tree[section][name] = None
+    return tree
 
 
 def _at(tree: Any, key: str) -> Any:
@@ -258,12 +260,12 @@ def _short(value: Any) -> str:
     return "null" if value is None else legible(str(value), 40)
 
 
-def _made_with(stored: Path, schema: type[RunConfig]) -> str:
-    """The config in a run folder; keys that did not exist when it was made have their defaults."""
+def _made_with(stored: Path, schema: type[RunConfig]) -> Any:
+    """The values of the config in a run folder; keys that did not exist when it was made have their defaults."""
     try:
-        return config_text(load_config(stored, schema=schema, of_run=True))
+        return _tree(load_config(stored, schema=schema, of_run=True))
     except UserError:  # a config of another script
-        return OmegaConf.to_yaml(read_yaml(stored))  # refuses a damaged or endless one
+        return OmegaConf.to_container(read_yaml(stored))  # refuses a damaged or endless one
 
 
 def require_plain(path: Path) -> None:
