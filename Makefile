@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check
 export NO_MKDOCS_2_WARNING := 1
 unexport PYTHONDONTWRITEBYTECODE # each process would compile its libraries anew: 23 s of CPU in place of 8 for Lightning
 
@@ -30,9 +31,8 @@ study: setup
 test: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy & types=$$!; \
-	  OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder; tests=$$?; wait $$types && exit $$tests
-	$(VENV)/bin/mkdocs build --quiet --strict
+	{ $(VENV)/bin/mypy && $(VENV)/bin/mkdocs build --quiet --strict; } & others=$$!; \
+	  OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder; tests=$$?; wait $$others && exit $$tests
 
 # docs/options.md from the schema of the configuration, then the site.
 docs: setup
@@ -46,8 +46,10 @@ $(VENV)/.installed: requirements.lock pyproject.toml setup.py
 	  { echo "error: $(PYTHON) is older than Python 3.11; name another with PYTHON=..." >&2; exit 2; }
 	@echo "installing into $(VENV): about 6 GB, some minutes, once"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@# three at a time, since pip fetches one package after the other; then what torch brings by itself
+	sed '/^#/d' requirements.lock | xargs -P 3 -n 50 $(INSTALL) --no-compile --no-deps
+	$(INSTALL) --no-compile -r requirements.lock
+	$(INSTALL) --no-deps --no-build-isolation -e .
 	touch $@
 
 # Repeat the training of the shipped autoencoder and teacher (hours; needs npm for the emoji).
