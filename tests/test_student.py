@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm_dkdm import load_model
+from ldm_dkdm import UserError, load_model
 from tests.cli import distil, write_yaml
 from tests.parts import UNET_PARAMS, distill_config, model_folder
 
@@ -65,6 +65,37 @@ def test_init_of_a_folder_begins_with_its_weights(teacher_folder: Path, tmp_path
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
 
 
+def test_a_budget_takes_other_groups_for_the_norms(
+    wide_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = distilled(wide_teacher, tmp_path, {"budget": "1M", "params": {"norm_groups": 16}}, max_steps=1)
+    assert "norm_groups" not in capsys.readouterr().out
+    model, own = load_model(student), load_model(wide_teacher).narrowed("1M", norm_groups=16)
+    assert model.node == own.node and own.node.params == {**UNET_PARAMS, "model_channels": 32, "norm_groups": 16}
+    for groups in (0, 1.5, True, "16"):
+        with pytest.raises(UserError, match=r"^norm_groups: expected a whole number from 1 to 4096"):
+            own.narrowed("1M", norm_groups=groups)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "there"),
+    [
+        ("norm_groups", 16, "input_blocks.1.0.in_layers.0: num_groups 32 there, 16 here"),
+        ("num_head_channels", 64, "heads 2 there, 1 here"),
+        ("dropout", 0.1, ""),
+    ],
+)
+def test_init_of_a_folder_names_a_network_that_computes_otherwise(
+    teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: float, there: str
+) -> None:
+    params = {**UNET_PARAMS, key: value}
+    node = {"target": "ldm_dkdm.networks.UNet", "params": params, "init": str(teacher_folder)}
+    distilled(teacher_folder, tmp_path, node, max_steps=1)
+    shown = capsys.readouterr()
+    assert ("has weights of another network" in shown.out + shown.err) is bool(there)
+    assert there in shown.out + shown.err
+
+
 def test_init_of_a_folder_that_predicts_something_else_is_refused(
     teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +110,8 @@ def test_init_of_a_folder_that_predicts_something_else_is_refused(
         ({"budget": "1k"}, ("student.budget", "too small")),
         ({"budget": "much"}, ("student.budget", "60M")),
         ({"budget": "1M", "target": "ldm_dkdm.networks.UNet"}, ("student.budget", "remove")),
+        ({"budget": "1M", "params": {"model_channels": 32}}, ("student.budget", "but for params.norm_groups")),
+        ({"budget": "1M", "params": {"norm_groups": 0}}, ("student.params.norm_groups", "from 1 to 4096")),
         ({}, ("student.target: missing", "student.budget")),
         (
             {

@@ -77,14 +77,36 @@ def _differences(network: nn.Module, node: NetworkConfig, kind: str) -> Iterator
             yield f"{layer} is a {type(own).__name__} instead of a {type(usual).__name__}"
         if _is_replaced(vars(own).get("forward"), type(own)):
             yield f"{layer} has another forward"
-        for key, value in vars(usual).items():
-            if isinstance(value, PLAIN) and key not in FREE and not key.startswith("_") and vars(own).get(key) != value:
-                yield f"{layer} has {key} {vars(own).get(key)} instead of {value}"
+        for key, here, there in _constants(own, usual):
+            yield f"{layer} has {key} {here} instead of {there}"
     for name in built:
         yield f"it lacks {name}"
     usual_names, names = plain.state_dict().keys(), unwrapped(network.state_dict()).keys()
     for name in sorted(usual_names ^ names):  # weights behind a norm of their own
         yield f"it {'lacks' if name in usual_names else 'also has'} the tensor {name}"
+
+
+def _constants(own: nn.Module, usual: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """(name, value in `own`, value in `usual`) of a layer's constants that differ."""
+    for key, value in vars(usual).items():
+        if isinstance(value, PLAIN) and key not in FREE and not key.startswith("_") and vars(own).get(key) != value:
+            yield key, vars(own).get(key), value
+
+
+def other_constant(network: nn.Module, node: NetworkConfig) -> str:
+    """Where a network computes with another constant than the one that `node` describes, which no shape shows.
+
+    Such are the groups of a norm and the heads of an attention; empty where there is none, or `node` does not build.
+    """
+    factory = NETWORKS.get(node.target)
+    if factory is None or not is_own(factory) or type(network) is not factory:
+        return ""
+    with torch.device("meta"), Unfilled():
+        described = dict(build(node, NETWORKS).named_modules())
+    for name, own in network.named_modules():
+        for key, here, there in _constants(own, described.get(name, own)):
+            return f"{name + ': ' if name else ''}{key} {there} there, {here} here"
+    return ""
 
 
 def _is_replaced(forward: Any, kind: type[nn.Module]) -> bool:

@@ -1,13 +1,14 @@
 """Make a student for a teacher: network, initial weights, and checks that it fits."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ldm_dkdm.checkpoints import Source, read
+from ldm_dkdm.checkpoints.as_built import other_constant
 from ldm_dkdm.checkpoints.hints import Hints
 from ldm_dkdm.checkpoints.loading import load_strictly
 from ldm_dkdm.config.schema import DiffusionConfig, LossConfig, NetworkConfig, NewNetworkConfig, StudentConfig
@@ -45,10 +46,14 @@ def make_student(config: StudentConfig, teacher: DiffusionModel, seed: int = 0) 
 
 
 def _narrowed(config: StudentConfig, budget: str | int, teacher: DiffusionModel, seed: int) -> DiffusionModel:
-    if config.target is not None or config.params:
-        raise UserError("student.budget: chooses target and params itself; remove them or the budget")
+    params = dict(config.params)
+    groups = params.pop("norm_groups", None)
+    if config.target is not None or params:
+        raise UserError(
+            "student.budget: chooses target and params itself, but for params.norm_groups; remove them or the budget"
+        )
     with _of_student():
-        student = teacher.narrowed(budget, parameterization=config.parameterization, seed=seed)
+        student = teacher.narrowed(budget, parameterization=config.parameterization, norm_groups=groups, seed=seed)
     width = student.node.params["model_channels"]
     logger.info(f"student.budget {budget}: model_channels {width}, {student.parameters / 1e6:.3g} M parameters")
     return student
@@ -60,7 +65,8 @@ def _of_student() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"student.{error}") from error
+        section = "student.params" if str(error).startswith("norm_groups") else "student"
+        raise UserError(f"{section}.{error}") from error
 
 
 def require_fit(student: DiffusionModel, teacher: DiffusionModel) -> None:
@@ -159,6 +165,9 @@ def load_initial(network: nn.Module, node: NewNetworkConfig, where: str, words: 
     if found != node.parameterization:
         raise UserError(f"{where}: {node.init} predicts {found}; set parameterization to that, or init to random")
     load_strictly(network, contents.weights(hints), contents.file)
+    with suppress(UserError):  # a file that does not say what its network is
+        if found := other_constant(network, contents.network(hints)):
+            logger.warning(f"{where}: {node.init} has weights of another network ({found}); they are taken as they are")
 
 
 def require_variance(loss: LossConfig, where: str = "loss") -> None:

@@ -25,10 +25,10 @@ from ldm_dkdm.model.changes import changed, same_codec, stage_of
 from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, require_meaning, shape_of, table_of
 from ldm_dkdm.model.guidance import output_of, require_guidance
 from ldm_dkdm.model.sampling import SampleBatch, sample_batches
-from ldm_dkdm.networks import NETWORKS, DiT, UNet
+from ldm_dkdm.networks import NETWORKS, DiT
 from ldm_dkdm.networks.cost import parameters
 from ldm_dkdm.networks.modes import in_eval_mode
-from ldm_dkdm.networks.scaling import parse_budget, unet_within_budget
+from ldm_dkdm.networks.scaling import narrowed_params
 from ldm_dkdm.pixel import SPACES, PixelCodec, Space
 from ldm_dkdm.records import NoisyBatch, Prediction
 from ldm_dkdm.reporting import Progress, following
@@ -255,20 +255,20 @@ class DiffusionModel:
 
         return check_teacher(self)
 
-    def narrowed(self, budget: str | int, *, parameterization: str | None = None, seed: int = 0) -> "DiffusionModel":
+    def narrowed(
+        self, budget: str | int, *, parameterization: str | None = None, norm_groups: int | None = None, seed: int = 0
+    ) -> "DiffusionModel":
         """A new model in this UNet's shape, as wide as a budget of parameters allows, with random weights.
 
         Args:
             budget: largest number of parameters: `60M`, `300k` or a number.
-            parameterization: what it will predict; default: what this model predicts.
+            parameterization, norm_groups: what it will predict, and the groups of its norms; default: as this model.
             seed: seed of its initial weights.
 
         Raises:
             UserError: the network is not a UNet, or even the narrowest one has more parameters.
         """
-        if not isinstance(self.network, UNet):
-            raise UserError("budget: only a UNet can be narrowed, not this network; make the student yourself")
-        params = unet_within_budget(self.node.params, parse_budget(budget))
+        params = narrowed_params(self.network, self.node.params, budget, norm_groups)
         node = NetworkConfig("ldm_dkdm.networks.UNet", params, parameterization or self.parameterization)
         return self.student(node, seed)
 
