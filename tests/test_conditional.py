@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool, UserError, distill, load_model, train
 from ldm_dkdm.config.schema import DistillConfig, SamplingConfig, WarmupConfig
 from ldm_dkdm.diffusion.process import x0_to_eps
+from ldm_dkdm.distillation.replay import stream_kind
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.distillation.warmup import Warmup
 from ldm_dkdm.networks import DiT, UNet
@@ -76,6 +77,26 @@ def test_a_slot_s_state_is_of_its_label(mode: str) -> None:
     means = pool.x.mean((1, 2, 3)) / signal
     assert seen.sum() > 30 and len(pool.label[seen].unique()) == 4
     assert torch.equal(means[seen].round().int(), pool.label[seen])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{}, {"stride": 20}, {"stride": 60}, {"stride": 60, "replay": 2, "batch_size": 6}, {"stride": 30, "discard": 0.5}],
+)
+@pytest.mark.parametrize("cap", [None, 4.0])
+def test_a_slot_that_begins_again_has_the_label_of_its_state(method: dict[str, object], cap: float | None) -> None:
+    config = DistillConfig(**{"batch_size": 9, "warmup": WarmupConfig("ddim", steps=5, images=90, t_cap=cap), **method})
+    pool = NoisyPool(90, (1, 48, 48), torch.float32, labeled=True)
+    teacher = teacher_of(OneCanvas(), STEEP, shape=(1, 48, 48))
+    list(Warmup(pool, teacher, config.warmup).run())
+    stream = stream_kind(config)(teacher, pool, config, 150)
+    for _ in range(150):
+        stream.next_batch()
+    pool.settle()
+    signal = STEEP.alphas_cumprod[pool.t.long()].sqrt()
+    seen = signal > 0.3  # the others are noise
+    assert seen.sum() > 15 and len(pool.label[seen].unique()) == 4
+    assert torch.equal((pool.x.mean((1, 2, 3)) / signal)[seen].round().int(), pool.label[seen])
 
 
 def test_the_student_gets_the_label_of_the_teachers_target() -> None:

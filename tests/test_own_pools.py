@@ -122,6 +122,27 @@ def test_a_larger_pool_than_the_run_has_is_refused(
     assert "set rho=0.5 or less" in capsys.readouterr().err
 
 
+def test_a_pool_of_other_classes_is_refused(
+    first_stage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = model_folder(tmp_path / "labelled", first_stage, num_classes=4)
+
+    def made(name: str, *words: str) -> int:
+        config = distill_config(teacher, tmp_path, trainer={"max_steps": 1}, logging={"name": name})
+        config["student"]["params"]["num_classes"] = 4
+        config["distill"]["warmup"] = {"mode": "noise"}
+        return distil("--base", write_yaml(tmp_path / f"{name}.yaml", config), *words)
+
+    assert made("all") == 0
+    assert made("fewer", "teacher.null_label=3", f"distill.pool_from={tmp_path / 'all'}") == 2
+    words = f"pool_from: {tmp_path / 'all'}: has slots of label 3, which is no class of the teacher (null_label)"
+    assert words in capsys.readouterr().err
+    assert made("fewer", "teacher.null_label=3") == 0
+    assert made("other", "teacher.null_label=2", f"distill.pool_from={tmp_path / 'fewer'}") == 2
+    assert "its null_label is 3, this run" in capsys.readouterr().err
+    assert made("again", "teacher.null_label=3", f"distill.pool_from={tmp_path / 'fewer'}") == 0
+
+
 def test_labels_stay_with_their_states() -> None:
     states = NoisyBatch(torch.arange(8.0).view(8, 1, 1, 1), torch.arange(8), torch.arange(8) * 10)
     pool = NoisyPool(8, (1, 1, 1), torch.float32, labeled=True)

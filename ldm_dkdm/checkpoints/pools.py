@@ -21,7 +21,7 @@ from ldm_dkdm.records import NoisyBatch
 
 STEPS, STATES = "total_t", "total_x_t_1"
 WARMUP = "warmup"  # begins the names of the pools before the first checkpoint
-LATER = ("weights_kind",)  # facts that pools of older versions do not say
+LATER = ("weights_kind", "null_label")  # facts that pools of older versions do not say
 IN_CHECKPOINT = "dynamic_batch"  # key of the cache in the reference's latent checkpoints
 
 

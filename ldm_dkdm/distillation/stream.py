@@ -145,7 +145,8 @@ class DistillStream(BatchStream):
         if label is not None:
             fresh = self.teacher.draw_labels(len(label), generator)
             assert fresh is not None  # labelled slots come from a class-conditional teacher
-            label = torch.where(finished, fresh, label)
+            in_noise = fresh_t == self.teacher.schedule.num_timesteps - 1
+            label = torch.where(finished & in_noise, fresh, label)  # below T the old sample goes on
         self.slots.put_back(plan.indices, x_next, label)
         return DistillBatch(slots.x, slots.t, target, slots.label)
 

@@ -55,8 +55,20 @@ def supply_of(parts: Distillation, run: Path | None = None) -> NoisyBatch | None
         raise UserError("pool_from: such a cache holds no labels, and the teacher is class-conditional")
     with naming("pool_from"):
         states = found or read_reference_pool(path, teacher.shape, steps)
+        _require_classes(states, teacher, path)
     check_supply(states, parts.slots, config.trainer.ranks, method.batch_size, steps)
     return states
+
+
+def _require_classes(states: NoisyBatch, teacher: DiffusionModel, path: Path) -> None:
+    """Refuse labels that are no class of the teacher, as in a pool from before its null label was told."""
+    if states.label is None or teacher.classes is None:
+        return
+    others = sorted({*states.label.unique().tolist()} - {*teacher.classes})
+    if others:
+        raise UserError(
+            f"{path}: has slots of label {others[0]}, which is no class of the teacher (null_label); fill a new pool"
+        )
 
 
 def refuse_overwriting(teacher: DiffusionModel, folder: Path) -> None:

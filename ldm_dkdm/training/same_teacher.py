@@ -26,13 +26,14 @@ def teacher_hash(teacher: DiffusionModel) -> str:
 
 
 def pool_facts(teacher: DiffusionModel) -> dict[str, Any]:
-    """What the states of a pool follow from, as its file stores it; EMA or raw weights where they are told apart."""
+    """What a pool follows from, as its file stores it; EMA or raw weights where they are told apart."""
     return {
         "teacher_sha256": teacher_hash(teacher),
         "guidance": teacher.guidance,
         "num_timesteps": teacher.schedule.num_timesteps,
         "diffusion": asdict(teacher.diffusion),
         **({KIND: teacher.info[KIND]} if teacher.info.get(KIND) else {}),
+        **({} if teacher.null_label is None else {"null_label": teacher.null_label}),
     }
 
 
