@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool, UserError, distill, load_model, train
 from ldm_dkdm.config.schema import DistillConfig, SamplingConfig, WarmupConfig
 from ldm_dkdm.diffusion.process import x0_to_eps
+from ldm_dkdm.distillation.make_student import require_fit
 from ldm_dkdm.distillation.replay import stream_kind
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.distillation.warmup import Warmup
@@ -143,6 +144,20 @@ def test_guidance_needs_labels_and_one_that_means_none() -> None:
         teacher_of(UNet(**UNET_PARAMS), guidance=2.0)
     with pytest.raises(UserError, match="null_label"):
         teacher_of(Labelled(), guidance=2.0)
+
+
+def test_a_student_has_the_classes_of_its_teacher() -> None:
+    network = randomised(UNet(**UNET_PARAMS, num_classes=4))
+    teacher = teacher_of(network, space="pixel", null_label=3)
+    sizes = {"input_size": 8, "in_channels": 3, "hidden_size": 24, "depth": 1, "num_heads": 2, "learn_sigma": False}
+    for classes in (3, None):
+        require_fit(DiffusionModel(DiT(**sizes, num_classes=classes), like=teacher), teacher)
+    require_fit(teacher.student(teacher.node), teacher)
+    words = r"num_classes: with 4 the student has 4 classes, and the teacher 3, since its null_label is 3; set it to 3"
+    with pytest.raises(UserError, match=words):
+        require_fit(DiffusionModel(DiT(**sizes, num_classes=4), like=teacher), teacher)
+    with pytest.raises(UserError, match=r"num_classes: 5 differs from the teacher's 4"):
+        require_fit(DiffusionModel(DiT(**sizes, num_classes=5), like=teacher), teacher)
 
 
 def test_a_dit_knows_its_own_null_label() -> None:

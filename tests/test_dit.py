@@ -174,13 +174,22 @@ def test_label_dropout_has_the_probability_asked_for_and_the_global_generator() 
     draws = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        draws.append(embedder(torch.full((4000,), 2)))
-    table = embedder.embedding_table.weight
-    dropped = (draws[0] == table[5]).all(dim=1)
-    assert torch.equal(dropped, ~(draws[0] == table[2]).all(dim=1))
+        draws.append(embedder.dropped(torch.full((4000,), 2)))
+    dropped = draws[0] == 5
+    assert torch.equal(dropped, draws[0] != 2)
     assert abs(dropped.float().mean().item() - 0.25) < 0.03  # 4 standard deviations
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+def test_a_label_is_dropped_for_all_blocks_or_for_none() -> None:
+    network = _random(**LABELLED, class_dropout_prob=0.5, own_embedders=True)
+    x, t, label = torch.randn(1, 3, 8, 8).expand(40, -1, -1, -1), torch.full((40,), 3), torch.full((40,), 2)
+    with torch.no_grad():
+        given, null = (network.eval()(x, t, torch.full((40,), one)) for one in (2, network.null_label))
+        trained = network.train()(x, t, label)
+    as_given, as_null = (((trained - one).abs().amax(dim=(1, 2, 3)) < 1e-6) for one in (given, null))
+    assert torch.equal(as_given, ~as_null) and 8 < int(as_null.sum()) < 32
 
 
 def test_without_label_dropout_there_is_no_null_label() -> None:
@@ -189,7 +198,8 @@ def test_without_label_dropout_there_is_no_null_label() -> None:
     assert DiT(**LABELLED).null_label == 5
     assert DiT(**PARAMS).null_label is None
     label = torch.arange(5)
-    assert torch.equal(network.train().y_embedder(label), network.y_embedder.embedding_table.weight)
+    assert network.train().y_embedder.dropped(label) is label
+    assert torch.equal(network.y_embedder(label), network.y_embedder.embedding_table.weight)
     with pytest.raises(IndexError):
         network.y_embedder(torch.tensor([5]))
 

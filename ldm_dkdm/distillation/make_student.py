@@ -80,8 +80,8 @@ def require_fit(student: DiffusionModel, teacher: DiffusionModel) -> None:
         raise UserError("student: is the teacher itself; make a new network")
     if student.diffusion != teacher.diffusion or student.shape != teacher.shape:
         raise UserError("student: another process or other states than the teacher's; make it with like=teacher")
-    if student.num_classes not in (None, teacher.num_classes):
-        raise UserError(f"{own}.num_classes: {student.num_classes} differs from the teacher's {teacher.num_classes}")
+    if student.classes is not None and student.classes != teacher.classes:
+        raise UserError(f"{own}.num_classes: {_other_classes(student, teacher)}")
     outputs = getattr(network, "out_channels", None)
     channels = student.shape[0]
     if outputs not in (None, channels, 2 * channels):
@@ -91,6 +91,17 @@ def require_fit(student: DiffusionModel, teacher: DiffusionModel) -> None:
             f"{own}.out_channels: {outputs}, but the teacher has no variance to teach; "
             + ("set learn_sigma: false" if isinstance(network, DiT) else f"set it to {channels}")
         )
+
+
+def _other_classes(student: DiffusionModel, teacher: DiffusionModel) -> str:
+    """How the classes of two models differ, for a message."""
+    if teacher.classes is None or teacher.null_label is None or student.num_classes != teacher.num_classes:
+        return f"{student.num_classes} differs from the teacher's {teacher.num_classes}"
+    advice = f"; set it to {teacher.null_label}" if teacher.null_label == len(teacher.classes) else ""
+    return (
+        f"with {student.num_classes} the student has {len(student.classes or ())} classes, and the teacher "
+        f"{len(teacher.classes)}, since its null_label is {teacher.null_label}{advice}"
+    )
 
 
 def name_lone_channels(student: DiffusionModel, teacher: DiffusionModel) -> None:

@@ -96,6 +96,8 @@ class DiT(nn.Module):
         """x (B,in_channels,H,W), timesteps t (B,), labels (B,) -> (B,out_channels,H,W), H = W = input_size."""
         if x.shape[-2:] != (self.image_size, self.image_size):
             raise UserError(f"input_size: the network takes {self.image_size}, not states of shape {tuple(x.shape)}")
+        if self.num_classes is not None and label is not None:
+            label = self.y_embedder.dropped(label)  # once, whatever blocks embed it
         condition = _condition(self, t, label, x.dtype)
         tokens = self.x_embedder(x) + self.pos_embed
         for i, block in enumerate(self.blocks):
@@ -139,7 +141,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (B,) -> (B,width); while training, some are replaced by the null label (Ho & Salimans 2022).
+    """Labels (B,) -> (B,width); while training, the network replaces some by the null label (Ho & Salimans 2022).
 
     Args:
         classes: labels are 0..classes-1, and `null_label` = classes if it exists.
@@ -156,10 +158,14 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(classes + (dropout > 0), width)
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
+    def dropped(self, label: Tensor) -> Tensor:
+        """Labels (B,), of which some are the null label while training."""
+        if not self.training or self.null_label is None:
+            return label
+        dropped = torch.rand(label.shape, dtype=torch.float32, device=label.device) < self.dropout
+        return torch.where(dropped, self.null_label, label)
+
     def forward(self, label: Tensor) -> Tensor:
-        if self.training and self.null_label is not None:
-            dropped = torch.rand(label.shape, dtype=torch.float32, device=label.device) < self.dropout
-            label = torch.where(dropped, self.null_label, label)
         return self.embedding_table(label)
 
 
