@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ldm_dkdm import DiffusionModel, NoiseSchedule, NoisyPool, UserError, distill, load_model, train
 from ldm_dkdm.config.schema import DistillConfig, SamplingConfig, WarmupConfig
 from ldm_dkdm.diffusion.process import x0_to_eps
-from ldm_dkdm.distillation.make_student import require_fit
 from ldm_dkdm.distillation.replay import stream_kind
 from ldm_dkdm.distillation.stream import DistillStream
 from ldm_dkdm.distillation.warmup import Warmup
+from ldm_dkdm.model.guidance import learned_guidance
 from ldm_dkdm.networks import DiT, UNet
 from ldm_dkdm.records import NoisyBatch
 from tests.cli import run_script, sample
@@ -142,22 +142,33 @@ def test_the_guided_prediction_is_target_and_step() -> None:
 def test_guidance_needs_labels_and_one_that_means_none() -> None:
     with pytest.raises(UserError, match="takes no labels"):
         teacher_of(UNet(**UNET_PARAMS), guidance=2.0)
-    with pytest.raises(UserError, match="null_label"):
+    with pytest.raises(UserError, match=r"null_label: .* only a network trained with such a label has; .*at 1"):
         teacher_of(Labelled(), guidance=2.0)
 
 
-def test_a_student_has_the_classes_of_its_teacher() -> None:
-    network = randomised(UNet(**UNET_PARAMS, num_classes=4))
-    teacher = teacher_of(network, space="pixel", null_label=3)
-    sizes = {"input_size": 8, "in_channels": 3, "hidden_size": 24, "depth": 1, "num_heads": 2, "learn_sigma": False}
-    for classes in (3, None):
-        require_fit(DiffusionModel(DiT(**sizes, num_classes=classes), like=teacher), teacher)
-    require_fit(teacher.student(teacher.node), teacher)
-    words = r"num_classes: with 4 the student has 4 classes, and the teacher 3, since its null_label is 3; set it to 3"
-    with pytest.raises(UserError, match=words):
-        require_fit(DiffusionModel(DiT(**sizes, num_classes=4), like=teacher), teacher)
-    with pytest.raises(UserError, match=r"num_classes: 5 differs from the teacher's 4"):
-        require_fit(DiffusionModel(DiT(**sizes, num_classes=5), like=teacher), teacher)
+def test_a_student_is_guided_where_it_learned_no_guidance_but_a_null_label(tmp_path: Path) -> None:
+    params = {"in_channels": 3, "hidden_size": 32, "depth": 1, "num_heads": 2, "num_classes": 3, "learn_sigma": False}
+    numbers = {"steps": 1, "batch_size": 2, "precision": "32", "accelerator": "cpu", "progress": False}
+    schedule = NoiseSchedule("cosine", 20)
+    for guidance in (1.0, 2.0):
+        teacher = DiffusionModel(DiT(8, **params), schedule=schedule, space="pixel", guidance=guidance)
+        student = DiffusionModel(DiT(8, **params), like=teacher, guidance=1.0)
+        run = tmp_path / str(guidance)
+        distill(teacher, student, run, rho=0.5, warmup="noise", check=False, **numbers)
+        assert load_model(run).info["teacher_guidance"] == guidance
+        assert f"- **teacher guidance**: {guidance}" in (run / "student" / "README.md").read_text()
+        given = ["-r", run, "-n", 1, "-c", 1, "--guidance", 3, "--device", "cpu", "-l", tmp_path / "out"]
+        assert sample(*given) == (0 if guidance == 1 else 2)
+    plain = load_model(tmp_path / "1.0")
+    assert plain.changed(guidance=3.0).guidance == 3
+    earlier = {key: value for key, value in plain.info.items() if key != "teacher_guidance"}
+    with pytest.raises(UserError, match="is a student, which has learned"):
+        plain.changed(info=earlier, guidance=3.0)
+    with pytest.raises(UserError, match="is a student, trained on no label for no class"):
+        teacher_of(Labelled(), null_label=3, info=plain.info, guidance=3.0)
+    assert learned_guidance(plain.changed(guidance=3.0)) == {"teacher_guidance": 3}
+    assert learned_guidance(load_model(tmp_path / "2.0")) == {"teacher_guidance": 2}  # a student's student
+    assert learned_guidance(plain.changed(info=earlier)) == {}
 
 
 def test_a_dit_knows_its_own_null_label() -> None:

@@ -153,3 +153,9 @@ def test_an_option_that_we_do_not_have_is_refused_by_name(key: str, value: objec
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(UserError, match=rf"config.json: {key}"):
         load_model(tmp_path)
+
+
+def test_a_conversion_says_how_the_pipeline_takes_another_number_of_classes(tmp_path: Path, capsys) -> None:
+    pipeline(tmp_path / "in", shared=True)
+    assert run_script("convert.py", tmp_path / "in", tmp_path / "out", "--to", "diffusers") == 0
+    assert "of 10 classes: call DiTPipeline with guidance_scale=1;" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The diffusion transformer: against diffusers', and its size, names, start, label dropout and refusals."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
-from ldm_dkdm import UserError, load_model
+from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model
 from ldm_dkdm.config.registry import build
 from ldm_dkdm.networks import NETWORKS, DiT
 from ldm_dkdm.networks.dit import grid_positions
+from tests.cli import run_script
 from tests.parts import randomised
 
 PARAMS = {"input_size": 8, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 4}
@@ -281,3 +283,19 @@ def test_what_no_tensor_of_a_dit_shows_may_be_told(ratio: float, tmp_path: Path)
     assert model.space.encoded and torch.equal(model.network(*state, label), network.eval()(*state, label))
     public = load_model(tmp_path / "x.pt", num_heads=2, schedule="linear", class_dropout_prob=0.15)
     assert public.num_classes == 1000 and public.network.y_embedder.dropout == 0.15
+
+
+@pytest.mark.parametrize("name", ["folder", "x.safetensors", "x.pt"])
+def test_a_null_label_that_is_not_the_model_s_is_refused(name: str, tmp_path: Path, capsys) -> None:
+    model = DiffusionModel(_random(**LABELLED), schedule=NoiseSchedule("cosine", 20), space="pixel")
+    path, told = tmp_path / name, {}
+    if name == "x.pt":
+        torch.save(model.network.state_dict(), path)
+        told = {"num_heads": 4, "num_classes": 5, "class_dropout_prob": 0.1, "schedule": "cosine", "space": "pixel"}
+    else:
+        model.save(path, "folder" if name == "folder" else "safetensors")
+    with pytest.raises(UserError, match=f"^null_label: 0, but .*{name}'s label for no class is 5; leave it out$"):
+        load_model(path, **told, null_label=0)
+    assert load_model(path, **told, null_label=5).null_label == 5
+    assert run_script("inspect_checkpoint.py", path) == 0
+    assert bool(re.search(r"null label +5\n", capsys.readouterr().out)) == (name != "x.pt")  # no tensor shows it

@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm_dkdm import UserError, load_model
+from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model
+from ldm_dkdm.distillation.make_student import require_fit
+from ldm_dkdm.networks import DiT, UNet
 from tests.cli import distil, write_yaml
 from tests.parts import UNET_PARAMS, distill_config, model_folder
 
@@ -145,3 +147,17 @@ def test_students_that_cannot_be_are_refused_in_one_line(
     assert distil("--base", write_yaml(tmp_path / "base.yaml", config)) == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1 and all(word in error for word in words), error
+
+
+def test_a_student_has_the_classes_of_its_teacher() -> None:
+    network = UNet(**UNET_PARAMS, num_classes=4)
+    teacher = DiffusionModel(network, schedule=NoiseSchedule(num_timesteps=20), space="pixel", null_label=3)
+    sizes = {"input_size": 8, "in_channels": 3, "hidden_size": 24, "depth": 1, "num_heads": 2, "learn_sigma": False}
+    for classes in (3, None):
+        require_fit(DiffusionModel(DiT(**sizes, num_classes=classes), like=teacher), teacher)
+    require_fit(teacher.student(teacher.node), teacher)
+    words = r"num_classes: with 4 the student has 4 classes, and the teacher 3, since its null_label is 3; set it to 3"
+    with pytest.raises(UserError, match=words):
+        require_fit(DiffusionModel(DiT(**sizes, num_classes=4), like=teacher), teacher)
+    with pytest.raises(UserError, match=r"num_classes: 5 differs from the teacher's 4"):
+        require_fit(DiffusionModel(DiT(**sizes, num_classes=5), like=teacher), teacher)

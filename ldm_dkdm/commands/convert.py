@@ -110,6 +110,8 @@ def _compare(folder: Path, model: "DiffusionModel", out: Path) -> None:
 
     if model.num_classes is not None and (folder / "unet").is_dir():
         print("the model takes labels, which DDPMPipeline cannot pass: call its unet with class_labels")
+    if model.num_classes not in (None, 1000) and (folder / "transformer").is_dir():
+        print(f"of {model.num_classes} classes: call DiTPipeline with guidance_scale=1; it guides with label 1000")
     difference = largest_difference(folder, model)
     if difference is None:
         print("diffusers is not installed: the folder is not compared with it")

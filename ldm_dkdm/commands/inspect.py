@@ -147,13 +147,25 @@ def _architecture(contents: "Contents") -> dict[str, str]:
     missing = "; ".join(f"{' or '.join(d.keys)} ({d.hint})" for d in contents.missing({}))
     wanted = {key for demand in contents.demands for key in demand.keys}
     beside = ", ".join(f"{key} {value}" for key, value in contents.usual.items() if key in wanted)
+    null = _null_label(contents)
     predicts = "" if contents.parameterization is None else f", predicts {contents.parameterization}"
     return {
         "architecture": f"{contents.target}, {_parameters(contents) / 1e6:.6f} M parameters{predicts}",
         "parameters" if contents.described else "inferred": known,
+        **({} if null is None else {"null label": str(null)}),
         **({"from the config beside it": beside} if beside else {}),
         **({} if contents.described else {"cannot be inferred": missing or "nothing"}),
     }
+
+
+def _null_label(contents: "Contents") -> int | None:
+    """The label for no class: as stored, or a DiT's own, which is the last of its table."""
+    from ldm_dkdm.networks import NETWORKS, DiT
+
+    if contents.null_label is not None or NETWORKS.get(contents.target) is not DiT or contents.missing({}):
+        return contents.null_label
+    known = {"num_classes": None, "class_dropout_prob": 0.1, **contents.usual, **contents.params}
+    return known["num_classes"] if known["class_dropout_prob"] > 0 else None
 
 
 def _parameters(contents: "Contents") -> int:

@@ -197,12 +197,13 @@ def open_for_sampling(
     """
     from ldm_dkdm.device import resolve_device
     from ldm_dkdm.model import open_model, require_sampling
+    from ldm_dkdm.model.guidance import require_unguided
 
     with flags(use_ema="--raw", device="--device"):
         where = resolve_device(device)
         model = open_model(path, hints, lenient=True)
-    if guidance != 1 and "teacher" in model.info:
-        raise UserError(f"--guidance: {path} is a student, which has learned the guided prediction; give it 1")
+    if guidance != 1:
+        require_unguided(model, "--guidance", path)
     with flags(**FLAGS):
         model = model.changed(guidance=guidance).to(where, precision)
         require_sampling(model, config)

@@ -14,6 +14,8 @@ from ldm_dkdm.networks.modes import tensor_of
 if TYPE_CHECKING:
     from ldm_dkdm.model.diffusion_model import DiffusionModel
 
+GUIDANCE = "teacher_guidance"  # in the card of a student
+
 
 def output_of(model: "DiffusionModel", x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
     """The network's output at x (B,C,H,W), guided: u + weight (c - u), in one call of twice the batch.
@@ -54,20 +56,45 @@ def require_guidance(model: "DiffusionModel") -> None:
     """Refuse guidance of a model that cannot be guided.
 
     Raises:
-        UserError: a weight that is not a finite number of at least 0, a student (it has learned the guided prediction),
-            no labels, or no null label.
+        UserError: a weight that is not a finite number of at least 0, a student that has learned the guided
+            prediction or no null label, no labels, or no null label.
     """
     weight = convert(float, model.guidance, "guidance")
     if weight == 1:
         return
     if not 0 <= weight < math.inf:
         raise UserError(f"guidance: must be a finite number of at least 0, got {weight}")
-    if "teacher" in model.info:
-        name = model.path or "the model"
-        raise UserError(f"guidance: {name} is a student, which has learned the guided prediction; leave it at 1")
+    require_unguided(model, "guidance", str(model.path or "the model"))
     if model.num_classes is None:
         raise UserError("guidance: the model takes no labels; leave it out")
     if model.null_label is None:
         raise UserError(
-            f"null_label: guidance needs the label for no class; set it, often null_label={model.num_classes - 1}"
+            "null_label: guidance needs the label for no class, which only a network trained with such a label has; "
+            "set it for one, and leave guidance at 1 for a network trained on all its classes"
         )
+
+
+def require_unguided(model: "DiffusionModel", name: str, shown: str) -> None:
+    """Refuse to guide a student of a guided teacher, and one whose distillation trained no null label.
+
+    Args:
+        model: any model.
+        name: of the flag or parameter.
+        shown: the model's name.
+    """
+    if "teacher" not in model.info:
+        return
+    if model.info.get(GUIDANCE) != 1:  # absent from cards of earlier versions
+        raise UserError(f"{name}: {shown} is a student, which has learned the guided prediction; leave it at 1")
+    if model.num_classes is not None and getattr(model.network, "null_label", None) is None:
+        raise UserError(f"{name}: {shown} is a student, trained on no label for no class; leave it at 1")
+
+
+def learned_guidance(teacher: "DiffusionModel") -> dict[str, float]:
+    """The weight that a student of this teacher learns, for its card; nothing where the teacher's own is not known."""
+    if "teacher" not in teacher.info:
+        return {GUIDANCE: teacher.guidance}
+    if GUIDANCE not in teacher.info:
+        return {}
+    own = teacher.info[GUIDANCE]
+    return {GUIDANCE: teacher.guidance if own == 1 else own}

@@ -153,10 +153,19 @@ def _mention_rescaling(contents: Contents, diffusion: DiffusionConfig, hints: Hi
         )
 
 
+def _refuse_other_null_label(contents: Contents, hints: Hints, network: nn.Module) -> None:
+    """Refuse a hint that contradicts the null label that the model stores or its network defines."""
+    own = getattr(network, "null_label", None) if contents.null_label is None else contents.null_label
+    if None not in (own, hints.null_label) and own != hints.null_label:
+        key = hints.key("null_label")
+        raise UserError(f"{key}: {hints.null_label}, but {contents.path}'s label for no class is {own}; {hints.drop}")
+
+
 def _model_of(
     contents: Contents, hints: Hints, network: nn.Module, node: NetworkConfig, diffusion: DiffusionConfig
 ) -> DiffusionModel:
     kind = weights_kind(contents, hints)
+    _refuse_other_null_label(contents, hints, network)
     model = DiffusionModel(
         network.eval(),
         schedule=schedule_of(diffusion),

@@ -22,7 +22,7 @@ from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.model import DiffusionModel
 from ldm_dkdm.model.arguments import require_model, require_path
-from ldm_dkdm.model.guidance import rows_of
+from ldm_dkdm.model.guidance import learned_guidance, rows_of
 from ldm_dkdm.networks.modes import compiled, frozen_meanwhile, make_trainable, replayed, stored_in_bf16
 from ldm_dkdm.reporting import Progress, logger, size
 from ldm_dkdm.training.agreement_callback import Agreement
@@ -197,6 +197,7 @@ def teacher_facts(parts: Distillation) -> dict[str, Any]:
         "teacher": teacher.ckpt,
         "teacher_sha256": teacher_hash(parts.teacher),
         "teacher_licence": teacher.licence or "not stated (teacher.licence)",
+        **learned_guidance(parts.teacher),
         "method": f"DKDM, {distill.variant} iterative distillation",
         "batch_size": distill.batch_size * trainer.accumulate * trainer.ranks,
         "learning_rate": trainer.learning_rate,
