@@ -16,7 +16,7 @@ from ldm_dkdm.first_stage import VQModel
 from ldm_dkdm.first_stage.discriminator import Discriminator
 from ldm_dkdm.first_stage.vqgan import FirstStageModule, as_vectors, held_out_psnr, warmup_cosine
 from ldm_dkdm.images import save_image, to_image
-from tests.cli import run_script, write_yaml
+from tests.cli import run_script, table, write_yaml
 from tests.parts import VQ_PARAMS
 from tests.test_config_errors import assert_one_error_line
 from tests.training_images import TRAINER, training_images
@@ -131,6 +131,19 @@ def test_what_does_not_begin_within_the_steps_is_named(tmp_path: Path, capsys: p
     assert "has no effect" not in said and "not quantise" not in said and "restart_every" not in said
     card = (tmp_path / "logs" / "longer" / "first_stage" / "config.yaml").read_text()
     assert "not trained" not in card
+
+
+def test_unused_codes_are_logged_in_the_rows_of_the_steps_that_count_them(tmp_path: Path) -> None:
+    config = first_stage_config(
+        training_images(tmp_path),
+        tmp_path / "logs",
+        trainer={"max_steps": 16},
+        codebook={"restart_every": 4},
+        logging={"log_every": 1},
+    )
+    assert run_script("train_first_stage.py", "--base", write_yaml(tmp_path / "vq.yaml", config)) == 0
+    rows = table(tmp_path / "logs" / "vq" / "metrics.csv")
+    assert [row["step"] for row in rows if row.get("dead_codes")] == ["5", "9"]  # of those that are below 0.7 * 16
 
 
 def test_unused_codes_move_to_latents_and_used_ones_stay(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ class FirstStageModule(L.LightningModule):
         images = self.augment(to_unit(batch)) * 2 - 1
         latents = self.vq.encode(images)
         step = self.global_step
+        self.figures.pop("dead_codes", None)  # it is of the batch that counted them alone
         codebook_loss = torch.zeros((), device=images.device)
         if step < self.codebook.continuous_steps:
             self._start_codebook(latents, self.codebook.continuous_steps - 1 - step)
