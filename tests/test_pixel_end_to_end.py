@@ -1,6 +1,8 @@
 """Pixel space through the scripts: data -> teacher (Alg. 2) -> student (Alg. 1) -> samples (Alg. 3)."""
 
+import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +109,16 @@ def test_the_baselines_train_on_synthetic_data_alone_and_with_a_part_of_the_real
     assert not torch.equal(models[1]["out.2.weight"], models[2]["out.2.weight"])
 
 
-def test_early_stop_ends_a_run_that_no_longer_improves_and_still_saves(digits: Path, tmp_path: Path) -> None:
+def judge(monkeypatch: pytest.MonkeyPatch, losses: Iterable[float]) -> None:
+    """Let early stops see these losses, one a batch."""
+    left = iter(losses)
+    monkeypatch.setattr(ends, "figures_of", lambda module: {"loss": next(left)})
+
+
+def test_early_stop_ends_a_run_that_no_longer_improves_and_still_saves(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge(monkeypatch, itertools.count())
     stop = {"monitor": "loss", "window": 2, "patience": 2, "min_delta": 1e9}
     assert train(tmp_path, "early", {"path": str(digits)}, trainer={"max_steps": 40, "early_stop": stop}) == 0
     assert max(f.name for f in (tmp_path / "early" / "checkpoints").glob("*.ckpt")) == "step=00000006.ckpt"
@@ -117,7 +128,10 @@ def test_early_stop_ends_a_run_that_no_longer_improves_and_still_saves(digits: P
     assert contents(tmp_path / "early") == before
 
 
-def test_an_early_stop_that_gets_more_patience_goes_on(teacher: Path, tmp_path: Path) -> None:
+def test_an_early_stop_that_gets_more_patience_goes_on(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge(monkeypatch, itertools.count())
     stop = {"monitor": "loss", "window": 2, "patience": 2, "min_delta": 1e9}
     base = distil_config(teacher, tmp_path, "early", trainer={"max_steps": 10, "early_stop": stop}, logging=QUIET)
     assert distil("--base", base) == 0

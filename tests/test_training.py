@@ -11,13 +11,11 @@ import torch
 from PIL import Image
 
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model, train
-from ldm_dkdm.config.schema import EarlyStopConfig
 from ldm_dkdm.distillation.data_stream import DataStream
 from ldm_dkdm.evaluation.held_out import eps_error_by_quarter, eps_errors, held_out_chains
 from ldm_dkdm.networks import UNet
 from ldm_dkdm.rng import torch_generator
 from ldm_dkdm.training.ema import StudentEMA
-from ldm_dkdm.training.ends import EarlyStop
 from tests.cli import distil, run_script, sample, table, write_yaml
 from tests.parts import UNET_PARAMS, distill_config
 from tests.training_images import LOGGING, TRAINER, training_images
@@ -161,10 +159,3 @@ def test_a_cap_draws_fewer_states_near_pure_noise() -> None:
     counts = torch.bincount(capped, minlength=1000).double()
     density = (20 * schedule.alphas_cumprod).clamp(0.1, 1)
     torch.testing.assert_close(counts, density / density.sum() * 100_000, rtol=0, atol=1.01)
-
-
-def test_slow_falls_add_up_to_one_that_counts() -> None:
-    stop = EarlyStop(EarlyStopConfig(window=1, patience=3, min_delta=0.1))
-    better = [stop._judge(10 - 0.09 * window) for window in range(9)]
-    assert better == [True, False, True, False, True, False, True, False, True]
-    assert not stop.reached and stop.best == pytest.approx(9.28)

@@ -138,16 +138,19 @@ class TimeLimit(EarlyEnd):
 class EarlyStop(EarlyEnd):
     """Stops when the monitored figure's mean over a window has not fallen for `patience` windows.
 
-    Figures of the agreement are not averaged: a window is one measurement, which `measured` takes. Lightning's
-    EarlyStopping acts at the ends of epochs and validations, which a stream does not have.
+    Figures of the agreement are not averaged: a window is one measurement, which `measured` takes. Where the run ends
+    within a window, its steps are judged for the export if they are half a window or more; the window stays open, so
+    that a resume to more steps counts the same windows. Lightning's EarlyStopping acts at the ends of epochs and
+    validations, which a stream does not have.
     """
 
     key = "trainer.early_stop.patience"
 
     def __init__(self, config: EarlyStopConfig) -> None:
         self.config = config
-        self.on_best: Callable[[L.Trainer], None] = lambda trainer: None  # called on rank 0 after a best window
-        self.best, self.bad_windows = math.inf, 0
+        self.on_best: Callable[[L.Trainer], None] | None = None  # called on rank 0 after a best window
+        self.lowest = math.inf  # of all windows, which the export follows
+        self.best, self.bad_windows = math.inf, 0  # last fall of more than `min_delta`, and the windows since then
         self.total: float | Tensor = 0.0  # sum in the current window
         self.batches, self.steps = 0, 0  # counts in the current window
 
@@ -164,12 +167,26 @@ class EarlyStop(EarlyEnd):
 
     def on_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.steps += 1
-        if self.steps >= self.config.window and not self.config.measured:
-            self._end_window(trainer, *mean_of_hosts(trainer, [float(self.total) / self.batches]))
+        if not self.config.measured:
+            if self.steps >= self.config.window:
+                self._end_window(trainer, self._mean(trainer))
+            elif trainer.global_step >= trainer.max_steps or _at_a_limit(trainer):
+                self._end_within_window(trainer)
         if self.reached:
-            step, monitor = trainer.global_step, self.config.monitor
-            logger.info(f"early stop at step {step}: {monitor} stays above {self.best:.6g}")
+            logger.info(f"early stop at step {trainer.global_step}: {self._no_fall}")
             trainer.should_stop = True
+
+    @property
+    def _no_fall(self) -> str:
+        config = self.config
+        windows = f"{self.bad_windows} {'measurement' if config.measured else 'window'}{'s' * (self.bad_windows > 1)}"
+        by = f"by more than {config.min_delta:g} " if config.min_delta else ""
+        return f"{config.monitor} has not fallen {by}below {self.best:.6g} in {windows}"
+
+    def _mean(self, trainer: L.Trainer) -> float:
+        """The figure's mean over the current window and all devices."""
+        (mean,) = mean_of_hosts(trainer, [float(self.total) / self.batches])
+        return mean
 
     def before_save(self, trainer: L.Trainer) -> None:
         """Take the mean of all ranks' sums: then the window's mean is the same after a resume."""
@@ -183,26 +200,43 @@ class EarlyStop(EarlyEnd):
 
     def _end_window(self, trainer: L.Trainer, mean: float) -> None:
         if self._judge(mean):  # the same in all processes
-            gather_average(trainer)
-            if trainer.is_global_zero:
-                self.on_best(trainer)
+            self._export(trainer)
+
+    def _end_within_window(self, trainer: L.Trainer) -> None:
+        """Export the last weights if the steps since the last window are enough to judge, and have a lower mean."""
+        if not self.has_best or self.on_best is None:
+            return  # the save at the end exports, or the saves that keep the best
+        if 2 * self.steps < self.config.window:
+            logger.info(
+                f"trainer.early_stop.window ({self.config.window}): the steps after the last whole window "
+                f"({self.steps}) are fewer than half a window and are not judged; the model is that of the best window"
+            )
+        elif self._mean(trainer) < self.lowest:
+            self._export(trainer)
+
+    def _export(self, trainer: L.Trainer) -> None:
+        gather_average(trainer)
+        if trainer.is_global_zero and self.on_best is not None:
+            self.on_best(trainer)
 
     @property
     def has_best(self) -> bool:
         """Whether a window has ended."""
-        return self.best < math.inf
+        return self.lowest < math.inf
 
     def _judge(self, mean: float) -> bool:
-        """Count a window; whether it is the best so far."""
+        """Count a window; whether it is the lowest so far, by however little."""
         improved = mean < self.best - self.config.min_delta
         self.best = mean if improved else self.best  # a slow fall adds up to one that counts
         self.bad_windows = 0 if improved else self.bad_windows + 1
         self.total, self.batches, self.steps = 0.0, 0, 0
-        return improved
+        lowest = mean < self.lowest
+        self.lowest = mean if lowest else self.lowest
+        return lowest
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs."""
-        numbers = {k: float(getattr(self, k)) for k in ("best", "bad_windows", "total", "batches", "steps")}
+        numbers = {k: float(getattr(self, k)) for k in ("best", "lowest", "bad_windows", "total", "batches", "steps")}
         return {"monitor": self.config.monitor, **numbers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -210,4 +244,11 @@ class EarlyStop(EarlyEnd):
         if state_dict.get("monitor", self.config.monitor) != self.config.monitor:
             return
         self.best, self.total = state_dict["best"], state_dict["total"]
+        self.lowest = state_dict.get("lowest", self.best)  # versions before it exported the window of `best`
         self.bad_windows, self.batches, self.steps = (int(state_dict[k]) for k in ("bad_windows", "batches", "steps"))
+
+
+def _at_a_limit(trainer: L.Trainer) -> bool:
+    """Whether a limit of the config ends the run with this step; a stop by a signal does not."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
+    return any(isinstance(callback, EarlyEnd) and callback.reached for callback in callbacks)
