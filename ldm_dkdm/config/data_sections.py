@@ -43,7 +43,9 @@ class DiffusionDataConfig(Section):
     flip: bool = key(True, help="Mirror half of the images at random.")
     cache: bool = key(True, help="Encode all images once before the training; false encodes them in every step.")
     t_cap: float | None = key(
-        None, above=0, help="Draws fewer t near pure noise: density min(1, t_cap * abar_t); null is uniform."
+        None,
+        above=0,
+        help="Draws fewer t near pure noise: density min(1, t_cap * abar_t), 0.1 at least; null is uniform.",
     )
 
     def require_mixture(self) -> None:

@@ -102,7 +102,9 @@ class WarmupConfig(Section):
     )
     batch_size: int = key(64, min=1, help="States in one teacher call of the warm-up.")
     t_cap: float | None = key(
-        None, above=0, help="Draws fewer t near pure noise: density min(1, t_cap * abar_t); null is uniform."
+        None,
+        above=0,
+        help="Draws fewer t near pure noise: density min(1, t_cap * abar_t), 0.1 at least; null is uniform.",
     )
 
 
@@ -114,7 +116,9 @@ class LossConfig(Section):
         "ldm_dkdm.diffusion.objectives:LOSS_SPACES", "eps", help="Quantity whose squared error is the loss."
     )
     weight_cap: float | None = key(
-        None, above=0, help="Cap on the weight per t that `v` and `x0` give to the eps error."
+        None,
+        above=0,
+        help="Draws fewer t near pure noise: density min(1, t_cap * abar_t), 0.1 at least; null is uniform.",
     )
     vlb_weight: float = key(1.0, min=0, help="Weight lambda of the variational bound, where the variance is learned.")
     clip_student: bool = key(

@@ -202,5 +202,5 @@ def teacher_facts(parts: Distillation) -> dict[str, Any]:
         "batch_size": distill.batch_size * trainer.accumulate * trainer.ranks,
         "learning_rate": trainer.learning_rate,
         "ema_decay": trainer.ema_decay,
-        **{key: value for key, value in parts.teacher.info.items() if key == "classes"},
+        **{key: value for key, value in parts.teacher.info.items() if key == "classes" and parts.student.classes},
     }
