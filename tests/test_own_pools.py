@@ -135,11 +135,21 @@ def test_a_pool_of_other_classes_is_refused(
 
     assert made("all") == 0
     assert made("fewer", "teacher.null_label=3", f"distill.pool_from={tmp_path / 'all'}") == 2
+    assert "its null_label is None, this run's is 3" in capsys.readouterr().err
+    file = tmp_path / "all" / "checkpoints/step=00000001.pool-rank0.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        header = json.loads(opened.metadata()["pool"])
+    header.pop("null_label")  # as older versions wrote it
+    save_file(tensors, file, {"pool": json.dumps(header)})
+    assert made("fewer", "teacher.null_label=3", f"distill.pool_from={tmp_path / 'all'}") == 2
     words = f"pool_from: {tmp_path / 'all'}: has slots of label 3, which is no class of the teacher (null_label)"
     assert words in capsys.readouterr().err
     assert made("fewer", "teacher.null_label=3") == 0
     assert made("other", "teacher.null_label=2", f"distill.pool_from={tmp_path / 'fewer'}") == 2
     assert "its null_label is 3, this run" in capsys.readouterr().err
+    assert made("more", f"distill.pool_from={tmp_path / 'fewer'}") == 2
+    assert "its null_label is 3, this run's is None" in capsys.readouterr().err
     assert made("again", "teacher.null_label=3", f"distill.pool_from={tmp_path / 'fewer'}") == 0
 
 

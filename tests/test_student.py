@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_dkdm import DiffusionModel, NoiseSchedule, UserError, load_model
+from ldm_dkdm.checkpoints.as_built import other_constant
+from ldm_dkdm.config.schema import NetworkConfig
 from ldm_dkdm.distillation.make_student import require_fit
 from ldm_dkdm.networks import DiT, UNet
 from tests.cli import distil, write_yaml
@@ -156,8 +158,24 @@ def test_a_student_has_the_classes_of_its_teacher() -> None:
     for classes in (3, None):
         require_fit(DiffusionModel(DiT(**sizes, num_classes=classes), like=teacher), teacher)
     require_fit(teacher.student(teacher.node), teacher)
-    words = r"num_classes: with 4 the student has 4 classes, and the teacher 3, since its null_label is 3; set it to 3"
-    with pytest.raises(UserError, match=words):
-        require_fit(DiffusionModel(DiT(**sizes, num_classes=4), like=teacher), teacher)
-    with pytest.raises(UserError, match=r"num_classes: 5 differs from the teacher's 4"):
-        require_fit(DiffusionModel(DiT(**sizes, num_classes=5), like=teacher), teacher)
+    for count in (4, 5):
+        words = rf"num_classes: {count} makes other classes than the teacher's 3 \(null_label 3\); set it to 3$"
+        with pytest.raises(UserError, match=words):
+            require_fit(DiffusionModel(DiT(**sizes, num_classes=count), like=teacher), teacher)
+    first = DiffusionModel(network, schedule=NoiseSchedule(num_timesteps=20), space="pixel", null_label=0)
+    with pytest.raises(UserError, match=r"set 4 and class_dropout_prob: 0, or train a UNet$"):
+        require_fit(DiffusionModel(DiT(**sizes, num_classes=3), like=first), first)
+    require_fit(DiffusionModel(DiT(**sizes, num_classes=4, class_dropout_prob=0.0), like=first), first)
+    require_fit(DiffusionModel(DiT(**sizes, num_classes=4), like=teacher), teacher, begun=True)  # of an older version
+
+
+def test_what_changes_no_prediction_is_no_other_network() -> None:
+    unet, label = NetworkConfig("ldm_dkdm.networks.UNet", UNET_PARAMS), {"num_classes": 4, "learn_sigma": False}
+    assert other_constant(UNet(**{**UNET_PARAMS, "image_size": 64}), unet) == ""
+    assert "num_groups 32 there, 16 here" in other_constant(
+        UNet(**UNET_PARAMS | {"image_size": 64, "norm_groups": 16}), unet
+    )
+    params = {"input_size": 8, "in_channels": 3, "hidden_size": 24, "depth": 1, "num_heads": 2, **label}
+    dit = NetworkConfig("ldm_dkdm.networks.DiT", params)
+    assert other_constant(DiT(**params, class_dropout_prob=0.3), dit) == ""
+    assert other_constant(DiT(**params | {"num_heads": 3}), dit) == "blocks.0.attn: heads 2 there, 3 here"

@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
 
 from ldm_dkdm.commands.arguments import read_hints, split_base
 from ldm_dkdm.commands.hints import split_paths
-from ldm_dkdm.config.load import load_config, plain_values, read_yaml, to_yaml
-from ldm_dkdm.config.schema import DiffusionRun, DistillRun, LoggingConfig
-from ldm_dkdm.config.text import quoted, written
+from ldm_dkdm.config.load import load_config, read_yaml, to_yaml
+from ldm_dkdm.config.schema import DiffusionRun, DistillConfig, DistillRun, LoggingConfig
+from ldm_dkdm.config.text import plain_values, quoted, written
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.files import expanded
 from ldm_dkdm.networks.scaling import parse_budget
@@ -80,6 +82,14 @@ def test_every_text_is_written_so_that_it_is_read_again(tmp_path: Path) -> None:
     tree = {text: [text, {"twice": listed, "again": listed}] for text in (*NAMES, *odd)}
     assert OmegaConf.to_container(OmegaConf.create(written(tree))) == plain_values(tree)
     assert written(tree) == OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def test_a_value_that_no_file_holds_is_named_by_its_key() -> None:
+    config = DistillConfig(4, rho=1)
+    assert plain_values({"a": [np.float64(0.5), Path("a").name, config]})["a"][:2] == [0.5, "a"]
+    for value in (np.int64(3), torch.zeros(1), {1, 2}, Path("a")):
+        with pytest.raises(UserError, match=r"^student\.params\[1\]\.k: a config holds plain numbers"):
+            to_yaml({"student": {"params": [1, {"k": value}]}})
 
 
 @pytest.mark.parametrize("name", NAMES)

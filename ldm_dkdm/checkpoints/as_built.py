@@ -14,6 +14,7 @@ from ldm_dkdm.networks import NETWORKS
 from ldm_dkdm.reporting import logger
 
 FREE = ("training", "use_checkpoint", "inplace", "p")  # attributes that change no output of a trained network
+UNSEEN = ("image_size", "dropout")  # attributes that change nothing computed from loaded weights
 PLAIN = (bool, int, float, str, tuple)  # types of the constants of layers
 
 
@@ -96,7 +97,10 @@ def _constants(own: nn.Module, usual: nn.Module) -> Iterator[tuple[str, Any, Any
 def other_constant(network: nn.Module, node: NetworkConfig) -> str:
     """Where a network computes with another constant than the one that `node` describes, which no shape shows.
 
-    Such are the groups of a norm and the heads of an attention; empty where there is none, or `node` does not build.
+    Such are the groups of a norm and the heads of an attention; empty where there is none.
+
+    Raises:
+        UserError: `node` does not build.
     """
     factory = NETWORKS.get(node.target)
     if factory is None or not is_own(factory) or type(network) is not factory:
@@ -105,7 +109,8 @@ def other_constant(network: nn.Module, node: NetworkConfig) -> str:
         described = dict(build(node, NETWORKS).named_modules())
     for name, own in network.named_modules():
         for key, here, there in _constants(own, described.get(name, own)):
-            return f"{name + ': ' if name else ''}{key} {there} there, {here} here"
+            if key not in UNSEEN:
+                return f"{name + ': ' if name else ''}{key} {there} there, {here} here"
     return ""
 
 

@@ -20,7 +20,7 @@ from ldm_dkdm.config.overrides import NOT_YAML, dotlist, read_overrides, resolve
 from ldm_dkdm.config.recipes import find_config, find_shipped
 from ldm_dkdm.config.references import bad_reference
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageCard, FirstStageRun, ModelCard, NewNetworkConfig
-from ldm_dkdm.config.text import quoted, written
+from ldm_dkdm.config.text import plain_values, quoted, written
 from ldm_dkdm.errors import OtherRun, UserError, legible, nearest
 from ldm_dkdm.files import read_text
 from ldm_dkdm.reporting import logger
@@ -33,7 +33,6 @@ __all__ = [
     "load_config",
     "nearest",
     "parse",
-    "plain_values",
     "read_card",
     "read_overrides",
     "read_yaml",
@@ -286,13 +285,3 @@ def _kind(tree: DictConfig) -> str | None:
 def to_yaml(config: Any) -> str:
     """A validated config, or its plain values, as YAML text."""
     return written(plain_values(config))
-
-
-def plain_values(node: Any) -> Any:
-    """A validated config, or a part of it, as mappings, lists and scalars."""
-    if isinstance(node, Section):
-        return {field.name: plain_values(getattr(node, field.name)) for field in dataclasses.fields(node)}
-    if isinstance(node, Mapping):
-        return {key: plain_values(value) for key, value in node.items()}
-    is_list = isinstance(node, Sequence) and not isinstance(node, (str, bytes))
-    return [*map(plain_values, node)] if is_list else node

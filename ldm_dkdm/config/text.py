@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from ldm_dkdm.config.checked import hints_of
+from ldm_dkdm.config.checked import Section, hints_of
 from ldm_dkdm.config.limits import LOADER, TEXT, require_modest
+from ldm_dkdm.errors import UserError
 
 NULL = "tag:yaml.org,2002:null"
 SWITCHES = ("y", "Y", "n", "N")  # flags to some readers of YAML 1.1
@@ -155,7 +156,7 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def written(tree: Any) -> str:
-    """Plain values as a YAML text, every text such that a reader gets it back, as `OmegaConf.to_yaml` writes them."""
+    """Plain values as a YAML text, as `OmegaConf.to_yaml` writes them: what looks like a number stays a text."""
     return str(yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False))
 
 
@@ -165,3 +166,23 @@ def _is_number(text: str) -> bool:
             kind(text)
             return True
     return False
+
+
+def plain_values(node: Any, where: str = "") -> Any:
+    """A validated config, or a part of it, as mappings, lists and scalars.
+
+    Raises:
+        UserError: the key of a value that no file holds, such as a tensor among a network's params.
+    """
+    if isinstance(node, Section):
+        node = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    if isinstance(node, Mapping):
+        return {key: plain_values(value, f"{where}.{key}" if where else str(key)) for key, value in node.items()}
+    if node is None or isinstance(node, (bool, bytes)):
+        return node
+    for kind in (int, float, str):
+        if isinstance(node, kind):
+            return kind(node)  # of numpy's float64 too
+    if isinstance(node, Sequence):
+        return [plain_values(value, f"{where}[{i}]") for i, value in enumerate(node)]
+    raise UserError(f"{where}: a config holds plain numbers, texts and lists, not a value of {type(node)}")

@@ -36,7 +36,7 @@ def make_student(config: StudentConfig, teacher: DiffusionModel, seed: int = 0) 
     else:
         node = NetworkConfig(config.target, config.params, config.parameterization)
         student = teacher.student(node, seed, "student.params")
-    require_fit(student, teacher)
+    require_fit(student, teacher, begun=True)  # `assemble` refuses the rest where a run begins
     if config.init == "teacher":
         with _of_student():
             logger.info(f"student.init: {slice_teacher(student.network, teacher.network)}")
@@ -69,8 +69,10 @@ def _of_student() -> Iterator[None]:
         raise UserError(f"{section}.{error}") from error
 
 
-def require_fit(student: DiffusionModel, teacher: DiffusionModel) -> None:
+def require_fit(student: DiffusionModel, teacher: DiffusionModel, begun: bool = False) -> None:
     """Refuse a student whose process, states, labels or outputs do not match the teacher's.
+
+    A run that has `begun` may have as many labels with another one for no class: older versions did not look.
 
     Raises:
         UserError: what differs.
@@ -80,7 +82,8 @@ def require_fit(student: DiffusionModel, teacher: DiffusionModel) -> None:
         raise UserError("student: is the teacher itself; make a new network")
     if student.diffusion != teacher.diffusion or student.shape != teacher.shape:
         raise UserError("student: another process or other states than the teacher's; make it with like=teacher")
-    if student.classes is not None and student.classes != teacher.classes:
+    others = student.classes is not None and student.classes != teacher.classes
+    if others and not (begun and student.num_classes == teacher.num_classes):
         raise UserError(f"{own}.num_classes: {_other_classes(student, teacher)}")
     outputs = getattr(network, "out_channels", None)
     channels = student.shape[0]
@@ -94,14 +97,16 @@ def require_fit(student: DiffusionModel, teacher: DiffusionModel) -> None:
 
 
 def _other_classes(student: DiffusionModel, teacher: DiffusionModel) -> str:
-    """How the classes of two models differ, for a message."""
-    if teacher.classes is None or teacher.null_label is None or student.num_classes != teacher.num_classes:
+    """How the classes of two models differ, and what fits, for a message."""
+    if teacher.classes is None or teacher.null_label is None:
         return f"{student.num_classes} differs from the teacher's {teacher.num_classes}"
-    advice = f"; set it to {teacher.null_label}" if teacher.null_label == len(teacher.classes) else ""
-    return (
-        f"with {student.num_classes} the student has {len(student.classes or ())} classes, and the teacher "
-        f"{len(teacher.classes)}, since its null_label is {teacher.null_label}{advice}"
-    )
+    own_null = getattr(student.network, "null_label", None) is not None
+    if own_null and teacher.null_label != len(teacher.classes):
+        advice = f"set {teacher.num_classes} and class_dropout_prob: 0, or train a UNet"
+    else:
+        advice = f"set it to {len(teacher.classes) if own_null else teacher.num_classes}"
+    null = f"null_label {teacher.null_label}"
+    return f"{student.num_classes} makes other classes than the teacher's {len(teacher.classes)} ({null}); {advice}"
 
 
 def name_lone_channels(student: DiffusionModel, teacher: DiffusionModel) -> None:

@@ -139,7 +139,7 @@ def assemble(
         own = f"mode: {mode}" if mode == method.warmup.mode else f"variant: {method.variant}, which has no warm-up"
         raise UserError(f"warmup.t_cap: has an effect with mode: {modes} only, and this run has {own}; set it to null")
     _require_draws(method)
-    require_fit(student, teacher)
+    require_fit(student, teacher, begun=resumed)
     name_lone_channels(student, teacher)
     learned = require_call(student)
     if not learned and not resumed:

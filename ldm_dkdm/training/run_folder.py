@@ -13,9 +13,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ldm_dkdm.config.batches import SECTIONS
-from ldm_dkdm.config.load import load_config, parse, plain_values, read_yaml, to_yaml
+from ldm_dkdm.config.load import load_config, parse, read_yaml, to_yaml
 from ldm_dkdm.config.process_section import ONCE_UNSAID
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageRun, LoggingConfig
+from ldm_dkdm.config.text import plain_values
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError, legible
 from ldm_dkdm.files import expanded, make_folder, require_file, write_text

@@ -33,7 +33,7 @@ def pool_facts(teacher: DiffusionModel) -> dict[str, Any]:
         "num_timesteps": teacher.schedule.num_timesteps,
         "diffusion": asdict(teacher.diffusion),
         **({KIND: teacher.info[KIND]} if teacher.info.get(KIND) else {}),
-        **({} if teacher.null_label is None else {"null_label": teacher.null_label}),
+        **({} if teacher.num_classes is None else {"null_label": teacher.null_label}),
     }
 
 
