@@ -5,9 +5,11 @@ import yaml
 
 from ldm_dkdm.config import schema as schemas
 from ldm_dkdm.config.checked import Section
+from ldm_dkdm.config.data_sections import DiffusionDataConfig
 from ldm_dkdm.config.keys import RUNS, keys_of, keys_text, options_markdown
 from ldm_dkdm.config.load import load_config, to_yaml
-from ldm_dkdm.config.schema import DiffusionRun, DistillRun
+from ldm_dkdm.config.schema import DiffusionRun, DistillRun, LossConfig, WarmupConfig
+from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError
 from tests.cli import ROOT
 
@@ -65,3 +67,11 @@ def test_the_committed_options_are_those_of_the_schema() -> None:
 def test_the_options_name_every_key_once_per_section(run: type) -> None:
     text = options_markdown()
     assert all(f"`{key.name}`" in text for key in keys_of(run) if "." in key.name)
+
+
+def test_the_help_of_a_cap_says_what_it_caps() -> None:
+    caps = {kind: kind.__dataclass_fields__ for kind in (WarmupConfig, DiffusionDataConfig, LossConfig)}
+    for kind in (WarmupConfig, DiffusionDataConfig):
+        assert "density min(1, t_cap * abar_t), 0.1 at least" in caps[kind]["t_cap"].metadata["help"]
+    assert NoiseSchedule("cosine", 1000).density(5.0).min() == pytest.approx(0.1)
+    assert caps[LossConfig]["weight_cap"].metadata["help"].startswith("Cap on the weight per t")

@@ -116,9 +116,7 @@ class LossConfig(Section):
         "ldm_dkdm.diffusion.objectives:LOSS_SPACES", "eps", help="Quantity whose squared error is the loss."
     )
     weight_cap: float | None = key(
-        None,
-        above=0,
-        help="Draws fewer t near pure noise: density min(1, t_cap * abar_t), 0.1 at least; null is uniform.",
+        None, above=0, help="Cap on the weight per t that `v` and `x0` give to the eps error."
     )
     vlb_weight: float = key(1.0, min=0, help="Weight lambda of the variational bound, where the variance is learned.")
     clip_student: bool = key(
