@@ -143,7 +143,7 @@ def test_a_pool_of_other_classes_is_refused(
     header.pop("null_label")  # as older versions wrote it
     save_file(tensors, file, {"pool": json.dumps(header)})
     assert made("fewer", "teacher.null_label=3", f"distill.pool_from={tmp_path / 'all'}") == 2
-    words = f"pool_from: {tmp_path / 'all'}: has slots of label 3, which is no class of the teacher (null_label)"
+    words = f"pool_from: {tmp_path / 'all'}: has slots of label 3, which is not a class of the teacher (null_label)"
     assert words in capsys.readouterr().err
     assert made("fewer", "teacher.null_label=3") == 0
     assert made("other", "teacher.null_label=2", f"distill.pool_from={tmp_path / 'fewer'}") == 2

@@ -9,7 +9,7 @@ from ldm_dkdm.commands.arguments import add_plugin_argument, load_plugins
 from ldm_dkdm.errors import UserError, blaming, legible, naming
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ldm_dkdm.checkpoints import Contents, Source
 
@@ -147,10 +147,14 @@ def _architecture(contents: "Contents") -> dict[str, str]:
     missing = "; ".join(f"{' or '.join(d.keys)} ({d.hint})" for d in contents.missing({}))
     wanted = {key for demand in contents.demands for key in demand.keys}
     beside = ", ".join(f"{key} {value}" for key, value in contents.usual.items() if key in wanted)
-    null = _null_label(contents)
+    network = _built(contents)
+    own = None if missing else getattr(network, "null_label", None)  # where nothing is guessed
+    null = own if contents.null_label is None else contents.null_label
+    weights = contents.raw if contents.ema is None else contents.ema
+    count = sum(part.numel() for part in ((weights or {}).values() if network is None else network.parameters()))
     predicts = "" if contents.parameterization is None else f", predicts {contents.parameterization}"
     return {
-        "architecture": f"{contents.target}, {_parameters(contents) / 1e6:.6f} M parameters{predicts}",
+        "architecture": f"{contents.target}, {count / 1e6:.6f} M parameters{predicts}",
         "parameters" if contents.described else "inferred": known,
         **({} if null is None else {"null label": str(null)}),
         **({"from the config beside it": beside} if beside else {}),
@@ -158,37 +162,25 @@ def _architecture(contents: "Contents") -> dict[str, str]:
     }
 
 
-def _null_label(contents: "Contents") -> int | None:
-    """The label for no class: as stored, or a DiT's own, which is the last of its table."""
-    from ldm_dkdm.networks import NETWORKS, DiT
-
-    if contents.null_label is not None or NETWORKS.get(contents.target) is not DiT or contents.missing({}):
-        return contents.null_label
-    known = {"num_classes": None, "class_dropout_prob": 0.1, **contents.usual, **contents.params}
-    return known["num_classes"] if known["class_dropout_prob"] > 0 else None
-
-
-def _parameters(contents: "Contents") -> int:
-    """Number of the network's parameters; unknown arguments get values that change no shape."""
+def _built(contents: "Contents") -> "nn.Module | None":
+    """The network without values; None for a network of the user's own. Unknown arguments change no shape."""
     import torch
 
     from ldm_dkdm.checkpoints import Hints
     from ldm_dkdm.config.registry import build
     from ldm_dkdm.networks import NETWORKS
-    from ldm_dkdm.networks.cost import parameters
 
-    weights = contents.raw if contents.ema is None else contents.ema
     kind = NETWORKS.get(contents.target)
-    if kind is None or not kind.__module__.startswith("ldm_dkdm."):  # a network of the user's own
-        return sum(tensor.numel() for tensor in (weights or {}).values())
+    if kind is None or not kind.__module__.startswith("ldm_dkdm."):
+        return None
     if not contents.missing({}):
         with naming(str(contents.path)), torch.device("meta"):
-            return parameters(build(contents.network(Hints()), NETWORKS, "params"))  # refuses bad values
+            return build(contents.network(Hints()), NETWORKS, "params")  # refuses bad values
     params = {"num_heads": 1, **contents.params}
     if contents.target.endswith("UNet"):
         params = {**params, "image_size": 2 ** len(params["channel_mult"])}
     with torch.device("meta"):
-        return parameters(build({"target": contents.target, "params": params}, NETWORKS))
+        return build({"target": contents.target, "params": params}, NETWORKS)
 
 
 def _process(contents: "Contents") -> dict[str, str]:

@@ -283,5 +283,5 @@ def _kind(tree: DictConfig) -> str | None:
 
 
 def to_yaml(config: Any) -> str:
-    """A validated config, or its plain values, as YAML text."""
+    """A validated config as YAML text."""
     return written(plain_values(config))

@@ -182,7 +182,7 @@ def plain_values(node: Any, where: str = "") -> Any:
         return node
     for kind in (int, float, str):
         if isinstance(node, kind):
-            return kind(node)  # of numpy's float64 too
+            return kind(node)  # subclasses, such as numpy.float64, as plain values
     if isinstance(node, Sequence):
         return [plain_values(value, f"{where}[{i}]") for i, value in enumerate(node)]
     raise UserError(f"{where}: a config holds plain numbers, texts and lists, not a value of {type(node)}")

@@ -17,8 +17,10 @@ from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, nearest, pick
 from ldm_dkdm.files import expanded
 from ldm_dkdm.model.arguments import network_of
-from ldm_dkdm.model.facts import labels_of, process_of, remembered, require_meaning, shape_of
+from ldm_dkdm.model.facts import labels_of, process_of, remembered, require_meaning, shape_of, whole
 from ldm_dkdm.model.guidance import require_guidance
+from ldm_dkdm.networks import UNet
+from ldm_dkdm.networks.scaling import parse_budget, unet_within_budget
 
 if TYPE_CHECKING:
     from ldm_dkdm.model.diffusion_model import DiffusionModel
@@ -115,3 +117,15 @@ def same_codec(one: "DiffusionModel", other: "DiffusionModel") -> bool:
     """Whether the codec that one model has opened serves another: same space, shape and first stage."""
     own, theirs = ((model.diffusion.space, model.shape, model.first_stage) for model in (one, other))
     return own == theirs
+
+
+def narrowed_node(
+    model: "DiffusionModel", budget: str | int, parameterization: str | None, norm_groups: int | None
+) -> NetworkConfig:
+    """What `DiffusionModel.narrowed` builds; errors as there."""
+    if not isinstance(model.network, UNet):
+        raise UserError("budget: only a UNet can be narrowed, not this network; make the student yourself")
+    groups = whole(norm_groups, "norm_groups", 1)
+    params = {**model.node.params, **({} if groups is None else {"norm_groups": groups})}
+    params = unet_within_budget(params, parse_budget(budget))
+    return NetworkConfig("ldm_dkdm.networks.UNet", params, parameterization or model.parameterization)

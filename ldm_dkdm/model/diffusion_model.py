@@ -21,14 +21,13 @@ from ldm_dkdm.diffusion.schedule import NoiseSchedule
 from ldm_dkdm.errors import UserError, pick
 from ldm_dkdm.first_stage.codec import Codec
 from ldm_dkdm.model.arguments import facts_of, fitting, network_of, path_of
-from ldm_dkdm.model.changes import changed, same_codec, stage_of
+from ldm_dkdm.model.changes import changed, narrowed_node, same_codec, stage_of
 from ldm_dkdm.model.facts import labels_of, open_codec, process_of, remembered, require_meaning, shape_of, table_of
 from ldm_dkdm.model.guidance import output_of, require_guidance
 from ldm_dkdm.model.sampling import SampleBatch, sample_batches
 from ldm_dkdm.networks import NETWORKS, DiT
 from ldm_dkdm.networks.cost import parameters
 from ldm_dkdm.networks.modes import in_eval_mode
-from ldm_dkdm.networks.scaling import narrowed_params
 from ldm_dkdm.pixel import SPACES, PixelCodec, Space
 from ldm_dkdm.records import NoisyBatch, Prediction
 from ldm_dkdm.reporting import Progress, following
@@ -266,11 +265,9 @@ class DiffusionModel:
             seed: seed of its initial weights.
 
         Raises:
-            UserError: the network is not a UNet, or even the narrowest one has more parameters.
+            UserError: the network is not a UNet, the narrowest one has more parameters, or no width has the groups.
         """
-        params = narrowed_params(self.network, self.node.params, budget, norm_groups)
-        node = NetworkConfig("ldm_dkdm.networks.UNet", params, parameterization or self.parameterization)
-        return self.student(node, seed)
+        return self.student(narrowed_node(self, budget, parameterization, norm_groups), seed)
 
     def student(self, node: NetworkConfig, seed: int = 0, where: str = "params") -> "DiffusionModel":
         """A new model of another architecture on this model's states, with random weights that follow from the seed.

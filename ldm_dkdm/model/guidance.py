@@ -14,7 +14,7 @@ from ldm_dkdm.networks.modes import tensor_of
 if TYPE_CHECKING:
     from ldm_dkdm.model.diffusion_model import DiffusionModel
 
-GUIDANCE = "teacher_guidance"  # in the card of a student
+GUIDANCE = "teacher_guidance"  # key of a student's card
 
 
 def output_of(model: "DiffusionModel", x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:
@@ -81,6 +81,9 @@ def require_unguided(model: "DiffusionModel", name: str, shown: str) -> None:
         model: any model.
         name: of the flag or parameter.
         shown: the model's name.
+
+    Raises:
+        UserError: names the flag and the model.
     """
     if "teacher" not in model.info:
         return

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ldm_dkdm.errors import UserError
 from ldm_dkdm.networks.layers import AttentionBlock, Downsample, ResBlock
-from ldm_dkdm.networks.unet import MAX_GROUPS, UNet
+from ldm_dkdm.networks.unet import UNet
 
 LARGEST = 10**12  # parameters
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -35,30 +35,6 @@ def parse_budget(text: str | int) -> int:
     return round(budget)
 
 
-def narrowed_params(
-    network: nn.Module, params: Mapping[str, Any], budget: str | int, norm_groups: int | None = None
-) -> dict[str, Any]:
-    """The parameters of a UNet in a network's shape, within a budget.
-
-    Args:
-        network: the teacher's.
-        params: its keyword arguments.
-        budget: as `parse_budget` reads it.
-        norm_groups: groups of every norm; default: the teacher's.
-
-    Raises:
-        UserError: the network is not a UNet, a value of another form, or even the narrowest UNet has more parameters.
-    """
-    if not isinstance(network, UNet):
-        raise UserError("budget: only a UNet can be narrowed, not this network; make the student yourself")
-    if norm_groups is not None:
-        given: Any = norm_groups
-        if isinstance(given, bool) or not hasattr(given, "__index__") or not 1 <= given <= MAX_GROUPS:
-            raise UserError(f"norm_groups: expected a whole number from 1 to {MAX_GROUPS}, got {given!r}")
-        params = {**params, "norm_groups": int(given)}
-    return unet_within_budget(params, parse_budget(budget))
-
-
 def unet_within_budget(params: Mapping[str, Any], budget: int) -> dict[str, Any]:
     """UNet parameters with the largest `model_channels`, at most the given one, that keep within a budget.
 
@@ -67,10 +43,14 @@ def unet_within_budget(params: Mapping[str, Any], budget: int) -> dict[str, Any]
         budget: largest number of parameters of the student.
 
     Raises:
-        UserError: even the narrowest UNet of this shape has more.
+        UserError: even the narrowest UNet of this shape has more, or `norm_groups` fits no width.
     """
     params = {key: value for key, value in params.items() if key in inspect.signature(UNet).parameters}
     widths = _admissible_widths(params)
+    if not widths:
+        raise UserError(
+            f"norm_groups: {params['norm_groups']} groups fit no width up to the teacher's {params['model_channels']}"
+        )
     fitting = bisect_right(widths, budget, key=lambda width: _unet_size({**params, "model_channels": width}))
     if not fitting:
         narrowest = _millions(_unet_size({**params, "model_channels": widths[0]}))

@@ -20,7 +20,6 @@ from ldm_dkdm.networks.layers import (
 )
 
 MAX_BLOCKS = 100  # residual blocks per level
-MAX_GROUPS = 4096  # of a norm
 MAX_SIDE = 2048  # largest image_size: no diffusion model has more pixels, and a file could ask for any number
 
 
@@ -221,7 +220,7 @@ def _check_constants(dropout: float, downsample_padding: int, norm_eps: float, n
         "dropout": (dropout, 0, 1),
         "downsample_padding": (downsample_padding, 0, 1),
         "norm_eps": (norm_eps, 0, 1),
-        "norm_groups": (norm_groups, 1, MAX_GROUPS),
+        "norm_groups": (norm_groups, 1, 4096),
     }
     _check_bounds(bounds)
 

@@ -149,7 +149,7 @@ class EarlyStop(EarlyEnd):
     def __init__(self, config: EarlyStopConfig) -> None:
         self.config = config
         self.on_best: Callable[[L.Trainer], None] | None = None  # called on rank 0 after a best window
-        self.lowest = math.inf  # of all windows, which the export follows
+        self.lowest = math.inf  # lowest mean of a window, whose weights are exported
         self.best, self.bad_windows = math.inf, 0  # last fall of more than `min_delta`, and the windows since then
         self.total: float | Tensor = 0.0  # sum in the current window
         self.batches, self.steps = 0, 0  # counts in the current window

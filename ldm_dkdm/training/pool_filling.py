@@ -61,13 +61,13 @@ def supply_of(parts: Distillation, run: Path | None = None) -> NoisyBatch | None
 
 
 def _require_classes(states: NoisyBatch, teacher: DiffusionModel, path: Path) -> None:
-    """Refuse labels that are no class of the teacher, as in a pool from before its null label was told."""
+    """Refuse labels that are not classes of the teacher, as in a pool from before its null label was told."""
     if states.label is None or teacher.classes is None:
         return
     others = sorted({*states.label.unique().tolist()} - {*teacher.classes})
     if others:
         raise UserError(
-            f"{path}: has slots of label {others[0]}, which is no class of the teacher (null_label); fill a new pool"
+            f"{path}: has slots of label {others[0]}, which is not a class of the teacher (null_label); fill a new pool"
         )
 
 

@@ -13,10 +13,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ldm_dkdm.config.batches import SECTIONS
-from ldm_dkdm.config.load import load_config, parse, read_yaml, to_yaml
+from ldm_dkdm.config.load import load_config, parse, read_yaml
 from ldm_dkdm.config.process_section import ONCE_UNSAID
 from ldm_dkdm.config.schema import DiffusionRun, DistillRun, FirstStageRun, LoggingConfig
-from ldm_dkdm.config.text import plain_values
+from ldm_dkdm.config.text import plain_values, written
 from ldm_dkdm.device import is_first_rank
 from ldm_dkdm.errors import UserError, legible
 from ldm_dkdm.files import expanded, make_folder, require_file, write_text
@@ -212,7 +212,7 @@ def _place(tree: Any, folder: RunFolder) -> Path:
 
 def config_text(config: RunConfig) -> str:
     """A config as YAML; a batch size per device is left to the global one, since the devices may change."""
-    return to_yaml(_tree(config))
+    return written(_tree(config))
 
 
 def _tree(config: RunConfig) -> dict[str, Any]:
