@@ -32,7 +32,7 @@ test: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	{ $(VENV)/bin/mypy && $(VENV)/bin/mkdocs build --quiet --strict; } & others=$$!; \
-	  OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder; tests=$$?; wait $$others && exit $$tests
+	  OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder; tests=$$?; wait $$others && exit $$tests
 
 # docs/options.md from the schema of the configuration, then the site.
 docs: setup
